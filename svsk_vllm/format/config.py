@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``quantization_config`` of an SVSK checkpoint: schema, and which scheme a module gets.
+
+Targets and ignore entries are matched as compressed-tensors matches them: a module name, a class name (``Linear``),
+or ``re:`` and a regular expression that must match from the start of the module name.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from svsk_vllm.format.codebook import Codebook
+from svsk_vllm.format.errors import SvskFormatError
+from svsk_vllm.version import FORMAT_VERSION, __version__
+
+__all__ = ["GROUP_SIZES", "MAX_RANK", "ConfigGroup", "SidecarArgs", "SvskCheckpointConfig", "WeightArgs"]
+
+GROUP_SIZES = (32, 64)
+MAX_RANK = 128
+LINEAR_CLASS = "Linear"
+
+
+class _Strict(BaseModel):
+    """Unknown keys are errors; instances are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightArgs(_Strict):
+    """The 4-bit base of a weight."""
+
+    num_bits: Literal[4] = 4
+    type: Literal["int"] = "int"
+    symmetric: Literal[True] = True
+    strategy: Literal["group"] = "group"
+    group_size: int = 64
+    codebook: Codebook = "int4"
+
+    @field_validator("group_size")
+    @classmethod
+    def _known_group_size(cls, value: int) -> int:
+        if value not in GROUP_SIZES:
+            raise ValueError(f"expected one of {GROUP_SIZES}, got {value}")
+        return value
+
+
+class SidecarArgs(_Strict):
+    """The low-rank sidecar of a weight. Rank 0 means none; tile sizes of 0 mean the whole dimension."""
+
+    rank: int = Field(default=0, ge=0, le=MAX_RANK)
+    tile_m: int = Field(default=512, ge=0)
+    tile_n: int = Field(default=1024, ge=0)
+    num_bits: Literal[4, 8] = 8
+
+    @model_validator(mode="after")
+    def _even_axes(self) -> "SidecarArgs":
+        if self.num_bits == 4 and self.rank % 2:
+            raise ValueError(f"rank {self.rank} with num_bits 4: the rank must be even (two factors share a byte)")
+        return self
+
+
+class ConfigGroup(_Strict):
+    """Modules that share a scheme."""
+
+    targets: tuple[str, ...] = Field(min_length=1)
+    weights: WeightArgs = WeightArgs()
+    sidecar: SidecarArgs = SidecarArgs()
+
+
+class SvskCheckpointConfig(_Strict):
+    """``quantization_config`` in config.json. ``producer`` is information only and may hold anything."""
+
+    quant_method: Literal["svsk"] = "svsk"
+    format: Literal["svsk"] = "svsk"
+    version: str = FORMAT_VERSION
+    config_groups: dict[str, ConfigGroup] = Field(min_length=1)
+    ignore: tuple[str, ...] = ()
+    producer: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "quantization_config") -> "SvskCheckpointConfig":
+        """Parse and check ``raw``, naming ``source`` in errors.
+
+        Raises:
+            SvskFormatError: unknown key, wrong value, or a major version this package does not read.
+        """
+        _check_version(raw.get("version"), source)
+        try:
+            return cls.model_validate(dict(raw))
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(str(part) for part in item['loc']) or 'top level'}: {item['msg']} (got {item['input']!r})"
+                for item in error.errors()
+            )
+            raise SvskFormatError(f"{source}: {problems}. docs/format.md lists the keys and values.") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON-ready dictionary that goes into config.json."""
+        return self.model_dump(mode="json")
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether an ignore entry matches the linear module ``name`` (Hugging Face name)."""
+        return any(_specificity(name, entry) is not None for entry in self.ignore)
+
+    def scheme_for(self, name: str) -> ConfigGroup | None:
+        """The group that quantises the linear module ``name``, None when it is ignored or not targeted.
+
+        Where several groups match, an exact name wins over a regular expression and that over a class name.
+
+        Args:
+            name: Hugging Face module name, for example ``model.layers.0.self_attn.q_proj``.
+
+        Raises:
+            SvskFormatError: two groups match equally well.
+        """
+        if self.is_ignored(name):
+            return None
+        best: dict[int, list[str]] = {}
+        for key, group in self.config_groups.items():
+            ranks = [rank for target in group.targets if (rank := _specificity(name, target)) is not None]
+            if ranks:
+                best.setdefault(min(ranks), []).append(key)
+        if not best:
+            return None
+        keys = best[min(best)]
+        if len(keys) > 1:
+            raise SvskFormatError(
+                f"{name}: config groups {', '.join(keys)} match equally well. Make one target more specific."
+            )
+        return self.config_groups[keys[0]]
+
+
+def _specificity(name: str, target: str) -> int | None:
+    """0 for an exact name, 1 for a regular expression, 2 for the class name, None for no match."""
+    from compressed_tensors.utils.match import match_name
+
+    if match_name(name, target):
+        return 1 if target.startswith("re:") else 0
+    return 2 if target == LINEAR_CLASS else None
+
+
+def _check_version(version: Any, source: str) -> None:
+    if (
+        not isinstance(version, str)
+        or not all(part.isdigit() for part in version.split("."))
+        or version.count(".") != 1
+    ):
+        raise SvskFormatError(
+            f'{source}: version {version!r}: expected a string "major.minor" such as "{FORMAT_VERSION}".'
+        )
+    if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+        raise SvskFormatError(
+            f"{source}: format version {version} is not readable by svsk-vllm {__version__}, which reads version "
+            f"{FORMAT_VERSION.split('.')[0]}.x. Install the release of svsk-vllm that wrote the checkpoint "
+            "(producer.svsk in config.json names it), or quantise the model again."
+        )

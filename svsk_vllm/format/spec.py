@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensors a quantised linear stores, with their dtypes and shapes."""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from svsk_vllm.format.config import ConfigGroup
+from svsk_vllm.format.errors import SvskFormatError
+from svsk_vllm.format.geometry import TileGrid
+
+__all__ = ["SCALE_DTYPES", "SUFFIXES", "LinearSpec", "TensorSpec"]
+
+WEIGHT_PACKED: Final = "weight_packed"
+WEIGHT_SCALE: Final = "weight_scale"
+SIDECAR_U: Final = "sidecar_u"
+SIDECAR_V: Final = "sidecar_v"
+SIDECAR_GAIN: Final = "sidecar_gain"
+SUFFIXES: Final = (WEIGHT_PACKED, WEIGHT_SCALE, SIDECAR_U, SIDECAR_V, SIDECAR_GAIN)
+
+SCALE_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Dtype and shape of one stored tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bits(self) -> int:
+        """Stored size in bits."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize * 8
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A quantised linear: its name, shape [n, k] = [out, in], and scheme.
+
+    Raises:
+        SvskFormatError: ``k`` is not a multiple of the group size.
+    """
+
+    name: str
+    n: int
+    k: int
+    scheme: ConfigGroup
+    scale_dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        group = self.scheme.weights.group_size
+        if self.k % group:
+            hint = "use group_size 32, or " if group == 64 and self.k % 32 == 0 else ""
+            raise SvskFormatError(
+                f"{self.name}: K = {self.k} input features is not a multiple of the group size {group}; "
+                f"{hint}add the module to the ignore list."
+            )
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise SvskFormatError(f"{self.name}: scales of {self.scale_dtype}: expected one of {SCALE_DTYPES}.")
+
+    @property
+    def grid(self) -> TileGrid:
+        """Tile grid of the sidecar."""
+        return TileGrid(self.n, self.k, self.scheme.sidecar.tile_m, self.scheme.sidecar.tile_n)
+
+    @property
+    def group_size(self) -> int:
+        """Weights per scale."""
+        return self.scheme.weights.group_size
+
+    @property
+    def rank(self) -> int:
+        """Rank of the sidecar per tile, 0 for none."""
+        return self.scheme.sidecar.rank
+
+    @property
+    def factor_bits(self) -> int:
+        """Bits of a sidecar factor, 8 or 4."""
+        return self.scheme.sidecar.num_bits
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Stored tensors by suffix, in the order of docs/format.md."""
+        specs = {
+            WEIGHT_PACKED: TensorSpec(torch.int32, (self.n, self.k // 8)),
+            WEIGHT_SCALE: TensorSpec(self.scale_dtype, (self.n, self.k // self.group_size)),
+        }
+        if self.rank:
+            grid, r = self.grid, self.rank
+            dtype, per_byte = (torch.int8, 1) if self.factor_bits == 8 else (torch.uint8, 2)
+            specs[SIDECAR_U] = TensorSpec(dtype, (self.n, grid.num_col_tiles, r // per_byte))
+            specs[SIDECAR_V] = TensorSpec(dtype, (grid.num_row_tiles, r, self.k // per_byte))
+            specs[SIDECAR_GAIN] = TensorSpec(torch.float32, (grid.num_row_tiles, grid.num_col_tiles, r))
+        return specs
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weights, ``n * k``."""
+        return self.n * self.k
+
+    @property
+    def stored_bits(self) -> int:
+        """Every stored bit of this linear, bias excluded."""
+        return sum(spec.num_bits for spec in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over weights."""
+        return self.stored_bits / self.num_weights

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Version of the distribution, and of the checkpoint format it reads and writes."""
+
+from typing import Final
+
+__version__: Final = "0.1.0"
+
+FORMAT_VERSION: Final = "1.0"
+"""Version this package writes, ``major.minor``. A reader accepts every minor version of a major one it knows."""
