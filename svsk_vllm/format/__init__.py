@@ -6,7 +6,7 @@ from svsk_vllm.format.codebook import CODE_MAX, CODE_MIN, CODEBOOKS, Codebook, c
 from svsk_vllm.format.config import ConfigGroup, SidecarArgs, SvskCheckpointConfig, WeightArgs
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.geometry import TileGrid, ceil_div
-from svsk_vllm.format.linear import QuantizedLinear, dequantize
+from svsk_vllm.format.linear import QuantizedLinear, dequantize, restored_weight
 from svsk_vllm.format.packing import pack_codes, pack_factors, unpack_codes, unpack_factors
 from svsk_vllm.format.shards import ShardedReader
 from svsk_vllm.format.spec import SUFFIXES, LinearSpec, TensorSpec
@@ -35,6 +35,7 @@ __all__ = [
     "dequantize",
     "pack_codes",
     "pack_factors",
+    "restored_weight",
     "unpack_codes",
     "unpack_factors",
     "validate_checkpoint",

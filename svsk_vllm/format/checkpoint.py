@@ -12,7 +12,7 @@ from svsk_vllm.format.config import SvskCheckpointConfig
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.linear import QuantizedLinear
 from svsk_vllm.format.shards import ShardedReader, read_json
-from svsk_vllm.format.spec import SUFFIXES, WEIGHT_PACKED, WEIGHT_SCALE, LinearSpec
+from svsk_vllm.format.spec import SCALE_DTYPES, SUFFIXES, WEIGHT_PACKED, WEIGHT_SCALE, LinearSpec
 
 __all__ = ["Checkpoint", "split_suffix"]
 
@@ -47,6 +47,13 @@ class Checkpoint:
             return False
         declared = read_json(path).get("quantization_config")
         return isinstance(declared, dict) and declared.get("quant_method") == "svsk"
+
+    @property
+    def model_dtype(self) -> torch.dtype | None:
+        """The dtype config.json declares, None when it declares none."""
+        name = self.hf_config.get("dtype") or self.hf_config.get("torch_dtype")
+        dtype = getattr(torch, name, None) if isinstance(name, str) else None
+        return dtype if isinstance(dtype, torch.dtype) else None
 
     @cached_property
     def linears(self) -> dict[str, LinearSpec]:
@@ -85,17 +92,30 @@ class Checkpoint:
         return self.tensors.read(name)
 
     def linear_spec(self, module: str) -> LinearSpec:
-        """Specification of one quantised linear, from its stored shape and the config."""
+        """Specification of one quantised linear, from its stored shape and the config.
+
+        Where no usable scale is stored, the scale dtype is the one it should have: the model's.
+        """
         packed = self.tensors.describe(f"{module}.{WEIGHT_PACKED}")
-        if len(packed.shape) != 2:
-            raise SvskFormatError(f"{module}.{WEIGHT_PACKED}: shape {list(packed.shape)}, expected a matrix.")
+        if len(packed.shape) != 2 or 0 in packed.shape:
+            raise SvskFormatError(
+                f"{module}.{WEIGHT_PACKED}: shape {list(packed.shape)}, expected a matrix of one row or more."
+            )
         scheme = self.config.scheme_for(module)
         if scheme is None:
             why = "is on the ignore list" if self.config.is_ignored(module) else "matches no config group"
             raise SvskFormatError(f"{module}: stored quantised, but {why} in config.json. Correct the config.")
+        k, group = packed.shape[1] * 8, scheme.weights.group_size
+        if k % group:
+            raise SvskFormatError(
+                f"{module}.{WEIGHT_PACKED}: shape {list(packed.shape)} holds K = {k} input features, not a multiple of "
+                f"the group size {group} that config.json gives it. Correct the config, or quantise the model again."
+            )
         scale = f"{module}.{WEIGHT_SCALE}"
-        dtype = self.tensors.describe(scale).dtype if scale in self.tensors else torch.bfloat16
-        return LinearSpec(module, packed.shape[0], packed.shape[1] * 8, scheme, dtype)
+        dtype = self.tensors.describe(scale).dtype if scale in self.tensors else None
+        if dtype not in SCALE_DTYPES:
+            dtype = self.model_dtype if self.model_dtype in SCALE_DTYPES else torch.bfloat16
+        return LinearSpec(module, packed.shape[0], k, scheme, dtype)
 
 
 def parse_quantization_config(folder: Path, hf_config: dict[str, Any]) -> SvskCheckpointConfig:

@@ -5,10 +5,11 @@ Targets and ignore entries are matched as compressed-tensors matches them: a mod
 or ``re:`` and a regular expression that must match from the start of the module name.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal
+import re
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from svsk_vllm.format.codebook import Codebook
 from svsk_vllm.format.errors import SvskFormatError
@@ -19,6 +20,18 @@ __all__ = ["GROUP_SIZES", "MAX_RANK", "ConfigGroup", "SidecarArgs", "SvskCheckpo
 GROUP_SIZES = (32, 64)
 MAX_RANK = 128
 LINEAR_CLASS = "Linear"
+
+
+def _valid_pattern(entry: str) -> str:
+    if entry.startswith("re:"):
+        try:
+            re.compile(entry.removeprefix("re:"))
+        except re.error as error:
+            raise ValueError(f"not a valid regular expression ({error})") from error
+    return entry
+
+
+Target = Annotated[str, AfterValidator(_valid_pattern)]
 
 
 class _Strict(BaseModel):
@@ -34,7 +47,7 @@ class WeightArgs(_Strict):
     type: Literal["int"] = "int"
     symmetric: Literal[True] = True
     strategy: Literal["group"] = "group"
-    group_size: int = 64
+    group_size: int = Field(default=64, strict=True)
     codebook: Codebook = "int4"
 
     @field_validator("group_size")
@@ -48,9 +61,9 @@ class WeightArgs(_Strict):
 class SidecarArgs(_Strict):
     """The low-rank sidecar of a weight. Rank 0 means none; tile sizes of 0 mean the whole dimension."""
 
-    rank: int = Field(default=0, ge=0, le=MAX_RANK)
-    tile_m: int = Field(default=512, ge=0)
-    tile_n: int = Field(default=1024, ge=0)
+    rank: int = Field(default=0, ge=0, le=MAX_RANK, strict=True)
+    tile_m: int = Field(default=512, ge=0, strict=True)
+    tile_n: int = Field(default=1024, ge=0, strict=True)
     num_bits: Literal[4, 8] = 8
 
     @model_validator(mode="after")
@@ -63,7 +76,7 @@ class SidecarArgs(_Strict):
 class ConfigGroup(_Strict):
     """Modules that share a scheme."""
 
-    targets: tuple[str, ...] = Field(min_length=1)
+    targets: tuple[Target, ...] = Field(min_length=1)
     weights: WeightArgs = WeightArgs()
     sidecar: SidecarArgs = SidecarArgs()
 
@@ -75,7 +88,7 @@ class SvskCheckpointConfig(_Strict):
     format: Literal["svsk"] = "svsk"
     version: str = FORMAT_VERSION
     config_groups: dict[str, ConfigGroup] = Field(min_length=1)
-    ignore: tuple[str, ...] = ()
+    ignore: tuple[Target, ...] = ()
     producer: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
@@ -90,7 +103,8 @@ class SvskCheckpointConfig(_Strict):
             return cls.model_validate(dict(raw))
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(str(part) for part in item['loc']) or 'top level'}: {item['msg']} (got {item['input']!r})"
+                f"{'.'.join(str(part) for part in item['loc']) or 'top level'}: "
+                f"{'unknown key' if item['type'] == 'extra_forbidden' else item['msg']} (got {item['input']!r})"
                 for item in error.errors()
             )
             raise SvskFormatError(f"{source}: {problems}. docs/format.md lists the keys and values.") from error
@@ -98,6 +112,19 @@ class SvskCheckpointConfig(_Strict):
     def to_dict(self) -> dict[str, Any]:
         """The JSON-ready dictionary that goes into config.json."""
         return self.model_dump(mode="json")
+
+    def rename(self, rename: Callable[[list[str]], list[str]]) -> "SvskCheckpointConfig":
+        """A copy with the module names of all targets and ignore entries translated.
+
+        Args:
+            rename: maps a list of names; class names and patterns are passed through it too, as compressed-tensors
+                does in vLLM.
+        """
+        groups = {
+            key: group.model_copy(update={"targets": tuple(rename(list(group.targets)))})
+            for key, group in self.config_groups.items()
+        }
+        return self.model_copy(update={"config_groups": groups, "ignore": tuple(rename(list(self.ignore)))})
 
     def is_ignored(self, name: str) -> bool:
         """Whether an ignore entry matches the linear module ``name`` (Hugging Face name)."""

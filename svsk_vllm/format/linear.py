@@ -12,7 +12,7 @@ from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.packing import pack_codes, pack_factors, unpack_codes, unpack_factors
 from svsk_vllm.format.spec import LinearSpec
 
-__all__ = ["QuantizedLinear", "dequantize"]
+__all__ = ["QuantizedLinear", "dequantize", "restored_weight"]
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,15 @@ class QuantizedLinear:
         Raises:
             SvskFormatError: a tensor's dtype, shape or range is not what the scheme asks for.
         """
-        stored = {names.WEIGHT_PACKED: pack_codes(self.codes), names.WEIGHT_SCALE: self.scale}
-        if self.u is not None and self.v is not None and self.gain is not None:
-            bits = self.spec.factor_bits
-            stored[names.SIDECAR_U] = pack_factors(self.u, bits)
-            stored[names.SIDECAR_V] = pack_factors(self.v, bits)
-            stored[names.SIDECAR_GAIN] = self.gain
+        try:
+            stored = {names.WEIGHT_PACKED: pack_codes(self.codes), names.WEIGHT_SCALE: self.scale}
+            if self.u is not None and self.v is not None and self.gain is not None:
+                bits = self.spec.factor_bits
+                stored[names.SIDECAR_U] = pack_factors(self.u, bits)
+                stored[names.SIDECAR_V] = pack_factors(self.v, bits)
+                stored[names.SIDECAR_GAIN] = self.gain
+        except SvskFormatError as error:
+            raise SvskFormatError(f"{self.spec.name}: {error}") from error
         problems = tensor_problems(self.spec, stored)
         if problems:
             raise SvskFormatError("; ".join(problems))
@@ -116,3 +119,19 @@ def dequantize(linear: QuantizedLinear, *, with_sidecar: bool = True) -> torch.T
             u = linear.u[rows, b].float() * linear.gain[a, b]
             weight[rows, cols] += u @ linear.v[a, :, cols].float()
     return weight
+
+
+def restored_weight(linear: QuantizedLinear) -> torch.Tensor:
+    """The weight a dense copy of the model stores: ``W_hat`` rounded once to the model's dtype.
+
+    ``svsk restore`` writes it and the transformers loader loads it, so that both give the same logits bit for bit.
+    A loader that is asked for another dtype casts this tensor, not the float32 ``W_hat``, as it would cast what
+    the restored folder stores.
+
+    Args:
+        linear: the quantised linear; its scales have the model's dtype.
+
+    Returns:
+        [N, K] in the dtype of the scales.
+    """
+    return dequantize(linear).to(linear.spec.scale_dtype)

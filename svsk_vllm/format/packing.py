@@ -39,7 +39,8 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
         )
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    return pack_to_int32(codes, 4)
+    packed: torch.Tensor = pack_to_int32(codes, 4)
+    return packed
 
 
 def unpack_codes(packed: torch.Tensor, k: int) -> torch.Tensor:
@@ -58,7 +59,8 @@ def unpack_codes(packed: torch.Tensor, k: int) -> torch.Tensor:
         )
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    return unpack_from_int32(packed, 4, torch.Size((packed.shape[0], k)))
+    codes: torch.Tensor = unpack_from_int32(packed, 4, torch.Size((packed.shape[0], k)))
+    return codes
 
 
 def pack_factors(factors: torch.Tensor, num_bits: int) -> torch.Tensor:

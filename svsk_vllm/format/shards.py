@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.spec import TensorSpec
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "ShardedReader", "read_json"]
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "ShardedReader", "read_json", "read_weight_map"]
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
@@ -23,6 +23,14 @@ _DTYPES: Final = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F4": torch.float4_e2m1fn_x2,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -49,6 +57,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Shard file name by tensor name, from a ``model.safetensors.index.json``.
+
+    Raises:
+        SvskFormatError: the file is damaged, or a shard is not a file beside the index.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise SvskFormatError(f'{index}: no "weight_map" object. Copy or write the file again.')
+    for name, shard in weight_map.items():
+        # A path would let a downloaded index reach files outside its folder.
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
+            raise SvskFormatError(
+                f"{index}: {name} is in {shard!r}, expected the name of a .safetensors file beside it."
+            )
+    return weight_map
+
+
 class ShardedReader:
     """Tensors of a model folder by name, each read when asked for.
 
@@ -64,10 +90,7 @@ class ShardedReader:
         self._handles: dict[str, Any] = {}
         index = folder / INDEX_NAME
         if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise SvskFormatError(f'{index}: no "weight_map" object. Copy or write the file again.')
-            self._shard_of: dict[str, str] = dict(weight_map)
+            self._shard_of = read_weight_map(index)
         elif (folder / SINGLE_NAME).exists():
             self._shard_of = dict.fromkeys(self._open(SINGLE_NAME).keys(), SINGLE_NAME)
         else:
@@ -103,9 +126,10 @@ class ShardedReader:
         """Read one tensor to the CPU."""
         shard = self.shard_of(name)
         try:
-            return self._open(shard).get_tensor(name)
+            tensor: torch.Tensor = self._open(shard).get_tensor(name)
         except SafetensorError as error:
             raise SvskFormatError(f"{self.folder / shard}: cannot read {name}: {error}.") from error
+        return tensor
 
     def _slice(self, name: str) -> Any:
         shard = self.shard_of(name)

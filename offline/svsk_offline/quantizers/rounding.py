@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounding weights to codes, given scales."""
+
+import torch
+
+from svsk_vllm.format import CODE_MAX, CODE_MIN, Codebook, code_values, codebook_levels
+
+__all__ = ["absmax_scale", "nearest_codes", "quantize_rtn", "scaled_codes"]
+
+
+def nearest_codes(ratio: torch.Tensor, codebook: Codebook) -> torch.Tensor:
+    """Code of the level nearest to each weight-to-scale ratio.
+
+    Args:
+        ratio: float, any shape.
+        codebook: the 16 levels.
+
+    Returns:
+        int8 of the same shape, values in [-8, 7].
+    """
+    if codebook == "int4":
+        return ratio.round().clamp_(CODE_MIN, CODE_MAX).to(torch.int8)
+    levels = codebook_levels(codebook).to(ratio.device)
+    middles = (levels[1:] + levels[:-1]) / 2
+    return (torch.bucketize(ratio.contiguous(), middles) + CODE_MIN).to(torch.int8)
+
+
+def absmax_scale(groups: torch.Tensor, codebook: Codebook) -> torch.Tensor:
+    """Scale that puts each group's largest magnitude on the highest level.
+
+    Args:
+        groups: float32 [..., g].
+        codebook: its highest level is 7 (``int4``) or 13.125 (``quad8``).
+
+    Returns:
+        float32 [...], not yet rounded to a stored dtype.
+    """
+    return groups.abs().amax(-1) / float(codebook_levels(codebook)[-1])
+
+
+def scaled_codes(groups: torch.Tensor, scale: torch.Tensor, codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of grouped weights under given scales, and the values they stand for.
+
+    A scale of zero (a group of zeros, or one so small that its scale underflows) gives code 0 and value 0.
+
+    Args:
+        groups: float32 [..., g].
+        scale: float32 [...], already rounded to the stored dtype.
+        codebook: the 16 levels.
+
+    Returns:
+        int8 codes and float32 values, both of the shape of ``groups``.
+    """
+    usable = torch.where(scale == 0, torch.ones_like(scale), scale).unsqueeze(-1)
+    codes = nearest_codes(torch.where(scale.unsqueeze(-1) == 0, torch.zeros_like(groups), groups / usable), codebook)
+    return codes, code_values(codes, codebook) * scale.unsqueeze(-1)
+
+
+def quantize_rtn(
+    weight: torch.Tensor, group_size: int, codebook: Codebook, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round to nearest with absolute-maximum scales: the plainest base, and the bound for the others.
+
+    Args:
+        weight: float32 [N, K], K a multiple of ``group_size``.
+        group_size: weights per scale.
+        codebook: the 16 levels.
+        scale_dtype: stored dtype of the scales.
+
+    Returns:
+        int8 codes [N, K] and scales [N, K / group_size] of ``scale_dtype``.
+    """
+    groups = weight.view(weight.shape[0], -1, group_size)
+    scale = absmax_scale(groups, codebook).to(scale_dtype)
+    codes, _ = scaled_codes(groups, scale.float(), codebook)
+    return codes.flatten(1), scale

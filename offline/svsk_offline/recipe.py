@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: how a model is quantised, as a few lines of YAML."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from svsk_offline.errors import SvskError
+from svsk_vllm.format import SidecarArgs, WeightArgs
+
+__all__ = ["AaBase", "CalibrationArgs", "DiagonalFit", "Recipe", "load_recipe", "recipe_names"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AaBase(_Strict):
+    """Activation-aware round-to-nearest: the scale of each group is searched over clipped maxima.
+
+    The error of weight j counts ``clip((E[x_j^2] / mean_j E[x_j^2]) ** alpha, *importance_clip)``.
+    """
+
+    method: Literal["aa"] = "aa"
+    alpha: float = Field(default=0.5, ge=0, le=2)
+    importance_clip: tuple[float, float] = (0.25, 4.0)
+    clip_grid: tuple[float, ...] = Field(default=(1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), min_length=1)
+
+    @field_validator("clip_grid")
+    @classmethod
+    def _starts_at_one(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if 1.0 not in value or any(not 0 < clip <= 1 for clip in value):
+            raise ValueError(f"expected factors in (0, 1] with 1.0 among them (plain rounding), got {value}")
+        return value
+
+
+class DiagonalFit(_Strict):
+    """Sidecar from a truncated SVD of the residual, columns weighted by ``sqrt(E[x_j^2] + ridge * mean)``."""
+
+    method: Literal["diagonal"] = "diagonal"
+    ridge: float = Field(default=1e-4, gt=0)
+
+
+class CalibrationArgs(_Strict):
+    """How much text the statistics are taken from."""
+
+    samples: int = Field(default=64, ge=1)
+    seq_len: int = Field(default=512, ge=16)
+    seed: int = Field(default=0, ge=0)
+
+
+class Recipe(_Strict):
+    """Everything that decides the bytes of a checkpoint, apart from the model and the calibration text."""
+
+    name: str
+    description: str = ""
+    weights: WeightArgs = WeightArgs()
+    sidecar: SidecarArgs = SidecarArgs(rank=16)
+    base: AaBase = AaBase()
+    fit: DiagonalFit = DiagonalFit()
+    calibration: CalibrationArgs = CalibrationArgs()
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    def override(self, changes: Mapping[str, Mapping[str, Any] | tuple[str, ...]]) -> "Recipe":
+        """A copy with some values replaced and checked again; None leaves a value as it is.
+
+        Args:
+            changes: section name to a mapping of key to value, or ``ignore`` to more ignore entries.
+        """
+        raw = self.model_dump(mode="python")
+        for section, values in changes.items():
+            if isinstance(values, Mapping):
+                raw[section] |= {key: value for key, value in values.items() if value is not None}
+            else:
+                raw[section] = tuple(raw[section]) + values
+        return _parse(raw, f"recipe {self.name}")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the recipe's values, name and description left out."""
+        values = self.model_dump(mode="json", exclude={"name", "description"})
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _parse(raw: Any, source: str) -> Recipe:
+    if not isinstance(raw, dict):
+        raise SvskError(f"{source}: holds a {type(raw).__name__}, expected a mapping of sections.")
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']} (got {item['input']!r})"
+            for item in error.errors()
+        )
+        raise SvskError(f"{source}: {problems}.") from error
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes shipped with the package."""
+    folder = resources.files("svsk_offline") / "recipes"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A shipped recipe by name, or one from a YAML file.
+
+    Raises:
+        SvskError: there is no such recipe or file, or it is not a valid recipe.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.exists():
+            raise SvskError(f"Recipe {path}: no such file. Shipped recipes: {', '.join(recipe_names())}.")
+        text = path.read_text(encoding="utf-8")
+    elif name in recipe_names():
+        text = (resources.files("svsk_offline") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise SvskError(f"Recipe {name!r} is not one of {', '.join(recipe_names())}, nor a file ending in .yaml.")
+    try:
+        return _parse(yaml.safe_load(text), f"recipe {name}")
+    except yaml.YAMLError as error:
+        raise SvskError(f"Recipe {name}: not valid YAML: {error}.") from error

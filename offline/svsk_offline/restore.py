@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an SVSK checkpoint back to a dense Hugging Face folder of ``W_hat``."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from svsk_offline.atomic import PartialFolder, write_json, write_tensors
+from svsk_vllm.format import Checkpoint, restored_weight
+from svsk_vllm.format.checkpoint import split_suffix
+from svsk_vllm.format.shards import INDEX_NAME, SINGLE_NAME
+
+__all__ = ["restore"]
+
+
+def restore(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Write the dense model a checkpoint stands for, weights rounded to the model's dtype, shard by shard.
+
+    Args:
+        checkpoint: SVSK folder.
+        out: folder to write.
+        overwrite: replace ``out``.
+        progress: called with finished and total shards.
+
+    Raises:
+        SvskFormatError: the checkpoint is damaged.
+        SvskError: ``out`` exists.
+    """
+    source = Checkpoint(checkpoint)
+    folder = PartialFolder(Path(out), overwrite=overwrite)
+    folder.discard()
+    partial = folder.create()
+    shards: dict[str, list[str]] = {}
+    for name in source.tensors.names:
+        shards.setdefault(source.tensors.shard_of(name), []).append(name)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for done, (shard, names) in enumerate(shards.items(), 1):
+        tensors = {}
+        for name in names:
+            parts = split_suffix(name)
+            if parts is None:
+                tensors[name] = source.read_dense(name)
+            elif f"{parts[0]}.weight" not in weight_map:
+                tensors[f"{parts[0]}.weight"] = restored_weight(source.read_linear(parts[0]))
+                weight_map[f"{parts[0]}.weight"] = shard
+        weight_map |= dict.fromkeys(tensors, shard)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        write_tensors(partial / shard, tensors)
+        progress(done, len(shards))
+    if set(shards) != {SINGLE_NAME}:
+        write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    config = {key: value for key, value in source.hf_config.items() if key != "quantization_config"}
+    write_json(partial / "config.json", config)
+    for path in sorted(source.folder.iterdir()):
+        if (
+            path.is_file()
+            and path.suffix != ".safetensors"
+            and path.name not in (INDEX_NAME, "config.json", "README.md")
+        ):
+            shutil.copyfile(path, partial / path.name)
+    return folder.commit()

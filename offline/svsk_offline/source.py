@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dense Hugging Face model on disk, of which only the parts in use are in memory."""
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from svsk_offline.errors import SvskError
+from svsk_vllm.format import ShardedReader
+from svsk_vllm.format.shards import read_json
+
+__all__ = ["ModelSource", "linear_modules", "resolve_model"]
+
+_WANTED_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*", "LICENSE*")
+
+
+def resolve_model(model: str) -> Path:
+    """Folder of a model given as a folder or a hub name.
+
+    Raises:
+        SvskError: neither a folder nor something the hub, or its local cache, has.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise SvskError(f"{model}: no such folder.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(_WANTED_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise SvskError(f"{model}: not a folder, and the hub did not give it ({error}).") from error
+
+
+class ModelSource:
+    """A dense model folder: configuration, tokenizer, a skeleton without weights, and weights by name.
+
+    Args:
+        folder: a Hugging Face folder with safetensors.
+
+    Raises:
+        SvskError: the model is quantised already, or its architecture is not supported.
+        SvskFormatError: the folder is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config_dict: dict[str, Any] = read_json(folder / "config.json")
+        if "quantization_config" in self.config_dict:
+            method = self.config_dict["quantization_config"].get("quant_method")
+            raise SvskError(f"{folder}: is quantised already ({method}). Start from the unquantised model.")
+        self.tensors = ShardedReader(folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder)
+        except (OSError, ValueError) as error:
+            raise SvskError(f"{self.folder}: no usable tokenizer ({error}).") from error
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The causal language model with parameters on the meta device and real buffers."""
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(self.folder)
+        try:
+            with init_empty_weights(include_buffers=False):
+                model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except ValueError as error:
+            raise SvskError(f"{self.folder}: not a causal language model transformers knows ({error}).") from error
+        return model.eval()
+
+    @cached_property
+    def blocks(self) -> tuple[str, nn.ModuleList]:
+        """Name and modules of the decoder blocks.
+
+        Raises:
+            SvskError: there is no module list of ``num_hidden_layers`` blocks holding ``nn.Linear``.
+        """
+        config: Any = self.model.config
+        count = config.get_text_config().num_hidden_layers
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count and list(linear_modules(module[0])):
+                return name, module
+        raise SvskError(
+            f"{self.folder}: found no list of {count} decoder blocks with nn.Linear layers in "
+            f"{type(self.model).__name__}. Supported are Llama, Qwen2, Qwen3, Mistral and models built like them."
+        )
+
+    def dense_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all parameters of the architecture, tied ones once."""
+        return {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+
+    def load(self, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device) -> None:
+        """Fill the parameters and persistent buffers of ``module`` from the folder.
+
+        Args:
+            module: part of :attr:`model`.
+            prefix: its name, followed by a dot unless empty.
+            dtype: floating dtype of the loaded parameters.
+            device: where to put them.
+
+        Raises:
+            SvskError: the folder lacks a tensor or holds it in another shape.
+        """
+        state = {}
+        for name, want in module.state_dict().items():
+            full = prefix + name
+            if full not in self.tensors:
+                raise SvskError(f"{self.folder}: no tensor {full}, which {type(self.model).__name__} needs.")
+            tensor = self.tensors.read(full)
+            if tensor.shape != want.shape:
+                raise SvskError(
+                    f"{self.folder}: {full} has shape {list(tensor.shape)}, expected {list(want.shape)} by config.json."
+                )
+            state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        module.load_state_dict(state, assign=True)
+        module.to(device)  # non-persistent buffers
+
+    @staticmethod
+    def unload(module: nn.Module) -> None:
+        """Drop the weights of a module that :meth:`load` filled."""
+        module.to("meta")
+
+    def model_dtype(self, requested: str) -> torch.dtype:
+        """Dtype of the checkpoint's scales and unquantised tensors.
+
+        Args:
+            requested: ``auto`` (the model's own; bfloat16 for float32 models), ``bfloat16`` or ``float16``.
+        """
+        known = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+        if requested == "auto":
+            declared = self.config_dict.get("dtype") or self.config_dict.get("torch_dtype")
+            return known.get(str(declared), torch.bfloat16)
+        if requested not in known:
+            raise SvskError(f"--dtype {requested}: expected auto, bfloat16 or float16.")
+        return known[requested]
+
+
+def linear_modules(module: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
+    """Names and modules of the ``nn.Linear`` layers below ``module``."""
+    return ((name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear))

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vLLM plugin: the quantisation method ``svsk``."""
+
+__all__ = ["register_with_vllm"]
+
+_registered = False
+
+
+def register_with_vllm() -> None:
+    """Make vLLM know ``--quantization svsk`` and checkpoints whose config.json says so. Idempotent."""
+    global _registered
+    if _registered:
+        return
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from svsk_vllm.plugin.config import SvskConfig
+
+    register_quantization_config("svsk")(SvskConfig)
+    _registered = True
