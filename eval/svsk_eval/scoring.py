@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a model, and the reference it was made from, over the same tokens of a text file."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from svsk_eval.errors import EvalError
+from svsk_eval.metrics import EvalResult, score_chunk, summarise
+
+__all__ = ["Progress", "compare_models", "evaluate", "load_model", "load_tokenizer", "token_chunks"]
+
+Progress = Callable[[int, int], None]
+"""Called after every chunk with the number of chunks done and the number of all chunks."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """Load a causal language model for scoring; SVSK checkpoints are dequantised.
+
+    Args:
+        path: a Hugging Face folder, dense or SVSK, or the name of a model on the hub.
+        dtype: of weights and activations, or its name; None is float32 on a CPU and bfloat16 elsewhere.
+        device: None is the first CUDA device if there is one, else the CPU.
+
+    Returns:
+        The model in evaluation mode on ``device``.
+
+    Raises:
+        EvalError: there is no such model, or no such dtype.
+        SvskFormatError: it is an SVSK checkpoint that this package cannot read.
+    """
+    where = _device(device)
+    what = _dtype(dtype, where)
+    _check_folder(path)
+    try:
+        if _is_svsk(path):
+            importlib.import_module("svsk_vllm.hf")  # registers the method with transformers when it is imported
+        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=what)
+    except OSError as error:
+        raise EvalError(f"{path}: cannot load a model from it. {error}") from error
+    return model.to(where)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Args:
+        path: a Hugging Face folder or the name of a model on the hub.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        EvalError: there is none.
+    """
+    _check_folder(path)
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise EvalError(
+            f"{path}: cannot load a tokenizer from it. Copy the tokenizer files of the original model there. {error}"
+        ) from error
+
+
+def token_chunks(
+    text_file: str | Path, tokenizer: PreTrainedTokenizerBase, chunks: int | None, seq_len: int
+) -> torch.Tensor:
+    """Cut a text into chunks of tokens.
+
+    The whole file is one stream of tokens without special tokens; chunks are consecutive, from its beginning, and do
+    not overlap. The tokens after the last whole chunk are not used.
+
+    Args:
+        text_file: plain UTF-8 text.
+        tokenizer: a Hugging Face tokenizer.
+        chunks: how many, or None for all there are.
+        seq_len: tokens per chunk, at least 2.
+
+    Returns:
+        Tokens, int64 [chunks, seq_len].
+
+    Raises:
+        EvalError: the file is missing, is not UTF-8, or is too short; or a number is out of range.
+    """
+    if seq_len < 2:
+        raise EvalError(f"seq_len is {seq_len}, but a chunk needs 2 tokens or more: one to predict the next from.")
+    if chunks is not None and chunks < 1:
+        raise EvalError(f"chunks is {chunks}, expected 1 or more.")
+    path = Path(text_file)
+    try:
+        # Not read_text: its newline translation would score another text than the file's on some platforms.
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise EvalError(f"{path}: cannot read the text to score ({error.strerror}). Name a plain text file.") from error
+    except UnicodeDecodeError as error:
+        raise EvalError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    available = len(tokens) // seq_len
+    wanted = available if chunks is None else chunks
+    if available < max(wanted, 1):
+        raise EvalError(
+            f"{path}: {len(tokens)} tokens are {available} chunks of {seq_len}, fewer than the {max(wanted, 1)} asked "
+            "for. Ask for fewer or shorter chunks, or give a longer text."
+        )
+    return torch.tensor(tokens[: wanted * seq_len], dtype=torch.int64).view(wanted, seq_len)
+
+
+@torch.inference_mode()
+def compare_models(
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokens: torch.Tensor,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Score a loaded model, against a loaded reference if there is one.
+
+    Within a chunk, positions 0 to seq_len - 2 predict tokens 1 to seq_len - 1. Only the logits of one chunk, float
+    [seq_len, vocabulary] per model, are in memory at a time.
+
+    Args:
+        model: the model to score.
+        reference: the model it is compared with, on any device, or None.
+        tokens: int64 [chunks, seq_len].
+        progress: called after every chunk.
+
+    Returns:
+        The metrics; those that need a reference are None without one.
+
+    Raises:
+        EvalError: the vocabularies differ, or a model gives logits that are not finite.
+    """
+    scores = []
+    for done, chunk in enumerate(tokens, start=1):
+        ref_logits = None if reference is None else _next_token_logits(reference, chunk)
+        scores.append(score_chunk(_next_token_logits(model, chunk), chunk[1:], ref_logits))
+        if progress is not None:
+            progress(done, len(tokens))
+    return summarise(scores)
+
+
+def evaluate(
+    model_path: str | Path,
+    reference_path: str | Path | None,
+    text: str | Path,
+    chunks: int | None = 32,
+    seq_len: int = 512,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Score a model on a text, against a reference if there is one; both see the same tokens.
+
+    Args:
+        model_path: a Hugging Face folder, dense or SVSK, or the name of a model on the hub.
+        reference_path: the same for the model it is compared with, or None: then only nll and ppl are given.
+        text: a plain text file, see :func:`token_chunks`.
+        chunks: how many chunks to score, or None for all there are.
+        seq_len: tokens per chunk; each chunk starts with an empty context.
+        dtype: of both models, or its name; None is float32 on a CPU and bfloat16 elsewhere. Rounding to bfloat16 has
+            a KL of its own, 0.0013 for SmolLM2-135M against its float32 self: a floor for what can be told apart.
+        device: of both models; None is the first CUDA device if there is one, else the CPU.
+        progress: called after every chunk.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        EvalError: a model, a tokenizer or the text cannot be used, or the models have different vocabularies.
+        SvskFormatError: one is an SVSK checkpoint that this package cannot read.
+    """
+    tokens = _shared_tokens(model_path, reference_path, text, chunks, seq_len)
+    reference = None if reference_path is None else load_model(reference_path, dtype, device)
+    model = load_model(model_path, dtype, device)
+    _check_fits(model_path, model, tokens)
+    if reference_path is not None and reference is not None:
+        _check_fits(reference_path, reference, tokens)
+        sizes = [loaded.get_input_embeddings().weight.shape[0] for loaded in (model, reference)]
+        if sizes[0] != sizes[1]:
+            raise EvalError(
+                f"{model_path} has a vocabulary of {sizes[0]}, the reference {reference_path} one of {sizes[1]}. "
+                "Compare a model with the one it was made from."
+            )
+    return compare_models(model, reference, tokens, progress)
+
+
+def _shared_tokens(
+    model_path: str | Path, reference_path: str | Path | None, text: str | Path, chunks: int | None, seq_len: int
+) -> torch.Tensor:
+    """Chunks of tokens [chunks, seq_len] that both models' tokenizers make of the text."""
+    tokenizer = load_tokenizer(model_path)
+    tokens = token_chunks(text, tokenizer, chunks, seq_len)
+    if reference_path is None:
+        return tokens
+    reference = load_tokenizer(reference_path)
+    # Equal vocabularies can still split the text differently (merges, normaliser), equal splits can still name
+    # tokens differently past the text: a KL between the two means something only if neither is the case.
+    if tokenizer.get_vocab() != reference.get_vocab() or not torch.equal(
+        tokens, token_chunks(text, reference, chunks, seq_len)
+    ):
+        raise EvalError(
+            f"The tokenizers of {model_path} ({len(tokenizer)} tokens) and of the reference {reference_path} "
+            f"({len(reference)} tokens) differ, so their predictions cannot be compared. "
+            "Give the model that was quantised as the reference, or copy its tokenizer files."
+        )
+    return tokens
+
+
+def _check_fits(path: str | Path, model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    size = model.get_input_embeddings().weight.shape[0]
+    if int(tokens.max()) >= size:
+        raise EvalError(
+            f"{path}: its tokenizer gives token {int(tokens.max())}, but the model's vocabulary has {size}. "
+            "Tokenizer and weights belong to different models."
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and tokens.shape[1] > longest:
+        raise EvalError(f"{path}: takes {longest} tokens at most, chunks have {tokens.shape[1]}. Use shorter chunks.")
+
+
+def _next_token_logits(model: PreTrainedModel, chunk: torch.Tensor) -> torch.Tensor:
+    """Logits [seq_len - 1, V] of all positions of ``chunk`` [seq_len] whose next token is known."""
+    logits: torch.Tensor = model(input_ids=chunk.unsqueeze(0).to(model.device), use_cache=False).logits
+    return logits[0, :-1]
+
+
+def _is_svsk(path: str | Path) -> bool:
+    """Whether the config of a folder or hub model declares the quantisation method ``svsk``."""
+    declared = PretrainedConfig.get_config_dict(str(path))[0].get("quantization_config")
+    return isinstance(declared, dict) and declared.get("quant_method") == "svsk"
+
+
+def _check_folder(path: str | Path) -> None:
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise EvalError(f"{path}: not a model folder, it has no config.json.")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise EvalError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What docs/format.md says is what the package does: its example, key table, worked examples and numbers."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel
+
+from svsk_vllm.format import (
+    SUFFIXES,
+    ConfigGroup,
+    LinearSpec,
+    SidecarArgs,
+    SvskCheckpointConfig,
+    WeightArgs,
+    codebook_levels,
+    pack_codes,
+    pack_factors,
+)
+from svsk_vllm.version import FORMAT_VERSION
+from tests.support.format_builders import make_group
+
+PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+
+
+def key_table() -> dict[str, str]:
+    """Key and default, as printed, of every row of the two key tables."""
+    section = PAGE.split("## 2.")[1].split("## 3.")[0]
+    rows = re.findall(r"^\| `([a-z_.]+)` \| [^|]+ \| ([^|]+) \| .+ \|$", section, flags=re.MULTILINE)
+    return {key: default.strip(" `") for key, default in rows}
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    return {f"{prefix}{name}": field for name, field in model.model_fields.items()}
+
+
+def test_the_example_config_is_valid_and_complete() -> None:
+    (block,) = re.findall(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)
+    example = json.loads(block)
+    assert SvskCheckpointConfig.from_dict(example).to_dict() == example
+    assert example["version"] == FORMAT_VERSION
+
+
+def test_the_key_tables_are_the_schema() -> None:
+    schema = fields(SvskCheckpointConfig) | fields(ConfigGroup)
+    schema |= fields(WeightArgs, "weights.") | fields(SidecarArgs, "sidecar.")
+    del schema["weights"], schema["sidecar"]
+    table = key_table()
+    assert set(table) == set(schema)
+    for key, printed in table.items():
+        # a folder must declare the method and the version, although a config made in Python need not
+        if schema[key].is_required() or key in ("quant_method", "version"):
+            assert printed == "required", key
+        else:
+            default = schema[key].get_default(call_default_factory=True)
+            expected = default if isinstance(default, str) else json.dumps(default)
+            assert printed == expected, key
+
+
+def test_the_tensor_table_has_every_suffix() -> None:
+    section = PAGE.split("## 4.")[1].split("## 5.")[0]
+    assert tuple(re.findall(r"^\| `P\.([a-z_]+)` ", section, flags=re.MULTILINE)) == SUFFIXES
+
+
+def test_the_worked_example_of_codes() -> None:
+    codes = [-8, -1, 0, 1, 7, 3, -3, 2]
+    word = pack_codes(torch.tensor([codes], dtype=torch.int8))
+    assert f"codes {', '.join(map(str, codes))} are the nibbles" in PAGE
+    assert f"word is {int(word) & 0xFFFFFFFF:#x}, as int32\n{int(word)}," in PAGE
+    assert f"bytes {word.numpy().astype('<i4').tobytes().hex(' ')}." in PAGE
+
+
+def test_the_worked_example_of_factors() -> None:
+    stored = pack_factors(torch.tensor([-8, 7, 0, -1], dtype=torch.int8), 4)
+    assert f"factors -8, 7, 0, -1 are the bytes {stored.numpy().tobytes().hex(' ')}." in PAGE
+
+
+def test_the_levels_of_quad8() -> None:
+    printed = ", ".join(f"{level:g}" for level in codebook_levels("quad8").tolist())
+    assert f"| {printed} |" in PAGE
+
+
+@pytest.mark.parametrize(
+    ("row", "rank", "tile_m", "tile_n", "bits"),
+    [
+        ("no sidecar", 0, 512, 1024, 8),
+        ("rank 16, 512 x 1024, 8 bits", 16, 512, 1024, 8),
+        ("rank 32, 512 x 1024, 4 bits", 32, 512, 1024, 4),
+        ("rank 16, 1024 x 2048, 8 bits", 16, 1024, 2048, 8),
+    ],
+)
+def test_the_bits_per_weight(row: str, rank: int, tile_m: int, tile_n: int, bits: int) -> None:
+    spec = LinearSpec("linear", 2048, 4096, make_group(rank=rank, tile_m=tile_m, tile_n=tile_n, num_bits=bits))
+    formula = 4 + 16 / 64 + bits * rank * (1 / tile_n + 1 / tile_m) + 32 * rank / (tile_m * tile_n)
+    assert spec.bits_per_weight == formula
+    (printed,) = re.findall(rf"^\| {re.escape(row)} \| ([0-9. +]+) \|$", PAGE, flags=re.MULTILINE)
+    assert sum(map(float, printed.split("+"))) == pytest.approx(formula, abs=1e-4)

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random quantised linears, and small checkpoints on disk, at the level of the format: no model, no quantiser."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, settings
+from safetensors.torch import load_file, save_file
+
+from svsk_vllm.format import (
+    Codebook,
+    ConfigGroup,
+    LinearSpec,
+    QuantizedLinear,
+    SidecarArgs,
+    SvskCheckpointConfig,
+    WeightArgs,
+)
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+property_test = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""Decorator of property tests: a slow or busy machine is no failure."""
+
+
+def make_group(
+    *,
+    targets: Sequence[str] = ("Linear",),
+    group_size: int = 64,
+    codebook: Codebook = "int4",
+    rank: int = 0,
+    tile_m: int = 512,
+    tile_n: int = 1024,
+    num_bits: int = 8,
+) -> ConfigGroup:
+    """A config group, every setting of the scheme by keyword."""
+    return ConfigGroup(
+        targets=tuple(targets),
+        weights=WeightArgs(group_size=group_size, codebook=codebook),
+        sidecar=SidecarArgs.model_validate({"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": num_bits}),
+    )
+
+
+def random_linear(spec: LinearSpec, seed: int = 0) -> QuantizedLinear:
+    """A quantised linear with random content: every code, scales of both signs, full-range factors.
+
+    Gains make the sidecar about as large as the base, so that a mistake in either shows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator, dtype=torch.int8)
+
+    codes = integers(-8, 8, spec.n, spec.k)
+    scale = (torch.randn(spec.n, spec.k // spec.group_size, generator=generator) * 0.02).to(spec.scale_dtype)
+    if not spec.rank:
+        return QuantizedLinear(spec, codes, scale)
+    rows, cols, r = spec.grid.num_row_tiles, spec.grid.num_col_tiles, spec.rank
+    limit = 8 if spec.factor_bits == 4 else 127
+    gain = torch.randn(rows, cols, r, generator=generator) * (0.1 / limit**2)
+    return QuantizedLinear(
+        spec,
+        codes,
+        scale,
+        integers(-limit, limit, spec.n, cols, r),
+        integers(-limit, limit, rows, r, spec.k),
+        gain,
+    )
+
+
+def write_checkpoint(
+    folder: Path,
+    config: SvskCheckpointConfig,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    shards: int = 1,
+    hf_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint folder by hand: the writer of the offline tool is not what is tested here.
+
+    Args:
+        folder: made when missing.
+        config: goes into config.json.
+        tensors: every tensor by name.
+        shards: 1 for ``model.safetensors``, more for that many shards (tensors dealt in turn) and an index.
+        hf_config: other keys of config.json, ``{"dtype": "bfloat16"}`` by default.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    declared = {"dtype": "bfloat16"} if hf_config is None else dict(hf_config)
+    write_json(folder / "config.json", {**declared, "quantization_config": config.to_dict()})
+    if shards == 1:
+        save_file(dict(tensors), folder / SINGLE)
+        return
+    files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    weight_map = {name: files[i % shards] for i, name in enumerate(tensors)}
+    for file in files:
+        save_file({name: tensors[name] for name, its in weight_map.items() if its == file}, folder / file)
+    write_json(folder / INDEX, {"metadata": {"total_size": total_bytes(tensors)}, "weight_map": weight_map})
+
+
+def total_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Bytes of all tensors, as an index counts them."""
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON."""
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Load a JSON object, let ``change`` alter it in place, write it back."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    change(value)
+    write_json(path, value)
+
+
+@dataclass(frozen=True)
+class SmallCheckpoint:
+    """A checkpoint of three quantised linears and four dense tensors, and what was put into it.
+
+    ``q_proj``: base only, int4, K of 128. ``o_proj``: 4-bit factors of rank 2, quad8, groups of 32, K of 96, a bias.
+    ``down_proj``: int8 factors of rank 3, ragged tiles in both directions, in a group that names it.
+    """
+
+    folder: Path
+    config: SvskCheckpointConfig
+    linears: dict[str, QuantizedLinear]
+    dense: dict[str, torch.Tensor]
+
+    @property
+    def dense_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameters of the unquantised architecture."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.dense.items()}
+        return shapes | {f"{name}.weight": (linear.spec.n, linear.spec.k) for name, linear in self.linears.items()}
+
+    def file_of(self, tensor: str) -> Path:
+        """The safetensors file that holds a tensor."""
+        index = self.folder / INDEX
+        if not index.exists():
+            return self.folder / SINGLE
+        shard: str = json.loads(index.read_text(encoding="utf-8"))["weight_map"][tensor]
+        return self.folder / shard
+
+    def edit_config(self, change: Callable[[dict[str, Any]], object]) -> None:
+        """Alter config.json."""
+        edit_json(self.folder / "config.json", change)
+
+    def remove(self, name: str) -> None:
+        """Take a tensor out of its file and out of the index."""
+        path = self.file_of(name)
+        if (self.folder / INDEX).exists():
+            edit_json(self.folder / INDEX, lambda index: index["weight_map"].pop(name))
+        self._save({key: tensor for key, tensor in load_file(path).items() if key != name}, path)
+
+    def replace(self, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace a tensor by what ``change`` makes of it."""
+        path = self.file_of(name)
+        tensors = load_file(path)
+        self._save({**tensors, name: change(tensors[name]).contiguous()}, path)
+
+    def add(self, name: str, tensor: torch.Tensor, beside: str, *, to_index: bool = True) -> None:
+        """Add a tensor to the file that holds ``beside``, and to the index where there is one."""
+        path = self.file_of(beside)
+        if to_index and (self.folder / INDEX).exists():
+            edit_json(self.folder / INDEX, lambda index: index["weight_map"].update({name: path.name}))
+        self._save({**load_file(path), name: tensor}, path)
+
+    def _save(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+        """Save a shard and keep the size in the index true, so that a test sees only the damage it means to do."""
+        save_file(tensors, path)
+        if (self.folder / INDEX).exists():
+            total = sum(total_bytes(load_file(file)) for file in self.folder.glob("*.safetensors"))
+            edit_json(self.folder / INDEX, lambda index: index["metadata"].update(total_size=total))
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+O_PROJ = "model.layers.0.self_attn.o_proj"
+DOWN_PROJ = "model.layers.0.mlp.down_proj"
+
+
+def build_small_checkpoint(folder: Path, shards: int = 1, dtype: torch.dtype = torch.bfloat16) -> SmallCheckpoint:
+    """Write a :class:`SmallCheckpoint` of a model of dtype ``dtype``."""
+    config = SvskCheckpointConfig(
+        config_groups={
+            "base": make_group(),
+            "attention": make_group(
+                targets=["re:.*o_proj$"], group_size=32, codebook="quad8", rank=2, tile_m=16, tile_n=40, num_bits=4
+            ),
+            "mlp": make_group(targets=[DOWN_PROJ], rank=3, tile_m=16, tile_n=100),
+        },
+        ignore=("lm_head",),
+        producer={"svsk": "0.1.0", "anything": [1, None]},
+    )
+    shapes = {Q_PROJ: (24, 128), O_PROJ: (33, 96), DOWN_PROJ: (20, 192)}
+    linears: dict[str, QuantizedLinear] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for seed, (name, (n, k)) in enumerate(shapes.items()):
+        scheme = config.scheme_for(name)
+        assert scheme is not None
+        linears[name] = random_linear(LinearSpec(name, n, k, scheme, dtype), seed)
+        tensors |= linears[name].to_tensors()
+    generator = torch.Generator().manual_seed(9)
+    dense = {
+        "model.embed_tokens.weight": torch.randn(50, 24, generator=generator).to(dtype),
+        "model.norm.weight": torch.randn(24, generator=generator),
+        f"{O_PROJ}.bias": torch.randn(33, generator=generator).to(dtype),
+        "lm_head.weight": torch.randn(50, 24, generator=generator).to(dtype),
+    }
+    hf_config = {"dtype": str(dtype).removeprefix("torch.")}
+    write_checkpoint(folder, config, tensors | dense, shards=shards, hf_config=hf_config)
+    return SmallCheckpoint(folder, config, linears, dense)

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny Hugging Face models and SVSK checkpoints of them, for tests of everything that loads a whole model.
+
+``write_dense`` makes a random model folder, ``write_random_svsk`` an SVSK checkpoint of it, and ``write_restored`` the
+dense folder the checkpoint stands for, which is what a loader is compared with. None of them uses the offline tool.
+
+The shapes are awkward on purpose: K is a multiple of 64 but tiles of 48 x 96 fit neither N nor K, and q/k/v and
+gate/up differ in rank. N is a multiple of 32, which vLLM's 4-bit kernel for the CPU wants.
+"""
+
+import json
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from svsk_vllm.format import (
+    Checkpoint,
+    Codebook,
+    ConfigGroup,
+    LinearSpec,
+    QuantizedLinear,
+    ShardedReader,
+    SidecarArgs,
+    SvskCheckpointConfig,
+    WeightArgs,
+    codebook_levels,
+    restored_weight,
+)
+from svsk_vllm.format.shards import INDEX_NAME, SINGLE_NAME
+
+TILE_M: Final = 48
+TILE_N: Final = 96
+VOCAB: Final = 320
+PAD, EOS, BOS = 256, 257, 258
+SIDECAR_FRACTION: Final = 0.05
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture and the settings of its tiny model."""
+
+    model_type: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        """Keys of config.json: two layers, four query heads, two key/value heads."""
+        return {
+            "vocab_size": VOCAB,
+            "hidden_size": 128,
+            "intermediate_size": 320,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "pad_token_id": PAD,
+            "eos_token_id": EOS,
+            "bos_token_id": BOS,
+            **self.settings,
+        }
+
+
+FAMILIES: Final[dict[str, Family]] = {
+    # No bias anywhere, head tied to the embedding.
+    "llama": Family("llama", {"tie_word_embeddings": True}),
+    # Biases on q, k and v.
+    "qwen2": Family("qwen2", {"tie_word_embeddings": False, "intermediate_size": 384}),
+    # Norms on q and k; heads of 64, twice hidden_size / num_attention_heads.
+    "qwen3": Family("qwen3", {"tie_word_embeddings": False, "head_dim": 64}),
+    # Heads of 32, so that o_proj's K (128) is smaller than its N (192).
+    "mistral": Family(
+        "mistral",
+        {"tie_word_embeddings": False, "hidden_size": 192, "head_dim": 32, "sliding_window": None},
+    ),
+}
+
+
+def write_dense(
+    folder: Path, family: Family | str = "llama", *, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> Path:
+    """Write a random model with its tokenizer.
+
+    Weights are large enough for the next token to depend on every layer, embeddings small enough for a tied head not
+    to repeat the last token. Biases and norms are random too: models start with zeros and ones there, which would hide
+    one that gets lost.
+
+    Args:
+        folder: made when missing.
+        family: a key of ``FAMILIES``, or any other architecture of transformers.
+        dtype: dtype the weights are stored in.
+        seed: of the weights.
+
+    Returns:
+        ``folder``.
+    """
+    family = FAMILIES[family] if isinstance(family, str) else family
+    config = AutoConfig.for_model(family.model_type, **family.hf_config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.copy_(0.2 * noise + (0.0 if name.endswith("bias") else 1.0))
+            else:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a byte-level tokenizer of ``VOCAB`` tokens: the bytes, pad, eos, bos, and pairs of letters."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<eos>", "<bos>"]
+    letters = "etaoinshr"
+    merges = [(a, b) for a in letters for b in letters][: VOCAB - len(alphabet) - len(special)]
+    tokens = [*alphabet, *special, *(a + b for a, b in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=special[0], eos_token=special[1], bos_token=special[2]
+    ).save_pretrained(folder)
+
+
+def scheme(
+    *targets: str,
+    rank: int = 0,
+    num_bits: int = 8,
+    group_size: int = 64,
+    codebook: Codebook = "int4",
+    tile_m: int = TILE_M,
+    tile_n: int = TILE_N,
+) -> ConfigGroup:
+    """A config group for the targets, with misaligned tiles unless told otherwise."""
+    return ConfigGroup(
+        targets=targets,
+        weights=WeightArgs(group_size=group_size, codebook=codebook),
+        sidecar=SidecarArgs.model_validate({"rank": rank, "num_bits": num_bits, "tile_m": tile_m, "tile_n": tile_n}),
+    )
+
+
+def default_schemes() -> dict[str, ConfigGroup]:
+    """Every kind of scheme in one model; linears that vLLM fuses differ in rank only (v has none)."""
+    return {
+        "default": scheme("Linear", rank=3),
+        "q": scheme(r"re:.*\.q_proj$", rank=4),
+        "k": scheme(r"re:.*\.k_proj$", rank=1),
+        "v": scheme(r"re:.*\.v_proj$"),
+        "o": scheme(r"re:.*\.o_proj$", rank=8, num_bits=4, group_size=32, codebook="quad8"),
+        "gate": scheme(r"re:.*\.gate_proj$", rank=2, num_bits=4, codebook="quad8"),
+        "up": scheme(r"re:.*\.up_proj$", rank=6, num_bits=4, codebook="quad8"),
+    }
+
+
+def write_random_svsk(
+    dense: Path,
+    out: Path,
+    *,
+    schemes: Mapping[str, ConfigGroup] | None = None,
+    ignore: Collection[str] = ("lm_head",),
+    linears: Collection[str] | None = None,
+    shards: int = 1,
+    seed: int = 0,
+) -> Path:
+    """Write an SVSK checkpoint of a dense folder: rounded weights, and a random sidecar of a few percent of them.
+
+    Args:
+        dense: model folder as ``write_dense`` makes it.
+        out: folder to write; tokenizer and generation config are copied.
+        schemes: config groups by key, ``default_schemes()`` when None.
+        ignore: ignore list of the config.
+        linears: names of the linears to quantise, by default every ``torch.nn.Linear`` that gets a scheme.
+        shards: 1 for ``model.safetensors``, more for that many shards (tensors dealt in turn) and an index.
+        seed: of the sidecar.
+
+    Returns:
+        ``out``.
+    """
+    config = SvskCheckpointConfig(config_groups=dict(schemes or default_schemes()), ignore=tuple(ignore))
+    reader = ShardedReader(dense)
+    names = linear_names(dense) if linears is None else linears
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in reader.names:
+        tensor, module = reader.read(name), name.removesuffix(".weight")
+        group = config.scheme_for(module) if module in names and name != module else None
+        tensors |= {name: tensor} if group is None else random_linear(module, tensor, group, generator).to_tensors()
+    _copy_side_files(dense, out)
+    hf_config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
+    _write_json(out / "config.json", {**hf_config, "quantization_config": config.to_dict()})
+    _save(out, tensors, shards)
+    return out
+
+
+def random_linear(name: str, weight: torch.Tensor, group: ConfigGroup, generator: torch.Generator) -> QuantizedLinear:
+    """Round a weight to the nearest codes with absmax scales, and give it a random sidecar.
+
+    Args:
+        name: module name.
+        weight: [N, K] in the model's dtype, which the scales get too.
+        group: the scheme.
+        generator: of the sidecar, whose root mean square is ``SIDECAR_FRACTION`` of the weight's.
+    """
+    n, k = weight.shape
+    spec = LinearSpec(name, n, k, group, weight.dtype)
+    levels = codebook_levels(group.weights.codebook)
+    grouped = weight.float().view(n, -1, spec.group_size)
+    scale = (grouped.abs().amax(dim=-1) / levels[-1]).clamp(min=1e-6).to(weight.dtype)
+    nearest = torch.bucketize(grouped / scale.float().unsqueeze(-1), (levels[1:] + levels[:-1]) / 2)
+    codes = (nearest - 8).to(torch.int8).view(n, k)
+    if not spec.rank:
+        return QuantizedLinear(spec, codes, scale)
+    rows, cols, r = spec.grid.num_row_tiles, spec.grid.num_col_tiles, spec.rank
+    limit = 8 if spec.factor_bits == 4 else 128
+    u = torch.randint(-limit, limit, (n, cols, r), generator=generator, dtype=torch.int8)
+    v = torch.randint(-limit, limit, (rows, r, k), generator=generator, dtype=torch.int8)
+    rms = weight.float().square().mean().sqrt() * SIDECAR_FRACTION
+    unit = float(rms) / (r**0.5 * limit**2 / 3)  # a uniform factor has the root mean square limit / sqrt(3)
+    gain = unit * (0.5 + torch.rand(rows, cols, r, generator=generator))
+    return QuantizedLinear(spec, codes, scale, u, v, gain)
+
+
+def write_restored(svsk: Path, out: Path) -> Path:
+    """Write the dense folder an SVSK checkpoint stands for.
+
+    Args:
+        svsk: SVSK folder.
+        out: folder to write.
+
+    Returns:
+        ``out``.
+    """
+    checkpoint = Checkpoint(svsk)
+    tensors = {name: checkpoint.read_dense(name) for name in checkpoint.dense_names}
+    tensors |= {f"{name}.weight": restored_weight(linear) for name, linear in checkpoint.iter_linears()}
+    _copy_side_files(svsk, out)
+    hf_config = {key: value for key, value in checkpoint.hf_config.items() if key != "quantization_config"}
+    _write_json(out / "config.json", hf_config)
+    _save(out, tensors, shards=1)
+    return out
+
+
+def linear_names(dense: Path) -> set[str]:
+    """Names of the ``torch.nn.Linear`` modules of a model folder's architecture."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(dense))
+    return {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def _copy_side_files(source: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.suffix != ".safetensors" and path.name not in ("config.json", INDEX_NAME):
+            shutil.copyfile(path, out / path.name)
+
+
+def _save(out: Path, tensors: Mapping[str, torch.Tensor], shards: int) -> None:
+    metadata = {"format": "pt"}
+    if shards == 1:
+        save_file(dict(tensors), out / SINGLE_NAME, metadata)
+        return
+    files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    weight_map = {name: files[i % shards] for i, name in enumerate(tensors)}
+    for file in files:
+        save_file({name: tensors[name] for name, its in weight_map.items() if its == file}, out / file, metadata)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    _write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
