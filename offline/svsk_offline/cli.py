@@ -31,11 +31,12 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """Turn errors a user can mend into one line and exit code 1."""
+    from svsk_eval.errors import EvalError
     from svsk_vllm.format import SvskFormatError
 
     try:
         yield
-    except (SvskError, SvskFormatError) as error:
+    except (SvskError, SvskFormatError, EvalError) as error:
         _errors.print(f"[bold red]error:[/] {error}", highlight=False)
         raise typer.Exit(1) from error
 

@@ -4,6 +4,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -82,15 +83,15 @@ def print_inspection(console: Console, found: dict[str, Any]) -> None:
 
 def validate_against_architecture(folder: Path) -> list[str]:
     """:func:`svsk_vllm.format.validate_checkpoint` with the parameter list of the model class in config.json."""
-    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(folder)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with init_empty_weights():
+        with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
     except (OSError, ValueError, KeyError) as error:
         return [*validate_checkpoint(folder), f"{folder}: transformers cannot build the architecture ({error})."]
     return validate_checkpoint(folder, {name: tuple(value.shape) for name, value in model.named_parameters()})

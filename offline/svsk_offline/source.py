@@ -98,10 +98,6 @@ class ModelSource:
             f"{type(self.model).__name__}. Supported are Llama, Qwen2, Qwen3, Mistral and models built like them."
         )
 
-    def dense_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of all parameters of the architecture, tied ones once."""
-        return {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
-
     def load(self, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device) -> None:
         """Fill the parameters and persistent buffers of ``module`` from the folder.
 

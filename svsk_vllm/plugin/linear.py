@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from svsk_kernels import FACTOR_STEP, factor_dtype
 from torch.nn import Parameter
 from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
 from vllm.model_executor.layers.linear import (
@@ -20,6 +19,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import BasevLLMParameter, GroupQuantScaleParameter, PackedvLLMParameter
 from vllm.scalar_type import scalar_types
 
+from svsk_kernels import FACTOR_STEP, factor_dtype
 from svsk_vllm.format import ConfigGroup, SvskFormatError, unpack_factors
 from svsk_vllm.plugin.sharding import PartLayout, ShardId, SidecarLayout, build_layout, probe_columns, probe_rows
 

@@ -13,9 +13,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from svsk_kernels import Bundle, SidecarPlan, SlotGroup
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, RowvLLMParameter
 
+from svsk_kernels import Bundle, SidecarPlan, SlotGroup
 from svsk_vllm.format import ConfigGroup, SidecarArgs, SvskFormatError
 
 __all__ = ["Loader", "PartLayout", "ShardId", "SidecarLayout", "Slot", "build_layout", "probe_columns", "probe_rows"]

@@ -55,7 +55,7 @@ class Family:
         return {
             "vocab_size": VOCAB,
             "hidden_size": 128,
-            "intermediate_size": 320,
+            "intermediate_size": 384,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
@@ -71,7 +71,7 @@ FAMILIES: Final[dict[str, Family]] = {
     # No bias anywhere, head tied to the embedding.
     "llama": Family("llama", {"tie_word_embeddings": True}),
     # Biases on q, k and v.
-    "qwen2": Family("qwen2", {"tie_word_embeddings": False, "intermediate_size": 384}),
+    "qwen2": Family("qwen2", {"tie_word_embeddings": False}),
     # Norms on q and k; heads of 64, twice hidden_size / num_attention_heads.
     "qwen3": Family("qwen3", {"tie_word_embeddings": False, "head_dim": 64}),
     # Heads of 32, so that o_proj's K (128) is smaller than its N (192).

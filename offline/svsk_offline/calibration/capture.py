@@ -97,7 +97,7 @@ class BlockRunner:
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._batch = max(1, batch_tokens // calibration.tokens.shape[1])
         self._file: Any = None
-        self._hidden = self._embed(calibration.tokens, memory_limit, scratch)
+        self.hidden = self._embed(calibration.tokens, memory_limit, scratch)
 
     @torch.no_grad()
     def run(self, index: int, block: nn.Module, *, collect: bool) -> dict[str, InputMoments]:
@@ -115,10 +115,10 @@ class BlockRunner:
         moments: dict[str, InputMoments] = {}
         hooks = self._watch(block, moments) if collect else []
         try:
-            for start in range(0, self._hidden.shape[0], self._batch):
+            for start in range(0, self.hidden.shape[0], self._batch):
                 part = slice(start, start + self._batch)
-                output = block(self._hidden[part].to(self.device, self.dtype), *args, **kwargs)
-                self._hidden[part] = (output[0] if isinstance(output, tuple) else output).to(self._hidden)
+                output = block(self.hidden[part].to(self.device, self.dtype), *args, **kwargs)
+                self.hidden[part] = (output[0] if isinstance(output, tuple) else output).to(self.hidden)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -11,7 +11,7 @@ _EXACT_LIMIT: Final = 1536
 """Smaller dimension up to which the decomposition is exact (an eigenproblem of that size)."""
 
 _OVERSAMPLING: Final = 16
-_POWER_ITERATIONS: Final = 4
+_POWER_ITERATIONS: Final = 6
 
 
 def truncated_svd(matrix: torch.Tensor, rank: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a dense folder to a checkpoint: contents, determinism, interruption, errors."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import svsk_vllm.hf  # noqa: F401 - registers the loader
+from svsk_offline.calibration import BlockRunner, load_calibration
+from svsk_offline.errors import SvskError
+from svsk_offline.inspect import inspect_checkpoint, validate_against_architecture
+from svsk_offline.layer import LayerReport, weighted_error
+from svsk_offline.pipeline import Progress, quantize
+from svsk_offline.recipe import Recipe
+from svsk_offline.restore import restore
+from svsk_offline.source import ModelSource, linear_modules
+from svsk_vllm.format import Checkpoint, ShardedReader, SvskFormatError, dequantize
+from tests.support.format_builders import edit_json
+from tests.support.tiny_models import FAMILIES, write_dense
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_checkpoint_is_valid_and_close_to_the_model(
+    tmp_path: Path, tiny_recipe: Recipe, family: str, dtype: torch.dtype
+) -> None:
+    dense = write_dense(tmp_path / "dense", family, dtype=dtype)
+    result = quantize(dense, tmp_path / "out", tiny_recipe)
+    assert validate_against_architecture(tmp_path / "out") == []
+    checkpoint, source = Checkpoint(tmp_path / "out"), ShardedReader(dense)
+    assert len(checkpoint.linears) == 14 == len(result.layers)
+    for name, linear in checkpoint.iter_linears():
+        assert linear.scale.dtype == dtype
+        weight = source.read(f"{name}.weight").float()
+        base = weighted_error(weight, dequantize(linear, with_sidecar=False), torch.ones(weight.shape[1]))
+        assert base < 0.02
+    for layer in result.layers:
+        assert layer.error < layer.base_error
+    for name in checkpoint.dense_names:
+        assert torch.equal(checkpoint.read_dense(name), source.read(name))
+    stored = set(checkpoint.dense_names) | {f"{name}.weight" for name in checkpoint.linears}
+    assert stored == set(source.names)
+
+
+def test_reports_are_those_of_what_is_stored(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+    """The reported errors, bits and SQNR belong to the written tensors and to the inputs the layer really sees."""
+    result = quantize(tiny_llama, tmp_path / "out", tiny_recipe)
+    inputs: dict[str, torch.Tensor] = {}
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    source = ModelSource(tiny_llama)
+    args = tiny_recipe.calibration
+    tokens = load_calibration("python", source.tokenizer, args.samples, args.seq_len, args.seed).tokens
+    for name, module in linear_modules(model):
+        module.register_forward_pre_hook(lambda _, given, name=name: inputs.__setitem__(name, given[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(tokens)
+    checkpoint = Checkpoint(tmp_path / "out")
+    for layer in result.layers:
+        linear = checkpoint.read_linear(layer.name)
+        weight = ShardedReader(tiny_llama).read(f"{layer.name}.weight").float()
+        moment = inputs[layer.name].square().mean(0)
+        assert layer.error == pytest.approx(weighted_error(weight, dequantize(linear), moment), rel=1e-3)
+        noise = (weight - dequantize(linear)).square().sum()
+        assert layer.sqnr_db == pytest.approx(float(10 * torch.log10(weight.square().sum() / noise)), rel=1e-4)
+        tensors = linear.to_tensors().values()
+        assert layer.stored_bits == sum(tensor.numel() * tensor.element_size() * 8 for tensor in tensors)
+    found = inspect_checkpoint(tmp_path / "out")
+    assert found["bits_per_weight"] == pytest.approx(result.bits_per_weight)
+    assert sum(row["count"] for row in found["groups"]) == 14
+
+
+def test_same_command_gives_the_same_bytes(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+    quantize(tiny_llama, tmp_path / "a", tiny_recipe)
+    quantize(tiny_llama, tmp_path / "b", tiny_recipe)
+    assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
+    changed = tiny_recipe.override({"calibration": {"seed": 1}})
+    quantize(tiny_llama, tmp_path / "c", changed)
+    assert folder_bytes(tmp_path / "a") != folder_bytes(tmp_path / "c")
+
+
+def test_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+    quantize(tiny_llama, tmp_path / "whole", tiny_recipe)
+
+    class Killed(BaseException):
+        pass
+
+    def stop(report: LayerReport) -> None:
+        if report.name.startswith("model.layers.1.mlp"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        quantize(tiny_llama, tmp_path / "out", tiny_recipe, progress=Progress(layer=stop))
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial").exists()
+    redone: list[str] = []
+    again = quantize(
+        tiny_llama, tmp_path / "out", tiny_recipe, progress=Progress(layer=lambda report: redone.append(report.name))
+    )
+    assert {name.split(".")[2] for name in redone} == {"1"}
+    assert len(again.layers) == 14
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_unfinished_run_with_other_inputs_is_refused(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+    def stop(report: LayerReport) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_llama, tmp_path / "out", tiny_recipe, progress=Progress(layer=stop))
+    other = tiny_recipe.override({"sidecar": {"rank": 2}})
+    with pytest.raises(SvskError, match=r"out\.partial holds an unfinished run"):
+        quantize(tiny_llama, tmp_path / "out", other)
+    quantize(tiny_llama, tmp_path / "out", other, overwrite=True)
+    assert {spec.rank for spec in Checkpoint(tmp_path / "out").linears.values()} == {2}
+
+
+def test_existing_output_is_kept_unless_told(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(SvskError, match="--overwrite"):
+        quantize(tiny_llama, tmp_path / "out", tiny_recipe)
+    assert (tmp_path / "out" / "precious").exists()
+    quantize(tiny_llama, tmp_path / "out", tiny_recipe, overwrite=True)
+    assert not (tmp_path / "out" / "precious").exists()
+    assert validate_against_architecture(tmp_path / "out") == []
+
+
+def test_restore_gives_what_transformers_loads(tmp_path: Path, tiny_qwen2: Path, tiny_recipe: Recipe) -> None:
+    quantize(tiny_qwen2, tmp_path / "out", tiny_recipe)
+    restore(tmp_path / "out", tmp_path / "dense")
+    restored: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        assert torch.equal(restored(tokens).logits, loaded(tokens).logits)
+    assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
+    with pytest.raises(SvskError, match="--overwrite"):
+        restore(tmp_path / "out", tmp_path / "dense")
+
+
+def test_ignored_modules_stay_dense(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+    recipe = tiny_recipe.override({"ignore": (r"re:.*\.down_proj$", "model.layers.0.self_attn.q_proj")})
+    quantize(tiny_llama, tmp_path / "out", recipe)
+    checkpoint = Checkpoint(tmp_path / "out")
+    assert len(checkpoint.linears) == 11
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(checkpoint.read_dense(name), ShardedReader(tiny_llama).read(name))
+    assert validate_against_architecture(tmp_path / "out") == []
+
+
+def test_everything_ignored(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+    with pytest.raises(SvskError, match="nothing to quantise"):
+        quantize(tiny_llama, tmp_path / "out", tiny_recipe.override({"ignore": ("re:.*",)}))
+
+
+def test_input_features_that_do_not_fit_the_groups(tmp_path: Path, tiny_recipe: Recipe) -> None:
+    settings = {**FAMILIES["llama"].settings, "hidden_size": 96, "intermediate_size": 128}
+    dense = write_dense(tmp_path / "dense", type(FAMILIES["llama"])("llama", settings))
+    with pytest.raises(SvskFormatError, match=r"q_proj: K = 96 .* group size 64; use group_size 32"):
+        quantize(dense, tmp_path / "out", tiny_recipe)
+    assert not (tmp_path / "out.partial").exists()
+    quantize(dense, tmp_path / "out", tiny_recipe.override({"weights": {"group_size": 32}}))
+    assert validate_against_architecture(tmp_path / "out") == []
+
+
+def test_quantised_model_is_refused(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+    quantize(tiny_llama, tmp_path / "out", tiny_recipe)
+    with pytest.raises(SvskError, match="quantised already"):
+        quantize(tmp_path / "out", tmp_path / "again", tiny_recipe)
+
+
+def test_missing_and_misshapen_tensors_of_the_model(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_llama, broken)
+    edit_json(broken / "config.json", lambda config: config.update(num_hidden_layers=3))
+    with pytest.raises(SvskError, match=r"no tensor model\.layers\.2\."):
+        quantize(broken, tmp_path / "out", tiny_recipe)
+    edit_json(broken / "config.json", lambda config: config.update(num_hidden_layers=2, intermediate_size=256))
+    with pytest.raises(SvskError, match="expected"):
+        quantize(broken, tmp_path / "out2", tiny_recipe)
+
+
+def test_unknown_device_and_dtype(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+    with pytest.raises(SvskError, match="--device nonsense"):
+        quantize(tiny_llama, tmp_path / "out", tiny_recipe, device="nonsense")
+    with pytest.raises(SvskError, match="--dtype int8"):
+        quantize(tiny_llama, tmp_path / "out", tiny_recipe, dtype="int8")
+    with pytest.raises(SvskError, match="no such folder"):
+        quantize(tmp_path / "nowhere", tmp_path / "out", tiny_recipe)
+
+
+def test_hidden_states_on_disk_are_the_same(tmp_path: Path, tiny_llama: Path) -> None:
+    """Block outputs equal the whole model's, in memory and in a mapped file."""
+    source = ModelSource(tiny_llama)
+    texts = load_calibration("python", source.tokenizer, 3, 32, 0)
+    name, blocks = source.blocks
+    outputs = []
+    for limit in (1 << 30, 0):
+        runner = BlockRunner(
+            source, texts, torch.device("cpu"), torch.float32, memory_limit=limit, batch_tokens=64, scratch=tmp_path
+        )
+        assert any(tmp_path.glob("hidden-*")) == (limit == 0)
+        for index, block in enumerate(blocks):
+            source.load(block, f"{name}.{index}.", torch.float32, torch.device("cpu"))
+            runner.run(index, block, collect=False)
+            source.unload(block)
+        outputs.append(runner.hidden.clone())
+        runner.close()
+        assert not any(tmp_path.glob("hidden-*"))
+    assert torch.equal(*outputs)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model.model.norm = torch.nn.Identity()
+    with torch.no_grad():
+        expected = model.model(texts.tokens).last_hidden_state
+    torch.testing.assert_close(outputs[0], expected, rtol=1e-4, atol=1e-5)
