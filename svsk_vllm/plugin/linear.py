@@ -23,7 +23,7 @@ from svsk_kernels import FACTOR_STEP, factor_dtype
 from svsk_vllm.format import ConfigGroup, SvskFormatError, unpack_factors
 from svsk_vllm.plugin.sharding import PartLayout, ShardId, SidecarLayout, build_layout, probe_columns, probe_rows
 
-__all__ = ["SvskLinearMethod"]
+__all__ = ["SvskLinearMethod", "tile_loader"]
 
 _CODES_PER_WORD = 8
 _SIDECAR = ("sidecar_u", "sidecar_v", "sidecar_gain")
@@ -184,11 +184,11 @@ class SvskLinearMethod(LinearMethodBase):
             "sidecar_gain": torch.zeros(plan.gain_numel, dtype=torch.float32),
         }
         for name, data in tensors.items():
-            loader = _tile_loader(self.prefix, name, layout, self.input_size)
+            loader = tile_loader(self.prefix, name, layout, self.input_size)
             layer.register_parameter(name, BasevLLMParameter(data=data, weight_loader=loader))
 
 
-def _tile_loader(prefix: str, name: str, layout: SidecarLayout, input_size: int) -> Callable[..., None]:
+def tile_loader(prefix: str, name: str, layout: SidecarLayout, input_size: int) -> Callable[..., None]:
     """Weight loader of one sidecar tensor: copies this rank's tiles to their place in the flat parameter.
 
     vLLM's reload counts ``copy_`` calls and looks for an argument called ``param``. The closure must not hold the

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running models through vLLM, one process per model, and the models to run.
+
+The module is skipped where vLLM is not installed; the set-up of the project installs it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from svsk_offline.pipeline import quantize
+from svsk_offline.recipe import load_recipe
+from svsk_offline.restore import restore
+from svsk_vllm.format import ConfigGroup
+from tests.support.tiny_models import scheme, write_dense, write_random_svsk, write_restored
+
+pytest.importorskip("vllm", reason="vLLM is not installed; `make setup` installs it")
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A checkpoint and the dense model it stands for."""
+
+    svsk: Path
+    restored: Path
+
+
+def serving_environment(tensor_parallel_size: int = 1) -> dict[str, str]:
+    """Environment of a vLLM process on a CPU."""
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # apply_model sends a function to the workers
+        "PYTHONPATH": str(ROOT),
+    }
+    if tensor_parallel_size > 1:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(tensor_parallel_size))
+    return environment
+
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def run_vllm(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A function that runs :mod:`tests.vllm.worker` on one model and returns its answer."""
+
+    def run(
+        model: Path,
+        prompts: Sequence[Sequence[int]],
+        *,
+        dtype: str = "bfloat16",
+        eager: bool = True,
+        tp: int = 1,
+        max_tokens: int = 12,
+        sequences: Sequence[Sequence[int]] = (),
+        reload: bool = False,
+        **engine: Any,
+    ) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("vllm")
+        job = {
+            "engine": {
+                "model": str(model),
+                "dtype": dtype,
+                "enforce_eager": eager,
+                "tensor_parallel_size": tp,
+                "max_model_len": 512,
+                "disable_log_stats": True,
+                **engine,
+            },
+            "prompts": prompts,
+            "max_tokens": max_tokens,
+            "sequences": sequences,
+            "reload": reload,
+        }
+        (folder / "job.json").write_text(json.dumps(job))
+        command = [sys.executable, "-m", "tests.vllm.worker", str(folder / "job.json"), str(folder / "answer.json")]
+        done = subprocess.run(
+            command, env=serving_environment(tp), cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        answer: dict[str, Any] = json.loads((folder / "answer.json").read_text())
+        return answer
+
+    return run
+
+
+def served_schemes() -> Mapping[str, ConfigGroup]:
+    """Ranks and factor widths that differ within fused layers, two column tilings in gate_up, misaligned tiles."""
+    return {
+        "default": scheme("Linear", rank=3),
+        "q": scheme(r"re:.*\.q_proj$", rank=4),
+        "k": scheme(r"re:.*\.k_proj$", rank=2, num_bits=4),
+        "v": scheme(r"re:.*\.v_proj$"),
+        "o": scheme(r"re:.*\.o_proj$", rank=8, num_bits=4, group_size=32),
+        "gate": scheme(r"re:.*\.gate_proj$", rank=2, num_bits=4),
+        "up": scheme(r"re:.*\.up_proj$", rank=6, tile_n=0),
+    }
+
+
+def write_pair(folder: Path, family: str, dtype: torch.dtype) -> Pair:
+    """A random checkpoint of a tiny model with tiles of 48 x 96, and its dense twin."""
+    dense = write_dense(folder / "dense", family, dtype=dtype)
+    svsk = write_random_svsk(dense, folder / "svsk", schemes=served_schemes())
+    return Pair(svsk, write_restored(svsk, folder / "restored"))
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.dtype], Pair]:
+    """Tiny checkpoints by family and dtype, made once."""
+    made: dict[tuple[str, torch.dtype], Pair] = {}
+
+    def get(family: str, dtype: torch.dtype) -> Pair:
+        key = (family, dtype)
+        if key not in made:
+            made[key] = write_pair(tmp_path_factory.mktemp(f"{family}-pair"), family, dtype)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def smollm2_pair(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Pair:
+    """SmolLM2 quantised by the published recipe on little text, tiles of 256 x 200, and restored."""
+    folder = tmp_path_factory.mktemp("smollm2-pair")
+    recipe = load_recipe("published").override(
+        {"calibration": {"samples": 4, "seq_len": 256}, "sidecar": {"rank": 16, "tile_m": 256, "tile_n": 200}}
+    )
+    quantize(smollm2_dir, folder / "svsk", recipe)
+    return Pair(folder / "svsk", restore(folder / "svsk", folder / "restored"))

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin without an engine: detection, refusals, and the layout of sharded sidecars."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import svsk_vllm
+from svsk_kernels import FACTOR_STEP, sidecar_matmul
+from svsk_kernels.naive import naive_sidecar
+from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, SvskFormatError, pack_factors
+from svsk_vllm.plugin.config import SvskConfig
+from svsk_vllm.plugin.linear import SvskLinearMethod, tile_loader
+from svsk_vllm.plugin.sharding import ShardId, build_layout
+from tests.support.format_builders import make_group, property_test, random_linear
+
+QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+
+
+def quantization_config(**changes: Any) -> dict[str, Any]:
+    return {
+        "quant_method": "svsk",
+        "format": "svsk",
+        "version": "1.0",
+        "config_groups": {"group_0": {"targets": ["Linear"]}},
+        "ignore": ["lm_head"],
+        **changes,
+    }
+
+
+def test_registration_is_idempotent_and_found_by_name() -> None:
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    svsk_vllm.register()
+    svsk_vllm.register()
+    assert get_quantization_config("svsk") is SvskConfig
+
+
+def test_entry_point_is_installed() -> None:
+    from importlib.metadata import entry_points
+
+    found = [point for point in entry_points(group="vllm.general_plugins") if point.name == "svsk"]
+    assert [point.value for point in found] == ["svsk_vllm:register"]
+
+
+def test_checkpoints_are_claimed_by_their_method_only() -> None:
+    assert SvskConfig.override_quantization_method({"quant_method": "svsk"}, None, hf_config=None) == "svsk"
+    assert SvskConfig.override_quantization_method({"quant_method": "gptq"}, "svsk", hf_config=None) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": "2.0"}, "version 2.0 is not readable"),
+        ({"config_groups": {"g": {"targets": ["Linear"], "extra": 1}}}, "extra"),
+        ({"config_groups": {"g": {"targets": ["Linear"], "weights": {"group_size": 128}}}}, "group_size"),
+    ],
+)
+def test_bad_configuration_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SvskFormatError, match=message):
+        SvskConfig.from_config(quantization_config(**changes))
+
+
+def test_codebook_without_a_kernel_is_refused_with_the_remedy() -> None:
+    with pytest.raises(SvskFormatError, match=r"down_proj: codebook 'quad8' has no kernel .*--codebook int4"):
+        SvskLinearMethod("model.layers.0.mlp.down_proj", ["down_proj"], [make_group(codebook="quad8")])
+
+
+def test_fused_parts_with_different_bases_are_refused() -> None:
+    schemes = [make_group(group_size=32), make_group(group_size=64), make_group(group_size=32)]
+    with pytest.raises(SvskFormatError, match="group sizes or codebooks differ"):
+        SvskLinearMethod("model.layers.0.self_attn.qkv_proj", QKV["qkv_proj"], schemes)
+
+
+class _Linear(torch.nn.Module):
+    """Enough of a vLLM linear to ask for its method."""
+
+
+@pytest.fixture
+def linear_layer(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    import svsk_vllm.plugin.config as module
+
+    monkeypatch.setattr(module, "LinearBase", _Linear)
+    return _Linear()
+
+
+def test_methods_by_layer(linear_layer: torch.nn.Module) -> None:
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    config = SvskConfig.from_config(
+        quantization_config(ignore=["lm_head", "re:.*mlp.*", "model.layers.1.self_attn.k_proj"])
+    )
+    config.packed_modules_mapping = QKV
+    method = config.get_quant_method(linear_layer, "model.layers.0.self_attn.qkv_proj")
+    assert isinstance(method, SvskLinearMethod)
+    assert method.parts == [f"model.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+    ignored = config.get_quant_method(linear_layer, "model.layers.0.mlp.down_proj")
+    assert isinstance(ignored, UnquantizedLinearMethod)
+    assert config.get_quant_method(torch.nn.Identity(), "model.norm") is None
+    with pytest.raises(SvskFormatError, match=r"qkv_proj: vLLM fuses .*k_proj is not quantised"):
+        config.get_quant_method(linear_layer, "model.layers.1.self_attn.qkv_proj")
+
+
+def test_names_are_translated(linear_layer: torch.nn.Module) -> None:
+    config = SvskConfig.from_config(quantization_config(ignore=["model.layers.0.mlp.up_proj"]))
+
+    class Mapper:
+        def apply_list(self, names: list[str]) -> list[str]:
+            return [name.replace("model.", "language_model.model.", 1) for name in names]
+
+    config.apply_vllm_mapper(Mapper())
+    assert config.checkpoint.is_ignored("language_model.model.layers.0.mlp.up_proj")
+
+
+def load_sharded(
+    linears: Sequence[QuantizedLinear], rank: int, size: int, *, by_columns: bool
+) -> tuple[torch.Tensor, ...] | None:
+    """Run-time tensors and plan of one rank of a fused column-parallel, or of a row-parallel, layer."""
+    k = linears[0].spec.k
+    shards: list[tuple[ShardId, ConfigGroup]] = [
+        (index if len(linears) > 1 else None, linear.spec.scheme) for index, linear in enumerate(linears)
+    ]
+    counts = [linear.spec.n // (1 if by_columns else size) for linear in linears]
+    starts = [0, *itertools.accumulate(counts)]
+
+    def rows_of(shard: ShardId) -> torch.Tensor:
+        index = int(shard or 0)
+        rows = torch.full((starts[-1],), -1)
+        first = 0 if by_columns else rank * counts[index]
+        rows[starts[index] : starts[index + 1]] = torch.arange(first, first + counts[index])
+        return rows
+
+    def columns_of(shard: ShardId) -> torch.Tensor:
+        width = k // size
+        return torch.arange(rank * width, (rank + 1) * width) if by_columns else torch.arange(k)
+
+    layout = build_layout("layer", shards, rows_of, columns_of, k, starts[-1])
+    if layout is None:
+        return None
+    tensors = {
+        "sidecar_u": torch.zeros(layout.plan.u_numel),
+        "sidecar_v": torch.zeros(layout.plan.v_numel),
+        "sidecar_gain": torch.zeros(layout.plan.gain_numel),
+    }
+    for (shard, _), linear in zip(shards, linears, strict=True):
+        if linear.u is None or linear.v is None or linear.gain is None:
+            continue
+        bits = linear.spec.factor_bits
+        stored = {
+            "sidecar_u": pack_factors(linear.u, bits),
+            "sidecar_v": pack_factors(linear.v, bits),
+            "sidecar_gain": linear.gain,
+        }
+        for name, data in tensors.items():
+            parameter = torch.nn.Parameter(data, requires_grad=False)
+            arguments = () if shard is None else (shard,)
+            tile_loader("layer", name, layout, k)(parameter, stored[name], *arguments)
+    return *tensors.values(), torch.tensor(layout.plan.encode())
+
+
+part = st.tuples(
+    st.integers(1, 12).map(lambda n: 8 * n),  # rows
+    st.integers(0, 3).map(lambda r: 2 * r),  # rank
+    st.sampled_from([0, 5, 16, 48]),  # tile_m
+    st.sampled_from([0, 24, 32, 40, 100]),  # tile_n
+    st.sampled_from([4, 8]),  # bits
+)
+
+
+@property_test
+@given(parts=st.lists(part, min_size=1, max_size=3), size=st.sampled_from([1, 2, 4]), by_columns=st.booleans())
+def test_ranks_add_up_to_the_whole_layer(
+    parts: list[tuple[int, int, int, int, int]], size: int, by_columns: bool
+) -> None:
+    """Any tiles against any shard boundary: outputs side by side, or partial outputs summed, are the reference's."""
+    parts = parts[:1] if by_columns else parts
+    k = 128
+    linears = [
+        random_linear(
+            LinearSpec(f"p{index}", n, k, make_group(rank=r, tile_m=m, tile_n=t, num_bits=bits, group_size=32)), index
+        )
+        for index, (n, r, m, t, bits) in enumerate(parts)
+    ]
+    x = torch.randn(3, k, generator=torch.Generator().manual_seed(7))
+    expected = torch.cat([naive_sidecar(x, linear) for linear in linears], 1)
+    pieces = []
+    for rank in range(size):
+        loaded = load_sharded(linears, rank, size, by_columns=by_columns)
+        if loaded is None:
+            assert not expected.any()
+            return
+        u, v, gain, plan = loaded
+        own = x[:, rank * k // size : (rank + 1) * k // size] if by_columns else x
+        pieces.append(sidecar_matmul(own, u, v, gain, plan.tolist()).double())
+    if by_columns:
+        actual = torch.stack(pieces).sum(0)
+    else:  # each rank holds its share of every part
+        counts = [linear.spec.n // size for linear in linears]
+        split = [piece.split(counts, 1) for piece in pieces]
+        actual = torch.cat([torch.cat([s[index] for s in split], 1) for index in range(len(linears))], 1)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_loader_names_what_does_not_fit() -> None:
+    linear = random_linear(LinearSpec("p", 32, 64, make_group(rank=4, tile_m=16, tile_n=32, group_size=32)))
+    shards: list[tuple[ShardId, ConfigGroup]] = [(None, linear.spec.scheme)]
+    layout = build_layout("layer", shards, lambda _: torch.arange(32), lambda _: torch.arange(64), 64, 32)
+    assert layout is not None
+    gain = torch.nn.Parameter(torch.zeros(layout.plan.gain_numel), requires_grad=False)
+    with pytest.raises(SvskFormatError, match=r"layer\.sidecar_gain: the checkpoint holds shape \[2, 2, 5\]"):
+        tile_loader("layer", "sidecar_gain", layout, 64)(gain, torch.zeros(2, 2, 5))
+    with pytest.raises(SvskFormatError, match="loaded for shard 'q'"):
+        tile_loader("layer", "sidecar_gain", layout, 64)(gain, torch.zeros(2, 2, 4), "q")
+    assert FACTOR_STEP == 1 / 128
+
+
+def test_scattered_columns_are_refused() -> None:
+    shards: list[tuple[ShardId, ConfigGroup]] = [(None, make_group(rank=4, group_size=32))]
+    with pytest.raises(SvskFormatError, match="columns that do not follow each other"):
+        build_layout("layer", shards, lambda _: torch.arange(8), lambda _: torch.arange(64).flip(0), 64, 8)
