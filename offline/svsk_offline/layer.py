@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from svsk_offline.calibration.capture import InputMoments
+from svsk_offline.alternate import quantize_alternating
+from svsk_offline.calibration.capture import InputStatistics
 from svsk_offline.quantizers import channel_importance, fit_diagonal_sidecar, quantize_aa
-from svsk_offline.recipe import Recipe
+from svsk_offline.recipe import AaBase, GptqBase, HessianFit, Recipe
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, dequantize
+from svsk_vllm.format.config import matches
 
 __all__ = ["LayerReport", "quantize_linear", "weighted_error"]
 
@@ -43,7 +45,7 @@ def weighted_error(weight: torch.Tensor, approximation: torch.Tensor, second_mom
 def quantize_linear(
     name: str,
     weight: torch.Tensor,
-    moments: InputMoments,
+    statistics: InputStatistics,
     recipe: Recipe,
     scheme: ConfigGroup,
     scale_dtype: torch.dtype,
@@ -53,7 +55,7 @@ def quantize_linear(
     Args:
         name: Hugging Face module name.
         weight: [N, K], any floating dtype.
-        moments: statistics of the layer's input.
+        statistics: of the layer's input; with whole matrices where :attr:`Recipe.needs_hessians` says so.
         recipe: how.
         scheme: group size, codebook, sidecar shape.
         scale_dtype: stored dtype of the scales.
@@ -63,33 +65,49 @@ def quantize_linear(
 
     Raises:
         SvskFormatError: K is not a multiple of the group size.
+        SvskError: the statistics cannot be used.
     """
     started = time.perf_counter()
     weight = weight.float()
     spec = LinearSpec(name, weight.shape[0], weight.shape[1], scheme, scale_dtype)
-    moment = moments.second_moment
-    importance = channel_importance(moment, recipe.base.alpha, recipe.base.importance_clip)
-    codes, scale = quantize_aa(
-        weight, importance, spec.group_size, scheme.weights.codebook, scale_dtype, recipe.base.clip_grid
-    )
-    linear = QuantizedLinear(spec, codes, scale)
-    base = dequantize(linear)
-    base_error = weighted_error(weight, base, moment)
-    approximation, error = base, base_error
-    if spec.rank:
-        side = fit_diagonal_sidecar(
-            weight - base, moment, spec.grid, spec.rank, spec.factor_bits, recipe.fit.ridge, recipe.calibration.seed
-        )
-        linear = QuantizedLinear(spec, codes, scale, side.u, side.v, side.gain)
-        approximation = dequantize(linear)
-        error = weighted_error(weight, approximation, moment)
-    noise = float((weight - approximation).square().sum())
-    sqnr = 10 * float(torch.log10(weight.square().sum() / noise)) if noise else float("inf")
+    if isinstance(recipe.base, GptqBase) and isinstance(recipe.fit, HessianFit):
+        sink = recipe.sink.weight if matches(name, recipe.sink.targets) else 0.0
+        linear = quantize_alternating(weight, statistics, spec, recipe.base, recipe.fit, sink)
+    else:
+        linear = _quantize_published(weight, statistics.second_moment, spec, recipe)
+    moment = statistics.second_moment
+    base = dequantize(linear, with_sidecar=False)
+    whole = dequantize(linear) if spec.rank else base
+    noise = float((weight - whole).square().sum())
     report = LayerReport(
-        name, (spec.n, spec.k), spec.num_weights, spec.stored_bits, base_error, error, sqnr,
-        time.perf_counter() - started,
-    )  # fmt: skip
+        name=name,
+        shape=(spec.n, spec.k),
+        num_weights=spec.num_weights,
+        stored_bits=spec.stored_bits,
+        base_error=weighted_error(weight, base, moment),
+        error=weighted_error(weight, whole, moment),
+        sqnr_db=10 * float(torch.log10(weight.square().sum() / noise)) if noise else float("inf"),
+        seconds=time.perf_counter() - started,
+    )
     return _to_cpu(linear), report
+
+
+def _quantize_published(
+    weight: torch.Tensor, moment: torch.Tensor, spec: LinearSpec, recipe: Recipe
+) -> QuantizedLinear:
+    """The original method: activation-aware rounding, then a sidecar under the diagonal weighting."""
+    base, fit = recipe.base, recipe.fit
+    assert isinstance(base, AaBase), "the recipe checks which base goes with which fit"
+    importance = channel_importance(moment, base.alpha, base.importance_clip)
+    codebook = spec.scheme.weights.codebook
+    codes, scale = quantize_aa(weight, importance, spec.group_size, codebook, spec.scale_dtype, base.clip_grid)
+    linear = QuantizedLinear(spec, codes, scale)
+    if not spec.rank:
+        return linear
+    side = fit_diagonal_sidecar(
+        weight - dequantize(linear), moment, spec.grid, spec.rank, spec.factor_bits, fit.ridge, recipe.calibration.seed
+    )
+    return QuantizedLinear(spec, codes, scale, side.u, side.v, side.gain)
 
 
 def _to_cpu(linear: QuantizedLinear) -> QuantizedLinear:

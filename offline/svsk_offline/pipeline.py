@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import nn
 
 from svsk_offline.atomic import PartialFolder, write_json, write_tensors, write_text
-from svsk_offline.calibration import BlockRunner, load_calibration
+from svsk_offline.calibration import BlockRunner, InputStatistics, load_calibration
 from svsk_offline.calibration.text import DEFAULT_SOURCE, CalibrationSet
 from svsk_offline.card import model_card
 from svsk_offline.errors import SvskError
@@ -216,12 +216,12 @@ class _Run:
                 reports = shard.with_suffix(".report.json")
                 done = shard.exists() and reports.exists()
                 self.source.load(block, f"{self.blocks_name}.{index}.", compute, self.device)
-                moments = runner.run(index, block, collect=not done)
+                statistics = runner.run(index, block, collect=not done, full=self.recipe.needs_hessians)
                 if done:
                     self.progress.message(f"Block {index}: finished by an earlier run")
                     found = [LayerReport(**row) for row in read_json(reports)["layers"]]
                 else:
-                    found = self._write_block(shard, index, block, moments)
+                    found = self._write_block(shard, index, block, statistics)
                     write_json(reports, {"layers": [asdict(report) for report in found]})
                 self.source.unload(block)
                 layers += found
@@ -231,7 +231,9 @@ class _Run:
             runner.close()
         return layers, seconds
 
-    def _write_block(self, shard: Path, index: int, block: nn.Module, moments: dict[str, Any]) -> list[LayerReport]:
+    def _write_block(
+        self, shard: Path, index: int, block: nn.Module, statistics: dict[str, InputStatistics]
+    ) -> list[LayerReport]:
         prefix = f"{self.blocks_name}.{index}."
         tensors: dict[str, torch.Tensor] = {}
         reports = []
@@ -240,10 +242,10 @@ class _Run:
             scheme = self.config.scheme_for(full)
             if scheme is None:
                 continue
-            if name not in moments:
+            if name not in statistics:
                 raise SvskError(f"{full}: saw no calibration token, so it cannot be quantised. Add it to --ignore.")
             weight = self.source.tensors.read(f"{full}.weight").to(self.device)
-            linear, report = quantize_linear(full, weight, moments[name], self.recipe, scheme, self.scale_dtype)
+            linear, report = quantize_linear(full, weight, statistics[name], self.recipe, scheme, self.scale_dtype)
             tensors |= linear.to_tensors()
             reports.append(report)
             self.progress.layer(report)

@@ -9,12 +9,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from svsk_offline.errors import SvskError
 from svsk_vllm.format import SidecarArgs, WeightArgs
 
-__all__ = ["AaBase", "CalibrationArgs", "DiagonalFit", "Recipe", "load_recipe", "recipe_names"]
+__all__ = [
+    "AaBase",
+    "CalibrationArgs",
+    "DiagonalFit",
+    "GptqBase",
+    "HessianFit",
+    "Recipe",
+    "SinkArgs",
+    "load_recipe",
+    "recipe_names",
+]
 
 
 class _Strict(BaseModel):
@@ -47,6 +57,32 @@ class DiagonalFit(_Strict):
     ridge: float = Field(default=1e-4, gt=0)
 
 
+class GptqBase(_Strict):
+    """Searched scales and error feedback under the Hessian of the input (GPTQ with static groups, activation order)."""
+
+    method: Literal["gptq"] = "gptq"
+    damping: float = Field(default=0.01, gt=0)  # relative to the mean of the Hessian's diagonal
+    polish: int = Field(default=0, ge=0)  # sweeps of coordinate descent over the codes at the end
+
+
+class HessianFit(_Strict):
+    """Sidecar fitted under the full Hessian, alternating with the base."""
+
+    method: Literal["hessian"] = "hessian"
+    ridge: float = Field(default=1e-4, gt=0)
+    rounds: int = Field(default=3, ge=1)  # how often base and sidecar are fitted, each to what the other leaves
+
+
+class SinkArgs(_Strict):
+    """Extra weight of the first token in the Hessians of the modules named.
+
+    Every later token attends to the first one (the attention sink), so its error is felt coherently everywhere.
+    """
+
+    weight: float = Field(default=0.0, ge=0)
+    targets: tuple[str, ...] = (r"re:.*\.(q|k|v)_proj$",)
+
+
 class CalibrationArgs(_Strict):
     """How much text the statistics are taken from."""
 
@@ -62,10 +98,24 @@ class Recipe(_Strict):
     description: str = ""
     weights: WeightArgs = WeightArgs()
     sidecar: SidecarArgs = SidecarArgs(rank=16)
-    base: AaBase = AaBase()
-    fit: DiagonalFit = DiagonalFit()
+    base: AaBase | GptqBase = Field(default=AaBase(), discriminator="method")
+    fit: DiagonalFit | HessianFit = Field(default=DiagonalFit(), discriminator="method")
+    sink: SinkArgs = SinkArgs()
     calibration: CalibrationArgs = CalibrationArgs()
     ignore: tuple[str, ...] = ("lm_head",)
+
+    @model_validator(mode="after")
+    def _fit_has_its_statistics(self) -> "Recipe":
+        if isinstance(self.base, AaBase) and (isinstance(self.fit, HessianFit) or self.sink.weight):
+            raise ValueError("base.method aa goes with fit.method diagonal and no sink weight")
+        if isinstance(self.base, GptqBase) and isinstance(self.fit, DiagonalFit):
+            raise ValueError("base.method gptq goes with fit.method hessian")
+        return self
+
+    @property
+    def needs_hessians(self) -> bool:
+        """Whether calibration must keep whole second-moment matrices."""
+        return isinstance(self.base, GptqBase)
 
     def override(self, changes: Mapping[str, Mapping[str, Any] | tuple[str, ...]]) -> "Recipe":
         """A copy with some values replaced and checked again; None leaves a value as it is.

@@ -6,7 +6,7 @@ or ``re:`` and a regular expression that must match from the start of the module
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -128,7 +128,7 @@ class SvskCheckpointConfig(_Strict):
 
     def is_ignored(self, name: str) -> bool:
         """Whether an ignore entry matches the linear module ``name`` (Hugging Face name)."""
-        return any(_specificity(name, entry) is not None for entry in self.ignore)
+        return matches(name, self.ignore)
 
     def scheme_for(self, name: str) -> ConfigGroup | None:
         """The group that quantises the linear module ``name``, None when it is ignored or not targeted.
@@ -156,6 +156,11 @@ class SvskCheckpointConfig(_Strict):
                 f"{name}: config groups {', '.join(keys)} match equally well. Make one target more specific."
             )
         return self.config_groups[keys[0]]
+
+
+def matches(name: str, entries: Iterable[str]) -> bool:
+    """Whether one of the target or ignore entries matches the linear module ``name``."""
+    return any(_specificity(name, entry) is not None for entry in entries)
 
 
 def _specificity(name: str, target: str) -> int | None:

@@ -65,7 +65,7 @@ def run_vllm(tmp_path_factory: pytest.TempPathFactory) -> Run:
         dtype: str = "bfloat16",
         eager: bool = True,
         tp: int = 1,
-        max_tokens: int = 12,
+        max_tokens: int = 32,
         sequences: Sequence[Sequence[int]] = (),
         reload: bool = False,
         **engine: Any,
@@ -134,11 +134,21 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.
 
 
 @pytest.fixture(scope="session")
-def smollm2_pair(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Pair:
-    """SmolLM2 quantised by the published recipe on little text, tiles of 256 x 200, and restored."""
-    folder = tmp_path_factory.mktemp("smollm2-pair")
-    recipe = load_recipe("published").override(
-        {"calibration": {"samples": 4, "seq_len": 256}, "sidecar": {"rank": 16, "tile_m": 256, "tile_n": 200}}
-    )
-    quantize(smollm2_dir, folder / "svsk", recipe)
-    return Pair(folder / "svsk", restore(folder / "svsk", folder / "restored"))
+def smollm2_pair(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Callable[[str], Pair]:
+    """SmolLM2 quantised on little text with tiles of 256 x 200, and restored, by dtype of the checkpoint.
+
+    The dtype matters: a restored bfloat16 folder has rounded weights, which serving it in float16 does not undo.
+    """
+    made: dict[str, Pair] = {}
+
+    def get(dtype: str) -> Pair:
+        if dtype not in made:
+            folder = tmp_path_factory.mktemp("smollm2-pair")
+            recipe = load_recipe("published").override(
+                {"calibration": {"samples": 4, "seq_len": 256}, "sidecar": {"rank": 16, "tile_m": 256, "tile_n": 200}}
+            )
+            quantize(smollm2_dir, folder / "svsk", recipe, dtype=dtype)
+            made[dtype] = Pair(folder / "svsk", restore(folder / "svsk", folder / "restored"))
+        return made[dtype]
+
+    return get

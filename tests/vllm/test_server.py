@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 
-from tests.vllm.conftest import Pair, serving_environment
+from tests.vllm.conftest import serving_environment
 
 START_SECONDS = 400
 
@@ -50,8 +51,8 @@ def server(model: Path, log: Path) -> Iterator[str]:
             process.wait(timeout=60)
 
 
-def test_openai_client(smollm2_pair: Pair, tmp_path: Path) -> None:
-    with server(smollm2_pair.svsk, tmp_path / "log") as url:
+def test_openai_client(smollm2_pair: Any, tmp_path: Path) -> None:
+    with server(smollm2_pair("bfloat16").svsk, tmp_path / "log") as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused")
         assert [model.id for model in client.models.list()] == ["svsk"]
         completion = client.completions.create(

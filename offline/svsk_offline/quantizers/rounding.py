@@ -5,7 +5,23 @@ import torch
 
 from svsk_vllm.format import CODE_MAX, CODE_MIN, Codebook, code_values, codebook_levels
 
-__all__ = ["absmax_scale", "nearest_codes", "quantize_rtn", "scaled_codes"]
+__all__ = ["absmax_scale", "nearest_codes", "nearest_indices", "nearest_levels", "quantize_rtn", "scaled_codes"]
+
+
+def nearest_indices(ratio: torch.Tensor, codebook: Codebook) -> torch.Tensor:
+    """Like :func:`nearest_codes`, but the codes stay floating: for inner loops.
+
+    The threshold between the ``quad8`` levels of codes q and q + 1 (q >= 0) is ``(v(q) + v(q + 1)) / 2 =
+    v(q + 1/2) + 1/32``, so rounding the inverse of v at ``|x| - 1/32`` finds the nearest level exactly.
+    """
+    if codebook == "quad8":
+        ratio = torch.copysign((ratio.abs() * 8 + 15.75).sqrt_().sub_(4), ratio)
+    return ratio.round().clamp_(CODE_MIN, CODE_MAX)
+
+
+def nearest_levels(ratio: torch.Tensor, codebook: Codebook) -> torch.Tensor:
+    """Value of the level nearest to each ratio, in units of the scale; float32 of the same shape."""
+    return code_values(nearest_indices(ratio, codebook), codebook)
 
 
 def nearest_codes(ratio: torch.Tensor, codebook: Codebook) -> torch.Tensor:
@@ -18,11 +34,7 @@ def nearest_codes(ratio: torch.Tensor, codebook: Codebook) -> torch.Tensor:
     Returns:
         int8 of the same shape, values in [-8, 7].
     """
-    if codebook == "int4":
-        return ratio.round().clamp_(CODE_MIN, CODE_MAX).to(torch.int8)
-    levels = codebook_levels(codebook).to(ratio.device)
-    middles = (levels[1:] + levels[:-1]) / 2
-    return (torch.bucketize(ratio.contiguous(), middles) + CODE_MIN).to(torch.int8)
+    return nearest_indices(ratio, codebook).to(torch.int8)
 
 
 def absmax_scale(groups: torch.Tensor, codebook: Codebook) -> torch.Tensor:

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base and sidecar of one linear, each fitted in turn to what the other leaves."""
+
+from dataclasses import dataclass
+
+import torch
+
+from svsk_offline.calibration.capture import InputStatistics
+from svsk_offline.quantizers.gptq import gptq, polish, search_scales
+from svsk_offline.quantizers.hessian import ColumnOrder, damped
+from svsk_offline.quantizers.hessian_sidecar import ColumnTile, HessianSidecar, column_tiles, sidecar_weight
+from svsk_offline.quantizers.rounding import nearest_codes
+from svsk_offline.recipe import GptqBase, HessianFit
+from svsk_vllm.format import LinearSpec, QuantizedLinear
+
+__all__ = ["output_error", "quantize_alternating"]
+
+
+@dataclass
+class _Prepared:
+    """What all linears with the same input share."""
+
+    hessian: torch.Tensor  # sink weight included, not damped
+    order: ColumnOrder
+    tiles: dict[tuple[int, float], list[ColumnTile]]
+
+
+def output_error(residual: torch.Tensor, hessian: torch.Tensor) -> float:
+    """``tr(R H R^T)``: the mean squared error of the layer's output, summed over its features."""
+    return float(((residual @ hessian) * residual).sum())
+
+
+def quantize_alternating(
+    weight: torch.Tensor,
+    statistics: InputStatistics,
+    spec: LinearSpec,
+    base: GptqBase,
+    fit: HessianFit,
+    sink_weight: float = 0.0,
+) -> QuantizedLinear:
+    """Quantise a weight to the least error of its output that a few rounds find; the best round is kept.
+
+    Args:
+        weight: float32 [N, K].
+        statistics: of the input, whole matrices.
+        spec: name, shape and scheme.
+        base: settings of the base.
+        fit: settings of the sidecar.
+        sink_weight: weight of the first token's second moment, added to the Hessian.
+
+    Raises:
+        SvskError: the Hessian cannot be used.
+    """
+    shared = _prepare(statistics, base, sink_weight)
+    codebook, rank = spec.scheme.weights.codebook, spec.rank
+    sidecar = None
+    if rank:
+        key = (spec.grid.tile_cols, fit.ridge)
+        if key not in shared.tiles:
+            shared.tiles[key] = column_tiles(shared.hessian, spec.grid, fit.ridge)
+        sidecar = HessianSidecar(shared.tiles[key], spec.grid, rank, spec.factor_bits)
+    target, best, least = weight, None, float("inf")
+    for _ in range(fit.rounds if sidecar else 1):
+        scale = search_scales(target, shared.order.importance, spec.group_size, codebook, spec.scale_dtype)
+        levels, values = gptq(target, shared.order, scale, codebook)
+        if base.polish:
+            levels = polish(target, shared.order.hessian, levels, scale, codebook, base.polish)
+            values = (levels.view(spec.n, -1, spec.group_size) * scale.float().unsqueeze(-1)).view(spec.n, spec.k)
+        codes = nearest_codes(levels, codebook)
+        if sidecar is None:
+            return QuantizedLinear(spec, codes, scale)
+        side = sidecar.fit(weight - values)
+        product = sidecar_weight(side, spec.grid)
+        error = output_error(weight - values - product, shared.hessian)
+        if error < least:
+            least, best = error, QuantizedLinear(spec, codes, scale, side.u, side.v, side.gain)
+        target = weight - product
+    assert best is not None, "there is at least one round, and its error is finite"
+    return best
+
+
+def _prepare(statistics: InputStatistics, base: GptqBase, sink_weight: float) -> _Prepared:
+    key = ("alternating", base.damping, sink_weight)
+    if key not in statistics.prepared:
+        hessian = statistics.hessian
+        mean = float(hessian.diagonal().mean())  # before the sink, which would raise the damping of everything
+        if sink_weight:
+            hessian = hessian + sink_weight * statistics.first_hessian
+        order = ColumnOrder.of(damped(hessian, base.damping, mean))
+        statistics.prepared[key] = _Prepared(hessian, order, {})
+    prepared: _Prepared = statistics.prepared[key]
+    return prepared

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The 4-bit base: searched scales, then error feedback, then optionally polish by coordinate descent."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from svsk_offline.quantizers.feedback import round_with_feedback
+from svsk_offline.quantizers.hessian import ColumnOrder
+from svsk_offline.quantizers.rounding import nearest_levels
+from svsk_vllm.format import Codebook, codebook_levels
+
+__all__ = ["DEFAULT_CANDIDATES", "gptq", "polish", "search_scales"]
+
+DEFAULT_CANDIDATES: Final = tuple(1.12 - 0.045 * step for step in range(12))
+"""Factors on the scale that puts the largest magnitude on the codebook's widest level."""
+
+_CHUNK: Final = 1 << 20
+"""Weights searched at a time: what fits the cache of a CPU."""
+
+
+def search_scales(
+    weight: torch.Tensor,
+    importance: torch.Tensor,
+    group_size: int,
+    codebook: Codebook,
+    scale_dtype: torch.dtype,
+    candidates: Sequence[float] = DEFAULT_CANDIDATES,
+) -> torch.Tensor:
+    """Per group, the scale with the least importance-weighted error of plain rounding.
+
+    Each candidate of each sign (the codebooks reach further down than up) is refitted by least squares to the codes it
+    gives, ``s = sum p w c / sum p c^2``, and rounded to the stored dtype before its error is taken.
+
+    Args:
+        weight: float32 [N, K].
+        importance: float32 [K], positive.
+        group_size: weights per scale.
+        codebook: the 16 levels.
+        scale_dtype: stored dtype.
+        candidates: positive factors.
+
+    Returns:
+        Scales [N, K / group_size] of ``scale_dtype``.
+    """
+    rows = max(1, _CHUNK // weight.shape[1])
+    parts = [_search(part, importance, group_size, codebook, scale_dtype, candidates) for part in weight.split(rows)]
+    return torch.cat(parts)
+
+
+def _search(
+    weight: torch.Tensor,
+    importance: torch.Tensor,
+    group_size: int,
+    codebook: Codebook,
+    scale_dtype: torch.dtype,
+    candidates: Sequence[float],
+) -> torch.Tensor:
+    groups = weight.view(weight.shape[0], -1, group_size)
+    weights = importance.view(-1, group_size)
+    weighted = groups * weights
+    energy = (weighted * groups).sum(-1)
+    full = groups.abs().amax(-1) / float(codebook_levels(codebook).abs().max())
+    best_error = torch.full_like(full, torch.inf)
+    best = torch.zeros_like(full)
+    for factor in (sign * candidate for sign in (1, -1) for candidate in candidates):
+        start = full * factor
+        inverse = torch.where(start == 0, 0.0, 1 / start)
+        levels = nearest_levels(groups * inverse.unsqueeze(-1), codebook)
+        cross = (weighted * levels).sum(-1)
+        square = (levels.square_() * weights).sum(-1)
+        scale = torch.where(square > 0, cross / square, start).to(scale_dtype).float()
+        error = energy - 2 * scale * cross + scale.square() * square
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = torch.where(better, scale, best)
+    return best.to(scale_dtype)
+
+
+def gptq(
+    weight: torch.Tensor, order: ColumnOrder, scale: torch.Tensor, codebook: Codebook
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes under fixed scales, with error feedback in the order of the Hessian's diagonal.
+
+    Args:
+        weight: float32 [N, K].
+        order: of the damped Hessian.
+        scale: [N, K / g], stored dtype.
+        codebook: the 16 levels.
+
+    Returns:
+        float32 levels [N, K] (``c(q)``, not codes) and float32 values [N, K].
+    """
+    n, k = weight.shape
+    group = k // scale.shape[1]
+    by_group = scale.float().T.contiguous()  # [G, N]
+    inverse = torch.where(by_group == 0, 0.0, 1 / by_group)
+    levels = torch.empty(k, n, device=weight.device)
+
+    def round_column(column: torch.Tensor, index: int) -> torch.Tensor:
+        chosen = nearest_levels(column * inverse[index // group], codebook)
+        levels[index] = chosen
+        return chosen * by_group[index // group]
+
+    round_with_feedback(weight.T.contiguous(), order, round_column)
+    found = levels.T.contiguous()
+    return found, (found.view(n, -1, group) * scale.float().unsqueeze(-1)).view(n, k)
+
+
+def polish(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    levels: torch.Tensor,
+    scale: torch.Tensor,
+    codebook: Codebook,
+    sweeps: int = 1,
+) -> torch.Tensor:
+    """Coordinate descent over the codes: each in turn moves to its best level, all others fixed.
+
+    Minimises ``tr(R H R^T)`` with ``R = weight - levels * scale``; no move raises it.
+
+    Args:
+        weight: float32 [N, K].
+        hessian: float32 [K, K], damped.
+        levels: float32 [N, K], changed in place.
+        scale: [N, K / g].
+        codebook: the 16 levels.
+        sweeps: passes over all columns.
+
+    Returns:
+        ``levels``.
+    """
+    n, k = weight.shape
+    group = k // scale.shape[1]
+    by_group = scale.float().T.contiguous()
+    inverse = torch.where(by_group == 0, 0.0, 1 / by_group)
+    current = levels.T.contiguous()
+    values = (current.view(-1, group, n) * by_group.unsqueeze(1)).view(k, n)
+    gradient = hessian @ (weight.T - values)  # [K, N]
+    curvature = hessian.diagonal().tolist()
+    block = 128
+    for _ in range(sweeps):
+        for start in range(0, k, block):
+            stop = min(start + block, k)
+            local, own = gradient[start:stop].clone(), hessian[start:stop, start:stop]
+            moves = torch.empty_like(local)
+            for i in range(stop - start):
+                j = start + i
+                target = values[j] + local[i] / curvature[j]
+                chosen = nearest_levels(target * inverse[j // group], codebook)
+                moved = chosen * by_group[j // group]
+                moves[i] = moved - values[j]
+                current[j], values[j] = chosen, moved
+                local.addr_(own[i], moves[i], alpha=-1)
+            gradient.addmm_(hessian[:, start:stop], moves, alpha=-1)
+    levels.copy_(current.T)
+    return levels

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The second moment of a linear's input, prepared for quantisation with error feedback."""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from svsk_offline.errors import SvskError
+
+__all__ = ["ColumnOrder", "damped", "inverse_root"]
+
+_DAMPING_STEPS: Final = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
+"""Further relative damping to try when the Cholesky decomposition fails."""
+
+
+def damped(hessian: torch.Tensor, relative: float, scale: float | None = None) -> torch.Tensor:
+    """``H + relative * scale * I``, channels that are never used set to 1.
+
+    Args:
+        hessian: float32 [K, K], ``E[x x^T]``.
+        relative: relative damping.
+        scale: what it is relative to; by default the mean of the diagonal.
+
+    Returns:
+        A new float32 [K, K].
+    """
+    result = hessian.clone()
+    diagonal = result.diagonal()
+    mean = float(diagonal.mean()) if scale is None else scale
+    dead = diagonal <= 0
+    diagonal.add_(relative * mean)
+    diagonal[dead] = 1.0
+    return result
+
+
+def inverse_root(matrix: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor U of the inverse, ``inv(M) = U^T U``, by way of float64.
+
+    Adds damping in steps when the matrix is not numerically positive definite.
+
+    Args:
+        matrix: symmetric float32 [K, K].
+
+    Returns:
+        float32 [K, K], upper triangular.
+
+    Raises:
+        SvskError: the matrix holds values that are not finite, or cannot be decomposed with any damping.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise SvskError("A calibration Hessian holds values that are not finite: the model's activations overflow.")
+    work = matrix.double()
+    mean = float(work.diagonal().mean())
+    for extra in _DAMPING_STEPS:
+        shifted = work.clone()
+        shifted.diagonal().add_(extra * mean)
+        lower, failed = torch.linalg.cholesky_ex(shifted)
+        if int(failed):
+            continue
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not int(failed):
+            root: torch.Tensor = upper.float()
+            return root
+    raise SvskError(f"A calibration Hessian of {matrix.shape[0]} channels has no Cholesky decomposition.")
+
+
+@dataclass(frozen=True)
+class ColumnOrder:
+    """A damped Hessian with what error feedback needs: columns in descending order of their diagonal.
+
+    Attributes:
+        hessian: damped, float32 [K, K], original order.
+        order: int64 [K], columns as they are processed.
+        root: float32 [K, K], :func:`inverse_root` in processing order.
+        importance: float32 [K], ``1 / U_jj^2`` in the original order: the error of column j once all later columns
+            have made up for it as well as they can.
+    """
+
+    hessian: torch.Tensor
+    order: torch.Tensor
+    root: torch.Tensor
+    importance: torch.Tensor
+
+    @classmethod
+    def of(cls, hessian: torch.Tensor) -> "ColumnOrder":
+        """Order and decompose a damped Hessian.
+
+        Raises:
+            SvskError: see :func:`inverse_root`.
+        """
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        root = inverse_root(hessian[order][:, order])
+        importance = torch.empty_like(hessian.diagonal())
+        importance[order] = root.diagonal().pow(-2)
+        return cls(hessian, order, root, importance)
