@@ -58,7 +58,7 @@ def main(
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    recipe: Annotated[str, typer.Option(help="Name (see `svsk recipes`) or YAML file.")] = "published",
+    recipe: Annotated[str, typer.Option(help="Name (see `svsk recipes`) or YAML file.")] = "best",
     rank: Annotated[int | None, typer.Option(help="Sidecar rank per tile, 0 for none.")] = None,
     tile_m: Annotated[int | None, typer.Option(help="Rows of a tile, 0 for all.")] = None,
     tile_n: Annotated[int | None, typer.Option(help="Columns of a tile, 0 for all.")] = None,

@@ -63,7 +63,7 @@ class QuantizationResult:
 def quantize(
     model: str | Path,
     out: str | Path,
-    recipe: Recipe | str = "published",
+    recipe: Recipe | str = "best",
     *,
     calibration: str = DEFAULT_SOURCE,
     chat_template: bool = False,

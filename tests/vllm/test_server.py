@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import openai
+import torch
 
 from tests.vllm.conftest import serving_environment
 
@@ -49,6 +50,19 @@ def server(model: Path, log: Path) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait(timeout=60)
+
+
+def test_generate_command(tiny_pair: Any) -> None:
+    """``svsk generate`` through vLLM, prompts in one batch."""
+    command = [str(Path(sys.executable).parent / "svsk"), "generate", str(tiny_pair("llama", torch.bfloat16).svsk)]
+    command += ["--prompt", "one two three", "--prompt", "four", "--max-tokens", "4"]
+    done = subprocess.run(
+        command, env=serving_environment(), capture_output=True, text=True, timeout=START_SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "one two three" in done.stdout
+    assert "four" in done.stdout
+    assert len(done.stdout.strip()) > len("one two three four")
 
 
 def test_openai_client(smollm2_pair: Any, tmp_path: Path) -> None:

@@ -64,12 +64,14 @@ class HessianSidecar:
     def __init__(self, tiles: list[ColumnTile], grid: TileGrid, rank: int, num_bits: int) -> None:
         self.tiles, self.grid, self.rank, self.num_bits = tiles, grid, rank, num_bits
 
-    def fit(self, residual: torch.Tensor, sweeps: int = 2) -> Sidecar:
+    def fit(self, residual: torch.Tensor, sweeps: int = 3) -> Sidecar:
         """Minimise ``tr((R - U diag(gain) V) H (R - U diag(gain) V)^T)`` over rounded factors.
 
-        Per row of tiles, column tiles are fitted in turn, each to what the others leave, as far as it can make up for
-        it through the off-diagonal blocks of the Hessian. V is rounded with error feedback under H, U is refitted to
-        the rounded V and rounded with feedback under ``V H V^T``, and the gains are refitted to both.
+        Per row of tiles, column tiles are fitted in turn: in the first sweep to their own columns of the residual, then
+        to what all others leave, as far as a tile can make up for it through the off-diagonal blocks of the Hessian.
+        Making up for others in the first sweep, before they are fitted, ends at several times the error. V is rounded
+        with error feedback under H, U is refitted to the rounded V and rounded with feedback under ``V H V^T``, and
+        the gains are refitted to both.
 
         Args:
             residual: float32 [N, K], weight minus base.
@@ -86,7 +88,12 @@ class HessianSidecar:
                 for b, tile in enumerate(self.tiles):
                     if sweep:
                         left[:, tile.columns] += _product(u[rows, b], v[a, :, tile.columns], gain[a, b])
-                    target = left @ tile.coupling.T if tile.coupling is not None else left
+                    if tile.coupling is None:
+                        target = left
+                    elif sweep == 0:
+                        target = left[:, tile.columns].contiguous()
+                    else:
+                        target = left @ tile.coupling.T
                     codes_u, codes_v, scale = self._fit_tile(target, tile)
                     found = scale.numel()
                     u[rows, b], v[a, :, tile.columns], gain[a, b] = 0, 0, 0
