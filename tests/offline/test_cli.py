@@ -24,7 +24,9 @@ def svsk(*arguments: object) -> Result:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     out = tmp_path_factory.mktemp("cli") / "out"
-    result = svsk("quantize", tiny_llama, out, "--recipe", "published", "--rank", 4, "--tile-m", 48, "--tile-n", 96, *SMALL)
+    result = svsk(
+        "quantize", tiny_llama, out, "--recipe", "published", "--rank", 4, "--tile-m", 48, "--tile-n", 96, *SMALL
+    )
     assert result.exit_code == 0, result.output
     assert "model.layers.1.mlp.down_proj" in result.output
     assert "bits per weight" in result.output
