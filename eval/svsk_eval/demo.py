@@ -143,5 +143,18 @@ def _show_answers(original: list[str], quantised: list[str]) -> None:
     console.print(f"{same} of {len(PROMPTS)} answers are the same, word for word", highlight=False)
 
 
+def run() -> None:
+    """Run the demo; what a user can mend ends in one line instead of a traceback."""
+    from svsk_eval.errors import EvalError
+    from svsk_offline.errors import SvskError
+    from svsk_vllm.format import SvskFormatError
+
+    try:
+        typer.run(main)
+    except (SvskError, SvskFormatError, EvalError, OSError) as error:
+        console.print(f"error: {error}", highlight=False, markup=False)
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    run()

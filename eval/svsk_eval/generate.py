@@ -12,6 +12,9 @@ __all__ = ["ENGINES", "generate_texts"]
 
 ENGINES = ("vllm", "hf")
 
+_CONTEXT = 2048
+"""Longest prompt and answer together: what fits the cache of a small machine."""
+
 
 def generate_texts(
     model: str,
@@ -49,7 +52,11 @@ def _with_vllm(model: str, prompts: Sequence[str], max_tokens: int, temperature:
     except ImportError as error:
         raise EvalError(f"--engine vllm: vLLM is not installed ({error}). Install it, or use --engine hf.") from error
 
-    llm = LLM(model=model, dtype=dtype, max_model_len=2048, disable_log_stats=True)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    context = min(_CONTEXT, getattr(config, "max_position_embeddings", _CONTEXT))
+    llm = LLM(model=model, dtype=dtype, max_model_len=context, disable_log_stats=True)
     outputs = llm.generate(
         list(prompts), SamplingParams(temperature=temperature, max_tokens=max_tokens), use_tqdm=False
     )
@@ -67,7 +74,7 @@ def _with_transformers(
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=False).to(loaded.device)
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(loaded.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.no_grad():
         output = loaded.generate(**batch, max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)

@@ -49,7 +49,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file atomically. Tensors are made contiguous and copied where they share memory."""
+    """Write a safetensors file atomically. Tensors are made contiguous; no two may share memory."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     _replace(path, lambda temporary: save_file(ready, temporary, metadata={"format": "pt"}))
 
@@ -59,15 +59,20 @@ class PartialFolder:
 
     Args:
         out: the final folder.
+        source: folder that is read; ``out`` must not contain it or lie in it.
         overwrite: replace ``out`` if it exists.
+        suffix: what the working folder's name ends with.
 
     Raises:
-        SvskError: ``out`` exists and ``overwrite`` is False.
+        SvskError: ``out`` exists and ``overwrite`` is False, or it overlaps the source.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool = False) -> None:
+    def __init__(self, out: Path, source: Path, *, overwrite: bool = False, suffix: str = "partial") -> None:
+        out, source = out.resolve(), source.resolve()
+        if out == source or out in source.parents or source in out.parents:
+            raise SvskError(f"{out}: overlaps the model it is made from, {source}. Choose another folder.")
         self.out = out
-        self.path = out.with_name(f"{out.name}.partial")
+        self.path = out.with_name(f"{out.name}.{suffix}")
         if out.exists() and not overwrite:
             raise SvskError(f"{out} exists. Choose another folder, or pass --overwrite to replace it.")
 

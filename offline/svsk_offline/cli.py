@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -36,8 +37,8 @@ def _plain_errors() -> Iterator[None]:
 
     try:
         yield
-    except (SvskError, SvskFormatError, EvalError) as error:
-        _errors.print(f"[bold red]error:[/] {error}", highlight=False)
+    except (SvskError, SvskFormatError, EvalError, OSError) as error:
+        _errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error
 
 
@@ -141,7 +142,7 @@ def validate(folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")]) -
     with _plain_errors():
         problems = validate_against_architecture(folder)
     for problem in problems:
-        console.print(f"[red]problem:[/] {problem}", highlight=False)
+        console.print(f"[red]problem:[/] {escape(problem)}", highlight=False)
     if problems:
         console.print(f"{len(problems)} problem(s) in {folder}")
         raise typer.Exit(1)
@@ -178,6 +179,8 @@ def evaluate(
     from svsk_eval.console import evaluate_with_progress
 
     with _plain_errors():
+        if json_file is not None and not json_file.absolute().parent.is_dir():
+            raise SvskError(f"--json {json_file}: its folder does not exist.")
         result = evaluate_with_progress(
             console, model, reference, text, chunks=chunks, seq_len=seq_len, device=device, dtype=dtype
         )

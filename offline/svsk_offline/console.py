@@ -37,10 +37,10 @@ def quantize_with_progress(
         task = bar.add_task("blocks", total=None)
 
         def layer(report: LayerReport) -> None:
-            console.print(_layer_line(report), highlight=False)
+            console.print(_layer_line(report), highlight=False, markup=False)
 
         callbacks = Callbacks(
-            message=lambda text: console.print(text, highlight=False),
+            message=lambda text: console.print(text, highlight=False, markup=False),
             block=lambda index, total: bar.update(task, completed=index, total=total),
             layer=layer,
         )

@@ -9,6 +9,7 @@ import torch
 
 from svsk_offline.alternate import quantize_alternating
 from svsk_offline.calibration.capture import InputStatistics
+from svsk_offline.errors import SvskError
 from svsk_offline.quantizers import channel_importance, fit_diagonal_sidecar, quantize_aa
 from svsk_offline.recipe import AaBase, GptqBase, HessianFit, Recipe
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, dequantize
@@ -68,6 +69,8 @@ def quantize_linear(
         SvskError: the statistics cannot be used.
     """
     started = time.perf_counter()
+    if not bool(torch.isfinite(weight).all()):
+        raise SvskError(f"{name}.weight: holds values that are not finite. The model is damaged; get it again.")
     weight = weight.float()
     spec = LinearSpec(name, weight.shape[0], weight.shape[1], scheme, scale_dtype)
     if isinstance(recipe.base, GptqBase) and isinstance(recipe.fit, HessianFit):

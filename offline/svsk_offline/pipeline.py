@@ -26,7 +26,7 @@ from svsk_offline.errors import SvskError
 from svsk_offline.layer import LayerReport, quantize_linear
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.source import ModelSource, linear_modules, resolve_model
-from svsk_vllm.format import ConfigGroup, SvskCheckpointConfig
+from svsk_vllm.format import ConfigGroup, LinearSpec, SvskCheckpointConfig
 from svsk_vllm.format.shards import INDEX_NAME, read_json
 from svsk_vllm.version import __version__
 
@@ -91,8 +91,8 @@ def quantize(
     """
     progress = progress or Progress()
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    folder = PartialFolder(Path(out), overwrite=overwrite)
     source = ModelSource(resolve_model(str(model)))
+    folder = PartialFolder(Path(out), source.folder, overwrite=overwrite)
     torch_device = _device(device)
     scale_dtype = source.model_dtype(dtype)
     args = recipe.calibration
@@ -166,8 +166,8 @@ class _Run:
 
     def _check_targets(self) -> None:
         """Refuse before any work what would fail in the middle."""
-        from svsk_vllm.format import LinearSpec
-
+        for name in self.source.tensors.names:
+            self.source.is_stored(name)  # raises on a tensor that the model class does not know
         count = 0
         for index, block in enumerate(self.blocks):
             for name, linear in linear_modules(block):
@@ -184,17 +184,22 @@ class _Run:
         shards = [[name, self.source.tensors.shard_of(name)] for name in self.source.tensors.names]
         identity = {
             "model": hashlib.sha256(json.dumps([self.source.config_dict, shards], sort_keys=True).encode()).hexdigest(),
-            "sizes": sorted((path.name, path.stat().st_size) for path in self.source.folder.glob("*.safetensors")),
+            "files": sorted(
+                (path.name, (found := path.stat()).st_size, found.st_mtime_ns)
+                for path in self.source.folder.glob("*.safetensors")
+            ),
+            "device": self.device.type,
             "config": self.config.to_dict(),
             "dtype": str(self.scale_dtype),
         }
         identity = json.loads(json.dumps(identity))
         state = partial / _STATE_NAME
-        if state.exists() and read_json(state) != identity:
+        unknown = not state.exists() and any(partial.iterdir())
+        if unknown or (state.exists() and read_json(state) != identity):
             if not overwrite:
                 raise SvskError(
-                    f"{partial} holds an unfinished run of another model, recipe or calibration. Delete it, or pass "
-                    "--overwrite."
+                    f"{partial} holds an unfinished run of another model, recipe, calibration or device, or "
+                    "something else. Delete it, or pass --overwrite."
                 )
             self.folder.discard()
             self.folder.create()
@@ -251,19 +256,25 @@ class _Run:
             self.progress.layer(report)
         quantised = {f"{report.name}.weight" for report in reports}
         for name in self.source.tensors.names:
-            if name.startswith(prefix) and name not in quantised:
+            if name.startswith(prefix) and name not in quantised and self.source.is_stored(name):
                 tensors[name] = self._dense(name)
         write_tensors(shard, tensors)
         return reports
 
     def _dense(self, name: str) -> torch.Tensor:
+        """A tensor that is not quantised. Only the model's own dtype is changed, where another one was asked for."""
         tensor = self.source.tensors.read(name)
-        return tensor.to(self.scale_dtype) if tensor.is_floating_point() else tensor
+        if tensor.dtype != self.source.native_dtype or tensor.dtype == self.scale_dtype:
+            return tensor
+        cast = tensor.to(self.scale_dtype)
+        if not bool(torch.isfinite(cast).all()) and bool(torch.isfinite(tensor).all()):
+            raise SvskError(f"{name}: has values that {self.scale_dtype} cannot hold. Use --dtype bfloat16.")
+        return cast
 
     def _write_rest(self, partial: Path) -> None:
         """Embedding, final norm, output head: everything outside the blocks."""
         inside = f"{self.blocks_name}."
-        names = [name for name in self.source.tensors.names if not name.startswith(inside)]
+        names = [n for n in self.source.tensors.names if not n.startswith(inside) and self.source.is_stored(n)]
         write_tensors(self._shard_path(partial, 0), {name: self._dense(name) for name in names})
 
     def _finish(self, partial: Path, layers: list[LayerReport]) -> None:
@@ -279,7 +290,6 @@ class _Run:
                     weight_map[name] = shard.name
                     tensor = handle.get_tensor(name)
                     total += tensor.numel() * tensor.element_size()
-            shard.with_suffix(".report.json").unlink(missing_ok=True)
         write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
         config = {key: value for key, value in self.source.config_dict.items() if key not in ("dtype", "torch_dtype")}
         config["dtype"] = str(self.scale_dtype).removeprefix("torch.")
@@ -289,4 +299,5 @@ class _Run:
                 if path.name not in _NOT_COPIED and not path.name.endswith(".index.json"):
                     shutil.copyfile(path, partial / path.name)
         write_text(partial / "README.md", model_card(self.source.folder.name, self.config, layers))
-        (partial / _STATE_NAME).unlink()
+        for path in (*partial.glob("*.report.json"), partial / _STATE_NAME):
+            path.unlink()

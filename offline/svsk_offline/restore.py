@@ -33,7 +33,7 @@ def restore(
         SvskError: ``out`` exists.
     """
     source = Checkpoint(checkpoint)
-    folder = PartialFolder(Path(out), overwrite=overwrite)
+    folder = PartialFolder(Path(out), source.folder, overwrite=overwrite, suffix="restoring")
     folder.discard()
     partial = folder.create()
     shards: dict[str, list[str]] = {}

@@ -73,13 +73,49 @@ class ModelSource:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(self.folder)
         try:
+            config = AutoConfig.from_pretrained(self.folder)
             with init_empty_weights(include_buffers=False):
-                model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+                model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         except ValueError as error:
             raise SvskError(f"{self.folder}: not a causal language model transformers knows ({error}).") from error
-        return model.eval()
+        model.tie_weights()
+        module: nn.Module = model.eval()
+        return module
+
+    @cached_property
+    def _own_names(self) -> set[str]:
+        """Parameters, tied ones once, and persistent buffers."""
+        stored = set(self.model.state_dict())  # lists tied parameters under each of their names
+        own = {name for name, _ in self.model.named_parameters()} | {name for name, _ in self.model.named_buffers()}
+        return stored & own
+
+    def is_stored(self, name: str) -> bool:
+        """Whether a tensor of the folder belongs into a checkpoint; a tied one's second copy and old tables do not.
+
+        Raises:
+            SvskError: the model class has no such tensor.
+        """
+        if name in self._own_names:
+            return True
+        if name in self.model.state_dict() or name.endswith(("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")):
+            return False
+        raise SvskError(
+            f"{self.folder}: {type(self.model).__name__} has no tensor {name}. Models whose stored names differ from "
+            "transformers' are not supported; load the model and save it again with save_pretrained()."
+        )
+
+    @cached_property
+    def native_dtype(self) -> torch.dtype:
+        """The model's own dtype: what config.json declares, or else that of most stored values."""
+        declared = getattr(torch, str(self.config_dict.get("dtype") or self.config_dict.get("torch_dtype")), None)
+        if isinstance(declared, torch.dtype):
+            return declared
+        sizes: dict[torch.dtype, int] = {}
+        for name in self.tensors.names:
+            spec = self.tensors.describe(name)
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.num_bits
+        return max(sizes, key=lambda dtype: sizes[dtype])
 
     @cached_property
     def blocks(self) -> tuple[str, nn.ModuleList]:
@@ -92,6 +128,12 @@ class ModelSource:
         count = config.get_text_config().num_hidden_layers
         for name, module in self.model.named_modules():
             if isinstance(module, nn.ModuleList) and len(module) == count and list(linear_modules(module[0])):
+                experts = [key for key, value in module.named_parameters() if value.ndim > 2]
+                if experts:
+                    raise SvskError(
+                        f"{self.folder}: {name}.{experts[0]} is a stack of expert matrices. Mixture-of-experts models "
+                        "are not supported."
+                    )
                 return name, module
         raise SvskError(
             f"{self.folder}: found no list of {count} decoder blocks with nn.Linear layers in "
@@ -137,8 +179,7 @@ class ModelSource:
         """
         known = {"bfloat16": torch.bfloat16, "float16": torch.float16}
         if requested == "auto":
-            declared = self.config_dict.get("dtype") or self.config_dict.get("torch_dtype")
-            return known.get(str(declared), torch.bfloat16)
+            return self.native_dtype if self.native_dtype in known.values() else torch.bfloat16
         if requested not in known:
             raise SvskError(f"--dtype {requested}: expected auto, bfloat16 or float16.")
         return known[requested]

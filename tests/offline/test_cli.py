@@ -118,6 +118,11 @@ def test_generate_with_transformers(checkpoint: Path, tmp_path: Path) -> None:
         (["quantize", "MODEL", "out", "--calibration", "missing.txt"], "no such file"),
         (["inspect", "MODEL"], "not a quantised checkpoint"),
         (["restore", "MODEL", "out"], "not a quantised checkpoint"),
+        (["inspect", "no[/b]such"], "no[/b]such"),
+        (["eval", "MODEL", "--text", "missing.txt"], "missing.txt"),
+        (["eval", "MODEL", "--text", "missing.txt", "--json", "nowhere/x.json"], "its folder does not exist"),
+        (["quantize", "MODEL", "MODEL", "--overwrite"], "overlaps the model"),
+        (["quantize", "MODEL", "out", "--calibration", "."], "is a folder"),
         (["generate", "MODEL", "--prompt", "a", "--engine", "tgi"], "expected one of vllm, hf"),
     ],
 )

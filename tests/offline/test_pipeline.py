@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import svsk_vllm.hf  # noqa: F401 - registers the loader
@@ -209,6 +210,92 @@ def test_input_features_that_do_not_fit_the_groups(tmp_path: Path, tiny_recipe: 
     assert validate_against_architecture(tmp_path / "out") == []
 
 
+def test_output_must_not_overlap_the_model(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    for out in (model, model / "inside", tmp_path):
+        with pytest.raises(SvskError, match="overlaps the model"):
+            quantize(model, out, tiny_recipe, overwrite=True)
+    assert folder_bytes(model) == folder_bytes(tiny_llama)
+
+
+def test_changed_weights_are_not_mixed_into_an_unfinished_run(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+
+    def stop(report: LayerReport) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, tmp_path / "out", tiny_recipe, progress=Progress(layer=stop))
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())  # same size, other time
+    with pytest.raises(SvskError, match="unfinished run of another model"):
+        quantize(model, tmp_path / "out", tiny_recipe)
+
+
+def test_second_copy_of_a_tied_head_is_left_out(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    quantize(model, tmp_path / "out", tiny_recipe)
+    assert "lm_head.weight" not in Checkpoint(tmp_path / "out").tensors
+    assert validate_against_architecture(tmp_path / "out") == []
+
+
+def test_tensors_the_model_class_does_not_know(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.router.weight"] = torch.zeros(2, 2)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SvskError, match=r"has no tensor model\.layers\.0\.mlp\.router\.weight"):
+        quantize(model, tmp_path / "out", tiny_recipe)
+
+
+def test_dense_tensors_keep_their_dtype(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+    """A float32 tensor in a bfloat16 model stays; a model stored in another dtype is cast as a whole."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float() + 1e-4
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    quantize(model, tmp_path / "out", tiny_recipe)
+    stored = Checkpoint(tmp_path / "out").read_dense("model.norm.weight")
+    assert torch.equal(stored, tensors["model.norm.weight"])
+    quantize(model, tmp_path / "half", tiny_recipe, dtype="float16")
+    assert Checkpoint(tmp_path / "half").read_dense("model.embed_tokens.weight").dtype == torch.float16
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_damaged_weights_are_named(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe, rank: int) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SvskError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: holds values that are not finite"):
+        quantize(model, tmp_path / "out", tiny_recipe.override({"sidecar": {"rank": rank}}))
+
+
+def test_mixture_of_experts_is_refused(tmp_path: Path, tiny_recipe: Recipe) -> None:
+    settings = {
+        "moe_intermediate_size": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+        "head_dim": 32,
+        "decoder_sparse_step": 1,
+    }
+    dense = write_dense(tmp_path / "dense", type(FAMILIES["llama"])("qwen3_moe", settings))
+    with pytest.raises(SvskError, match="Mixture-of-experts models are not supported"):
+        quantize(dense, tmp_path / "out", tiny_recipe)
+
+
 def test_quantised_model_is_refused(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
     quantize(tiny_llama, tmp_path / "out", tiny_recipe)
     with pytest.raises(SvskError, match="quantised already"):
@@ -245,14 +332,14 @@ def test_hidden_states_on_disk_are_the_same(tmp_path: Path, tiny_llama: Path) ->
         runner = BlockRunner(
             source, texts, torch.device("cpu"), torch.float32, memory_limit=limit, batch_tokens=64, scratch=tmp_path
         )
-        assert any(tmp_path.glob("hidden-*")) == (limit == 0)
+        assert runner.on_disk == (limit == 0)
         for index, block in enumerate(blocks):
             source.load(block, f"{name}.{index}.", torch.float32, torch.device("cpu"))
             runner.run(index, block, collect=False)
             source.unload(block)
         outputs.append(runner.hidden.clone())
         runner.close()
-        assert not any(tmp_path.glob("hidden-*"))
+        assert not any(tmp_path.iterdir())
     assert torch.equal(*outputs)
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     model.model.norm = torch.nn.Identity()

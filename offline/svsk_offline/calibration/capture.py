@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from svsk_offline.calibration.text import CalibrationSet
+from svsk_offline.errors import SvskError
 from svsk_offline.source import ModelSource, linear_modules
 
 __all__ = ["BlockRunner", "InputStatistics"]
@@ -35,11 +36,12 @@ class InputStatistics:
         """Whatever is derived from these statistics once for all linears that share them, by the deriver's key."""
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Take in the inputs of some samples, float [samples, tokens, K]."""
+        """Take in the inputs of some samples, float [samples, tokens, K], or [tokens, K] without first tokens."""
         self._accumulate(self._sum, inputs.detach().reshape(-1, inputs.shape[-1]).float())
-        self._accumulate(self._first, inputs.detach()[:, 0].float())
         self._tokens += inputs[..., 0].numel()
-        self._samples += inputs.shape[0]
+        if inputs.ndim == 3:  # a flattened input does not say where samples begin
+            self._accumulate(self._first, inputs.detach()[:, 0].float())
+            self._samples += inputs.shape[0]
 
     @staticmethod
     def _accumulate(total: torch.Tensor, rows: torch.Tensor) -> None:
@@ -154,6 +156,11 @@ class BlockRunner:
                 hook.remove()
         return statistics
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether the hidden states are in a file."""
+        return self._file is not None
+
     def close(self) -> None:
         """Remove the temporary file, if there is one."""
         if self._file is not None:
@@ -169,7 +176,9 @@ class BlockRunner:
                 if tensor is seen["tensor"]:  # q, k and v, or gate and up
                     statistics[name] = seen["statistics"]
                     return
-                own = statistics.setdefault(name, InputStatistics(tensor.shape[-1], self.device, full=full))
+                if name not in statistics:
+                    statistics[name] = InputStatistics(tensor.shape[-1], self.device, full=full)
+                own = statistics[name]
                 own.add(tensor)
                 seen.update(tensor=tensor, statistics=own)
 
@@ -211,6 +220,11 @@ class BlockRunner:
                     shape = (len(tokens), *inputs[0].shape[1:])
                     hidden = self._allocate(shape, inputs[0].dtype, memory_limit, scratch)
                 hidden[index] = inputs[0][0].to(hidden)
+        except NotImplementedError as error:  # a parameter that is still on the meta device
+            raise SvskError(
+                f"{self.source.folder}: {type(model).__name__} has parameters before its decoder blocks besides the "
+                "token embedding; such models are not supported."
+            ) from error
         finally:
             setattr(parent, attribute, blocks)
             self.source.unload(embedding)
@@ -223,6 +237,6 @@ class BlockRunner:
         size = torch.Size(shape).numel() * dtype.itemsize
         if size <= memory_limit:
             return torch.empty(shape, dtype=dtype)
-        self._file = tempfile.NamedTemporaryFile(dir=scratch, prefix="hidden-")  # noqa: SIM115 - closed by close()
+        self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - has no name, closed by close()
         raw = np.memmap(self._file, dtype=np.uint8, mode="w+", shape=(size,))
         return torch.from_numpy(raw).view(dtype).view(shape)

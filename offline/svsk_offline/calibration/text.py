@@ -94,6 +94,8 @@ def _documents(source: str, tokenizer: Any, chat_template: bool) -> Iterator[str
     elif path.suffix in (".jsonl", ".json"):
         for number, row in enumerate(_json_lines(path), 1):
             yield _row_text(row, f"{path}, line {number}", tokenizer, chat_template)
+    elif path.is_dir():
+        raise SvskError(f"Calibration text {path}: is a folder, expected a file.")
     elif path.exists():
         try:
             yield path.read_text(encoding="utf-8")
@@ -125,7 +127,7 @@ def _standard_library() -> Iterator[str]:
 def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
     if not path.exists():
         raise SvskError(f"Calibration text {path}: no such file.")
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

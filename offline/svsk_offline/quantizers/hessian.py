@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The second moment of a linear's input, prepared for quantisation with error feedback."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -8,7 +9,7 @@ import torch
 
 from svsk_offline.errors import SvskError
 
-__all__ = ["ColumnOrder", "damped", "inverse_root"]
+__all__ = ["ColumnOrder", "damped", "inverse_root", "lower_factor"]
 
 _DAMPING_STEPS: Final = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 """Further relative damping to try when the Cholesky decomposition fails."""
@@ -50,19 +51,35 @@ def inverse_root(matrix: torch.Tensor) -> torch.Tensor:
     """
     if not bool(torch.isfinite(matrix).all()):
         raise SvskError("A calibration Hessian holds values that are not finite: the model's activations overflow.")
+    for lower in _lower_factors(matrix):
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not int(failed):
+            root: torch.Tensor = upper.float()
+            return root
+    raise SvskError(f"A calibration Hessian of {matrix.shape[0]} channels has no Cholesky decomposition.")
+
+
+def lower_factor(matrix: torch.Tensor) -> torch.Tensor:
+    """Lower Cholesky factor in float64, with as much further damping as it takes.
+
+    Raises:
+        SvskError: no damping is enough.
+    """
+    for lower in _lower_factors(matrix):
+        return lower
+    raise SvskError(f"A calibration Hessian of {matrix.shape[0]} channels has no Cholesky decomposition.")
+
+
+def _lower_factors(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Cholesky factors in float64 under growing damping, where they exist."""
     work = matrix.double()
     mean = float(work.diagonal().mean())
     for extra in _DAMPING_STEPS:
         shifted = work.clone()
         shifted.diagonal().add_(extra * mean)
         lower, failed = torch.linalg.cholesky_ex(shifted)
-        if int(failed):
-            continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not int(failed):
-            root: torch.Tensor = upper.float()
-            return root
-    raise SvskError(f"A calibration Hessian of {matrix.shape[0]} channels has no Cholesky decomposition.")
+            yield lower
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from svsk_offline.quantizers.diagonal import Sidecar
 from svsk_offline.quantizers.feedback import round_with_feedback
-from svsk_offline.quantizers.hessian import ColumnOrder, damped
+from svsk_offline.quantizers.hessian import ColumnOrder, damped, lower_factor
 from svsk_offline.quantizers.lowrank import truncated_svd
 from svsk_vllm.format import TileGrid
 
@@ -44,7 +44,7 @@ def column_tiles(hessian: torch.Tensor, grid: TileGrid, ridge: float) -> list[Co
         columns = grid.col_slice(b)
         own = damped(hessian[columns, columns], ridge)
         order = ColumnOrder.of(own)
-        lower = torch.linalg.cholesky(own.double())
+        lower = lower_factor(own)
         whole = own.shape[0] == grid.k
         coupling = None if whole else torch.cholesky_solve(hessian[columns].double(), lower).float()
         tiles.append(ColumnTile(columns, order, lower.float(), coupling))
