@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 
 from svsk_eval.errors import EvalError
 from svsk_eval.metrics import EvalResult, score_chunk, summarise
+from svsk_offline.pipeline import resolve_device
 
 __all__ = [
     "Progress",
@@ -44,7 +45,7 @@ def load_model(
         EvalError: there is no such model, or no such dtype.
         SvskFormatError: it is an SVSK checkpoint that this package cannot read.
     """
-    where = _device(device)
+    where = device if isinstance(device, torch.device) else resolve_device(device or "auto")
     what = _dtype(dtype, where)
     _check_folder(path)
     try:
@@ -254,10 +255,6 @@ def _is_svsk(path: str | Path) -> bool:
 def _check_folder(path: str | Path) -> None:
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise EvalError(f"{path}: not a model folder, it has no config.json.")
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:

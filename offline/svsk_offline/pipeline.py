@@ -30,7 +30,7 @@ from svsk_vllm.format import ConfigGroup, LinearSpec, SvskCheckpointConfig
 from svsk_vllm.format.shards import INDEX_NAME, read_json
 from svsk_vllm.version import __version__
 
-__all__ = ["Progress", "QuantizationResult", "quantize"]
+__all__ = ["Progress", "QuantizationResult", "quantize", "resolve_device"]
 
 _STATE_NAME: Final = "svsk-state.json"
 _COPIED: Final = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
@@ -93,7 +93,7 @@ def quantize(
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     source = ModelSource(resolve_model(str(model)))
     folder = PartialFolder(Path(out), source.folder, overwrite=overwrite)
-    torch_device = _device(device)
+    torch_device = resolve_device(device)
     scale_dtype = source.model_dtype(dtype)
     args = recipe.calibration
     progress.message(f"Calibration text: {calibration}, {args.samples} samples of {args.seq_len} tokens")
@@ -104,7 +104,12 @@ def quantize(
     return run.execute(overwrite)
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
+    """Device by name, ``auto`` for CUDA where there is one.
+
+    Raises:
+        SvskError: torch cannot use it here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

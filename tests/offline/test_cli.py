@@ -120,6 +120,10 @@ def test_generate_with_transformers(checkpoint: Path, tmp_path: Path) -> None:
         (["restore", "MODEL", "out"], "not a quantised checkpoint"),
         (["inspect", "no[/b]such"], "no[/b]such"),
         (["eval", "MODEL", "--text", "missing.txt"], "missing.txt"),
+        (
+            ["eval", "MODEL", "--text", "MODEL/config.json", "--chunks", "1", "--device", "nonsense"],
+            "--device nonsense",
+        ),
         (["eval", "MODEL", "--text", "missing.txt", "--json", "nowhere/x.json"], "its folder does not exist"),
         (["quantize", "MODEL", "MODEL", "--overwrite"], "overlaps the model"),
         (["quantize", "MODEL", "out", "--calibration", "."], "is a folder"),
@@ -130,7 +134,7 @@ def test_errors_are_one_line_and_exit_code_one(
     arguments: list[str], message: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = svsk(*(str(tiny_llama) if argument == "MODEL" else argument for argument in arguments))
+    result = svsk(*(argument.replace("MODEL", str(tiny_llama)) for argument in arguments))
     assert result.exit_code == 1
     assert "error:" in result.output
     assert message in result.output
