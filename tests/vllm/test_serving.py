@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A served checkpoint answers as the dense model it stands for, served by the same vLLM.
 
-Random weights make the tiny models' next tokens close calls, so tokens must agree only where the dense model's two
-best are more than 0.1 apart. Log-probabilities are compared on the dense model's own answers. On the 30 layers of
-SmolLM2 in bfloat16 rounding alone moves them by more than the bound: the dense model served eagerly and compiled
-differs from itself by 0.029 on average. There the mean difference is bounded with its sign, and the absolute error by
-that of the dense model against float32.
+Tokens must agree wherever the dense model's two best are more than 0.1 apart, and log-probabilities are compared on
+the dense model's own answers. SmolLM2 in bfloat16 cannot be held to that: its logits are around 20, where neighbouring
+bfloat16 numbers are 0.125 apart, and the dense model served eagerly and compiled differs from itself by 0.029 on
+average and in 12 of 1024 tokens chosen by more than 0.1. There the signed mean is bounded, the absolute error is
+compared with that of the dense model against float32, and tokens must agree where the choice is clear by 0.5; by 0.1
+in all but 3 of 100.
 """
 
-from pathlib import Path
+import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tests.vllm.conftest import Pair, Run
 
 BOUND = {"bfloat16": 0.02, "float16": 0.005}
 CLEAR_CHOICE = 0.1
+COARSE_CHOICE = 0.5
 
 
 COUNT = 32
@@ -42,37 +44,34 @@ def text_requests(model: Path) -> list[list[int]]:
 
 
 def assert_same_model(
-    dense: dict[str, Any],
-    served: dict[str, Any],
-    prompts: list[list[int]],
-    bound: float,
-    linears: int,
-    drowned_in_rounding: bool,
+    dense: dict[str, Any], served: dict[str, Any], prompts: list[list[int]], bound: float, linears: int, coarse: bool
 ) -> None:
-    """Compare the checkpoint with the restored model, teacher-forced on the restored model's own answers."""
+    """Compare the checkpoint with the restored model, teacher-forced on the restored model's own answers.
+
+    ``coarse``: the model's logits are rounded more coarsely than what is compared.
+    """
     assert served["methods"]["SvskLinearMethod"] == linears
     assert "SvskLinearMethod" not in dense["methods"]
     pairs = [
         (reference, own)
-        for reference_rows, own_rows in zip(dense["scores"], served["scores"], strict=True)
-        for reference, own in zip(reference_rows, own_rows, strict=True)
-    ]
-    differences = [
-        reference[0] - own[0]
         for prompt, reference_rows, own_rows in zip(prompts, dense["scores"], served["scores"], strict=True)
         for reference, own in zip(reference_rows[len(prompt) - 1 :], own_rows[len(prompt) - 1 :], strict=True)
     ]
+    differences = [reference[0] - own[0] for reference, own in pairs]
     size = sum(map(abs, differences)) / len(differences)
-    difference = abs(sum(differences)) / len(differences) if drowned_in_rounding else size
+    difference = abs(sum(differences)) / len(differences) if coarse else size
     assert difference < bound, f"mean difference of teacher-forced log-probabilities {difference:.4f} ({size:.4f})"
     clear = [(reference, own) for reference, own in pairs if reference[2] - reference[3] > CLEAR_CHOICE]
     assert len(clear) > 0.3 * len(pairs), "too few clear choices for the comparison to mean anything"
-    assert all(reference[1] == own[1] for reference, own in clear)
+    flipped = [reference[2] - reference[3] for reference, own in clear if reference[1] != own[1]]
+    limit = COARSE_CHOICE if coarse else CLEAR_CHOICE
+    assert max(flipped, default=0.0) <= limit, f"tokens differ where the choice was clear by {flipped}"
+    assert len(flipped) <= 0.03 * len(clear)
     for index, (reference_tokens, own_tokens) in enumerate(zip(dense["generated"], served["generated"], strict=True)):
         first = next((i for i, (a, b) in enumerate(zip(reference_tokens, own_tokens, strict=True)) if a != b), None)
         if first is not None:  # greedy answers may part only at a close call
             row = dense["scores"][index][len(dense["sequences"][index]) - len(reference_tokens) + first - 1]
-            assert row[2] - row[3] <= CLEAR_CHOICE
+            assert row[2] - row[3] <= limit
 
 
 def compare(
