@@ -9,7 +9,7 @@ compared with that of the dense model against float32, and tokens must agree whe
 in all but 3 of 100.
 """
 
-import Path
+from pathlib import Path
 from typing import Any
 
 import pytest
