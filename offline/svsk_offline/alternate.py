@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from svsk_offline.calibration.capture import InputStatistics
-from svsk_offline.quantizers.gptq import gptq, polish, search_scales
+from svsk_offline.quantizers.gptq import gptq, level_values, polish, search_scales
 from svsk_offline.quantizers.hessian import ColumnOrder, damped
 from svsk_offline.quantizers.hessian_sidecar import ColumnTile, HessianSidecar, column_tiles, sidecar_weight
 from svsk_offline.quantizers.rounding import nearest_codes
@@ -65,7 +65,7 @@ def quantize_alternating(
         levels, values = gptq(target, shared.order, scale, codebook)
         if base.polish:
             levels = polish(target, shared.order.hessian, levels, scale, codebook, base.polish)
-            values = (levels.view(spec.n, -1, spec.group_size) * scale.float().unsqueeze(-1)).view(spec.n, spec.k)
+            values = level_values(levels, scale)
         codes = nearest_codes(levels, codebook)
         if sidecar is None:
             return QuantizedLinear(spec, codes, scale)

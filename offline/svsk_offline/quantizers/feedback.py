@@ -8,9 +8,9 @@ import torch
 
 from svsk_offline.quantizers.hessian import ColumnOrder
 
-__all__ = ["round_with_feedback"]
+__all__ = ["BLOCK", "round_with_feedback"]
 
-_BLOCK: Final = 128
+BLOCK: Final = 128
 """Columns whose updates are applied to the rest of the matrix in one product."""
 
 
@@ -28,8 +28,8 @@ def round_with_feedback(
     root, original = order.root, order.order.tolist()
     size = work.shape[0]
     pivots = order.root.diagonal().tolist()
-    for start in range(0, size, _BLOCK):
-        stop = min(start + _BLOCK, size)
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
         block, local = work[start:stop], root[start:stop, start:stop]
         errors = torch.empty_like(block)
         for i in range(stop - start):

@@ -6,12 +6,12 @@ from typing import Final
 
 import torch
 
-from svsk_offline.quantizers.feedback import round_with_feedback
+from svsk_offline.quantizers.feedback import BLOCK, round_with_feedback
 from svsk_offline.quantizers.hessian import ColumnOrder
 from svsk_offline.quantizers.rounding import nearest_levels
 from svsk_vllm.format import Codebook, codebook_levels
 
-__all__ = ["DEFAULT_CANDIDATES", "gptq", "polish", "search_scales"]
+__all__ = ["DEFAULT_CANDIDATES", "gptq", "level_values", "polish", "search_scales"]
 
 DEFAULT_CANDIDATES: Final = tuple(1.12 - 0.045 * step for step in range(12))
 """Factors on the scale that puts the largest magnitude on the codebook's widest level."""
@@ -105,7 +105,13 @@ def gptq(
 
     round_with_feedback(weight.T.contiguous(), order, round_column)
     found = levels.T.contiguous()
-    return found, (found.view(n, -1, group) * scale.float().unsqueeze(-1)).view(n, k)
+    return found, level_values(found, scale)
+
+
+def level_values(levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Weights that levels stand for: float32 [N, K] times the scale [N, K / g] of its group."""
+    n, k = levels.shape
+    return (levels.view(n, scale.shape[1], -1) * scale.float().unsqueeze(-1)).view(n, k)
 
 
 def polish(
@@ -139,10 +145,9 @@ def polish(
     values = (current.view(-1, group, n) * by_group.unsqueeze(1)).view(k, n)
     gradient = hessian @ (weight.T - values)  # [K, N]
     curvature = hessian.diagonal().tolist()
-    block = 128
     for _ in range(sweeps):
-        for start in range(0, k, block):
-            stop = min(start + block, k)
+        for start in range(0, k, BLOCK):
+            stop = min(start + BLOCK, k)
             local, own = gradient[start:stop].clone(), hessian[start:stop, start:stop]
             moves = torch.empty_like(local)
             for i in range(stop - start):
