@@ -12,7 +12,8 @@ chunk depend on one another, so the chunk and not the token is the unit of sampl
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,16 @@ import torch
 
 from svsk_eval.errors import EvalError
 
-__all__ = ["ChunkScores", "EvalResult", "jackknife_se", "mean_se", "score_chunk", "summarise"]
+__all__ = [
+    "ChunkMeans",
+    "ChunkScores",
+    "EvalInputs",
+    "EvalResult",
+    "jackknife_se",
+    "mean_se",
+    "score_chunk",
+    "summarise",
+]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -48,6 +58,42 @@ class ChunkScores:
 
 
 @dataclass(frozen=True)
+class ChunkMeans:
+    """The means over each chunk's tokens, one per chunk, so that two evaluations of the same chunks can be paired.
+
+    Attributes:
+        nll: negative log-likelihood under the model, nats per token.
+        ref_nll: the same under the reference; None when there is no reference, as are the next two.
+        kl: KL(reference || model), nats per token.
+        top1: share of tokens whose most likely successor is the same for both models, 0 to 1.
+    """
+
+    nll: tuple[float, ...]
+    ref_nll: tuple[float, ...] | None = None
+    kl: tuple[float, ...] | None = None
+    top1: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class EvalInputs:
+    """What was scored and how, to tell whether two evaluations can be compared.
+
+    Attributes:
+        model: folder or hub name of the model, as it was given.
+        reference: the same of the reference, None without one.
+        text_fingerprint: SHA-256 of the int64 bytes of all tokens, those put in front of the chunks included.
+        seq_len: tokens per chunk.
+        dtype: of weights and activations, such as ``float32``.
+    """
+
+    model: str
+    reference: str | None
+    text_fingerprint: str
+    seq_len: int
+    dtype: str
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """Metrics of a model on a text, each with its standard error over chunks (``<name>_se``).
 
@@ -63,6 +109,8 @@ class EvalResult:
         ref_nll: mean negative log-likelihood per token of the reference, nats.
         tokens: predicted tokens, all chunks together.
         chunks: chunks of text.
+        per_chunk: the means of every single chunk.
+        inputs: what was scored and how; None where models were not loaded by name.
     """
 
     nll: float
@@ -80,10 +128,19 @@ class EvalResult:
     ref_nll: float | None
     tokens: int
     chunks: int
+    per_chunk: ChunkMeans
+    inputs: EvalInputs | None = None
 
-    def to_json(self) -> dict[str, float | int | None]:
-        """The result as a dictionary that ``json`` can write; what is not known is None (null)."""
-        return asdict(self)
+    def to_json(self) -> dict[str, Any]:
+        """The result as a dictionary that ``json`` can write.
+
+        Figures that are not known are None (null). ``per_chunk`` is a dictionary of lists of the same length, and
+        leaves out what is not known. The fields of ``inputs`` are keys beside the figures, if there are inputs.
+        """
+        figures = {field.name: getattr(self, field.name) for field in fields(self)}
+        per_chunk, inputs = figures.pop("per_chunk"), figures.pop("inputs")
+        means = {name: list(values) for name, values in asdict(per_chunk).items() if values is not None}
+        return {**figures, **({} if inputs is None else asdict(inputs)), "per_chunk": means}
 
 
 def score_chunk(logits: torch.Tensor, targets: torch.Tensor, ref_logits: torch.Tensor | None = None) -> ChunkScores:
@@ -172,6 +229,9 @@ def summarise(chunks: Sequence[ChunkScores]) -> EvalResult:
         ref_nll=_mean(ref_nll),
         tokens=nll.size,
         chunks=nll.shape[0],
+        per_chunk=ChunkMeans(
+            _chunk_means(nll), *(None if values is None else _chunk_means(values) for values in (ref_nll, kl, top1))
+        ),
     )
 
 
@@ -253,3 +313,7 @@ def _stack_optional(rows: Sequence[FloatArray | None], name: str) -> FloatArray 
 
 def _mean(values: FloatArray | None) -> float | None:
     return None if values is None else float(values.mean())
+
+
+def _chunk_means(values: FloatArray) -> tuple[float, ...]:
+    return tuple(values.mean(axis=1).tolist())

@@ -3,13 +3,15 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from svsk_eval.errors import EvalError
-from svsk_eval.metrics import EvalResult, score_chunk, summarise
+from svsk_eval.metrics import EvalInputs, EvalResult, score_chunk, summarise
+from svsk_offline.calibration.text import bos_prefix, cut_pieces, token_fingerprint
 from svsk_offline.pipeline import resolve_device
 
 __all__ = [
@@ -91,19 +93,21 @@ def token_chunks(
     """Cut a text into chunks of tokens.
 
     The whole file is one stream of tokens without special tokens; chunks are consecutive, from its beginning, and do
-    not overlap. The tokens after the last whole chunk are not used.
+    not overlap. The tokens after the last whole chunk are not used. Where the tokenizer puts a beginning-of-sequence
+    token in front of a text, every chunk starts with it, as calibration samples do, and holds one token of text less.
 
     Args:
         text_file: plain UTF-8 text.
         tokenizer: a Hugging Face tokenizer.
         chunks: how many, or None for all there are.
-        seq_len: tokens per chunk, at least 2.
+        seq_len: tokens per chunk, what is put in front included, at least 2.
 
     Returns:
         Tokens, int64 [chunks, seq_len].
 
     Raises:
         EvalError: the file is missing, is not UTF-8, or is too short; or a number is out of range.
+        SvskError: what the tokenizer puts in front cannot be told, or fills the chunk.
     """
     if seq_len < 2:
         raise EvalError(f"seq_len is {seq_len}, but a chunk needs 2 tokens or more: one to predict the next from.")
@@ -117,15 +121,18 @@ def token_chunks(
         raise EvalError(f"{path}: cannot read the text to score ({error.strerror}). Name a plain text file.") from error
     except UnicodeDecodeError as error:
         raise EvalError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    prefix = bos_prefix(tokenizer)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    available = len(tokens) // seq_len
+    pieces = cut_pieces(tokens, prefix, seq_len)
+    available = len(pieces)
     wanted = available if chunks is None else chunks
     if available < max(wanted, 1):
+        width = f"{seq_len - len(prefix)}{' after BOS' if prefix else ''}"
         raise EvalError(
-            f"{path}: {len(tokens)} tokens are {available} chunks of {seq_len}, fewer than the {max(wanted, 1)} asked "
+            f"{path}: {len(tokens)} tokens are {available} chunks of {width}, fewer than the {max(wanted, 1)} asked "
             "for. Ask for fewer or shorter chunks, or give a longer text."
         )
-    return torch.tensor(tokens[: wanted * seq_len], dtype=torch.int64).view(wanted, seq_len)
+    return pieces[:wanted]
 
 
 @torch.inference_mode()
@@ -137,7 +144,8 @@ def compare_models(
 ) -> EvalResult:
     """Score a loaded model, against a loaded reference if there is one.
 
-    Within a chunk, positions 0 to seq_len - 2 predict tokens 1 to seq_len - 1. Only the logits of one chunk, float
+    Within a chunk, positions 0 to seq_len - 2 predict tokens 1 to seq_len - 1; where position 0 is a
+    beginning-of-sequence token, it predicts the first token of text. Only the logits of one chunk, float
     [seq_len, vocabulary] per model, are in memory at a time.
 
     Args:
@@ -178,7 +186,8 @@ def evaluate(
         reference_path: the same for the model it is compared with, or None: then only nll and ppl are given.
         text: a plain text file, see :func:`token_chunks`.
         chunks: how many chunks to score, or None for all there are.
-        seq_len: tokens per chunk; each chunk starts with an empty context.
+        seq_len: tokens per chunk; each chunk starts with an empty context, or the tokenizer's beginning-of-sequence
+            token if it has one.
         dtype: of both models, or its name; None is float32 on a CPU and bfloat16 elsewhere. Rounding to bfloat16 has
             a KL of its own, 0.0013 for SmolLM2-135M against its float32 self: a floor for what can be told apart.
         device: of both models; None is the first CUDA device if there is one, else the CPU.
@@ -203,7 +212,14 @@ def evaluate(
                 f"{model_path} has a vocabulary of {sizes[0]}, the reference {reference_path} one of {sizes[1]}. "
                 "Compare a model with the one it was made from."
             )
-    return compare_models(model, reference, tokens, progress)
+    inputs = EvalInputs(
+        model=str(model_path),
+        reference=None if reference_path is None else str(reference_path),
+        text_fingerprint=token_fingerprint(tokens),
+        seq_len=seq_len,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+    return replace(compare_models(model, reference, tokens, progress), inputs=inputs)
 
 
 def _shared_tokens(

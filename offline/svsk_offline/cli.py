@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,6 +27,7 @@ _errors = Console(stderr=True, soft_wrap=True)
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")]
 
 
 @contextmanager
@@ -40,6 +41,18 @@ def _plain_errors() -> Iterator[None]:
     except (SvskError, SvskFormatError, EvalError, OSError) as error:
         _errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from error
+
+
+def _check_json(target: Path | None) -> None:
+    if target is not None and not target.absolute().parent.is_dir():
+        raise SvskError(f"--json {target}: its folder does not exist.")
+
+
+def _write_json(target: Path | None, value: Any) -> None:
+    if target is not None:
+        from svsk_offline.atomic import write_json
+
+        write_json(target, value)
 
 
 def _version(value: bool) -> None:
@@ -173,21 +186,37 @@ def evaluate(
     dtype: Annotated[
         str, typer.Option(help="Arithmetic: auto (float32 on a CPU), float32, bfloat16, float16.")
     ] = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Score MODEL: NLL, perplexity, and KL divergence and top-1 agreement against a reference."""
     from svsk_eval.console import evaluate_with_progress
 
     with _plain_errors():
-        if json_file is not None and not json_file.absolute().parent.is_dir():
-            raise SvskError(f"--json {json_file}: its folder does not exist.")
+        _check_json(json_file)
         result = evaluate_with_progress(
             console, model, reference, text, chunks=chunks, seq_len=seq_len, device=device, dtype=dtype
         )
-        if json_file is not None:
-            from svsk_offline.atomic import write_json
+        _write_json(json_file, result)
 
-            write_json(json_file, result)
+
+@app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(help="Files of `svsk eval --json`; the first is the baseline.")],
+    json_file: JsonFile = None,
+) -> None:
+    """Compare evaluations of the same text, chunk by chunk: differences to the first, standard errors, p-values.
+
+    Example: `svsk compare published.json best.json`
+    """
+    from svsk_eval.compare import compare_files
+    from svsk_eval.console import print_comparisons
+
+    with _plain_errors():
+        _check_json(json_file)
+        comparisons = compare_files(files)
+        print_comparisons(console, files[0], comparisons)
+        found = {"baseline": str(files[0]), "comparisons": [comparison.to_json() for comparison in comparisons]}
+        _write_json(json_file, found)
 
 
 @app.command()

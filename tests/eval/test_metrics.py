@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import math
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -13,14 +14,14 @@ from scipy.special import log_softmax
 
 from svsk_eval import metrics
 from svsk_eval.errors import EvalError
-from svsk_eval.metrics import ChunkScores, jackknife_se, mean_se, score_chunk, summarise
+from svsk_eval.metrics import ChunkScores, EvalInputs, jackknife_se, mean_se, score_chunk, summarise
 
 Value = TypeVar("Value")
 
 KEYS = {
     *("nll", "ppl", "delta_nll", "kl_mean", "kl_p99", "top1"),
     *("nll_se", "ppl_se", "delta_nll_se", "kl_mean_se", "kl_p99_se", "top1_se"),
-    *("tokens", "chunks", "ref_nll"),
+    *("tokens", "chunks", "ref_nll", "per_chunk"),
 }
 
 
@@ -215,7 +216,8 @@ def test_without_a_reference_only_nll_and_ppl_are_known() -> None:
     chunks = [ChunkScores(nll=scores.nll) for scores in random_scores(3, 20)]
     result = summarise(chunks).to_json()
     known = {key for key, value in result.items() if value is not None}
-    assert known == {"nll", "nll_se", "ppl", "ppl_se", "tokens", "chunks"}
+    assert known == {"nll", "nll_se", "ppl", "ppl_se", "tokens", "chunks", "per_chunk"}
+    assert result["per_chunk"].keys() == {"nll"}
 
 
 def test_json_has_exactly_the_documented_keys() -> None:
@@ -223,6 +225,21 @@ def test_json_has_exactly_the_documented_keys() -> None:
     written = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert written.keys() == KEYS
     assert written["kl_mean"] == result.kl_mean
+
+
+def test_json_holds_the_means_of_every_chunk() -> None:
+    rows = [([1.0, 2.0], [0.5, 1.0], [0.25, 0.5], [1.0, 0.0]), ([4.0, 4.0], [3.0, 2.0], [1.0, 0.5], [1.0, 1.0])]
+    result = summarise([ChunkScores(*map(np.array, row)) for row in rows]).to_json()
+    expected = {"nll": [1.5, 4.0], "ref_nll": [0.75, 2.5], "kl": [0.375, 0.75], "top1": [0.5, 1.0]}
+    assert json.loads(json.dumps(result["per_chunk"])) == expected
+    assert "model" not in result, "nobody said which model this was"
+
+
+def test_inputs_are_keys_beside_the_figures() -> None:
+    inputs = EvalInputs("folder/model", None, "0f", 512, "float32")
+    result = replace(summarise(random_scores(3, 20)), inputs=inputs).to_json()
+    assert result.keys() == KEYS | {"model", "reference", "text_fingerprint", "seq_len", "dtype"}
+    assert (result["model"], result["reference"], result["seq_len"]) == ("folder/model", None, 512)
 
 
 def test_summarise_rejects_chunks_that_do_not_belong_together() -> None:

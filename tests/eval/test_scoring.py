@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import hashlib
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from svsk_eval.scoring import compare_models, evaluate, load_model, load_tokeniz
 from tests.support.format_builders import edit_json
 from tests.support.tiny_models import (
     BOS,
+    EOS,
     FAMILIES,
     VOCAB,
     Family,
@@ -73,14 +75,44 @@ def test_chunks_are_the_consecutive_tokens_of_one_stream(models: Path, text: Pat
     assert every.flatten().tolist() == stream[: len(stream) // SEQ_LEN * SEQ_LEN]
 
 
-def test_chunks_hold_no_special_tokens(models: Path, text: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(models / "dense")
-    plain = token_chunks(text, tokenizer, 2, SEQ_LEN)
+def add_bos(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", BOS)]
+        single="<bos> $A <eos>", special_tokens=[("<bos>", BOS), ("<eos>", EOS)]
     )
-    assert tokenizer("a")["input_ids"][0] == BOS, "the tokenizer should add one unless told otherwise"
-    torch.testing.assert_close(token_chunks(text, tokenizer, 2, SEQ_LEN), plain, rtol=0, atol=0)
+
+
+def test_chunks_start_with_bos_where_the_tokenizer_puts_one(models: Path, text: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models / "dense")
+    stream = tokenizer(text.read_text(encoding="utf-8"))["input_ids"]
+    add_bos(tokenizer)
+    assert [tokenizer("a")["input_ids"][place] for place in (0, -1)] == [BOS, EOS], "a case that shows nothing"
+    chunks = token_chunks(text, tokenizer, 3, SEQ_LEN)
+    assert chunks.shape == (3, SEQ_LEN)
+    assert chunks.dtype == torch.int64
+    assert chunks[:, 0].tolist() == [BOS] * 3
+    assert chunks[:, 1:].flatten().tolist() == stream[: 3 * (SEQ_LEN - 1)], "consecutive, nothing lost, no EOS"
+    every = token_chunks(text, tokenizer, None, SEQ_LEN)
+    assert len(every) == len(stream) // (SEQ_LEN - 1)
+    with pytest.raises(EvalError, match=f"chunks of {SEQ_LEN - 1} after BOS, fewer than the 1000 asked"):
+        token_chunks(text, tokenizer, 1000, SEQ_LEN)
+
+
+def test_a_model_is_scored_with_its_bos(models: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bos"
+    write_dense(folder, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stream = tokenizer(text.read_text(encoding="utf-8"))["input_ids"]
+    add_bos(tokenizer)
+    tokenizer.save_pretrained(folder)
+    result = evaluate(folder, None, text, chunks=1, seq_len=SEQ_LEN)
+    model = load_model(folder)
+    chunk = torch.tensor([[BOS, *stream[: SEQ_LEN - 1]]])
+    with torch.no_grad():
+        logits = model(chunk).logits[0, :-1]
+    assert result.nll == pytest.approx(float(torch.nn.functional.cross_entropy(logits, chunk[0, 1:])), abs=1e-5)
+    assert result.tokens == SEQ_LEN - 1
+    with pytest.raises(EvalError, match=r"tokenizers of .*bos .* differ"):
+        evaluate(folder, models / "dense", text, 1, SEQ_LEN)
 
 
 def test_the_text_is_scored_byte_for_byte(models: Path, tmp_path: Path) -> None:
@@ -133,6 +165,20 @@ def test_metrics_equal_those_of_an_independent_forward_pass(models: Path, text: 
     assert result.top1 == pytest.approx(np.mean(top1))
     assert (result.tokens, result.chunks) == (3 * (SEQ_LEN - 1), 3)
     assert known(result.kl_mean) > 0.1  # random models: far apart
+
+
+def test_what_was_scored_is_recorded(models: Path, text: Path) -> None:
+    result = evaluate(str(models / "svsk"), models / "dense", text, 3, SEQ_LEN, dtype="bfloat16").to_json()
+    tokens = token_chunks(text, load_tokenizer(models / "dense"), 3, SEQ_LEN)
+    assert result["text_fingerprint"] == hashlib.sha256(np.array(tokens, dtype=np.int64).tobytes()).hexdigest()
+    assert (result["model"], result["reference"]) == (str(models / "svsk"), str(models / "dense"))
+    assert (result["seq_len"], result["dtype"]) == (SEQ_LEN, "bfloat16")
+    for name, mean in (("nll", "nll"), ("ref_nll", "ref_nll"), ("kl", "kl_mean"), ("top1", "top1")):
+        assert len(result["per_chunk"][name]) == 3
+        assert np.mean(result["per_chunk"][name]) == pytest.approx(result[mean])
+    alone = evaluate(models / "dense", None, text, 2, SEQ_LEN).to_json()
+    assert alone["reference"] is None
+    assert alone["text_fingerprint"] != result["text_fingerprint"]
 
 
 def test_model_and_reference_are_not_interchangeable(models: Path, text: Path) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration text: every source, the draw of samples, and errors that name the row."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
+from transformers import PreTrainedTokenizer
 
 from svsk_offline.calibration import load_calibration
+from svsk_offline.calibration.text import bos_prefix
 from svsk_offline.errors import SvskError
 from svsk_offline.source import ModelSource
+from tests.support.tiny_models import BOS, EOS, PAD
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +60,106 @@ def test_samples_are_drawn_from_all_over_the_text(tokenizer: Any, tmp_path: Path
     assert calibration.describe()["source"] == "text.txt"  # no folder of this machine in the checkpoint
 
 
+def with_template(folder: Path, template: str) -> Any:
+    """The tiny tokenizer, putting special tokens around a text as Llama 3's and others do."""
+    tokenizer = ModelSource(folder).tokenizer
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<pad>", PAD), ("<eos>", EOS), ("<bos>", BOS)]
+    )
+    return tokenizer
+
+
+class SlowTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
+    """Characters, in pure Python; BOS in front and EOS behind."""
+
+    @property
+    def vocab_size(self) -> int:
+        return 128
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(code): code for code in range(128)}
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return ord(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return chr(index)
+
+    def build_inputs_with_special_tokens(self, first: list[int], second: list[int] | None = None) -> list[int]:
+        return [1, *first, 2]
+
+
+@pytest.mark.parametrize(
+    ("template", "prefix"),
+    [
+        ("$A", []),
+        ("$A <eos>", []),
+        ("<bos> $A", [BOS]),
+        ("<bos> $A <eos>", [BOS]),
+        ("<bos> $A <bos>", [BOS]),
+        ("<pad> <bos> $A", [PAD, BOS]),
+    ],
+)
+def test_the_prefix_of_fast_tokenizers(tiny_llama: Path, template: str, prefix: list[int]) -> None:
+    tokenizer = with_template(tiny_llama, template)
+    assert bos_prefix(tokenizer) == prefix
+    assert tokenizer("xy")["input_ids"][: len(prefix)] == prefix
+
+
+def test_the_prefix_of_a_slow_tokenizer(tmp_path: Path) -> None:
+    tokenizer = SlowTokenizer()
+    assert not tokenizer.is_fast
+    assert tokenizer("ab")["input_ids"] == [1, 97, 98, 2]
+    assert bos_prefix(tokenizer) == [1]
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefghijklmno")
+    tokens = load_calibration(str(path), tokenizer, 3, 6, 0).tokens
+    assert ["".join(map(chr, row)) for row in tokens] == ["\x01abcde", "\x01fghij", "\x01klmno"]
+
+
+def test_a_prefix_that_cannot_be_told_is_an_error() -> None:
+    def encode(_: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [1, 8, 9] if add_special_tokens else [7, 8]}
+
+    with pytest.raises(SvskError, match=r"\[7, 8\] without special tokens and as \[1, 8, 9\]"):
+        bos_prefix(encode)
+
+
+@pytest.mark.parametrize("prefix", [[BOS], [PAD, BOS]])
+def test_samples_start_with_bos_and_hold_consecutive_text(tiny_llama: Path, tmp_path: Path, prefix: list[int]) -> None:
+    tokenizer = with_template(tiny_llama, " ".join({PAD: "<pad>", BOS: "<bos>"}[i] for i in prefix) + " $A <eos>")
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"<{i:06d}>" for i in range(100)))
+    stream = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
+    width = 32 - len(prefix)
+    pieces = len(stream) // width
+    calibration = load_calibration(str(path), tokenizer, pieces, 32, 0)  # as many as there are: all are drawn
+    assert calibration.tokens.shape == (pieces, 32)
+    assert calibration.tokens.dtype == torch.int64
+    assert calibration.tokens[:, : len(prefix)].tolist() == [prefix] * pieces
+    assert calibration.tokens[:, len(prefix) :].flatten().tolist() == stream[: pieces * width]
+    assert calibration.describe()["bos"] is True
+    assert calibration.fingerprint == hashlib.sha256(calibration.tokens.numpy().tobytes()).hexdigest()
+    with pytest.raises(SvskError, match=f"pieces of {width} after BOS; {pieces + 1} samples"):
+        load_calibration(str(path), tokenizer, pieces + 1, 32, 0)
+    with pytest.raises(SvskError, match=rf"puts {len(prefix)} token\(s\) in front .* {len(prefix) + 1} or more"):
+        load_calibration(str(path), tokenizer, 1, len(prefix), 0)
+
+
+@pytest.mark.parametrize("template", [None, "$A <eos>"])
+def test_without_bos_samples_are_what_they_always_were(tiny_llama: Path, tmp_path: Path, template: str | None) -> None:
+    tokenizer = with_template(tiny_llama, template) if template else ModelSource(tiny_llama).tokenizer
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"<{i:06d}>" for i in range(4000)))
+    calibration = load_calibration(str(path), tokenizer, 10, 32, 0)
+    # Noted before there was a prefix: checkpoints that exist name it.
+    before = "307ad9829aa0ea86229a61354b9e32b5b15d9bfe28bb8b45b0877855e05d1bce"
+    assert calibration.describe() == {"source": "text.txt", "samples": 10, "seq_len": 32, "fingerprint": before}
+
+
 def test_rows(tokenizer: Any, jsonl: Callable[..., str]) -> None:
     assert text_of(tokenizer, jsonl({"text": "abcdefghijklmnopqrstuvwxyz"})).startswith("abcdef")
     row = {"question": "one plus one", "answer": "two, as everybody knows"}
@@ -73,6 +178,29 @@ def test_messages_and_chat_template(tokenizer: Any, jsonl: Callable[..., str], m
     assert "[user] hello there" in text_of(tokenizer, jsonl(messages), seq_len=20)
     row = {"question": "one plus one", "answer": "two"}
     assert "[user] one plus one" in text_of(tokenizer, jsonl(row), chat_template=True, seq_len=20)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "system", "content": "be brief"}], "rejects its messages .*no system role here"),
+        ([{"role": "user"}], "rejects its messages .*no attribute 'content'"),
+        ([{"role": "user", "content": None}], "rejects its messages .*NoneType"),
+        ([], "rejects its messages .*empty conversation"),
+        (["hello"], "must be objects with role and content"),
+        ([[{"role": "user", "content": "a"}]], "must be objects with role and content"),
+    ],
+)
+def test_messages_that_the_chat_template_rejects_are_named(
+    tokenizer: Any, jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch, messages: list[Any], message: str
+) -> None:
+    template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(SvskError, match=rf"rows\.jsonl, line 2: .*{message}"):
+        text_of(tokenizer, jsonl({"text": "fine"}, {"messages": messages}), seq_len=64)
 
 
 @pytest.mark.parametrize(

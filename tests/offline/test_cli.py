@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Pa
 
 def test_version_and_help() -> None:
     assert __version__ in svsk("--version").output
-    for command in ("quantize", "inspect", "validate", "restore", "eval", "generate", "recipes"):
+    for command in ("quantize", "inspect", "validate", "restore", "eval", "compare", "generate", "recipes"):
         assert command in svsk("--help").output
         assert svsk(command, "--help").exit_code == 0
 
@@ -88,6 +88,7 @@ def test_eval_of_a_checkpoint_and_of_its_restored_model(checkpoint: Path, tiny_l
         result = svsk("eval", model, *options)
         assert result.exit_code == 0, result.output
         figures.append(json.loads(target.read_text()))
+    assert [scores.pop("model") for scores in figures] == [str(checkpoint), str(tmp_path / "dense")]
     assert figures[0] == figures[1]
     keys = {"nll", "ppl", "delta_nll", "kl_mean", "kl_p99", "top1"}
     assert keys | {f"{key}_se" for key in keys} | {"tokens", "chunks"} <= set(figures[0])
