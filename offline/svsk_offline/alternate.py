@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from svsk_offline.calibration.capture import InputStatistics
-from svsk_offline.quantizers.gptq import gptq, level_values, polish, search_scales
+from svsk_offline.calibration.statistics import InputStatistics
+from svsk_offline.quantizers.gptq import gptq, level_values, polish, refit_scales, search_scales
 from svsk_offline.quantizers.hessian import ColumnOrder, damped
 from svsk_offline.quantizers.hessian_sidecar import ColumnTile, HessianSidecar, column_tiles, sidecar_weight
 from svsk_offline.quantizers.rounding import nearest_codes
@@ -25,9 +25,10 @@ class _Prepared:
     tiles: dict[tuple[int, float], list[ColumnTile]]
 
 
-def output_error(residual: torch.Tensor, hessian: torch.Tensor) -> float:
-    """``tr(R H R^T)``: the mean squared error of the layer's output, summed over its features."""
-    return float(((residual @ hessian) * residual).sum())
+def output_error(residual: torch.Tensor, hessian: torch.Tensor, row_weights: torch.Tensor | None = None) -> float:
+    """``tr(D R H R^T)``: the mean squared error of the layer's output, summed over its features, D their weights."""
+    by_row = ((residual @ hessian) * residual).sum(1)
+    return float(by_row.sum() if row_weights is None else by_row @ row_weights)
 
 
 def quantize_alternating(
@@ -37,6 +38,7 @@ def quantize_alternating(
     base: GptqBase,
     fit: HessianFit,
     sink_weight: float = 0.0,
+    row_weights: torch.Tensor | None = None,
 ) -> QuantizedLinear:
     """Quantise a weight to the least error of its output that a few rounds find; the best round is kept.
 
@@ -47,6 +49,7 @@ def quantize_alternating(
         base: settings of the base.
         fit: settings of the sidecar.
         sink_weight: weight of the first token's second moment, added to the Hessian.
+        row_weights: float32 [N], how much each output feature counts in the sidecar's fit; None is 1 each.
 
     Raises:
         SvskError: the Hessian cannot be used.
@@ -58,20 +61,21 @@ def quantize_alternating(
         key = (spec.grid.tile_cols, fit.ridge)
         if key not in shared.tiles:
             shared.tiles[key] = column_tiles(shared.hessian, spec.grid, fit.ridge)
-        sidecar = HessianSidecar(shared.tiles[key], spec.grid, rank, spec.factor_bits)
+        sidecar = HessianSidecar(shared.tiles[key], spec.grid, rank, spec.factor_bits, row_weights)
     target, best, least = weight, None, float("inf")
     for _ in range(fit.rounds if sidecar else 1):
         scale = search_scales(target, shared.order.importance, spec.group_size, codebook, spec.scale_dtype)
         levels, values = gptq(target, shared.order, scale, codebook)
-        if base.polish:
-            levels = polish(target, shared.order.hessian, levels, scale, codebook, base.polish)
+        for _ in range(base.polish):
+            scale = refit_scales(target, shared.order.hessian, levels, scale)
+            levels = polish(target, shared.order.hessian, levels, scale, codebook)
             values = level_values(levels, scale)
         codes = nearest_codes(levels, codebook)
         if sidecar is None:
             return QuantizedLinear(spec, codes, scale)
         side = sidecar.fit(weight - values)
         product = sidecar_weight(side, spec.grid)
-        error = output_error(weight - values - product, shared.hessian)
+        error = output_error(weight - values - product, shared.hessian, row_weights)
         if error < least:
             least, best = error, QuantizedLinear(spec, codes, scale, side.u, side.v, side.gain)
         target = weight - product

@@ -48,10 +48,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file atomically. Tensors are made contiguous; no two may share memory."""
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(path, lambda temporary: save_file(ready, temporary, metadata={"format": "pt"}))
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically. Tensors are made contiguous and copied where two share memory."""
+    ready: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        found = tensor.detach().cpu().contiguous()
+        ready[name] = found.clone() if found.data_ptr() in seen else found
+        seen.add(found.data_ptr())
+    header = {"format": "pt", **(metadata or {})}
+    _replace(path, lambda temporary: save_file(ready, temporary, metadata=header))
 
 
 class PartialFolder:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from svsk_offline.alternate import quantize_alternating
-from svsk_offline.calibration.capture import InputStatistics
+from svsk_offline.calibration.statistics import InputStatistics
 from svsk_offline.errors import SvskError
 from svsk_offline.quantizers import channel_importance, fit_diagonal_sidecar, quantize_aa
 from svsk_offline.recipe import AaBase, GptqBase, HessianFit, Recipe
@@ -50,6 +50,7 @@ def quantize_linear(
     recipe: Recipe,
     scheme: ConfigGroup,
     scale_dtype: torch.dtype,
+    row_weights: torch.Tensor | None = None,
 ) -> tuple[QuantizedLinear, LayerReport]:
     """Quantise one weight by a recipe.
 
@@ -60,6 +61,7 @@ def quantize_linear(
         recipe: how.
         scheme: group size, codebook, sidecar shape.
         scale_dtype: stored dtype of the scales.
+        row_weights: float32 [N], how much each output feature counts in a Hessian fit; None is 1 each.
 
     Returns:
         The quantised linear on the CPU, and its report.
@@ -75,7 +77,7 @@ def quantize_linear(
     spec = LinearSpec(name, weight.shape[0], weight.shape[1], scheme, scale_dtype)
     if isinstance(recipe.base, GptqBase) and isinstance(recipe.fit, HessianFit):
         sink = recipe.sink.weight if matches(name, recipe.sink.targets) else 0.0
-        linear = quantize_alternating(weight, statistics, spec, recipe.base, recipe.fit, sink)
+        linear = quantize_alternating(weight, statistics, spec, recipe.base, recipe.fit, sink, row_weights)
     else:
         linear = _quantize_published(weight, statistics.second_moment, spec, recipe)
     moment = statistics.second_moment

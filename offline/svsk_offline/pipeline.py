@@ -8,33 +8,32 @@ bytes: the hidden states are computed again, blocks with a shard are not quantis
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import nn
 
-from svsk_offline.atomic import PartialFolder, write_json, write_tensors, write_text
+from svsk_offline.atomic import PartialFolder, write_json
 from svsk_offline.calibration import BlockRunner, InputStatistics, load_calibration
 from svsk_offline.calibration.text import DEFAULT_SOURCE, CalibrationSet
-from svsk_offline.card import model_card
 from svsk_offline.errors import SvskError
 from svsk_offline.layer import LayerReport, quantize_linear
+from svsk_offline.output import CheckpointWriter
+from svsk_offline.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.source import ModelSource, linear_modules, resolve_model
-from svsk_vllm.format import ConfigGroup, LinearSpec, SvskCheckpointConfig
-from svsk_vllm.format.shards import INDEX_NAME, read_json
+from svsk_vllm.format import ConfigGroup, QuantizedLinear, SvskCheckpointConfig, dequantize
+from svsk_vllm.format.shards import read_json
 from svsk_vllm.version import __version__
 
 __all__ = ["Progress", "QuantizationResult", "quantize", "resolve_device"]
 
 _STATE_NAME: Final = "svsk-state.json"
-_COPIED: Final = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
-_NOT_COPIED: Final = ("config.json", INDEX_NAME, _STATE_NAME)
+_PLAN_NAME: Final = "svsk-plan.safetensors"
 
 
 @dataclass
@@ -65,7 +64,7 @@ def quantize(
     out: str | Path,
     recipe: Recipe | str = "best",
     *,
-    calibration: str = DEFAULT_SOURCE,
+    calibration: str | CalibrationSet = DEFAULT_SOURCE,
     chat_template: bool = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -78,7 +77,8 @@ def quantize(
         model: folder or hub name.
         out: folder to write.
         recipe: a recipe, or the name or file of one.
-        calibration: text source, see :func:`svsk_offline.calibration.load_calibration`.
+        calibration: text source, see :func:`svsk_offline.calibration.load_calibration`; or samples drawn already, which
+            then stand in for the recipe's.
         chat_template: render question and answer rows as chat messages.
         device: ``auto``, ``cpu``, ``cuda`` ...
         dtype: dtype of scales and unquantised tensors, ``auto`` for the model's own.
@@ -96,10 +96,13 @@ def quantize(
     torch_device = resolve_device(device)
     scale_dtype = source.model_dtype(dtype)
     args = recipe.calibration
-    progress.message(f"Calibration text: {calibration}, {args.samples} samples of {args.seq_len} tokens")
-    texts = load_calibration(
-        calibration, source.tokenizer, args.samples, args.seq_len, args.seed, chat_template=chat_template
-    )
+    if isinstance(calibration, CalibrationSet):
+        texts = calibration
+    else:
+        progress.message(f"Calibration text: {calibration}, {args.samples} samples of {args.seq_len} tokens")
+        texts = load_calibration(
+            calibration, source.tokenizer, args.samples, args.seq_len, args.seed, chat_template=chat_template
+        )
     run = _Run(source, folder, recipe, texts, torch_device, scale_dtype, progress)
     return run.execute(overwrite)
 
@@ -136,19 +139,25 @@ class _Run:
         self.source, self.folder, self.recipe, self.texts = source, folder, recipe, texts
         self.device, self.scale_dtype, self.progress = device, scale_dtype, progress
         self.blocks_name, self.blocks = source.blocks
-        self.config = self._checkpoint_config()
+        self.config = self._uniform_config()
         self._check_targets()
 
     def execute(self, overwrite: bool) -> QuantizationResult:
-        """Write all shards, then the rest of the folder."""
+        """Decide, write all shards, then the rest of the folder."""
         partial = self.folder.create()
         self._claim(partial, overwrite)
-        layers, seconds = self._write_blocks(partial)
-        self._write_rest(partial)
-        self._finish(partial, layers)
+        plan = self._plan(partial)
+        writer = CheckpointWriter(partial, self.source, self.scale_dtype)
+        layers, seconds = self._write_blocks(writer, plan)
+        if self.recipe.allocation.target_bpw is not None:
+            self.config = self.config.model_copy(update={"config_groups": plan.groups()})
+        writer.finish(self.config, layers)
+        for name in (_STATE_NAME, _PLAN_NAME):
+            (partial / name).unlink(missing_ok=True)
         return QuantizationResult(self.folder.commit(), layers, seconds)
 
-    def _checkpoint_config(self) -> SvskCheckpointConfig:
+    def _uniform_config(self) -> SvskCheckpointConfig:
+        """The checkpoint's config, every linear with the recipe's scheme."""
         recipe = self.recipe
         group = ConfigGroup(targets=("Linear",), weights=recipe.weights, sidecar=recipe.sidecar)
         producer = {
@@ -173,16 +182,9 @@ class _Run:
         """Refuse before any work what would fail in the middle."""
         for name in self.source.tensors.names:
             self.source.is_stored(name)  # raises on a tensor that the model class does not know
-        count = 0
-        for index, block in enumerate(self.blocks):
-            for name, linear in linear_modules(block):
-                full = f"{self.blocks_name}.{index}.{name}"
-                scheme = self.config.scheme_for(full)
-                if scheme is not None:
-                    LinearSpec(full, linear.out_features, linear.in_features, scheme, self.scale_dtype)
-                    count += 1
-        if not count:
+        if all(self.config.scheme_for(f"{self.blocks_name}.{i}.{name}") is None for i, name in self._linear_names()):
             raise SvskError(f"{self.source.folder}: every linear layer is on the ignore list; nothing to quantise.")
+        self.schemes = uniform_schemes(self.source, self.config, self.scale_dtype)
 
     def _claim(self, partial: Path, overwrite: bool) -> None:
         """Note what this run is, or check that the unfinished one found is the same."""
@@ -210,99 +212,91 @@ class _Run:
             self.folder.create()
         write_json(state, identity)
 
-    def _shard_path(self, partial: Path, number: int) -> Path:
-        """Shard of block ``number - 1``; number 0 is everything outside the blocks."""
-        return partial / f"model-{number + 1:05d}-of-{len(self.blocks) + 1:05d}.safetensors"
+    def _plan(self, partial: Path) -> Plan:
+        """What to do with each linear: as an earlier run decided, or measured now."""
+        path = partial / _PLAN_NAME
+        if path.exists():
+            return Plan.load(path)
+        if self.recipe.needs_gradients:
+            self.progress.message("Measuring how much the predictions feel each matrix")
+        plan = make_plan(
+            self.source, self.schemes, self.recipe, self.texts, self.device, self.scale_dtype, partial,
+            progress=self.progress.block,
+        )  # fmt: skip
+        plan.save(path)
+        return plan
 
-    def _write_blocks(self, partial: Path) -> tuple[list[LayerReport], list[float]]:
+    def _write_blocks(self, writer: CheckpointWriter, plan: Plan) -> tuple[list[LayerReport], list[float]]:
         compute = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        runner = BlockRunner(self.source, self.texts, self.device, compute, scratch=partial)
+        runner = BlockRunner(self.source, self.texts, self.device, compute, scratch=writer.folder)
+        sequential = self.recipe.calibration.sequential
         layers: list[LayerReport] = []
         seconds: list[float] = []
         try:
             for index, block in enumerate(self.blocks):
                 started = time.perf_counter()
-                shard = self._shard_path(partial, index + 1)
-                reports = shard.with_suffix(".report.json")
-                done = shard.exists() and reports.exists()
                 self.source.load(block, f"{self.blocks_name}.{index}.", compute, self.device)
-                statistics = runner.run(index, block, collect=not done, full=self.recipe.needs_hessians)
-                if done:
-                    self.progress.message(f"Block {index}: finished by an earlier run")
-                    found = [LayerReport(**row) for row in read_json(reports)["layers"]]
+                reports = writer.finished(index)
+                if reports is None:
+                    statistics = runner.collect(
+                        index,
+                        block,
+                        full=self.recipe.needs_hessians,
+                        weights=self._token_weights(plan, index, block),
+                        advance=not sequential,
+                    )
+                    linears, reports = self._quantize_block(index, block, statistics, plan)
+                    writer.write_block(index, linears, reports)
+                elif sequential:
+                    linears = writer.read_block(index, plan.schemes)
                 else:
-                    found = self._write_block(shard, index, block, statistics)
-                    write_json(reports, {"layers": [asdict(report) for report in found]})
+                    self.progress.message(f"Block {index}: finished by an earlier run")
+                    runner.advance(index, block)
+                if sequential:
+                    _put_weights(block, f"{self.blocks_name}.{index}.", linears)
+                    runner.advance(index, block)
                 self.source.unload(block)
-                layers += found
+                layers += reports
                 seconds.append(time.perf_counter() - started)
                 self.progress.block(index + 1, len(self.blocks))
         finally:
             runner.close()
         return layers, seconds
 
-    def _write_block(
-        self, shard: Path, index: int, block: nn.Module, statistics: dict[str, InputStatistics]
-    ) -> list[LayerReport]:
+    def _token_weights(self, plan: Plan, index: int, block: nn.Module) -> dict[str, torch.Tensor] | None:
+        """Token weights by the names below a block; linears that are not quantised share the first one's."""
+        if not plan.tokens:
+            return None
         prefix = f"{self.blocks_name}.{index}."
-        tensors: dict[str, torch.Tensor] = {}
-        reports = []
+        names = [name for name, _ in linear_modules(block)]
+        known = {name: plan.tokens[prefix + name] for name in names if prefix + name in plan.tokens}
+        return {name: known.get(name, next(iter(known.values()))) for name in names} if known else None
+
+    def _quantize_block(
+        self, index: int, block: nn.Module, statistics: dict[str, InputStatistics], plan: Plan
+    ) -> tuple[list[QuantizedLinear], list[LayerReport]]:
+        linears, reports = [], []
         for name, _ in linear_modules(block):
-            full = prefix + name
-            scheme = self.config.scheme_for(full)
+            full = f"{self.blocks_name}.{index}.{name}"
+            scheme = plan.schemes.get(full)
             if scheme is None:
                 continue
             if name not in statistics:
                 raise SvskError(f"{full}: saw no calibration token, so it cannot be quantised. Add it to --ignore.")
             weight = self.source.tensors.read(f"{full}.weight").to(self.device)
-            linear, report = quantize_linear(full, weight, statistics[name], self.recipe, scheme, self.scale_dtype)
-            tensors |= linear.to_tensors()
+            rows = plan.rows.get(full)
+            linear, report = quantize_linear(
+                full, weight, statistics[name], self.recipe, scheme, self.scale_dtype,
+                None if rows is None else rows.to(self.device),
+            )  # fmt: skip
+            linears.append(linear)
             reports.append(report)
             self.progress.layer(report)
-        quantised = {f"{report.name}.weight" for report in reports}
-        for name in self.source.tensors.names:
-            if name.startswith(prefix) and name not in quantised and self.source.is_stored(name):
-                tensors[name] = self._dense(name)
-        write_tensors(shard, tensors)
-        return reports
+        return linears, reports
 
-    def _dense(self, name: str) -> torch.Tensor:
-        """A tensor that is not quantised. Only the model's own dtype is changed, where another one was asked for."""
-        tensor = self.source.tensors.read(name)
-        if tensor.dtype != self.source.native_dtype or tensor.dtype == self.scale_dtype:
-            return tensor
-        cast = tensor.to(self.scale_dtype)
-        if not bool(torch.isfinite(cast).all()) and bool(torch.isfinite(tensor).all()):
-            raise SvskError(f"{name}: has values that {self.scale_dtype} cannot hold. Use --dtype bfloat16.")
-        return cast
 
-    def _write_rest(self, partial: Path) -> None:
-        """Embedding, final norm, output head: everything outside the blocks."""
-        inside = f"{self.blocks_name}."
-        names = [n for n in self.source.tensors.names if not n.startswith(inside) and self.source.is_stored(n)]
-        write_tensors(self._shard_path(partial, 0), {name: self._dense(name) for name in names})
-
-    def _finish(self, partial: Path, layers: list[LayerReport]) -> None:
-        """Index, configuration, tokenizer files and model card."""
-        from safetensors import safe_open
-
-        weight_map: dict[str, str] = {}
-        total = 0
-        for number in range(len(self.blocks) + 1):
-            shard = self._shard_path(partial, number)
-            with safe_open(shard, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 - not a mapping
-                    weight_map[name] = shard.name
-                    tensor = handle.get_tensor(name)
-                    total += tensor.numel() * tensor.element_size()
-        write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        config = {key: value for key, value in self.source.config_dict.items() if key not in ("dtype", "torch_dtype")}
-        config["dtype"] = str(self.scale_dtype).removeprefix("torch.")
-        write_json(partial / "config.json", {**config, "quantization_config": self.config.to_dict()})
-        for pattern in _COPIED:
-            for path in self.source.folder.glob(pattern):
-                if path.name not in _NOT_COPIED and not path.name.endswith(".index.json"):
-                    shutil.copyfile(path, partial / path.name)
-        write_text(partial / "README.md", model_card(self.source.folder.name, self.config, layers))
-        for path in (*partial.glob("*.report.json"), partial / _STATE_NAME):
-            path.unlink()
+def _put_weights(block: nn.Module, prefix: str, linears: list[QuantizedLinear]) -> None:
+    """Replace the weights of a loaded block by what was stored of them."""
+    for linear in linears:
+        weight = block.get_parameter(f"{linear.spec.name.removeprefix(prefix)}.weight")
+        weight.data = dequantize(linear).to(weight.device, weight.dtype)

@@ -6,19 +6,22 @@ import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from svsk_offline.errors import SvskError
 from svsk_vllm.format import SidecarArgs, WeightArgs
+from svsk_vllm.format.config import MAX_RANK
 
 __all__ = [
     "AaBase",
+    "AllocationArgs",
     "CalibrationArgs",
     "DiagonalFit",
     "GptqBase",
+    "GradientArgs",
     "HessianFit",
     "Recipe",
     "SinkArgs",
@@ -83,12 +86,49 @@ class SinkArgs(_Strict):
     targets: tuple[str, ...] = (r"re:.*\.(q|k|v)_proj$",)
 
 
+class GradientArgs(_Strict):
+    """Weights from the gradient of the model's own loss, one more pass over the calibration text, there and back.
+
+    A token counts in a linear's Hessian in proportion to ``|g_t| ** (2 token_power)``, g_t the gradient of the linear's
+    output at that token; a row of the weight counts in the sidecar's fit in proportion to ``E[g_tn^2] ** row_power``.
+    0 is off: all count the same.
+    """
+
+    token_power: float = Field(default=0.0, ge=0, le=1)
+    row_power: float = Field(default=0.0, ge=0, le=1)
+    shared: bool = False  # one weighting for all linears of one input: fewer Hessians
+    samples: int | None = Field(default=None, ge=1)  # how many calibration samples to measure with; None is all
+
+
+class AllocationArgs(_Strict):
+    """Rank, factor bits and group size per matrix under a bit budget; without a target all are as the recipe says."""
+
+    target_bpw: float | None = Field(default=None, gt=4, le=8)
+    ranks: tuple[Annotated[int, Field(ge=0, le=MAX_RANK)], ...] = (0, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128)
+    factor_bits: tuple[Literal[4, 8], ...] = (4,)
+    group_sizes: tuple[Literal[32, 64], ...] = (64, 32)
+
+    @field_validator("ranks", "factor_bits", "group_sizes")
+    @classmethod
+    def _not_empty(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError(f"expected one or more different values, got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _ranks_pack(self) -> "AllocationArgs":
+        if 4 in self.factor_bits and any(rank % 2 for rank in self.ranks):
+            raise ValueError(f"ranks {self.ranks}: with 4-bit factors every rank must be even")
+        return self
+
+
 class CalibrationArgs(_Strict):
     """How much text the statistics are taken from."""
 
     samples: int = Field(default=64, ge=1)
     seq_len: int = Field(default=512, ge=16)
     seed: int = Field(default=0, ge=0)
+    sequential: bool = False  # each block sees the outputs of the quantised blocks before it
 
 
 class Recipe(_Strict):
@@ -101,16 +141,29 @@ class Recipe(_Strict):
     base: AaBase | GptqBase = Field(default=AaBase(), discriminator="method")
     fit: DiagonalFit | HessianFit = Field(default=DiagonalFit(), discriminator="method")
     sink: SinkArgs = SinkArgs()
+    gradients: GradientArgs = GradientArgs()
+    allocation: AllocationArgs = AllocationArgs()
     calibration: CalibrationArgs = CalibrationArgs()
     ignore: tuple[str, ...] = ("lm_head",)
 
     @model_validator(mode="after")
     def _fit_has_its_statistics(self) -> "Recipe":
-        if isinstance(self.base, AaBase) and (isinstance(self.fit, HessianFit) or self.sink.weight):
-            raise ValueError("base.method aa goes with fit.method diagonal and no sink weight")
+        if isinstance(self.base, AaBase):
+            if isinstance(self.fit, HessianFit) or self.sink.weight:
+                raise ValueError("base.method aa goes with fit.method diagonal and no sink weight")
+            if self.needs_gradients:
+                raise ValueError("base.method aa goes without gradients and allocation")
+        if self.gradients.token_power and self.gradients.samples is not None:
+            raise ValueError("gradients.token_power weights the tokens of all samples: leave gradients.samples out")
         if isinstance(self.base, GptqBase) and isinstance(self.fit, DiagonalFit):
             raise ValueError("base.method gptq goes with fit.method hessian")
         return self
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the gradient of the model's loss must be taken first."""
+        wanted = self.gradients.token_power or self.gradients.row_power
+        return bool(wanted) or self.allocation.target_bpw is not None
 
     @property
     def needs_hessians(self) -> bool:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A dense Hugging Face model on disk, of which only the parts in use are in memory."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class ModelSource:
         except ValueError as error:
             raise SvskError(f"{self.folder}: not a causal language model transformers knows ({error}).") from error
         model.tie_weights()
-        module: nn.Module = model.eval()
+        module: nn.Module = model.eval().requires_grad_(False)
         return module
 
     @cached_property
@@ -152,19 +153,50 @@ class ModelSource:
         Raises:
             SvskError: the folder lacks a tensor or holds it in another shape.
         """
-        state = {}
-        for name, want in module.state_dict().items():
-            full = prefix + name
-            if full not in self.tensors:
-                raise SvskError(f"{self.folder}: no tensor {full}, which {type(self.model).__name__} needs.")
-            tensor = self.tensors.read(full)
-            if tensor.shape != want.shape:
-                raise SvskError(
-                    f"{self.folder}: {full} has shape {list(tensor.shape)}, expected {list(want.shape)} by config.json."
-                )
-            state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        state = {name: self._read(prefix + name, want, dtype, device) for name, want in module.state_dict().items()}
         module.load_state_dict(state, assign=True)
         module.to(device)  # non-persistent buffers
+
+    def _read(self, name: str, want: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A tensor of the folder in the shape of ``want``, floating ones cast to ``dtype``."""
+        if name not in self.tensors:
+            raise SvskError(f"{self.folder}: no tensor {name}, which {type(self.model).__name__} needs.")
+        tensor = self.tensors.read(name)
+        if tensor.shape != want.shape:
+            raise SvskError(
+                f"{self.folder}: {name} has shape {list(tensor.shape)}, expected {list(want.shape)} by config.json."
+            )
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+    @contextmanager
+    def replaced_blocks(self, stand_ins: Iterable[nn.Module]) -> Iterator[Any]:
+        """The model with other modules in place of its decoder blocks."""
+        name, blocks = self.blocks
+        parent, _, attribute = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(stand_ins))
+        try:
+            yield self.model
+        finally:
+            setattr(self.model.get_submodule(parent), attribute, blocks)
+
+    @contextmanager
+    def loaded_outside(self, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+        """While :meth:`replaced_blocks` is in force: all weights of the model, those of the blocks left out.
+
+        Raises:
+            SvskError: as :meth:`load`.
+        """
+        model: Any = self.model
+        model.tie_weights()  # loading and unloading the embedding has untied it
+        state = {name: self._read(name, parameter, dtype, device) for name, parameter in model.named_parameters()}
+        model.load_state_dict(state, assign=True, strict=False)
+        model.tie_weights()
+        try:
+            yield
+        finally:
+            empty = {name: torch.empty_like(state[name], device="meta") for name in state}
+            model.load_state_dict(empty, assign=True, strict=False)
+            model.tie_weights()
 
     @staticmethod
     def unload(module: nn.Module) -> None:

@@ -9,7 +9,7 @@ from svsk_offline.calibration import InputStatistics
 from svsk_offline.errors import SvskError
 from svsk_offline.quantizers import quantize_aa, quantize_rtn
 from svsk_offline.quantizers.feedback import round_with_feedback
-from svsk_offline.quantizers.gptq import gptq, polish, search_scales
+from svsk_offline.quantizers.gptq import gptq, level_values, polish, refit_scales, search_scales
 from svsk_offline.quantizers.hessian import ColumnOrder, damped, inverse_root
 from svsk_offline.quantizers.hessian_sidecar import HessianSidecar, column_tiles, sidecar_weight
 from svsk_offline.quantizers.rounding import nearest_codes
@@ -104,6 +104,30 @@ def test_each_step_lowers_the_error(codebook: Codebook, dtype: torch.dtype, grou
     polished = polish(w, order.hessian, levels.clone(), scale, codebook, 2)
     value = values_of(nearest_codes(polished, codebook), scale, group, codebook)
     assert output_error(w - value, order.hessian) <= fed_back < 0.6 * rtn
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_refitted_scales_are_the_least_squares_ones(codebook: Codebook) -> None:
+    """They find the scales a weight was made with, never raise a row's error, and leave unused groups alone."""
+    k, group, n = 96, 32, 20
+    hessian = damped(statistics(k).hessian, 0.01)
+    generator = torch.Generator().manual_seed(1)
+    grid = codebook_levels(codebook)
+    levels = grid[torch.randint(0, 16, (n, k), generator=generator)]
+    scale = (0.01 + torch.rand(n, k // group, generator=generator)).bfloat16()
+    made = level_values(levels, scale)
+    start = (scale.float() * 1.3).bfloat16()
+    assert torch.equal(refit_scales(made, hessian, levels, start), scale)
+    assert torch.equal(refit_scales(made, hessian, levels, scale), scale)
+    levels[:, group : 2 * group] = 0
+    noisy = made + 0.1 * torch.randn(n, k, generator=generator)
+    found = refit_scales(noisy, hessian, levels, start)
+    assert torch.isfinite(found).all()
+    for row in range(n):
+        before, after = (
+            output_error((noisy - level_values(levels, s))[row : row + 1], hessian) for s in (start, found)
+        )
+        assert after <= before * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)

@@ -335,7 +335,7 @@ def test_hidden_states_on_disk_are_the_same(tmp_path: Path, tiny_llama: Path) ->
         assert runner.on_disk == (limit == 0)
         for index, block in enumerate(blocks):
             source.load(block, f"{name}.{index}.", torch.float32, torch.device("cpu"))
-            runner.run(index, block, collect=False)
+            runner.advance(index, block)
             source.unload(block)
         outputs.append(runner.hidden.clone())
         runner.close()

@@ -19,7 +19,7 @@ import torch
 from svsk_offline.pipeline import quantize
 from svsk_offline.recipe import load_recipe
 from svsk_offline.restore import restore
-from svsk_vllm.format import ConfigGroup
+from svsk_vllm.format import Checkpoint, ConfigGroup
 from tests.support.tiny_models import scheme, write_dense, write_random_svsk, write_restored
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make setup` installs it")
@@ -137,18 +137,33 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.
 def smollm2_pair(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Callable[[str], Pair]:
     """SmolLM2 quantised on little text with tiles of 256 x 200, and restored, by dtype of the checkpoint.
 
-    The dtype matters: a restored bfloat16 folder has rounded weights, which serving it in float16 does not undo.
+    The dtype matters: a restored bfloat16 folder has rounded weights, which serving it in float16 does not undo. In
+    bfloat16 it is the recipe ``best`` in a single round, ranks and group sizes chosen under a bit budget; in float16
+    ``published``.
     """
     made: dict[str, Pair] = {}
 
     def get(dtype: str) -> Pair:
         if dtype not in made:
             folder = tmp_path_factory.mktemp("smollm2-pair")
-            recipe = load_recipe("published").override(
-                {"calibration": {"samples": 4, "seq_len": 256}, "sidecar": {"rank": 16, "tile_m": 256, "tile_n": 200}}
-            )
+            tiles = {"rank": 16, "tile_m": 256, "tile_n": 200}
+            changes: dict[str, Any] = {"calibration": {"samples": 4, "seq_len": 256}, "sidecar": tiles}
+            if dtype == "bfloat16":
+                changes |= {"allocation": {"target_bpw": 4.7}, "fit": {"rounds": 1}, "base": {"polish": 0}}
+            recipe = load_recipe("best" if dtype == "bfloat16" else "published").override(changes)
             quantize(smollm2_dir, folder / "svsk", recipe, dtype=dtype)
+            if dtype == "bfloat16":
+                assert_ranks_differ_within_fused_layers(folder / "svsk")
             made[dtype] = Pair(folder / "svsk", restore(folder / "svsk", folder / "restored"))
         return made[dtype]
 
     return get
+
+
+def assert_ranks_differ_within_fused_layers(folder: Path) -> None:
+    """Otherwise the comparison would not test what it is for."""
+    linears = Checkpoint(folder).linears
+    blocks = {name.rpartition(".self_attn.")[0] for name in linears if ".self_attn." in name}
+    ranks = [{linears[f"{block}.self_attn.{p}_proj"].rank for p in "qkv"} for block in blocks]
+    assert any(len(found) == 3 for found in ranks)
+    assert {spec.group_size for spec in linears.values()} == {32, 64}

@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration: text, and what the model does with it."""
 
-from svsk_offline.calibration.capture import BlockRunner, InputStatistics
+from svsk_offline.calibration.capture import BlockRunner
+from svsk_offline.calibration.gradients import OutputGradients, sweep_gradients
+from svsk_offline.calibration.statistics import InputStatistics
 from svsk_offline.calibration.text import CalibrationSet, load_calibration
 
-__all__ = ["BlockRunner", "CalibrationSet", "InputStatistics", "load_calibration"]
+__all__ = [
+    "BlockRunner",
+    "CalibrationSet",
+    "InputStatistics",
+    "OutputGradients",
+    "load_calibration",
+    "sweep_gradients",
+]

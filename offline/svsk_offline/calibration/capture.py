@@ -3,89 +3,35 @@
 
 import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from svsk_offline.calibration.statistics import InputStatistics
 from svsk_offline.calibration.text import CalibrationSet
 from svsk_offline.errors import SvskError
 from svsk_offline.source import ModelSource, linear_modules
 
-__all__ = ["BlockRunner", "InputStatistics"]
-
-
-class InputStatistics:
-    """Second moments of one linear's input, accumulated in float32 sample by sample.
-
-    Args:
-        features: number of input channels K.
-        device: where the inputs are.
-        full: keep the whole matrix ``E[x x^T]``; otherwise only its diagonal.
-    """
-
-    def __init__(self, features: int, device: torch.device, *, full: bool) -> None:
-        shape = (features, features) if full else (features,)
-        self._sum = torch.zeros(shape, device=device)
-        self._first = torch.zeros(shape, device=device)
-        self._tokens = self._samples = 0
-        self.prepared: dict[Any, Any] = {}
-        """Whatever is derived from these statistics once for all linears that share them, by the deriver's key."""
-
-    def add(self, inputs: torch.Tensor) -> None:
-        """Take in the inputs of some samples, float [samples, tokens, K], or [tokens, K] without first tokens."""
-        self._accumulate(self._sum, inputs.detach().reshape(-1, inputs.shape[-1]).float())
-        self._tokens += inputs[..., 0].numel()
-        if inputs.ndim == 3:  # a flattened input does not say where samples begin
-            self._accumulate(self._first, inputs.detach()[:, 0].float())
-            self._samples += inputs.shape[0]
-
-    @staticmethod
-    def _accumulate(total: torch.Tensor, rows: torch.Tensor) -> None:
-        if total.ndim == 2:
-            total.addmm_(rows.T, rows)
-        else:
-            total += rows.square().sum(0)
-
-    @property
-    def second_moment(self) -> torch.Tensor:
-        """``E[x_j^2]``, float32 [K]."""
-        return (self._sum.diagonal() if self._sum.ndim == 2 else self._sum) / max(1, self._tokens)
-
-    @property
-    def hessian(self) -> torch.Tensor:
-        """``E[x x^T]`` over all tokens, float32 [K, K]."""
-        return self._full(self._sum) / max(1, self._tokens)
-
-    @property
-    def first_hessian(self) -> torch.Tensor:
-        """``E[x x^T]`` over the first token of each sample, float32 [K, K]."""
-        return self._full(self._first) / max(1, self._samples)
-
-    @staticmethod
-    def _full(total: torch.Tensor) -> torch.Tensor:
-        if total.ndim != 2:
-            raise ValueError("Only the diagonal was accumulated; create the statistics with full=True.")
-        return total
-
-
-_OnCall = Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], None]
+__all__ = ["BlockRunner", "StandIn", "scratch_tensor"]
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
     """Ends a forward pass once the blocks' arguments are known."""
 
 
-class _Recorder(nn.Module):
-    """Stands in for a decoder block: notes what it is called with and passes the hidden states on."""
+class StandIn(nn.Module):
+    """Takes the place of a decoder block; ``respond`` gives its output for hidden states, arguments and keywords."""
 
-    def __init__(self, block: nn.Module, on_call: _OnCall) -> None:
+    def __init__(
+        self, block: nn.Module, respond: Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor]
+    ) -> None:
         super().__init__()
         self._attributes = block.__dict__
-        self._on_call = on_call
+        self._respond = respond
 
     def __getattr__(self, name: str) -> Any:
         # Models read attributes of their blocks, such as attention_type, to choose a mask.
@@ -93,8 +39,24 @@ class _Recorder(nn.Module):
         return attributes[name] if name in attributes else super().__getattr__(name)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._on_call(hidden_states, args, kwargs)
-        return hidden_states
+        return self._respond(hidden_states, args, kwargs)
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Whether two nests of tuples, lists and mappings hold equal tensors and values."""
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and torch.equal(left, right)
+    if isinstance(left, Mapping):
+        return (
+            isinstance(right, Mapping) and left.keys() == right.keys() and all(_same(left[k], right[k]) for k in left)
+        )
+    if isinstance(left, tuple | list):
+        return (
+            isinstance(right, tuple | list)
+            and len(left) == len(right)
+            and all(_same(a, b) for a, b in zip(left, right, strict=True))
+        )
+    return type(left) is type(right)  # caches and the like have no equality of their own
 
 
 class BlockRunner:
@@ -127,34 +89,63 @@ class BlockRunner:
         self.source, self.device, self.dtype = source, device, dtype
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._batch = max(1, batch_tokens // calibration.tokens.shape[1])
-        self._file: Any = None
+        self._file: IO[bytes] | None = None
         self.hidden = self._embed(calibration.tokens, memory_limit, scratch)
 
     @torch.no_grad()
-    def run(self, index: int, block: nn.Module, *, collect: bool, full: bool = False) -> dict[str, InputStatistics]:
-        """Run every sample through block ``index``, whose weights are loaded, and keep its outputs.
+    def collect(
+        self,
+        index: int,
+        block: nn.Module,
+        *,
+        full: bool,
+        weights: Mapping[str, torch.Tensor] | None = None,
+        advance: bool = True,
+    ) -> dict[str, InputStatistics]:
+        """Run every sample through block ``index``, whose weights are loaded, and gather its linears' inputs.
 
         Args:
             index: number of the block.
             block: the loaded block.
-            collect: gather the inputs' statistics.
             full: gather whole second-moment matrices, not only their diagonals.
+            weights: by the name of each linear below the block, how much each token counts, float [samples, tokens];
+                linears of one input that name the same tensor share their statistics.
+            advance: keep the block's outputs as the next block's inputs.
 
         Returns:
             Statistics by the name of each ``nn.Linear`` below the block; linears fed by the same tensor share them.
         """
-        args, kwargs = self._calls[index]
         statistics: dict[str, InputStatistics] = {}
-        hooks = self._watch(block, statistics, full) if collect else []
+        window: list[slice] = [slice(0)]
+        hooks = self._watch(block, statistics, full, weights, window)
         try:
-            for start in range(0, self.hidden.shape[0], self._batch):
-                part = slice(start, start + self._batch)
-                output = block(self.hidden[part].to(self.device, self.dtype), *args, **kwargs)
-                self.hidden[part] = (output[0] if isinstance(output, tuple) else output).to(self.hidden)
+            for part in self.batches():
+                window[0] = part
+                output = self.forward(index, block, self.hidden[part])
+                if advance:
+                    self.hidden[part] = output.to(self.hidden)
         finally:
             for hook in hooks:
                 hook.remove()
         return statistics
+
+    @torch.no_grad()
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Run every sample through block ``index``, whose weights are loaded, and keep its outputs."""
+        for part in self.batches():
+            self.hidden[part] = self.forward(index, block, self.hidden[part]).to(self.hidden)
+
+    def batches(self) -> Iterator[slice]:
+        """Slices of the samples, each as many as run at a time."""
+        for start in range(0, self.hidden.shape[0], self._batch):
+            yield slice(start, start + self._batch)
+
+    def forward(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Output [samples, tokens, features] of block ``index`` for some samples' inputs of the same shape."""
+        args, kwargs = self._calls[index]
+        output = block(hidden.to(self.device, self.dtype), *args, **kwargs)
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
     @property
     def on_disk(self) -> bool:
@@ -166,21 +157,30 @@ class BlockRunner:
         if self._file is not None:
             self._file.close()
 
-    def _watch(self, block: nn.Module, statistics: dict[str, InputStatistics], full: bool) -> list[Any]:
-        """Hooks that add each distinct input tensor to its moments once."""
-        seen: dict[str, Any] = {"tensor": None, "statistics": None}
+    def _watch(
+        self,
+        block: nn.Module,
+        statistics: dict[str, InputStatistics],
+        full: bool,
+        weights: Mapping[str, torch.Tensor] | None,
+        window: list[slice],
+    ) -> list[Any]:
+        """Hooks that add each distinct input tensor, under each distinct weighting, to its moments once."""
+        seen: dict[str, Any] = {"tensor": None, "weights": None, "statistics": None}
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            own_weights = None if weights is None else weights[name]
+
             def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
                 tensor = inputs[0]
-                if tensor is seen["tensor"]:  # q, k and v, or gate and up
+                if tensor is seen["tensor"] and own_weights is seen["weights"]:  # q, k and v, or gate and up
                     statistics[name] = seen["statistics"]
                     return
                 if name not in statistics:
                     statistics[name] = InputStatistics(tensor.shape[-1], self.device, full=full)
                 own = statistics[name]
-                own.add(tensor)
-                seen.update(tensor=tensor, statistics=own)
+                own.add(tensor, None if own_weights is None else own_weights[window[0]])
+                seen.update(tensor=tensor, weights=own_weights, statistics=own)
 
             return before
 
@@ -189,54 +189,65 @@ class BlockRunner:
     @torch.no_grad()
     def _embed(self, tokens: torch.Tensor, memory_limit: int, scratch: Path | None) -> torch.Tensor:
         """Inputs of the first block for all samples; the arguments of every block are noted on the way."""
-        name, blocks = self.source.blocks
+        blocks = self.source.blocks[1]
         model: Any = self.source.model
         embedding = model.get_input_embeddings()
         prefix = next(key for key, module in model.named_modules() if module is embedding)
         self.source.load(embedding, f"{prefix}.", self.dtype, self.device)
         inputs: list[torch.Tensor] = []
 
-        def note(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if len(self._calls) < len(blocks):
-                self._calls.append((args, kwargs))
-            if not inputs:
-                inputs.append(hidden)
-            if len(self._calls) == len(blocks):
-                raise _Stop
+        index = 0  # of the sample
 
-        parent = model.get_submodule(name.rpartition(".")[0])
-        attribute = name.rpartition(".")[2]
-        setattr(parent, attribute, nn.ModuleList(_Recorder(block, note) for block in blocks))
+        def note(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            number = len(inputs)
+            inputs.append(hidden)
+            if index == 0:
+                self._calls.append((args, kwargs))
+            elif index == 1 and not _same(self._calls[number], (args, kwargs)):
+                raise SvskError(
+                    f"{self.source.folder}: {type(model).__name__} calls its decoder blocks with arguments that depend "
+                    "on the tokens; such models are not supported."
+                )
+            if index > 1 or len(inputs) == len(blocks):
+                raise _Stop
+            return hidden
+
         for buffer_owner in model.modules():  # rotary tables and the like
             for key, buffer in buffer_owner.named_buffers(recurse=False):
                 setattr(buffer_owner, key, buffer.to(self.device))
         hidden: torch.Tensor | None = None
         try:
-            for index, sample in enumerate(tokens):
-                inputs.clear()
-                with contextlib.suppress(_Stop):
-                    model(input_ids=sample.unsqueeze(0).to(self.device), use_cache=False)
-                if hidden is None:
-                    shape = (len(tokens), *inputs[0].shape[1:])
-                    hidden = self._allocate(shape, inputs[0].dtype, memory_limit, scratch)
-                hidden[index] = inputs[0][0].to(hidden)
+            with self.source.replaced_blocks(StandIn(block, note) for block in blocks) as model:
+                for index, sample in enumerate(tokens):
+                    inputs.clear()
+                    with contextlib.suppress(_Stop):
+                        model(input_ids=sample.unsqueeze(0).to(self.device), use_cache=False)
+                    if hidden is None:
+                        shape = (len(tokens), *inputs[0].shape[1:])
+                        hidden, self._file = scratch_tensor(shape, inputs[0].dtype, memory_limit, scratch)
+                    hidden[index] = inputs[0][0].to(hidden)
         except NotImplementedError as error:  # a parameter that is still on the meta device
             raise SvskError(
                 f"{self.source.folder}: {type(model).__name__} has parameters before its decoder blocks besides the "
                 "token embedding; such models are not supported."
             ) from error
         finally:
-            setattr(parent, attribute, blocks)
             self.source.unload(embedding)
         assert hidden is not None, "a calibration set has at least one sample"
         return hidden
 
-    def _allocate(
-        self, shape: tuple[int, ...], dtype: torch.dtype, memory_limit: int, scratch: Path | None
-    ) -> torch.Tensor:
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if size <= memory_limit:
-            return torch.empty(shape, dtype=dtype)
-        self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - has no name, closed by close()
-        raw = np.memmap(self._file, dtype=np.uint8, mode="w+", shape=(size,))
-        return torch.from_numpy(raw).view(dtype).view(shape)
+
+def scratch_tensor(
+    shape: tuple[int, ...], dtype: torch.dtype, memory_limit: int, folder: Path | None
+) -> tuple[torch.Tensor, IO[bytes] | None]:
+    """An uninitialised tensor in memory, or in a nameless temporary file of ``folder`` above ``memory_limit`` bytes.
+
+    Returns:
+        The tensor, and the file to close when it is no longer used (None in memory).
+    """
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if size <= memory_limit:
+        return torch.empty(shape, dtype=dtype), None
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - has no name, closed by the caller
+    raw = np.memmap(file, dtype=np.uint8, mode="w+", shape=(size,))
+    return torch.from_numpy(raw).view(dtype).view(shape), file

@@ -11,7 +11,7 @@ from svsk_offline.quantizers.hessian import ColumnOrder
 from svsk_offline.quantizers.rounding import nearest_levels
 from svsk_vllm.format import Codebook, codebook_levels
 
-__all__ = ["DEFAULT_CANDIDATES", "gptq", "level_values", "polish", "search_scales"]
+__all__ = ["DEFAULT_CANDIDATES", "gptq", "level_values", "polish", "refit_scales", "search_scales"]
 
 DEFAULT_CANDIDATES: Final = tuple(1.12 - 0.045 * step for step in range(12))
 """Factors on the scale that puts the largest magnitude on the codebook's widest level."""
@@ -161,3 +161,51 @@ def polish(
             gradient.addmm_(hessian[:, start:stop], moves, alpha=-1)
     levels.copy_(current.T)
     return levels
+
+
+def refit_scales(
+    weight: torch.Tensor, hessian: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """All scales of a row fitted together to its fixed codes: least squares under the Hessian.
+
+    Solves ``A s = b`` per row with ``A_gh = q_g H_gh q_h^T`` and ``b_g = (w H)_g q_g^T`` in float64, rounds to the
+    stored dtype, and keeps a row's old scales unless the new ones lower its ``r H r^T``.
+
+    Args:
+        weight: float32 [N, K].
+        hessian: float32 [K, K], damped.
+        levels: float32 [N, K].
+        scale: [N, K / g], stored dtype.
+
+    Returns:
+        Scales of the same shape and dtype.
+    """
+    k = weight.shape[1]
+    groups = scale.shape[1]
+    rows = max(1, min(_CHUNK // k, _CHUNK // groups**2))
+    parts = [
+        _refit(w, hessian, q, s)
+        for w, q, s in zip(weight.split(rows), levels.split(rows), scale.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _refit(weight: torch.Tensor, hessian: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    n, groups = scale.shape
+    size = levels.shape[1] // groups
+    system = torch.empty(n, groups, groups, dtype=torch.float64, device=weight.device)
+    for g in range(groups):
+        felt = levels[:, g * size : (g + 1) * size] @ hessian[g * size : (g + 1) * size]
+        system[:, g] = (felt * levels).view(n, groups, size).sum(-1)
+    right = ((weight @ hessian) * levels).view(n, groups, size).sum(-1).double()
+    old = scale.double()
+    damping = 1e-9 * system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + torch.finfo(torch.float64).tiny
+    damped = system + torch.diag_embed(damping.expand(n, groups))
+    solved, failed = torch.linalg.solve_ex(damped, right + damping * old)
+    new = solved.to(scale.dtype).double()
+
+    def objective(candidate: torch.Tensor) -> torch.Tensor:
+        return ((system @ candidate.unsqueeze(-1)).squeeze(-1) * candidate - 2 * right * candidate).sum(1)
+
+    better = (failed == 0) & new.isfinite().all(1) & (objective(new) < objective(old))
+    return torch.where(better.unsqueeze(1), new, old).to(scale.dtype)

@@ -61,8 +61,16 @@ class HessianSidecar:
         num_bits: 8 or 4, bits of a factor.
     """
 
-    def __init__(self, tiles: list[ColumnTile], grid: TileGrid, rank: int, num_bits: int) -> None:
+    def __init__(
+        self,
+        tiles: list[ColumnTile],
+        grid: TileGrid,
+        rank: int,
+        num_bits: int,
+        row_weights: torch.Tensor | None = None,
+    ) -> None:
         self.tiles, self.grid, self.rank, self.num_bits = tiles, grid, rank, num_bits
+        self.row_weights = row_weights
 
     def fit(self, residual: torch.Tensor, sweeps: int = 3) -> Sidecar:
         """Minimise ``tr((R - U diag(gain) V) H (R - U diag(gain) V)^T)`` over rounded factors.
@@ -94,35 +102,44 @@ class HessianSidecar:
                         target = left[:, tile.columns].contiguous()
                     else:
                         target = left @ tile.coupling.T
-                    codes_u, codes_v, scale = self._fit_tile(target, tile)
+                    codes_u, codes_v, scale = self._fit_tile(target, tile, rows)
                     found = scale.numel()
                     u[rows, b], v[a, :, tile.columns], gain[a, b] = 0, 0, 0
                     u[rows, b, :found], v[a, :found, tile.columns], gain[a, b, :found] = codes_u, codes_v, scale
                     left[:, tile.columns] -= _product(u[rows, b], v[a, :, tile.columns], gain[a, b])
         return Sidecar(u, v, gain)
 
-    def _fit_tile(self, target: torch.Tensor, tile: ColumnTile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _fit_tile(
+        self, target: torch.Tensor, tile: ColumnTile, rows: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rounded U [rows, f], V [f, w] and gains [f] for one tile, f = min(rank, rows, w)."""
-        _, _, right = truncated_svd(target @ tile.lower, self.rank)
+        weights = None if self.row_weights is None else self.row_weights[rows]
+        felt_by = target if weights is None else target * weights.sqrt().unsqueeze(1)
+        _, _, right = truncated_svd(felt_by @ tile.lower, self.rank)
         vectors = torch.linalg.solve_triangular(tile.lower.T, right.T, upper=True).T  # V = Q^T L^-1
         v_codes, v_scale = self._round_rows(vectors.contiguous(), tile.order)
         rounded = v_codes * v_scale.unsqueeze(1)
         felt = rounded @ tile.order.hessian  # V H
         small = damped(felt @ rounded.T, _RIDGE)
         free = torch.linalg.solve(small.double(), (felt @ target.T).double()).float()  # U^T [f, rows]
-        u_codes, u_scale = self._round_rows(free, None, small)
-        gains = self._refit_gains(target, u_codes, v_codes, felt / v_scale.unsqueeze(1), u_scale * v_scale)
+        u_codes, u_scale = self._round_rows(free, None, small, weights)
+        gains = self._refit_gains(target, u_codes, v_codes, felt / v_scale.unsqueeze(1), u_scale * v_scale, weights)
         return u_codes.T.to(torch.int8), v_codes.to(torch.int8), gains
 
     def _round_rows(
-        self, rows: torch.Tensor, order: ColumnOrder | None, small: torch.Tensor | None = None
+        self,
+        rows: torch.Tensor,
+        order: ColumnOrder | None,
+        small: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Integers (as float32) and scales of rows, rounded with error feedback.
 
         V [f, w] is fed back along its columns under the tile's Hessian (``order``), U^T [f, rows] along the ranks under
         ``V H V^T`` (``small``).
         """
-        importance = order.importance if order is not None else torch.ones_like(rows[0])
+        importance = order.importance if order is not None else weights
+        importance = torch.ones_like(rows[0]) if importance is None else importance
         scale = _row_scales(rows, importance, self.num_bits)
         low, high = -(2 ** (self.num_bits - 1)), 2 ** (self.num_bits - 1) - 1
         low = max(low, -127)
@@ -149,11 +166,17 @@ class HessianSidecar:
 
     @staticmethod
     def _refit_gains(
-        target: torch.Tensor, u: torch.Tensor, v: torch.Tensor, felt: torch.Tensor, start: torch.Tensor
+        target: torch.Tensor,
+        u: torch.Tensor,
+        v: torch.Tensor,
+        felt: torch.Tensor,
+        start: torch.Tensor,
+        weights: torch.Tensor | None,
     ) -> torch.Tensor:
         """Least-squares gains for integer factors U^T [f, rows], V [f, w] and ``V H`` [f, w] of the integers."""
-        system = ((u @ u.T) * (felt @ v.T)).double()
-        right = (u * (felt @ target.T)).sum(1).double()
+        counted = u if weights is None else u * weights
+        system = ((counted @ u.T) * (felt @ v.T)).double()
+        right = (counted * (felt @ target.T)).sum(1).double()
         system.diagonal().add_(1e-9 * system.diagonal().mean() + torch.finfo(torch.float64).tiny)
         solved, failed = torch.linalg.solve_ex(system, right)
 

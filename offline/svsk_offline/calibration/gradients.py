@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much the model's predictions feel a change of each linear's output, block by block and back.
+
+The KL divergence between the model's own predictions and those under a small change of some outputs is half the
+quadratic form of the Fisher information: with labels drawn from the model's predictions and g the gradient of their
+summed negative log-likelihood with respect to a linear's output, ``KL ~ 1/2 E[(g . dy)^2]`` (Amari 1998; K-FAC, Martens
+and Grosse 2015, takes it apart into one factor of the input and one of the output, as is done here).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from svsk_offline.calibration.capture import BlockRunner, StandIn, scratch_tensor
+from svsk_offline.calibration.statistics import InputStatistics
+from svsk_offline.calibration.text import CalibrationSet
+from svsk_offline.errors import SvskError
+from svsk_offline.source import ModelSource, linear_modules
+
+__all__ = ["OutputGradients", "draw_labels", "sweep_gradients"]
+
+
+@dataclass
+class OutputGradients:
+    """Squared gradients of one linear's output.
+
+    Attributes:
+        tokens: float32 [samples, tokens], ``|g_t|^2`` of each token.
+        rows: float32 [N], ``E_t[g_tn^2]`` of each output feature.
+    """
+
+    tokens: torch.Tensor
+    rows: torch.Tensor
+
+
+Visit = Callable[[int, nn.Module, dict[str, OutputGradients], dict[str, InputStatistics]], None]
+"""Called per block, last block first, with its number, the loaded block, and by the names of the linears below it their
+gradients and the statistics of their inputs, each token weighted by its squared gradient."""
+
+
+@dataclass
+class _Observed:
+    """What a sweep gathers of one block."""
+
+    gradients: dict[str, OutputGradients] = field(default_factory=dict)
+    statistics: dict[str, InputStatistics] = field(default_factory=dict)
+
+
+def sweep_gradients(
+    source: ModelSource,
+    calibration: CalibrationSet,
+    device: torch.device,
+    dtype: torch.dtype,
+    visit: Visit,
+    *,
+    full: bool,
+    seed: int = 0,
+    memory_limit: int = 2 << 30,
+    scratch: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Run the samples forward through the model and the gradient of their loss back, one block in memory at a time.
+
+    The inputs of all blocks are kept, in a temporary file above ``memory_limit`` bytes; the way back runs each block
+    again from them.
+
+    Args:
+        source: the dense model.
+        calibration: the samples.
+        device: where blocks run.
+        dtype: floating dtype they run in.
+        visit: what to do with each block's gradients.
+        full: give ``visit`` whole second-moment matrices, not only their diagonals.
+        seed: of the labels drawn from the model's predictions.
+        memory_limit: bytes of hidden states to keep in memory.
+        scratch: folder for temporary files.
+        progress: called with the number of blocks passed, both ways, and their total.
+
+    Raises:
+        SvskError: the gradient is not finite.
+    """
+    name, blocks = source.blocks
+    runner = BlockRunner(source, calibration, device, dtype, memory_limit=memory_limit, scratch=scratch)
+    inputs, file = scratch_tensor((len(blocks), *runner.hidden.shape), dtype, memory_limit, scratch)
+    try:
+        for index, block in enumerate(blocks):
+            inputs[index] = runner.hidden.to(inputs)
+            source.load(block, f"{name}.{index}.", dtype, device)
+            runner.advance(index, block)
+            source.unload(block)
+            progress(index + 1, 2 * len(blocks))
+        _loss_gradient(source, calibration.tokens, runner.hidden, device, dtype, seed)
+        gradient = runner.hidden
+        for index in reversed(range(len(blocks))):
+            source.load(blocks[index], f"{name}.{index}.", dtype, device)
+            observed = _step_back(runner, index, blocks[index], inputs[index], gradient, full)
+            for key, found in observed.gradients.items():
+                if not bool(torch.isfinite(found.rows).all()):
+                    raise SvskError(
+                        f"{name}.{index}.{key}: its output's gradient is not finite on the calibration text."
+                    )
+            visit(index, blocks[index], observed.gradients, observed.statistics)
+            source.unload(blocks[index])
+            progress(2 * len(blocks) - index, 2 * len(blocks))
+    finally:
+        runner.close()
+        if file is not None:
+            file.close()
+
+
+def _step_back(
+    runner: BlockRunner, index: int, block: nn.Module, inputs: torch.Tensor, gradient: torch.Tensor, full: bool
+) -> _Observed:
+    """Turn the gradient of the block's output into that of its input, in place, and note those of its linears."""
+    observed = _Observed()
+    tokens = inputs.shape[:2]
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
+        def after(module: nn.Module, given: tuple[Any, ...], output: torch.Tensor) -> None:
+            if output.requires_grad:
+                part, sources = window, given[0].detach()
+                output.register_hook(lambda found: note(name, part, sources, found))
+
+        return after
+
+    def note(name: str, part: slice, given: torch.Tensor, found: torch.Tensor) -> None:
+        squares = found.detach().float().square()
+        if name not in observed.gradients:
+            observed.gradients[name] = OutputGradients(
+                torch.zeros(tokens), torch.zeros(squares.shape[-1], device=squares.device)
+            )
+            observed.statistics[name] = InputStatistics(given.shape[-1], runner.device, full=full)
+        own = observed.gradients[name]
+        per_token = squares.sum(-1)
+        own.rows += squares.sum((0, 1)) / tokens.numel()
+        own.tokens[part] = per_token.cpu()
+        observed.statistics[name].add(given, per_token)
+
+    hooks = [module.register_forward_hook(hook(key)) for key, module in linear_modules(block)]
+    try:
+        for window in runner.batches():  # the hooks read it
+            start = inputs[window].to(runner.device, runner.dtype).requires_grad_()
+            with torch.enable_grad():
+                output = runner.forward(index, block, start)
+            (back,) = torch.autograd.grad(output, start, gradient[window].to(output))
+            gradient[window] = back.to(gradient)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return observed
+
+
+def _loss_gradient(
+    source: ModelSource, tokens: torch.Tensor, hidden: torch.Tensor, device: torch.device, dtype: torch.dtype, seed: int
+) -> None:
+    """Turn outputs of the last block into the gradient of the loss with respect to them, in place.
+
+    The loss is the summed negative log-likelihood of labels drawn from the model's own predictions.
+    """
+    current = hidden[:1]
+    given = StandIn(source.blocks[1][-1], lambda *_: current)
+    generator = torch.Generator(device).manual_seed(seed)
+    with source.replaced_blocks([given]) as model, source.loaded_outside(dtype, device):
+        for index, sample in enumerate(tokens):
+            current = hidden[index : index + 1].to(device, dtype).requires_grad_()
+            with torch.enable_grad():
+                logits = model(input_ids=sample.unsqueeze(0).to(device), use_cache=False).logits
+            slope = logits[0].detach().float().softmax(-1)  # of the loss with respect to the logits, but for the labels
+            labels = draw_labels(slope, generator)
+            slope[torch.arange(len(labels), device=device), labels] -= 1
+            (back,) = torch.autograd.grad(logits, current, slope.unsqueeze(0).to(logits))
+            hidden[index] = back[0].to(hidden)
+
+
+def draw_labels(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One label per row by inversion (``torch.multinomial`` is many times slower over a vocabulary).
+
+    Args:
+        probabilities: float [T, V], on the generator's device.
+        generator: seeded.
+
+    Returns:
+        int64 [T]; a label of probability 0 is never drawn, except by a uniform number of exactly 0.
+    """
+    running = probabilities.cumsum(-1)
+    uniform = torch.rand(len(running), 1, generator=generator, device=running.device)
+    drawn = torch.searchsorted(running, uniform * running[:, -1:]).clamp_(max=running.shape[-1] - 1)
+    return drawn.squeeze(1)

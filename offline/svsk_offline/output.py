@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a checkpoint that is being written: a shard per decoder block, then everything else."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors.torch import load_file
+
+from svsk_offline.atomic import write_json, write_tensors, write_text
+from svsk_offline.card import model_card
+from svsk_offline.errors import SvskError
+from svsk_offline.layer import LayerReport
+from svsk_offline.source import ModelSource, linear_modules
+from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, SvskCheckpointConfig
+from svsk_vllm.format.shards import INDEX_NAME, read_json
+
+__all__ = ["CheckpointWriter"]
+
+_COPIED: Final = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
+_OWN: Final = ("config.json", INDEX_NAME)
+
+
+class CheckpointWriter:
+    """Writes a checkpoint's shards and the files around them.
+
+    Args:
+        folder: where to write, usually a partial folder.
+        source: the dense model.
+        scale_dtype: dtype of unquantised tensors.
+    """
+
+    def __init__(self, folder: Path, source: ModelSource, scale_dtype: torch.dtype) -> None:
+        self.folder, self.source, self.scale_dtype = folder, source, scale_dtype
+        self.blocks_name, self.blocks = source.blocks
+
+    def finished(self, index: int) -> list[LayerReport] | None:
+        """Reports of block ``index`` if its shard is there already."""
+        shard = self.shard_path(index + 1)
+        reports = _reports_path(shard)
+        if not shard.exists() or not reports.exists():
+            return None
+        return [LayerReport(**row) for row in read_json(reports)["layers"]]
+
+    def write_block(self, index: int, linears: Sequence[QuantizedLinear], reports: Sequence[LayerReport]) -> None:
+        """Write the shard of block ``index``: its quantised linears, and all its other tensors as they are."""
+        prefix = f"{self.blocks_name}.{index}."
+        tensors: dict[str, torch.Tensor] = {}
+        for linear in linears:
+            tensors |= linear.to_tensors()
+        quantised = {f"{linear.spec.name}.weight" for linear in linears}
+        for name in self.source.tensors.names:
+            if name.startswith(prefix) and name not in quantised and self.source.is_stored(name):
+                tensors[name] = self._dense(name)
+        shard = self.shard_path(index + 1)
+        write_tensors(shard, tensors)
+        write_json(_reports_path(shard), {"layers": [asdict(report) for report in reports]})
+
+    def read_block(self, index: int, schemes: Mapping[str, ConfigGroup]) -> list[QuantizedLinear]:
+        """The quantised linears of block ``index`` from its shard."""
+        tensors = load_file(self.shard_path(index + 1))
+        found = []
+        for name, linear in linear_modules(self.blocks[index]):
+            full = f"{self.blocks_name}.{index}.{name}"
+            if full in schemes:
+                spec = LinearSpec(full, linear.out_features, linear.in_features, schemes[full], self.scale_dtype)
+                found.append(QuantizedLinear.from_tensors(spec, tensors))
+        return found
+
+    def finish(self, config: SvskCheckpointConfig, layers: list[LayerReport]) -> None:
+        """Write embedding, norm and head, index, configuration, tokenizer files and model card."""
+        inside = f"{self.blocks_name}."
+        names = [n for n in self.source.tensors.names if not n.startswith(inside) and self.source.is_stored(n)]
+        write_tensors(self.shard_path(0), {name: self._dense(name) for name in names})
+        write_json(self.folder / INDEX_NAME, self._index())
+        model = {key: value for key, value in self.source.config_dict.items() if key not in ("dtype", "torch_dtype")}
+        model["dtype"] = str(self.scale_dtype).removeprefix("torch.")
+        write_json(self.folder / "config.json", {**model, "quantization_config": config.to_dict()})
+        for pattern in _COPIED:
+            for path in self.source.folder.glob(pattern):
+                if path.name not in _OWN and not path.name.endswith(".index.json"):
+                    shutil.copyfile(path, self.folder / path.name)
+        write_text(self.folder / "README.md", model_card(self.source.folder.name, config, layers))
+        for path in self.folder.glob("*.report.json"):
+            path.unlink()
+
+    def shard_path(self, number: int) -> Path:
+        """Shard of block ``number - 1``; number 0 is everything outside the blocks."""
+        return self.folder / f"model-{number + 1:05d}-of-{len(self.blocks) + 1:05d}.safetensors"
+
+    def _index(self) -> Mapping[str, object]:
+        from safetensors import safe_open
+
+        weight_map: dict[str, str] = {}
+        total = 0
+        for number in range(len(self.blocks) + 1):
+            shard = self.shard_path(number)
+            with safe_open(shard, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 - not a mapping
+                    weight_map[name] = shard.name
+                    tensor = handle.get_tensor(name)
+                    total += tensor.numel() * tensor.element_size()
+        return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+    def _dense(self, name: str) -> torch.Tensor:
+        """A tensor that is not quantised. Only the model's own dtype is changed, where another one was asked for."""
+        tensor = self.source.tensors.read(name)
+        if tensor.dtype != self.source.native_dtype or tensor.dtype == self.scale_dtype:
+            return tensor
+        cast = tensor.to(self.scale_dtype)
+        if not bool(torch.isfinite(cast).all()) and bool(torch.isfinite(tensor).all()):
+            raise SvskError(f"{name}: has values that {self.scale_dtype} cannot hold. Use --dtype bfloat16.")
+        return cast
+
+
+def _reports_path(shard: Path) -> Path:
+    return shard.with_suffix(".report.json")
