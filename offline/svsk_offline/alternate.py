@@ -63,20 +63,23 @@ def quantize_alternating(
             shared.tiles[key] = column_tiles(shared.hessian, spec.grid, fit.ridge)
         sidecar = HessianSidecar(shared.tiles[key], spec.grid, rank, spec.factor_bits, row_weights)
     target, best, least = weight, None, float("inf")
-    for _ in range(fit.rounds if sidecar else 1):
-        scale = search_scales(target, shared.order.importance, spec.group_size, codebook, spec.scale_dtype)
-        levels, values = gptq(target, shared.order, scale, codebook)
-        for _ in range(base.polish):
+    rounds = fit.rounds if sidecar else 1
+    for number in range(1, rounds + max(1, base.polish)):
+        if number <= rounds:  # from scratch, to what the sidecar leaves now
+            scale = search_scales(target, shared.order.importance, spec.group_size, codebook, spec.scale_dtype)
+            levels, values = gptq(target, shared.order, scale, codebook)
+        if number >= rounds and base.polish:
             scale = refit_scales(target, shared.order.hessian, levels, scale)
             levels = polish(target, shared.order.hessian, levels, scale, codebook)
             values = level_values(levels, scale)
-        codes = nearest_codes(levels, codebook)
         if sidecar is None:
-            return QuantizedLinear(spec, codes, scale)
+            best = QuantizedLinear(spec, nearest_codes(levels, codebook), scale)
+            continue
         side = sidecar.fit(weight - values)
         product = sidecar_weight(side, spec.grid)
         error = output_error(weight - values - product, shared.hessian, row_weights)
         if error < least:
+            codes = nearest_codes(levels, codebook)
             least, best = error, QuantizedLinear(spec, codes, scale, side.u, side.v, side.gain)
         target = weight - product
     assert best is not None, "there is at least one round, and its error is finite"

@@ -20,7 +20,7 @@ from svsk_offline.atomic import write_tensors
 from svsk_offline.calibration import CalibrationSet, InputStatistics, OutputGradients, sweep_gradients
 from svsk_offline.curves import choices_of
 from svsk_offline.errors import SvskError
-from svsk_offline.recipe import GptqBase, Recipe
+from svsk_offline.recipe import GptqBase, HessianFit, Recipe
 from svsk_offline.source import ModelSource, linear_modules
 from svsk_vllm.format import ConfigGroup, LinearSpec, SvskCheckpointConfig
 
@@ -180,11 +180,13 @@ class _Measured:
             if args.row_power:
                 self.rows[full] = _relative(own.rows, args.row_power).cpu()
             if self.recipe.allocation.target_bpw is not None:
-                assert isinstance(self.recipe.base, GptqBase), "the recipe checks it"
+                base, fit = self.recipe.base, self.recipe.fit
+                assert isinstance(base, GptqBase), "the recipe checks it"
+                assert isinstance(fit, HessianFit), "the recipe checks it"
                 weight = self.source.tensors.read(f"{full}.weight").to(own.rows.device).float()
                 spec = LinearSpec(full, linear.out_features, linear.in_features, self.schemes[full], self.scale_dtype)
                 self.choices[full] = choices_of(
-                    weight, statistics[name].hessian, own.rows, spec, self.recipe.base, self.recipe.allocation
+                    weight, statistics[name].hessian, own.rows, spec, base, self.recipe.allocation, fit.rounds
                 )
         if args.shared:
             self._share(prefix, block)

@@ -65,7 +65,7 @@ class GptqBase(_Strict):
 
     method: Literal["gptq"] = "gptq"
     damping: float = Field(default=0.01, gt=0)  # relative to the mean of the Hessian's diagonal
-    polish: int = Field(default=0, ge=0)  # sweeps of coordinate descent over the codes at the end
+    polish: int = Field(default=0, ge=0)  # rounds at the end that refit all scales together and move single codes
 
 
 class HessianFit(_Strict):
@@ -73,7 +73,7 @@ class HessianFit(_Strict):
 
     method: Literal["hessian"] = "hessian"
     ridge: float = Field(default=1e-4, gt=0)
-    rounds: int = Field(default=3, ge=1)  # how often base and sidecar are fitted, each to what the other leaves
+    rounds: int = Field(default=3, ge=1)  # of base and sidecar, each fitted from scratch to what the other leaves
 
 
 class SinkArgs(_Strict):

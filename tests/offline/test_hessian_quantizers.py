@@ -207,6 +207,30 @@ def test_alternation(rank: int, codebook: Codebook) -> None:
         assert errors[1] <= errors[0] < output_error(w - dequantize(base), found.hessian)
 
 
+@pytest.mark.parametrize("rank", [0, 6])
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_closing_rounds_lower_the_error(rank: int, codebook: Codebook) -> None:
+    w, found = weight(48, 128), statistics(128)
+    spec = LinearSpec("m", 48, 128, make_group(rank=rank, tile_m=0, tile_n=0, num_bits=4, codebook=codebook))
+    errors = []
+    for polish_rounds in (0, 1, 4):
+        linear = quantize_alternating(w, found, spec, GptqBase(polish=polish_rounds), HessianFit(rounds=2))
+        errors.append(output_error(w - dequantize(linear), found.hessian))
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_row_weights_move_the_error_to_rows_that_count_less() -> None:
+    w, found = weight(48, 128), statistics(128)
+    spec = LinearSpec("m", 48, 128, make_group(rank=6, tile_m=0, tile_n=0, num_bits=4))
+    rows = torch.where(torch.arange(48) < 8, 100.0, 1.0)
+    shares = []
+    for weights in (None, rows):
+        linear = quantize_alternating(w, found, spec, GptqBase(), HessianFit(rounds=2), row_weights=weights)
+        residual = w - dequantize(linear)
+        shares.append(output_error(residual[:8], found.hessian) / output_error(residual, found.hessian))
+    assert shares[1] < 0.8 * shares[0]
+
+
 def test_sink_weight_moves_the_error_away_from_the_first_token() -> None:
     w = weight(48, 128)
     x = inputs(128, 400).view(4, 100, 128)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What quantising one decoder block of a large model costs, in seconds and memory, without its weights.
+
+``python -m svsk_eval.block_cost qwen3-8b --recipe best`` makes a model of one block (or more) of that shape with random
+weights, quantises it with random tokens, and reports the seconds per block and the peak memory of the process. Time and
+memory depend on the shape and not on the values, but for the number of times a decomposition needs more damping.
+"""
+
+import json
+import tempfile
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import torch
+import typer
+from rich.console import Console
+
+from svsk_offline.atomic import write_json
+from svsk_offline.calibration import CalibrationSet
+from svsk_offline.calibration.text import token_fingerprint
+from svsk_offline.console import peak_memory_gib
+from svsk_offline.layer import LayerReport
+from svsk_offline.pipeline import Progress, quantize
+from svsk_offline.recipe import load_recipe
+
+__all__ = ["SHAPES", "Shape", "app", "measure", "write_random_model"]
+
+_VOCABULARY: Final = 8192
+
+SHAPES: Final[dict[str, dict[str, int]]] = {
+    "qwen3-4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "layers": 36},
+    "qwen3-8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "layers": 36},
+}
+"""Sizes of the published models; all have 8 key-value heads of 128."""
+
+
+class Shape(StrEnum):
+    """The keys of :data:`SHAPES`."""
+
+    QWEN3_4B = "qwen3-4b"
+    QWEN3_8B = "qwen3-8b"
+
+
+def write_random_model(folder: Path, shape: str, layers: int, seed: int = 0) -> Path:
+    """Write a Qwen3 model in bfloat16 with random weights and a small vocabulary, without a tokenizer.
+
+    Args:
+        folder: where to write.
+        shape: a key of :data:`SHAPES`.
+        layers: number of decoder blocks.
+        seed: of the weights.
+    """
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {key: value for key, value in SHAPES[shape].items() if key != "layers"}
+    config: Any = Qwen3Config(
+        **sizes, num_hidden_layers=layers, num_key_value_heads=8, head_dim=128, vocab_size=_VOCABULARY,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    config.dtype = torch.bfloat16
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def measure(shape: str, recipe_name: str, layers: int, work: Path, device: str = "auto") -> dict[str, Any]:
+    """Quantise a random model and say what it took.
+
+    Returns:
+        Shape, recipe, seconds per block and per matrix, peak memory in GiB, bits per weight.
+    """
+    recipe = load_recipe(recipe_name)
+    model = write_random_model(work / "model", shape, layers)
+    args = recipe.calibration
+    generator = torch.Generator().manual_seed(args.seed)
+    tokens = torch.randint(0, _VOCABULARY, (args.samples, args.seq_len), generator=generator)
+    texts = CalibrationSet(tokens, "random", token_fingerprint(tokens))
+    found: list[LayerReport] = []
+    started = time.perf_counter()
+    result = quantize(
+        model, work / "out", recipe, calibration=texts, device=device, progress=Progress(layer=found.append)
+    )
+    total = time.perf_counter() - started
+    cuda = torch.cuda.max_memory_allocated() / (1 << 30) if torch.cuda.is_available() else None
+    return {
+        "shape": shape,
+        "recipe": recipe.name,
+        "blocks": layers,
+        "blocks_of_the_model": SHAPES[shape]["layers"],
+        "tokens": args.samples * args.seq_len,
+        "seconds": total,
+        "seconds_per_block": result.block_seconds,
+        "seconds_by_matrix": {report.name: report.seconds for report in found},
+        "peak_memory_gib": peak_memory_gib(),
+        "peak_cuda_memory_gib": cuda,
+        "bits_per_weight": result.bits_per_weight,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main(
+    shape: Annotated[Shape, typer.Argument(help="Model whose block to make.")],
+    recipe: Annotated[str, typer.Option(help="Name or YAML file.")] = "best",
+    layers: Annotated[int, typer.Option(min=1, help="Decoder blocks to make and quantise.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")] = None,
+) -> None:
+    """Measure the cost of quantising one block of a large model."""
+    with tempfile.TemporaryDirectory(prefix="svsk-block-") as folder:
+        found = measure(shape.value, recipe, layers, Path(folder), device)
+    if json_file is not None:
+        write_json(json_file, found)
+    Console().print_json(json.dumps(found))
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(main)
+
+if __name__ == "__main__":
+    app()
