@@ -73,6 +73,9 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     recipe: Annotated[str, typer.Option(help="Name (see `svsk recipes`) or YAML file.")] = "best",
+    target_bpw: Annotated[
+        float | None, typer.Option(help="Bits per weight; rank and group size are then chosen per matrix.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Sidecar rank per tile, 0 for none.")] = None,
     tile_m: Annotated[int | None, typer.Option(help="Rows of a tile, 0 for all.")] = None,
     tile_n: Annotated[int | None, typer.Option(help="Columns of a tile, 0 for all.")] = None,
@@ -87,13 +90,19 @@ def quantize(
     samples: Annotated[int | None, typer.Option(help="Calibration samples.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per sample.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the draw of samples.")] = None,
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            "--sequential/--parallel", help="Calibrate each block on the outputs of the quantised ones before."
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of scales and dense tensors: auto, bfloat16, float16.")] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Quantise MODEL into the SVSK checkpoint OUT.
 
-    Example: `svsk quantize Qwen/Qwen3-4B qwen3-4b-svsk --calibration text.txt`
+    Example: `svsk quantize Qwen/Qwen3-4B qwen3-4b-svsk --calibration text.txt --target-bpw 4.5`
     """
     from svsk_offline.console import quantize_with_progress
     from svsk_offline.recipe import load_recipe
@@ -103,10 +112,13 @@ def quantize(
             {
                 "weights": {"group_size": group_size, "codebook": codebook},
                 "sidecar": {"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": factor_bits},
-                "calibration": {"samples": samples, "seq_len": seq_len, "seed": seed},
+                "calibration": {"samples": samples, "seq_len": seq_len, "seed": seed, "sequential": sequential},
+                "allocation": {"target_bpw": target_bpw},
                 "ignore": tuple(ignore or ()),
             }
         )
+        if target_bpw is not None and (rank is not None or factor_bits is not None):
+            raise SvskError("--target-bpw chooses ranks and factor bits: leave --rank and --factor-bits out.")
         quantize_with_progress(
             console, model, out, chosen,
             calibration=calibration, chat_template=chat_template, device=device, dtype=dtype, overwrite=overwrite,
@@ -217,6 +229,57 @@ def compare(
         print_comparisons(console, files[0], comparisons)
         found = {"baseline": str(files[0]), "comparisons": [comparison.to_json() for comparison in comparisons]}
         _write_json(json_file, found)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
+    out: Annotated[Path, typer.Argument(help="Recipe to write, .yaml.")],
+    target_bpw: Annotated[float | None, typer.Option(help="Bits per weight, spent where they help most.")] = None,
+    budget_minutes: Annotated[float, typer.Option(help="Of all runs of this search together.")] = 60.0,
+    recipe: Annotated[str, typer.Option(help="Where to start: name or YAML file.")] = "best",
+    codebook: Annotated[str | None, typer.Option(help="int4 or quad8.")] = None,
+    tile_m: Annotated[int | None, typer.Option(help="Rows of a tile, 0 for all.")] = None,
+    tile_n: Annotated[int | None, typer.Option(help="Columns of a tile, 0 for all.")] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Text file, .jsonl, dataset name[:config]:split, or python.")
+    ] = "python",
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Render Q/A rows as chat.")] = False,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per sample.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draw of samples.")] = None,
+    held_out: Annotated[int, typer.Option(help="Pieces of the text to score on, not to calibrate with.")] = 16,
+    work_dir: Annotated[Path | None, typer.Option(help="For trials; OUT.tune if not given.")] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Of scales and dense tensors: auto, bfloat16, float16.")] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, and forget a search with other inputs.")
+    ] = False,
+) -> None:
+    """Search for a recipe that suits MODEL better, by the KL divergence on held-out text; write it to OUT.
+
+    The recipe given is the first trial, and the result unless another is better by a standard error or more. Started
+    again, a search that was killed continues; with a larger budget and `--overwrite` one that is over goes on.
+
+    Example: `svsk tune Qwen/Qwen3-4B tuned.yaml --target-bpw 4.5 --budget-minutes 120 --calibration text.txt`
+    """
+    from svsk_eval.tune_console import tune_with_progress
+    from svsk_offline.recipe import load_recipe
+
+    with _plain_errors():
+        chosen = load_recipe(recipe).override(
+            {
+                "weights": {"codebook": codebook},
+                "sidecar": {"tile_m": tile_m, "tile_n": tile_n},
+                "calibration": {"samples": samples, "seq_len": seq_len, "seed": seed},
+                "allocation": {"target_bpw": target_bpw},
+            }
+        )
+        tune_with_progress(
+            console, model, out, chosen,
+            budget_minutes=budget_minutes, calibration=calibration, chat_template=chat_template, held_out=held_out,
+            work_dir=work_dir, device=device, dtype=dtype, overwrite=overwrite,
+        )  # fmt: skip
 
 
 @app.command()

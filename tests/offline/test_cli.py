@@ -115,6 +115,9 @@ def test_generate_with_transformers(checkpoint: Path, tmp_path: Path) -> None:
         (["quantize", "MODEL", "out", "--rank", "129"], "sidecar.rank"),
         (["quantize", "MODEL", "out", "--rank", "3", "--factor-bits", "4"], "must be even"),
         (["quantize", "MODEL", "out", "--group-size", "100"], "group_size"),
+        (["quantize", "MODEL", "out", "--target-bpw", "4.5", "--rank", "8"], "leave --rank and --factor-bits out"),
+        (["quantize", "MODEL", "out", "--target-bpw", "4.5", "--recipe", "published"], "without gradients"),
+        (["quantize", "MODEL", "out", "--target-bpw", "3"], "allocation.target_bpw"),
         (["quantize", "MODEL", "out", "--codebook", "nf4"], "codebook"),
         (["quantize", "MODEL", "out", "--calibration", "missing.txt"], "no such file"),
         (["inspect", "MODEL"], "not a quantised checkpoint"),
@@ -151,6 +154,18 @@ def test_codebooks_and_factor_widths(tiny_llama: Path, tmp_path: Path) -> None:
     assert len(schemes) == 1
     spec = Checkpoint(out).linears["model.layers.0.self_attn.q_proj"]
     assert (spec.scheme.weights.codebook, spec.factor_bits, spec.rank, spec.group_size) == ("quad8", 4, 6, 32)
+
+
+def test_bit_budget_and_sequential_calibration(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--recipe", "fast", "--target-bpw", 4.6, "--tile-m", 0, "--tile-n", 0, "--sequential"]
+    assert svsk("quantize", tiny_llama, out, *options, *SMALL).exit_code == 0
+    assert svsk("validate", out).exit_code == 0
+    found = json.loads(svsk("inspect", out, "--json").output)
+    assert 4.4 < found["bits_per_weight"] <= 4.6
+    values = found["producer"]["recipe_values"]
+    assert values["allocation"]["target_bpw"] == 4.6
+    assert values["calibration"]["sequential"] is True
 
 
 def test_recipes_are_listed_and_files_accepted(tiny_llama: Path, tmp_path: Path) -> None:
