@@ -9,7 +9,7 @@ import torch
 
 from svsk_offline.errors import SvskError
 
-__all__ = ["ColumnOrder", "damped", "inverse_root", "lower_factor"]
+__all__ = ["ColumnOrder", "damped", "damped_batch", "inverse_root", "inverse_roots", "lower_factor"]
 
 _DAMPING_STEPS: Final = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 """Further relative damping to try when the Cholesky decomposition fails."""
@@ -57,6 +57,25 @@ def inverse_root(matrix: torch.Tensor) -> torch.Tensor:
             root: torch.Tensor = upper.float()
             return root
     raise SvskError(f"A calibration Hessian of {matrix.shape[0]} channels has no Cholesky decomposition.")
+
+
+def damped_batch(matrices: torch.Tensor, relative: float) -> torch.Tensor:
+    """:func:`damped` for each of [A, n, n], relative to its own mean diagonal."""
+    diagonal = matrices.diagonal(dim1=1, dim2=2)
+    raised = diagonal + relative * diagonal.mean(1, keepdim=True)
+    return matrices + torch.diag_embed(torch.where(diagonal <= 0, 1.0, raised) - diagonal)
+
+
+def inverse_roots(matrices: torch.Tensor) -> torch.Tensor:
+    """:func:`inverse_root` for each of [A, n, n]; those that need further damping are taken one by one."""
+    lower, failed = torch.linalg.cholesky_ex(matrices.double())
+    roots, failed_again = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    result: torch.Tensor = roots.float()
+    for index in (
+        torch.nonzero((failed != 0) | (failed_again != 0) | ~result.isfinite().all(2).all(1)).flatten().tolist()
+    ):
+        result[index] = inverse_root(matrices[index])
+    return result
 
 
 def lower_factor(matrix: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from torch import nn
 
 from svsk_offline.quantizers.diagonal import Sidecar
 from svsk_offline.quantizers.feedback import round_with_feedback
-from svsk_offline.quantizers.hessian import ColumnOrder, damped, lower_factor
-from svsk_offline.quantizers.lowrank import truncated_svd
+from svsk_offline.quantizers.hessian import ColumnOrder, damped, damped_batch, inverse_roots, lower_factor
+from svsk_offline.quantizers.lowrank import leading_right_vectors
 from svsk_vllm.format import TileGrid
 
 __all__ = ["ColumnTile", "HessianSidecar", "column_tiles", "sidecar_weight"]
@@ -59,6 +60,7 @@ class HessianSidecar:
         grid: tiles of the weight.
         rank: rank per tile.
         num_bits: 8 or 4, bits of a factor.
+        row_weights: float32 [N], how much each output feature counts; None is 1 each.
     """
 
     def __init__(
@@ -70,125 +72,123 @@ class HessianSidecar:
         row_weights: torch.Tensor | None = None,
     ) -> None:
         self.tiles, self.grid, self.rank, self.num_bits = tiles, grid, rank, num_bits
-        self.row_weights = row_weights
+        self.weights = None if row_weights is None else self._by_tile(row_weights.unsqueeze(1)).squeeze(2)
 
     def fit(self, residual: torch.Tensor, sweeps: int = 3) -> Sidecar:
-        """Minimise ``tr((R - U diag(gain) V) H (R - U diag(gain) V)^T)`` over rounded factors.
+        """Minimise ``tr(D (R - U diag(gain) V) H (R - U diag(gain) V)^T)`` over rounded factors, D the row weights.
 
-        Per row of tiles, column tiles are fitted in turn: in the first sweep to their own columns of the residual, then
-        to what all others leave, as far as a tile can make up for it through the off-diagonal blocks of the Hessian.
-        Making up for others in the first sweep, before they are fitted, ends at several times the error. V is rounded
-        with error feedback under H, U is refitted to the rounded V and rounded with feedback under ``V H V^T``, and
-        the gains are refitted to both.
+        All rows of tiles are fitted at once. Column tiles are fitted in turn: in the first sweep to their own columns
+        of the residual, then to what all others leave, as far as a tile can make up for it through the off-diagonal
+        blocks of the Hessian. Making up for others in the first sweep, before they are fitted, ends at several times
+        the error. V is rounded with error feedback under H, U is refitted to the rounded V and rounded with feedback
+        under ``V H V^T``, and the gains are refitted to both.
 
         Args:
             residual: float32 [N, K], weight minus base.
             sweeps: passes over the column tiles; one is enough when there is only one.
         """
         grid, device = self.grid, residual.device
-        u = torch.zeros(grid.n, grid.num_col_tiles, self.rank, dtype=torch.int8, device=device)
-        v = torch.zeros(grid.num_row_tiles, self.rank, grid.k, dtype=torch.int8, device=device)
-        gain = torch.zeros(grid.num_row_tiles, grid.num_col_tiles, self.rank, device=device)
-        for a in range(grid.num_row_tiles):
-            rows = grid.row_slice(a)
-            left = residual[rows].clone()  # minus the product of every fitted tile
-            for sweep in range(sweeps if len(self.tiles) > 1 else 1):
-                for b, tile in enumerate(self.tiles):
-                    if sweep:
-                        left[:, tile.columns] += _product(u[rows, b], v[a, :, tile.columns], gain[a, b])
-                    if tile.coupling is None:
-                        target = left
-                    elif sweep == 0:
-                        target = left[:, tile.columns].contiguous()
-                    else:
-                        target = left @ tile.coupling.T
-                    codes_u, codes_v, scale = self._fit_tile(target, tile, rows)
-                    found = scale.numel()
-                    u[rows, b], v[a, :, tile.columns], gain[a, b] = 0, 0, 0
-                    u[rows, b, :found], v[a, :found, tile.columns], gain[a, b, :found] = codes_u, codes_v, scale
-                    left[:, tile.columns] -= _product(u[rows, b], v[a, :, tile.columns], gain[a, b])
-        return Sidecar(u, v, gain)
+        left = self._by_tile(residual).clone()  # [A, rows, K], minus the product of every fitted tile
+        count, rows, _ = left.shape
+        u = torch.zeros(count, rows, grid.num_col_tiles, self.rank, dtype=torch.int8, device=device)
+        v = torch.zeros(count, self.rank, grid.k, dtype=torch.int8, device=device)
+        gain = torch.zeros(count, grid.num_col_tiles, self.rank, device=device)
+        for sweep in range(sweeps if len(self.tiles) > 1 else 1):
+            for b, tile in enumerate(self.tiles):
+                own = left[:, :, tile.columns]
+                if sweep:
+                    own += _product(u[:, :, b], v[:, :, tile.columns], gain[:, b])
+                target = own if sweep == 0 or tile.coupling is None else left @ tile.coupling.T
+                codes_u, codes_v, scale = self._fit_tiles(target.contiguous(), tile)
+                found = scale.shape[1]
+                u[:, :, b, :found], v[:, :found, tile.columns], gain[:, b, :found] = codes_u, codes_v, scale
+                own -= _product(u[:, :, b], v[:, :, tile.columns], gain[:, b])
+        return Sidecar(u.flatten(0, 1)[: grid.n], v, gain)
 
-    def _fit_tile(
-        self, target: torch.Tensor, tile: ColumnTile, rows: slice
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rounded U [rows, f], V [f, w] and gains [f] for one tile, f = min(rank, rows, w)."""
-        weights = None if self.row_weights is None else self.row_weights[rows]
-        felt_by = target if weights is None else target * weights.sqrt().unsqueeze(1)
-        _, _, right = truncated_svd(felt_by @ tile.lower, self.rank)
-        vectors = torch.linalg.solve_triangular(tile.lower.T, right.T, upper=True).T  # V = Q^T L^-1
-        v_codes, v_scale = self._round_rows(vectors.contiguous(), tile.order)
-        rounded = v_codes * v_scale.unsqueeze(1)
-        felt = rounded @ tile.order.hessian  # V H
-        small = damped(felt @ rounded.T, _RIDGE)
-        free = torch.linalg.solve(small.double(), (felt @ target.T).double()).float()  # U^T [f, rows]
-        u_codes, u_scale = self._round_rows(free, None, small, weights)
-        gains = self._refit_gains(target, u_codes, v_codes, felt / v_scale.unsqueeze(1), u_scale * v_scale, weights)
-        return u_codes.T.to(torch.int8), v_codes.to(torch.int8), gains
+    def _by_tile(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Rows of tiles of [N, K] as [A, rows, K]; the last one is filled up with zeros."""
+        count, rows = self.grid.num_row_tiles, self.grid.tile_rows
+        missing = count * rows - matrix.shape[0]
+        return nn.functional.pad(matrix, (0, 0, 0, missing)).view(count, rows, -1)
 
-    def _round_rows(
-        self,
-        rows: torch.Tensor,
-        order: ColumnOrder | None,
-        small: torch.Tensor | None = None,
-        weights: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integers (as float32) and scales of rows, rounded with error feedback.
+    def _fit_tiles(self, target: torch.Tensor, tile: ColumnTile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rounded U [A, rows, f], V [A, f, w] and gains [A, f] for targets [A, rows, w], f = min(rank, rows, w)."""
+        felt_by = target if self.weights is None else target * self.weights.sqrt().unsqueeze(2)
+        right = leading_right_vectors(felt_by @ tile.lower, self.rank)
+        count, ranks, width = right.shape
+        vectors = torch.linalg.solve_triangular(tile.lower.T, right.flatten(0, 1).T, upper=True).T  # V = Q^T L^-1
+        v_codes, v_scale = self._round_v(vectors.contiguous(), tile.order)
+        felt_codes = (v_codes @ tile.order.hessian).view(count, ranks, width)
+        v_codes, v_scale = v_codes.view(count, ranks, width), v_scale.view(count, ranks)
+        felt = felt_codes * v_scale.unsqueeze(2)  # V H
+        small = damped_batch(felt @ (v_codes * v_scale.unsqueeze(2)).mT, _RIDGE)
+        wanted = felt @ target.mT
+        free = torch.linalg.solve(small.double(), wanted.double()).float()  # U^T [A, f, rows]
+        u_codes, u_scale = self._round_u(free, small)
+        gains = self._refit_gains(wanted / v_scale.unsqueeze(2), u_codes, felt_codes @ v_codes.mT, u_scale * v_scale)
+        return u_codes.mT.to(torch.int8), v_codes.to(torch.int8), gains
 
-        V [f, w] is fed back along its columns under the tile's Hessian (``order``), U^T [f, rows] along the ranks under
-        ``V H V^T`` (``small``).
-        """
-        importance = order.importance if order is not None else weights
-        importance = torch.ones_like(rows[0]) if importance is None else importance
-        scale = _row_scales(rows, importance, self.num_bits)
-        low, high = -(2 ** (self.num_bits - 1)), 2 ** (self.num_bits - 1) - 1
-        low = max(low, -127)
-        codes = torch.empty_like(rows)
+    def _round_v(self, rows: torch.Tensor, order: ColumnOrder) -> tuple[torch.Tensor, torch.Tensor]:
+        """Integers (as float32) of V [n, w] and scales [n], with feedback along columns under the tile's Hessian."""
+        scale = _row_scales(rows, order.importance, self.num_bits)
+        low, high = self._range
+        codes = torch.empty_like(rows.T)
 
-        if order is not None:
-
-            def round_column(column: torch.Tensor, index: int) -> torch.Tensor:
-                chosen = (column / scale).round_().clamp_(low, high)
-                codes[:, index] = chosen
-                return chosen * scale
-
-            round_with_feedback(rows.T.contiguous(), order, round_column)
-            return codes, scale
-        assert small is not None, "one of the two Hessians is given"
-
-        def round_rank(row: torch.Tensor, index: int) -> torch.Tensor:
-            chosen = (row / scale[index]).round_().clamp_(low, high)
+        def round_column(column: torch.Tensor, index: int) -> torch.Tensor:
+            chosen = (column / scale).round_().clamp_(low, high)
             codes[index] = chosen
-            return chosen * scale[index]
+            return chosen * scale
 
-        round_with_feedback(rows, ColumnOrder.of(small), round_rank)
-        return codes, scale
+        round_with_feedback(rows.T.contiguous(), order, round_column)
+        return codes.T.contiguous(), scale
 
-    @staticmethod
+    def _round_u(self, rows: torch.Tensor, small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Integers of U^T [A, f, rows] and scales [A, f], with feedback along the ranks under ``V H V^T`` [A, f, f]."""
+        weights = torch.ones_like(rows[:, 0]) if self.weights is None else self.weights
+        each = weights.unsqueeze(1).expand_as(rows).flatten(0, 1)
+        scale = _row_scales(rows.flatten(0, 1), each, self.num_bits).view(rows.shape[:2])
+        low, high = self._range
+        order = torch.argsort(small.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
+        batch = torch.arange(len(rows), device=rows.device).unsqueeze(1)
+        root = inverse_roots(small[batch.unsqueeze(2), order.unsqueeze(2), order.unsqueeze(1)])
+        work, steps = rows[batch, order], scale[batch, order]
+        codes = torch.empty_like(work)
+        for i in range(work.shape[1]):
+            step = steps[:, i : i + 1]
+            codes[:, i] = (work[:, i] / step).round_().clamp_(low, high)
+            error = (work[:, i] - codes[:, i] * step) / root[:, i, i].unsqueeze(1)
+            work[:, i + 1 :] -= root[:, i, i + 1 :].unsqueeze(2) * error.unsqueeze(1)
+        result = torch.empty_like(codes)
+        result[batch, order] = codes
+        return result, scale
+
+    @property
+    def _range(self) -> tuple[int, int]:
+        return max(-(2 ** (self.num_bits - 1)), -127), 2 ** (self.num_bits - 1) - 1
+
     def _refit_gains(
-        target: torch.Tensor,
-        u: torch.Tensor,
-        v: torch.Tensor,
-        felt: torch.Tensor,
-        start: torch.Tensor,
-        weights: torch.Tensor | None,
+        self, wanted: torch.Tensor, u: torch.Tensor, gram: torch.Tensor, start: torch.Tensor
     ) -> torch.Tensor:
-        """Least-squares gains for integer factors U^T [f, rows], V [f, w] and ``V H`` [f, w] of the integers."""
-        counted = u if weights is None else u * weights
-        system = ((counted @ u.T) * (felt @ v.T)).double()
-        right = (counted * (felt @ target.T)).sum(1).double()
-        system.diagonal().add_(1e-9 * system.diagonal().mean() + torch.finfo(torch.float64).tiny)
-        solved, failed = torch.linalg.solve_ex(system, right)
+        """Least-squares gains [A, f] for the integers of U^T [A, f, rows] and V.
+
+        Args:
+            wanted: ``V H T^T`` [A, f, rows] of the integers, T the target.
+            u: the integers of U^T.
+            gram: ``V H V^T`` [A, f, f] of the integers.
+            start: gains to keep where the new ones are no better.
+        """
+        counted = u if self.weights is None else u * self.weights.unsqueeze(1)
+        system = ((counted @ u.mT) * gram).double()
+        right = (counted * wanted).sum(2).double()
+        diagonal = system.diagonal(dim1=1, dim2=2)
+        ridge = 1e-9 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float64).tiny
+        solved, failed = torch.linalg.solve_ex(system + torch.diag_embed(ridge.expand_as(right)), right)
 
         def objective(gains: torch.Tensor) -> torch.Tensor:
-            return gains @ system @ gains - 2 * gains @ right
+            return ((system @ gains.unsqueeze(2)).squeeze(2) * gains - 2 * right * gains).sum(1)
 
-        keep = (
-            bool(failed)
-            or not bool(torch.isfinite(solved).all())
-            or bool(objective(solved) > objective(start.double()))
-        )
-        return start if keep else solved.float()
+        better = (failed == 0) & solved.isfinite().all(1) & (objective(solved) <= objective(start.double()))
+        return torch.where(better.unsqueeze(1), solved.float(), start)
 
 
 def _row_scales(rows: torch.Tensor, importance: torch.Tensor, num_bits: int) -> torch.Tensor:
@@ -209,7 +209,8 @@ def _row_scales(rows: torch.Tensor, importance: torch.Tensor, num_bits: int) -> 
 
 
 def _product(u: torch.Tensor, v: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    return (u.float() * gain) @ v.float()
+    """U [..., rows, f] times gains [..., f] times V [..., f, w]."""
+    return (u.float() * gain.unsqueeze(-2)) @ v.float()
 
 
 def sidecar_weight(sidecar: Sidecar, grid: TileGrid) -> torch.Tensor:

@@ -5,10 +5,13 @@ from typing import Final
 
 import torch
 
-__all__ = ["round_rows", "truncated_svd"]
+__all__ = ["leading_right_vectors", "round_rows", "truncated_svd"]
 
 _EXACT_LIMIT: Final = 1536
 """Smaller dimension up to which the decomposition is exact (an eigenproblem of that size)."""
+
+_ZERO: Final = 1e-6
+"""Singular values below this share of the largest are rounding."""
 
 _OVERSAMPLING: Final = 16
 _POWER_ITERATIONS: Final = 6
@@ -48,6 +51,33 @@ def truncated_svd(matrix: torch.Tensor, rank: int, seed: int = 0) -> tuple[torch
         right = vectors.T
         left = _unit_rows(vectors.T @ work.T, values).T
     return left[:, :rank].float(), values[:rank].float(), right[:rank].float()
+
+
+def leading_right_vectors(matrices: torch.Tensor, rank: int) -> torch.Tensor:
+    """Leading right singular vectors of each of several matrices.
+
+    Exact where the smaller dimension is at most 1536 (eigenvectors of the smaller Gram matrix, decomposed in float64),
+    else by :func:`truncated_svd`.
+
+    Args:
+        matrices: float32 [A, m, n].
+        rank: number of vectors; at most min(m, n) are returned.
+
+    Returns:
+        float32 [A, r, n]; rows are orthonormal, or zero where a singular value is.
+    """
+    _, m, n = matrices.shape
+    if min(m, n) > _EXACT_LIMIT:
+        return torch.stack([truncated_svd(matrix, rank)[2] for matrix in matrices])
+    rank = min(rank, m, n)
+    if m > n:
+        found: torch.Tensor = torch.linalg.eigh((matrices.mT @ matrices).double())[1]
+        return found[:, :, -rank:].flip(2).mT.float()
+    vectors = torch.linalg.eigh((matrices @ matrices.mT).double())[1]
+    rows = vectors[:, :, -rank:].flip(2).mT.float() @ matrices
+    norms = rows.norm(dim=2, keepdim=True)
+    kept: torch.Tensor = rows / torch.where(norms > _ZERO * norms[:, :1], norms, torch.inf)
+    return kept
 
 
 def _leading_eigenvectors(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
