@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantise a model with another project's quantiser, and write what its checkpoint stands for as a dense folder.
+
+    PYTHONPATH=eval python -m peers.run gptq smollm2-reference smollm2-gptq --calibration wiki.valid.txt
+    svsk eval smollm2-gptq --reference smollm2-reference --text wiki.test.raw
+
+Every peer runs from its own package in its own environment, sees the same calibration tokens as ``svsk quantize``, and
+is scored from float32 weights, so that no difference of kernels enters. Only the seven linears of each decoder block
+differ from the reference (with AWQ also the norms before them, which carry its scales): embeddings and output head are
+the reference's even where a peer quantises them. ``peer.json`` in the folder says what was done, with what, for how
+long, and how many bits the peer's checkpoint stores for those linears.
+"""
+
+import collections
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from peers.common import RESULT, WEIGHTS, Job, PeerError, block_linears, load_folder, save_tokens
+from peers.environment import environment_python, run_shown
+from svsk_offline.calibration.text import CalibrationSet, load_calibration
+from svsk_offline.errors import SvskError
+
+__all__ = ["PEERS", "Peer", "compare_peer", "summarise"]
+
+HERE = Path(__file__).resolve().parent
+RECORD = "peer.json"
+GROUP_SIZES = (128, 64, 32)
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "added_tokens.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A quantiser that can be compared."""
+
+    folder: str  # beside this file: requirements.txt and quantize.py
+    title: str
+    settings: dict[str, Any]
+    grouped: bool = True  # whether it takes a group size
+
+
+PEERS = {
+    "gptq": Peer("llm_compressor", "llm-compressor GPTQ", {"scheme": "W4A16", "dtype": "bfloat16"}),
+    "awq": Peer(
+        "llm_compressor", "llm-compressor AWQ", {"scheme": "W4A16_ASYM", "dtype": "bfloat16", "duo_scaling": "both"}
+    ),
+    "auto-round": Peer("auto_round", "auto-round", {"scheme": "W4A16", "iters": 200, "lr": None, "batch_size": 8}),
+    "auto-round-light": Peer(
+        "auto_round", "auto-round, its light recipe", {"scheme": "W4A16", "iters": 50, "lr": 5e-3, "batch_size": 8}
+    ),
+    "gguf": Peer("gguf", "llama.cpp Q4_K_M", {"file_type": "Q4_K_M", "imatrix": False}, grouped=False),
+    "gguf-imatrix": Peer(
+        "gguf", "llama.cpp Q4_K_M, importance matrix", {"file_type": "Q4_K_M", "imatrix": True}, grouped=False
+    ),
+    "gguf-iq4-nl": Peer(
+        "gguf", "llama.cpp IQ4_NL, importance matrix", {"file_type": "IQ4_NL", "imatrix": True}, grouped=False
+    ),
+    "gguf-f32": Peer("gguf", "GGUF in float32, a check of the conversion", {"file_type": "F32"}, grouped=False),
+}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    peer: Annotated[str, typer.Argument(help=f"One of {', '.join(PEERS)}.")],
+    model: Annotated[Path, typer.Argument(help="Hugging Face folder of the reference.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    calibration: Annotated[str, typer.Option(help="Text, as for `svsk quantize`.")],
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sample.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the draw of samples, and the peer's.")] = 0,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights per scale; by default the largest of 128, 64, 32 that divides all.")
+    ] = None,
+    env_dir: Annotated[Path, typer.Option(help="Where the peers' environments are.")] = Path(".venv-peers"),
+) -> None:
+    """Quantise MODEL with PEER and write its dequantised weights to OUT."""
+    try:
+        record = compare_peer(peer, model, out, calibration, samples, seq_len, seed, group_size, env_dir)
+    except (PeerError, SvskError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"{out}: {record['title']}, {record['bits_per_weight']:.4f} bits per weight, {record['seconds']:.1f} s")
+
+
+def compare_peer(
+    peer: str,
+    model: Path,
+    out: Path,
+    calibration: str,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    group_size: int | None,
+    env_dir: Path,
+) -> dict[str, Any]:
+    """Quantise a model with a peer.
+
+    Args:
+        peer: a name of :data:`PEERS`.
+        model: Hugging Face folder of the reference.
+        out: the dense float32 folder to write, with ``peer.json``.
+        calibration: text, see :func:`svsk_offline.calibration.text.load_calibration`.
+        samples: calibration samples.
+        seq_len: tokens of each.
+        seed: of the draw, and the peer's.
+        group_size: weights per scale of peers that take one; None for the largest that fits.
+        env_dir: folder of the peers' environments.
+
+    Returns:
+        What ``peer.json`` holds.
+
+    Raises:
+        PeerError: the peer is unknown, failed, or cannot take the model; or ``out`` exists.
+        SvskError: the calibration text cannot be used.
+    """
+    if peer not in PEERS:
+        raise PeerError(f"{peer}: no such peer. There are {', '.join(PEERS)}.")
+    if out.exists():
+        raise PeerError(f"{out}: exists already. Remove it, or name another folder.")
+    reference = load_folder(model)
+    shapes = {name: tuple(reference[name].shape) for name in block_linears(reference)}
+    size = choose_group_size(shapes, group_size) if PEERS[peer].grouped else 0
+    tokens = load_calibration(calibration, AutoTokenizer.from_pretrained(model), samples, seq_len, seed)
+    python = environment_python(HERE / PEERS[peer].folder, env_dir.resolve())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f"{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}-", dir=out.parent) as scratch:
+        work = Path(scratch)
+        save_tokens(work / "tokens.safetensors", tokens.tokens)
+        job = Job(
+            peer, str(model.resolve()), str(work / "tokens.safetensors"), str(work), str(python.parent.parent), size,
+            seed, PEERS[peer].settings,
+        )  # fmt: skip
+        run_script(python, PEERS[peer].folder, job)
+        result = json.loads((work / RESULT).read_text(encoding="utf-8"))
+        write_dense(model, reference, load_weights(work / WEIGHTS), partial)
+    record = summarise(peer, job, result, tokens, model)
+    (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.rename(out)
+    return record
+
+
+def choose_group_size(shapes: dict[str, tuple[int, ...]], asked: int | None) -> int:
+    """Group size that divides the input features of every linear.
+
+    Args:
+        shapes: name of a weight -> (N, K).
+        asked: what the user wants, or None for the largest of 128, 64 and 32.
+
+    Raises:
+        PeerError: none, or not the one asked for, divides them all.
+    """
+    widths = sorted({shape[1] for shape in shapes.values()})
+    for size in GROUP_SIZES if asked is None else (asked,):
+        if size > 0 and all(width % size == 0 for width in widths):
+            return size
+    tried = ", ".join(map(str, GROUP_SIZES)) if asked is None else str(asked)
+    raise PeerError(f"Input features {widths} are not all multiples of a group size of {tried}. Give --group-size.")
+
+
+def run_script(python: Path, folder: str, job: Job) -> None:
+    """Run the peer's script on a job, offline, in its own environment."""
+    file = Path(job.work) / "job.json"
+    file.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    environment |= {"PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment |= {"TOKENIZERS_PARALLELISM": "false"}
+    run_shown([str(python), "-m", f"peers.{folder}.quantize", str(file)], f"Quantising with {job.peer}", environment)
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the file a peer's script wrote.
+
+    Raises:
+        PeerError: it wrote none.
+    """
+    if not path.exists():
+        raise PeerError(f"{path}: the peer's script ended well but did not write it. This is a defect of the script.")
+    return load_file(path)
+
+
+def write_dense(model: Path, reference: dict[str, torch.Tensor], new: dict[str, torch.Tensor], out: Path) -> None:
+    """Write the reference in float32 with some tensors replaced.
+
+    Args:
+        model: the reference's folder; config and tokenizer files are copied from it.
+        reference: its tensors.
+        new: float32 tensors by the reference's names.
+        out: folder to make.
+
+    Raises:
+        PeerError: a replacement is unknown, of another shape or not finite; or a linear of a block has none.
+    """
+    missing = [name for name in block_linears(reference) if name not in new]
+    if missing:
+        raise PeerError(f"{missing[0]}: the peer gave no weight for it and {len(missing) - 1} others.")
+    for name, tensor in new.items():
+        if name not in reference or tensor.shape != reference[name].shape:
+            wanted = list(reference[name].shape) if name in reference else "no such tensor"
+            raise PeerError(f"{name}: the peer gave {list(tensor.shape)}, the reference has {wanted}.")
+        if not bool(torch.isfinite(tensor).all()):
+            raise PeerError(f"{name}: the peer gave values that are not finite.")
+    out.mkdir()
+    dense = {name: new.get(name, tensor).float().contiguous() for name, tensor in reference.items()}
+    save_file(dense, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = "float32"
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if (model / name).exists():
+            shutil.copyfile(model / name, out / name)
+
+
+def summarise(peer: str, job: Job, result: dict[str, Any], tokens: CalibrationSet, model: Path) -> dict[str, Any]:
+    """What ``peer.json`` says of a run: bits per weight are over the linears of the decoder blocks."""
+    linears = result["linears"]
+    weights = sum(stored["weights"] for stored in linears.values())
+    types: dict[str, dict[str, float]] = {}
+    kinds: dict[str, collections.Counter[str]] = {}
+    for name, stored in linears.items():
+        row = types.setdefault(stored["type"], {"tensors": 0, "weights": 0, "bits": 0})
+        row["tensors"] += 1
+        row["weights"] += stored["weights"]
+        row["bits"] += stored["bits"]
+        kinds.setdefault(name.split(".")[-2], collections.Counter())[stored["type"]] += 1
+    for row in types.values():
+        row["bits_per_weight"] = round(row["bits"] / row["weights"], 4)
+    return {
+        "peer": peer,
+        "title": PEERS[peer].title,
+        "reference": model.name,
+        "bits_per_weight": round(sum(stored["bits"] for stored in linears.values()) / weights, 6),
+        "seconds": result["seconds"],
+        "group_size": job.group_size or None,
+        "settings": result["settings"],
+        "calibration": tokens.describe() | {"seed": job.seed} if result["calibrated"] else None,
+        "versions": result["versions"],
+        "types": types,
+        "types_by_linear": {kind: dict(count) for kind, count in kinds.items()},
+        "notes": ["Embeddings, output head and final norm are the reference's.", *result["notes"]],
+        "linears": linears,
+    }
+
+
+if __name__ == "__main__":
+    app()
