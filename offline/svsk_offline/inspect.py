@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from svsk_offline.source import linear_modules
 from svsk_vllm.format import Checkpoint, validate_checkpoint
 
 __all__ = ["inspect_checkpoint", "print_inspection", "validate_against_architecture"]
@@ -94,4 +95,5 @@ def validate_against_architecture(folder: Path) -> list[str]:
         model.tie_weights()
     except (OSError, ValueError, KeyError) as error:
         return [*validate_checkpoint(folder), f"{folder}: transformers cannot build the architecture ({error})."]
-    return validate_checkpoint(folder, {name: tuple(value.shape) for name, value in model.named_parameters()})
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    return validate_checkpoint(folder, shapes, [name for name, _ in linear_modules(model)])

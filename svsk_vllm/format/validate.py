@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Structural and numerical checks of a checkpoint: every problem, not only the first."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,13 +26,17 @@ _FLOATS_TO_CHECK = (
 )
 
 
-def validate_checkpoint(folder: Path | str, dense_shapes: Mapping[str, tuple[int, ...]] | None = None) -> list[str]:
+def validate_checkpoint(
+    folder: Path | str, dense_shapes: Mapping[str, tuple[int, ...]] | None = None, linears: Iterable[str] = ()
+) -> list[str]:
     """Check a checkpoint folder.
 
     Args:
         folder: the checkpoint.
         dense_shapes: names and shapes of the parameters of the unquantised architecture, tied ones once. With it,
             missing and foreign tensors of the whole model are found too, not only those of quantised linears.
+        linears: names of the linear modules of that architecture. With them, linears are found that the config
+            quantises and the folder holds unquantised.
 
     Returns:
         One line per problem, naming the file or tensor, what was found and what was expected. Empty: none was found.
@@ -56,6 +60,12 @@ def validate_checkpoint(folder: Path | str, dense_shapes: Mapping[str, tuple[int
     problems += _target_problems(checkpoint)
     if dense_shapes is not None:
         problems += _architecture_problems(checkpoint, dense_shapes, unreadable)
+    dense = set(checkpoint.dense_names)
+    problems += [
+        f"{name}.weight: stored as it was, but config.json quantises {name}. Add it to the ignore list, or quantise it."
+        for name in linears
+        if f"{name}.weight" in dense and checkpoint.config.scheme_for(name) is not None
+    ]
     return problems
 
 

@@ -193,6 +193,10 @@ def test_ignored_modules_stay_dense(tmp_path: Path, tiny_llama: Path, tiny_recip
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(checkpoint.read_dense(name), ShardedReader(tiny_llama).read(name))
     assert validate_against_architecture(tmp_path / "out") == []
+    edit_json(tmp_path / "out" / "config.json", lambda config: config["quantization_config"].update(ignore=["lm_head"]))
+    problems = validate_against_architecture(tmp_path / "out")
+    assert len(problems) == 3
+    assert all("stored as it was, but config.json quantises" in problem for problem in problems)
 
 
 def test_everything_ignored(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
