@@ -69,7 +69,7 @@ class StoredLinear:
 class Result:
     """What a peer's script hands back; ``tensors`` go to a file of their own."""
 
-    seconds: float  # loading the model, calibration, quantisation and saving the checkpoint
+    seconds: float  # calibration, quantisation and saving the checkpoint; GGUF: without writing the dense GGUF
     settings: dict[str, Any]
     versions: dict[str, str]
     linears: dict[str, StoredLinear]  # name of the weight -> how it is stored

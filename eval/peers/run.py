@@ -29,6 +29,7 @@ from peers.common import RESULT, WEIGHTS, Job, PeerError, block_linears, load_fo
 from peers.environment import environment_python, run_shown
 from svsk_offline.calibration.text import CalibrationSet, load_calibration
 from svsk_offline.errors import SvskError
+from svsk_offline.recipe import load_recipe
 
 __all__ = ["PEERS", "Peer", "compare_peer", "summarise"]
 
@@ -79,7 +80,9 @@ def main(
     model: Annotated[Path, typer.Argument(help="Hugging Face folder of the reference.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     calibration: Annotated[str, typer.Option(help="Text, as for `svsk quantize`.")],
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
+    samples: Annotated[int, typer.Option(help="Calibration samples; by default those of the recipe best.")] = (
+        load_recipe("best").calibration.samples
+    ),
     seq_len: Annotated[int, typer.Option(help="Tokens of a sample.")] = 512,
     seed: Annotated[int, typer.Option(help="Of the draw of samples, and the peer's.")] = 0,
     group_size: Annotated[

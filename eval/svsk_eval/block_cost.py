@@ -91,6 +91,7 @@ def measure(shape: str, recipe_name: str, layers: int, work: Path, device: str =
         "blocks_of_the_model": SHAPES[shape]["layers"],
         "tokens": args.samples * args.seq_len,
         "seconds": total,
+        "seconds_of_planning": result.plan_seconds,
         "seconds_per_block": result.block_seconds,
         "seconds_by_matrix": {report.name: report.seconds for report in found},
         "peak_memory_gib": peak_memory_gib(),

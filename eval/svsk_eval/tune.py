@@ -10,8 +10,6 @@ The result is the best of many on the held-out pieces, so its KL there is a litt
 how much. Score the final checkpoint on other text (``svsk eval``) for figures to report.
 """
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -183,11 +181,9 @@ class _Inputs:
 
     def identity(self, recipe: Recipe) -> dict[str, Any]:
         """What a trial depends on besides its recipe, and the recipe the search starts from; JSON values."""
-        shards = sorted((path.name, path.stat().st_size) for path in self.source.folder.glob("*.safetensors"))
         return {
             "svsk": __version__,
-            "model": hashlib.sha256(json.dumps(self.source.config_dict, sort_keys=True).encode()).hexdigest(),
-            "shards": [list(shard) for shard in shards],
+            **self.source.identity(),
             "calibration": [self.training.fingerprint, self.held.fingerprint],
             "device": self.device.type,
             "dtype": self.dtype,

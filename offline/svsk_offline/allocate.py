@@ -38,7 +38,7 @@ class Choice:
 
 
 def allocate(
-    choices: Mapping[str, Sequence[Choice]], fused: Mapping[str, Hashable], budget: float
+    choices: Mapping[str, Sequence[Choice]], fused: Mapping[str, Hashable], target_bpw: float, num_weights: int
 ) -> dict[str, Choice]:
     """Pick a choice for every matrix so that the total loss is small and the total size within the budget.
 
@@ -46,7 +46,8 @@ def allocate(
         choices: by matrix name, all that are possible.
         fused: by matrix name, what it is fused with at run time: matrices of equal value get one group size, because
             they share one base kernel.
-        budget: bits for all matrices together.
+        target_bpw: bits per weight of all matrices together.
+        num_weights: weights of all matrices together.
 
     Returns:
         A choice by matrix name, in the order of ``choices``.
@@ -54,14 +55,15 @@ def allocate(
     Raises:
         SvskError: even the smallest choices exceed the budget.
     """
+    budget = target_bpw * num_weights
     sets: dict[Hashable, dict[str, Sequence[Choice]]] = {}
     for name, options in choices.items():
         sets.setdefault(fused[name], {})[name] = options
     smallest = _at_price(sets, math.inf)
     if _size(smallest) > budget:
         raise SvskError(
-            f"The budget of {budget:.0f} bits is less than the {_size(smallest)} that the smallest choices allowed "
-            "take. Raise the target, or allow smaller ranks or larger groups."
+            f"A target of {target_bpw} bits per weight is less than the {_size(smallest) / num_weights:.4f} that the "
+            "smallest choices allowed take. Raise the target, or allow smaller ranks or larger groups."
         )
     low, high = 0.0, 1.0
     while _size(_at_price(sets, high)) > budget:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from svsk_offline.calibration.statistics import InputStatistics
+from svsk_offline.errors import SvskError
 from svsk_offline.quantizers.gptq import gptq, level_values, polish, refit_scales, search_scales
 from svsk_offline.quantizers.hessian import ColumnOrder, damped
 from svsk_offline.quantizers.hessian_sidecar import ColumnTile, HessianSidecar, column_tiles, sidecar_weight
@@ -82,7 +83,8 @@ def quantize_alternating(
             codes = nearest_codes(levels, codebook)
             least, best = error, QuantizedLinear(spec, codes, scale, side.u, side.v, side.gain)
         target = weight - product
-    assert best is not None, "there is at least one round, and its error is finite"
+    if best is None:
+        raise SvskError("the error of its output is not finite in any round. Is the weight or an activation infinite?")
     return best
 
 

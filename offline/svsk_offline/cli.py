@@ -113,12 +113,15 @@ def quantize(
                 "weights": {"group_size": group_size, "codebook": codebook},
                 "sidecar": {"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": factor_bits},
                 "calibration": {"samples": samples, "seq_len": seq_len, "seed": seed, "sequential": sequential},
-                "allocation": {"target_bpw": target_bpw},
+                "allocation": {"target_bpw": target_bpw, "group_sizes": group_size and (group_size,)},
                 "ignore": tuple(ignore or ()),
             }
         )
-        if target_bpw is not None and (rank is not None or factor_bits is not None):
-            raise SvskError("--target-bpw chooses ranks and factor bits: leave --rank and --factor-bits out.")
+        if chosen.allocation.target_bpw is not None and (rank is not None or factor_bits is not None):
+            raise SvskError(
+                f"Under a target of {chosen.allocation.target_bpw} bits per weight ranks and factor bits are chosen: "
+                "leave --rank and --factor-bits out."
+            )
         quantize_with_progress(
             console, model, out, chosen,
             calibration=calibration, chat_template=chat_template, device=device, dtype=dtype, overwrite=overwrite,

@@ -84,8 +84,6 @@ class CheckpointWriter:
                 if path.name not in _OWN and not path.name.endswith(".index.json"):
                     shutil.copyfile(path, self.folder / path.name)
         write_text(self.folder / "README.md", model_card(self.source.folder.name, config, layers))
-        for path in self.folder.glob("*.report.json"):
-            path.unlink()
 
     def shard_path(self, number: int) -> Path:
         """Shard of block ``number - 1``; number 0 is everything outside the blocks."""

@@ -6,7 +6,6 @@ interrupted continues after the last finished block when it is started again wit
 bytes: the hidden states are computed again, blocks with a shard are not quantised again.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from svsk_offline.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.source import ModelSource, linear_modules, resolve_model
 from svsk_vllm.format import ConfigGroup, QuantizedLinear, SvskCheckpointConfig, dequantize
+from svsk_vllm.format.config import matches
 from svsk_vllm.format.shards import read_json
 from svsk_vllm.version import __version__
 
@@ -52,6 +52,7 @@ class QuantizationResult:
     folder: Path
     layers: list[LayerReport]
     block_seconds: list[float] = field(default_factory=list)
+    plan_seconds: float = 0.0  # spent measuring gradients and error curves
 
     @property
     def bits_per_weight(self) -> float:
@@ -98,6 +99,8 @@ def quantize(
     args = recipe.calibration
     if isinstance(calibration, CalibrationSet):
         texts = calibration
+        count, seq_len = texts.tokens.shape
+        recipe = recipe.override({"calibration": {"samples": count, "seq_len": seq_len}})
     else:
         progress.message(f"Calibration text: {calibration}, {args.samples} samples of {args.seq_len} tokens")
         texts = load_calibration(
@@ -146,15 +149,19 @@ class _Run:
         """Decide, write all shards, then the rest of the folder."""
         partial = self.folder.create()
         self._claim(partial, overwrite)
+        started = time.perf_counter()
         plan = self._plan(partial)
+        planned = time.perf_counter() - started
         writer = CheckpointWriter(partial, self.source, self.scale_dtype)
         layers, seconds = self._write_blocks(writer, plan)
         if self.recipe.allocation.target_bpw is not None:
             self.config = self.config.model_copy(update={"config_groups": plan.groups()})
         writer.finish(self.config, layers)
-        for name in (_STATE_NAME, _PLAN_NAME):
-            (partial / name).unlink(missing_ok=True)
-        return QuantizationResult(self.folder.commit(), layers, seconds)
+        out = self.folder.commit()
+        # Only now: a run that is stopped before would have to do everything again.
+        for path in (out / _STATE_NAME, out / _PLAN_NAME, *out.glob("*.report.json")):
+            path.unlink(missing_ok=True)
+        return QuantizationResult(out, layers, seconds, planned)
 
     def _uniform_config(self) -> SvskCheckpointConfig:
         """The checkpoint's config, every linear with the recipe's scheme."""
@@ -185,16 +192,22 @@ class _Run:
         if all(self.config.scheme_for(f"{self.blocks_name}.{i}.{name}") is None for i, name in self._linear_names()):
             raise SvskError(f"{self.source.folder}: every linear layer is on the ignore list; nothing to quantise.")
         self.schemes = uniform_schemes(self.source, self.config, self.scale_dtype)
+        sink = self.recipe.sink
+        if sink.weight and not any(matches(name, sink.targets) for name in self.schemes):
+            self.progress.message(f"No linear matches sink.targets {sink.targets}: the sink weight has no effect.")
+        sizes = self.recipe.allocation.group_sizes
+        for name in self.schemes if self.recipe.allocation.target_bpw is not None else ():
+            k = self.source.tensors.describe(f"{name}.weight").shape[1]
+            if all(k % size for size in sizes):
+                raise SvskError(
+                    f"{name}: K = {k} input features is a multiple of none of allocation.group_sizes {sizes}. Add 32, "
+                    "or add the module to --ignore."
+                )
 
     def _claim(self, partial: Path, overwrite: bool) -> None:
         """Note what this run is, or check that the unfinished one found is the same."""
-        shards = [[name, self.source.tensors.shard_of(name)] for name in self.source.tensors.names]
         identity = {
-            "model": hashlib.sha256(json.dumps([self.source.config_dict, shards], sort_keys=True).encode()).hexdigest(),
-            "files": sorted(
-                (path.name, (found := path.stat()).st_size, found.st_mtime_ns)
-                for path in self.source.folder.glob("*.safetensors")
-            ),
+            **self.source.identity(),
             "device": self.device.type,
             "config": self.config.to_dict(),
             "dtype": str(self.scale_dtype),
@@ -242,6 +255,7 @@ class _Run:
                         index,
                         block,
                         full=self.recipe.needs_hessians,
+                        first=self._sink_names(index, block),
                         weights=self._token_weights(plan, index, block),
                         advance=not sequential,
                     )
@@ -262,6 +276,12 @@ class _Run:
         finally:
             runner.close()
         return layers, seconds
+
+    def _sink_names(self, index: int, block: nn.Module) -> frozenset[str]:
+        """Linears below a block whose first tokens count more."""
+        sink, prefix = self.recipe.sink, f"{self.blocks_name}.{index}."
+        names = (name for name, _ in linear_modules(block))
+        return frozenset(name for name in names if sink.weight and matches(prefix + name, sink.targets))
 
     def _token_weights(self, plan: Plan, index: int, block: nn.Module) -> dict[str, torch.Tensor] | None:
         """Token weights by the names below a block; linears that are not quantised share the first one's."""
@@ -285,10 +305,13 @@ class _Run:
                 raise SvskError(f"{full}: saw no calibration token, so it cannot be quantised. Add it to --ignore.")
             weight = self.source.tensors.read(f"{full}.weight").to(self.device)
             rows = plan.rows.get(full)
-            linear, report = quantize_linear(
-                full, weight, statistics[name], self.recipe, scheme, self.scale_dtype,
-                None if rows is None else rows.to(self.device),
-            )  # fmt: skip
+            try:
+                linear, report = quantize_linear(
+                    full, weight, statistics[name], self.recipe, scheme, self.scale_dtype,
+                    None if rows is None else rows.to(self.device),
+                )  # fmt: skip
+            except SvskError as error:
+                raise error if full in str(error) else SvskError(f"{full}: {error}") from error
             linears.append(linear)
             reports.append(report)
             self.progress.layer(report)

@@ -57,10 +57,12 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the plan to a safetensors file, atomically."""
-        tensors = {f"{name}:tokens": tensor for name, tensor in self.tokens.items()}
+        owners: dict[int, str] = {}  # shared weightings are stored once, and are shared again when loaded
+        tokens = {name: owners.setdefault(id(tensor), name) for name, tensor in self.tokens.items()}
+        tensors = {f"{name}:tokens": self.tokens[name] for name in owners.values()}
         tensors |= {f"{name}:rows": tensor for name, tensor in self.rows.items()}
         schemes = {name: scheme.model_dump(mode="json") for name, scheme in self.schemes.items()}
-        write_tensors(path, tensors, {"schemes": json.dumps(schemes)})
+        write_tensors(path, tensors, {"schemes": json.dumps(schemes), "tokens": json.dumps(tokens)})
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
@@ -71,7 +73,8 @@ class Plan:
             for key in handle.keys():  # noqa: SIM118 - not a mapping
                 name, _, kind = key.rpartition(":")
                 (tokens if kind == "tokens" else rows)[name] = handle.get_tensor(key)
-            schemes = json.loads(handle.metadata()["schemes"])
+            schemes, owners = (json.loads(handle.metadata()[key]) for key in ("schemes", "tokens"))
+        tokens = {name: tokens[owner] for name, owner in owners.items()}
         return cls({name: ConfigGroup.model_validate(scheme) for name, scheme in schemes.items()}, tokens, rows)
 
 
@@ -124,7 +127,7 @@ def make_plan(
     measured = _Measured(source, recipe, schemes, scale_dtype)
     sweep_gradients(
         source,
-        calibration.subset(recipe.gradients.samples),
+        calibration.subset(None if recipe.gradients.token_power else recipe.gradients.samples),
         device,
         sweep_dtype(device),
         measured.visit,
@@ -185,9 +188,12 @@ class _Measured:
                 assert isinstance(fit, HessianFit), "the recipe checks it"
                 weight = self.source.tensors.read(f"{full}.weight").to(own.rows.device).float()
                 spec = LinearSpec(full, linear.out_features, linear.in_features, self.schemes[full], self.scale_dtype)
-                self.choices[full] = choices_of(
-                    weight, statistics[name].hessian, own.rows, spec, base, self.recipe.allocation, fit.rounds
-                )
+                try:
+                    self.choices[full] = choices_of(
+                        weight, statistics[name].hessian, own.rows, spec, base, self.recipe.allocation, fit.rounds
+                    )
+                except SvskError as error:
+                    raise SvskError(f"{full}: {error}") from error
         if args.shared:
             self._share(prefix, block)
 
@@ -197,7 +203,7 @@ class _Measured:
         if target is None:
             return Plan(self.schemes, self.tokens, self.rows)
         weights = sum(self._size(name) for name in self.schemes)
-        chosen = allocate(self.choices, {name: _fused_name(name) for name in self.schemes}, target * weights)
+        chosen = allocate(self.choices, {name: _fused_name(name) for name in self.schemes}, target, weights)
         schemes = {name: _with(scheme, chosen[name]) for name, scheme in self.schemes.items()}
         return Plan(schemes, self.tokens, self.rows)
 
@@ -208,7 +214,7 @@ class _Measured:
     def _share(self, prefix: str, block: nn.Module) -> None:
         """Give linears of one input one token weighting, the mean of theirs."""
         for endings in _FUSED:
-            names = [prefix + name for name, _ in linear_modules(block) if name.endswith(endings)]
+            names = [prefix + name for name, _ in linear_modules(block) if name.rpartition(".")[2] in endings]
             found = [self.tokens[name] for name in names if name in self.tokens]
             if found:
                 mean = torch.stack(found).mean(0)
@@ -224,10 +230,10 @@ def _relative(squares: torch.Tensor, power: float) -> torch.Tensor:
 
 def _fused_name(name: str) -> str:
     """Equal for linears that are fused at run time."""
+    parent, _, own = name.rpartition(".")
     for endings in _FUSED:
-        for ending in endings:
-            if name.endswith(ending):
-                return name.removesuffix(ending) + "+".join(endings)
+        if own in endings:
+            return f"{parent}.{'+'.join(endings)}"
     return name
 
 

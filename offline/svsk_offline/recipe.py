@@ -83,7 +83,7 @@ class SinkArgs(_Strict):
     """
 
     weight: float = Field(default=0.0, ge=0)
-    targets: tuple[str, ...] = (r"re:.*\.(q|k|v)_proj$",)
+    targets: tuple[str, ...] = (r"re:.*\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value)$",)
 
 
 class GradientArgs(_Strict):
@@ -97,7 +97,7 @@ class GradientArgs(_Strict):
     token_power: float = Field(default=0.0, ge=0, le=1)
     row_power: float = Field(default=0.0, ge=0, le=1)
     shared: bool = False  # one weighting for all linears of one input: fewer Hessians
-    samples: int | None = Field(default=None, ge=1)  # how many calibration samples to measure with; None is all
+    samples: int | None = Field(default=None, ge=1)  # calibration samples to measure with; all where token_power is on
 
 
 class AllocationArgs(_Strict):
@@ -153,8 +153,6 @@ class Recipe(_Strict):
                 raise ValueError("base.method aa goes with fit.method diagonal and no sink weight")
             if self.needs_gradients:
                 raise ValueError("base.method aa goes without gradients and allocation")
-        if self.gradients.token_power and self.gradients.samples is not None:
-            raise ValueError("gradients.token_power weights the tokens of all samples: leave gradients.samples out")
         if isinstance(self.base, GptqBase) and isinstance(self.fit, DiagonalFit):
             raise ValueError("base.method gptq goes with fit.method hessian")
         return self
@@ -162,8 +160,8 @@ class Recipe(_Strict):
     @property
     def needs_gradients(self) -> bool:
         """Whether the gradient of the model's loss must be taken first."""
-        wanted = self.gradients.token_power or self.gradients.row_power
-        return bool(wanted) or self.allocation.target_bpw is not None
+        rows = self.gradients.row_power and self.sidecar.rank
+        return bool(self.gradients.token_power or rows) or self.allocation.target_bpw is not None
 
     @property
     def needs_hessians(self) -> bool:

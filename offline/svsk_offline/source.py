@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A dense Hugging Face model on disk, of which only the parts in use are in memory."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -67,6 +69,15 @@ class ModelSource:
             return AutoTokenizer.from_pretrained(self.folder)
         except (OSError, ValueError) as error:
             raise SvskError(f"{self.folder}: no usable tokenizer ({error}).") from error
+
+    def identity(self) -> dict[str, Any]:
+        """What tells one model from another without reading its weights; JSON values."""
+        shards = [[name, self.tensors.shard_of(name)] for name in self.tensors.names]
+        files = ((path.name, path.stat()) for path in sorted(self.folder.glob("*.safetensors")))
+        return {
+            "model": hashlib.sha256(json.dumps([self.config_dict, shards], sort_keys=True).encode()).hexdigest(),
+            "files": [[name, found.st_size, found.st_mtime_ns] for name, found in files],
+        }
 
     @cached_property
     def model(self) -> nn.Module:

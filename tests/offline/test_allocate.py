@@ -44,7 +44,7 @@ def test_near_the_best_of_all_and_within_the_budget(seed: int, share: float) -> 
     smallest = sum(min(c.stored_bits for c in options) for options in choices.values())
     largest = sum(max(c.stored_bits for c in options) for options in choices.values())
     budget = smallest + share * (largest - smallest)
-    chosen = allocate(choices, fused, budget)
+    chosen = allocate(choices, fused, budget, 1)
     assert list(chosen) == list(choices)
     assert sum(c.stored_bits for c in chosen.values()) <= budget
     assert chosen["m0"].group_size == chosen["m1"].group_size
@@ -54,11 +54,11 @@ def test_near_the_best_of_all_and_within_the_budget(seed: int, share: float) -> 
 def test_sensitive_matrices_get_more() -> None:
     options = [Choice(64, rank, 4, 1000 + 10 * rank, 1 / (1 + rank)) for rank in (0, 8, 16, 32)]
     scaled = [Choice(c.group_size, c.rank, 4, c.stored_bits, 100 * c.loss) for c in options]
-    chosen = allocate({"a": options, "b": scaled}, {"a": "a", "b": "b"}, 2000 + 330)
+    chosen = allocate({"a": options, "b": scaled}, {"a": "a", "b": "b"}, 2000 + 330, 1)
     assert chosen["b"].rank == 32
     assert chosen["a"].rank == 0
 
 
 def test_budget_below_the_smallest() -> None:
-    with pytest.raises(SvskError, match="The budget of 999 bits is less than the 1000 "):
-        allocate({"a": [Choice(64, 0, 4, 1000, 1.0)]}, {"a": "a"}, 999)
+    with pytest.raises(SvskError, match=r"A target of 4\.2 bits per weight is less than the 4\.2500 "):
+        allocate({"a": [Choice(64, 0, 4, 425, 1.0)]}, {"a": "a"}, 4.2, 100)

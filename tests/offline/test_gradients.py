@@ -88,7 +88,7 @@ def test_token_weights() -> None:
     """A token of weight w counts like w copies of it; first tokens are counted apart, without weights."""
     x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
     weights = torch.tensor([[1.0, 2, 0, 3], [1, 1, 1, 1], [0, 0, 2, 1]])
-    weighted = InputStatistics(8, CPU, full=True)
+    weighted = InputStatistics(8, CPU, full=True, first=True)
     weighted.add(x[:2], weights[:2])
     weighted.add(x[2:], weights[2:])
     copies = x.flatten(0, 1).repeat_interleave(weights.flatten().long(), 0)

@@ -35,7 +35,7 @@ def statistics(k: int, tokens: int = 600, seed: int = 0) -> InputStatistics:
 
 def test_statistics_are_those_of_the_inputs() -> None:
     x = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
-    full = InputStatistics(8, torch.device("cpu"), full=True)
+    full = InputStatistics(8, torch.device("cpu"), full=True, first=True)
     diagonal = InputStatistics(8, torch.device("cpu"), full=False)
     for part in x.split([1, 3, 2]):  # chunk by chunk
         full.add(part)
@@ -47,6 +47,8 @@ def test_statistics_are_those_of_the_inputs() -> None:
     torch.testing.assert_close(diagonal.second_moment, rows.square().mean(0))
     with pytest.raises(ValueError, match="full=True"):
         _ = diagonal.hessian
+    with pytest.raises(ValueError, match="first=True"):
+        _ = diagonal.first_hessian
 
 
 def test_inverse_root_and_damping() -> None:
@@ -164,6 +166,16 @@ def test_hessian_sidecar_lowers_the_error_and_ranks_help(num_bits: int, tile_m: 
     assert errors[2] < 0.1 * errors[0]
 
 
+def test_tiles_larger_than_the_matrix() -> None:
+    w, hessian = weight(40, 96), statistics(96).hessian
+    fits = []
+    for tile_m, tile_n in ((0, 0), (100_000, 5_000)):
+        grid = TileGrid(40, 96, tile_m, tile_n)
+        fits.append(HessianSidecar(column_tiles(hessian, grid, 1e-4), grid, 4, 4).fit(w))
+    assert torch.equal(fits[0].u, fits[1].u)
+    assert torch.equal(fits[0].gain, fits[1].gain)
+
+
 def test_column_tiles_cooperate() -> None:
     """Each tile on its own is the first sweep; further sweeps use the correlation between tiles and never hurt much."""
     found, residual = statistics(512, 3000), weight(128, 512, 1) * 0.1
@@ -235,7 +247,7 @@ def test_sink_weight_moves_the_error_away_from_the_first_token() -> None:
     w = weight(48, 128)
     x = inputs(128, 400).view(4, 100, 128)
     x[:, 0] = torch.randn(128, generator=torch.Generator().manual_seed(9)) * 3
-    found = InputStatistics(128, torch.device("cpu"), full=True)
+    found = InputStatistics(128, torch.device("cpu"), full=True, first=True)
     found.add(x)
     spec = LinearSpec("m", 48, 128, make_group())
     errors = []

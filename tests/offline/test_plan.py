@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bit budgets, gradient weights and sequential calibration, through the whole pipeline."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from svsk_offline.calibration.capture import scratch_tensor
 from svsk_offline.errors import SvskError
 from svsk_offline.inspect import inspect_checkpoint, validate_against_architecture
 from svsk_offline.layer import LayerReport
@@ -17,7 +20,7 @@ from svsk_offline.recipe import Recipe, load_recipe
 from svsk_vllm.format import Checkpoint, dequantize
 from tests.offline.test_pipeline import folder_bytes
 from tests.support.format_builders import make_group
-from tests.support.tiny_models import write_dense
+from tests.support.tiny_models import FAMILIES, write_dense
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ def test_budget_is_kept_and_used(tmp_path: Path, tiny_qwen2: Path, hessian_recip
 
 
 def test_budget_too_small(tmp_path: Path, tiny_llama: Path, hessian_recipe: Recipe) -> None:
-    with pytest.raises(SvskError, match=r"budget .* Raise the target"):
+    with pytest.raises(SvskError, match=r"A target of 4\.1 bits per weight .* Raise the target"):
         quantize(tiny_llama, tmp_path / "out", hessian_recipe.override({"allocation": {"target_bpw": 4.1}}))
 
 
@@ -101,6 +104,7 @@ def test_sequential_calibration_sees_the_quantised_blocks(
     [
         {"calibration": {"sequential": True}},
         {"gradients": {"token_power": 1.0}, "allocation": {"target_bpw": 4.8, "ranks": (0, 2, 4, 8)}},
+        {"gradients": {"token_power": 0.5, "shared": True, "samples": 2}},
     ],
 )
 def test_interrupted_runs_continue_to_the_same_bytes(
@@ -121,6 +125,35 @@ def test_interrupted_runs_continue_to_the_same_bytes(
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
+def test_budget_on_features_that_fit_no_group(tmp_path: Path, hessian_recipe: Recipe) -> None:
+    settings = {**FAMILIES["llama"].settings, "hidden_size": 96, "intermediate_size": 128}
+    dense = write_dense(tmp_path / "dense", type(FAMILIES["llama"])("llama", settings))
+    recipe = hessian_recipe.override(
+        {"weights": {"group_size": 32}, "allocation": {"target_bpw": 5.0, "group_sizes": (64,)}}
+    )
+    with pytest.raises(SvskError, match=r"q_proj: K = 96 .* allocation\.group_sizes \(64,\)"):
+        quantize(dense, tmp_path / "out", recipe)
+    quantize(dense, tmp_path / "out", recipe.override({"allocation": {"group_sizes": (64, 32), "ranks": (0, 2, 4)}}))
+    assert validate_against_architecture(tmp_path / "out") == []
+
+
+def test_sink_that_matches_nothing_is_mentioned(tmp_path: Path, tiny_llama: Path, hessian_recipe: Recipe) -> None:
+    messages: list[str] = []
+    recipe = hessian_recipe.override({"sink": {"targets": ("re:.*nonsense",)}})
+    quantize(tiny_llama, tmp_path / "out", recipe, progress=Progress(message=messages.append))
+    assert any("the sink weight has no effect" in message for message in messages)
+
+
+def test_full_disk_is_an_error_with_a_remedy(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(SvskError, match=r"no room for 0\.0 GB of hidden states \(No space left on device\)"):
+        scratch_tensor((4, 8), torch.float32, 0, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_plan_survives_its_file(tmp_path: Path) -> None:
     tokens = torch.rand(2, 3)
     plan = Plan({"a.b": make_group(rank=4), "a.c": make_group(rank=0)}, {"a.b": tokens, "a.c": tokens}, {"a.b": tokens})
@@ -129,6 +162,7 @@ def test_plan_survives_its_file(tmp_path: Path) -> None:
     assert found.schemes == plan.schemes
     assert found.tokens.keys() == {"a.b", "a.c"}
     assert torch.equal(found.tokens["a.c"], tokens)
+    assert found.tokens["a.b"] is found.tokens["a.c"]  # or linears of one input would no longer share statistics
     assert torch.equal(found.rows["a.b"], tokens)
     assert [group.targets for group in found.groups().values()] == [("a.b",), ("a.c",)]
 
@@ -138,7 +172,6 @@ def test_plan_survives_its_file(tmp_path: Path) -> None:
     [
         ("gradients: {row_power: 1.0}\n", "without gradients and allocation"),
         ("allocation: {target_bpw: 4.5}\n", "without gradients and allocation"),
-        ("base: {method: gptq}\nfit: {method: hessian}\ngradients: {token_power: 1, samples: 4}\n", "samples"),
         ("allocation: {target_bpw: 3.5}\n", "greater than 4"),
         ("allocation: {ranks: [0, 3]}\n", "must be even"),
         ("allocation: {ranks: []}\n", "one or more"),

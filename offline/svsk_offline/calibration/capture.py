@@ -2,8 +2,9 @@
 """Running calibration samples through a model one decoder block at a time."""
 
 import contextlib
+import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,6 +100,7 @@ class BlockRunner:
         block: nn.Module,
         *,
         full: bool,
+        first: Collection[str] = (),
         weights: Mapping[str, torch.Tensor] | None = None,
         advance: bool = True,
     ) -> dict[str, InputStatistics]:
@@ -108,6 +110,7 @@ class BlockRunner:
             index: number of the block.
             block: the loaded block.
             full: gather whole second-moment matrices, not only their diagonals.
+            first: names of linears below the block whose first tokens are gathered apart as well.
             weights: by the name of each linear below the block, how much each token counts, float [samples, tokens];
                 linears of one input that name the same tensor share their statistics.
             advance: keep the block's outputs as the next block's inputs.
@@ -117,7 +120,11 @@ class BlockRunner:
         """
         statistics: dict[str, InputStatistics] = {}
         window: list[slice] = [slice(0)]
-        hooks = self._watch(block, statistics, full, weights, window)
+
+        def create(name: str, features: int) -> InputStatistics:
+            return InputStatistics(features, self.device, full=full, first=name in first)
+
+        hooks = self._watch(block, statistics, create, weights, window)
         try:
             for part in self.batches():
                 window[0] = part
@@ -161,7 +168,7 @@ class BlockRunner:
         self,
         block: nn.Module,
         statistics: dict[str, InputStatistics],
-        full: bool,
+        create: Callable[[str, int], InputStatistics],
         weights: Mapping[str, torch.Tensor] | None,
         window: list[slice],
     ) -> list[Any]:
@@ -177,7 +184,7 @@ class BlockRunner:
                     statistics[name] = seen["statistics"]
                     return
                 if name not in statistics:
-                    statistics[name] = InputStatistics(tensor.shape[-1], self.device, full=full)
+                    statistics[name] = create(name, tensor.shape[-1])
                 own = statistics[name]
                 own.add(tensor, None if own_weights is None else own_weights[window[0]])
                 seen.update(tensor=tensor, weights=own_weights, statistics=own)
@@ -249,5 +256,14 @@ def scratch_tensor(
     if size <= memory_limit:
         return torch.empty(shape, dtype=dtype), None
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - has no name, closed by the caller
+    try:
+        if hasattr(os, "posix_fallocate"):  # a sparse file on a full disk would end the process without a word
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        file.close()
+        raise SvskError(
+            f"{folder}: no room for {size / 1e9:.1f} GB of hidden states ({error.strerror}). Free some, write the "
+            "output elsewhere, or lower calibration.samples or gradients.samples."
+        ) from error
     raw = np.memmap(file, dtype=np.uint8, mode="w+", shape=(size,))
     return torch.from_numpy(raw).view(dtype).view(shape), file

@@ -128,16 +128,16 @@ def _step_back(
         return after
 
     def note(name: str, part: slice, given: torch.Tensor, found: torch.Tensor) -> None:
-        squares = found.detach().float().square()
+        squares = found.detach().float().flatten(0, -2).square()  # some blocks flatten samples and tokens
         if name not in observed.gradients:
             observed.gradients[name] = OutputGradients(
                 torch.zeros(tokens), torch.zeros(squares.shape[-1], device=squares.device)
             )
             observed.statistics[name] = InputStatistics(given.shape[-1], runner.device, full=full)
         own = observed.gradients[name]
-        per_token = squares.sum(-1)
-        own.rows += squares.sum((0, 1)) / tokens.numel()
-        own.tokens[part] = per_token.cpu()
+        per_token = squares.sum(1)
+        own.rows += squares.sum(0) / tokens.numel()
+        own.tokens[part] = per_token.cpu().view_as(own.tokens[part])
         observed.statistics[name].add(given, per_token)
 
     hooks = [module.register_forward_hook(hook(key)) for key, module in linear_modules(block)]

@@ -18,12 +18,13 @@ class InputStatistics:
         features: number of input channels K.
         device: where the inputs are.
         full: keep the whole matrix ``E[x x^T]``; otherwise only its diagonal.
+        first: keep that of the first tokens apart as well.
     """
 
-    def __init__(self, features: int, device: torch.device, *, full: bool) -> None:
+    def __init__(self, features: int, device: torch.device, *, full: bool, first: bool = False) -> None:
         shape = (features, features) if full else (features,)
         self._sum = torch.zeros(shape, device=device)
-        self._first = torch.zeros(shape, device=device)
+        self._first = torch.zeros(shape, device=device) if first else None
         self._weight = 0.0
         self._samples = 0
         self.prepared: dict[Any, Any] = {}
@@ -43,7 +44,7 @@ class InputStatistics:
             rows = rows * weights.reshape(-1, 1).to(rows).sqrt()
             self._weight += float(weights.sum())
         self._accumulate(self._sum, rows)
-        if inputs.ndim == 3:  # a flattened input does not say where samples begin
+        if inputs.ndim == 3 and self._first is not None:  # a flattened input does not say where samples begin
             self._accumulate(self._first, inputs.detach()[:, 0].float())
             self._samples += inputs.shape[0]
 
@@ -72,6 +73,8 @@ class InputStatistics:
     @property
     def first_hessian(self) -> torch.Tensor:
         """``E[x x^T]`` over the first token of each sample, float32 [K, K]."""
+        if self._first is None:
+            raise ValueError("First tokens were not kept apart; create the statistics with first=True.")
         return self._full(self._first) / max(1, self._samples)
 
     @staticmethod

@@ -53,8 +53,8 @@ class CalibrationSet:
         count = len(self.tokens)
         if samples is None or samples >= count:
             return self
-        chosen = torch.linspace(0, count - 1, samples).round().long()
-        return replace(self, tokens=self.tokens[chosen])
+        tokens = self.tokens[torch.linspace(0, count - 1, samples).round().long()]
+        return replace(self, tokens=tokens, fingerprint=token_fingerprint(tokens))
 
     def describe(self) -> dict[str, Any]:
         """What goes into the checkpoint's ``producer.calibration``; ``bos`` only where there is one."""

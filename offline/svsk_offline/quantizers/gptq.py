@@ -19,6 +19,9 @@ DEFAULT_CANDIDATES: Final = tuple(1.12 - 0.045 * step for step in range(12))
 _CHUNK: Final = 1 << 20
 """Weights searched at a time: what fits the cache of a CPU."""
 
+_SYSTEMS: Final = 1 << 24
+"""Elements of the float64 systems solved at a time when scales are refitted: 128 MiB."""
+
 
 def search_scales(
     weight: torch.Tensor,
@@ -180,24 +183,24 @@ def refit_scales(
     Returns:
         Scales of the same shape and dtype.
     """
-    k = weight.shape[1]
-    groups = scale.shape[1]
-    rows = max(1, min(_CHUNK // k, _CHUNK // groups**2))
+    rows = max(1, _SYSTEMS // scale.shape[1] ** 2)
+    felt = weight @ hessian
     parts = [
-        _refit(w, hessian, q, s)
-        for w, q, s in zip(weight.split(rows), levels.split(rows), scale.split(rows), strict=True)
+        _refit(f, hessian, q, s)
+        for f, q, s in zip(felt.split(rows), levels.split(rows), scale.split(rows), strict=True)
     ]
     return torch.cat(parts)
 
 
-def _refit(weight: torch.Tensor, hessian: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _refit(felt: torch.Tensor, hessian: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """New scales of some rows; ``felt`` is ``W H``."""
     n, groups = scale.shape
     size = levels.shape[1] // groups
-    system = torch.empty(n, groups, groups, dtype=torch.float64, device=weight.device)
+    system = torch.empty(n, groups, groups, dtype=torch.float64, device=levels.device)
     for g in range(groups):
-        felt = levels[:, g * size : (g + 1) * size] @ hessian[g * size : (g + 1) * size]
-        system[:, g] = (felt * levels).view(n, groups, size).sum(-1)
-    right = ((weight @ hessian) * levels).view(n, groups, size).sum(-1).double()
+        columns = slice(g * size, (g + 1) * size)
+        system[:, g] = ((levels[:, columns] @ hessian[columns]) * levels).view(n, groups, size).sum(-1)
+    right = (felt * levels).view(n, groups, size).sum(-1).double()
     old = scale.double()
     damping = 1e-9 * system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + torch.finfo(torch.float64).tiny
     damped = system + torch.diag_embed(damping.expand(n, groups))

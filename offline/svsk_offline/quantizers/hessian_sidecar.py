@@ -107,7 +107,7 @@ class HessianSidecar:
 
     def _by_tile(self, matrix: torch.Tensor) -> torch.Tensor:
         """Rows of tiles of [N, K] as [A, rows, K]; the last one is filled up with zeros."""
-        count, rows = self.grid.num_row_tiles, self.grid.tile_rows
+        count, rows = self.grid.num_row_tiles, min(self.grid.tile_rows, self.grid.n)
         missing = count * rows - matrix.shape[0]
         return nn.functional.pad(matrix, (0, 0, 0, missing)).view(count, rows, -1)
 
