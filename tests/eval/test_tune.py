@@ -188,7 +188,7 @@ def test_another_search_is_refused(dense: Path, tmp_path: Path, quantized: list[
     out.unlink()
     other = write_dense(tmp_path / "other", "qwen2")
     for another, named in (
-        ({"model": other}, "another model, shards"),
+        ({"model": other}, "another model, files"),
         ({"held_out": 5}, "another calibration"),
         ({"dtype": "float16"}, "another dtype"),
         ({"recipe": small(fit={"rounds": 2})}, "another recipe"),
