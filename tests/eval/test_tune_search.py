@@ -16,7 +16,7 @@ from svsk_eval.tune_trials import Score, State, Trial, differences, is_better, p
 from svsk_offline.errors import SvskError
 from svsk_offline.recipe import Recipe, load_recipe
 
-BEST = load_recipe("best")
+BEST = load_recipe("fast").override({"fit": {"rounds": 6}, "base": {"polish": 1}})
 
 
 class Clock:
