@@ -36,8 +36,8 @@ def choices_of(
 
     The loss is ``1/2 tr(D R H R^T)``, the matrix's share of the KL divergence when the Fisher information is taken
     apart into the factors H of the input and D of the output (diagonal). The error of the base is measured at the
-    scheme's group size and estimated at others from the error of plain rounding; what a sidecar of rank r takes off is
-    the sum of the r largest squared singular values of ``D^1/2 R L``, per tile.
+    scheme's group size and estimated at others from the error of plain rounding; the share of it that a sidecar of
+    rank r takes off is that of the r largest squared singular values of ``D^1/2 R L``, per tile.
 
     Args:
         weight: float32 [N, K].
@@ -55,7 +55,7 @@ def choices_of(
     residual = weight - gptq(weight, order, scale, codebook)[1]
     loss = 0.5 * float(((residual @ hessian) * residual).sum(1) @ row_energy)
     reference = _rounding_error(weight, scale, order.importance, row_energy, spec)
-    taken = _taken(residual, hessian, row_energy, spec, max(allocation.ranks)) / 2
+    taken = _taken(residual, hessian, row_energy, spec, max(allocation.ranks))
     power = 1 + _ALTERNATION * (1 - 0.5 ** ((rounds - 1) / 2))
     found = []
     for size in allocation.group_sizes:
@@ -69,7 +69,7 @@ def choices_of(
                 raw["weights"] |= {"group_size": size}
                 raw["sidecar"] |= {"rank": rank, "num_bits": bits}
                 stored = LinearSpec(spec.name, spec.n, spec.k, ConfigGroup.model_validate(raw), dtype).stored_bits
-                left = max(1 - _KEPT[bits] * float(taken[:rank].sum()) / loss, 0.0) if loss else 0.0
+                left = max(1 - _KEPT[bits] * float(taken[:rank].sum()), 0.0)
                 found.append(Choice(size, rank, bits, stored, loss * ratio * left**power))
     return found
 
@@ -88,10 +88,15 @@ def _rounding_error(
 def _taken(
     residual: torch.Tensor, hessian: torch.Tensor, row_energy: torch.Tensor, spec: LinearSpec, rank: int
 ) -> torch.Tensor:
-    """Float32 [rank]: what the i-th rank of all tiles together takes off ``tr(D R H R^T)``."""
+    """Float32 [rank]: the share of the error that the i-th rank of all tiles together takes off.
+
+    The share is that of the tiles' own errors ``tr(D_a R_ab H_bb R_ab^T)``. With several column tiles these add up to
+    more than ``tr(D R H R^T)``, because error feedback lets columns make up for one another across tiles.
+    """
     total = torch.zeros(rank)
     if not rank:
         return total
+    own = 0.0
     grid = spec.grid
     for b in range(grid.num_col_tiles):
         columns = grid.col_slice(b)
@@ -99,6 +104,7 @@ def _taken(
         for a in range(grid.num_row_tiles):
             rows = grid.row_slice(a)
             felt = (residual[rows, columns] * row_energy[rows].sqrt().unsqueeze(1)) @ lower
+            own += float(felt.square().sum())
             values = truncated_svd(felt, rank)[1].square().cpu()
             total[: len(values)] += values
-    return total
+    return total / own if own else total
