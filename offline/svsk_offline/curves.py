@@ -13,7 +13,7 @@ from svsk_offline.quantizers.rounding import nearest_levels
 from svsk_offline.recipe import AllocationArgs, GptqBase
 from svsk_vllm.format import ConfigGroup, LinearSpec
 
-__all__ = ["choices_of"]
+__all__ = ["choices_of", "scheme_with"]
 
 _KEPT: Final = {8: 1.0, 4: 0.93}
 """Share of what a sidecar takes off that is left when its factors are rounded."""
@@ -65,13 +65,18 @@ def choices_of(
         ratio = _rounding_error(weight, other, order.importance, row_energy, spec) / reference if reference else 0.0
         for rank in allocation.ranks:
             for bits in allocation.factor_bits if rank else allocation.factor_bits[:1]:
-                raw = scheme.model_dump(mode="python")
-                raw["weights"] |= {"group_size": size}
-                raw["sidecar"] |= {"rank": rank, "num_bits": bits}
-                stored = LinearSpec(spec.name, spec.n, spec.k, ConfigGroup.model_validate(raw), dtype).stored_bits
+                stored = LinearSpec(spec.name, spec.n, spec.k, scheme_with(scheme, size, rank, bits), dtype).stored_bits
                 left = max(1 - _KEPT[bits] * float(taken[:rank].sum()), 0.0)
                 found.append(Choice(size, rank, bits, stored, loss * ratio * left**power))
     return found
+
+
+def scheme_with(scheme: ConfigGroup, group_size: int, rank: int, factor_bits: int) -> ConfigGroup:
+    """A scheme with some values replaced and checked again, so that what is written can be read."""
+    raw = scheme.model_dump(mode="python")
+    raw["weights"] |= {"group_size": group_size}
+    raw["sidecar"] |= {"rank": rank, "num_bits": factor_bits}
+    return ConfigGroup.model_validate(raw)
 
 
 def _rounding_error(

@@ -13,7 +13,6 @@ from svsk_offline.errors import SvskError
 from svsk_offline.quantizers import channel_importance, fit_diagonal_sidecar, quantize_aa
 from svsk_offline.recipe import AaBase, GptqBase, HessianFit, Recipe
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, dequantize
-from svsk_vllm.format.config import matches
 
 __all__ = ["LayerReport", "quantize_linear", "weighted_error"]
 
@@ -76,7 +75,7 @@ def quantize_linear(
     weight = weight.float()
     spec = LinearSpec(name, weight.shape[0], weight.shape[1], scheme, scale_dtype)
     if isinstance(recipe.base, GptqBase) and isinstance(recipe.fit, HessianFit):
-        sink = recipe.sink.weight if matches(name, recipe.sink.targets) else 0.0
+        sink = recipe.sink_weight(name)
         linear = quantize_alternating(weight, statistics, spec, recipe.base, recipe.fit, sink, row_weights)
     else:
         linear = _quantize_published(weight, statistics.second_moment, spec, recipe)

@@ -26,7 +26,6 @@ from svsk_offline.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.source import ModelSource, linear_modules, resolve_model
 from svsk_vllm.format import ConfigGroup, QuantizedLinear, SvskCheckpointConfig, dequantize
-from svsk_vllm.format.config import matches
 from svsk_vllm.format.shards import read_json
 from svsk_vllm.version import __version__
 
@@ -193,7 +192,7 @@ class _Run:
             raise SvskError(f"{self.source.folder}: every linear layer is on the ignore list; nothing to quantise.")
         self.schemes = uniform_schemes(self.source, self.config, self.scale_dtype)
         sink = self.recipe.sink
-        if sink.weight and not any(matches(name, sink.targets) for name in self.schemes):
+        if sink.weight and not any(map(self.recipe.sink_weight, self.schemes)):
             self.progress.message(f"No linear matches sink.targets {sink.targets}: the sink weight has no effect.")
         sizes = self.recipe.allocation.group_sizes
         for name in self.schemes if self.recipe.allocation.target_bpw is not None else ():
@@ -279,9 +278,8 @@ class _Run:
 
     def _sink_names(self, index: int, block: nn.Module) -> frozenset[str]:
         """Linears below a block whose first tokens count more."""
-        sink, prefix = self.recipe.sink, f"{self.blocks_name}.{index}."
-        names = (name for name, _ in linear_modules(block))
-        return frozenset(name for name in names if sink.weight and matches(prefix + name, sink.targets))
+        prefix = f"{self.blocks_name}.{index}."
+        return frozenset(name for name, _ in linear_modules(block) if self.recipe.sink_weight(prefix + name))
 
     def _token_weights(self, plan: Plan, index: int, block: nn.Module) -> dict[str, torch.Tensor] | None:
         """Token weights by the names below a block; linears that are not quantised share the first one's."""

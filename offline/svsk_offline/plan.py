@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from safetensors import safe_open
@@ -18,7 +18,7 @@ from torch import nn
 from svsk_offline.allocate import Choice, allocate
 from svsk_offline.atomic import write_tensors
 from svsk_offline.calibration import CalibrationSet, InputStatistics, OutputGradients, sweep_gradients
-from svsk_offline.curves import choices_of
+from svsk_offline.curves import choices_of, scheme_with
 from svsk_offline.errors import SvskError
 from svsk_offline.recipe import GptqBase, HessianFit, Recipe
 from svsk_offline.source import ModelSource, linear_modules
@@ -204,7 +204,11 @@ class _Measured:
             return Plan(self.schemes, self.tokens, self.rows)
         weights = sum(self._size(name) for name in self.schemes)
         chosen = allocate(self.choices, {name: _fused_name(name) for name in self.schemes}, target, weights)
-        schemes = {name: _with(scheme, chosen[name]) for name, scheme in self.schemes.items()}
+        schemes = {
+            name: scheme_with(scheme, pick.group_size, pick.rank, pick.factor_bits)
+            for name, scheme in self.schemes.items()
+            for pick in (chosen[name],)
+        }
         return Plan(schemes, self.tokens, self.rows)
 
     def _size(self, name: str) -> int:
@@ -235,11 +239,3 @@ def _fused_name(name: str) -> str:
         if own in endings:
             return f"{parent}.{'+'.join(endings)}"
     return name
-
-
-def _with(scheme: ConfigGroup, choice: Choice) -> ConfigGroup:
-    """A scheme with what was chosen; re-validated, so that what is written can be read."""
-    raw: dict[str, Any] = scheme.model_dump(mode="python")
-    raw["weights"] |= {"group_size": choice.group_size}
-    raw["sidecar"] |= {"rank": choice.rank, "num_bits": choice.factor_bits}
-    return ConfigGroup.model_validate(raw)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from svsk_offline.errors import SvskError
 from svsk_vllm.format import SidecarArgs, WeightArgs
-from svsk_vllm.format.config import MAX_RANK
+from svsk_vllm.format.config import MAX_RANK, matches
 
 __all__ = [
     "AaBase",
@@ -156,6 +156,10 @@ class Recipe(_Strict):
         if isinstance(self.base, GptqBase) and isinstance(self.fit, DiagonalFit):
             raise ValueError("base.method gptq goes with fit.method hessian")
         return self
+
+    def sink_weight(self, name: str) -> float:
+        """Extra weight of the first token in the Hessian of the linear ``name``; 0 where it has none."""
+        return self.sink.weight if matches(name, self.sink.targets) else 0.0
 
     @property
     def needs_gradients(self) -> bool:
