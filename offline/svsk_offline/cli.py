@@ -27,6 +27,15 @@ _errors = Console(stderr=True, soft_wrap=True)
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+TileM = Annotated[int | None, typer.Option(help="Rows of a tile, 0 for all.")]
+TileN = Annotated[int | None, typer.Option(help="Columns of a tile, 0 for all.")]
+CodebookName = Annotated[str | None, typer.Option(help="int4 or quad8.")]
+CalibrationText = Annotated[str, typer.Option(help="Text file, .jsonl, dataset name[:config]:split, or python.")]
+ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Render Q/A rows as chat.")]
+Samples = Annotated[int | None, typer.Option(help="Calibration samples.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens per sample.")]
+Seed = Annotated[int | None, typer.Option(help="Of the draw of samples.")]
+StoredDtype = Annotated[str, typer.Option(help="Of scales and dense tensors: auto, bfloat16, float16.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")]
 
 
@@ -77,19 +86,17 @@ def quantize(
         float | None, typer.Option(help="Bits per weight; rank and group size are then chosen per matrix.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Sidecar rank per tile, 0 for none.")] = None,
-    tile_m: Annotated[int | None, typer.Option(help="Rows of a tile, 0 for all.")] = None,
-    tile_n: Annotated[int | None, typer.Option(help="Columns of a tile, 0 for all.")] = None,
+    tile_m: TileM = None,
+    tile_n: TileN = None,
     factor_bits: Annotated[int | None, typer.Option(help="Bits of a sidecar factor, 8 or 4.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights per scale, 32 or 64.")] = None,
-    codebook: Annotated[str | None, typer.Option(help="int4 or quad8.")] = None,
+    codebook: CodebookName = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Module to leave alone: name or re:pattern.")] = None,
-    calibration: Annotated[
-        str, typer.Option(help="Text file, .jsonl, dataset name[:config]:split, or python.")
-    ] = "python",
-    chat_template: Annotated[bool, typer.Option("--chat-template", help="Render Q/A rows as chat.")] = False,
-    samples: Annotated[int | None, typer.Option(help="Calibration samples.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per sample.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the draw of samples.")] = None,
+    calibration: CalibrationText = "python",
+    chat_template: ChatTemplate = False,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    seed: Seed = None,
     sequential: Annotated[
         bool | None,
         typer.Option(
@@ -97,7 +104,7 @@ def quantize(
         ),
     ] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Of scales and dense tensors: auto, bfloat16, float16.")] = "auto",
+    dtype: StoredDtype = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Quantise MODEL into the SVSK checkpoint OUT.
@@ -241,20 +248,18 @@ def tune(
     target_bpw: Annotated[float | None, typer.Option(help="Bits per weight, spent where they help most.")] = None,
     budget_minutes: Annotated[float, typer.Option(help="Of all runs of this search together.")] = 60.0,
     recipe: Annotated[str, typer.Option(help="Where to start: name or YAML file.")] = "best",
-    codebook: Annotated[str | None, typer.Option(help="int4 or quad8.")] = None,
-    tile_m: Annotated[int | None, typer.Option(help="Rows of a tile, 0 for all.")] = None,
-    tile_n: Annotated[int | None, typer.Option(help="Columns of a tile, 0 for all.")] = None,
-    calibration: Annotated[
-        str, typer.Option(help="Text file, .jsonl, dataset name[:config]:split, or python.")
-    ] = "python",
-    chat_template: Annotated[bool, typer.Option("--chat-template", help="Render Q/A rows as chat.")] = False,
-    samples: Annotated[int | None, typer.Option(help="Calibration samples.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per sample.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the draw of samples.")] = None,
+    codebook: CodebookName = None,
+    tile_m: TileM = None,
+    tile_n: TileN = None,
+    calibration: CalibrationText = "python",
+    chat_template: ChatTemplate = False,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
+    seed: Seed = None,
     held_out: Annotated[int, typer.Option(help="Pieces of the text to score on, not to calibrate with.")] = 16,
     work_dir: Annotated[Path | None, typer.Option(help="For trials; OUT.tune if not given.")] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Of scales and dense tensors: auto, bfloat16, float16.")] = "auto",
+    dtype: StoredDtype = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT, and forget a search with other inputs.")
     ] = False,
