@@ -7,7 +7,7 @@ import torch
 
 from svsk_offline.calibration.statistics import InputStatistics
 from svsk_offline.errors import SvskError
-from svsk_offline.quantizers.gptq import gptq, level_values, polish, refit_scales, search_scales
+from svsk_offline.quantizers.gptq import gptq, initial_scales, level_values, polish, refit_scales
 from svsk_offline.quantizers.hessian import ColumnOrder, damped
 from svsk_offline.quantizers.hessian_sidecar import ColumnTile, HessianSidecar, column_tiles, sidecar_weight
 from svsk_offline.quantizers.rounding import nearest_codes
@@ -67,7 +67,9 @@ def quantize_alternating(
     rounds = fit.rounds if sidecar else 1
     for number in range(1, rounds + max(1, base.polish)):
         if number <= rounds:  # from scratch, to what the sidecar leaves now
-            scale = search_scales(target, shared.order.importance, spec.group_size, codebook, spec.scale_dtype)
+            scale = initial_scales(
+                base.scales, target, shared.order.importance, spec.group_size, codebook, spec.scale_dtype
+            )
             levels, values = gptq(target, shared.order, scale, codebook)
         if number >= rounds and base.polish:
             scale = refit_scales(target, shared.order.hessian, levels, scale)

@@ -6,7 +6,7 @@ from typing import Final
 import torch
 
 from svsk_offline.allocate import Choice
-from svsk_offline.quantizers.gptq import gptq, search_scales
+from svsk_offline.quantizers.gptq import gptq, initial_scales
 from svsk_offline.quantizers.hessian import ColumnOrder, damped, lower_factor
 from svsk_offline.quantizers.lowrank import truncated_svd
 from svsk_offline.quantizers.rounding import nearest_levels
@@ -51,7 +51,7 @@ def choices_of(
     scheme = spec.scheme
     order = ColumnOrder.of(damped(hessian, base.damping))
     codebook, dtype = scheme.weights.codebook, spec.scale_dtype
-    scale = search_scales(weight, order.importance, spec.group_size, codebook, dtype)
+    scale = initial_scales(base.scales, weight, order.importance, spec.group_size, codebook, dtype)
     residual = weight - gptq(weight, order, scale, codebook)[1]
     loss = 0.5 * float(((residual @ hessian) * residual).sum(1) @ row_energy)
     reference = _rounding_error(weight, scale, order.importance, row_energy, spec)
@@ -61,7 +61,9 @@ def choices_of(
     for size in allocation.group_sizes:
         if spec.k % size:
             continue
-        other = scale if size == spec.group_size else search_scales(weight, order.importance, size, codebook, dtype)
+        other = scale
+        if size != spec.group_size:
+            other = initial_scales(base.scales, weight, order.importance, size, codebook, dtype)
         ratio = _rounding_error(weight, other, order.importance, row_energy, spec) / reference if reference else 0.0
         for rank in allocation.ranks:
             for bits in allocation.factor_bits if rank else allocation.factor_bits[:1]:

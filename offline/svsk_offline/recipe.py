@@ -61,9 +61,10 @@ class DiagonalFit(_Strict):
 
 
 class GptqBase(_Strict):
-    """Searched scales and error feedback under the Hessian of the input (GPTQ with static groups, activation order)."""
+    """Error feedback under the Hessian of the input (GPTQ with static groups, activation order)."""
 
     method: Literal["gptq"] = "gptq"
+    scales: Literal["search", "absmax"] = "search"  # the least weighted error, or each group's largest magnitude
     damping: float = Field(default=0.01, gt=0)  # relative to the mean of the Hessian's diagonal
     polish: int = Field(default=0, ge=0)  # rounds at the end that refit all scales together and move single codes
 

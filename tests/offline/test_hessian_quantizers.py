@@ -9,7 +9,7 @@ from svsk_offline.calibration import InputStatistics
 from svsk_offline.errors import SvskError
 from svsk_offline.quantizers import quantize_aa, quantize_rtn
 from svsk_offline.quantizers.feedback import round_with_feedback
-from svsk_offline.quantizers.gptq import gptq, level_values, polish, refit_scales, search_scales
+from svsk_offline.quantizers.gptq import gptq, initial_scales, level_values, polish, refit_scales, search_scales
 from svsk_offline.quantizers.hessian import ColumnOrder, damped, inverse_root
 from svsk_offline.quantizers.hessian_sidecar import HessianSidecar, column_tiles, sidecar_weight
 from svsk_offline.quantizers.rounding import nearest_codes
@@ -136,9 +136,12 @@ def test_refitted_scales_are_the_least_squares_ones(codebook: Codebook) -> None:
 def test_searched_scales_are_no_worse_than_clipped_ones(codebook: Codebook) -> None:
     """Under plain rounding with the same weights; least squares and both signs can only help."""
     w, importance = weight(40, 128), torch.rand(128, generator=torch.Generator().manual_seed(0)) + 0.1
-    scale = search_scales(w, importance, 64, codebook, torch.bfloat16)
-    inverse = 1 / scale.float().repeat_interleave(64, 1)
-    searched = values_of(nearest_codes(w * inverse, codebook), scale, 64, codebook)
+
+    def rounded(scale: torch.Tensor) -> torch.Tensor:
+        return values_of(nearest_codes(w / scale.float().repeat_interleave(64, 1), codebook), scale, 64, codebook)
+
+    searched = rounded(initial_scales("search", w, importance, 64, codebook, torch.bfloat16))
+    plain = rounded(initial_scales("absmax", w, importance, 64, codebook, torch.bfloat16))
     codes, clipped_scale = quantize_aa(w, importance, 64, codebook, torch.bfloat16, GRID)
     clipped = values_of(codes, clipped_scale, 64, codebook)
 
@@ -146,6 +149,7 @@ def test_searched_scales_are_no_worse_than_clipped_ones(codebook: Codebook) -> N
         return float(((w - values).square() * importance).sum())
 
     assert error(searched) < 0.95 * error(clipped)
+    assert error(clipped) < error(plain)
 
 
 @pytest.mark.parametrize("num_bits", [4, 8])

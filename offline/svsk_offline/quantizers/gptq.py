@@ -2,16 +2,16 @@
 """The 4-bit base: searched scales, then error feedback, then optionally polish by coordinate descent."""
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
 from svsk_offline.quantizers.feedback import BLOCK, round_with_feedback
 from svsk_offline.quantizers.hessian import ColumnOrder
-from svsk_offline.quantizers.rounding import nearest_levels
+from svsk_offline.quantizers.rounding import absmax_scale, nearest_levels
 from svsk_vllm.format import Codebook, codebook_levels
 
-__all__ = ["DEFAULT_CANDIDATES", "gptq", "level_values", "polish", "refit_scales", "search_scales"]
+__all__ = ["DEFAULT_CANDIDATES", "gptq", "initial_scales", "level_values", "polish", "refit_scales", "search_scales"]
 
 DEFAULT_CANDIDATES: Final = tuple(1.12 - 0.045 * step for step in range(12))
 """Factors on the scale that puts the largest magnitude on the codebook's widest level."""
@@ -21,6 +21,20 @@ _CHUNK: Final = 1 << 20
 
 _SYSTEMS: Final = 1 << 24
 """Elements of the float64 systems solved at a time when scales are refitted: 128 MiB."""
+
+
+def initial_scales(
+    method: Literal["search", "absmax"],
+    weight: torch.Tensor,
+    importance: torch.Tensor,
+    group_size: int,
+    codebook: Codebook,
+    scale_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Scales to round under: those of :func:`search_scales` (arguments as there), or those of plain rounding."""
+    if method == "search":
+        return search_scales(weight, importance, group_size, codebook, scale_dtype)
+    return absmax_scale(weight.view(weight.shape[0], -1, group_size), codebook).to(scale_dtype)
 
 
 def search_scales(
