@@ -30,6 +30,7 @@ demo: setup ## quantise, check and compare a small model on this machine
 
 test: setup ## run the tests
 	@HF_HUB_OFFLINE=1 $(VPY) -m pytest $(ARGS)
+	$(if $(ARGS),,@TRITON_INTERPRET=1 $(VPY) -m pytest tests/interpreter)
 
 setup: ## make .venv for a CPU from the pinned packages (Linux x86-64, Python 3.11)
 	$(call setup_env,cpu)

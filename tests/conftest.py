@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures that several test packages share."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from svsk_eval.errors import DownloadError
 from svsk_eval.smollm2 import build_smollm2, default_cache
+
+# Kernels that Triton interprets cannot be compiled in the same process: these tests run in one of their own, see the
+# Makefile.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One quantised layer on a GPU: whether the kernels take it, its run-time tensors, and the product.
+
+The product is one custom op, ``torch.ops.svsk.matmul``, so that a compiled graph does not depend on the number of
+tokens: the op chooses the kernel by it. Triton is imported where it is first used; importing this module is cheap.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import torch
+
+from svsk_kernels.layout import (
+    PlanarSidecar,
+    Tiles,
+    pack_base,
+    pack_scale,
+    pack_sidecar,
+    plane_length,
+)
+from svsk_kernels.plan import SidecarPlan
+from svsk_kernels.tuning import Gpu, choice_for, choices_for
+from svsk_vllm.format import Codebook
+
+__all__ = ["LayerShape", "SvskMatmul", "gpu_of"]
+
+_DTYPES: Final = (torch.bfloat16, torch.float16)
+_LEAST_CAPABILITY: Final = 80
+_OLDEST_TRITON: Final = (3, 4)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What decides the kernels of a layer."""
+
+    n: int  # rows of this shard
+    k: int  # columns of this shard
+    group_size: int
+    codebook: Codebook
+    plan: SidecarPlan | None  # None: no sidecar
+    num_bits: int = 8  # 4 where every part's factors have 4 bits, else 8
+
+    def encode(self) -> list[int]:
+        """The numbers the op needs."""
+        bits, tiles = 0 if self.plan is None else self.num_bits, Tiles.of(self.plan)
+        quad8 = self.codebook == "quad8"
+        return [self.n, self.k, self.group_size, int(quad8), bits, int(tiles.long), int(tiles.aligned)]
+
+
+@lru_cache(maxsize=32)
+def gpu_of(device: torch.device) -> Gpu:
+    """What the kernels need to know of a device; the CPU stands for a small GPU in Triton's interpreter."""
+    if device.type != "cuda":
+        return Gpu(name="interpreter", capability=0, processors=4)
+    properties = torch.cuda.get_device_properties(device)
+    capability = 0 if torch.version.hip else properties.major * 10 + properties.minor
+    return Gpu(name=properties.name, capability=capability, processors=properties.multi_processor_count)
+
+
+class SvskMatmul:
+    """The kernels of one layer.
+
+    Args:
+        shape: of the layer.
+        dtype: of the activations, bfloat16 or float16.
+    """
+
+    def __init__(self, shape: LayerShape, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._code = shape.encode()
+
+    @staticmethod
+    def can_implement(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+        """Whether the kernels take such a layer, and if not, why not."""
+        if dtype not in _DTYPES:
+            return False, f"activations are {dtype}, the kernels take bfloat16 and float16"
+        if shape.group_size not in (32, 64):
+            return False, f"groups of {shape.group_size}, the kernels take 32 and 64"
+        if shape.k % 32:
+            return False, f"{shape.k} columns per rank, the kernels take multiples of 32"
+        try:
+            import triton
+        except ImportError:
+            return False, "Triton is not installed"
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST_TRITON:
+            return False, f"Triton {triton.__version__} is older than {'.'.join(map(str, _OLDEST_TRITON))}"
+        if device.type == "cuda":
+            if torch.version.hip is None and gpu_of(device).capability < _LEAST_CAPABILITY:
+                return False, f"{gpu_of(device).name} is older than compute capability {_LEAST_CAPABILITY / 10}"
+            return True, ""
+        if triton.knobs.runtime.interpret:
+            return True, ""
+        return False, f"Triton has no backend for {device.type}"
+
+    def prepare(
+        self,
+        packed: torch.Tensor,
+        scale: torch.Tensor,
+        u: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
+        gain: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Run-time tensors of a layer, by name; the op reads nothing else.
+
+        Args:
+            packed: int32 [N, K / 8] as in the checkpoint.
+            scale: [N, K / g].
+            u: int8, flat, in the plan's order; None without a sidecar.
+            v: int8, flat, likewise.
+            gain: float32, flat, likewise.
+        """
+        shape = self.shape
+        plane = plane_length(shape.k)
+        tensors = {
+            "words": pack_base(packed, shape.k, plane),
+            "scale": pack_scale(scale.to(self.dtype), plane, shape.group_size),
+        }
+        if shape.plan is not None:
+            assert u is not None
+            assert v is not None
+            assert gain is not None
+            side = pack_sidecar(shape.plan, shape.k, u, v, gain, shape.num_bits)
+            tensors |= {f"sidecar_{name}": getattr(side, name) for name in PlanarSidecar.names()}
+        return tensors
+
+    def __call__(
+        self, x: torch.Tensor, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``x W_hat^T + bias``.
+
+        Args:
+            x: [M, K] of the layer's dtype.
+            tensors: of :meth:`prepare`.
+            bias: [N] or None.
+
+        Returns:
+            Contiguous [M, N].
+        """
+        side = [tensors[f"sidecar_{name}"] for name in PlanarSidecar.names()] if self.shape.plan is not None else []
+        product: torch.Tensor = torch.ops.svsk.matmul(x, tensors["words"], tensors["scale"], bias, side, self._code)
+        return product
+
+    def warm_up(self, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None = None) -> None:
+        """Compile and run every kernel that any number of tokens may need, once: nothing is compiled afterwards."""
+        device = tensors["words"].device
+        limits = [choice.max_m for choice in choices_for(gpu_of(device), *self._code[:3])]
+        for m in [1, *(limit if limit is not None else (limits[-2] or 0) + 1 for limit in limits)]:
+            self(torch.zeros(m, self.shape.k, dtype=self.dtype, device=device), tensors, bias)
+
+
+def _matmul(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    sidecar: Sequence[torch.Tensor],
+    shape: Sequence[int],
+) -> torch.Tensor:
+    from svsk_kernels.launch import Base, fused_matmul, matmul_folded
+
+    n, k, group_size, quad8, bits, long, aligned = shape
+    if x.shape[0] == 0:
+        return x.new_empty(0, n)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    base = Base(words, scale, n, k, plane_length(k), group_size, bool(quad8))
+    side = PlanarSidecar(*sidecar) if bits else None
+    choice = choice_for(choices_for(gpu_of(x.device), n, k, group_size), x.shape[0])
+    if choice.kernel == "fold":
+        return matmul_folded(x, base, side, bits, bias)
+    return fused_matmul(x, base, side, bits, bias, choice, Tiles(bool(long), bool(aligned)))
+
+
+def _matmul_fake(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    sidecar: Sequence[torch.Tensor],
+    shape: Sequence[int],
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], shape[0])
+
+
+_library = torch.library.Library("svsk", "FRAGMENT")
+_library.define("matmul(Tensor x, Tensor words, Tensor scale, Tensor? bias, Tensor[] sidecar, int[] shape) -> Tensor")
+_library.impl("matmul", _matmul, "CompositeExplicitAutograd")
+torch.library.register_fake("svsk::matmul", _matmul_fake, lib=_library)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device functions the kernels share: codes and factors to floating point, and the sidecar's second half.
+
+``DT`` is the dtype of the matrix products: that of the activations on a GPU, float32 in Triton's interpreter, whose
+bfloat16 arithmetic is wrong. No integer is converted by a conversion instruction (a quarter of the rate or less):
+its bits are put into the mantissa of a power of two that is large enough, which is then subtracted. All results are
+exact. ``ASM`` packs two 16-bit lanes per register with inline PTX; without it the same arithmetic is plain Triton, for
+AMD, the interpreter, and as a check.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["add_sidecar", "group_scale", "load_columns", "narrow_factors", "u_step", "unpack_codes", "wide_factors"]
+
+# lop3 0xEA is (a & b) | c. 0x4300 is 128 in bfloat16, whose last bit is worth 1: or-ing u = q + 8 into it gives
+# 128 + u, and a fused multiply-add by one (there is no bfloat16 addition before sm_90) takes 136 off.
+_CODES_BF16: tl.constexpr = tl.constexpr(
+    """{
+    .reg .b32 w1, w2, w3, one, bias;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 bias, 0xC308C308;
+    shr.u32 w1, $4, 4;
+    shr.u32 w2, $4, 8;
+    shr.u32 w3, $4, 12;
+    lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 $1, w1, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 $2, w2, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 $3, w3, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $0, $0, one, bias;
+    fma.rn.bf16x2 $1, $1, one, bias;
+    fma.rn.bf16x2 $2, $2, one, bias;
+    fma.rn.bf16x2 $3, $3, one, bias;
+    }"""
+)
+
+# 0x6400 is 1024 in float16, last bit 1. Odd nibbles stay where they are, 1024 + 16 u, which saves their shifts:
+# times 1/16 less 72 is u - 8.
+_CODES_FP16: tl.constexpr = tl.constexpr(
+    """{
+    .reg .b32 high, bias, sixteenth, bias16;
+    mov.b32 bias, 0x64086408;
+    mov.b32 sixteenth, 0x2C002C00;
+    mov.b32 bias16, 0xD480D480;
+    shr.u32 high, $4, 8;
+    lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $1, $4, 0x00F000F0, 0x64006400, 0xEA;
+    lop3.b32 $2, high, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $3, high, 0x00F000F0, 0x64006400, 0xEA;
+    sub.f16x2 $0, $0, bias;
+    fma.rn.f16x2 $1, $1, sixteenth, bias16;
+    sub.f16x2 $2, $2, bias;
+    fma.rn.f16x2 $3, $3, sixteenth, bias16;
+    }"""
+)
+
+# quad8: c = q (1 + |q| / 8). 1 + |q| / 8 and the product are exact; adding -0 makes a product of the fma.
+_QUAD8_BF16: tl.constexpr = tl.constexpr(
+    """{
+    .reg .b32 size, one, eighth, zero;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 eighth, 0x3E003E00;
+    mov.b32 zero, 0x80008000;
+    and.b32 size, $1, 0x7FFF7FFF;
+    fma.rn.bf16x2 size, size, eighth, one;
+    fma.rn.bf16x2 $0, $1, size, zero;
+    }"""
+)
+
+_QUAD8_FP16: tl.constexpr = tl.constexpr(
+    """{
+    .reg .b32 size, one, eighth;
+    mov.b32 one, 0x3C003C00;
+    mov.b32 eighth, 0x30003000;
+    and.b32 size, $1, 0x7FFF7FFF;
+    fma.rn.f16x2 size, size, eighth, one;
+    mul.rn.f16x2 $0, $1, size;
+    }"""
+)
+
+
+@triton.jit
+def _biased(bits, DT: tl.constexpr):
+    """``2^b + bits`` for uint16 bits below 2^b, b = 7 for bfloat16 and 10 otherwise."""
+    if DT == tl.bfloat16:
+        return (bits | 0x4300).to(tl.bfloat16, bitcast=True)
+    return (bits | 0x6400).to(tl.float16, bitcast=True).to(DT)
+
+
+@triton.jit
+def _quad8(q, DT: tl.constexpr, ASM: tl.constexpr):
+    """Level of the codebook quad8 for exact codes q of dtype DT."""
+    if not ASM:
+        return q * (tl.abs(q) * 0.125 + 1.0)
+    elif DT == tl.bfloat16:  # noqa: RET505 - the branches are compile-time: only one may reach the return below
+        return tl.inline_asm_elementwise(_QUAD8_BF16, "=r,r", [q], dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise(_QUAD8_FP16, "=r,r", [q], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def unpack_codes(words, DT: tl.constexpr, ASM: tl.constexpr, QUAD8: tl.constexpr):
+    """The four planes of a tile of int16 words, each of its shape: codebook levels, exact in DT."""
+    if ASM:
+        if DT == tl.bfloat16:
+            q0, q1, q2, q3 = tl.inline_asm_elementwise(
+                _CODES_BF16,
+                "=&r,=&r,=&r,=&r,r",
+                [words],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            q0, q1, q2, q3 = tl.inline_asm_elementwise(
+                _CODES_FP16,
+                "=&r,=&r,=&r,=&r,r",
+                [words],
+                dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+                is_pure=True,
+                pack=2,
+            )
+    else:
+        bits = words.to(tl.uint16, bitcast=True)
+        offset: tl.constexpr = 136.0 if DT == tl.bfloat16 else 1032.0
+        q0 = _biased(bits & 15, DT) - offset
+        q1 = _biased((bits >> 4) & 15, DT) - offset
+        q2 = _biased((bits >> 8) & 15, DT) - offset
+        q3 = _biased(bits >> 12, DT) - offset
+    if QUAD8:
+        q0 = _quad8(q0, DT, ASM)
+        q1 = _quad8(q1, DT, ASM)
+        q2 = _quad8(q2, DT, ASM)
+        q3 = _quad8(q3, DT, ASM)
+    return q0, q1, q2, q3
+
+
+@triton.jit
+def wide_factors(stored, DT: tl.constexpr):
+    """8-bit factors, given as uint8, in DT: exact."""
+    bits = (stored ^ 0x80).to(tl.uint16)  # factor + 128
+    if DT == tl.bfloat16:  # seven bits fit the mantissa: high and low nibble apart
+        return (_biased(bits >> 4, DT) - 136.0) * 16.0 + (_biased(bits & 15, DT) - 128.0)
+    return _biased(bits, DT) - 1152.0
+
+
+@triton.jit
+def narrow_factors(stored, DT: tl.constexpr):
+    """Low and high 4-bit factors of bytes, in DT: exact."""
+    bits = stored.to(tl.uint16)
+    offset: tl.constexpr = 136.0 if DT == tl.bfloat16 else 1032.0
+    return _biased(bits & 15, DT) - offset, _biased(bits >> 4, DT) - offset
+
+
+@triton.jit
+def u_step(BITS: tl.constexpr):
+    """Power of two that U is taken in and z over, which keeps z in the range of the layer's outputs (float16)."""
+    return 0.0078125 if BITS == 8 else 0.125
+
+
+@triton.jit
+def group_scale(scale, at, n_padded, GROUP: tl.constexpr):
+    """Scales [BN, 1] of the group that column ``at`` lies in."""
+    return tl.load(scale + (at // GROUP).to(tl.int64) * n_padded)[:, None]
+
+
+@triton.jit
+def load_columns(x_row, at, k, here, DT: tl.constexpr, STEP: tl.constexpr, EVEN_K: tl.constexpr):
+    """Activations of STEP columns from ``at``, [STEP, BM]; zero beyond ``k`` and where ``here`` [1, BM] is false."""
+    columns = at + tl.arange(0, STEP)
+    mask = here if EVEN_K else here & (columns < k)[:, None]
+    return tl.load(x_row + columns[:, None], mask=mask, other=0.0).to(DT)
+
+
+@triton.jit
+def add_sidecar(
+    acc,
+    rows,
+    tokens,
+    m,
+    n_padded,
+    z_stride,
+    row_table,
+    u,
+    z,
+    z_used,
+    BITS: tl.constexpr,
+    DT: tl.constexpr,
+):
+    """``acc + U z`` for a block of rows, [BN, BM]; the rows may belong to several slots, or to none.
+
+    z holds ``gain * (V x) / u_step(BITS)``, see :mod:`svsk_kernels.shrink`.
+    """
+    at = tl.multiple_of(tl.load(row_table + rows), 16)
+    first = tl.multiple_of(tl.load(row_table + n_padded + rows), 16)
+    last = tl.multiple_of(tl.load(row_table + 2 * n_padded + rows), 16)
+    side = tl.zeros(acc.shape, tl.float32)
+    here = (tokens < m)[None, :]
+    z_row = z + tokens.to(tl.int64)[None, :] * z_stride
+    for start in range(tl.min(first), tl.max(last), 32):
+        column = tl.multiple_of(start, 16)
+        if BITS == 8:
+            columns = column + tl.arange(0, 32)
+            inside = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
+            factors = tl.load(u + (at - first)[:, None] + columns[None, :], mask=inside, other=0)
+            valid = tl.load(z_used + columns, mask=columns < z_stride, other=0) != 0
+            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & here, other=0.0).to(DT)
+            side = tl.dot(wide_factors(factors, DT), values, side)
+        else:
+            half = tl.arange(0, 16)
+            inside = ((column >= first) & (column < last))[:, None]
+            place = at + (column - first) // 2
+            factors = tl.load(u + tl.multiple_of(place, 16)[:, None] + half[None, :], mask=inside, other=0x88)
+            low, high = narrow_factors(factors, DT)
+            columns = column + half
+            valid = tl.load(z_used + columns) != 0
+            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & here, other=0.0).to(DT)
+            side = tl.dot(low, values, side)
+            columns = columns + 16
+            valid = tl.load(z_used + columns) != 0
+            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & here, other=0.0).to(DT)
+            side = tl.dot(high, values, side)
+    return acc + side * u_step(BITS)

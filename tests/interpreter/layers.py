@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers for the kernels' tests: linears with random content, fused and repacked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from svsk_kernels.dispatch import LayerShape, SvskMatmul
+from svsk_kernels.fused import FusedLinear, fuse
+from svsk_kernels.launch import Base
+from svsk_kernels.layout import PlanarSidecar, Tiles, plane_length
+from svsk_kernels.naive import naive_matmul
+from svsk_vllm.format import LinearSpec, QuantizedLinear
+from tests.support.format_builders import make_group, random_linear
+
+# Triton's interpreter truncates where it converts float32 to bfloat16, which doubles the error of rounding.
+BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer in every form."""
+
+    linears: Sequence[QuantizedLinear]
+    fused: FusedLinear
+    matmul: SvskMatmul
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def base(self) -> Base:
+        shape = self.matmul.shape
+        words, scale = self.tensors["words"], self.tensors["scale"]
+        plane = plane_length(shape.k)
+        return Base(words, scale, shape.n, shape.k, plane, shape.group_size, shape.codebook == "quad8")
+
+    @property
+    def sidecar(self) -> PlanarSidecar | None:
+        if self.fused.plan is None:
+            return None
+        return PlanarSidecar(*(self.tensors[f"sidecar_{name}"] for name in PlanarSidecar.names()))
+
+    @property
+    def tiles(self) -> Tiles:
+        return Tiles.of(self.fused.plan)
+
+    def expected(self, x: torch.Tensor) -> torch.Tensor:
+        """The product in float64."""
+        return torch.cat([naive_matmul(x, linear) for linear in self.linears], dim=1)
+
+
+def make_layer(k: int, dtype: torch.dtype, *parts: dict[str, Any], **common: Any) -> Layer:
+    """A layer of fused linears; each part gives ``n`` and arguments of ``make_group``, ``common`` those of all."""
+    linears = []
+    for seed, part in enumerate(parts):
+        arguments = {**common, **part}
+        n = arguments.pop("n")
+        linears.append(random_linear(LinearSpec(f"m.{seed}", n, k, make_group(**arguments), dtype), seed))
+    fused = fuse(linears)
+    weights = linears[0].spec.scheme.weights
+    shape = LayerShape(fused.packed.shape[0], k, weights.group_size, weights.codebook, fused.plan, fused.num_bits)
+    matmul = SvskMatmul(shape, dtype)
+    return Layer(linears, fused, matmul, matmul.prepare(fused.packed, fused.scale, fused.u, fused.v, fused.gain))
+
+
+def activations(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random activations, different for every shape."""
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(m * k)).to(dtype)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of ``expected``."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
