@@ -32,7 +32,7 @@ def w4_matmul(
     DOT: tl.constexpr,  # noqa: N803
     CONVERT: tl.constexpr,  # noqa: N803
     RESULT: tl.constexpr,  # noqa: N803
-    BARRIER: tl.constexpr,  # noqa: N803
+    ORDER: tl.constexpr,  # noqa: N803
 ):
     """y [m, n] = x [m, k] W^T; words [n, k/4] hold four planes of WORDS weights. RESULT: "store", "split", "atomic"."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -47,7 +47,7 @@ def w4_matmul(
         for plane in tl.static_range(4):
             x = tl.load(x_columns + ((block * 4 + plane) * WORDS + words)[:, None], mask=inside[None, :], other=0.0)
             w = unpack(packed, plane, CONVERT)
-            if DOT:
+            if DOT:  # noqa: SIM108
                 acc = tl.dot(w, x, acc)
             else:  # float32 at full precision is multiplied without tensor cores
                 acc = tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
@@ -61,10 +61,9 @@ def w4_matmul(
         split, splits = tl.program_id(1), tl.num_programs(1)
         size = m.to(tl.int64) * n
         tl.store(part_ptr + split * size + offsets, result, mask=inside[:, None])
-        if BARRIER:
-            tl.debug_barrier()
+        tl.debug_barrier()
         counter = counter_ptr + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
+        if tl.atomic_add(counter, 1, sem=ORDER) == splits - 1:
             total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for i in range(splits):
                 total += tl.load(part_ptr + i * size + offsets, mask=inside[:, None], other=0.0, cache_modifier=".cg")

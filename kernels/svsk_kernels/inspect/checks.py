@@ -150,4 +150,9 @@ def _order_failures(facts: KernelFacts, case: KernelCase) -> list[str]:
             "no barrier between the stores of the partial sums and the counter, so that another block may read what is "
             "not written yet; put tl.debug_barrier() between them"
         )
+    if case.split and facts.unfenced_stores:
+        found.append(
+            "no memory fence between the stores of the partial sums and the counter, so that another block may see the "
+            'counter before them; give the counter\'s tl.atomic_add sem="acq_rel"'
+        )
     return found

@@ -26,6 +26,7 @@ _KINDS: Final[tuple[tuple[Kind, str], ...]] = (
     ("global_store", r"(global|buffer|flat)_store_"),
     ("shared", r"ds_"),
     ("barrier", r"s_barrier"),
+    ("fence", r"buffer_wbl2"),
     ("int_to_float", r"v_cvt_(pk_)?f(16|32|64)_([iu]\d+|ubyte)"),
     ("convert", r"v_cvt_"),
     ("float", r"v_\w*_b?f(16|32|64)"),

@@ -12,10 +12,11 @@ __all__ = ["Instruction", "Kind", "Program", "find_main_loop", "natural_loops", 
 
 Kind = Literal[
     "mma", "global_load", "global_copy", "global_store", "counter", "atomic", "float_atomic", "spill", "shared",
-    "barrier", "int_to_float", "convert", "float", "integer", "uniform", "control", "other",
+    "barrier", "fence", "int_to_float", "convert", "float", "integer", "uniform", "control", "other",
 ]  # fmt: skip
 """``global_copy`` goes from global to shared memory; ``counter`` is an integer atomic addition to global memory;
-``uniform`` is work done once for a warp."""
+a ``fence``
+orders memory for the whole GPU; ``uniform`` is work done once for a warp."""
 
 
 @dataclass(frozen=True)

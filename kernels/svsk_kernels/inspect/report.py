@@ -43,7 +43,8 @@ class KernelFacts:
             None if the case does not say how many weights a thread handles.
         float_atomics: Atomic additions of floating point.
         counters: Integer atomic additions to global memory.
-        unordered_stores: Pairs of a store and a counter with no barrier between them.
+        unordered_stores: Pairs of a store and a counter with no barrier of the block between them.
+        unfenced_stores: The same with no memory fence of the GPU between them.
     """
 
     name: str
@@ -69,6 +70,7 @@ class KernelFacts:
     float_atomics: int
     counters: int
     unordered_stores: int
+    unfenced_stores: int
 
     @property
     def mma_unit(self) -> str | None:
@@ -132,6 +134,7 @@ def _count(program: Program, weights_per_thread: float | None) -> dict[str, Any]
         "instructions_per_weight": counted / weights_per_thread if weights_per_thread else None,
         "counters": len(program.select("counter")),
         "unordered_stores": len(unordered(program, "global_store", "counter")),
+        "unfenced_stores": len(unordered(program, "global_store", "counter", "fence")),
     }
 
 

@@ -31,6 +31,7 @@ _KINDS: Final[tuple[tuple[Kind, str], ...]] = (
     ("spill", r"(LDL|STL)\b"),
     ("shared", r"(LDS|STS|LDSM|STSM|ATOMS|LDTM|STTM)\b"),
     ("barrier", r"(BAR|UCGABAR\w*)\b"),
+    ("fence", r"MEMBAR\b.*\.(GPU|SYS|VC)\b"),
     ("int_to_float", r"I2FP?\b"),
     ("convert", r"(F2F|F2FP|F2I|F2IP|I2I|I2IP|FRND)\b"),
     ("float", r"(HFMA2|HADD2|HMUL2|HMNMX2|HSETP2|HSET2|FFMA2?|FADD2?|FMUL2?|FMNMX|FSETP|FSEL|DADD|DMUL|DFMA|MUFU)\b"),
