@@ -3,9 +3,9 @@
 
 ``setup_env.py cpu`` installs exactly the pinned packages of the two requirements files beside this one;
 ``setup_env.py cuda`` lets pip resolve ``.[cuda,eval,dev]`` on a machine with an NVIDIA driver;
-``setup_env.py triton36`` makes ``.venv-triton36`` for the kernels' tests with the oldest supported Triton. A stamp inside
-the environment records what was installed, so that a second run has nothing to do; a run that fails leaves no stamp and
-the next one goes on from there. Needs the standard library only.
+``setup_env.py triton36`` makes ``.venv-triton36`` for the kernels' tests with the oldest supported Triton.
+A stamp inside the environment records what was installed, so that a second run has nothing to do; a run that fails
+leaves no stamp and the next one goes on from there. Needs the standard library only.
 """
 
 from __future__ import annotations
