@@ -245,6 +245,7 @@ def test_command_prints_and_writes_facts(register: Any, tmp_path: Path) -> None:
     register(make_case(), dataclasses.replace(make_case(), name="amd only", arches=("gfx942",)))
     out = tmp_path / "facts.json"
     result = CliRunner().invoke(app, ["--arch", "80", "--json", str(out)])
+    assert CliRunner().invoke(app, ["--arch", "80", "--arch", "gfx942", "--kernel", "amd only"]).exit_code == 0
     assert result.exit_code == 0, result.output
     assert "1 passed, 0 failed" in result.output
     (entry,) = json.loads(out.read_text())

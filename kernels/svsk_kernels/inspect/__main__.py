@@ -50,7 +50,7 @@ def main(
     """Compile the kernels for targets that need not be present, print their facts, exit with 1 if a check fails."""
     try:
         targets = [parse_arch(text) for text in arch] if arch else list(ARCHES)
-        rows = [_inspect(case, target) for target in targets for case in _chosen(target, kernel)]
+        rows = [_inspect(case, target) for case, target in _chosen(targets, kernel)]
     except InspectError as error:
         _errors.print(f"[red]error:[/red] {escape(str(error))}")
         raise typer.Exit(2) from error
@@ -72,20 +72,26 @@ def main(
     raise typer.Exit(1 if num_failed else 0)
 
 
-def _chosen(target: Arch, names: list[str] | None) -> list[KernelCase]:
-    """The registered cases for a target, or those of them with these names. Raises InspectError for an unknown name."""
+def _chosen(targets: list[Arch], names: list[str] | None) -> list[tuple[KernelCase, Arch]]:
+    """The registered cases for these targets, or those of them with these names.
+
+    Raises InspectError if no module registers cases, or for a name that no target has a case of.
+    """
     try:
         registered: Callable[[Arch], list[KernelCase]] = importlib.import_module(CASES_MODULE).cases
     except ModuleNotFoundError as error:
         raise InspectError(f"no kernels are registered: {error}") from error
-    cases = [case for case in registered(target) if case.arches is None or target in case.arches]
+    cases = [(case, target) for target in targets for case in registered(target)]
+    cases = [(case, target) for case, target in cases if case.arches is None or target in case.arches]
     if names is None:
         return cases
-    unknown = sorted(set(names) - {case.name for case in cases})
-    if unknown:
-        known = ", ".join(case.name for case in cases) or "none"
-        raise InspectError(f"no case {', '.join(unknown)} for {arch_name(target)}: expected one of {known}")
-    return [case for case in cases if case.name in names]
+    known = dict.fromkeys(case.name for case, _ in cases)
+    if unknown := sorted(set(names) - known.keys()):
+        raise InspectError(
+            f"no case {', '.join(unknown)} for {', '.join(map(arch_name, targets))}: expected one of "
+            f"{', '.join(known) or 'none'}"
+        )
+    return [(case, target) for case, target in cases if case.name in names]
 
 
 def _inspect(case: KernelCase, target: Arch) -> tuple[str, str, KernelFacts | None, list[str]]:
