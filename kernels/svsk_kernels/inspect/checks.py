@@ -40,7 +40,7 @@ _LIMITS: Final[dict[Arch, Limits]] = {
     90: Limits(227 * _KIB, "HGMMA"),
     100: Limits(227 * _KIB, "UTC", tensor_memory_columns=512),
     120: Limits(99 * _KIB, "HMMA"),
-    # The conversions run at the full rate there, unlike on NVIDIA's GPUs.
+    # No bound on conversions: their cost there is not known.
     "gfx942": Limits(64 * _KIB, "MFMA", loop_int_to_float=None),
 }
 

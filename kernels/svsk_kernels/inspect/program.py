@@ -120,8 +120,8 @@ def natural_loops(program: Program) -> list[frozenset[int]]:
     """
     dominators = _dominators(program)
     bodies: dict[int, set[int]] = {}
-    for latch, before in enumerate(program.successors):
-        for header in before:
+    for latch, after in enumerate(program.successors):
+        for header in after:
             if dominators[latch] >> header & 1:
                 bodies.setdefault(header, set()).update(_loop_body(program, header, latch))
     return [frozenset(bodies[header]) for header in sorted(bodies)]
