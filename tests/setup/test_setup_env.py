@@ -102,6 +102,24 @@ def test_the_locks_pin_everything_once(env: ModuleType) -> None:
     assert {"pytest", "ruff", "mypy", "pre-commit", "hypothesis"} <= dev.keys()
 
 
+def test_the_oldest_triton_is_the_only_difference_of_its_lock(env: ModuleType) -> None:
+    old, new = env.read_pins(env.TRITON36_LOCK), {**env.read_pins(env.CPU_LOCK), **env.read_pins(env.DEV_LOCK)}
+    assert old.pop("triton") == "triton==3.6.0"
+    assert {name: pin.lower() for name, pin in old.items()} == {name: new[name].lower() for name in old}
+
+
+def test_the_oldest_triton_has_an_environment_of_its_own(env: ModuleType, tmp_path: Path) -> None:
+    assert env.VENVS["triton36"] not in (env.VENVS["cpu"], env.VENVS["cuda"])
+    runner = FakeRunner()
+    env.install_pinned(tmp_path / "bin" / "python", env.LOCKS["triton36"], runner)
+    assert [command[-1] for command in runner.commands] == [
+        "setuptools==78.1.1",
+        "torch==2.13.0+cpu",
+        ".ci/requirements-triton36.txt",
+        ".",
+    ]
+
+
 def test_an_unpinned_line_is_refused(env: ModuleType, tmp_path: Path) -> None:
     lock = tmp_path / "lock.txt"
     lock.write_text("# a comment\n\nSome_Name==1.0  # why\n")
