@@ -37,6 +37,7 @@ test-triton36: ## run the kernels' tests with the oldest supported Triton, in .v
 	$(call setup_env,triton36)
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
 	TRITON_CACHE_DIR="$$cache" $(VENV)-triton36/bin/python -m pytest --confcutdir=tests/kernels tests/kernels $(ARGS)
+	$(if $(ARGS),,@TRITON_INTERPRET=1 $(VENV)-triton36/bin/python -m pytest --confcutdir=tests/interpreter tests/interpreter)
 
 setup: ## make .venv for a CPU from the pinned packages (Linux x86-64, Python 3.11)
 	$(call setup_env,cpu)

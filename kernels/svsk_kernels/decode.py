@@ -71,8 +71,7 @@ def decode_kernel(
     for step in tl.range(first, tl.minimum(first + steps_per_split, steps), num_stages=STAGES):
         packed = tl.load(word_row + step * STEP, eviction_policy="evict_first")
         q0, q1, q2, q3 = unpack_codes(packed, DT, ASM, QUAD8)
-        word = step * STEP
-        start = word // PLANE * (4 * PLANE) + word % PLANE  # column of the first plane
+        start = step // (PLANE // STEP) * (4 * PLANE) + step % (PLANE // STEP) * STEP  # first plane's column
         x0 = load_columns(x_row, start, k, here, DT, STEP, EVEN_K)
         x1 = load_columns(x_row, start + PLANE, k, here, DT, STEP, EVEN_K)
         x2 = load_columns(x_row, start + 2 * PLANE, k, here, DT, STEP, EVEN_K)

@@ -59,8 +59,7 @@ def gemm_kernel(
     acc = tl.zeros((BN, BM), tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
         q0, q1, q2, q3 = unpack_codes(tl.load(word_row + step * STEP), DT, ASM, QUAD8)
-        word = step * STEP
-        start = word // PLANE * (4 * PLANE) + word % PLANE
+        start = step // (PLANE // STEP) * (4 * PLANE) + step % (PLANE // STEP) * STEP  # first plane's column
         x0 = load_columns(x_row, start, k, here, DT, STEP, EVEN_K)
         x1 = load_columns(x_row, start + PLANE, k, here, DT, STEP, EVEN_K)
         x2 = load_columns(x_row, start + 2 * PLANE, k, here, DT, STEP, EVEN_K)

@@ -16,7 +16,20 @@ from svsk_kernels.shrink import shrink_kernel
 from svsk_kernels.tuning import Choice
 from svsk_vllm.format.geometry import ceil_div
 
-__all__ = ["INTERPRETED", "Base", "fold", "fused_matmul", "matmul_folded", "shrink"]
+__all__ = [
+    "FOLD_WARPS",
+    "INTERPRETED",
+    "Base",
+    "counters",
+    "fold",
+    "fold_constants",
+    "fused_matmul",
+    "matmul_constants",
+    "matmul_folded",
+    "shrink",
+    "shrink_constants",
+    "shrink_warps",
+]
 
 INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, on the CPU and in float32."""
@@ -26,6 +39,7 @@ _TYPES: Final = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _FOLD_BYTES: Final = 128 << 20
 """Weight written out at a time."""
 
+FOLD_WARPS: Final = 8
 _COUNTERS: Final = 1 << 15
 _STREAMS: Final = 16
 
@@ -114,6 +128,44 @@ def _options(choice: Choice, pdl: bool = False) -> dict[str, Any]:
     return options | ({"launch_pdl": True} if pdl else {})
 
 
+def shrink_warps(tiles: Tiles) -> int:
+    """Warps of the shrink kernel: masks of single columns take the registers of twice as many."""
+    return 4 if tiles.aligned else 8
+
+
+def shrink_constants(block_m: int, num_bits: int, tiles: Tiles, pdl: bool) -> dict[str, Any]:
+    """Compile-time constants of the shrink kernel, its dtype left out."""
+    stages = 2 if num_bits == 4 and block_m == 32 else 3
+    return {
+        "BM": block_m,
+        "BITS": num_bits,
+        "SPLIT": tiles.long,
+        "ALIGNED": tiles.aligned,
+        "PDL": pdl,
+        "STAGES": stages if tiles.aligned else 1,  # single columns are not copied ahead
+    }
+
+
+def matmul_constants(choice: Choice, sidecar_bits: int, has_bias: bool, pdl: bool) -> dict[str, Any]:
+    """Compile-time constants of the decode and gemm kernels, those of layout and dtype left out."""
+    constants = {
+        "BM": choice.block_m,
+        "BN": choice.block_n,
+        "STEP": choice.step,
+        "SIDECAR_BITS": sidecar_bits,
+        "HAS_BIAS": has_bias,
+        "STAGES": choice.num_stages,
+    }
+    if choice.kernel == "decode":
+        constants |= {"SPLIT": choice.split, "SCALE_WEIGHTS": choice.block_m >= 64, "PDL": pdl and sidecar_bits > 0}
+    return constants
+
+
+def fold_constants(sidecar_bits: int) -> dict[str, Any]:
+    """Compile-time constants of the fold kernel, those of layout and dtype left out."""
+    return {"BN": FOLD_ROWS, "SIDECAR_BITS": sidecar_bits}
+
+
 def shrink(x: torch.Tensor, sidecar: PlanarSidecar, num_bits: int, tiles: Tiles, *, pdl: bool = False) -> torch.Tensor:
     """``z = gain * (V x)`` over the step of U.
 
@@ -136,11 +188,11 @@ def shrink(x: torch.Tensor, sidecar: PlanarSidecar, num_bits: int, tiles: Tiles,
     partial = x.new_empty(num_jobs * m * 16 if tiles.long else 1, dtype=torch.float32)
     if tiles.long and num_jobs * blocks > _COUNTERS:
         raise RuntimeError(f"{num_jobs} jobs x {blocks} blocks of tokens need more than {_COUNTERS} counters.")
-    options = {} if INTERPRETED else {"num_warps": 4, "enable_fp_fusion": True}
+    options = {} if INTERPRETED else {"num_warps": shrink_warps(tiles), "enable_fp_fusion": True}
     shrink_kernel[(num_jobs, blocks)](
         x, sidecar.v, sidecar.gain, sidecar.v_table, sidecar.jobs, z, partial, counters.get(x.device), m, x.stride(0),
-        pitch, v_rows, z.stride(0), BM=block, BITS=num_bits, SPLIT=tiles.long, ALIGNED=tiles.aligned,
-        DT=_types(x.dtype, None)["DT"], PDL=pdl, STAGES=3, **options,
+        pitch, v_rows, z.stride(0), **shrink_constants(block, num_bits, tiles, pdl), DT=_types(x.dtype, None)["DT"],
+        **options,
     )  # fmt: skip
     return z
 
@@ -178,15 +230,8 @@ def fused_matmul(
     side = (z, z, z, z) if sidecar is None else (sidecar.row_table, sidecar.u, z, sidecar.z_used)
     left = (x, base.words, base.scale, x if bias is None else bias, *side, y)
     sizes = (m, base.n, base.k, base.n_padded, x.stride(0), base.words.stride(0), z.stride(0))
-    constants = base.constants | _types(x.dtype, asm)
-    constants |= {
-        "BM": choice.block_m,
-        "BN": choice.block_n,
-        "STEP": choice.step,
-        "SIDECAR_BITS": num_bits if sidecar is not None else 0,
-        "HAS_BIAS": bias is not None,
-        "STAGES": choice.num_stages,
-    }
+    bits = num_bits if sidecar is not None else 0
+    constants = base.constants | _types(x.dtype, asm) | matmul_constants(choice, bits, bias is not None, pdl)
     steps = base.words.shape[1] // choice.step
     rows, tokens = base.n_padded // choice.block_n, ceil_div(m, choice.block_m)
     if not decode:
@@ -197,7 +242,7 @@ def fused_matmul(
     partial = x.new_empty(choice.split * m * base.n_padded if choice.split > 1 else 1, dtype=torch.float32)
     decode_kernel[(rows, choice.split, tokens)](
         *left, partial, counters.get(x.device), *sizes, steps, ceil_div(steps, choice.split), **constants,
-        SPLIT=choice.split, SCALE_WEIGHTS=choice.block_m >= 64, PDL=pdl, **_options(choice, pdl),
+        **_options(choice, pdl),
     )  # fmt: skip
     return y
 
@@ -232,10 +277,10 @@ def fold(
         sidecar.row_table, sidecar.u, sidecar.v, sidecar.gain, sidecar.slot_table, sidecar.block_slots
     )  # fmt: skip
     pitch = ceil_div(base.k, 128) * 64 if num_bits == 4 else ceil_div(base.k, 16) * 16
-    options = {} if INTERPRETED else {"num_warps": 8, "enable_fp_fusion": True}
+    options = {} if INTERPRETED else {"num_warps": FOLD_WARPS, "enable_fp_fusion": True}
     fold_kernel[(blocks, base.k_padded // (4 * base.plane))](
         base.words, scale, *tensors, out, rows.start, base.k, base.n_padded, base.words.stride(0), pitch,
-        BN=FOLD_ROWS, SIDECAR_BITS=num_bits if sidecar is not None else 0, **base.constants, **_types(dtype, asm),
+        **fold_constants(num_bits if sidecar is not None else 0), **base.constants, **_types(dtype, asm),
         **options,
     )  # fmt: skip
     return out[:count]

@@ -4,8 +4,8 @@
 ``DT`` is the dtype of the matrix products: that of the activations on a GPU, float32 in Triton's interpreter, whose
 bfloat16 arithmetic is wrong. No integer is converted by a conversion instruction (a quarter of the rate or less):
 its bits are put into the mantissa of a power of two that is large enough, which is then subtracted. All results are
-exact. ``ASM`` packs two 16-bit lanes per register with inline PTX; without it the same arithmetic is plain Triton, for
-AMD, the interpreter, and as a check.
+exact. ``ASM`` packs two 16-bit lanes per register with inline PTX; without it the codes go through float16 in plain
+Triton, for AMD (whose vector units have no bfloat16), the interpreter, and as a check.
 """
 
 import triton
@@ -80,21 +80,35 @@ _QUAD8_FP16: tl.constexpr = tl.constexpr(
 
 
 @triton.jit
-def _biased(bits, DT: tl.constexpr):
-    """``2^b + bits`` for uint16 bits below 2^b, b = 7 for bfloat16 and 10 otherwise."""
+def _exact(value, DT: tl.constexpr):
+    """Float16 values that DT can represent, in DT. For bfloat16 the upper half of the float32: nothing to round."""
     if DT == tl.bfloat16:
-        return (bits | 0x4300).to(tl.bfloat16, bitcast=True)
-    return (bits | 0x6400).to(tl.float16, bitcast=True).to(DT)
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True) >> 16
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return value.to(DT)
 
 
 @triton.jit
-def _quad8(q, DT: tl.constexpr, ASM: tl.constexpr):
-    """Level of the codebook quad8 for exact codes q of dtype DT."""
-    if not ASM:
-        return q * (tl.abs(q) * 0.125 + 1.0)
-    elif DT == tl.bfloat16:  # noqa: RET505 - the branches are compile-time: only one may reach the return below
+def _signed(bits, OFFSET: tl.constexpr):
+    """``bits - OFFSET`` as float16, for uint16 bits below 1024."""
+    return (bits | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + OFFSET)
+
+
+@triton.jit
+def _level(bits, DT: tl.constexpr, QUAD8: tl.constexpr):
+    """Level in DT of codes stored as ``q + 8``, uint16."""
+    q = _signed(bits, 8)
+    if QUAD8:
+        q = q * (tl.abs(q) * 0.125 + 1.0)
+    return _exact(q, DT)
+
+
+@triton.jit
+def _quad8(q, DT: tl.constexpr):
+    """Levels of the codebook quad8 for exact codes q of dtype DT, by inline PTX."""
+    if DT == tl.bfloat16:
         return tl.inline_asm_elementwise(_QUAD8_BF16, "=r,r", [q], dtype=tl.bfloat16, is_pure=True, pack=2)
-    else:
+    else:  # noqa: RET505 - the branches are compile-time, and their results have different types
         return tl.inline_asm_elementwise(_QUAD8_FP16, "=r,r", [q], dtype=tl.float16, is_pure=True, pack=2)
 
 
@@ -120,36 +134,31 @@ def unpack_codes(words, DT: tl.constexpr, ASM: tl.constexpr, QUAD8: tl.constexpr
                 is_pure=True,
                 pack=2,
             )
+        if QUAD8:
+            q0 = _quad8(q0, DT)
+            q1 = _quad8(q1, DT)
+            q2 = _quad8(q2, DT)
+            q3 = _quad8(q3, DT)
     else:
         bits = words.to(tl.uint16, bitcast=True)
-        offset: tl.constexpr = 136.0 if DT == tl.bfloat16 else 1032.0
-        q0 = _biased(bits & 15, DT) - offset
-        q1 = _biased((bits >> 4) & 15, DT) - offset
-        q2 = _biased((bits >> 8) & 15, DT) - offset
-        q3 = _biased(bits >> 12, DT) - offset
-    if QUAD8:
-        q0 = _quad8(q0, DT, ASM)
-        q1 = _quad8(q1, DT, ASM)
-        q2 = _quad8(q2, DT, ASM)
-        q3 = _quad8(q3, DT, ASM)
+        q0 = _level(bits & 15, DT, QUAD8)
+        q1 = _level((bits >> 4) & 15, DT, QUAD8)
+        q2 = _level((bits >> 8) & 15, DT, QUAD8)
+        q3 = _level(bits >> 12, DT, QUAD8)
     return q0, q1, q2, q3
 
 
 @triton.jit
 def wide_factors(stored, DT: tl.constexpr):
     """8-bit factors, given as uint8, in DT: exact."""
-    bits = (stored ^ 0x80).to(tl.uint16)  # factor + 128
-    if DT == tl.bfloat16:  # seven bits fit the mantissa: high and low nibble apart
-        return (_biased(bits >> 4, DT) - 136.0) * 16.0 + (_biased(bits & 15, DT) - 128.0)
-    return _biased(bits, DT) - 1152.0
+    return _exact(_signed((stored ^ 0x80).to(tl.uint16), 128), DT)
 
 
 @triton.jit
 def narrow_factors(stored, DT: tl.constexpr):
     """Low and high 4-bit factors of bytes, in DT: exact."""
     bits = stored.to(tl.uint16)
-    offset: tl.constexpr = 136.0 if DT == tl.bfloat16 else 1032.0
-    return _biased(bits & 15, DT) - offset, _biased(bits >> 4, DT) - offset
+    return _exact(_signed(bits & 15, 8), DT), _exact(_signed(bits >> 4, 8), DT)
 
 
 @triton.jit
@@ -198,7 +207,7 @@ def add_sidecar(
     here = (tokens < m)[None, :]
     z_row = z + tokens.to(tl.int64)[None, :] * z_stride
     for start in range(tl.min(first), tl.max(last), 32):
-        column = tl.multiple_of(start, 16)
+        column = start // 16 * 16  # says so to the compiler
         if BITS == 8:
             columns = column + tl.arange(0, 32)
             inside = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])

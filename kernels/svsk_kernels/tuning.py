@@ -152,12 +152,16 @@ def heuristic_choices(gpu: Gpu, n: int, k: int, group_size: int) -> tuple[Choice
     pdl = gpu.dependent_launch
     found = [
         Choice(kernel="decode", max_m=16, block_m=16, step=long, split=split, pdl=pdl),
-        Choice(kernel="decode", max_m=32, block_m=32, step=short, split=split, pdl=pdl),
+        Choice(kernel="decode", max_m=32, block_m=32, step=long, split=split, pdl=pdl),
         Choice(kernel="decode", max_m=64, block_m=64, step=short, split=split, pdl=pdl),
     ]
+    # A block of 128 tokens needs 544 of sm_100's 512 columns of tensor memory under Triton 3.6, which then drops the code.
+    tokens = 64 if 100 <= gpu.capability < 120 else 128
     stages = 3 if gpu.shared_memory > 128 * 1024 else 2
     found.append(
-        Choice(kernel="gemm", max_m=FOLD_FROM - 1, block_m=128, block_n=128, step=short, num_warps=8, num_stages=stages)
+        Choice(
+            kernel="gemm", max_m=FOLD_FROM - 1, block_m=tokens, block_n=128, step=short, num_warps=8, num_stages=stages
+        )
     )
     return (*found, Choice(kernel="fold"))
 

@@ -58,7 +58,7 @@ def parse_metadata(text: str) -> dict[str, int]:
     Raises InspectError if the kernel's metadata are not there.
     """
     found = {name: int(value) for name, value in re.findall(r"^\s+(?:- )?\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
-    wanted = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    wanted = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     missing = [name for name in wanted if name not in found]
     if missing:
         raise InspectError(f"the assembly's metadata lack {', '.join(missing)}; the parser needs an update")

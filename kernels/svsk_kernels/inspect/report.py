@@ -26,7 +26,7 @@ class KernelFacts:
         registers: 32-bit vector registers per thread (lane).
         stack_bytes: Stack per thread; zero on AMD.
         local_bytes: Local (CUDA) or scratch (AMD) memory per thread.
-        spills: Loads and stores of local memory (CUDA), registers spilled (AMD).
+        spills: Loads and stores of local memory (CUDA), vector registers spilled (AMD).
         shared_bytes: Dynamic shared memory of a block.
         tensor_memory_columns: Of sm_100's tensor memory.
         mma: Tensor-core instructions per unit: HMMA, HGMMA, UTCHMMA, MFMA, ...
@@ -98,7 +98,7 @@ def read_facts(kernel: CompiledKernel) -> KernelFacts:
         metadata = gcn.parse_metadata(kernel.asm["amdgcn"])
         program = gcn.parse_gcn(kernel.asm["amdgcn"], kernel.entry)
         registers, stack, local = metadata["vgpr_count"], 0, metadata["private_segment_fixed_size"]
-        spills = metadata["vgpr_spill_count"] + metadata["sgpr_spill_count"]
+        spills = metadata["vgpr_spill_count"]  # scalar registers spill to lanes of vector registers, not to memory
     ttgir = kernel.asm["ttgir"]
     pointer = case.packed_weight_pointer
     return KernelFacts(
