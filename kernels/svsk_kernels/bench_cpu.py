@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed of layers on a CPU: ``python -m svsk_kernels.bench_cpu``.
 
-Every repeat calls all candidates in turn, so that they share the machine's moods; figures are medians. Weights are
-random: time depends on shapes only. vLLM's own W4A16 kernel is measured where vLLM is installed.
+Every repeat calls all candidates in turn, so that they share the machine's moods; figures are medians. With
+``--threads 1`` the clock is the thread's processor time, which other processes hardly disturb. Weights are random: time
+depends on shapes only. vLLM's own W4A16 kernel is measured where vLLM is installed.
 """
 
 import json
@@ -30,6 +31,7 @@ SHAPES: Final = {"gate_up": (19456, 2560), "down": (2560, 9728), "o": (2560, 409
 """Outputs and inputs of layers of Qwen3-4B."""
 
 _GROUP: Final = 64
+_REPEATS: Final = 3
 _HEADINGS: Final = (
     "layer", "M", "F.linear bf16, us", "W4A16 of vLLM", "int4 no sidecar", "int4 tiles", "int4 whole", "quad8 tiles",
     "sidecar / base: tiles", "whole", "int4 tiles vs W4A16", "vs F.linear",
@@ -124,15 +126,16 @@ def measure_shape(n: int, k: int, rows: list[int], seconds: float) -> dict[int, 
 def _interleaved(
     candidates: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor, seconds: float
 ) -> dict[str, float]:
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for call in candidates.values():
         call(x)
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["linear"]) < 5:
+    while time.perf_counter() < end or len(times["linear"]) < _REPEATS:
         for name, call in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             call(x)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(found) * 1e6 for name, found in times.items()}
 
 

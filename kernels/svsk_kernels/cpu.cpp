@@ -12,16 +12,17 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
+#include <cmath>
 #include <cstring>
-#include <vector>
+#include <optional>
+#include <type_traits>
 
 namespace {
 
 constexpr int64_t kLanes = 16;            // outputs of a block
 constexpr int64_t kTileRows = 12;         // rows of activations that are multiplied together
-constexpr int64_t kGrain = 1 << 18;      // multiply-adds that are worth a thread
-constexpr int64_t kChunkBytes = 1 << 18;  // activations of a task: they should stay in the second-level cache
+constexpr int64_t kGrain = 1 << 18;       // multiply-adds that are worth a thread
+constexpr int64_t kChunkBytes = 1 << 20;  // activations of a task: about what a second-level cache holds
 
 using Vec = __m512;
 using bits16 = uint16_t;
