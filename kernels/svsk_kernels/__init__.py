@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic of SVSK layers: a plain reference, and the sidecar as a custom op."""
+"""Arithmetic of SVSK layers: a plain reference, kernels for whole layers, and the sidecar alone as a custom op."""
 
+from svsk_kernels.cpu import CpuKernel, cpu_ops_obstacle
+from svsk_kernels.layer import LayerKernel, LayerSpec, replace_parameters
 from svsk_kernels.naive import naive_matmul
 from svsk_kernels.plan import Bundle, SidecarPlan, SlotGroup
-from svsk_kernels.sidecar import FACTOR_STEP, factor_dtype, sidecar_matmul
+from svsk_kernels.sidecar import factor_dtype, prepare_sidecar, sidecar_matmul
 
 __all__ = [
-    "FACTOR_STEP",
     "Bundle",
+    "CpuKernel",
+    "LayerKernel",
+    "LayerSpec",
     "SidecarPlan",
     "SlotGroup",
+    "cpu_ops_obstacle",
     "factor_dtype",
     "naive_matmul",
+    "prepare_sidecar",
+    "replace_parameters",
     "sidecar_matmul",
 ]

@@ -13,9 +13,9 @@ import torch
 
 from svsk_kernels.plan import Bundle, SidecarPlan
 
-__all__ = ["FACTOR_STEP", "factor_dtype", "sidecar_matmul"]
+__all__ = ["factor_dtype", "prepare_sidecar", "sidecar_matmul"]
 
-FACTOR_STEP: Final = 2.0**-7
+_FACTOR_STEP: Final = 2.0**-7
 """Run-time factors are the stored integers times this, and gains are divided by its square.
 
 A power of two keeps the integers exact in bfloat16 and float16, brings x V into the range of an ordinary linear's
@@ -31,6 +31,23 @@ def factor_dtype(activation: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and activation == torch.float16 else activation
 
 
+def prepare_sidecar(
+    u: torch.Tensor, v: torch.Tensor, gain: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run-time factors and gains for :func:`sidecar_matmul`, from the loaded ones.
+
+    Args:
+        u: int8, flat, see :mod:`svsk_kernels.plan`.
+        v: int8, flat.
+        gain: float32, flat.
+        dtype: of the run-time factors, see :func:`factor_dtype`.
+
+    Returns:
+        U and V of ``dtype``, gain float32.
+    """
+    return u.to(dtype) * _FACTOR_STEP, v.to(dtype) * _FACTOR_STEP, gain / _FACTOR_STEP**2
+
+
 def sidecar_matmul(
     x: torch.Tensor, u: torch.Tensor, v: torch.Tensor, gain: torch.Tensor, plan: Sequence[int]
 ) -> torch.Tensor:
@@ -40,9 +57,9 @@ def sidecar_matmul(
 
     Args:
         x: [M, K], bfloat16, float16 or float32.
-        u: flat U factors, see :mod:`svsk_kernels.plan`, in the dtype of :func:`factor_dtype`.
-        v: flat V factors, the same dtype.
-        gain: flat gains, float32, divided by ``FACTOR_STEP ** 2``.
+        u: flat U factors, as :func:`prepare_sidecar` makes them.
+        v: flat V factors.
+        gain: flat gains.
         plan: encoded :class:`SidecarPlan`.
 
     Returns:

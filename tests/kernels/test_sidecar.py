@@ -11,10 +11,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svsk_kernels import FACTOR_STEP, Bundle, SidecarPlan, SlotGroup, factor_dtype, naive_matmul, sidecar_matmul
+from svsk_kernels import (
+    Bundle,
+    SidecarPlan,
+    SlotGroup,
+    factor_dtype,
+    naive_matmul,
+    prepare_sidecar,
+    sidecar_matmul,
+)
 from svsk_kernels.naive import naive_sidecar
 from svsk_vllm.format import LinearSpec, QuantizedLinear, dequantize
 from tests.support.format_builders import make_group, property_test, random_linear
+from tests.support.layers import loaded_sidecar
 
 
 def linear(n: int, k: int, rank: int, tile_m: int, tile_n: int, seed: int = 0, num_bits: int = 8) -> QuantizedLinear:
@@ -25,26 +34,9 @@ def linear(n: int, k: int, rank: int, tile_m: int, tile_n: int, seed: int = 0, n
 def runtime_tensors(
     layer: QuantizedLinear, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SidecarPlan]:
-    """Run-time tensors of a whole, unfused layer, built straight from the definition in plan.py."""
-    assert layer.u is not None
-    assert layer.v is not None
-    assert layer.gain is not None
-    grid, rank = layer.spec.grid, layer.spec.rank
-    bounds = (*range(0, grid.k, grid.tile_cols), grid.k)
-    whole, rest = divmod(grid.n, grid.tile_rows)
-    groups = [SlotGroup(whole, grid.tile_rows, rank, 0)] if whole else []
-    if rest:
-        groups.append(SlotGroup(1, rest, rank, whole * grid.tile_rows))
-    bundle = Bundle(bounds, tuple(groups))
-    v = torch.zeros(bundle.v_shape)
-    gain = torch.zeros(bundle.gain_shape)
-    for a, b in itertools.product(range(grid.num_row_tiles), range(grid.num_col_tiles)):
-        cols = grid.col_slice(b)
-        ranks = slice(a * rank, (a + 1) * rank)
-        v[b, ranks, : cols.stop - cols.start] = layer.v[a, :, cols].float() * FACTOR_STEP
-        gain[b, ranks] = layer.gain[a, b] / FACTOR_STEP**2
-    u = layer.u.float() * FACTOR_STEP
-    return u.flatten().to(dtype), v.flatten().to(dtype), gain.flatten(), SidecarPlan(grid.n, (bundle,))
+    """Run-time tensors of a whole, unfused layer."""
+    u, v, gain, plan = loaded_sidecar(layer)
+    return *prepare_sidecar(u, v, gain, dtype), plan
 
 
 @pytest.mark.parametrize(
@@ -83,8 +75,8 @@ def test_large_float16_activations_do_not_overflow() -> None:
     x = torch.full((2, 64), 2000.0, dtype=torch.float16)
     u, v, gain, plan = runtime_tensors(layer, factor_dtype(torch.float16, x.device))
     assert torch.isfinite(sidecar_matmul(x * 1e-2, u, v, gain, plan.encode())).all()
-    z = x.float() @ v.view(8, 64).float().T  # with plain integers this would pass 65504
-    assert float(z.abs().max() / FACTOR_STEP) > 65504
+    assert layer.v is not None
+    assert float((x.float() @ layer.v[0].float().T).abs().max()) > 65504  # plain integers would overflow
 
 
 def test_rows_without_sidecar_are_zero_and_bundles_add_up() -> None:

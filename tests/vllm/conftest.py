@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import torch
 from svsk_offline.pipeline import quantize
 from svsk_offline.recipe import load_recipe
 from svsk_offline.restore import restore
-from svsk_vllm.format import Checkpoint, ConfigGroup
-from tests.support.tiny_models import scheme, write_dense, write_random_svsk, write_restored
+from svsk_vllm.format import Checkpoint, Codebook, ConfigGroup
+from tests.support.tiny_models import scheme as make_scheme
+from tests.support.tiny_models import write_dense, write_random_svsk, write_restored
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make setup` installs it")
 
@@ -44,7 +46,7 @@ def serving_environment(tensor_parallel_size: int = 1) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # apply_model sends a function to the workers
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     if tensor_parallel_size > 1:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(tensor_parallel_size))
@@ -68,6 +70,7 @@ def run_vllm(tmp_path_factory: pytest.TempPathFactory) -> Run:
         max_tokens: int = 32,
         sequences: Sequence[Sequence[int]] = (),
         reload: bool = False,
+        kernel: str = "auto",
         **engine: Any,
     ) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("vllm")
@@ -89,7 +92,13 @@ def run_vllm(tmp_path_factory: pytest.TempPathFactory) -> Run:
         (folder / "job.json").write_text(json.dumps(job))
         command = [sys.executable, "-m", "tests.vllm.worker", str(folder / "job.json"), str(folder / "answer.json")]
         done = subprocess.run(
-            command, env=serving_environment(tp), cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+            command,
+            env=serving_environment(tp) | {"SVSK_KERNEL": kernel},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
@@ -99,8 +108,9 @@ def run_vllm(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def served_schemes() -> Mapping[str, ConfigGroup]:
+def served_schemes(codebook: Codebook = "int4") -> Mapping[str, ConfigGroup]:
     """Ranks and factor widths that differ within fused layers, two column tilings in gate_up, misaligned tiles."""
+    scheme = partial(make_scheme, codebook=codebook)
     return {
         "default": scheme("Linear", rank=3),
         "q": scheme(r"re:.*\.q_proj$", rank=4),
@@ -112,22 +122,22 @@ def served_schemes() -> Mapping[str, ConfigGroup]:
     }
 
 
-def write_pair(folder: Path, family: str, dtype: torch.dtype) -> Pair:
+def write_pair(folder: Path, family: str, dtype: torch.dtype, codebook: Codebook = "int4") -> Pair:
     """A random checkpoint of a tiny model with tiles of 48 x 96, and its dense twin."""
     dense = write_dense(folder / "dense", family, dtype=dtype)
-    svsk = write_random_svsk(dense, folder / "svsk", schemes=served_schemes())
+    svsk = write_random_svsk(dense, folder / "svsk", schemes=served_schemes(codebook))
     return Pair(svsk, write_restored(svsk, folder / "restored"))
 
 
 @pytest.fixture(scope="session")
-def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.dtype], Pair]:
-    """Tiny checkpoints by family and dtype, made once."""
-    made: dict[tuple[str, torch.dtype], Pair] = {}
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
+    """Tiny checkpoints by family, dtype and codebook, made once."""
+    made: dict[tuple[str, torch.dtype, Codebook], Pair] = {}
 
-    def get(family: str, dtype: torch.dtype) -> Pair:
-        key = (family, dtype)
+    def get(family: str, dtype: torch.dtype, codebook: Codebook = "int4") -> Pair:
+        key = (family, dtype, codebook)
         if key not in made:
-            made[key] = write_pair(tmp_path_factory.mktemp(f"{family}-pair"), family, dtype)
+            made[key] = write_pair(tmp_path_factory.mktemp(f"{family}-pair"), *key)
         return made[key]
 
     return get

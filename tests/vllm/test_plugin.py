@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import svsk_vllm
-from svsk_kernels import FACTOR_STEP, sidecar_matmul
+from svsk_kernels import prepare_sidecar, sidecar_matmul
 from svsk_kernels.naive import naive_sidecar
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, SvskFormatError, pack_factors
 from svsk_vllm.plugin.config import SvskConfig
-from svsk_vllm.plugin.linear import SvskLinearMethod, tile_loader
+from svsk_vllm.plugin.linear import SvskLinearMethod
+from svsk_vllm.plugin.loading import SIDECAR_DTYPES, tile_loader
 from svsk_vllm.plugin.sharding import ShardId, build_layout
 from tests.support.format_builders import make_group, property_test, random_linear
 
@@ -64,11 +65,6 @@ def test_checkpoints_are_claimed_by_their_method_only() -> None:
 def test_bad_configuration_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SvskFormatError, match=message):
         SvskConfig.from_config(quantization_config(**changes))
-
-
-def test_codebook_without_a_kernel_is_refused_with_the_remedy() -> None:
-    with pytest.raises(SvskFormatError, match=r"down_proj: codebook 'quad8' has no kernel .*--codebook int4"):
-        SvskLinearMethod("model.layers.0.mlp.down_proj", ["down_proj"], [make_group(codebook="quad8")])
 
 
 def test_fused_parts_with_different_bases_are_refused() -> None:
@@ -148,10 +144,9 @@ def load_sharded(
     layout = build_layout("layer", shards, rows_of, columns_of, k, starts[-1])
     if layout is None:
         return None
+    sizes = (layout.plan.u_numel, layout.plan.v_numel, layout.plan.gain_numel)
     tensors = {
-        "sidecar_u": torch.zeros(layout.plan.u_numel),
-        "sidecar_v": torch.zeros(layout.plan.v_numel),
-        "sidecar_gain": torch.zeros(layout.plan.gain_numel),
+        name: torch.zeros(size, dtype=dtype) for (name, dtype), size in zip(SIDECAR_DTYPES.items(), sizes, strict=True)
     }
     for (shard, _), linear in zip(shards, linears, strict=True):
         if linear.u is None or linear.v is None or linear.gain is None:
@@ -202,7 +197,7 @@ def test_ranks_add_up_to_the_whole_layer(
             return
         u, v, gain, plan = loaded
         own = x[:, rank * k // size : (rank + 1) * k // size] if by_columns else x
-        pieces.append(sidecar_matmul(own, u, v, gain, plan.tolist()).double())
+        pieces.append(sidecar_matmul(own, *prepare_sidecar(u, v, gain, own.dtype), plan.tolist()).double())
     if by_columns:
         actual = torch.stack(pieces).sum(0)
     else:  # each rank holds its share of every part
@@ -222,7 +217,6 @@ def test_loader_names_what_does_not_fit() -> None:
         tile_loader("layer", "sidecar_gain", layout, 64)(gain, torch.zeros(2, 2, 5))
     with pytest.raises(SvskFormatError, match="loaded for shard 'q'"):
         tile_loader("layer", "sidecar_gain", layout, 64)(gain, torch.zeros(2, 2, 4), "q")
-    assert FACTOR_STEP == 1 / 128
 
 
 def test_scattered_columns_are_refused() -> None:

@@ -75,33 +75,35 @@ def assert_same_model(
 
 
 def compare(
-    run: Run, pair: Pair, prompts: list[list[int]], linears: int, *, deep: bool, **options: Any
+    run: Run, pair: Pair, prompts: list[list[int]], linears: int, *, deep: bool, kernel: str = "auto", **options: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     dense = run(pair.restored, prompts, **options)
-    served = run(pair.svsk, prompts, sequences=dense["sequences"], reload=True, **options)
+    served = run(pair.svsk, prompts, sequences=dense["sequences"], reload=True, kernel=kernel, **options)
     assert_same_model(dense, served, prompts, BOUND[options["dtype"]], linears, deep and options["dtype"] == "bfloat16")
     return dense, served
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "eager", "tp"),
+    ("family", "dtype", "codebook", "kernel", "eager", "tp"),
     [
-        ("llama", "bfloat16", True, 1),
-        ("llama", "float16", False, 1),
-        ("qwen3", "bfloat16", False, 2),
-        ("qwen3", "float16", True, 2),
+        ("llama", "bfloat16", "int4", "auto", True, 1),
+        ("llama", "float16", "int4", "separate", False, 1),
+        ("qwen3", "bfloat16", "quad8", "auto", False, 2),
+        ("qwen3", "float16", "int4", "auto", True, 2),
+        ("llama", "float16", "quad8", "separate", True, 1),
     ],
 )
 def test_tiny_model_with_misaligned_tiles(
-    run_vllm: Run, tiny_pair: Any, family: str, dtype: str, eager: bool, tp: int
+    run_vllm: Run, tiny_pair: Any, family: str, dtype: str, codebook: str, kernel: str, eager: bool, tp: int
 ) -> None:
     """Includes a reload of the weights in the running engine: answers must not change at all."""
     _, served = compare(
         run_vllm,
-        tiny_pair(family, getattr(torch, dtype)),
+        tiny_pair(family, getattr(torch, dtype), codebook),
         random_requests(),
         8,
         deep=False,
+        kernel=kernel,
         dtype=dtype,
         eager=eager,
         tp=tp,
