@@ -5,15 +5,19 @@ from svsk_kernels.cpu import CpuKernel, cpu_ops_obstacle
 from svsk_kernels.layer import LayerKernel, LayerSpec, replace_parameters
 from svsk_kernels.naive import naive_matmul
 from svsk_kernels.plan import Bundle, SidecarPlan, SlotGroup
+from svsk_kernels.reference import ReferenceKernel
 from svsk_kernels.sidecar import factor_dtype, prepare_sidecar, sidecar_matmul
+from svsk_kernels.triton_layer import TritonKernel
 
 __all__ = [
     "Bundle",
     "CpuKernel",
     "LayerKernel",
     "LayerSpec",
+    "ReferenceKernel",
     "SidecarPlan",
     "SlotGroup",
+    "TritonKernel",
     "cpu_ops_obstacle",
     "factor_dtype",
     "naive_matmul",

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -31,6 +31,7 @@ class LayerSpec:
     codebook: Codebook
     dtype: torch.dtype  # of activations, outputs and scales
     plan: SidecarPlan | None = None  # None: no sidecar
+    factor_bits: Literal[4, 8] = 8  # 4 when no part's factors have more
 
 
 class LayerKernel(Protocol):

@@ -7,21 +7,23 @@ from functools import lru_cache
 
 import torch
 
-from svsk_kernels import CpuKernel, LayerKernel, LayerSpec, cpu_ops_obstacle
+from svsk_kernels import CpuKernel, LayerKernel, LayerSpec, ReferenceKernel, TritonKernel, cpu_ops_obstacle
 from svsk_vllm.format import SvskFormatError
 from svsk_vllm.plugin.separate import SeparateKernel
 
 __all__ = ["choose_kernel"]
 
 _VARIABLE = "SVSK_KERNEL"
-_logger = logging.getLogger(__name__)
+_CHOICES = ("auto", "fused", "split", "reference")
+_logger = logging.getLogger("vllm.svsk")  # vLLM shows what is logged below its own name
 
 
 def choose_kernel(prefix: str, spec: LayerSpec, full_shape: tuple[int, int], device: torch.device) -> LayerKernel:
-    """The device's own kernel, or base and sidecar apart through vLLM's kernel for the base.
+    """The device's own kernel, or another that was asked for.
 
-    The environment variable ``SVSK_KERNEL`` decides: ``auto`` (default), ``separate``, or ``cpu``, which is an error
-    where it cannot run.
+    The environment variable ``SVSK_KERNEL`` decides: ``fused`` is base and sidecar in one, ``split`` the base through
+    vLLM's own 4-bit kernel and the sidecar after it, ``reference`` the dequantised weight. ``auto``, the default, is
+    fused where that can run and split elsewhere.
 
     Args:
         prefix: the layer's name, for errors.
@@ -30,23 +32,31 @@ def choose_kernel(prefix: str, spec: LayerSpec, full_shape: tuple[int, int], dev
         device: where the layer runs.
 
     Raises:
-        SvskFormatError: no kernel takes the layer, or the variable has another value.
+        SvskFormatError: no kernel takes the layer, or not the one asked for, or the variable has another value.
     """
     wanted = os.environ.get(_VARIABLE, "auto")
-    if wanted not in ("auto", "separate", "cpu"):
-        raise SvskFormatError(f"{_VARIABLE}={wanted}: expected auto, separate or cpu.")
-    if wanted == "separate":
-        return SeparateKernel(prefix, spec, full_shape, device)
-    obstacle = cpu_ops_obstacle() if device.type == "cpu" else f"the device is {device.type}"
-    if obstacle is None:
-        return CpuKernel(spec)
-    if wanted == "cpu":
-        raise SvskFormatError(f"{prefix}: {_VARIABLE}=cpu, but {obstacle}. Unset it, or set it to separate.")
-    if device.type == "cpu":
-        _warn(obstacle)
-    return SeparateKernel(prefix, spec, full_shape, device)
+    if wanted not in _CHOICES:
+        raise SvskFormatError(f"{_VARIABLE}={wanted}: expected one of {', '.join(_CHOICES)}.")
+    if wanted == "reference":
+        _note(spec.n, spec.k, "the dequantised weight", "")
+        return ReferenceKernel(spec)
+    obstacle = ""
+    if wanted != "split":
+        obstacle = (cpu_ops_obstacle() if device.type == "cpu" else TritonKernel.obstacle(spec, device)) or ""
+        if not obstacle:
+            _note(spec.n, spec.k, f"the {'CPU' if device.type == 'cpu' else 'Triton'} kernel", "")
+            return CpuKernel(spec) if device.type == "cpu" else TritonKernel(spec, device)
+        if wanted == "fused":
+            raise SvskFormatError(f"{prefix}: {_VARIABLE}=fused, but {obstacle}. Unset it, or set it to split.")
+    kernel = SeparateKernel(prefix, spec, full_shape, device)
+    _note(spec.n, spec.k, f"{type(kernel.base).__name__} and a sidecar apart", obstacle)
+    return kernel
 
 
-@lru_cache(maxsize=1)
-def _warn(obstacle: str) -> None:
-    _logger.warning("SVSK layers run slower, base and sidecar apart: %s", obstacle)
+@lru_cache(maxsize=1024)
+def _note(n: int, k: int, kernel: str, obstacle: str) -> None:
+    """Log once what layers of a shape run on."""
+    if obstacle:
+        _logger.warning("SVSK layers of %d x %d run on %s, which is slower: %s", n, k, kernel, obstacle)
+    else:
+        _logger.info("SVSK layers of %d x %d run on %s", n, k, kernel)

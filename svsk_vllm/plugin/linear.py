@@ -2,7 +2,7 @@
 """Serving a quantised linear: what vLLM asks of a linear method. A kernel of the device does the arithmetic."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from vllm.model_executor.layers.linear import (
@@ -97,7 +97,8 @@ class SvskLinearMethod(LinearMethodBase):
         if self.layout:
             self._register_sidecar(layer, self.layout)
         plan = self.layout.plan if self.layout else None
-        spec = LayerSpec(n, k, group, self.weights.codebook, params_dtype, plan)
+        bits: Literal[4, 8] = 4 if all(s.sidecar.num_bits == 4 for s in self.schemes if s.sidecar.rank) else 8
+        spec = LayerSpec(n, k, group, self.weights.codebook, params_dtype, plan, bits)
         self.kernel = choose_kernel(self.prefix, spec, (output_size, input_size), packed.device)
 
     def process_weights_after_loading(self, layer: Any) -> None:

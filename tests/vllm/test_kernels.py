@@ -10,7 +10,7 @@ import vllm.model_executor.parameter as vllm_parameter
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
 
 import svsk_vllm.plugin.choice as choice
-from svsk_kernels import CpuKernel, LayerSpec, cpu_ops_obstacle, naive_matmul
+from svsk_kernels import CpuKernel, LayerSpec, ReferenceKernel, TritonKernel, cpu_ops_obstacle, naive_matmul
 from svsk_vllm.format import Codebook, LinearSpec, SvskFormatError, code_values
 from svsk_vllm.plugin.choice import choose_kernel
 from svsk_vllm.plugin.separate import SeparateKernel, split_codes
@@ -76,23 +76,41 @@ def as_loaded(layer: Any) -> None:
 @pytest.mark.skipif(cpu_ops_obstacle() is not None, reason="the op for this processor cannot be built")
 def test_cpu_layers_get_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(choose_kernel("m", SPEC, (64, 128), CPU), CpuKernel)
-    monkeypatch.setenv("SVSK_KERNEL", "separate")
+    monkeypatch.setenv("SVSK_KERNEL", "split")
     assert isinstance(choose_kernel("m", SPEC, (64, 128), CPU), SeparateKernel)
+    monkeypatch.setenv("SVSK_KERNEL", "reference")
+    assert isinstance(choose_kernel("m", SPEC, (64, 128), CPU), ReferenceKernel)
+
+
+def test_other_devices_get_the_triton_kernels_or_hear_why_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(TritonKernel, "obstacle", staticmethod(lambda *_: None))
+    assert isinstance(choose_kernel("m", SPEC, (64, 128), gpu), TritonKernel)
+    monkeypatch.setattr(
+        TritonKernel, "obstacle", staticmethod(lambda *_: "the GPU is older than compute capability 8.0")
+    )
+    choice._note.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(choose_kernel("m", SPEC, (64, 128), gpu), SeparateKernel)
+    choice._note.cache_clear()
+    assert "slower: the GPU is older than compute capability 8.0" in caplog.text
 
 
 def test_an_obstacle_is_reported_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(choice, "cpu_ops_obstacle", lambda: "there is no compiler")
-    choice._warn.cache_clear()
+    choice._note.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert isinstance(choose_kernel("m", SPEC, (64, 128), CPU), SeparateKernel)
-    choice._warn.cache_clear()
+    choice._note.cache_clear()
     assert [record.getMessage() for record in caplog.records] == [
-        "SVSK layers run slower, base and sidecar apart: there is no compiler"
+        "SVSK layers of 64 x 128 run on CPUWNA16LinearKernel and a sidecar apart, which is slower: there is no compiler"
     ]
-    monkeypatch.setenv("SVSK_KERNEL", "cpu")
-    with pytest.raises(SvskFormatError, match=r"m: SVSK_KERNEL=cpu, but there is no compiler\. Unset it"):
+    monkeypatch.setenv("SVSK_KERNEL", "fused")
+    with pytest.raises(SvskFormatError, match=r"m: SVSK_KERNEL=fused, but there is no compiler\. Unset it"):
         choose_kernel("m", SPEC, (64, 128), CPU)
     monkeypatch.setenv("SVSK_KERNEL", "fast")
-    with pytest.raises(SvskFormatError, match="SVSK_KERNEL=fast: expected auto, separate or cpu"):
+    with pytest.raises(SvskFormatError, match="SVSK_KERNEL=fast: expected one of auto, fused, split, reference"):
         choose_kernel("m", SPEC, (64, 128), CPU)

@@ -87,10 +87,10 @@ def compare(
     ("family", "dtype", "codebook", "kernel", "eager", "tp"),
     [
         ("llama", "bfloat16", "int4", "auto", True, 1),
-        ("llama", "float16", "int4", "separate", False, 1),
+        ("llama", "float16", "int4", "split", False, 1),
         ("qwen3", "bfloat16", "quad8", "auto", False, 2),
         ("qwen3", "float16", "int4", "auto", True, 2),
-        ("llama", "float16", "quad8", "separate", True, 1),
+        ("llama", "float16", "quad8", "split", True, 1),
     ],
 )
 def test_tiny_model_with_misaligned_tiles(
