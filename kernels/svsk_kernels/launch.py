@@ -224,7 +224,9 @@ def fused_matmul(
         Contiguous [M, N] of the dtype of ``x``.
     """
     m, decode = x.shape[0], choice.kernel == "decode"
+    # What decode writes is allocated before shrink's own workspace is freed: the two may run side by side.
     y = x.new_empty(m, base.n)
+    partial = x.new_empty(choice.split * m * base.n_padded if choice.split > 1 else 1, dtype=torch.float32)
     pdl = decode and choice.pdl and not INTERPRETED and sidecar is not None
     z = x if sidecar is None else shrink(x, sidecar, num_bits, tiles, pdl=pdl)
     side = (z, z, z, z) if sidecar is None else (sidecar.row_table, sidecar.u, z, sidecar.z_used)
@@ -239,7 +241,6 @@ def fused_matmul(
         return y
     if choice.split > 1 and rows * tokens > _COUNTERS:
         raise RuntimeError(f"{rows} x {tokens} programs with split columns need more than {_COUNTERS} counters.")
-    partial = x.new_empty(choice.split * m * base.n_padded if choice.split > 1 else 1, dtype=torch.float32)
     decode_kernel[(rows, choice.split, tokens)](
         *left, partial, counters.get(x.device), *sizes, steps, ceil_div(steps, choice.split), **constants,
         **_options(choice, pdl),
