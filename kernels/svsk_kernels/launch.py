@@ -89,7 +89,7 @@ class _Counters:
         self._rows: dict[tuple[torch.device, int], int] = {}
 
     def get(self, device: torch.device) -> torch.Tensor:
-        """Int32 [_COUNTERS] of the current stream.
+        """Int32 [2, _COUNTERS] of the current stream: those of shrink, and those of decode, which may run beside it.
 
         Raises:
             RuntimeError: more streams than there are rows, or a first use while a graph is being captured.
@@ -101,7 +101,7 @@ class _Counters:
                     f"{device}: the SVSK kernels run for the first time while a CUDA graph is being captured. Call the "
                     "layer once before (SvskMatmul.warm_up does)."
                 )
-            self._tensors[device] = torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device)
+            self._tensors[device] = torch.zeros(_STREAMS, 2, _COUNTERS, dtype=torch.int32, device=device)
         row = self._rows.setdefault((device, stream), sum(known == device for known, _ in self._rows))
         if row >= _STREAMS:
             raise RuntimeError(f"{device}: the SVSK kernels were called on more than {_STREAMS} streams.")
@@ -190,8 +190,8 @@ def shrink(x: torch.Tensor, sidecar: PlanarSidecar, num_bits: int, tiles: Tiles,
         raise RuntimeError(f"{num_jobs} jobs x {blocks} blocks of tokens need more than {_COUNTERS} counters.")
     options = {} if INTERPRETED else {"num_warps": shrink_warps(tiles), "enable_fp_fusion": True}
     shrink_kernel[(num_jobs, blocks)](
-        x, sidecar.v, sidecar.gain, sidecar.v_table, sidecar.jobs, z, partial, counters.get(x.device), m, x.stride(0),
-        pitch, v_rows, z.stride(0), **shrink_constants(block, num_bits, tiles, pdl), DT=_types(x.dtype, None)["DT"],
+        x, sidecar.v, sidecar.gain, sidecar.v_table, sidecar.jobs, z, partial, counters.get(x.device)[0],
+        m, x.stride(0), pitch, v_rows, z.stride(0), **shrink_constants(block, num_bits, tiles, pdl), DT=_types(x.dtype, None)["DT"],
         **options,
     )  # fmt: skip
     return z
@@ -242,7 +242,7 @@ def fused_matmul(
     if choice.split > 1 and rows * tokens > _COUNTERS:
         raise RuntimeError(f"{rows} x {tokens} programs with split columns need more than {_COUNTERS} counters.")
     decode_kernel[(rows, choice.split, tokens)](
-        *left, partial, counters.get(x.device), *sizes, steps, ceil_div(steps, choice.split), **constants,
+        *left, partial, counters.get(x.device)[1], *sizes, steps, ceil_div(steps, choice.split), **constants,
         **_options(choice, pdl),
     )  # fmt: skip
     return y
