@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 
 from svsk_kernels.plan import Bundle, SidecarPlan, SlotGroup
-from svsk_vllm.format import QuantizedLinear, SvskFormatError, pack_codes
+from svsk_vllm.format import QuantizedLinear, SvskFormatError
 
 __all__ = ["FusedLinear", "fuse"]
 
@@ -57,7 +57,7 @@ def fuse(linears: Sequence[QuantizedLinear]) -> FusedLinear:
             bounds = (*range(0, grid.k, grid.tile_cols), grid.k)
             _add_slots(bundles.setdefault(bounds, _Members()), linear, bounds, row)
         row += linear.spec.n
-    packed = torch.cat([pack_codes(linear.codes) for linear in linears])
+    packed = torch.cat([_packed(linear.codes) for linear in linears])
     scale = torch.cat([linear.scale for linear in linears])
     if not bundles:
         empty = torch.empty(0, dtype=torch.int8)
@@ -72,6 +72,13 @@ def fuse(linears: Sequence[QuantizedLinear]) -> FusedLinear:
         torch.cat([torch.cat(found.gain, dim=1).flatten() for found in members]),
         4 if {linear.spec.factor_bits for linear in linears if linear.spec.rank} == {4} else 8,
     )
+
+
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    """Codes int8 [N, K] as int32 [N, K / 8], without compressed-tensors, which a kernel's machine need not have."""
+    nibbles = (codes.to(torch.int64) + 8).unflatten(1, (-1, 8))
+    words = (nibbles << torch.arange(0, 32, 4, device=codes.device)).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
 def _add_slots(members: _Members, linear: QuantizedLinear, bounds: tuple[int, ...], row: int) -> None:

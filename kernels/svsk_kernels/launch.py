@@ -191,8 +191,8 @@ def shrink(x: torch.Tensor, sidecar: PlanarSidecar, num_bits: int, tiles: Tiles,
     options = {} if INTERPRETED else {"num_warps": shrink_warps(tiles), "enable_fp_fusion": True}
     shrink_kernel[(num_jobs, blocks)](
         x, sidecar.v, sidecar.gain, sidecar.v_table, sidecar.jobs, z, partial, counters.get(x.device)[0],
-        m, x.stride(0), pitch, v_rows, z.stride(0), **shrink_constants(block, num_bits, tiles, pdl), DT=_types(x.dtype, None)["DT"],
-        **options,
+        m, x.stride(0), pitch, v_rows, z.stride(0), **shrink_constants(block, num_bits, tiles, pdl),
+        DT=_types(x.dtype, None)["DT"], **options,
     )  # fmt: skip
     return z
 

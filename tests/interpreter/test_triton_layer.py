@@ -4,6 +4,8 @@
 import pytest
 import torch
 
+pytest.importorskip("compressed_tensors.compressors", reason="layers are packed as checkpoints are")
+
 from svsk_kernels import LayerSpec, TritonKernel, naive_matmul
 from svsk_vllm.format import LinearSpec
 from tests.interpreter.layers import BOUNDS, activations, relative_error

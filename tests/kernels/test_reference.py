@@ -7,7 +7,7 @@ import torch
 from svsk_kernels import LayerSpec, ReferenceKernel
 from svsk_kernels.fused import fuse
 from svsk_kernels.reference import dequantize_layer
-from svsk_vllm.format import LinearSpec, dequantize
+from svsk_vllm.format import LinearSpec, dequantize, pack_codes
 from tests.support.format_builders import make_group, random_linear
 from tests.support.layers import loaded_layer
 
@@ -22,6 +22,7 @@ def test_fused_layer_is_its_linears_stacked(codebook: str) -> None:
         for n, rank, tm, tn in shapes
     ]
     fused = fuse(linears)
+    assert torch.equal(fused.packed, torch.cat([pack_codes(linear.codes) for linear in linears]))
     spec = LayerSpec(143, 96, 32, codebook, torch.bfloat16, fused.plan)
     found = dequantize_layer(spec, fused.packed, fused.scale, (fused.u, fused.v, fused.gain))
     torch.testing.assert_close(found, torch.cat([dequantize(linear) for linear in linears]), rtol=1e-5, atol=1e-6)
