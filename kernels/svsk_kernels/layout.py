@@ -286,9 +286,8 @@ def pack_sidecar(
     Raises:
         SvskFormatError: column tiles are not of one width, or a factor does not fit ``num_bits``.
     """
-    for name, factors in (("U", u), ("V", v)):
-        if num_bits == 4 and factors.numel() and (int(factors.min()) < -8 or int(factors.max()) > 7):
-            raise SvskFormatError(f"{name} factors outside [-8, 7] do not fit the 4 bits asked for.")
+    if num_bits == 4:
+        _require_4_bits(u=u, v=v)
     slots, starts, device = _slots(plan, num_bits), _v_rows(plan), u.device
     columns = slots[-1].z_start + slots[-1].columns(num_bits)
     n_padded = ceil_div(plan.n, ROW_PAD) * ROW_PAD
@@ -329,6 +328,12 @@ def pack_sidecar(
     stored_v = torch.cat((_store(v_all, num_bits, _V_HALF).flatten(), tail))
     tables = (row_table, v_table, _jobs(plan, starts), slot_table, _block_slots(slots, n_padded))
     return PlanarSidecar(torch.cat(pieces), stored_v, gains, used, *(table.to(device) for table in tables))
+
+
+def _require_4_bits(**factors: torch.Tensor) -> None:
+    for name, values in factors.items():
+        if values.numel() and (int(values.min()) < -8 or int(values.max()) > 7):
+            raise SvskFormatError(f"{name.upper()} factors outside [-8, 7] do not fit the 4 bits asked for.")
 
 
 def unpack_sidecar(
