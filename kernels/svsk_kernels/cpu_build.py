@@ -30,10 +30,14 @@ def cpu_ops_obstacle() -> str | None:
     if not torch.cpu._is_avx512_bf16_supported():
         return "the processor has no AVX512-BF16"
     try:
-        torch.ops.load_library(str(_built()))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        library = _built()
+    except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None)
         return f"building {_SOURCE.name} failed: {error}" + (f"\n{output[-2000:]}" if output else "")
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        return f"loading {library} failed: {error}. Delete it, or set XDG_CACHE_HOME to another folder"
     torch.library.register_fake("svsk::cpu_linear", _fake)
     return None
 

@@ -29,6 +29,7 @@ __all__ = ["LayerShape", "SvskMatmul", "gpu_of"]
 _DTYPES: Final = (torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY: Final = 80
 _OLDEST_TRITON: Final = (3, 4)
+_SIDECAR_NAMES: Final = tuple(f"sidecar_{name}" for name in PlanarSidecar.names())  # torch.compile cannot list fields
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class SvskMatmul:
             assert v is not None
             assert gain is not None
             side = pack_sidecar(shape.plan, shape.k, u, v, gain, shape.num_bits)
-            tensors |= {f"sidecar_{name}": getattr(side, name) for name in PlanarSidecar.names()}
+            tensors |= {name: getattr(side, name.removeprefix("sidecar_")) for name in _SIDECAR_NAMES}
         return tensors
 
     def __call__(
@@ -138,16 +139,25 @@ class SvskMatmul:
         Returns:
             Contiguous [M, N].
         """
-        side = [tensors[f"sidecar_{name}"] for name in PlanarSidecar.names()] if self.shape.plan is not None else []
+        side = [tensors[name] for name in _SIDECAR_NAMES] if self.shape.plan is not None else []
         product: torch.Tensor = torch.ops.svsk.matmul(x, tensors["words"], tensors["scale"], bias, side, self._code)
         return product
 
+    @torch.no_grad()
     def warm_up(self, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None = None) -> None:
-        """Compile and run every kernel that any number of tokens may need, once: nothing is compiled afterwards."""
+        """Compile and run every kernel that any number of tokens may need, once: nothing is compiled afterwards.
+
+        Also zeroes the device's counters, whose memory an engine may have put to sleep and taken back.
+        """
+        from svsk_kernels.launch import counters
+
         device = tensors["words"].device
-        limits = [choice.max_m for choice in choices_for(gpu_of(device), *self._code[:3])]
-        for m in [1, *(limit if limit is not None else (limits[-2] or 0) + 1 for limit in limits)]:
-            self(torch.zeros(m, self.shape.k, dtype=self.dtype, device=device), tensors, bias)
+        counters.reset(device)
+        limits = [choice.max_m for choice in choices_for(gpu_of(device), *self._code[:3]) if choice.max_m is not None]
+        sizes = {1, 16, 17, *limits, *(limit + 1 for limit in limits)}  # shrink's own blocks change at 16
+        for some in (None,) if bias is None else (bias, None):  # row-parallel layers add the bias on one rank only
+            for m in sorted(sizes):
+                self(torch.zeros(m, self.shape.k, dtype=self.dtype, device=device), tensors, some)
 
 
 def _matmul(
@@ -163,8 +173,8 @@ def _matmul(
     n, k, group_size, quad8, bits, long, aligned = shape
     if x.shape[0] == 0:
         return x.new_empty(0, n)
-    if x.stride(-1) != 1:
-        x = x.contiguous()
+    if x.stride(-1) != 1 or (x.shape[0] > 1 and x.stride(0) % 16) or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)  # rows that begin off 16 would be copied piece by piece
     base = Base(words, scale, n, k, plane_length(k), group_size, bool(quad8))
     side = PlanarSidecar(*sidecar) if bits else None
     choice = choice_for(choices_for(gpu_of(x.device), n, k, group_size), x.shape[0])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launching the Triton kernels: shapes, grids and workspaces."""
 
+import threading
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -85,6 +86,7 @@ class _Counters:
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._tensors: dict[torch.device, torch.Tensor] = {}
         self._rows: dict[tuple[torch.device, int], int] = {}
 
@@ -95,17 +97,23 @@ class _Counters:
             RuntimeError: more streams than there are rows, or a first use while a graph is being captured.
         """
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        if device not in self._tensors:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    f"{device}: the SVSK kernels run for the first time while a CUDA graph is being captured. Call the "
-                    "layer once before (SvskMatmul.warm_up does)."
-                )
-            self._tensors[device] = torch.zeros(_STREAMS, 2, _COUNTERS, dtype=torch.int32, device=device)
-        row = self._rows.setdefault((device, stream), sum(known == device for known, _ in self._rows))
+        with self._lock:
+            if device not in self._tensors:
+                if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(
+                        f"{device}: the SVSK kernels run for the first time while a CUDA graph is being captured. Call "
+                        "the layer once before (SvskMatmul.warm_up does)."
+                    )
+                self._tensors[device] = torch.zeros(_STREAMS, 2, _COUNTERS, dtype=torch.int32, device=device)
+            row = self._rows.setdefault((device, stream), sum(known == device for known, _ in self._rows))
         if row >= _STREAMS:
             raise RuntimeError(f"{device}: the SVSK kernels were called on more than {_STREAMS} streams.")
         return self._tensors[device][row]
+
+    def reset(self, device: torch.device) -> None:
+        """Zero all counters of a device: memory that an engine put to sleep comes back with any content."""
+        if device in self._tensors:
+            self._tensors[device].zero_()
 
 
 counters: Final = _Counters()
@@ -126,6 +134,11 @@ def _options(choice: Choice, pdl: bool = False) -> dict[str, Any]:
         return {}
     options: dict[str, Any] = {"num_warps": choice.num_warps, "enable_fp_fusion": True}
     return options | ({"launch_pdl": True} if pdl else {})
+
+
+def x_stride(x: torch.Tensor) -> int:
+    """Distance of rows. A single row may have any, which would have the kernels compiled again for it."""
+    return x.stride(0) if x.shape[0] > 1 else x.shape[1]
 
 
 def shrink_warps(tiles: Tiles) -> int:
@@ -186,12 +199,13 @@ def shrink(x: torch.Tensor, sidecar: PlanarSidecar, num_bits: int, tiles: Tiles,
     v_rows = sidecar.v_table.shape[1]
     pitch = ceil_div(x.shape[1], 128) * 64 if num_bits == 4 else ceil_div(x.shape[1], 16) * 16
     partial = x.new_empty(num_jobs * m * 16 if tiles.long else 1, dtype=torch.float32)
+    counts = counters.get(x.device)[0]
     if tiles.long and num_jobs * blocks > _COUNTERS:
-        raise RuntimeError(f"{num_jobs} jobs x {blocks} blocks of tokens need more than {_COUNTERS} counters.")
+        counts = x.new_zeros(num_jobs * blocks, dtype=torch.int32)
     options = {} if INTERPRETED else {"num_warps": shrink_warps(tiles), "enable_fp_fusion": True}
     shrink_kernel[(num_jobs, blocks)](
-        x, sidecar.v, sidecar.gain, sidecar.v_table, sidecar.jobs, z, partial, counters.get(x.device)[0],
-        m, x.stride(0), pitch, v_rows, z.stride(0), **shrink_constants(block, num_bits, tiles, pdl),
+        x, sidecar.v, sidecar.gain, sidecar.v_table, sidecar.jobs, z, partial, counts,
+        m, x_stride(x), pitch, v_rows, z.stride(0), **shrink_constants(block, num_bits, tiles, pdl),
         DT=_types(x.dtype, None)["DT"], **options,
     )  # fmt: skip
     return z
@@ -231,7 +245,7 @@ def fused_matmul(
     z = x if sidecar is None else shrink(x, sidecar, num_bits, tiles, pdl=pdl)
     side = (z, z, z, z) if sidecar is None else (sidecar.row_table, sidecar.u, z, sidecar.z_used)
     left = (x, base.words, base.scale, x if bias is None else bias, *side, y)
-    sizes = (m, base.n, base.k, base.n_padded, x.stride(0), base.words.stride(0), z.stride(0))
+    sizes = (m, base.n, base.k, base.n_padded, x_stride(x), base.words.stride(0), x_stride(z))
     bits = num_bits if sidecar is not None else 0
     constants = base.constants | _types(x.dtype, asm) | matmul_constants(choice, bits, bias is not None, pdl)
     steps = base.words.shape[1] // choice.step

@@ -293,7 +293,7 @@ def pack_sidecar(
     n_padded = ceil_div(plan.n, ROW_PAD) * ROW_PAD
     row_table = torch.tensor([[0], [_NO_COLUMN], [0]], dtype=torch.int32).repeat(1, n_padded)
     v_table = torch.tensor([[-1], [0]], dtype=torch.int32).repeat(1, starts[-1])
-    gains = torch.zeros(columns, device=device)
+    gains = torch.zeros(columns, dtype=torch.float32, device=device)
     used = torch.zeros(columns, dtype=torch.uint8, device=device)
     slot_table = torch.zeros(len(slots), 8, dtype=torch.int32)
     pitch = _v_pitch(k, num_bits)
@@ -343,7 +343,7 @@ def unpack_sidecar(
     slots, starts = _slots(plan, num_bits), _v_rows(plan)
     u = torch.zeros(plan.u_numel, dtype=torch.int8, device=packed.u.device)
     v = torch.zeros(plan.v_numel, dtype=torch.int8, device=packed.u.device)
-    gain = torch.zeros(plan.gain_numel, device=packed.u.device)
+    gain = torch.zeros(plan.gain_numel, dtype=torch.float32, device=packed.u.device)
     pitch = _v_pitch(k, num_bits)
     rows_of_v = _read(packed.v[: starts[-1] * pitch].view(starts[-1], pitch), num_bits, _V_HALF)
     for start, bundle, part in zip(starts, plan.bundles, _bundle_views(plan, v), strict=False):

@@ -141,14 +141,16 @@ def load_table(device: str) -> TuningTable | None:
 def heuristic_choices(gpu: Gpu, n: int, k: int, group_size: int) -> tuple[Choice, ...]:
     """Choices where nothing was measured.
 
-    Decode fills the GPU twice by splitting the columns, the same way for every number of tokens; a step of 32 words
-    keeps the activations of 64 and more tokens in shared memory.
+    Decode fills the GPU twice by splitting the columns, the same way for every number of tokens (not on AMD, where
+    nobody has checked that the partial sums are seen in time); a step of 32 words keeps the activations of 64 and more
+    tokens in shared memory.
     """
     plane = plane_length(k)
     long, short = min(plane, group_size, 64), min(plane, group_size, 32)
     programs = ceil_div(n, ROW_PAD) * ROW_PAD // 64
     steps = ceil_div(k, 4 * plane)
-    split = max(1, min(ceil_div(2 * gpu.processors, programs), steps // 2, MAX_SPLIT))
+    split = max(1, min(ceil_div(2 * gpu.processors, programs), steps // 2, MAX_SPLIT)) if gpu.capability else 1
+    split = ceil_div(steps, ceil_div(steps, split))  # no empty parts
     pdl = gpu.dependent_launch
     found = [
         Choice(kernel="decode", max_m=16, block_m=16, step=long, split=split, pdl=pdl),

@@ -69,7 +69,7 @@ def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     monkeypatch.setattr(SvskMatmul, "__call__", lambda self, x, *_: seen.append(x.shape[0]))
     layer.matmul.warm_up(layer.tensors)
-    assert seen == [1, 16, 32, 64, 79, 80]
+    assert seen == [1, 16, 17, 32, 33, 64, 65, 79, 80]
     choices_for.cache_clear()
 
 

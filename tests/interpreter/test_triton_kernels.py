@@ -116,6 +116,18 @@ def test_tiles_longer_than_a_job(num_bits: int) -> None:
     assert not counters.get(x.device).any()
 
 
+def test_more_jobs_than_counters_and_counters_of_any_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(4352, torch.float16, {"n": 40, "rank": 4, "tile_m": 0, "tile_n": 0})
+    x = activations(2, 4352, torch.float16)
+    monkeypatch.setattr("svsk_kernels.launch._COUNTERS", 2)
+    found = run(layer, x, choice("decode", layer))
+    assert relative_error(found, layer.expected(x)) < BOUNDS[torch.float16]
+    monkeypatch.undo()
+    counters.get(x.device).fill_(7)
+    counters.reset(x.device)
+    assert not counters.get(x.device).any()
+
+
 def test_z_is_gain_times_v_x() -> None:
     layer = make_layer(512, torch.float16, {"n": 64, "rank": 16, "tile_n": 256})
     side = layer.sidecar

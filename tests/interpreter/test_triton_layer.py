@@ -36,6 +36,36 @@ def test_loaded_layer(rank: int, tile_n: int, bits: int, packed_bits: int) -> No
     assert torch.equal(*answers)
 
 
+@pytest.mark.parametrize("rank", [0, 8])
+def test_layer_compiles_to_one_op_for_any_number_of_tokens(rank: int) -> None:
+    source = random_linear(LinearSpec("m", 40, 64, make_group(rank=rank), torch.float16), 0)
+    spec, layer = loaded_layer(source, torch.float16)
+    kernel = TritonKernel(spec, CPU)
+    kernel.prepare(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: kernel(layer, x, None), backend="eager", fullgraph=True, dynamic=True)
+    for m in (2, 5):
+        x = activations(m, 64, torch.float16)
+        assert torch.equal(compiled(x), kernel(layer, x, None))
+
+
+def test_run_time_tensors_do_not_depend_on_the_default_dtype() -> None:
+    """An inference engine loads models under the model's dtype as the default."""
+    source = random_linear(LinearSpec("m", 40, 64, make_group(rank=8), torch.float16), 0)
+    prepared = []
+    for default in (torch.float32, torch.float16):
+        spec, layer = loaded_layer(source, torch.float16)
+        torch.set_default_dtype(default)
+        try:
+            TritonKernel(spec, CPU).prepare(layer)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        prepared.append(dict(layer.named_parameters()))
+    for name, tensor in prepared[0].items():
+        assert prepared[1][name].dtype == tensor.dtype
+        assert torch.equal(prepared[1][name], tensor)
+
+
 def test_refusal_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"activations are torch\.float32"):
         TritonKernel(LayerSpec(64, 64, 64, "int4", torch.float32), CPU)
