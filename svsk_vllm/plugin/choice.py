@@ -6,6 +6,7 @@ import os
 from functools import lru_cache
 
 import torch
+from vllm.config import get_current_vllm_config
 
 from svsk_kernels import CpuKernel, LayerKernel, LayerSpec, ReferenceKernel, TritonKernel, cpu_ops_obstacle
 from svsk_vllm.format import SvskFormatError
@@ -14,6 +15,7 @@ from svsk_vllm.plugin.separate import SeparateKernel
 __all__ = ["choose_kernel"]
 
 _VARIABLE = "SVSK_KERNEL"
+_KEY = "svsk_kernels"
 _CHOICES = ("auto", "fused", "split", "reference")
 _logger = logging.getLogger("vllm.svsk")  # vLLM shows what is logged below its own name
 
@@ -37,6 +39,14 @@ def choose_kernel(prefix: str, spec: LayerSpec, full_shape: tuple[int, int], dev
     wanted = os.environ.get(_VARIABLE, "auto")
     if wanted not in _CHOICES:
         raise SvskFormatError(f"{_VARIABLE}={wanted}: expected one of {', '.join(_CHOICES)}.")
+    kernel = _choose(wanted, prefix, spec, full_shape, device)
+    _tell_compiler(kernel)
+    return kernel
+
+
+def _choose(
+    wanted: str, prefix: str, spec: LayerSpec, full_shape: tuple[int, int], device: torch.device
+) -> LayerKernel:
     if wanted == "reference":
         _note(spec.n, spec.k, "the dequantised weight", "")
         return ReferenceKernel(spec)
@@ -51,6 +61,19 @@ def choose_kernel(prefix: str, spec: LayerSpec, full_shape: tuple[int, int], dev
     kernel = SeparateKernel(prefix, spec, full_shape, device)
     _note(spec.n, spec.k, f"{type(kernel.base).__name__} and a sidecar apart", obstacle)
     return kernel
+
+
+def _tell_compiler(kernel: LayerKernel) -> None:
+    """Make the kernel part of what vLLM keys its compiled graphs by: they call its op with its own tensors."""
+    extra = get_current_vllm_config().additional_config
+    if isinstance(extra, dict):
+        extra[_KEY] = sorted({*extra.get(_KEY, ()), *_kernel_names(kernel)})
+
+
+def _kernel_names(kernel: LayerKernel) -> list[str]:
+    """Names of the kernel's class and of vLLM's kernel in it."""
+    base = getattr(kernel, "base", None)
+    return [type(part).__name__ for part in (kernel, base) if part is not None]
 
 
 @lru_cache(maxsize=1024)

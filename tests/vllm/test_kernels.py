@@ -2,11 +2,13 @@
 """Which kernel a layer gets, and the arithmetic of the one that goes through vLLM's kernel."""
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import vllm.model_executor.parameter as vllm_parameter
+from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
 
 import svsk_vllm.plugin.choice as choice
@@ -22,10 +24,12 @@ SPEC = LayerSpec(64, 128, 64, "quad8", torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(vllm_parameter, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(vllm_parameter, "get_tensor_model_parallel_world_size", lambda: 1)
     monkeypatch.delenv("SVSK_KERNEL", raising=False)
+    with set_current_vllm_config(VllmConfig()):
+        yield
 
 
 def test_quad8_levels_are_two_codes() -> None:
@@ -96,6 +100,17 @@ def test_other_devices_get_the_triton_kernels_or_hear_why_not(
         assert isinstance(choose_kernel("m", SPEC, (64, 128), gpu), SeparateKernel)
     choice._note.cache_clear()
     assert "slower: the GPU is older than compute capability 8.0" in caplog.text
+
+
+def test_compiled_graphs_are_kept_apart_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = set()
+    for wanted in ("auto", "split", "reference"):
+        monkeypatch.setenv("SVSK_KERNEL", wanted)
+        with set_current_vllm_config(VllmConfig(additional_config={"mine": 1})):
+            choose_kernel("m", SPEC, (64, 128), CPU)
+            hashes.add(get_current_vllm_config().compute_hash())
+            assert get_current_vllm_config().additional_config["mine"] == 1
+    assert len(hashes) == 3
 
 
 def test_an_obstacle_is_reported_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
