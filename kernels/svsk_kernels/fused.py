@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantised linears that share an input, stacked into one layer as an inference engine fuses them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -36,11 +36,14 @@ class _Members:
     gain: list[torch.Tensor] = field(default_factory=list)  # [B, r]
 
 
-def fuse(linears: Sequence[QuantizedLinear]) -> FusedLinear:
+def fuse(
+    linears: Sequence[QuantizedLinear], pack: Callable[[torch.Tensor], torch.Tensor] = pack_codes
+) -> FusedLinear:
     """Stack linears along their rows.
 
     Args:
         linears: of one K, group size and codebook; ranks, tiles and factor bits may differ.
+        pack: codes int8 [N, K] to int32 [N, K / 8], as the checkpoint has them.
 
     Raises:
         SvskFormatError: their K, group sizes or codebooks differ.
@@ -57,7 +60,7 @@ def fuse(linears: Sequence[QuantizedLinear]) -> FusedLinear:
             bounds = (*range(0, grid.k, grid.tile_cols), grid.k)
             _add_slots(bundles.setdefault(bounds, _Members()), linear, bounds, row)
         row += linear.spec.n
-    packed = torch.cat([pack_codes(linear.codes) for linear in linears])
+    packed = torch.cat([pack(linear.codes) for linear in linears])
     scale = torch.cat([linear.scale for linear in linears])
     if not bundles:
         empty = torch.empty(0, dtype=torch.int8)

@@ -80,7 +80,7 @@ class Base:
 class _Counters:
     """Zeroed counters for programs that meet, apart for every stream of a device; kernels leave them zero.
 
-    All are allocated at the first use on a device, which the warm-up makes before any graph is captured. Graphs
+    The shrink kernel has counters of its own: a kernel launched with ``pdl`` runs, and counts, beside it. All are allocated at the first use on a device, which the warm-up makes before any graph is captured. Graphs
     captured on one stream must not be replayed at the same time on several.
     """
 
@@ -88,8 +88,8 @@ class _Counters:
         self._tensors: dict[torch.device, torch.Tensor] = {}
         self._rows: dict[tuple[torch.device, int], int] = {}
 
-    def get(self, device: torch.device) -> torch.Tensor:
-        """Int32 [_COUNTERS] of the current stream.
+    def get(self, device: torch.device, *, of_shrink: bool = False) -> torch.Tensor:
+        """Int32 [_COUNTERS] of the current stream, for the shrink kernel or for the one after it.
 
         Raises:
             RuntimeError: more streams than there are rows, or a first use while a graph is being captured.
@@ -101,11 +101,17 @@ class _Counters:
                     f"{device}: the SVSK kernels run for the first time while a CUDA graph is being captured. Call the "
                     "layer once before (SvskMatmul.warm_up does)."
                 )
-            self._tensors[device] = torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device)
+            self._tensors[device] = torch.zeros(_STREAMS, 2, _COUNTERS, dtype=torch.int32, device=device)
         row = self._rows.setdefault((device, stream), sum(known == device for known, _ in self._rows))
         if row >= _STREAMS:
             raise RuntimeError(f"{device}: the SVSK kernels were called on more than {_STREAMS} streams.")
-        return self._tensors[device][row]
+        return self._tensors[device][row, int(of_shrink)]
+
+    def busy(self, device: torch.device) -> int:
+        """How many counters of all streams are not zero; waits for the device. Not 0 when idle means a broken kernel."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return int(self._tensors[device].count_nonzero()) if device in self._tensors else 0
 
 
 counters: Final = _Counters()
@@ -190,7 +196,7 @@ def shrink(x: torch.Tensor, sidecar: PlanarSidecar, num_bits: int, tiles: Tiles,
         raise RuntimeError(f"{num_jobs} jobs x {blocks} blocks of tokens need more than {_COUNTERS} counters.")
     options = {} if INTERPRETED else {"num_warps": shrink_warps(tiles), "enable_fp_fusion": True}
     shrink_kernel[(num_jobs, blocks)](
-        x, sidecar.v, sidecar.gain, sidecar.v_table, sidecar.jobs, z, partial, counters.get(x.device), m, x.stride(0),
+        x, sidecar.v, sidecar.gain, sidecar.v_table, sidecar.jobs, z, partial, counters.get(x.device, of_shrink=True), m, x.stride(0),
         pitch, v_rows, z.stride(0), **shrink_constants(block, num_bits, tiles, pdl), DT=_types(x.dtype, None)["DT"],
         **options,
     )  # fmt: skip
