@@ -36,9 +36,7 @@ class _Members:
     gain: list[torch.Tensor] = field(default_factory=list)  # [B, r]
 
 
-def fuse(
-    linears: Sequence[QuantizedLinear], pack: Callable[[torch.Tensor], torch.Tensor] = pack_codes
-) -> FusedLinear:
+def fuse(linears: Sequence[QuantizedLinear], pack: Callable[[torch.Tensor], torch.Tensor] = pack_codes) -> FusedLinear:
     """Stack linears along their rows.
 
     Args:

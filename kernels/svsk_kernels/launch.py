@@ -80,7 +80,8 @@ class Base:
 class _Counters:
     """Zeroed counters for programs that meet, apart for every stream of a device; kernels leave them zero.
 
-    The shrink kernel has counters of its own: a kernel launched with ``pdl`` runs, and counts, beside it. All are allocated at the first use on a device, which the warm-up makes before any graph is captured. Graphs
+    The shrink kernel has counters of its own: a kernel launched with ``pdl`` runs, and counts, beside it.
+    All are allocated at the first use on a device, which the warm-up makes before any graph is captured. Graphs
     captured on one stream must not be replayed at the same time on several.
     """
 
@@ -108,7 +109,7 @@ class _Counters:
         return self._tensors[device][row, int(of_shrink)]
 
     def busy(self, device: torch.device) -> int:
-        """How many counters of all streams are not zero; waits for the device. Not 0 when idle means a broken kernel."""
+        """How many counters of all streams are not zero, which none must be; waits for the device."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return int(self._tensors[device].count_nonzero()) if device in self._tensors else 0
@@ -196,9 +197,9 @@ def shrink(x: torch.Tensor, sidecar: PlanarSidecar, num_bits: int, tiles: Tiles,
         raise RuntimeError(f"{num_jobs} jobs x {blocks} blocks of tokens need more than {_COUNTERS} counters.")
     options = {} if INTERPRETED else {"num_warps": shrink_warps(tiles), "enable_fp_fusion": True}
     shrink_kernel[(num_jobs, blocks)](
-        x, sidecar.v, sidecar.gain, sidecar.v_table, sidecar.jobs, z, partial, counters.get(x.device, of_shrink=True), m, x.stride(0),
-        pitch, v_rows, z.stride(0), **shrink_constants(block, num_bits, tiles, pdl), DT=_types(x.dtype, None)["DT"],
-        **options,
+        x, sidecar.v, sidecar.gain, sidecar.v_table, sidecar.jobs, z, partial,
+        counters.get(x.device, of_shrink=True), m, x.stride(0), pitch, v_rows, z.stride(0),
+        **shrink_constants(block, num_bits, tiles, pdl), DT=_types(x.dtype, None)["DT"], **options,
     )  # fmt: skip
     return z
 

@@ -155,7 +155,8 @@ def heuristic_choices(gpu: Gpu, n: int, k: int, group_size: int) -> tuple[Choice
         Choice(kernel="decode", max_m=32, block_m=32, step=long, split=split, pdl=pdl),
         Choice(kernel="decode", max_m=64, block_m=64, step=short, split=split, pdl=pdl),
     ]
-    # A block of 128 tokens needs 544 of sm_100's 512 columns of tensor memory under Triton 3.6, which then drops the code.
+    # A block of 128 tokens needs 544 of sm_100's 512 columns of tensor memory under Triton 3.6, which then drops
+    # the code.
     tokens = 64 if 100 <= gpu.capability < 120 else 128
     stages = 3 if gpu.shared_memory > 128 * 1024 else 2
     found.append(
