@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,19 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from svsk_kernels.bench import cases, correctness, runner, tune
+from svsk_kernels.bench import cases, correctness, runner, split, tune
 from svsk_kernels.bench.__main__ import app
 from svsk_kernels.bench.cases import Case, cases_for, checked_choices, forced_choice
-from svsk_kernels.bench.correctness import check_case, poisoned
+from svsk_kernels.bench.correctness import check_case, poisoned, relative_error
 from svsk_kernels.bench.errors import BenchError
 from svsk_kernels.bench.grid import kernels_for
-from svsk_kernels.bench.layers import BenchLayer, Part, layer_of_shape, pack_words
+from svsk_kernels.bench.layers import BenchLayer, Part, layer_of_shape, pack_words, random_layer
 from svsk_kernels.bench.report import Report, markdown
 from svsk_kernels.bench.runner import FAILED, FINISHED, UNFINISHED, Settings
 from svsk_kernels.bench.shapes import SHAPES, VARIANTS, Shape, Variant, bytes_dense, bytes_needed, find_shapes
+from svsk_kernels.bench.split import SplitLayer
 from svsk_kernels.bench.timing import Budget, Call, Sampler, Stats, copies_needed, launches_needed, measure
+from svsk_kernels.naive import naive_matmul
 from svsk_kernels.tuning import Choice, Gpu, TuningTable, heuristic_choices, table_name
 from svsk_vllm.format import pack_codes
 
@@ -95,7 +98,7 @@ def test_command_line_checks_in_the_interpreter(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["--device", "cpu", "--shape", "nope", "--json", str(file)]).exit_code == 2
 
 
-def test_a_failed_check_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_checks_are_reported_and_fail_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def unwritten(self: BenchLayer, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return x.new_empty(x.shape[0], self.shape.n)
 
@@ -103,9 +106,21 @@ def test_a_failed_check_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     report = Report(None, MACHINE)
     assert runner.check(report, CPU, True, Budget(None), quiet()) == FAILED
     problems = [problem for record in report.of_kind("check") for problem in record["problems"]]
-    assert len({record["group"] for record in report.of_kind("check")}) == 1
+    assert len({record["group"] for record in report.of_kind("check")}) == len(cases_for(True, True))
     assert any("were not written" in problem for problem in problems)
     assert "failed: " in markdown(report)
+
+
+def test_what_a_check_raises_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(BenchLayer, "run", broken)
+    result = CliRunner().invoke(app, ["--device", "cpu", "--json", str(tmp_path / "bench.json")])
+    assert result.exit_code == FAILED
+    assert "RuntimeError: no such instruction" in result.output
+    assert "need a GPU" not in result.output
+    assert json.loads((tmp_path / "bench.json").read_text())["records"][0]["error"] is None
 
 
 def test_wrong_results_and_moving_results_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,3 +373,18 @@ def test_spills_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         tune.launch.decode_kernel[(1,)]()
     assert spills == [8]
     assert tune.launch.decode_kernel is kernel
+
+
+@pytest.mark.parametrize(("n", "bits"), [(64, 8), (100, 8), (100, 4), (20, 8)])
+def test_split_adds_the_sidecar_to_another_base(n: int, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row tiles of 32: whole ones, a ragged last one, and one that is cut."""
+    layer = random_layer(256, torch.float16, CPU, [Part(n, 8, bits, 32, 128)])
+    base = replace(layer.linears[0], u=None, v=None, gain=None)
+    monkeypatch.setattr(split, "_marlin_tensors", lambda *_: {"workspace": torch.zeros(1)})
+    monkeypatch.setattr(split, "_marlin", lambda x, *_: naive_matmul(x, base).half())
+    made = SplitLayer.checked(layer)
+    assert isinstance(made, SplitLayer)
+    x = torch.randn(3, 256).half()
+    assert relative_error(made.copy().run(x), layer.expected(x)) < 1e-3
+    monkeypatch.setattr(split, "_marlin", lambda x, *_: naive_matmul(x, base).half() * 2)
+    assert "relative error" in str(SplitLayer.checked(layer))

@@ -137,11 +137,13 @@ def _same_on_gpu(
     ):
         problems.append("results of inline PTX and of plain Triton differ")
     static = x.clone()
-    graph, output = capture(x.device, lambda: _exact(layer, static, bias, choice))
+    graph, outputs = capture(  # one after the other, as the layers of a model
+        x.device, lambda: [_exact(layer, given, bias, choice) for given in (static, other, static)]
+    )
     for given, wanted in ((x, found), (other, second), (x, found)):
         static.copy_(given)
         graph.replay()
-        if not torch.equal(output, wanted):
+        if not all(map(torch.equal, outputs, (wanted, second, wanted))):
             problems.append("a replayed CUDA graph and an eager run differ")
             break
     if not _streams_agree(layer, inputs, bias, choice, (found, second)):

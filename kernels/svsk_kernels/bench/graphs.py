@@ -28,13 +28,16 @@ def capture(device: torch.device, body: Callable[[], Any], pool: Any = None) -> 
     Returns:
         The graph, and what ``body`` returned while captured: its tensors hold the results of the latest replay.
     """
-    stream = capture_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream, here = capture_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(here)
     with torch.cuda.stream(stream):
         body()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    here.wait_stream(stream)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        result = body()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            result = body()
+    finally:
+        torch.cuda.set_stream(here)  # torch leaves its own behind when a capture fails
     return graph, result

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run: checks, then timings or tuning, every step written to the report as soon as it is done."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +12,16 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from svsk_kernels.bench.cases import cases_for
-from svsk_kernels.bench.correctness import check_case
+from svsk_kernels.bench.cases import Case, cases_for
+from svsk_kernels.bench.correctness import Finding, check_case
+from svsk_kernels.bench.errors import BenchError
 from svsk_kernels.bench.grid import group_key, load_weights, time_group
 from svsk_kernels.bench.layers import layer_of_shape
 from svsk_kernels.bench.machine import describe, open_device
 from svsk_kernels.bench.report import Report, markdown, write_atomically
 from svsk_kernels.bench.shapes import GROUP_SIZE, SHAPES, TOKENS, VARIANTS, Shape, bytes_needed, find_shapes
 from svsk_kernels.bench.split import vllm_missing
-from svsk_kernels.bench.timing import Budget, GpuTimer, Timer, copies_needed
+from svsk_kernels.bench.timing import FAILURES, Budget, GpuTimer, Timer, copies_needed
 from svsk_kernels.bench.tune import BUCKETS, bucket_key, select, time_bucket, write_table
 from svsk_kernels.dispatch import gpu_of
 from svsk_kernels.tuning import Choice, Entry
@@ -105,13 +107,15 @@ def _finish(report: Report, settings: Settings, state: int, device: torch.device
     if device.type == "cuda":
         console.print(text, markup=False, highlight=False)
     elif state == FINISHED:
-        console.print("All checks passed in Triton's interpreter. Timing and tuning need a GPU: --device cuda.")
+        made = "All checks passed in Triton's interpreter. " if settings.checks else ""
+        console.print(f"{made}Timing and tuning need a GPU: --device cuda.")
     if state == UNFINISHED:
         console.print(_OUT_OF_TIME)
 
 
 def check(report: Report, device: torch.device, quick: bool, budget: Budget, console: Console) -> int:
-    """Run the checks that the report does not have yet; stop at the end of the first layer that fails any."""
+    """Run the checks that the report does not have yet, all of them even if some fail."""
+    state = FINISHED
     for case in cases_for(device.type != "cuda", quick):
         group = f"check/{case.name}"
         if report.has(group):
@@ -119,9 +123,15 @@ def check(report: Report, device: torch.device, quick: bool, budget: Budget, con
         if budget.spent:
             return UNFINISHED
         begun = time.monotonic()
-        findings = list(check_case(case, device))
+        findings = _findings(case, device)
         report.add(
-            {"kind": "check", "group": group, "what": found.what, "error": found.error, "problems": [*found.problems]}
+            {
+                "kind": "check",
+                "group": group,
+                "what": found.what,
+                "error": found.error if math.isfinite(found.error) else None,
+                "problems": [*found.problems],
+            }
             for found in findings
         )
         failed = [found for found in findings if not found.passed]
@@ -134,8 +144,20 @@ def check(report: Report, device: torch.device, quick: bool, budget: Budget, con
         for found in failed:
             console.print(f"  [red]{escape(found.what)}[/red]: {escape('; '.join(found.problems))}")
         if failed:
-            return FAILED
-    return FINISHED
+            state = FAILED
+    return state
+
+
+def _findings(case: Case, device: torch.device) -> list[Finding]:
+    """All findings of a case; what was raised is one of them."""
+    findings = []
+    try:
+        for found in check_case(case, device):
+            findings.append(found)
+    except FAILURES as failure:
+        after = f"after {findings[-1].what}" if findings else case.name
+        findings.append(Finding(after, math.nan, (f"{type(failure).__name__}: {failure}"[:1000],)))
+    return findings
 
 
 def time_shapes(
@@ -163,6 +185,8 @@ def time_shapes(
             for note in weights.notes:
                 report.note(note)
             records = time_group(weights, m, timer, settings.rounds)
+            if not any("us" in record for record in records):
+                raise BenchError(f"{shape.name}, M = {m}: nothing could be timed: {records[0].get('error')}")
             report.add(records)
             console.print(f"time {shape.name}, M = {m}: {_summary(records)}", highlight=False)
     return FINISHED

@@ -154,7 +154,7 @@ def _prepared(
         if not error < _BOUND:
             return f"relative error {error:.1e}, expected less than {_BOUND}"
         if sum(spills):
-            return f"{sum(spills)} bytes of registers spilled"
+            return f"{sum(spills)} registers spilled"
         needed = bytes_needed(Shape("", layers[0].shape.n, layers[0].shape.k), VARIANTS[0], x.shape[0])
         flops = 2.0 * x.shape[0] * layers[0].shape.n * layers[0].shape.k
         calls = [_call(layer, x, choice) for layer in layers]
