@@ -72,7 +72,7 @@ def trial_choices(gpu: Gpu, n: int, k: int, group_size: int, m: int) -> list[Cho
             for rows in (64, 128)
             for warps in (4, 8)
             for stages in (2, 3, 4)
-            if warps == 8 or tokens * rows <= 8192  # more would not fit the registers of four warps
+            if tokens * rows <= warps * 2048  # more spills registers
         ]
     return list(dict.fromkeys(found))
 
