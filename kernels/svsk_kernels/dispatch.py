@@ -6,12 +6,12 @@ tokens: the op chooses the kernel by it. Triton is imported where it is first us
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
 import torch
 
+from svsk_kernels.layer import LayerSpec
 from svsk_kernels.layout import (
     PlanarSidecar,
     Tiles,
@@ -20,11 +20,9 @@ from svsk_kernels.layout import (
     pack_sidecar,
     plane_length,
 )
-from svsk_kernels.plan import SidecarPlan
 from svsk_kernels.tuning import Gpu, choice_for, choices_for
-from svsk_vllm.format import Codebook
 
-__all__ = ["LayerShape", "SvskMatmul", "gpu_of"]
+__all__ = ["SvskMatmul", "gpu_of"]
 
 _DTYPES: Final = (torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY: Final = 80
@@ -32,22 +30,11 @@ _OLDEST_TRITON: Final = (3, 4)
 _SIDECAR_NAMES: Final = tuple(f"sidecar_{name}" for name in PlanarSidecar.names())  # torch.compile cannot list fields
 
 
-@dataclass(frozen=True)
-class LayerShape:
-    """What decides the kernels of a layer."""
-
-    n: int  # rows of this shard
-    k: int  # columns of this shard
-    group_size: int
-    codebook: Codebook
-    plan: SidecarPlan | None  # None: no sidecar
-    num_bits: int = 8  # 4 where every part's factors have 4 bits, else 8
-
-    def encode(self) -> list[int]:
-        """The numbers the op needs."""
-        bits, tiles = 0 if self.plan is None else self.num_bits, Tiles.of(self.plan)
-        quad8 = self.codebook == "quad8"
-        return [self.n, self.k, self.group_size, int(quad8), bits, int(tiles.long), int(tiles.aligned)]
+def _encode(spec: LayerSpec) -> list[int]:
+    """The numbers the op needs."""
+    bits, tiles = 0 if spec.plan is None else spec.factor_bits, Tiles.of(spec.plan)
+    quad8 = spec.codebook == "quad8"
+    return [spec.n, spec.k, spec.group_size, int(quad8), bits, int(tiles.long), int(tiles.aligned)]
 
 
 @lru_cache(maxsize=32)
@@ -64,23 +51,21 @@ class SvskMatmul:
     """The kernels of one layer.
 
     Args:
-        shape: of the layer.
-        dtype: of the activations, bfloat16 or float16.
+        spec: the layer. With ``factor_bits`` 4 its factors stay packed.
     """
 
-    def __init__(self, shape: LayerShape, dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
-        self._code = shape.encode()
+    def __init__(self, spec: LayerSpec) -> None:
+        self.spec, self.code = spec, _encode(spec)
 
     @staticmethod
-    def can_implement(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    def can_implement(spec: LayerSpec, device: torch.device) -> tuple[bool, str]:
         """Whether the kernels take such a layer, and if not, why not."""
-        if dtype not in _DTYPES:
-            return False, f"activations are {dtype}, the kernels take bfloat16 and float16"
-        if shape.group_size not in (32, 64):
-            return False, f"groups of {shape.group_size}, the kernels take 32 and 64"
-        if shape.k % 32:
-            return False, f"{shape.k} columns per rank, the kernels take multiples of 32"
+        if spec.dtype not in _DTYPES:
+            return False, f"activations are {spec.dtype}, the kernels take bfloat16 and float16"
+        if spec.group_size not in (32, 64):
+            return False, f"groups of {spec.group_size}, the kernels take 32 and 64"
+        if spec.k % 32:
+            return False, f"{spec.k} columns per rank, the kernels take multiples of 32"
         try:
             import triton
         except ImportError:
@@ -112,17 +97,17 @@ class SvskMatmul:
             v: int8, flat, likewise.
             gain: float32, flat, likewise.
         """
-        shape = self.shape
-        plane = plane_length(shape.k)
+        spec = self.spec
+        plane = plane_length(spec.k)
         tensors = {
-            "words": pack_base(packed, shape.k, plane),
-            "scale": pack_scale(scale.to(self.dtype), plane, shape.group_size),
+            "words": pack_base(packed, spec.k, plane),
+            "scale": pack_scale(scale.to(spec.dtype), plane, spec.group_size),
         }
-        if shape.plan is not None:
+        if spec.plan is not None:
             assert u is not None
             assert v is not None
             assert gain is not None
-            side = pack_sidecar(shape.plan, shape.k, u, v, gain, shape.num_bits)
+            side = pack_sidecar(spec.plan, spec.k, u, v, gain, spec.factor_bits)
             tensors |= {name: getattr(side, name.removeprefix("sidecar_")) for name in _SIDECAR_NAMES}
         return tensors
 
@@ -139,8 +124,8 @@ class SvskMatmul:
         Returns:
             Contiguous [M, N].
         """
-        side = [tensors[name] for name in _SIDECAR_NAMES] if self.shape.plan is not None else []
-        product: torch.Tensor = torch.ops.svsk.matmul(x, tensors["words"], tensors["scale"], bias, side, self._code)
+        side = [tensors[name] for name in _SIDECAR_NAMES] if self.spec.plan is not None else []
+        product: torch.Tensor = torch.ops.svsk.matmul(x, tensors["words"], tensors["scale"], bias, side, self.code)
         return product
 
     @torch.no_grad()
@@ -153,11 +138,11 @@ class SvskMatmul:
 
         device = tensors["words"].device
         counters.reset(device)
-        limits = [choice.max_m for choice in choices_for(gpu_of(device), *self._code[:3]) if choice.max_m is not None]
+        limits = [choice.max_m for choice in choices_for(gpu_of(device), *self.code[:3]) if choice.max_m is not None]
         sizes = {1, 16, 17, *limits, *(limit + 1 for limit in limits)}  # shrink's own blocks change at 16
         for some in (None,) if bias is None else (bias, None):  # row-parallel layers add the bias on one rank only
             for m in sorted(sizes):
-                self(torch.zeros(m, self.shape.k, dtype=self.dtype, device=device), tensors, some)
+                self(torch.zeros(m, self.spec.k, dtype=self.spec.dtype, device=device), tensors, some)
 
 
 def _matmul(

@@ -4,13 +4,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Literal
 
 import torch
 
 from svsk_kernels.plan import Bundle, SidecarPlan, SlotGroup
 from svsk_vllm.format import QuantizedLinear, SvskFormatError
 
-__all__ = ["FusedLinear", "fuse"]
+__all__ = ["FusedLinear", "fuse", "pack_words"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class FusedLinear:
     u: torch.Tensor  # int8
     v: torch.Tensor  # int8
     gain: torch.Tensor  # float32
-    num_bits: int  # 4 when all factors have 4 bits
+    num_bits: Literal[4, 8]  # 4 when all factors have 4 bits
 
 
 @dataclass
@@ -57,7 +58,7 @@ def fuse(linears: Sequence[QuantizedLinear]) -> FusedLinear:
             bounds = (*range(0, grid.k, grid.tile_cols), grid.k)
             _add_slots(bundles.setdefault(bounds, _Members()), linear, bounds, row)
         row += linear.spec.n
-    packed = torch.cat([_packed(linear.codes) for linear in linears])
+    packed = torch.cat([pack_words(linear.codes) for linear in linears])
     scale = torch.cat([linear.scale for linear in linears])
     if not bundles:
         empty = torch.empty(0, dtype=torch.int8)
@@ -74,11 +75,12 @@ def fuse(linears: Sequence[QuantizedLinear]) -> FusedLinear:
     )
 
 
-def _packed(codes: torch.Tensor) -> torch.Tensor:
-    """Codes int8 [N, K] as int32 [N, K / 8], without compressed-tensors, which a kernel's machine need not have."""
-    nibbles = (codes.to(torch.int64) + 8).unflatten(1, (-1, 8))
-    words = (nibbles << torch.arange(0, 32, 4, device=codes.device)).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+def pack_words(codes: torch.Tensor) -> torch.Tensor:
+    """Codes int8 [N, K] as int32 [N, K / 8], as ``svsk_vllm.format.pack_codes`` does, which needs another library."""
+    packed = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int32, device=codes.device)
+    for place in range(8):
+        packed |= (codes[:, place::8].to(torch.int32) + 8) << (4 * place)
+    return packed
 
 
 def _add_slots(members: _Members, linear: QuantizedLinear, bounds: tuple[int, ...], row: int) -> None:

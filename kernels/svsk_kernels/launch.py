@@ -81,6 +81,7 @@ class Base:
 class _Counters:
     """Zeroed counters for programs that meet, apart for every stream of a device; kernels leave them zero.
 
+    The shrink kernel has counters of its own: a kernel launched with ``pdl`` runs, and counts, beside it.
     All are allocated at the first use on a device, which the warm-up makes before any graph is captured. Graphs
     captured on one stream must not be replayed at the same time on several.
     """
@@ -109,6 +110,12 @@ class _Counters:
         if row >= _STREAMS:
             raise RuntimeError(f"{device}: the SVSK kernels were called on more than {_STREAMS} streams.")
         return self._tensors[device][row]
+
+    def busy(self, device: torch.device) -> int:
+        """How many counters of all streams are not zero, which none must be; waits for the device."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return int(self._tensors[device].count_nonzero()) if device in self._tensors else 0
 
     def reset(self, device: torch.device) -> None:
         """Zero all counters of a device: memory that an engine put to sleep comes back with any content."""

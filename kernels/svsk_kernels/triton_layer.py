@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels as a kernel for whole layers."""
 
+import dataclasses
 from typing import Any, Final
 
 import torch
 
-from svsk_kernels.dispatch import LayerShape, SvskMatmul
+from svsk_kernels.dispatch import SvskMatmul
 from svsk_kernels.layer import LayerSpec, replace_parameters
 from svsk_kernels.layout import PlanarSidecar, Tiles
 
@@ -31,19 +32,19 @@ class TritonKernel:
         obstacle = self.obstacle(spec, device)
         if obstacle:
             raise ValueError(obstacle)
-        self.matmul = SvskMatmul(_shape(spec), spec.dtype)
+        self.matmul = SvskMatmul(_packable(spec))
         self.names = _BASE | (_SIDECAR if spec.plan else {})
 
     @staticmethod
     def obstacle(spec: LayerSpec, device: torch.device) -> str | None:
         """Why the kernels do not take a layer; None when they do."""
-        works, reason = SvskMatmul.can_implement(_shape(spec), spec.dtype, device)
+        works, reason = SvskMatmul.can_implement(spec, device)
         return None if works else reason
 
     def prepare(self, layer: Any) -> None:
         """Replace the loaded parameters by run-time tensors, and compile all that any number of rows may need."""
         sidecar = (None, None, None)
-        if self.matmul.shape.plan is not None:
+        if self.matmul.spec.plan is not None:
             sidecar = (layer.sidecar_u.data, layer.sidecar_v.data, layer.sidecar_gain.data)
         tensors = self.matmul.prepare(layer.weight_packed.data, layer.weight_scale.data, *sidecar)
         replace_parameters(layer, {self.names[name]: tensor for name, tensor in tensors.items()})
@@ -54,7 +55,6 @@ class TritonKernel:
         return self.matmul(x, {name: getattr(layer, stored) for name, stored in self.names.items()}, bias)
 
 
-def _shape(spec: LayerSpec) -> LayerShape:
-    """4-bit factors stay packed where all have them and tiles are aligned, as the kernels want it."""
-    bits = spec.factor_bits if Tiles.of(spec.plan).aligned else 8
-    return LayerShape(spec.n, spec.k, spec.group_size, spec.codebook, spec.plan, bits)
+def _packable(spec: LayerSpec) -> LayerSpec:
+    """4-bit factors stay packed only where tiles are aligned: elsewhere the kernels would take too many registers."""
+    return spec if Tiles.of(spec.plan).aligned else dataclasses.replace(spec, factor_bits=8)

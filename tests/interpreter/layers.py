@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from svsk_kernels.dispatch import LayerShape, SvskMatmul
+from svsk_kernels import LayerSpec
+from svsk_kernels.dispatch import SvskMatmul
 from svsk_kernels.fused import FusedLinear, fuse
 from svsk_kernels.launch import Base
 from svsk_kernels.layout import PlanarSidecar, Tiles, plane_length
@@ -30,7 +31,7 @@ class Layer:
 
     @property
     def base(self) -> Base:
-        shape = self.matmul.shape
+        shape = self.matmul.spec
         words, scale = self.tensors["words"], self.tensors["scale"]
         plane = plane_length(shape.k)
         return Base(words, scale, shape.n, shape.k, plane, shape.group_size, shape.codebook == "quad8")
@@ -59,8 +60,8 @@ def make_layer(k: int, dtype: torch.dtype, *parts: dict[str, Any], **common: Any
         linears.append(random_linear(LinearSpec(f"m.{seed}", n, k, make_group(**arguments), dtype), seed))
     fused = fuse(linears)
     weights = linears[0].spec.scheme.weights
-    shape = LayerShape(fused.packed.shape[0], k, weights.group_size, weights.codebook, fused.plan, fused.num_bits)
-    matmul = SvskMatmul(shape, dtype)
+    spec = LayerSpec(fused.packed.shape[0], k, weights.group_size, weights.codebook, dtype, fused.plan, fused.num_bits)
+    matmul = SvskMatmul(spec)
     return Layer(linears, fused, matmul, matmul.prepare(fused.packed, fused.scale, fused.u, fused.v, fused.gain))
 
 

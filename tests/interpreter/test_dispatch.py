@@ -8,8 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from svsk_kernels import tuning
-from svsk_kernels.dispatch import LayerShape, SvskMatmul, gpu_of
+from svsk_kernels import LayerSpec, tuning
+from svsk_kernels.dispatch import SvskMatmul, gpu_of
 from svsk_kernels.tuning import Choice, Entry, Gpu, TuningError, choice_for, choices_for, heuristic_choices, table_name
 from tests.interpreter.layers import BOUNDS, activations, make_layer, relative_error
 
@@ -57,7 +57,7 @@ def test_op_and_its_fake_agree() -> None:
     x = activations(3, 128, torch.float16)[:, ::2]  # not contiguous
     assert relative_error(layer.matmul(x, layer.tensors), layer.expected(x)) < BOUNDS[torch.float16]
     side = [value for name, value in layer.tensors.items() if name.startswith("sidecar_")]
-    arguments = (x, layer.tensors["words"], layer.tensors["scale"], None, side, layer.matmul.shape.encode())
+    arguments = (x, layer.tensors["words"], layer.tensors["scale"], None, side, layer.matmul.code)
     torch.library.opcheck(torch.ops.svsk.matmul.default, arguments, test_utils=("test_schema", "test_faketensor"))
     assert layer.matmul(x[:0], layer.tensors).shape == (0, 40)
 
@@ -74,14 +74,13 @@ def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_refusals_say_why() -> None:
-    shape = LayerShape(64, 64, 64, "int4", None)
-    assert SvskMatmul.can_implement(shape, torch.float16, CPU) == (True, "")
-    for changed, dtype, device, reason in (
-        (shape, torch.float32, CPU, "activations are torch.float32"),
-        (LayerShape(64, 64, 128, "int4", None), torch.float16, CPU, "groups of 128"),
-        (LayerShape(64, 40, 32, "int4", None), torch.float16, CPU, "40 columns per rank"),
+    assert SvskMatmul.can_implement(LayerSpec(64, 64, 64, "int4", torch.float16), CPU) == (True, "")
+    for spec, reason in (
+        (LayerSpec(64, 64, 64, "int4", torch.float32), "activations are torch.float32"),
+        (LayerSpec(64, 64, 128, "int4", torch.float16), "groups of 128"),
+        (LayerSpec(64, 40, 32, "int4", torch.float16), "40 columns per rank"),
     ):
-        works, why = SvskMatmul.can_implement(changed, dtype, device)
+        works, why = SvskMatmul.can_implement(spec, CPU)
         assert not works
         assert reason in why
 

@@ -103,7 +103,7 @@ def test_split_columns_add_up_and_leave_the_counters_zero(split: int, rank: int)
     found = run(layer, x, chosen, bias)
     assert relative_error(found, layer.expected(x) + bias.double()) < BOUNDS[torch.float16]
     assert torch.equal(found, run(layer, x, chosen, bias))
-    assert not counters.get(x.device).any()
+    assert counters.busy(x.device) == 0
 
 
 @pytest.mark.parametrize("num_bits", [4, 8])
@@ -113,7 +113,14 @@ def test_tiles_longer_than_a_job(num_bits: int) -> None:
     x = activations(18, 4352, torch.float16)
     found = run(layer, x, choice("decode", layer, block_m=32))
     assert relative_error(found, layer.expected(x)) < BOUNDS[torch.float16]
-    assert not counters.get(x.device).any()
+    assert counters.busy(x.device) == 0
+
+
+def test_kernels_that_run_side_by_side_count_apart() -> None:
+    """With dependent launch the decode kernel counts while the shrink kernel still does."""
+    device = torch.device("cpu")
+    shrinks, own = counters.get(device)
+    assert own.data_ptr() + own.nbytes <= shrinks.data_ptr()
 
 
 def test_more_jobs_than_counters_and_counters_of_any_content(monkeypatch: pytest.MonkeyPatch) -> None:

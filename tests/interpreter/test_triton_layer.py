@@ -29,7 +29,7 @@ def test_loaded_layer(rank: int, tile_n: int, bits: int, packed_bits: int) -> No
         spec, layer = loaded_layer(source, torch.float16)
         spec = LayerSpec(**{**vars(spec), "factor_bits": bits})
         kernel = TritonKernel(spec, CPU)
-        assert kernel.matmul.shape.num_bits == packed_bits
+        assert kernel.matmul.spec.factor_bits == packed_bits
         kernel.prepare(layer)
         answers.append(kernel(layer, x, bias))
     assert relative_error(answers[0], expected) < BOUNDS[torch.float16]
