@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers for the kernels' tests: linears with random content, fused and repacked."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from svsk_kernels import LayerSpec
+from svsk_kernels.bench.layers import BenchLayer
 from svsk_kernels.dispatch import SvskMatmul
 from svsk_kernels.fused import FusedLinear, fuse
-from svsk_kernels.launch import Base
-from svsk_kernels.layout import PlanarSidecar, Tiles, plane_length
-from svsk_kernels.naive import naive_matmul
-from svsk_vllm.format import LinearSpec, QuantizedLinear
+from svsk_vllm.format import LinearSpec
 from tests.support.format_builders import make_group, random_linear
 
 # Triton's interpreter truncates where it converts float32 to bfloat16, which doubles the error of rounding.
@@ -21,34 +18,10 @@ BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @dataclass(frozen=True)
-class Layer:
+class Layer(BenchLayer):
     """A layer in every form."""
 
-    linears: Sequence[QuantizedLinear]
     fused: FusedLinear
-    matmul: SvskMatmul
-    tensors: dict[str, torch.Tensor]
-
-    @property
-    def base(self) -> Base:
-        shape = self.matmul.spec
-        words, scale = self.tensors["words"], self.tensors["scale"]
-        plane = plane_length(shape.k)
-        return Base(words, scale, shape.n, shape.k, plane, shape.group_size, shape.codebook == "quad8")
-
-    @property
-    def sidecar(self) -> PlanarSidecar | None:
-        if self.fused.plan is None:
-            return None
-        return PlanarSidecar(*(self.tensors[f"sidecar_{name}"] for name in PlanarSidecar.names()))
-
-    @property
-    def tiles(self) -> Tiles:
-        return Tiles.of(self.fused.plan)
-
-    def expected(self, x: torch.Tensor) -> torch.Tensor:
-        """The product in float64."""
-        return torch.cat([naive_matmul(x, linear) for linear in self.linears], dim=1)
 
 
 def make_layer(k: int, dtype: torch.dtype, *parts: dict[str, Any], **common: Any) -> Layer:
@@ -62,7 +35,7 @@ def make_layer(k: int, dtype: torch.dtype, *parts: dict[str, Any], **common: Any
     weights = linears[0].spec.scheme.weights
     spec = LayerSpec(fused.packed.shape[0], k, weights.group_size, weights.codebook, dtype, fused.plan, fused.num_bits)
     matmul = SvskMatmul(spec)
-    return Layer(linears, fused, matmul, matmul.prepare(fused.packed, fused.scale, fused.u, fused.v, fused.gain))
+    return Layer(tuple(linears), matmul, matmul.prepare(fused.packed, fused.scale, fused.u, fused.v, fused.gain), fused)
 
 
 def activations(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
