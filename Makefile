@@ -2,6 +2,7 @@
 # `make demo` and `make test` do everything, the virtual environment included; `make help` lists the rest.
 
 VENV := .venv
+TRITON_TESTS := $(wildcard tests/kernels/test_inspect*.py tests/kernels/test_compiled*.py)
 VPY := $(VENV)/bin/python
 ARGS ?=
 
@@ -33,10 +34,10 @@ test: setup ## run the tests
 	$(if $(ARGS),,@TRITON_INTERPRET=1 $(VPY) -m pytest tests/interpreter)
 
 # Triton's own cache is kept out of it: each run compiles afresh.
-test-triton36: ## run the kernels' tests with the oldest supported Triton, in .venv-triton36
+test-triton36: ## run the Triton kernels' tests with the oldest supported Triton, in .venv-triton36
 	$(call setup_env,triton36)
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
-	TRITON_CACHE_DIR="$$cache" $(VENV)-triton36/bin/python -m pytest --confcutdir=tests/kernels tests/kernels $(ARGS)
+	TRITON_CACHE_DIR="$$cache" $(VENV)-triton36/bin/python -m pytest --confcutdir=tests/kernels $(TRITON_TESTS) $(ARGS)
 	$(if $(ARGS),,@TRITON_INTERPRET=1 $(VENV)-triton36/bin/python -m pytest --confcutdir=tests/interpreter tests/interpreter)
 
 setup: ## make .venv for a CPU from the pinned packages (Linux x86-64, Python 3.11)
