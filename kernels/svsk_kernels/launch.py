@@ -12,7 +12,7 @@ import triton.language as tl
 from svsk_kernels.decode import decode_kernel
 from svsk_kernels.fold import fold_kernel
 from svsk_kernels.gemm import gemm_kernel
-from svsk_kernels.layout import FOLD_ROWS, PlanarSidecar, Tiles
+from svsk_kernels.layout import FOLD_ROWS, PlanarSidecar, Tiles, v_pitch
 from svsk_kernels.shrink import shrink_kernel
 from svsk_kernels.tuning import Choice
 from svsk_vllm.format.geometry import ceil_div
@@ -204,7 +204,6 @@ def shrink(x: torch.Tensor, sidecar: PlanarSidecar, num_bits: int, tiles: Tiles,
     z = x.new_empty(m, sidecar.gain.numel())
     num_jobs, blocks = sidecar.jobs.shape[0], ceil_div(m, block)
     v_rows = sidecar.v_table.shape[1]
-    pitch = ceil_div(x.shape[1], 128) * 64 if num_bits == 4 else ceil_div(x.shape[1], 16) * 16
     partial = x.new_empty(num_jobs * m * 16 if tiles.long else 1, dtype=torch.float32)
     counts = counters.get(x.device)[0]
     if tiles.long and num_jobs * blocks > _COUNTERS:
@@ -212,8 +211,8 @@ def shrink(x: torch.Tensor, sidecar: PlanarSidecar, num_bits: int, tiles: Tiles,
     options = {} if INTERPRETED else {"num_warps": shrink_warps(tiles), "enable_fp_fusion": True}
     shrink_kernel[(num_jobs, blocks)](
         x, sidecar.v, sidecar.gain, sidecar.v_table, sidecar.jobs, z, partial, counts,
-        m, x_stride(x), pitch, v_rows, z.stride(0), **shrink_constants(block, num_bits, tiles, pdl),
-        DT=_types(x.dtype, None)["DT"], **options,
+        m, x_stride(x), v_pitch(x.shape[1], num_bits), v_rows, z.stride(0),
+        **shrink_constants(block, num_bits, tiles, pdl), DT=_types(x.dtype, None)["DT"], **options,
     )  # fmt: skip
     return z
 
@@ -298,10 +297,10 @@ def fold(
     tensors = (scale,) * 6 if sidecar is None else (
         sidecar.row_table, sidecar.u, sidecar.v, sidecar.gain, sidecar.slot_table, sidecar.block_slots
     )  # fmt: skip
-    pitch = ceil_div(base.k, 128) * 64 if num_bits == 4 else ceil_div(base.k, 16) * 16
     options = {} if INTERPRETED else {"num_warps": FOLD_WARPS, "enable_fp_fusion": True}
     fold_kernel[(blocks, base.k_padded // (4 * base.plane))](
-        base.words, scale, *tensors, out, rows.start, base.k, base.n_padded, base.words.stride(0), pitch,
+        base.words, scale, *tensors, out, rows.start, base.k, base.n_padded, base.words.stride(0),
+        v_pitch(base.k, num_bits),
         **fold_constants(num_bits if sidecar is not None else 0), **base.constants, **_types(dtype, asm),
         **options,
     )  # fmt: skip

@@ -43,6 +43,7 @@ __all__ = [
     "unpack_base",
     "unpack_scale",
     "unpack_sidecar",
+    "v_pitch",
     "z_alignment",
 ]
 
@@ -226,7 +227,7 @@ def _v_rows(plan: SidecarPlan) -> list[int]:
     return starts
 
 
-def _v_pitch(k: int, num_bits: int) -> int:
+def v_pitch(k: int, num_bits: int) -> int:
     """Bytes of a row of V."""
     return ceil_div(k, 2 * _V_HALF) * _V_HALF if num_bits == 4 else ceil_div(k, 16) * 16
 
@@ -296,7 +297,7 @@ def pack_sidecar(
     gains = torch.zeros(columns, dtype=torch.float32, device=device)
     used = torch.zeros(columns, dtype=torch.uint8, device=device)
     slot_table = torch.zeros(len(slots), 8, dtype=torch.int32)
-    pitch = _v_pitch(k, num_bits)
+    pitch = v_pitch(k, num_bits)
     v_all = torch.zeros(starts[-1], pitch * (2 if num_bits == 4 else 1), dtype=torch.int8, device=device)
     for start, bundle, part in zip(starts, plan.bundles, _bundle_views(plan, v), strict=False):
         for b, (first, stop) in enumerate(pairwise(bundle.bounds)):
@@ -344,7 +345,7 @@ def unpack_sidecar(
     u = torch.zeros(plan.u_numel, dtype=torch.int8, device=packed.u.device)
     v = torch.zeros(plan.v_numel, dtype=torch.int8, device=packed.u.device)
     gain = torch.zeros(plan.gain_numel, dtype=torch.float32, device=packed.u.device)
-    pitch = _v_pitch(k, num_bits)
+    pitch = v_pitch(k, num_bits)
     rows_of_v = _read(packed.v[: starts[-1] * pitch].view(starts[-1], pitch), num_bits, _V_HALF)
     for start, bundle, part in zip(starts, plan.bundles, _bundle_views(plan, v), strict=False):
         for b, (first, stop) in enumerate(pairwise(bundle.bounds)):
