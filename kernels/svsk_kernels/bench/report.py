@@ -31,8 +31,11 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a file, so that at no time there is half of one; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)  # noqa: PTH105
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # a machine that goes away must not leave a name without its content
+    partial.replace(path)
 
 
 class Report:
