@@ -214,5 +214,5 @@ def load_report(path: str | Path) -> BenchReport:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise EvalError(
-            f"{path}: not a file of this version's `svsk bench --json`: {where}: {first['msg']}. Run the benchmark again."
+            f"{path}: not a file of this version's `svsk bench --json`: {where}: {first['msg']}. Run it again."
         ) from error
