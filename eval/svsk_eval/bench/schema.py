@@ -123,10 +123,10 @@ class ModelRun(_Model):
     Attributes:
         label: name in reports, unique in one.
         model: last part of the folder's path, or the hub name.
-        fingerprint: SHA-256 over the folder's config and the names, sizes and headers of its weight files.
+        fingerprint: SHA-256 over the folder's configuration, tokenizer and weights.
         method: quantisation method that its config declares, ``none`` for a dense model.
         bpw: bits stored per weight of the linears that are quantised in the variants; None where it cannot be told.
-        size_bytes: of all its weight files; None for a hub name.
+        size_bytes: of all its weight files.
         dtype: of the arithmetic.
         generation: speed; None if every item came from an earlier run, or no task generates.
         tasks: by name.
@@ -138,7 +138,7 @@ class ModelRun(_Model):
     fingerprint: str
     method: str
     bpw: float | None
-    size_bytes: int | None
+    size_bytes: int
     dtype: str
     generation: Generation | None
     tasks: dict[str, TaskRun]

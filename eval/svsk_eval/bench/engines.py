@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lm-eval's models for vLLM and transformers, with every answer written to a journal as it is finished.
+
+Requests whose answer is in the journal are not run. The prompts, stop strings and settings are lm-eval's own; vLLM is
+fed request by request instead of in one call, because a call returns only when its last answer is finished.
+"""
+
+import importlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import maybe_truncate, normalize_gen_kwargs, postprocess_generated_text
+
+from svsk_eval.bench.journal import Generated, Journal, Likelihood, request_keys
+from svsk_eval.errors import EvalError
+
+__all__ = ["JournaledModel", "hf_model", "vllm_model"]
+
+_WAITING: Final = 1024
+"""Requests given to vLLM at a time: enough to fill any batch, few enough to take no memory to speak of."""
+
+Progress = Callable[[int, int], None]
+"""Called with the numbers of requests that have an answer and that were asked for so far."""
+
+
+class Clock:
+    """Tokens that were generated, and how long it took."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Do ``work`` and count its time."""
+        start = time.perf_counter()
+        try:
+            work()
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+class JournaledModel(TemplateLM):
+    """What both engines share: look into the journal, run the rest, answer in order.
+
+    Attributes:
+        journal: answers, old and new.
+        clock: of generation, new answers only.
+    """
+
+    journal: Journal
+    clock: Clock
+
+    def attach(self, journal: Journal, progress: Progress) -> None:
+        """Set what lm-eval's constructor does not know."""
+        self.journal, self.clock = journal, Clock()
+        self._progress = progress
+        self._done = self._asked = 0
+
+    def generated(self, requests: Iterable[tuple[str, dict[str, Any]]]) -> list[Generated]:
+        """The kept answers to ``generate_until`` requests (prompt, settings), all of one task and in its order.
+
+        Raises:
+            KeyError: one has not been run.
+        """
+        return [self.journal.generated(key) for key in self._generation_keys(list(requests))]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        arguments = [request.args for request in requests]
+        keys = self._generation_keys(arguments)
+        todo = self._missing(keys)
+        if todo:
+            self.clock.run(lambda: self._generate([(keys[i], *arguments[i]) for i in todo]))
+        return [self.journal.generated(key).text for key in keys]
+
+    def _generation_keys(self, arguments: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+        sampled = any(_is_sampled(settings) for _, settings in arguments)
+        return request_keys("generate_until", arguments, numbered=sampled)
+
+    def _generate(self, requests: list[tuple[str, str, dict[str, Any]]]) -> None:
+        """Run requests (key, prompt, settings) and keep their answers."""
+        raise NotImplementedError
+
+    def _missing(self, keys: Sequence[str]) -> list[int]:
+        """Indices of the first request of each key that has no answer; the others count as done."""
+        first: dict[str, int] = {}
+        for index, key in enumerate(keys):
+            if key not in self.journal:
+                first.setdefault(key, index)
+        self._asked += len(keys)
+        self._done += len(keys) - len(first)
+        self._progress(self._done, self._asked)
+        return list(first.values())
+
+    def _keep(self, key: str, answer: Generated | Likelihood) -> None:
+        self.journal.add(key, answer)
+        if isinstance(answer, Generated):
+            self.clock.tokens += answer.tokens
+        self._done += 1
+        self._progress(self._done, self._asked)
+
+
+def hf_model(arguments: dict[str, Any], journal: Journal, progress: Progress) -> JournaledModel:
+    """lm-eval's ``hf`` model with a journal; SVSK checkpoints are dequantised.
+
+    Args:
+        arguments: of :class:`lm_eval.models.huggingface.HFLM`.
+        journal: takes the answers.
+        progress: see :data:`Progress`.
+    """
+    importlib.import_module("svsk_vllm.hf")  # registers the method with transformers when it is imported
+    model = _JournaledHF(**arguments)
+    model.attach(journal, progress)
+    return model
+
+
+def vllm_model(arguments: dict[str, Any], journal: Journal, progress: Progress) -> JournaledModel:
+    """lm-eval's ``vllm`` model with a journal.
+
+    Args:
+        arguments: of lm-eval's class; what it does not know goes to :class:`vllm.LLM`.
+        journal: takes the answers.
+        progress: see :data:`Progress`.
+
+    Raises:
+        EvalError: vLLM is not installed, or replicas were asked for.
+    """
+    if int(arguments.get("data_parallel_size", 1)) > 1:
+        raise EvalError(
+            f"data_parallel_size={arguments['data_parallel_size']}: answers are kept one by one only from one engine. "
+            "Use tensor_parallel_size, or run the models on a GPU each."
+        )
+    try:
+        model_class = _vllm_class()
+    except ImportError as error:
+        raise EvalError(f"--engine vllm: vLLM is not installed ({error}). Install it, or use --engine hf.") from error
+    model: JournaledModel = model_class(**arguments)
+    model.attach(journal, progress)
+    return model
+
+
+class _JournaledHF(JournaledModel, HFLM):
+    """HFLM tells its cache hook of each answer after each batch: this class is that hook."""
+
+    def attach(self, journal: Journal, progress: Progress) -> None:
+        super().attach(journal, progress)
+        self.cache_hook = self
+        self._rows: list[tuple[int, bool]] = []
+        self._keys: dict[str, list[str]] = {}
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        keys = request_keys("loglikelihood", (request.args for request in requests))
+        if todo := self._missing(keys):
+            super().loglikelihood([requests[i] for i in todo], disable_tqdm=disable_tqdm)
+        found = [self.journal.likelihood(key) for key in keys]
+        return [(answer.logprob, bool(answer.greedy)) for answer in found]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        keys = request_keys("loglikelihood_rolling", (request.args for request in requests))
+        if todo := self._missing(keys):
+            super().loglikelihood_rolling([requests[i] for i in todo], disable_tqdm=disable_tqdm)
+        return [self.journal.likelihood(key).logprob for key in keys]
+
+    def add_partial(self, attr: str, req: tuple[Any, ...], res: Any) -> None:
+        """lm-eval's cache hook: an answer is finished."""
+        if attr == "generate_until":
+            tokens, stopped = self._rows.pop(0)
+            key = self._keys[request_keys(attr, [req])[0]].pop(0)
+            self._keep(key, Generated(text=res, tokens=tokens, stopped=stopped))
+        elif attr == "loglikelihood":
+            self._keep(request_keys(attr, [req])[0], Likelihood(logprob=res[0], greedy=res[1]))
+        else:
+            self._keep(request_keys(attr, [req])[0], Likelihood(logprob=res, greedy=None))
+
+    def _generate(self, requests: list[tuple[str, str, dict[str, Any]]]) -> None:
+        from lm_eval.api.instance import Instance
+
+        instances = []
+        self._keys = {}
+        for index, (key, prompt, settings) in enumerate(requests):
+            instances.append(Instance("generate_until", {}, (prompt, settings), index))
+            self._keys.setdefault(request_keys("generate_until", [(prompt, settings)])[0], []).append(key)
+        HFLM.generate_until(self, instances)
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
+        output: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)
+        self._rows = [self._ending(row, stop) for row in output[:, context.shape[1] :].tolist()]
+        return output
+
+    def _ending(self, row: list[int], stop: list[str]) -> tuple[int, bool]:
+        """Tokens of an answer up to its end, and whether it has one; a batch runs on until its last answer ends."""
+        ends = self.model.generation_config.eos_token_id
+        ends = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
+        length = next((i + 1 for i, token in enumerate(row) if token in ends), None)
+        text = self.tok_decode(row[:length], skip_special_tokens=False)
+        if not any(term and term in text for term in stop):
+            return (len(row), False) if length is None else (length, True)
+        low, high = 1, length or len(row)  # the fewest tokens whose text holds a stop string
+        while low < high:
+            middle = (low + high) // 2
+            text = self.tok_decode(row[:middle], skip_special_tokens=False)
+            low, high = (low, middle) if any(term and term in text for term in stop) else (middle + 1, high)
+        return low, True
+
+
+def _vllm_class() -> type[JournaledModel]:
+    """The class for vLLM, whose import starts vLLM."""
+    from lm_eval.models.vllm_causallms import VLLM
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
+
+    class JournaledVLLM(JournaledModel, VLLM):
+        def _generate(self, requests: list[tuple[str, str, dict[str, Any]]]) -> None:
+            eos = self.tokenizer.decode(self.eot_token_id) or self.tokenizer.eos_token
+            encoded = self.tok_encode([prompt for _, prompt, _ in requests])
+            prompts, params, stops = [], [], []
+            for tokens, (key, _, settings) in zip(encoded, requests, strict=True):
+                kwargs, until, limit = self.modify_gen_kwargs(
+                    dict(settings), eos=eos, default_max_gen_toks=self.max_gen_toks
+                )
+                tokens, limit = maybe_truncate(
+                    tokens, max_gen_toks=limit, max_model_len=self.max_length, side=self.truncation_side
+                )
+                if _is_sampled(settings):
+                    # A seed of its own, so that an answer does not depend on what else is in the batch.
+                    kwargs.setdefault("seed", (self.model_args["seed"] + int(key[:8], 16)) % 2**32)
+                # A thinking model may write the task's stop strings while it thinks: they are applied afterwards.
+                stop = [eos] if self.think_end_token else until
+                prompts.append(tokens)
+                stops.append(until)
+                params.append(SamplingParams(max_tokens=limit, stop=stop, **kwargs))
+            for index, output in self._stream(prompts, params):
+                answer = output.outputs[0]
+                if answer.finish_reason not in ("stop", "length"):
+                    raise EvalError(f"vLLM ended a request with {answer.finish_reason!r}, expected 'stop' or 'length'.")
+                text = postprocess_generated_text(answer.text, stops[index], self.think_end_token)
+                stopped = answer.finish_reason == "stop"
+                self._keep(requests[index][0], Generated(text=text, tokens=len(answer.token_ids), stopped=stopped))
+
+        def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            longest = self.max_length - 1  # vLLM generates one token at least
+            inputs, contexts = [], []
+            for _, context, continuation in requests:
+                tokens = (context + continuation)[-longest:]
+                inputs.append(tokens)
+                contexts.append(len(tokens) - len(continuation))
+                if contexts[-1] < 1:
+                    raise EvalError(
+                        f"A continuation of {len(continuation)} tokens does not fit the model's {self.max_length}. "
+                        "Give a larger max_model_len."
+                    )
+            keys = request_keys("loglikelihood", zip(inputs, contexts, strict=True))
+            todo = self._missing(keys)
+            asked = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
+            for index, output in self._stream([inputs[i] for i in todo], [asked] * len(todo)):
+                found = todo[index]
+                logprob, greedy = self._parse_logprobs(inputs[found], output, contexts[found])
+                self._keep(keys[found], Likelihood(logprob=logprob, greedy=greedy))
+            answers = [self.journal.likelihood(key) for key in keys]
+            return [(answer.logprob, bool(answer.greedy)) for answer in answers]
+
+        def _stream(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+            """Outputs with the numbers of their requests, as they finish; longest prompts first."""
+            engine = self.model.llm_engine
+            order = iter(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
+            running = 0
+            while True:
+                while running < _WAITING and (index := next(order, None)) is not None:
+                    own = params[index].clone()
+                    own.output_kind = RequestOutputKind.FINAL_ONLY
+                    prompt = TokensPrompt(prompt_token_ids=prompts[index])
+                    engine.add_request(str(index), prompt, own, lora_request=self.lora_request)
+                    running += 1
+                if not running:
+                    return
+                for output in engine.step():
+                    if output.finished:
+                        running -= 1
+                        yield int(output.request_id), output
+
+    return JournaledVLLM
+
+
+def _is_sampled(settings: dict[str, Any]) -> bool:
+    """Whether an answer is drawn at random, by lm-eval's rules."""
+    normal = normalize_gen_kwargs(settings)
+    return bool(normal.get("do_sample")) or float(normal.get("temperature", 0.0)) > 0

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model folder tells without being loaded: identity, method, size, bits per weight. Any quantiser's."""
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from svsk_eval.errors import EvalError
+from svsk_vllm.format import ShardedReader, SvskFormatError
+from svsk_vllm.format.shards import read_json
+from svsk_vllm.format.spec import TensorSpec
+
+__all__ = ["Folder", "bits_per_weight", "read_folder"]
+
+_IDENTITY: Final = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", "*.bin", "*.gguf")
+_DENSE: Final = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model folder.
+
+    Attributes:
+        path: the folder.
+        fingerprint: SHA-256 over configuration, tokenizer and weights.
+        method: ``quant_method`` of its configuration, ``none`` for a dense model.
+        size_bytes: of its weight files.
+        tensors: by name; empty where the weights are not safetensors.
+    """
+
+    path: Path
+    fingerprint: str
+    method: str
+    size_bytes: int
+    tensors: dict[str, TensorSpec]
+
+    @property
+    def modules(self) -> dict[str, dict[str, TensorSpec]]:
+        """Tensors by the module they belong to, and by the rest of their names."""
+        found: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
+        for name, stored in self.tensors.items():
+            # bitsandbytes puts the state of a weight under the weight's own name
+            module, dot, rest = name.partition(".weight.")
+            if not dot:
+                module, _, rest = name.rpartition(".")
+            found[module][rest] = stored
+        return dict(found)
+
+
+def read_folder(path: Path) -> Folder:
+    """Look at a model folder; reads all its files once.
+
+    Raises:
+        EvalError: it is not a model folder, or a file in it is damaged.
+    """
+    try:
+        config = read_json(path / "config.json")
+    except (OSError, SvskFormatError) as error:
+        raise EvalError(f"{path}: not a model folder. {error}") from error
+    files = sorted({file for pattern in _IDENTITY for file in path.glob(pattern)})
+    weights = [file for file in files if file.suffix in (".safetensors", ".bin", ".gguf")]
+    if not weights:
+        raise EvalError(f"{path}: has no weights, expected *.safetensors files.")
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            digest = hashlib.sha256()
+            while block := handle.read(1 << 22):
+                digest.update(block)
+        whole.update(f"{file.name} {digest.hexdigest()}\n".encode())
+    tensors = {}
+    if any(file.suffix == ".safetensors" for file in weights):
+        try:
+            reader = ShardedReader(path)
+            tensors = {name: reader.describe(name) for name in reader.names}
+        except SvskFormatError as error:
+            raise EvalError(str(error)) from error
+    declared = config.get("quantization_config") or {}
+    return Folder(
+        path=path,
+        fingerprint=whole.hexdigest(),
+        method=str(declared.get("quant_method", "none")),
+        size_bytes=sum(file.stat().st_size for file in weights),
+        tensors=tensors,
+    )
+
+
+def bits_per_weight(reference: Folder, folders: Iterable[Folder]) -> list[float | None]:
+    """Bits stored per weight, over the linears of the reference that at least one of the folders stores otherwise.
+
+    Everything stored under a linear's name counts, but for its bias: codes, scales, zero points, permutations, factors.
+    The same linears are counted for all, so that a folder that leaves some of them dense pays for it.
+
+    Args:
+        reference: a dense model.
+        folders: the models to measure.
+
+    Returns:
+        One figure per folder; None where the folder names its linears otherwise or is not in safetensors, and for all
+        if no folder stores anything otherwise.
+    """
+    dense = {
+        name: parts["weight"]
+        for name, parts in reference.modules.items()
+        if "weight" in parts and parts["weight"].dtype in _DENSE and len(parts["weight"].shape) == 2
+    }
+    found = [folder.modules for folder in folders]
+    changed = {name for name, stored in dense.items() for parts in found if _is_changed(stored, parts.get(name))}
+    weights = sum(math.prod(dense[name].shape) for name in changed)
+    return [
+        sum(part.num_bits for name in changed for rest, part in parts[name].items() if rest != "bias") / weights
+        if weights and changed <= parts.keys()
+        else None
+        for parts in found
+    ]
+
+
+def _is_changed(dense: TensorSpec, parts: dict[str, TensorSpec] | None) -> bool:
+    if not parts:
+        return False
+    weight = parts.get("weight")
+    return weight is None or weight.dtype not in _DENSE or weight.shape != dense.shape

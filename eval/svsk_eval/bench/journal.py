@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The answers a model has given so far, on disk as they come: what a killed run has finished is not asked again."""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from svsk_eval.errors import EvalError
+
+__all__ = ["Answer", "Generated", "Journal", "Likelihood", "request_keys"]
+
+_SYNC_SECONDS: Final = 1.0
+
+
+class Generated(BaseModel):
+    """An answer to ``generate_until``.
+
+    Attributes:
+        text: after stop strings were cut off.
+        tokens: that were generated, an end-of-text token included.
+        stopped: whether it ended by itself, and not at the limit of tokens.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["generated"] = "generated"
+    text: str
+    tokens: int
+    stopped: bool
+
+
+class Likelihood(BaseModel):
+    """An answer to ``loglikelihood`` or ``loglikelihood_rolling``.
+
+    Attributes:
+        logprob: of the continuation, nats; of all tokens for ``loglikelihood_rolling``.
+        greedy: whether the continuation is what greedy decoding gives; None for ``loglikelihood_rolling``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    kind: Literal["likelihood"] = "likelihood"
+    logprob: float
+    greedy: bool | None
+
+
+Answer = Generated | Likelihood
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    key: str = Field(min_length=1)
+    answer: Annotated[Answer, Field(discriminator="kind")]
+
+
+_LINE: Final = TypeAdapter(_Line)
+
+
+def request_keys(kind: str, requests: Iterable[Sequence[Any]], *, numbered: bool = False) -> list[str]:
+    """Names under which answers are kept: SHA-256 of a request's kind and arguments.
+
+    Args:
+        kind: lm-eval's method, ``generate_until`` and the like.
+        requests: arguments that JSON can write.
+        numbered: tell equal requests apart by their order, for answers that are sampled; else they share one answer.
+    """
+    seen: Counter[str] = Counter()
+    keys = []
+    for arguments in requests:
+        text = json.dumps([kind, list(arguments)], sort_keys=True)
+        if numbered:
+            seen[text] += 1
+            text += f"#{seen[text]}"
+        keys.append(hashlib.sha256(text.encode()).hexdigest()[:32])
+    return keys
+
+
+class Journal:
+    """Answers by key in a file of JSON lines that only grows.
+
+    A line is flushed when it is written, and synced to disk at least once a second, so that a killed process loses
+    nothing and a machine that fails a second. What a killed process wrote of its last line is dropped.
+
+    Args:
+        path: the file; is made if there is none.
+
+    Raises:
+        EvalError: a line is damaged, or another process has the file open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise EvalError(
+                f"{path}: another run is writing to it. Wait for its end, or give another folder."
+            ) from error
+        self._answers = self._load()
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._answers
+
+    def generated(self, key: str) -> Generated:
+        """The generated answer under ``key``; KeyError if there is none."""
+        answer = self._answers[key]
+        assert isinstance(answer, Generated)
+        return answer
+
+    def likelihood(self, key: str) -> Likelihood:
+        """The likelihood under ``key``; KeyError if there is none."""
+        answer = self._answers[key]
+        assert isinstance(answer, Likelihood)
+        return answer
+
+    def add(self, key: str, answer: Answer) -> None:
+        """Keep an answer."""
+        self._file.write(_LINE.dump_json(_Line(key=key, answer=answer)) + b"\n")
+        self._file.flush()
+        self._answers[key] = answer
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            self._sync()
+
+    def close(self) -> None:
+        """Sync and close the file, which lets other processes have it."""
+        if not self._file.closed:
+            self._sync()
+            self._file.close()
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
+    def _load(self) -> dict[str, Answer]:
+        self._file.seek(0)
+        answers: dict[str, Answer] = {}
+        whole = 0
+        for number, line in enumerate(self._file, start=1):
+            if not line.endswith(b"\n"):
+                break  # cut off by a kill
+            try:
+                found = _LINE.validate_json(line)
+            except ValidationError as error:
+                raise EvalError(
+                    f"{self.path}, line {number}: is damaged ({error.errors()[0]['msg']}). Delete that line: its item "
+                    "will be run again."
+                ) from error
+            answers[found.key] = found.answer
+            whole += len(line)
+        self._file.truncate(whole)
+        self._file.seek(0, os.SEEK_END)
+        return answers
