@@ -142,9 +142,11 @@ def run(program: str, report: Report) -> None:
     reserve = bytearray(_RESERVE_BYTES)  # so that there is memory left to report that there is none
     try:
         exec(compile(program, _FILE, "exec", dont_inherit=True), module.__dict__)
-    except BaseException as error:
+    except MemoryError as error:
         del reserve
-        report(b"M" if isinstance(error, MemoryError) else b"F", _describe(error))
+        report(b"M", _describe(error))
+    except BaseException as error:
+        report(b"F", _describe(error))
     else:
         report(b"P", "")
 
