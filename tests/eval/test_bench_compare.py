@@ -3,6 +3,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from svsk_eval.bench.compare import (
     merge_reports,
     recovery_gate,
 )
+from svsk_eval.bench.pooling import pooled
 from svsk_eval.bench.schema import BenchReport, ModelRun, TextScores, load_report
-from svsk_eval.bench.statistics import holm, mcnemar_midp, pooled
+from svsk_eval.bench.statistics import holm, mcnemar_midp
 from svsk_eval.errors import EvalError
 from tests.eval.bench_reports import model_run, realistic, report, save, task_run
 
@@ -238,6 +241,22 @@ def test_files_that_cannot_be_written(tmp_path: Path, first: Path) -> None:
         with pytest.raises(EvalError, match="cannot be written"):
             compare_and_print(Console(file=stream), [first], html=path)
     assert stream.getvalue() == ""
+
+
+def test_only_a_page_needs_optional_packages(tmp_path: Path, first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = (
+        "import sys; sys.modules['matplotlib'] = sys.modules['jinja2'] = None\n"
+        "from pathlib import Path; from rich.console import Console\n"
+        "from svsk_eval.bench.compare import compare_and_print\n"
+        "compare_and_print(Console(), sys.argv[1:])"
+    )
+    found = subprocess.run([sys.executable, "-c", script, str(first)], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "w4" in found.stdout
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "svsk_eval.bench.html", raising=False)
+    with pytest.raises(EvalError, match=r"needs the package jinja2, .* pip install 'svsk-vllm\[eval\]'"):
+        compare_and_print(Console(file=io.StringIO()), [first], html=tmp_path / "out.html")
 
 
 def test_the_gate() -> None:

@@ -8,17 +8,16 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
+from svsk_eval.bench.pooling import Pooled, pooled
 from svsk_eval.bench.statistics import (
     Interval,
     Paired,
-    Pooled,
     bonett_price,
     bootstrap_interval,
     estimate,
     holm,
     mcnemar_midp,
     paired,
-    pooled,
     sign_flip_p,
 )
 from svsk_eval.errors import EvalError

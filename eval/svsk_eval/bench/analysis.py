@@ -8,8 +8,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from svsk_eval.bench.pooling import Pooled, pooled
 from svsk_eval.bench.schema import BenchReport, ModelRun, TaskRun
-from svsk_eval.bench.statistics import RESAMPLES, Estimate, Paired, Pooled, estimate, holm, paired, pooled
+from svsk_eval.bench.statistics import RESAMPLES, Estimate, Paired, estimate, holm, paired
 from svsk_eval.errors import EvalError
 
 __all__ = ["Analysis", "TaskComparison", "TaskEstimates", "VariantComparison", "analyse", "as_analysis", "check_tasks"]

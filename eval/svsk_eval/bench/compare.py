@@ -2,7 +2,7 @@
 """Put several files of ``svsk bench --json`` into one comparison, and hold variants to a minimum recovery."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -11,7 +11,6 @@ from rich.console import Console
 
 from svsk_eval.bench.analysis import Analysis, analyse, as_analysis, check_tasks
 from svsk_eval.bench.console import print_report
-from svsk_eval.bench.html import html_report
 from svsk_eval.bench.report_markdown import markdown_report
 from svsk_eval.bench.schema import BenchReport, ModelRun, TextScores, load_report
 from svsk_eval.errors import EvalError
@@ -152,8 +151,9 @@ def compare_and_print(
         html: for the report as one HTML page.
 
     Raises:
-        EvalError: the files cannot be compared, or a file cannot be written.
+        EvalError: the files cannot be compared, a file cannot be written, or a package that a page needs is absent.
     """
+    html_report = _html_report() if html is not None else None
     for path in (json_file, markdown, html):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise EvalError(f"{path}: cannot be written. Name a file in a folder that exists.")
@@ -167,7 +167,7 @@ def compare_and_print(
         write_json(json_file, {"files": [str(path) for path in files], **analysis.to_json()})
     if markdown is not None:
         write_text(markdown, markdown_report(analysis))
-    if html is not None:
+    if html is not None and html_report is not None:
         write_text(html, html_report(analysis))
     return analysis
 
@@ -205,6 +205,21 @@ def recovery_gate(report: BenchReport | Analysis, minimum: float) -> list[GateRe
             reason = f"recovery {recovery:.4f} is {'at least' if passed else 'below'} {minimum:g}"
             results.append(GateResult(variant.label, task.task, recovery, minimum, passed, reason))
     return results
+
+
+def _html_report() -> Callable[[Analysis], str]:
+    """The writer of pages, imported only where one is asked for: its packages are optional.
+
+    Raises:
+        EvalError: they are not installed.
+    """
+    try:
+        from svsk_eval.bench.html import html_report
+    except ModuleNotFoundError as error:
+        raise EvalError(
+            f"A report in HTML needs the package {error.name}, which is not installed: pip install 'svsk-vllm[eval]'."
+        ) from error
+    return html_report
 
 
 def _check_settings(first_path: str, first: BenchReport, path: str, report: BenchReport) -> list[str]:

@@ -20,17 +20,19 @@ from svsk_eval.errors import EvalError
 
 __all__ = [
     "LEVEL",
+    "RESAMPLES",
+    "SEED",
     "Estimate",
     "Interval",
     "Paired",
-    "Pooled",
+    "all_equal",
+    "batch_size",
     "bonett_price",
     "bootstrap_interval",
     "estimate",
     "holm",
     "mcnemar_midp",
     "paired",
-    "pooled",
     "sign_flip_p",
 ]
 
@@ -38,7 +40,7 @@ FloatArray = npt.NDArray[np.float64]
 
 LEVEL: Final = 0.95
 RESAMPLES: Final = 9999
-_SEED: Final = 20240229
+SEED: Final = 20240229
 _BATCH_ELEMENTS: Final = 2_000_000  # bounds the memory of resampling, whatever the number of items
 
 
@@ -101,35 +103,6 @@ class Paired:
     def recovery(self) -> float | None:
         """The variant's mean divided by the reference's; None unless the reference's is above zero."""
         return self.variant.value / self.reference.value if self.reference.value > 0 else None
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """A variant against the reference over several tasks, each task with the same weight.
-
-    Attributes:
-        tasks: that ``difference`` is over.
-        reference: mean of the reference's scores.
-        variant: mean of the variant's.
-        difference: variant - reference.
-        interval: of the difference, stratified bootstrap; None where undefined.
-        p: two-sided p-value of the difference being zero, sign flips.
-        recovery: mean of the tasks' recoveries, over ``recovery_tasks`` tasks; None if there is none.
-        recovery_interval: of the recovery, stratified bootstrap; None where undefined.
-        recovery_tasks: tasks with a recovery, those in which the reference scores above zero.
-        notes: what a reader of the figures should know, in sentences.
-    """
-
-    tasks: int
-    reference: float
-    variant: float
-    difference: float
-    interval: Interval | None
-    p: float
-    recovery: float | None
-    recovery_interval: Interval | None
-    recovery_tasks: int
-    notes: tuple[str, ...] = ()
 
 
 def bonett_price(lost: npt.ArrayLike, gained: npt.ArrayLike, n: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
@@ -198,7 +171,7 @@ def bootstrap_interval(differences: FloatArray, resamples: int = RESAMPLES) -> t
     """
     if len(differences) < 2:
         return None, "none", "There is one item, so nothing can be said about the spread."
-    if _all_equal(differences):
+    if all_equal(differences):
         same = float(differences[0])
         note = "All items differ by the same amount, so the bootstrap interval has no width and says nothing."
         return Interval(same, same), "bootstrap (percentile)", note
@@ -211,8 +184,8 @@ def bootstrap_interval(differences: FloatArray, resamples: int = RESAMPLES) -> t
                 method=method,
                 confidence_level=LEVEL,
                 n_resamples=resamples,
-                batch=_batch(len(differences)),
-                random_state=np.random.default_rng(_SEED),
+                batch=batch_size(len(differences)),
+                random_state=np.random.default_rng(SEED),
             ).confidence_interval
         if np.isfinite([found.low, found.high]).all():
             note = "" if method == "BCa" else "The BCa interval is undefined here; percentiles were used."
@@ -242,8 +215,8 @@ def sign_flip_p(differences: FloatArray, resamples: int = RESAMPLES) -> float:
             permutation_type="samples",
             vectorized=True,
             n_resamples=resamples,
-            batch=_batch(len(moved)),
-            random_state=np.random.default_rng(_SEED),
+            batch=batch_size(len(moved)),
+            random_state=np.random.default_rng(SEED),
         ).pvalue
     )
 
@@ -312,56 +285,6 @@ def paired(reference: FloatArray, variant: FloatArray, resamples: int = RESAMPLE
     )
 
 
-def pooled(pairs: Sequence[tuple[FloatArray, FloatArray]], resamples: int = RESAMPLES) -> Pooled:
-    """Compare two models over several tasks that count the same.
-
-    The bootstrap is stratified: items are drawn with replacement within each task, both models' together, and the
-    interval is by percentiles (Davison and Hinkley, *Bootstrap Methods and their Application*, 1997, section 3.2). The
-    tasks are taken as given: the interval says nothing about other tasks. The test flips the signs of the items'
-    differences, each divided by its task's number of items.
-
-    Args:
-        pairs: for each task the reference's and the variant's values, [n_t] each.
-        resamples: of the bootstrap and the sign flips.
-
-    Raises:
-        EvalError: there is no task.
-    """
-    if not pairs:
-        raise EvalError("There is no task to pool: expected at least one. Name tasks with --tasks.")
-    means = np.array([[one.mean(), other.mean()] for one, other in pairs])
-    judged = means[:, 0] > 0
-    notes: list[str] = []
-    interval = recovery_interval = None
-    if min(len(one) for one, _ in pairs) < 2:
-        notes.append("A task has one item, so there is no interval over tasks.")
-    elif all(_all_equal(other - one) for one, other in pairs):
-        notes.append("Within each task all items differ by the same amount, so there is no interval over tasks.")
-    else:
-        drawn = _stratified_means(pairs, resamples)
-        interval = _percentiles((drawn[:, :, 1] - drawn[:, :, 0]).mean(axis=1))
-        references, variants = drawn[:, judged, 0], drawn[:, judged, 1]
-        if judged.any() and (references > 0).all():
-            recovery_interval = _percentiles((variants / references).mean(axis=1))
-        elif judged.any():
-            notes.append("The reference scores too close to zero in a task for an interval of the mean recovery.")
-    if not judged.all():
-        notes.append(f"The reference scores zero or less in {int((~judged).sum())} task(s), which have no recovery.")
-    weighted = np.concatenate([(other - one) / len(one) for one, other in pairs])
-    return Pooled(
-        tasks=len(pairs),
-        reference=float(means[:, 0].mean()),
-        variant=float(means[:, 1].mean()),
-        difference=float((means[:, 1] - means[:, 0]).mean()),
-        interval=interval,
-        p=sign_flip_p(weighted, resamples),
-        recovery=float((means[judged, 1] / means[judged, 0]).mean()) if judged.any() else None,
-        recovery_interval=recovery_interval,
-        recovery_tasks=int(judged.sum()),
-        notes=tuple(notes),
-    )
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment: reject where the result is below a level, and errors stay below it in all tests.
 
@@ -384,7 +307,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 _BINARY: Final = "Bonett-Price interval, McNemar mid-p"
 
 
-def _all_equal(values: FloatArray) -> bool:
+def all_equal(values: FloatArray) -> bool:
     """Whether they are equal but for rounding, so that resampling them would measure nothing but that."""
     return bool(np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())))
 
@@ -393,24 +316,6 @@ def _mean(values: Any, axis: int) -> Any:
     return np.mean(values, axis=axis)
 
 
-def _batch(n: int) -> int:
+def batch_size(n: int) -> int:
+    """Resamples of ``n`` items to hold in memory at once."""
     return max(1, _BATCH_ELEMENTS // n)
-
-
-def _percentiles(values: FloatArray) -> Interval:
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(low), float(high))
-
-
-def _stratified_means(pairs: Sequence[tuple[FloatArray, FloatArray]], resamples: int) -> FloatArray:
-    """Means of reference and variant in resampled tasks, [resamples, tasks, 2]."""
-    rng = np.random.default_rng(_SEED)
-    found = np.empty((resamples, len(pairs), 2))
-    for task, (reference, variant) in enumerate(pairs):
-        n = len(reference)
-        for start in range(0, resamples, _batch(n)):
-            rows = min(_batch(n), resamples - start)
-            chosen = rng.integers(n, size=(rows, n))
-            found[start : start + rows, task, 0] = reference[chosen].mean(axis=1)
-            found[start : start + rows, task, 1] = variant[chosen].mean(axis=1)
-    return found
