@@ -13,7 +13,7 @@ from svsk_eval.task_data.code import (
     mbpp_instruct_programs,
     mbpp_programs,
     pass_at_k,
-    require_consent,
+    require_sandbox,
 )
 from svsk_eval.task_data.folder import load_task, task_manager, tasks_folder
 from svsk_eval.task_data.loaders import (
@@ -58,7 +58,7 @@ __all__ = [
     "mbpp_programs",
     "pass_at_k",
     "read_rows",
-    "require_consent",
+    "require_sandbox",
     "smoke_arithmetic",
     "smoke_copy",
     "smoke_facts",

@@ -21,7 +21,7 @@ __all__ = [
     "mbpp_instruct_programs",
     "mbpp_programs",
     "pass_at_k",
-    "require_consent",
+    "require_sandbox",
 ]
 
 Answers = Sequence[Sequence[str]]
@@ -85,18 +85,24 @@ def pass_at_k(
     return {name: math.fsum(values) / len(values) for name, values in found.items()}
 
 
-def require_consent(task: str) -> None:
-    """Stop before a model writes answers that cannot be scored.
+def require_sandbox(task: str) -> None:
+    """Find out before a model writes answers, and not hours later, whether they can be scored.
 
     Raises:
-        EvalError: there is no consent to running code.
+        EvalError: there is no consent to running code, or the sandbox does not work here.
     """
-    from svsk_eval.code import consent_given
+    from svsk_eval.code import consent_given, run_programs
 
     if not consent_given():
         raise EvalError(
             f"{task} runs programs that the model writes, and HF_ALLOW_CODE_EVAL is not 1. If you accept that, set "
             "HF_ALLOW_CODE_EVAL=1 (lm-eval also wants --confirm_run_unsafe_code); else leave this task out."
+        )
+    verdict = run_programs(["assert 1 + 1 == 2"], consent=True)[0]
+    if not verdict.passed:
+        raise EvalError(
+            f"{task} runs programs in a sandbox, and one that cannot fail did: {verdict.outcome} ({verdict.detail}). "
+            "Run it where the sandbox works, or leave this task out."
         )
 
 

@@ -10,7 +10,7 @@ from svsk_eval.errors import EvalError
 __all__ = ["load_task", "task_manager", "tasks_folder"]
 
 _MARKER: Final = "svsk_smoke.yaml"
-_INSTALLED: Final = f"share/svsk_vllm/tasks/{_MARKER}"
+_SHARED: Final = "share/svsk_vllm/tasks"
 _DISTRIBUTION: Final = "svsk-vllm"
 
 
@@ -23,21 +23,25 @@ def tasks_folder() -> Path:
     Raises:
         EvalError: it is in neither place.
     """
-    beside = Path(__file__).resolve().parents[2] / "tasks"
-    if (beside / _MARKER).is_file():
-        return beside
-    # The installer's own list of files knows where it put them, whatever the installation scheme.
+    source = Path(__file__).resolve().parents[2]  # eval/ of a checkout, else site-packages or pip's --target
+    places = [source / "tasks", source / _SHARED, *_recorded()]
+    for place in places:
+        if (place / _MARKER).is_file():
+            return place
+    raise EvalError(
+        f"The task files are in none of {', '.join(map(str, places))}. Install {_DISTRIBUTION} again, or run from a "
+        "checkout."
+    )
+
+
+def _recorded() -> list[Path]:
+    """Where the installer says it put the task files; it depends on the kind of environment."""
     try:
         files = metadata.files(_DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.as_posix().endswith(_INSTALLED) and (path := Path(str(file.locate())).resolve()).is_file():
-            return path.parent
-    raise EvalError(
-        f"The task files are neither in {beside} nor among the installed files of {_DISTRIBUTION} ({_INSTALLED}). "
-        f"Install {_DISTRIBUTION} again, or run from a checkout."
-    )
+        return []
+    found = [file for file in files if file.as_posix().endswith(f"{_SHARED}/{_MARKER}")]
+    return [Path(str(file.locate())).resolve().parent for file in found]
 
 
 def task_manager(*, include_defaults: bool = True) -> Any:

@@ -6,7 +6,7 @@ lm-eval calls them with the task's metadata as keyword arguments, which they do 
 
 from typing import TYPE_CHECKING
 
-from svsk_eval.task_data.code import require_consent
+from svsk_eval.task_data.code import require_sandbox
 from svsk_eval.task_data.folder import tasks_folder
 from svsk_eval.task_data.rows import Row, SmokeChoiceRow, SmokeTextRow
 from svsk_eval.task_data.sources import load_documents, read_rows
@@ -31,9 +31,9 @@ def humaneval(**_: object) -> "DatasetDict":
     """Split ``test``, 164 problems.
 
     Raises:
-        EvalError: no consent to running code, or no data; see :func:`svsk_eval.task_data.load_documents`.
+        EvalError: no consent to running code, no sandbox or no data; see :func:`svsk_eval.task_data.load_documents`.
     """
-    require_consent("HumanEval")
+    require_sandbox("HumanEval")
     return load_documents("humaneval")
 
 
@@ -41,9 +41,9 @@ def mbpp(**_: object) -> "DatasetDict":
     """Splits ``test``, 500 problems, and ``fewshot``, the three of the prompt.
 
     Raises:
-        EvalError: no consent to running code, or no data; see :func:`svsk_eval.task_data.load_documents`.
+        EvalError: no consent to running code, no sandbox or no data; see :func:`svsk_eval.task_data.load_documents`.
     """
-    require_consent("MBPP")
+    require_sandbox("MBPP")
     return load_documents("mbpp")
 
 
