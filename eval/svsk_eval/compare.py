@@ -6,6 +6,9 @@ chunk is known far better than either figure: with d_c the difference of the mea
 
     difference = mean(d)      standard error = s(d) / sqrt(C)      p = two-sided one-sample t-test of mean(d) = 0
 
+Models scored by different engines (``hf``, ``vllm``) may be compared: on one checkpoint the NLL difference is a check
+of the kernels that serve it. The comparison names the engines, as on two checkpoints it mixes the two differences.
+
 The p-values are not corrected for the number of models that are compared. Nothing here needs torch.
 """
 
@@ -27,6 +30,7 @@ __all__ = ["Comparison", "PairedDifference", "Scores", "compare_files", "compare
 FloatArray = npt.NDArray[np.float64]
 
 _STORED: Final = ("nll", "ref_nll", "kl", "top1")
+_ENGINES: Final = ("hf", "vllm")
 _AGAIN: Final = "Score it again with this version: svsk eval MODEL --text TEXT --json FILE."
 
 
@@ -41,7 +45,9 @@ class Scores:
         text_fingerprint: SHA-256 of the scored tokens.
         seq_len: tokens per chunk.
         per_chunk: means over chunks, float64 [C] each: ``nll``, and with a reference ``ref_nll``, ``delta_nll``, ``kl``
-            (nats per token) and ``top1`` (0 to 1).
+            (nats per token) and ``top1`` (0 to 1). vLLM gives no ``kl``.
+        engine: what ran the model, ``hf`` or ``vllm``; ``hf`` in files of versions that had nothing else.
+        dtype: of the arithmetic, None where the file does not say.
     """
 
     path: Path
@@ -50,6 +56,8 @@ class Scores:
     text_fingerprint: str
     seq_len: int
     per_chunk: Mapping[str, FloatArray]
+    engine: str = "hf"
+    dtype: str | None = None
 
     @property
     def chunks(self) -> int:
@@ -85,13 +93,15 @@ class Comparison:
         model: folder or hub name of the model.
         reference_gap: largest difference over chunks between the reference's NLL in the two files, nats per token;
             more than rounding means that KL and top-1 are against different references. None without references.
-        metrics: ``nll``, and ``delta_nll``, ``kl`` and ``top1`` if both files have a reference.
+        metrics: ``nll``, and ``delta_nll``, ``kl`` and ``top1`` if both files have them.
+        engines: engine and dtype of the baseline and of the model, such as ``vllm bfloat16``, if the engines differ.
     """
 
     file: str
     model: str
     reference_gap: float | None
     metrics: Mapping[str, PairedDifference]
+    engines: tuple[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as a dictionary that ``json`` can write; what is not known is None (null)."""
@@ -144,7 +154,14 @@ def load_scores(path: str | Path, partner: str | Path) -> Scores:
     series = _series(path, partner, found["per_chunk"])
     if "ref_nll" in series:
         series["delta_nll"] = series["nll"] - series["ref_nll"]
-    return Scores(path, found["model"], found.get("reference"), found["text_fingerprint"], found["seq_len"], series)
+    engine, dtype = found.get("engine", "hf"), found.get("dtype")
+    if engine not in _ENGINES:
+        raise EvalError(
+            f"{path}: its engine is {engine!r}, expected {' or '.join(_ENGINES)}, so it cannot be compared with "
+            f"{partner}. {_AGAIN}"
+        )
+    what = found["model"], found.get("reference"), found["text_fingerprint"], found["seq_len"]
+    return Scores(path, *what, series, engine, dtype)
 
 
 def compare_scores(baseline: Scores, other: Scores) -> Comparison:
@@ -171,7 +188,12 @@ def compare_scores(baseline: Scores, other: Scores) -> Comparison:
     gap = None
     if "ref_nll" in ours and "ref_nll" in theirs:
         gap = float(np.abs(ours["ref_nll"] - theirs["ref_nll"]).max())
-    return Comparison(str(other.path), other.model, gap, {name: paired(ours[name], theirs[name]) for name in both})
+    engines = None
+    if baseline.engine != other.engine:
+        named = [" ".join(filter(None, (scores.engine, scores.dtype))) for scores in (baseline, other)]
+        engines = (named[0], named[1])
+    metrics = {name: paired(ours[name], theirs[name]) for name in both}
+    return Comparison(str(other.path), other.model, gap, metrics, engines)
 
 
 def paired(baseline: FloatArray, values: FloatArray) -> PairedDifference:

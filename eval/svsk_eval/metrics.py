@@ -11,7 +11,7 @@ The set of metrics is that of llama.cpp's ``llama-perplexity --kl-divergence``; 
 chunk depend on one another, so the chunk and not the token is the unit of sampling here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -47,7 +47,7 @@ class ChunkScores:
     Attributes:
         nll: negative log-likelihood of the next token under the model, nats.
         ref_nll: the same under the reference; None when there is no reference, as are the next two.
-        kl: KL(reference || model) of the two next-token distributions, nats.
+        kl: KL(reference || model) of the two next-token distributions, nats; None also where they are not whole.
         top1: 1.0 where both models rank the same token first, else 0.0.
     """
 
@@ -84,6 +84,8 @@ class EvalInputs:
         text_fingerprint: SHA-256 of the int64 bytes of all tokens, those put in front of the chunks included.
         seq_len: tokens per chunk.
         dtype: of weights and activations, such as ``float32``.
+        engine: what ran the model: ``hf`` (transformers, on dequantised weights) or ``vllm`` (the kernels that serve).
+        engine_settings: what the engine said of itself and was told, ready for JSON; None with transformers.
     """
 
     model: str
@@ -91,13 +93,16 @@ class EvalInputs:
     text_fingerprint: str
     seq_len: int
     dtype: str
+    engine: str = "hf"
+    engine_settings: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class EvalResult:
     """Metrics of a model on a text, each with its standard error over chunks (``<name>_se``).
 
-    A standard error is None with a single chunk; everything that compares with a reference is None without one.
+    A standard error is None with a single chunk; everything that compares with a reference is None without one, and a
+    KL also where the engine does not give whole distributions.
 
     Attributes:
         nll: mean negative log-likelihood per token, nats.
@@ -135,12 +140,16 @@ class EvalResult:
         """The result as a dictionary that ``json`` can write.
 
         Figures that are not known are None (null). ``per_chunk`` is a dictionary of lists of the same length, and
-        leaves out what is not known. The fields of ``inputs`` are keys beside the figures, if there are inputs.
+        leaves out what is not known. The fields of ``inputs`` are keys beside the figures, if there are inputs;
+        ``engine_settings`` only if the engine has some.
         """
         figures = {field.name: getattr(self, field.name) for field in fields(self)}
         per_chunk, inputs = figures.pop("per_chunk"), figures.pop("inputs")
         means = {name: list(values) for name, values in asdict(per_chunk).items() if values is not None}
-        return {**figures, **({} if inputs is None else asdict(inputs)), "per_chunk": means}
+        asked = {} if inputs is None else asdict(inputs)
+        if asked.get("engine_settings", {}) is None:
+            del asked["engine_settings"]
+        return {**figures, **asked, "per_chunk": means}
 
 
 def score_chunk(logits: torch.Tensor, targets: torch.Tensor, ref_logits: torch.Tensor | None = None) -> ChunkScores:

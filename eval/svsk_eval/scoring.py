@@ -15,11 +15,17 @@ from svsk_offline.calibration.text import bos_prefix, cut_pieces, token_fingerpr
 from svsk_offline.pipeline import resolve_device
 
 __all__ = [
+    "DTYPES",
     "Progress",
+    "check_fits",
+    "check_folder",
+    "check_same_vocabulary",
     "compare_models",
     "evaluate",
+    "is_svsk",
     "load_model",
     "load_tokenizer",
+    "shared_tokens",
     "silence_progress_bars",
     "token_chunks",
 ]
@@ -49,9 +55,9 @@ def load_model(
     """
     where = device if isinstance(device, torch.device) else resolve_device(device or "auto")
     what = _dtype(dtype, where)
-    _check_folder(path)
+    check_folder(path)
     try:
-        if _is_svsk(path):
+        if is_svsk(path):
             importlib.import_module("svsk_vllm.hf")  # registers the method with transformers when it is imported
         model = AutoModelForCausalLM.from_pretrained(str(path), dtype=what)
     except OSError as error:
@@ -78,7 +84,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         EvalError: there is none.
     """
-    _check_folder(path)
+    check_folder(path)
     try:
         return AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
@@ -200,18 +206,12 @@ def evaluate(
         EvalError: a model, a tokenizer or the text cannot be used, or the models have different vocabularies.
         SvskFormatError: one is an SVSK checkpoint that this package cannot read.
     """
-    tokens = _shared_tokens(model_path, reference_path, text, chunks, seq_len)
+    tokens = shared_tokens(model_path, reference_path, text, chunks, seq_len)
     reference = None if reference_path is None else load_model(reference_path, dtype, device)
     model = load_model(model_path, dtype, device)
-    _check_fits(model_path, model, tokens)
+    size = _check_loaded(model_path, model, tokens)
     if reference_path is not None and reference is not None:
-        _check_fits(reference_path, reference, tokens)
-        sizes = [loaded.get_input_embeddings().weight.shape[0] for loaded in (model, reference)]
-        if sizes[0] != sizes[1]:
-            raise EvalError(
-                f"{model_path} has a vocabulary of {sizes[0]}, the reference {reference_path} one of {sizes[1]}. "
-                "Compare a model with the one it was made from."
-            )
+        check_same_vocabulary(model_path, size, reference_path, _check_loaded(reference_path, reference, tokens))
     inputs = EvalInputs(
         model=str(model_path),
         reference=None if reference_path is None else str(reference_path),
@@ -222,10 +222,24 @@ def evaluate(
     return replace(compare_models(model, reference, tokens, progress), inputs=inputs)
 
 
-def _shared_tokens(
+def shared_tokens(
     model_path: str | Path, reference_path: str | Path | None, text: str | Path, chunks: int | None, seq_len: int
 ) -> torch.Tensor:
-    """Chunks of tokens [chunks, seq_len] that both models' tokenizers make of the text."""
+    """Chunks of tokens that both models' tokenizers make of the text.
+
+    Args:
+        model_path: folder or hub name of the model.
+        reference_path: the same of the model it is compared with, or None.
+        text: a plain text file.
+        chunks: how many, or None for all there are.
+        seq_len: tokens per chunk.
+
+    Returns:
+        Tokens, int64 [chunks, seq_len], see :func:`token_chunks`.
+
+    Raises:
+        EvalError: a tokenizer or the text cannot be used, or the two tokenizers differ.
+    """
     tokenizer = load_tokenizer(model_path)
     tokens = token_chunks(text, tokenizer, chunks, seq_len)
     if reference_path is None:
@@ -244,16 +258,45 @@ def _shared_tokens(
     return tokens
 
 
-def _check_fits(path: str | Path, model: PreTrainedModel, tokens: torch.Tensor) -> None:
-    size = model.get_input_embeddings().weight.shape[0]
-    if int(tokens.max()) >= size:
+def check_fits(path: str | Path, vocabulary: int, longest: int | None, tokens: torch.Tensor) -> None:
+    """Check that a model can take the tokens.
+
+    Args:
+        path: of the model, for errors.
+        vocabulary: tokens the model knows.
+        longest: tokens it takes at most, None if that is not limited.
+        tokens: int64 [chunks, seq_len].
+
+    Raises:
+        EvalError: a token is beyond the vocabulary, or the chunks are too long.
+    """
+    if int(tokens.max()) >= vocabulary:
         raise EvalError(
-            f"{path}: its tokenizer gives token {int(tokens.max())}, but the model's vocabulary has {size}. "
+            f"{path}: its tokenizer gives token {int(tokens.max())}, but the model's vocabulary has {vocabulary}. "
             "Tokenizer and weights belong to different models."
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and tokens.shape[1] > longest:
         raise EvalError(f"{path}: takes {longest} tokens at most, chunks have {tokens.shape[1]}. Use shorter chunks.")
+
+
+def check_same_vocabulary(model_path: str | Path, size: int, reference_path: str | Path, reference_size: int) -> None:
+    """Check that model and reference choose among equally many tokens.
+
+    Raises:
+        EvalError: they do not.
+    """
+    if size != reference_size:
+        raise EvalError(
+            f"{model_path} has a vocabulary of {size}, the reference {reference_path} one of {reference_size}. "
+            "Compare a model with the one it was made from."
+        )
+
+
+def _check_loaded(path: str | Path, model: PreTrainedModel, tokens: torch.Tensor) -> int:
+    """The size of a loaded model's vocabulary, after a check that the tokens fit the model."""
+    size = int(model.get_input_embeddings().weight.shape[0])
+    check_fits(path, size, getattr(model.config.get_text_config(), "max_position_embeddings", None), tokens)
+    return size
 
 
 def _next_token_logits(model: PreTrainedModel, chunk: torch.Tensor) -> torch.Tensor:
@@ -262,13 +305,18 @@ def _next_token_logits(model: PreTrainedModel, chunk: torch.Tensor) -> torch.Ten
     return logits[0, :-1]
 
 
-def _is_svsk(path: str | Path) -> bool:
+def is_svsk(path: str | Path) -> bool:
     """Whether the config of a folder or hub model declares the quantisation method ``svsk``."""
     declared = PretrainedConfig.get_config_dict(str(path))[0].get("quantization_config")
     return isinstance(declared, dict) and declared.get("quant_method") == "svsk"
 
 
-def _check_folder(path: str | Path) -> None:
+def check_folder(path: str | Path) -> None:
+    """Check that a path, if it exists, is a model folder.
+
+    Raises:
+        EvalError: it has no ``config.json``.
+    """
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise EvalError(f"{path}: not a model folder, it has no config.json.")
 

@@ -206,18 +206,30 @@ def evaluate(
     seq_len: Annotated[int, typer.Option(help="Tokens per chunk.")] = 512,
     device: Device = "auto",
     dtype: Annotated[
-        str, typer.Option(help="Arithmetic: auto (float32 on a CPU), float32, bfloat16, float16.")
+        str,
+        typer.Option(
+            help="Arithmetic: auto (hf: float32 on a CPU; vllm: the checkpoint's), float32, bfloat16, float16."
+        ),
     ] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="hf: dequantised weights. vllm: the served model, its kernels included; no KL.")
+    ] = "hf",
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="Argument of vllm.LLM, such as tensor_parallel_size=2; the value is JSON or a word."),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Score MODEL: NLL, perplexity, and KL divergence and top-1 agreement against a reference."""
     from svsk_eval.console import evaluate_with_progress
+    from svsk_eval.engine_args import parse_engine_args
 
     with _plain_errors():
         _check_json(json_file)
         result = evaluate_with_progress(
-            console, model, reference, text, chunks=chunks, seq_len=seq_len, device=device, dtype=dtype
-        )
+            console, model, reference, text, chunks=chunks, seq_len=seq_len, device=device, dtype=dtype,
+            engine=engine, engine_args=parse_engine_args(engine_arg or ()),
+        )  # fmt: skip
         _write_json(json_file, result)
 
 

@@ -238,8 +238,9 @@ def test_json_holds_the_means_of_every_chunk() -> None:
 def test_inputs_are_keys_beside_the_figures() -> None:
     inputs = EvalInputs("folder/model", None, "0f", 512, "float32")
     result = replace(summarise(random_scores(3, 20)), inputs=inputs).to_json()
-    assert result.keys() == KEYS | {"model", "reference", "text_fingerprint", "seq_len", "dtype"}
+    assert result.keys() == KEYS | {"model", "reference", "text_fingerprint", "seq_len", "dtype", "engine"}
     assert (result["model"], result["reference"], result["seq_len"]) == ("folder/model", None, 512)
+    assert result["engine"] == "hf"
 
 
 def test_summarise_rejects_chunks_that_do_not_belong_together() -> None:
