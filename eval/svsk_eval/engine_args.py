@@ -61,11 +61,12 @@ def engine_arguments(model: str | Path, seq_len: int, dtype: str, engine_args: M
     }
 
 
-def parse_engine_args(texts: Sequence[str]) -> dict[str, Any]:
-    """Read ``--engine-arg`` options.
+def parse_engine_args(texts: Sequence[str], option: str = "--engine-arg") -> dict[str, Any]:
+    """Read ``--engine-arg`` options, and others of their kind.
 
     Args:
         texts: ``name=value`` each. The value is JSON; a word that starts with a letter, such as ``fp8``, is itself.
+        option: its name, for errors.
 
     Raises:
         EvalError: one has another form, or a name comes twice.
@@ -75,16 +76,16 @@ def parse_engine_args(texts: Sequence[str]) -> dict[str, Any]:
         name, sign, value = text.partition("=")
         if not sign or not name.isidentifier():
             raise EvalError(
-                f"--engine-arg {text}: expected name=value with an argument of vllm.LLM, as in tensor_parallel_size=2."
+                f"{option} {text}: expected name=value with an argument of vllm.LLM, as in tensor_parallel_size=2."
             )
         if name in found:
-            raise EvalError(f"--engine-arg {name}: given twice. Give it once.")
+            raise EvalError(f"{option} {name}: given twice. Give it once.")
         try:
             found[name] = json.loads(value, parse_constant=_no_constant)
         except ValueError as error:
             if not value[:1].isalpha() or value in ("True", "False", "None", "NaN", "Infinity"):
                 raise EvalError(
-                    f"--engine-arg {text}: its value is not JSON ({error}). Write a number, true, false, null, a word, "
+                    f"{option} {text}: its value is not JSON ({error}). Write a number, true, false, null, a word, "
                     "or quoted JSON such as '{\"level\": 3}'."
                 ) from error
             found[name] = value

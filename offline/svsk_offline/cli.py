@@ -37,6 +37,8 @@ SeqLen = Annotated[int | None, typer.Option(help="Tokens per sample.")]
 Seed = Annotated[int | None, typer.Option(help="Of the draw of samples.")]
 StoredDtype = Annotated[str, typer.Option(help="Of scales and dense tensors: auto, bfloat16, float16.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")]
+MarkdownFile = Annotated[Path | None, typer.Option(help="Write the report of tasks there.")]
+HtmlFile = Annotated[Path | None, typer.Option(help="Write the report of tasks there, one page with plots.")]
 
 
 @contextmanager
@@ -233,20 +235,97 @@ def evaluate(
         _write_json(json_file, result)
 
 
+@app.command("bench")
+def benchmark(
+    models: Annotated[list[str], typer.Argument(help="Variants: folders or hub names, or LABEL=MODEL.")],
+    reference: Annotated[str, typer.Option(help="Dense model they are made from, or LABEL=MODEL.")],
+    tasks: Annotated[
+        str, typer.Option(help="lm-eval's names of tasks and groups, separated by commas.")
+    ] = "svsk_smoke",
+    engine: Annotated[str, typer.Option(help="vllm or hf.")] = "vllm",
+    limit: Annotated[int | None, typer.Option(help="Items per task, from its first.")] = None,
+    gen_kwargs: Annotated[
+        str | None, typer.Option(help="Over the tasks' own: do_sample=true,temperature=0.6,max_gen_toks=4096 ...")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of few-shot examples and sampling.")] = 1234,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Ask as a chat.")] = False,
+    system_instruction: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    model_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="Argument of lm-eval's model, such as max_model_len=4096; the value is JSON or a word."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Arithmetic: auto, bfloat16, float16, float32.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time with hf; vllm chooses itself.")] = 8,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of further task files.")] = None,
+    confirm_run_unsafe_code: Annotated[
+        bool, typer.Option("--confirm-run-unsafe-code", help="Run programs that the models write, in a sandbox.")
+    ] = False,
+    text: Annotated[Path | None, typer.Option(help="Also score this plain text, as `svsk eval` does.")] = None,
+    chunks: Annotated[int, typer.Option(help="Chunks of the text.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens per chunk.")] = 512,
+    text_engine: Annotated[str, typer.Option(help="hf (KL, NLL), vllm (NLL as served) or hf,vllm.")] = "hf",
+    min_recovery: Annotated[
+        float | None, typer.Option(help="Exit with 1 if a variant keeps less of the reference's score on any task.")
+    ] = None,
+    work_dir: Annotated[Path, typer.Option(help="Keeps answers; a killed run goes on there.")] = Path("svsk-bench"),
+    json_file: JsonFile = None,
+    markdown: MarkdownFile = None,
+    html: HtmlFile = None,
+) -> None:
+    """Run lm-eval tasks for a reference and its variants, on the same items, and compare them item by item.
+
+    Example: `svsk bench qwen3-4b-svsk --reference Qwen/Qwen3-4B --tasks svsk_reasoning --html report.html`
+    """
+    from svsk_eval.bench.command import bench_with_progress, engine_names, settings_of, shown_command
+    from svsk_eval.bench.runner import BenchOptions, TextOptions, candidate
+    from svsk_eval.engine_args import parse_engine_args
+
+    with _plain_errors():
+        settings = settings_of(
+            tasks, engine=engine, limit=limit, seed=seed, gen_kwargs=gen_kwargs,
+            apply_chat_template=apply_chat_template, system_instruction=system_instruction,
+            model_args=parse_engine_args(model_arg or (), "--model-arg"),
+        )  # fmt: skip
+        scored = text and TextOptions(text, chunks, seq_len, engine_names(text_engine, "--text-engine"))
+        options = BenchOptions(
+            work_dir=work_dir, dtype=dtype, include_path=include_path, batch_size=batch_size,
+            consent=confirm_run_unsafe_code, text=scored or None, command=shown_command(sys.argv[1:]),
+        )  # fmt: skip
+        failed = bench_with_progress(
+            console, [candidate(name) for name in (reference, *models)], settings, options,
+            json_file=json_file, markdown=markdown, html=html, min_recovery=min_recovery,
+        )  # fmt: skip
+    for result in failed:
+        console.print(f"[red]below the minimum:[/] {escape(result.variant)}, {escape(result.task)}: {result.reason}")
+    if failed:
+        raise typer.Exit(1)
+
+
 @app.command()
 def compare(
-    files: Annotated[list[Path], typer.Argument(help="Files of `svsk eval --json`; the first is the baseline.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Files of `svsk eval --json`, or of `svsk bench --json`; the first is the baseline."),
+    ],
     json_file: JsonFile = None,
+    markdown: MarkdownFile = None,
+    html: HtmlFile = None,
 ) -> None:
-    """Compare evaluations of the same text, chunk by chunk: differences to the first, standard errors, p-values.
+    """Compare evaluations of the same text chunk by chunk, or of the same tasks item by item.
 
     Example: `svsk compare published.json best.json`
     """
+    from svsk_eval.bench.compare import compare_and_print, is_bench_report
     from svsk_eval.compare import compare_files
     from svsk_eval.console import print_comparisons
 
     with _plain_errors():
         _check_json(json_file)
+        if any(map(is_bench_report, files)):
+            compare_and_print(console, files, json_file, markdown, html)
+            return
+        if markdown is not None or html is not None:
+            raise SvskError("--markdown and --html are for files of `svsk bench --json`.")
         comparisons = compare_files(files)
         print_comparisons(console, files[0], comparisons)
         found = {"baseline": str(files[0]), "comparisons": [comparison.to_json() for comparison in comparisons]}
