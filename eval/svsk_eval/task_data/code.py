@@ -3,7 +3,7 @@
 
 The programs run in the sandbox of :mod:`svsk_eval.code`, only with consent. lm-eval's own code tasks run them with the
 package ``evaluate`` instead, which downloads its metric. What makes a program of an answer is the same as there
-(lm-eval, MIT licence, tasks humaneval and mbpp).
+(lm-eval, MIT licence, tasks humaneval and mbpp), but for :func:`first_code_block`.
 """
 
 import math
@@ -30,7 +30,11 @@ Answers = Sequence[Sequence[str]]
 Documents = Sequence[Mapping[str, Any]]
 
 _FENCE: Final = "```"
-_BLOCK: Final = re.compile(r"```(?:\w+)?\n?(.*?)\n?```", re.DOTALL)
+_BLOCK: Final = re.compile(r"```(?:\w*\n)?(.*?)\n?```", re.DOTALL)
+"""lm-eval's pattern but for one thing: a word after the fence is the name of a language only if its line ends there.
+lm-eval also drops the ``def`` of an answer that starts with it. Answers do, unless the model's chat template strips the
+newline that the prompt ends with.
+"""
 
 
 def estimate_pass_at_k(answers: int, correct: int, k: int) -> float:

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents of the tasks: local files in their authors' layouts, the hub, and what is wrong with either."""
+
+import gzip
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from datasets import Dataset, DatasetDict
+
+from svsk_eval.errors import EvalError
+from svsk_eval.task_data import BENCHMARKS, DATA_VARIABLE, load_documents, local_folder
+
+Rows = list[dict[str, Any]]
+
+SHARED = Path(os.environ.get(DATA_VARIABLE) or Path(__file__).resolve().parents[3] / "shared" / "data")
+"""The public benchmarks where they are at hand; they are no part of the project."""
+
+HUMANEVAL: Rows = [
+    {
+        "task_id": f"HumanEval/{number}",
+        "prompt": f'def {name}(x):\n    """{text}"""\n',
+        "canonical_solution": f"    return x {operator} {number}\n",
+        "test": f"def check(candidate):\n    assert candidate(5) == 5 {operator} {number}\n",
+        "entry_point": name,
+    }
+    for number, name, text, operator in [(2, "twice", "Double x.", "*"), (3, "plus_three", "Add {{3}} to x.", "+")]
+]
+
+MBPP: Rows = [
+    {
+        "text": f"Write a function to add {number}.",
+        "code": f"def add(x):\r\n  return x + {number}",
+        "task_id": number,
+        "test_setup_code": "start = 1" if number == 12 else "",
+        "test_list": [f"assert add({x}) == {x + number}" for x in range(2)]
+        + [f"assert add({'start' if number == 12 else 1}) == {1 + number}"],
+        "challenge_test_list": [],
+    }
+    for number in (1, 2, 3, 4, 10, 11, 12, 510, 511, 974)
+]
+
+GSM8K: Rows = [
+    {"question": f"What is {n} and {n}?", "answer": f"It is <<{n}+{n}={2 * n}>>{2 * n}.\n#### {2 * n}"}
+    for n in range(1, 9)
+]
+
+ARC: Rows = [
+    {
+        "id": f"Q_{number}",
+        "question": {
+            "stem": stem,
+            "choices": [{"text": text, "label": label} for label, text in zip(labels, texts, strict=True)],
+        },
+        "answerKey": key,
+    }
+    for number, (stem, labels, texts, key) in enumerate(
+        [
+            ("What is wet?", "ABCD", ["fire", "water", '"sand"', "it's air"], "B"),
+            ("Which is a metal?", "123", ["wood", "tin", "wax"], "2"),
+        ]
+    )
+]
+
+HELLASWAG: Rows = [
+    {
+        "ind": 24,
+        "activity_label": "Roof shingle removal",
+        "ctx_a": "A man is sitting on a roof.",
+        "ctx_b": "he",
+        "ctx": "A man is sitting on a roof. he",
+        "split": "val",
+        "split_type": "indomain",
+        "label": 3,
+        "endings": ["sleeps there.", "is a roof.", "[substeps] flies  away.", "starts pulling up roofing."],
+        "source_id": "activitynet~v_x",
+    },
+    {
+        "ind": 30,
+        "activity_label": "Finance",
+        "ctx": "[header] How to save [title] Look at it. [step] Be calm.",
+        "ctx_a": "[header] How to save [title] Look at it. [step] Be calm.",
+        "split": "val",
+        "split_type": "zeroshot",
+        "label": 0,
+        "endings": ["Spend less.", "Spend more.", "Eat it.", "Sing."],
+        "source_id": "wikihow~1",
+    },
+]
+
+FILES: Mapping[str, Rows] = {
+    "HumanEval.jsonl.gz": HUMANEVAL,
+    "mbpp.jsonl": MBPP,
+    "gsm8k_test.jsonl": GSM8K[5:],
+    "gsm8k_train_2000.jsonl": GSM8K[:6],
+    "ARC-Challenge-Test.jsonl": ARC,
+    "hellaswag_val.jsonl": HELLASWAG,
+}
+
+
+def write_rows(path: Path, rows: Rows) -> Path:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def write_files(folder: Path) -> Path:
+    """Every benchmark's files in its authors' layout."""
+    folder.mkdir(exist_ok=True)
+    for name, rows in FILES.items():
+        write_rows(folder / name, rows)
+    return folder
+
+
+def hub_copies() -> dict[str, DatasetDict]:
+    """The same documents by the hub's path, in the hub's splits and columns, converted here by hand."""
+    arc = [
+        {"id": "Q_0", "question": "What is wet?", "answerKey": "B",
+         "choices": {"text": ["fire", "water", "\"sand\"", "it's air"], "label": ["A", "B", "C", "D"]}},
+        {"id": "Q_1", "question": "Which is a metal?", "answerKey": "2",
+         "choices": {"text": ["wood", "tin", "wax"], "label": ["1", "2", "3"]}},
+    ]  # fmt: skip
+    hellaswag = [{"ctx_b": "", **row, "label": str(row["label"])} for row in HELLASWAG]
+    mbpp = {
+        "prompt": [row for row in MBPP if row["task_id"] <= 10],
+        "test": [row for row in MBPP if 11 <= row["task_id"] <= 510],
+        "validation": [row for row in MBPP if row["task_id"] == 511],
+        "train": [row for row in MBPP if row["task_id"] == 974],
+    }
+    found: dict[str, dict[str, Rows]] = {
+        "openai/openai_humaneval": {"test": HUMANEVAL},
+        "google-research-datasets/mbpp": mbpp,
+        "openai/gsm8k": {"train": GSM8K[:6], "test": GSM8K[5:]},
+        "allenai/ai2_arc": {"train": arc, "validation": arc, "test": arc},
+        "Rowan/hellaswag": {"train": hellaswag, "validation": hellaswag, "test": hellaswag},
+    }
+    return {path: DatasetDict({k: Dataset.from_list(v) for k, v in splits.items()}) for path, splits in found.items()}
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, copies: Mapping[str, DatasetDict]) -> list[tuple[str, str | None]]:
+    """Let ``datasets`` load these, and return the list of what it was asked for."""
+    asked: list[tuple[str, str | None]] = []
+
+    def load_dataset(path: str, name: str | None = None, **_: object) -> DatasetDict:
+        asked.append((path, name))
+        return copies[path]
+
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+@pytest.fixture
+def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``SVSK_DATA`` names a folder with all files."""
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path / "data"))
+    return write_files(tmp_path / "data")
+
+
+class TestLocalFiles:
+    @pytest.mark.parametrize("name", BENCHMARKS)
+    def test_give_the_rows_of_the_hub(self, name: str, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        ours = load_documents(name)
+        use_hub(monkeypatch, hub_copies())
+        theirs = load_documents(name)
+        assert set(ours) == set(theirs) == set(BENCHMARKS[name].splits)
+        for split in ours:
+            if BENCHMARKS[name].splits[split].optional:
+                assert len(ours[split]) == 0
+            else:
+                assert list(ours[split]) == list(theirs[split])
+                assert len(ours[split]) > 0
+
+    def test_of_mbpp_are_split_by_task_id(self, local: Path) -> None:
+        found = load_documents("mbpp")
+        assert found["test"]["task_id"][:] == [11, 12, 510]
+        assert found["fewshot"]["task_id"][:] == [2, 3, 4]
+
+    @pytest.mark.parametrize(
+        ("file", "other"), [("HumanEval.jsonl.gz", "HumanEval.jsonl"), ("mbpp.jsonl", "mbpp.jsonl.gz")]
+    )
+    def test_may_be_compressed_or_not(self, file: str, other: str, local: Path) -> None:
+        name = file.partition(".")[0].lower()
+        before = {split: list(rows) for split, rows in load_documents(name).items()}
+        write_rows(local / other, FILES[file])
+        with pytest.raises(EvalError, match=r"holds both .*\. Remove one"):
+            load_documents(name)
+        (local / file).unlink()
+        assert {split: list(rows) for split, rows in load_documents(name).items()} == before
+
+    def test_of_training_data_are_used_where_there_are_any(self, local: Path) -> None:
+        write_rows(local / "ARC-Challenge-Train.jsonl", ARC[:1])
+        assert load_documents("arc_challenge")["train"]["id"][:] == ["Q_0"]
+
+    def test_may_have_more_columns_and_empty_lines(self, local: Path) -> None:
+        path = local / "gsm8k_test.jsonl"
+        path.write_text("\n" + json.dumps({**GSM8K[0], "source": "x"}) + "\n\n", encoding="utf-8")
+        assert list(load_documents("gsm8k")["test"]) == [GSM8K[0]]
+
+    @pytest.mark.parametrize("name", BENCHMARKS)
+    def test_missing_ones_are_not_taken_from_the_hub(
+        self, name: str, local: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = use_hub(monkeypatch, hub_copies())
+        monkeypatch.setenv(DATA_VARIABLE, str(local))
+        files = {split.file for split in BENCHMARKS[name].splits.values() if not split.optional}
+        for file in files:
+            moved = next(path for path in local.iterdir() if path.name.startswith(file))
+            moved.rename(local / "away")
+            with pytest.raises(EvalError) as caught:
+                load_documents(name)
+            for part in (str(local), file, DATA_VARIABLE, "https://", "Hugging Face hub"):
+                assert part in str(caught.value)
+            (local / "away").rename(moved)
+        assert asked == []
+        load_documents(name)
+
+    def test_folder_has_to_exist(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(DATA_VARIABLE, str(tmp_path / "no"))
+        with pytest.raises(EvalError, match=r"SVSK_DATA is '.*no', which is not a folder"):
+            load_documents("gsm8k")
+        monkeypatch.setenv(DATA_VARIABLE, "")
+        assert local_folder() is None
+
+
+def broken(rows: Rows, index: int, **changes: Any) -> Rows:
+    """A copy with one row changed; a value of ... removes the key."""
+    copy = [dict(row) for row in rows]
+    copy[index].update(changes)
+    copy[index] = {key: value for key, value in copy[index].items() if value is not ...}
+    return copy
+
+
+FAULTS: list[tuple[str, str, Rows, str]] = [
+    ("humaneval", "HumanEval.jsonl.gz", broken(HUMANEVAL, 1, entry_point="other"), "line 2: .*entry_point.*'other'"),
+    ("humaneval", "HumanEval.jsonl.gz", broken(HUMANEVAL, 1, test=...), "line 2: test: Field required"),
+    ("humaneval", "HumanEval.jsonl.gz", broken(HUMANEVAL, 0, test="assert True"), r"line 1: .*check\(candidate\)"),
+    ("humaneval", "HumanEval.jsonl.gz", [*HUMANEVAL, HUMANEVAL[0]], "line 3: task_id 'HumanEval/2' is that of line 1"),
+    ("mbpp", "mbpp.jsonl", broken(MBPP, 5, task_id="11"), "line 6: task_id: .*valid integer, got '11'"),
+    ("mbpp", "mbpp.jsonl", broken(MBPP, 5, test_list=["assert True"]), "line 6: test_list: .*at least 3"),
+    ("mbpp", "mbpp.jsonl", MBPP[5:], "0 row.* 'prompt' .* at least 3"),
+    ("mbpp", "mbpp.jsonl", MBPP[:5], "0 row.* 'test' .* at least 1"),
+    ("gsm8k", "gsm8k_test.jsonl", broken(GSM8K, 2, answer="It is 6."), "line 3: .*does not end with '#### '"),
+    ("gsm8k", "gsm8k_test.jsonl", broken(GSM8K, 0, question=""), "line 1: question: .*at least 1 character, got ''"),
+    ("gsm8k", "gsm8k_test.jsonl", [], "has 0 row"),
+    ("gsm8k", "gsm8k_train_2000.jsonl", GSM8K[:4], "has 4 row.* 'train' .* at least 5"),
+    ("arc_challenge", "ARC-Challenge-Test.jsonl", broken(ARC, 1, answerKey="B"), "line 2: .*'B'.*1, 2, 3"),
+    ("arc_challenge", "ARC-Challenge-Test.jsonl", broken(ARC, 0, question="What?"), "line 1: question: .*got 'What"),
+    ("hellaswag", "hellaswag_val.jsonl", broken(HELLASWAG, 0, label=4), "line 1: label: .*equal to 3, got 4"),
+    ("hellaswag", "hellaswag_val.jsonl", broken(HELLASWAG, 1, label=...), "line 2: label: Field required"),
+    ("hellaswag", "hellaswag_val.jsonl", broken(HELLASWAG, 1, endings=["a"]), r"line 2: endings: .*4 items.*\['a'\]"),
+]  # fmt: skip
+
+
+class TestMalformedFiles:
+    @pytest.mark.parametrize(("name", "file", "rows", "message"), FAULTS)
+    def test_name_file_line_key_and_value(self, name: str, file: str, rows: Rows, message: str, local: Path) -> None:
+        path = write_rows(local / file, rows)
+        with pytest.raises(EvalError, match=message) as caught:
+            load_documents(name)
+        assert str(path) in str(caught.value)
+        assert "Take the file again" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("spoil", "message"),
+        [
+            (lambda path: path.write_bytes(path.read_bytes()[:-30]), "cannot read it"),
+            (lambda path: path.write_bytes(b"plain text"), "cannot read it"),
+            (lambda path: path.write_bytes(gzip.compress(b"\xff\xfe")), "not UTF-8"),
+            (lambda path: path.write_bytes(gzip.compress(b'{"task_id": \n')), "line 1: not JSON"),
+            (lambda path: path.write_bytes(gzip.compress(b"[1]\n")), r"line 1: the row: .*got \[1\]"),
+        ],
+    )
+    def test_damage(self, spoil: Callable[[Path], Any], message: str, local: Path) -> None:
+        spoil(local / "HumanEval.jsonl.gz")
+        with pytest.raises(EvalError, match=message) as caught:
+            load_documents("humaneval")
+        assert str(local / "HumanEval.jsonl.gz") in str(caught.value)
+
+
+class TestHub:
+    def test_is_asked_for_each_benchmark(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = use_hub(monkeypatch, hub_copies())
+        for name in BENCHMARKS:
+            load_documents(name)
+        assert asked == [
+            ("openai/openai_humaneval", None),
+            ("google-research-datasets/mbpp", "full"),
+            ("openai/gsm8k", "main"),
+            ("allenai/ai2_arc", "ARC-Challenge"),
+            ("Rowan/hellaswag", None),
+        ]
+
+    def test_failure_tells_both_ways_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise ConnectionError("no route\nmore")
+
+        use_hub(monkeypatch, {})
+        monkeypatch.setattr(datasets, "load_dataset", fail)
+        with pytest.raises(EvalError) as caught:
+            load_documents("gsm8k")
+        message = str(caught.value)
+        found = ("openai/gsm8k (main)", "ConnectionError: no route", "HF_HUB_OFFLINE", DATA_VARIABLE)
+        for part in (*found, "gsm8k_train_2000.jsonl, gsm8k_test.jsonl", "https://github.com/openai/grade-school-math"):
+            assert part in message
+
+    @pytest.mark.parametrize(
+        ("splits", "message"),
+        [
+            ({"test": Dataset.from_list(GSM8K)}, "has the splits test, expected 'train'"),
+            ({"train": Dataset.from_list(GSM8K[:4]), "test": Dataset.from_list(GSM8K)}, "has 4 row.*at least 5"),
+        ],
+    )
+    def test_other_data_than_expected(
+        self, splits: dict[str, Dataset], message: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        use_hub(monkeypatch, {"openai/gsm8k": DatasetDict(splits)})
+        with pytest.raises(EvalError, match=message):
+            load_documents("gsm8k")
+
+
+@pytest.mark.parametrize(("name", "split", "count"), [("humaneval", "test", 164), ("gsm8k", "test", 1319)])
+def test_the_real_files_are_whole(name: str, split: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (SHARED / "HumanEval.jsonl.gz").is_file() or not (SHARED / "gsm8k_test.jsonl").is_file():
+        pytest.skip(f"no benchmark files: set {DATA_VARIABLE} to their folder")
+    monkeypatch.setenv(DATA_VARIABLE, str(SHARED))
+    rows = load_documents(name)[split]
+    assert len(rows) == count
+    if name == "gsm8k":
+        assert all(re.search(r"#### -?[\d,.]+$", row["answer"]) for row in rows)
