@@ -227,6 +227,8 @@ def _vllm_class() -> type[JournaledModel]:
                 if _is_sampled(settings):
                     # A seed of its own, so that an answer does not depend on what else is in the batch.
                     kwargs.setdefault("seed", (self.model_args["seed"] + int(key[:8], 16)) % 2**32)
+                else:
+                    kwargs["temperature"] = 0.0  # lm-eval leaves it out if a task does, and vLLM would sample
                 # A thinking model may write the task's stop strings while it thinks: they are applied afterwards.
                 stop = [eos] if self.think_end_token else until
                 prompts.append(tokens)

@@ -100,7 +100,8 @@ def require_sandbox(task: str) -> None:
     if not consent_given():
         raise EvalError(
             f"{task} runs programs that the model writes, and HF_ALLOW_CODE_EVAL is not 1. If you accept that, set "
-            "HF_ALLOW_CODE_EVAL=1 (lm-eval also wants --confirm_run_unsafe_code); else leave this task out."
+            "HF_ALLOW_CODE_EVAL=1 (lm-eval also wants --confirm_run_unsafe_code; `svsk bench` wants nothing but "
+            "--confirm-run-unsafe-code); else leave this task out."
         )
     verdict = run_programs(["assert 1 + 1 == 2"], consent=True)[0]
     if not verdict.passed:
