@@ -257,7 +257,7 @@ def _check_vllm() -> None:
 def _check_plugin(model: str | Path, dtype: str) -> None:
     if dtype == "float32":
         raise EvalError(
-            f"--dtype float32: vLLM serves SVSK checkpoints such as {model} in bfloat16 or float16. Choose one of them, "
+            f"--dtype float32: vLLM serves SVSK checkpoints such as {model} in bfloat16 or float16. Choose one, "
             "or use --engine hf."
         )
     allowed = os.environ.get("VLLM_PLUGINS")
