@@ -156,7 +156,7 @@ def served_scores(
     arguments = engine_arguments(model, tokens.shape[1], dtype, engine_args or {})
     _check_model(model, tokens)
     if is_svsk(model):
-        _check_plugin(model)
+        _check_plugin(model, dtype)
     with tempfile.TemporaryDirectory(prefix="svsk-served-") as name:
         folder = Path(name)
         try:
@@ -254,7 +254,12 @@ def _check_vllm() -> None:
         raise EvalError("--engine vllm: vLLM is not installed in this environment. Install it, or use --engine hf.")
 
 
-def _check_plugin(model: str | Path) -> None:
+def _check_plugin(model: str | Path, dtype: str) -> None:
+    if dtype == "float32":
+        raise EvalError(
+            f"--dtype float32: vLLM serves SVSK checkpoints such as {model} in bfloat16 or float16. Choose one, "
+            "or use --engine hf."
+        )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "svsk" not in allowed.split(","):
         raise EvalError(f"{model}: an SVSK checkpoint, but VLLM_PLUGINS={allowed} keeps its plugin out. Add svsk.")

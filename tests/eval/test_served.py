@@ -254,8 +254,10 @@ def test_models_that_do_not_fit_are_refused_before_an_engine_starts(
         served_scores(models / "dense", torch.ones(1, 8, dtype=torch.int64), engine_args={"a": object()})
 
 
-def test_what_is_not_installed_is_named(models: Path, monkeypatch: pytest.MonkeyPatch, no_process: None) -> None:
+def test_what_cannot_be_served_is_named(models: Path, monkeypatch: pytest.MonkeyPatch, no_process: None) -> None:
     tokens = torch.ones(1, 8, dtype=torch.int64)
+    with pytest.raises(EvalError, match=r"float32: vLLM serves SVSK checkpoints such as .*svsk in bfloat16 or float16"):
+        served_scores(models / "svsk", tokens, dtype="float32")
     with monkeypatch.context() as patch:
         patch.setenv("VLLM_PLUGINS", "other,svsk2")
         with pytest.raises(EvalError, match="svsk: an SVSK checkpoint, but VLLM_PLUGINS=other,svsk2 keeps"):

@@ -47,6 +47,7 @@ def test_tiny_model_against_its_restored_self(tiny_pair: Any, letters: Path) -> 
     served = evaluate_served(pair.svsk, pair.restored, letters, **options, engine_args={"enforce_eager": True})
     dense = evaluate(pair.restored, None, letters, **options, dtype="bfloat16")
     assert abs(served.nll - dense.nll) < BOUND
+    assert served.per_chunk.nll == pytest.approx(dense.per_chunk.nll, abs=2 * BOUND)
     assert served.ref_nll == pytest.approx(dense.nll, abs=BOUND)
     assert served.delta_nll == pytest.approx(served.nll - served.ref_nll)
     assert served.top1 is not None
