@@ -243,8 +243,7 @@ def _score_text(
                 raise EvalError(f"{one.label}: scoring {text.text} failed:\n{_tail(work / 'log.txt')}")
         found: dict[str, Any] = json.loads(result.read_bytes())
         fields = {name: found.get(name) for name in TextScores.model_fields if name in found}
-        fields |= {"engine": engine, "text_fingerprint": found["inputs"]["text_fingerprint"]}
-        scores.append(TextScores.model_validate(fields | {"seq_len": found["inputs"]["seq_len"]}))
+        scores.append(TextScores.model_validate(fields | {"engine": engine}))
     return tuple(scores)
 
 
