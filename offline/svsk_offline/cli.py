@@ -244,9 +244,7 @@ def benchmark(
     ] = "svsk_smoke",
     engine: Annotated[str, typer.Option(help="vllm or hf.")] = "vllm",
     limit: Annotated[int | None, typer.Option(help="Items per task, from its first.")] = None,
-    gen_kwargs: Annotated[
-        str | None, typer.Option(help="Over the tasks' own: do_sample=true,temperature=0.6,max_gen_toks=4096 ...")
-    ] = None,
+    gen_kwargs: Annotated[str | None, typer.Option(help="Over the tasks': do_sample=true,temperature=0.6 ...")] = None,
     seed: Annotated[int, typer.Option(help="Of few-shot examples and sampling.")] = 1234,
     apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Ask as a chat.")] = False,
     system_instruction: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
@@ -265,7 +263,7 @@ def benchmark(
     seq_len: Annotated[int, typer.Option(help="Tokens per chunk.")] = 512,
     text_engine: Annotated[str, typer.Option(help="hf (KL, NLL), vllm (NLL as served) or hf,vllm.")] = "hf",
     min_recovery: Annotated[
-        float | None, typer.Option(help="Exit with 1 if a variant keeps less of the reference's score on any task.")
+        float | None, typer.Option(help="Exit with 1 if any task keeps less, such as 0.98.")
     ] = None,
     work_dir: Annotated[Path, typer.Option(help="Keeps answers; a killed run goes on there.")] = Path("svsk-bench"),
     json_file: JsonFile = None,
