@@ -132,17 +132,27 @@ class SvskMatmul:
     def warm_up(self, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None = None) -> None:
         """Compile and run every kernel that any number of tokens may need, once: nothing is compiled afterwards.
 
-        Also zeroes the device's counters, whose memory an engine may have put to sleep and taken back.
+        Layers that Triton cannot tell apart are run once per process. Also zeroes the device's counters, whose memory
+        an engine may have put to sleep and taken back.
         """
         from svsk_kernels.launch import counters
 
         device = tensors["words"].device
         counters.reset(device)
+        # Triton compiles anew for other dtypes, constants, and sizes or addresses that are no multiples of 16.
+        stored = tuple((name, tuple(part.shape), part.data_ptr() % 16) for name, part in sorted(tensors.items()))
+        signature = (device, self.spec.dtype, tuple(self.code), stored, bias is None)
+        if signature in _warmed:
+            return
         limits = [choice.max_m for choice in choices_for(gpu_of(device), *self.code[:3]) if choice.max_m is not None]
         sizes = {1, 16, 17, *limits, *(limit + 1 for limit in limits)}  # shrink's own blocks change at 16
         for some in (None,) if bias is None else (bias, None):  # row-parallel layers add the bias on one rank only
             for m in sorted(sizes):
                 self(torch.zeros(m, self.spec.k, dtype=self.spec.dtype, device=device), tensors, some)
+        _warmed.add(signature)
+
+
+_warmed: set[tuple[object, ...]] = set()
 
 
 def _matmul(

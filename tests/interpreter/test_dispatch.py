@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from svsk_kernels import LayerSpec, tuning
+from svsk_kernels import LayerSpec, dispatch, tuning
 from svsk_kernels.dispatch import SvskMatmul, gpu_of
 from svsk_kernels.tuning import Choice, Entry, Gpu, TuningError, choice_for, choices_for, heuristic_choices, table_name
 from tests.interpreter.layers import BOUNDS, activations, make_layer, relative_error
@@ -64,12 +64,21 @@ def test_op_and_its_fake_agree() -> None:
 
 def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "FOLD_FROM", 80)
+    monkeypatch.setattr(dispatch, "_warmed", set())
     choices_for.cache_clear()
     layer = make_layer(64, torch.float16, {"n": 40, "rank": 4})
     seen: list[int] = []
     monkeypatch.setattr(SvskMatmul, "__call__", lambda self, x, *_: seen.append(x.shape[0]))
+    every = [1, 16, 17, 32, 33, 64, 65, 79, 80]
     layer.matmul.warm_up(layer.tensors)
-    assert seen == [1, 16, 17, 32, 33, 64, 65, 79, 80]
+    assert seen == every
+    make_layer(64, torch.float16, {"n": 40, "rank": 4}).matmul.warm_up(layer.tensors)
+    assert seen == every  # such a layer was run before
+    layer.matmul.warm_up(layer.tensors, torch.zeros(40, dtype=torch.float16))
+    assert len(seen) == 3 * len(every)  # with a bias, and without for ranks that do not add it
+    other = make_layer(64, torch.float16, {"n": 40, "rank": 24})
+    other.matmul.warm_up(other.tensors)
+    assert len(seen) == 4 * len(every)
     choices_for.cache_clear()
 
 
