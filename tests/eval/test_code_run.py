@@ -15,12 +15,20 @@ from typing import Any
 import psutil
 import pytest
 
-from svsk_eval.code import CONSENT_VARIABLE, CodeLimits, Outcome, Verdict, consent_given, run_program, run_programs
-from svsk_eval.code.policy import MACHINES
+from svsk_eval.code import (
+    CONSENT_VARIABLE,
+    CodeLimits,
+    Outcome,
+    Verdict,
+    consent_given,
+    policy,
+    run_program,
+    run_programs,
+)
 from svsk_eval.errors import EvalError
 
 pytestmark = pytest.mark.skipif(
-    platform.system() != "Linux" or platform.machine() not in MACHINES, reason="the sandbox needs Linux"
+    platform.system() != "Linux" or platform.machine() not in policy.MACHINES, reason="the sandbox needs Linux"
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,10 +228,10 @@ for descriptor in range(64):
 def test_writing_to_every_descriptor_does_not_pass(junk: str, end: str) -> None:
     verdict = run(JUNK.format(junk=junk) + end)
     assert verdict == Verdict(False, "failed", verdict.detail)
-    assert "wrote into the scorer's pipe" in verdict.detail
+    assert "wrote into the scorer's channel" in verdict.detail
 
 
-def test_a_flood_in_the_pipe_does_not_stop_the_scorer() -> None:
+def test_a_flood_in_the_channel_does_not_stop_the_scorer() -> None:
     flood = (
         "import os\nwhile True:\n    for descriptor in range(3, 64):\n        try: os.write(descriptor, b'x' * 4096)\n"
     )
@@ -250,18 +258,40 @@ os._exit(0)
     assert not run(program).passed
 
 
+@pytest.mark.parametrize("landlock", [True, False])
+def test_what_was_reported_cannot_be_read_back(landlock: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first message, which holds the secret, may still be on its way when the program begins."""
+    if not landlock:
+        monkeypatch.setattr(policy, "landlock_abi", lambda: 0)
+    program = """
+import os
+seen = []
+for number in range(3, 64):
+    for source in (number, f'/proc/self/fd/{number}'):
+        try:
+            descriptor = source if isinstance(source, int) else os.open(source, os.O_RDONLY | os.O_NONBLOCK)
+            seen.append((source, os.read(descriptor, 1)))
+        except OSError:
+            pass
+assert {data for _, data in seen} <= {b''}, seen  # one end of file, of the channel
+assert all(isinstance(source, int) for source, _ in seen), seen
+"""
+    assert run(program) == Verdict(True, "passed", "")
+
+
 class TestMemory:
     @pytest.mark.parametrize(
         "bomb",
         [
             "x = []\nwhile True: x.append(bytearray(10**6))",
             "x = 'x'\nwhile True: x += x",
-            "x = 10\nwhile True: x **= 2",
+            "x = 0\nwhile True: x = [x]",
+            "x = {}\nwhile True: x[len(x)] = str(len(x))",
         ],
     )
     def test_bomb(self, bomb: str) -> None:
-        limits = CodeLimits(seconds=60, memory_bytes=1 << 26)
-        assert run(bomb.replace("x **= 2", "x = [x, bytes(9999)]"), limits).outcome == "memory"
+        verdict = run(bomb, CodeLimits(seconds=60, memory_bytes=1 << 26))
+        assert (verdict.outcome, verdict.detail[:11]) == ("memory", "MemoryError")
 
     def test_limit_is_the_one_asked_for(self) -> None:
         program = "x = bytearray(150 << 20)"
