@@ -34,7 +34,8 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("SVSK_DATA") or ROOT.parent / "shared" / "data")
 HUMANEVAL = DATA / "HumanEval.jsonl.gz"
-SHORT = CodeLimits(seconds=0.5)
+LIMITS = CodeLimits()
+SHORT = CodeLimits(seconds=0.5)  # for what must run into it
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def run(program: str, limits: CodeLimits = SHORT) -> Verdict:
+def run(program: str, limits: CodeLimits = LIMITS) -> Verdict:
     return run_program(program, consent=True, limits=limits)
 
 
@@ -209,7 +210,7 @@ FAILING: dict[str, tuple[str, Outcome, str]] = {
 @pytest.mark.parametrize("name", FAILING)
 def test_fails(name: str) -> None:
     program, outcome, detail = FAILING[name]
-    verdict = run(program)
+    verdict = run(program, SHORT if outcome == "timeout" else LIMITS)
     assert (verdict.passed, verdict.outcome) == (False, outcome), verdict
     assert re.fullmatch(detail, verdict.detail), verdict
 
@@ -235,7 +236,7 @@ def test_a_flood_in_the_channel_does_not_stop_the_scorer() -> None:
     flood = (
         "import os\nwhile True:\n    for descriptor in range(3, 64):\n        try: os.write(descriptor, b'x' * 4096)\n"
     )
-    assert run(flood + "        except OSError: pass").outcome == "timeout"
+    assert run(flood + "        except OSError: pass", SHORT).outcome == "timeout"
 
 
 def test_nothing_it_can_read_makes_it_pass() -> None:
@@ -324,9 +325,9 @@ def test_hash_seed_is_fixed() -> None:
 def test_order(workers: int | None) -> None:
     programs = [f"import time\ntime.sleep({(7 * index) % 5} * 0.03)\nraise ValueError({index})" for index in range(20)]
     programs[3], programs[8] = "", "while True: pass"
-    verdicts = run_programs(programs, consent=True, limits=SHORT, workers=workers)
+    verdicts = run_programs(programs, consent=True, limits=CodeLimits(seconds=3), workers=workers)
     for index, verdict in enumerate(verdicts):
-        expected = {3: "", 8: "not done after 0.5 s"}.get(index, f"ValueError: {index} (line 3)")
+        expected = {3: "", 8: "not done after 3 s"}.get(index, f"ValueError: {index} (line 3)")
         assert verdict.detail == expected
 
 
@@ -335,7 +336,7 @@ def test_several_callers_at_once() -> None:
 
     def batch(caller: int) -> list[str]:
         programs = [f"raise ValueError('{caller}-{index}')" for index in range(5)]
-        return [verdict.detail for verdict in run_programs(programs, consent=True, limits=SHORT, workers=2)]
+        return [verdict.detail for verdict in run_programs(programs, consent=True, workers=2)]
 
     with ThreadPoolExecutor(4) as pool:
         for caller, details in enumerate(pool.map(batch, range(4))):

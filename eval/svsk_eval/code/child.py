@@ -166,15 +166,16 @@ def main() -> None:
         end(0)
 
     try:
-        sys.path[:] = [path for path in sys.path if path] + order["site_packages"]
-        sys.argv[:] = [_MODULE]
-        vars(builtins).update(exit=sys.exit, quit=sys.exit)  # these two come from the module site, which is not loaded
-        confine(**order["confine"])
-        write(channel, secret + b"R")
-    except BaseException as error:
-        report(b"S", _describe(error))
-    try:
-        run(order.pop("program"), report)
+        try:
+            sys.path[:] = [path for path in sys.path if path] + order["site_packages"]
+            sys.argv[:] = [_MODULE]
+            vars(builtins).update(exit=sys.exit, quit=sys.exit)  # these come from the module site, which is not loaded
+            confine(**order["confine"])
+            write(channel, secret + b"R")
+        except BaseException as error:
+            report(b"S", _describe(error))
+        else:
+            run(order.pop("program"), report)
     finally:
         end(1)
 
