@@ -14,11 +14,10 @@ from svsk_eval.code import CodeLimits, Verdict, policy, run_program, supervise
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux" or platform.machine() not in policy.MACHINES, reason="the sandbox needs Linux"
 )
+LIMITS = CodeLimits()
 
-SHORT = CodeLimits(seconds=1)
 
-
-def run(program: str, limits: CodeLimits = SHORT) -> Verdict:
+def run(program: str, limits: CodeLimits = LIMITS) -> Verdict:
     return run_program(program, consent=True, limits=limits)
 
 
@@ -138,5 +137,5 @@ class TestLandlockAlone:
         before = tree(tmp_path)
         program = f"import os, shutil\nfolder = {str(tmp_path)!r}\nfile = folder + '/file'\n"
         program += f"attempt = lambda function, *arguments: function(*arguments)\n{attack}"
-        supervise.run_all([program], SHORT, 1)
+        supervise.run_all([program], CodeLimits(), 1)
         assert tree(tmp_path) == before

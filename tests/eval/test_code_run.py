@@ -15,18 +15,27 @@ from typing import Any
 import psutil
 import pytest
 
-from svsk_eval.code import CONSENT_VARIABLE, CodeLimits, Outcome, Verdict, consent_given, run_program, run_programs
-from svsk_eval.code.policy import MACHINES
+from svsk_eval.code import (
+    CONSENT_VARIABLE,
+    CodeLimits,
+    Outcome,
+    Verdict,
+    consent_given,
+    policy,
+    run_program,
+    run_programs,
+)
 from svsk_eval.errors import EvalError
 
 pytestmark = pytest.mark.skipif(
-    platform.system() != "Linux" or platform.machine() not in MACHINES, reason="the sandbox needs Linux"
+    platform.system() != "Linux" or platform.machine() not in policy.MACHINES, reason="the sandbox needs Linux"
 )
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("SVSK_DATA") or ROOT.parent / "shared" / "data")
 HUMANEVAL = DATA / "HumanEval.jsonl.gz"
-SHORT = CodeLimits(seconds=0.5)
+LIMITS = CodeLimits()
+SHORT = CodeLimits(seconds=0.5)  # for what must run into it
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +50,7 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def run(program: str, limits: CodeLimits = SHORT) -> Verdict:
+def run(program: str, limits: CodeLimits = LIMITS) -> Verdict:
     return run_program(program, consent=True, limits=limits)
 
 
@@ -201,7 +210,7 @@ FAILING: dict[str, tuple[str, Outcome, str]] = {
 @pytest.mark.parametrize("name", FAILING)
 def test_fails(name: str) -> None:
     program, outcome, detail = FAILING[name]
-    verdict = run(program)
+    verdict = run(program, SHORT if outcome == "timeout" else LIMITS)
     assert (verdict.passed, verdict.outcome) == (False, outcome), verdict
     assert re.fullmatch(detail, verdict.detail), verdict
 
@@ -220,14 +229,14 @@ for descriptor in range(64):
 def test_writing_to_every_descriptor_does_not_pass(junk: str, end: str) -> None:
     verdict = run(JUNK.format(junk=junk) + end)
     assert verdict == Verdict(False, "failed", verdict.detail)
-    assert "wrote into the scorer's pipe" in verdict.detail
+    assert "wrote into the scorer's channel" in verdict.detail
 
 
-def test_a_flood_in_the_pipe_does_not_stop_the_scorer() -> None:
+def test_a_flood_in_the_channel_does_not_stop_the_scorer() -> None:
     flood = (
         "import os\nwhile True:\n    for descriptor in range(3, 64):\n        try: os.write(descriptor, b'x' * 4096)\n"
     )
-    assert run(flood + "        except OSError: pass").outcome == "timeout"
+    assert run(flood + "        except OSError: pass", SHORT).outcome == "timeout"
 
 
 def test_nothing_it_can_read_makes_it_pass() -> None:
@@ -250,18 +259,40 @@ os._exit(0)
     assert not run(program).passed
 
 
+@pytest.mark.parametrize("landlock", [True, False])
+def test_what_was_reported_cannot_be_read_back(landlock: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first message, which holds the secret, may still be on its way when the program begins."""
+    if not landlock:
+        monkeypatch.setattr(policy, "landlock_abi", lambda: 0)
+    program = """
+import os
+seen = []
+for number in range(3, 64):
+    for source in (number, f'/proc/self/fd/{number}'):
+        try:
+            descriptor = source if isinstance(source, int) else os.open(source, os.O_RDONLY | os.O_NONBLOCK)
+            seen.append((source, os.read(descriptor, 1)))
+        except OSError:
+            pass
+assert {data for _, data in seen} <= {b''}, seen  # one end of file, of the channel
+assert all(isinstance(source, int) for source, _ in seen), seen
+"""
+    assert run(program) == Verdict(True, "passed", "")
+
+
 class TestMemory:
     @pytest.mark.parametrize(
         "bomb",
         [
             "x = []\nwhile True: x.append(bytearray(10**6))",
             "x = 'x'\nwhile True: x += x",
-            "x = 10\nwhile True: x **= 2",
+            "x = 0\nwhile True: x = [x]",
+            "x = {}\nwhile True: x[len(x)] = str(len(x))",
         ],
     )
     def test_bomb(self, bomb: str) -> None:
-        limits = CodeLimits(seconds=60, memory_bytes=1 << 26)
-        assert run(bomb.replace("x **= 2", "x = [x, bytes(9999)]"), limits).outcome == "memory"
+        verdict = run(bomb, CodeLimits(seconds=60, memory_bytes=1 << 26))
+        assert (verdict.outcome, verdict.detail[:11]) == ("memory", "MemoryError")
 
     def test_limit_is_the_one_asked_for(self) -> None:
         program = "x = bytearray(150 << 20)"
@@ -294,9 +325,9 @@ def test_hash_seed_is_fixed() -> None:
 def test_order(workers: int | None) -> None:
     programs = [f"import time\ntime.sleep({(7 * index) % 5} * 0.03)\nraise ValueError({index})" for index in range(20)]
     programs[3], programs[8] = "", "while True: pass"
-    verdicts = run_programs(programs, consent=True, limits=SHORT, workers=workers)
+    verdicts = run_programs(programs, consent=True, limits=CodeLimits(seconds=3), workers=workers)
     for index, verdict in enumerate(verdicts):
-        expected = {3: "", 8: "not done after 0.5 s"}.get(index, f"ValueError: {index} (line 3)")
+        expected = {3: "", 8: "not done after 3 s"}.get(index, f"ValueError: {index} (line 3)")
         assert verdict.detail == expected
 
 
@@ -305,7 +336,7 @@ def test_several_callers_at_once() -> None:
 
     def batch(caller: int) -> list[str]:
         programs = [f"raise ValueError('{caller}-{index}')" for index in range(5)]
-        return [verdict.detail for verdict in run_programs(programs, consent=True, limits=SHORT, workers=2)]
+        return [verdict.detail for verdict in run_programs(programs, consent=True, workers=2)]
 
     with ThreadPoolExecutor(4) as pool:
         for caller, details in enumerate(pool.map(batch, range(4))):

@@ -21,10 +21,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 EVAL = Path(__file__).resolve().parents[2] / "eval"
-SHORT = CodeLimits(seconds=1)
+LIMITS = CodeLimits()
 
 
-def run(program: str, limits: CodeLimits = SHORT) -> Verdict:
+def run(program: str, limits: CodeLimits = LIMITS) -> Verdict:
     return run_program(program, consent=True, limits=limits)
 
 
@@ -72,10 +72,15 @@ class TestSelfTest:
         run("")
         assert ran == [1]
 
-    def test_a_kernel_that_refuses_the_filter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_kernel_that_refuses_the_filter(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing runs unprotected."""
+        run("")
+        monkeypatch.setattr(policy, "landlock_abi", lambda: 0)
+        monkeypatch.setattr(policy, "resource_limits", lambda limits: [])
         monkeypatch.setattr(policy, "seccomp_program", lambda: bytes(8 * 3))  # it ends without a return
         with pytest.raises(EvalError, match=r"could not be set up: OSError: \[Errno 22\] prctl\(22\).* No program"):
-            run("")
+            run(f"open({str(tmp_path / 'file')!r}, 'w')")
+        assert list(tmp_path.iterdir()) == []
 
     def test_an_interpreter_that_does_not_start(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "executable", shutil.which("false"))

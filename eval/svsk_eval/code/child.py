@@ -2,8 +2,8 @@
 """The process that one program runs in. Its source is run by ``python -c``; nothing of the project is imported.
 
 Standard input holds the order, a marshalled dictionary. The process first gives up its rights for good, then compiles
-and runs the program, then reports through a pipe. Every message begins with a secret of this run, so that what the
-program itself writes into the pipe is no message. The secret is followed by one letter: R ready, P passed, F failed,
+and runs the program, then reports through a socket. Every message begins with a secret of this run, so that what the
+program itself writes into the socket is no message. The secret is followed by one letter: R ready, P passed, F failed,
 M out of memory, S the sandbox could not be set up; F, M and S by a text.
 
 This start-up is paid for every program, so only modules that load in milliseconds are imported.
@@ -159,22 +159,23 @@ def main() -> None:
         order = marshal.loads(stream.read())
     os.open(os.devnull, os.O_RDONLY)  # becomes descriptor 0
     secret: bytes = order["secret"]
-    pipe: int = order["pipe"]
+    channel: int = order["channel"]
 
     def report(letter: bytes, text: str) -> None:
-        write(pipe, secret + letter + text.encode("utf-8", "backslashreplace"))
+        write(channel, secret + letter + text.encode("utf-8", "backslashreplace"))
         end(0)
 
     try:
-        sys.path[:] = [path for path in sys.path if path] + order["site_packages"]
-        sys.argv[:] = [_MODULE]
-        vars(builtins).update(exit=sys.exit, quit=sys.exit)  # these two come from the module site, which is not loaded
-        confine(**order["confine"])
-        write(pipe, secret + b"R")
-    except BaseException as error:
-        report(b"S", _describe(error))
-    try:
-        run(order.pop("program"), report)
+        try:
+            sys.path[:] = [path for path in sys.path if path] + order["site_packages"]
+            sys.argv[:] = [_MODULE]
+            vars(builtins).update(exit=sys.exit, quit=sys.exit)  # these come from the module site, which is not loaded
+            confine(**order["confine"])
+            write(channel, secret + b"R")
+        except BaseException as error:
+            report(b"S", _describe(error))
+        else:
+            run(order.pop("program"), report)
     finally:
         end(1)
 

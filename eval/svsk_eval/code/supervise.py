@@ -7,6 +7,7 @@ import os
 import secrets
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -64,8 +65,8 @@ def _setting(folder: str, limits: CodeLimits) -> _Setting:
     return _Setting(folder, limits.seconds, {"site_packages": policy.site_packages(), "confine": confine})
 
 
-def _spawn(order: bytes, pipe: int, folder: str) -> subprocess.Popen[bytes]:
-    """Start a child that finds ``order`` on its standard input and can write to ``pipe``."""
+def _spawn(order: bytes, channel: int, folder: str) -> subprocess.Popen[bytes]:
+    """Start a child that finds ``order`` on its standard input and can write to ``channel``."""
     stream = os.memfd_create("order")  # a file needs no one to feed it, whatever the size of the program
     try:
         with os.fdopen(os.dup(stream), "wb") as writer:
@@ -80,7 +81,7 @@ def _spawn(order: bytes, pipe: int, folder: str) -> subprocess.Popen[bytes]:
             stderr=subprocess.DEVNULL,
             cwd=folder,
             env=_environment(folder),
-            pass_fds=(pipe,),
+            pass_fds=(channel,),
             start_new_session=True,
         )
     finally:
@@ -96,31 +97,34 @@ class _Child:
         self._received = b""
         self._ready = False
         with contextlib.ExitStack() as undo:
-            self.pipe, theirs = os.pipe()
-            undo.callback(os.close, self.pipe)
-            try:
-                os.set_blocking(self.pipe, False)
-                order = {"secret": self._secret, "pipe": theirs, "program": str.__str__(program)} | setting.order
-                self._process = _spawn(marshal.dumps(order), theirs, setting.folder)
-            finally:
-                os.close(theirs)
+            # Not a pipe: a process can open its end of one for reading, through /proc, and so see what it wrote itself.
+            self.channel, theirs = socket.socketpair()
+            undo.callback(self.channel.close)
+            with theirs:
+                self.channel.setblocking(False)
+                self.channel.shutdown(socket.SHUT_WR)
+                fields = {"secret": self._secret, "channel": theirs.fileno(), "program": str.__str__(program)}
+                self._process = _spawn(marshal.dumps(fields | setting.order), theirs.fileno(), setting.folder)
             undo.callback(self._kill)
             self.pidfd = os.pidfd_open(self._process.pid)
             undo.pop_all()
         self.deadline = time.monotonic() + _START_SECONDS
 
     def receive(self) -> bool:
-        """Take what the pipe holds, up to the longest message; return whether more can follow."""
-        try:
-            found = os.read(self.pipe, _MESSAGE_BYTES)
-        except BlockingIOError:
-            return True
-        self._received += found
-        if not self._ready and self._received.startswith(self._secret + b"R"):
-            self._ready = True
-            self.deadline = time.monotonic() + self._seconds
-            self._received = self._received[len(self._secret) + 1 :]
-        return bool(found) and len(self._received) <= _MESSAGE_BYTES
+        """Take what the channel holds, up to the longest message; return whether more can follow."""
+        while len(self._received) <= _MESSAGE_BYTES:
+            try:
+                found = self.channel.recv(_MESSAGE_BYTES)
+            except BlockingIOError:
+                return True
+            if not found:
+                return False
+            self._received += found
+            if not self._ready and self._received.startswith(self._secret + b"R"):
+                self._ready = True
+                self.deadline = time.monotonic() + self._seconds
+                self._received = self._received[len(self._secret) + 1 :]
+        return False
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -130,7 +134,7 @@ class _Child:
     def close(self) -> None:
         """Kill the process and whatever else is in its session's group, reap it, and close what belongs to it."""
         self._kill()
-        os.close(self.pipe)
+        self.channel.close()
         os.close(self.pidfd)
 
     def verdict(self, late: bool) -> Verdict:
@@ -154,7 +158,7 @@ class _Child:
             return _fail("memory", text)
         if letter == b"F":
             return _fail("failed", text)
-        stray = " and wrote into the scorer's pipe" if self._received else ""
+        stray = " and wrote into the scorer's channel" if self._received else ""
         killed = self._process.returncode < 0
         return _fail("killed" if killed else "failed", f"ended with {self._ending()} before its end was reached{stray}")
 
@@ -209,7 +213,7 @@ class _Batch:
 
     def start(self, index: int, program: str) -> None:
         child = self.running[index] = _start(program, self._setting)
-        self._selector.register(child.pipe, selectors.EVENT_READ, index)
+        self._selector.register(child.channel, selectors.EVENT_READ, index)
         self._selector.register(child.pidfd, selectors.EVENT_READ, index)
 
     def wait(self) -> None:
@@ -224,7 +228,7 @@ class _Batch:
             if key.fd == child.pidfd:
                 self._finish(key.data, late=False)
             elif not more:
-                self._selector.unregister(child.pipe)
+                self._selector.unregister(child.channel)
         now = time.monotonic()
         for index in [index for index, child in self.running.items() if child.deadline <= now]:
             self._finish(index, late=True)
@@ -232,7 +236,7 @@ class _Batch:
     def _finish(self, index: int, *, late: bool) -> None:
         child = self.running.pop(index)
         with contextlib.suppress(KeyError):  # it is not there after the end of its messages
-            self._selector.unregister(child.pipe)
+            self._selector.unregister(child.channel)
         self._selector.unregister(child.pidfd)
         child.close()
         self.verdicts[index] = child.verdict(late)
