@@ -60,7 +60,7 @@ def load_model(
         if is_svsk(path):
             importlib.import_module("svsk_vllm.hf")  # registers the method with transformers when it is imported
         model = AutoModelForCausalLM.from_pretrained(str(path), dtype=what)
-    except OSError as error:
+    except (OSError, ImportError) as error:  # transformers asks for a package per quantisation method
         raise EvalError(f"{path}: cannot load a model from it. {error}") from error
     return model.to(where)
 

@@ -16,15 +16,12 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import select
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,17 +32,12 @@ from transformers import AutoConfig
 from svsk_eval.engine_args import engine_arguments
 from svsk_eval.errors import EvalError
 from svsk_eval.metrics import ChunkScores, EvalInputs, EvalResult, FloatArray, summarise
+from svsk_eval.processes import die_with_parent, ending, log_tail, run_module
 from svsk_eval.scoring import Progress, check_fits, check_folder, check_same_vocabulary, is_svsk, shared_tokens
 from svsk_offline.atomic import write_json, write_tensors
 from svsk_offline.calibration.text import token_fingerprint
 
 __all__ = ["ServedScores", "chunk_scores", "evaluate_served", "served_scores"]
-
-_LOG_LINES: Final = 25
-_LOG_WIDTH: Final = 400
-
-_GRACE: Final = 20.0
-"""Seconds a process that is ended early has to end its workers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,54 +282,11 @@ def _check_model(path: str | Path, tokens: torch.Tensor) -> int:
 
 def _run_child(model: str | Path, folder: Path, report: Callable[[int], None]) -> None:
     """Run :func:`serve` on the request in a folder; what it prints goes to a log that only an error shows."""
-    read, write = os.pipe()
-    # The engine in the process itself: one process less to start, to wait for and to end.
-    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | os.environ
     paths = [str(folder / "request.json"), str(folder / "result.safetensors")]
-    command = [sys.executable, "-m", "svsk_eval.served", *paths, str(write)]
-    with (folder / "log").open("wb") as log:
-        try:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[write], env=environment
-            )
-        finally:
-            os.close(write)
-        try:
-            _follow(process, read, report)
-        finally:  # also when this process is interrupted
-            os.close(read)
-            code = _end(process)
+    code = run_module("svsk_eval.served", paths, folder / "log", lambda line: report(int(line)))
     if code:
-        tail = _tail(folder / "log")
-        raise EvalError(f"{model}: vLLM could not score it ({_ending(code)}). Its log ends with:\n{tail}")
-
-
-def _follow(process: subprocess.Popen[bytes], pipe: int, report: Callable[[int], None]) -> None:
-    """Report numbers from the pipe until the process has ended."""
-    pending = b""
-    while True:
-        ended = process.poll() is not None
-        if select.select([pipe], [], [], 0 if ended else 0.5)[0]:
-            data = os.read(pipe, 4096)
-            if not data:
-                process.wait()
-                return
-            *lines, pending = (pending + data).split(b"\n")
-            for line in lines:
-                report(int(line))
-        elif ended:  # workers inherit the pipe and may outlive a process that was killed: its end may not come
-            return
-
-
-def _end(process: subprocess.Popen[bytes]) -> int:
-    """The exit code of a process, which is ended if it still runs."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    return process.wait()
+        tail = log_tail(folder / "log")
+        raise EvalError(f"{model}: vLLM could not score it ({ending(code)}). Its log ends with:\n{tail}")
 
 
 def _read_result(model: str | Path, path: Path, shape: tuple[int, int]) -> ServedScores:
@@ -360,17 +309,6 @@ def _read_result(model: str | Path, path: Path, shape: tuple[int, int]) -> Serve
     return ServedScores(logprobs, top, described["dtype"], json.loads(described["settings"]))
 
 
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    name = signal.Signals(-code).name
-    return f"ended by {name}, as when memory runs out" if name == "SIGKILL" else f"ended by {name}"
-
-
-def _tail(path: Path) -> str:
-    lines = [line.rstrip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return "\n".join(line[:_LOG_WIDTH] for line in lines[-_LOG_LINES:]) or "(it is empty)"
-
-
 if __name__ == "__main__":
+    die_with_parent()
     serve(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

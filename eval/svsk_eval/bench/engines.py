@@ -5,23 +5,23 @@ Requests whose answer is in the journal are not run. The prompts, stop strings a
 fed request by request instead of in one call, because a call returns only when its last answer is finished.
 """
 
+import hashlib
 import importlib
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import maybe_truncate, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from svsk_eval.bench.journal import Generated, Journal, Likelihood, request_keys
 from svsk_eval.errors import EvalError
 
-__all__ = ["JournaledModel", "hf_model", "vllm_model"]
-
-_WAITING: Final = 1024
-"""Requests given to vLLM at a time: enough to fill any batch, few enough to take no memory to speak of."""
+__all__ = ["JournaledModel", "hf_model", "is_sampled", "likelihood", "vllm_model"]
 
 Progress = Callable[[int, int], None]
 """Called with the numbers of requests that have an answer and that were asked for so far."""
@@ -49,16 +49,18 @@ class JournaledModel(TemplateLM):
     Attributes:
         journal: answers, old and new.
         clock: of generation, new answers only.
+        cut_prompts: how many prompts did not fit the model's context and were cut, as lm-eval does; with vLLM only.
     """
 
     journal: Journal
     clock: Clock
+    cut_prompts: int
 
     def attach(self, journal: Journal, progress: Progress) -> None:
         """Set what lm-eval's constructor does not know."""
         self.journal, self.clock = journal, Clock()
         self._progress = progress
-        self._done = self._asked = 0
+        self._done = self._asked = self.cut_prompts = 0
 
     def generated(self, requests: Iterable[tuple[str, dict[str, Any]]]) -> list[Generated]:
         """The kept answers to ``generate_until`` requests (prompt, settings), all of one task and in its order.
@@ -77,7 +79,7 @@ class JournaledModel(TemplateLM):
         return [self.journal.generated(key).text for key in keys]
 
     def _generation_keys(self, arguments: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-        sampled = any(_is_sampled(settings) for _, settings in arguments)
+        sampled = any(is_sampled(settings) for _, settings in arguments)
         return request_keys("generate_until", arguments, numbered=sampled)
 
     def _generate(self, requests: list[tuple[str, str, dict[str, Any]]]) -> None:
@@ -103,17 +105,19 @@ class JournaledModel(TemplateLM):
         self._progress(self._done, self._asked)
 
 
-def hf_model(arguments: dict[str, Any], journal: Journal, progress: Progress) -> JournaledModel:
+def hf_model(arguments: dict[str, Any], journal: Journal, progress: Progress, seed: int = 0) -> JournaledModel:
     """lm-eval's ``hf`` model with a journal; SVSK checkpoints are dequantised.
 
     Args:
         arguments: of :class:`lm_eval.models.huggingface.HFLM`.
         journal: takes the answers.
         progress: see :data:`Progress`.
+        seed: of answers that are sampled.
     """
     importlib.import_module("svsk_vllm.hf")  # registers the method with transformers when it is imported
     model = _JournaledHF(**arguments)
     model.attach(journal, progress)
+    model.seed = seed
     return model
 
 
@@ -134,16 +138,18 @@ def vllm_model(arguments: dict[str, Any], journal: Journal, progress: Progress) 
             "Use tensor_parallel_size, or run the models on a GPU each."
         )
     try:
-        model_class = _vllm_class()
+        from svsk_eval.bench.vllm_engine import JournaledVLLM  # starts vLLM
     except ImportError as error:
         raise EvalError(f"--engine vllm: vLLM is not installed ({error}). Install it, or use --engine hf.") from error
-    model: JournaledModel = model_class(**arguments)
+    model: JournaledModel = JournaledVLLM(**arguments)
     model.attach(journal, progress)
     return model
 
 
 class _JournaledHF(JournaledModel, HFLM):
     """HFLM tells its cache hook of each answer after each batch: this class is that hook."""
+
+    seed: int
 
     def attach(self, journal: Journal, progress: Progress) -> None:
         super().attach(journal, progress)
@@ -160,8 +166,8 @@ class _JournaledHF(JournaledModel, HFLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         keys = request_keys("loglikelihood_rolling", (request.args for request in requests))
-        if todo := self._missing(keys):
-            super().loglikelihood_rolling([requests[i] for i in todo], disable_tqdm=disable_tqdm)
+        for index in self._missing(keys):  # one by one: HFLM reports an answer after all windows of all texts
+            super().loglikelihood_rolling([requests[index]], disable_tqdm=True)
         return [self.journal.likelihood(key).logprob for key in keys]
 
     def add_partial(self, attr: str, req: tuple[Any, ...], res: Any) -> None:
@@ -171,19 +177,30 @@ class _JournaledHF(JournaledModel, HFLM):
             key = self._keys[request_keys(attr, [req])[0]].pop(0)
             self._keep(key, Generated(text=res, tokens=tokens, stopped=stopped))
         elif attr == "loglikelihood":
-            self._keep(request_keys(attr, [req])[0], Likelihood(logprob=res[0], greedy=res[1]))
+            self._keep(request_keys(attr, [req])[0], likelihood(*res))
         else:
-            self._keep(request_keys(attr, [req])[0], Likelihood(logprob=res, greedy=None))
+            self._keep(request_keys(attr, [req])[0], likelihood(res, None))
 
     def _generate(self, requests: list[tuple[str, str, dict[str, Any]]]) -> None:
-        from lm_eval.api.instance import Instance
-
-        instances = []
-        self._keys = {}
-        for index, (key, prompt, settings) in enumerate(requests):
-            instances.append(Instance("generate_until", {}, (prompt, settings), index))
-            self._keys.setdefault(request_keys("generate_until", [(prompt, settings)])[0], []).append(key)
-        HFLM.generate_until(self, instances)
+        size = len(requests)
+        if any(is_sampled(settings) for _, _, settings in requests):
+            # torch's random numbers belong to a batch: a seed of its own makes them independent of the batches before
+            # it, so that a run that goes on does not draw the same again.
+            size = int(self.batch_size)
+        for start in range(0, len(requests), size):
+            batch = requests[start : start + size]
+            text = f"{self.seed} {' '.join(key for key, _, _ in batch)}"
+            torch.manual_seed(int(hashlib.sha256(text.encode()).hexdigest()[:8], 16))
+            self._keys = {}
+            for key, *arguments in batch:
+                self._keys.setdefault(request_keys("generate_until", [arguments])[0], []).append(key)
+            HFLM.generate_until(
+                self,
+                [
+                    Instance("generate_until", {}, (prompt, settings), i)
+                    for i, (_, prompt, settings) in enumerate(batch)
+                ],
+            )
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         output: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)
@@ -206,87 +223,21 @@ class _JournaledHF(JournaledModel, HFLM):
         return low, True
 
 
-def _vllm_class() -> type[JournaledModel]:
-    """The class for vLLM, whose import starts vLLM."""
-    from lm_eval.models.vllm_causallms import VLLM
-    from vllm import SamplingParams, TokensPrompt
-    from vllm.sampling_params import RequestOutputKind
-
-    class JournaledVLLM(JournaledModel, VLLM):
-        def _generate(self, requests: list[tuple[str, str, dict[str, Any]]]) -> None:
-            eos = self.tokenizer.decode(self.eot_token_id) or self.tokenizer.eos_token
-            encoded = self.tok_encode([prompt for _, prompt, _ in requests])
-            prompts, params, stops = [], [], []
-            for tokens, (key, _, settings) in zip(encoded, requests, strict=True):
-                kwargs, until, limit = self.modify_gen_kwargs(
-                    dict(settings), eos=eos, default_max_gen_toks=self.max_gen_toks
-                )
-                tokens, limit = maybe_truncate(
-                    tokens, max_gen_toks=limit, max_model_len=self.max_length, side=self.truncation_side
-                )
-                if _is_sampled(settings):
-                    # A seed of its own, so that an answer does not depend on what else is in the batch.
-                    kwargs.setdefault("seed", (self.model_args["seed"] + int(key[:8], 16)) % 2**32)
-                else:
-                    kwargs["temperature"] = 0.0  # lm-eval leaves it out if a task does, and vLLM would sample
-                # A thinking model may write the task's stop strings while it thinks: they are applied afterwards.
-                stop = [eos] if self.think_end_token else until
-                prompts.append(tokens)
-                stops.append(until)
-                params.append(SamplingParams(max_tokens=limit, stop=stop, **kwargs))
-            for index, output in self._stream(prompts, params):
-                answer = output.outputs[0]
-                if answer.finish_reason not in ("stop", "length"):
-                    raise EvalError(f"vLLM ended a request with {answer.finish_reason!r}, expected 'stop' or 'length'.")
-                text = postprocess_generated_text(answer.text, stops[index], self.think_end_token)
-                stopped = answer.finish_reason == "stop"
-                self._keep(requests[index][0], Generated(text=text, tokens=len(answer.token_ids), stopped=stopped))
-
-        def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            longest = self.max_length - 1  # vLLM generates one token at least
-            inputs, contexts = [], []
-            for _, context, continuation in requests:
-                tokens = (context + continuation)[-longest:]
-                inputs.append(tokens)
-                contexts.append(len(tokens) - len(continuation))
-                if contexts[-1] < 1:
-                    raise EvalError(
-                        f"A continuation of {len(continuation)} tokens does not fit the model's {self.max_length}. "
-                        "Give a larger max_model_len."
-                    )
-            keys = request_keys("loglikelihood", zip(inputs, contexts, strict=True))
-            todo = self._missing(keys)
-            asked = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
-            for index, output in self._stream([inputs[i] for i in todo], [asked] * len(todo)):
-                found = todo[index]
-                logprob, greedy = self._parse_logprobs(inputs[found], output, contexts[found])
-                self._keep(keys[found], Likelihood(logprob=logprob, greedy=greedy))
-            answers = [self.journal.likelihood(key) for key in keys]
-            return [(answer.logprob, bool(answer.greedy)) for answer in answers]
-
-        def _stream(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-            """Outputs with the numbers of their requests, as they finish; longest prompts first."""
-            engine = self.model.llm_engine
-            order = iter(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
-            running = 0
-            while True:
-                while running < _WAITING and (index := next(order, None)) is not None:
-                    own = params[index].clone()
-                    own.output_kind = RequestOutputKind.FINAL_ONLY
-                    prompt = TokensPrompt(prompt_token_ids=prompts[index])
-                    engine.add_request(str(index), prompt, own, lora_request=self.lora_request)
-                    running += 1
-                if not running:
-                    return
-                for output in engine.step():
-                    if output.finished:
-                        running -= 1
-                        yield int(output.request_id), output
-
-    return JournaledVLLM
-
-
-def _is_sampled(settings: dict[str, Any]) -> bool:
+def is_sampled(settings: dict[str, Any]) -> bool:
     """Whether an answer is drawn at random, by lm-eval's rules."""
     normal = normalize_gen_kwargs(settings)
     return bool(normal.get("do_sample")) or float(normal.get("temperature", 0.0)) > 0
+
+
+def likelihood(logprob: float, greedy: bool | None) -> Likelihood:
+    """An answer of these values.
+
+    Raises:
+        EvalError: the log-probability is not finite.
+    """
+    if not math.isfinite(logprob):
+        raise EvalError(
+            f"The model gives a text the log-probability {logprob}. Try another --dtype, and check the weights: "
+            "`svsk eval MODEL --text TEXT --dtype float32`."
+        )
+    return Likelihood(logprob=logprob, greedy=greedy)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run lm-eval tasks for a reference and its variants, on the same items and seeds, and put the scores together."""
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -9,25 +10,29 @@ import re
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+import svsk_kernels
+import svsk_vllm
+from svsk_eval.bench.analysis import check_tasks
 from svsk_eval.bench.folders import Folder, bits_per_weight, read_folder
 from svsk_eval.bench.schema import BenchReport, BenchSettings, Engine, Generation, ModelRun, TextScores
+from svsk_eval.bench.sources import environment_settings, source_hash
 from svsk_eval.bench.worker import WorkerRequest, WorkerResult
 from svsk_eval.errors import EvalError
+from svsk_eval.processes import ending, log_tail, run_module
 from svsk_offline.atomic import write_text
 from svsk_offline.source import resolve_model
 from svsk_vllm.version import __version__
 
 __all__ = ["BenchOptions", "Candidate", "TextOptions", "bench", "candidate", "package_versions"]
-
-_LOG_LINES: Final = 25
 
 Progress = Callable[[str, str, int, int], None]
 """Called with a model's label, what it does, and the numbers of requests that are done and that are known."""
@@ -93,7 +98,7 @@ def candidate(text: str) -> Candidate:
         EvalError: label or model is empty.
     """
     label, sign, name = text.partition("=")
-    if not sign:
+    if not sign or Path(text).is_dir():
         label, name = Path(text).name or text, text
     if not label.strip() or not name.strip():
         raise EvalError(f"{text!r}: expected MODEL or LABEL=MODEL.")
@@ -135,13 +140,18 @@ def bench(
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise EvalError(f"{', '.join(twice)}: two models have this label. Name them: LABEL=MODEL.")
     folders = [read_folder(resolve_model(one.name)) for one in candidates]
-    options.work_dir.mkdir(parents=True, exist_ok=True)
     bits = bits_per_weight(folders[0], folders)
-    models = []
-    for one, folder, bpw in zip(candidates, folders, bits, strict=True):
-        result = _run_tasks(one, folder, settings, options, progress)
-        texts = () if options.text is None else _score_text(one, folder, folders[0], settings, options, progress)
-        models.append(_model_run(one, folder, bpw, result, texts))
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(options.work_dir):
+        # Texts first: they take minutes, and show whether a model can be loaded.
+        pairs = list(zip(candidates, folders, strict=True))
+        texts = [_score_text(one, folder, folders[0], settings, options, progress) for one, folder in pairs]
+        models: list[ModelRun] = []
+        for index, (one, folder) in enumerate(pairs):
+            same = sum(folder.fingerprint == other.fingerprint for other in folders[:index])
+            result = _run_tasks(one, folder, same, settings, options, progress)
+            models.append(_model_run(one, folder, bits[index], result, texts[index]))
+            check_tasks(models[0], models[-1])  # now rather than after all models
     return BenchReport(
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         command=options.command,
@@ -151,14 +161,27 @@ def bench(
     )
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a work folder."""
+    with (folder / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise EvalError(
+                f"{folder}: another run is using this work folder. Wait for its end, or give another --work-dir."
+            ) from error
+        yield
+
+
 def _run_tasks(
-    one: Candidate, folder: Folder, settings: BenchSettings, options: BenchOptions, progress: Progress
+    one: Candidate, folder: Folder, same: int, settings: BenchSettings, options: BenchOptions, progress: Progress
 ) -> WorkerResult:
+    """Run a model's tasks; ``same`` models before it are the same one, and its answers are to be its own."""
     # What changes a model's answers decides where they are kept; prompts and generation settings are in their keys.
-    decides = [folder.fingerprint, settings.engine, options.dtype, settings.seed, settings.model_args]
-    decides += [settings.versions, options.batch_size if settings.engine == "hf" else None]
-    work = options.work_dir / _work_name(one, decides)
-    work.mkdir(exist_ok=True)
+    decides = [folder.fingerprint, settings.engine, options.dtype, settings.seed, settings.model_args, same]
+    decides += [*_surroundings(), options.batch_size if settings.engine == "hf" else None]
+    work = _work_folder(options.work_dir, one, "answers", decides)
     request = WorkerRequest(
         model=folder.path.absolute(),
         folder=work.absolute(),
@@ -171,38 +194,24 @@ def _run_tasks(
     write_text(work / "request.json", request.model_dump_json(indent=1))
     (work / "result.json").unlink(missing_ok=True)
     progress(one.label, "starting", 0, 0)
-    _run_process(one, work, progress)
-    return WorkerResult.model_validate_json((work / "result.json").read_bytes())
+    errors: list[str] = []
 
+    def told(line: str) -> None:
+        message = json.loads(line)
+        if "error" in message:
+            errors.append(message["error"])
+        elif "note" in message:
+            progress(one.label, f"note: {message['note']}", 0, 0)
+        else:
+            progress(one.label, message["task"], message["done"], message["asked"])
 
-def _run_process(one: Candidate, work: Path, progress: Progress) -> None:
-    """Start the worker and follow it to its end; what it prints goes to ``log.txt``."""
-    read, write = os.pipe()
-    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"} | os.environ
-    command = [sys.executable, "-m", "svsk_eval.bench.worker", str(work / "request.json"), str(write)]
-    log = work / "log.txt"
-    error: str | None = None
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=[write], env=environment
-        )
-    os.close(write)
-    try:
-        with os.fdopen(read) as told:
-            for line in told:
-                message = json.loads(line)
-                if "error" in message:
-                    error = message["error"]
-                else:
-                    progress(one.label, message["task"], message["done"], message["asked"])
-        code = process.wait()
-    finally:
-        process.kill()
-        process.wait()
-    if error is not None:
-        raise EvalError(f"{one.label}: {error}")
+    code = run_module("svsk_eval.bench.worker", [str(work / "request.json")], work / "log.txt", told)
+    if errors:
+        raise EvalError(f"{one.label}: {errors[0]}")
     if code:
-        raise EvalError(f"{one.label}: its process ended with code {code}. The end of {log}:\n{_tail(log)}")
+        log = work / "log.txt"
+        raise EvalError(f"{one.label}: its process failed ({ending(code)}). The end of {log}:\n{log_tail(log)}")
+    return WorkerResult.model_validate_json((work / "result.json").read_bytes())
 
 
 def _score_text(
@@ -214,23 +223,21 @@ def _score_text(
     progress: Progress,
 ) -> tuple[TextScores, ...]:
     """What ``svsk eval`` says of the model, run as a command so that its memory is free afterwards."""
-    assert options.text is not None
+    if options.text is None:
+        return ()
     text = options.text
-    is_reference = folder.fingerprint == reference.fingerprint
     scores = []
     for engine in text.engines:
         command = ["eval", str(folder.path), "--text", str(text.text), "--engine", engine, "--dtype", options.dtype]
         command += ["--chunks", str(text.chunks), "--seq-len", str(text.seq_len)]
-        if not is_reference:
+        if folder.fingerprint != reference.fingerprint:
             command += ["--reference", str(reference.path)]
-        if engine == "vllm":
-            for key, value in settings.model_args.items():
-                if key not in _NOT_THE_ENGINES:
-                    command += ["--engine-arg", f"{key}={json.dumps(value)}"]
+        if engine == settings.engine == "vllm":
+            for name in _ENGINE_ARGUMENTS & settings.model_args.keys():
+                command += ["--engine-arg", f"{name}={json.dumps(settings.model_args[name])}"]
         content = hashlib.sha256(_read(text.text)).hexdigest()
-        decides = [folder.fingerprint, reference.fingerprint, content, command[4:], settings.versions]
-        work = options.work_dir / f"{_work_name(one, decides)}-text"
-        work.mkdir(exist_ok=True)
+        decides = [folder.fingerprint, reference.fingerprint, content, command[4:], *_surroundings()]
+        work = _work_folder(options.work_dir, one, "text", decides)
         result = work / "scores.json"
         if not result.is_file():
             progress(one.label, f"text, {engine}", 0, 0)
@@ -240,18 +247,18 @@ def _score_text(
                     stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False,
                 )  # fmt: skip
             if done.returncode:
-                raise EvalError(f"{one.label}: scoring {text.text} failed:\n{_tail(work / 'log.txt')}")
+                raise EvalError(f"{one.label}: scoring {text.text} failed:\n{log_tail(work / 'log.txt')}")
         found: dict[str, Any] = json.loads(result.read_bytes())
         fields = {name: found.get(name) for name in TextScores.model_fields if name in found}
         scores.append(TextScores.model_validate(fields | {"engine": engine}))
     return tuple(scores)
 
 
-_NOT_THE_ENGINES: Final = (
-    "max_model_len", "max_length", "max_gen_toks", "add_bos_token", "prefix_token_id", "enable_thinking",
-    "think_end_token", "chat_template_args", "truncation_side", "enable_prefix_caching",
-)  # fmt: skip
-"""Arguments of lm-eval's models that say how prompts are made, or that scoring a text sets itself."""
+_ENGINE_ARGUMENTS: Final = {
+    "enforce_eager", "gpu_memory_utilization", "kv_cache_dtype", "max_num_batched_tokens", "max_num_seqs",
+    "pipeline_parallel_size", "quantization", "revision", "tensor_parallel_size", "tokenizer", "trust_remote_code",
+}  # fmt: skip
+"""Model arguments that also concern the scoring of a text: those that say how and where the model runs."""
 
 
 def _model_run(
@@ -275,10 +282,25 @@ def _model_run(
     )
 
 
-def _work_name(one: Candidate, decides: list[Any]) -> str:
-    """Name of a model's folder: its label where it can be part of a name, and a hash of what its answers depend on."""
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', one.label)[:60]}-{digest[:12]}"
+def _work_folder(work_dir: Path, one: Candidate, kind: str, decides: list[Any]) -> Path:
+    """A folder for what depends on ``decides``: the one that is there, whatever the label was then, or a new one."""
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+    found = next(work_dir.glob(f"*-{kind}-{digest}"), None)
+    if found is None:
+        found = work_dir / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', one.label)[:60]}-{kind}-{digest}"
+        found.mkdir()
+    return found
+
+
+@cache
+def _surroundings() -> tuple[Any, ...]:
+    """What changes answers besides the model and the run's settings."""
+    code = [Path(svsk_vllm.__file__).parent, Path(svsk_kernels.__file__).parent]
+    versions = {}
+    for name in ("lm_eval", "torch", "transformers", "triton", "vllm"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return (source_hash(code), environment_settings(), _hardware(), versions)
 
 
 def _hardware() -> str:
@@ -293,8 +315,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise EvalError(f"{path}: cannot read it ({error.strerror}).") from error
-
-
-def _tail(log: Path) -> str:
-    with log.open(errors="replace") as handle:
-        return "".join(deque(handle, _LOG_LINES)).strip()

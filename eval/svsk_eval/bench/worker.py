@@ -8,18 +8,22 @@ model whose tasks are all finished is not loaded.
 import hashlib
 import json
 import os
+import random
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from svsk_eval.bench.journal import Journal
 from svsk_eval.bench.schema import BenchSettings, Generation, TaskRun
+from svsk_eval.bench.sources import source_hash
 from svsk_eval.errors import EvalError
+from svsk_eval.processes import die_with_parent
+from svsk_eval.task_data import tasks_folder
 from svsk_offline.atomic import write_text
 
 __all__ = ["TaskResult", "WorkerRequest", "WorkerResult", "run_worker", "task_run"]
@@ -75,14 +79,22 @@ class WorkerResult(BaseModel):
     tasks: tuple[TaskResult, ...]
 
 
-def run_worker(request: WorkerRequest, progress: TaskProgress) -> WorkerResult:
+def run_worker(request: WorkerRequest, progress: TaskProgress, note: Callable[[str], None]) -> WorkerResult:
     """Run what is not finished yet, and collect all tasks.
+
+    Args:
+        request: what to do.
+        progress: see :data:`TaskProgress`.
+        note: called with what a user should know.
 
     Raises:
         EvalError: a task or the model cannot be used.
     """
     tasks = _load_tasks(request)
-    files = {name: request.folder / f"task-{name}-{_task_key(request, task)}.json" for name, task in tasks.items()}
+    sources = _sources(request)
+    files = {
+        name: request.folder / f"task-{name}-{_task_key(request, task, sources)}.json" for name, task in tasks.items()
+    }
     missing = [name for name in tasks if not files[name].is_file()]
     if missing:
         with Journal(request.folder / "journal.jsonl") as journal:
@@ -90,8 +102,11 @@ def run_worker(request: WorkerRequest, progress: TaskProgress) -> WorkerResult:
             model = _load_model(request, journal, lambda done, asked: progress(current[0], done, asked))
             for name in missing:
                 current[0] = name
+                cut = model.cut_prompts
                 result = _run_task(request, model, name, tasks[name])
                 write_text(files[name], result.model_dump_json(indent=1))
+                if model.cut_prompts > cut:
+                    note(f"{name}: {model.cut_prompts - cut} prompts were cut to fit the model's context.")
     return WorkerResult(tasks=tuple(_read_result(files[name]) for name in tasks))
 
 
@@ -99,42 +114,58 @@ def _load_tasks(request: WorkerRequest) -> dict[str, Any]:
     """lm-eval's task objects by name, groups expanded, with the overrides of the run."""
     from lm_eval.tasks import TaskManager
 
-    from svsk_eval.task_data import tasks_folder
-
-    folders = [tasks_folder(), *([request.include_path] if request.include_path else [])]
+    ours = tasks_folder()
+    folders = [ours, *([request.include_path] if request.include_path else [])]
+    metadata = {"pretrained": str(request.model), **request.settings.model_args}
     asked = list(request.settings.tasks)
-    # Reading all of lm-eval's own tasks takes seconds: only if one of them is wanted.
-    for defaults in (False, True):
-        manager = TaskManager(
-            include_path=folders, include_defaults=defaults, metadata=dict(request.settings.model_args)
-        )
-        unknown = [name for name in asked if not manager.match_tasks([name])]
-        if not unknown:
-            break
+    sandboxed = set(TaskManager(include_path=str(ours), include_defaults=False).all_tasks)
+    # Reading all of lm-eval's own tasks takes seconds: only if one is wanted, or may be in a group of the user's.
+    manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
+    if not {*asked} <= sandboxed | {*manager.all_subtasks}:
+        manager = TaskManager(include_path=folders, metadata=metadata)
+    unknown = [name for name in asked if not manager.match_tasks([name])]
     if unknown:
         raise EvalError(
             f"--tasks {','.join(asked)}: lm-eval knows no {', '.join(unknown)}. `lm_eval ls tasks --include_path "
-            f"{tasks_folder()}` lists all; --include-path adds a folder of your own."
+            f"{ours}` lists all; --include-path adds a folder of your own."
         )
-    tasks: dict[str, Any] = manager.load(asked)["tasks"]
+    names = list(dict.fromkeys(match for name in asked for match in sorted(manager.match_tasks([name]))))
+    _seed(request.settings.seed)  # some tasks draw their items at random when they are loaded
+    tasks: dict[str, Any] = manager.load(names)["tasks"]
     for name, task in tasks.items():
         if task.get_config("output_type") == "generate_until" and request.settings.gen_kwargs:
             task.set_config(key="generation_kwargs", value=dict(request.settings.gen_kwargs), update=True)
-        if getattr(task, "UNSAFE_CODE", False) and not request.consent:
+        if getattr(task, "UNSAFE_CODE", False) and name not in sandboxed:
             raise EvalError(
-                f"{name} runs code that the model has written. It runs in a sandbox, which is no guarantee: if you "
-                "agree, add --confirm-run-unsafe-code."
+                f"{name} runs code that the model has written, and not in our sandbox. Take svsk_humaneval, svsk_mbpp "
+                "or svsk_code_instruct, or use lm_eval's own command."
             )
     return tasks
 
 
-def _task_key(request: WorkerRequest, task: Any) -> str:
-    """What a task's result depends on besides the model, which has a folder of its own, as a short hash."""
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _sources(request: WorkerRequest) -> str:
+    """A hash of the files that make prompts and scores of items; lm-eval's own are known by its version."""
+    package = Path(__file__).parents[1]
+    folders = [tasks_folder(), package / "task_data", package / "code", package / "bench"]
+    if request.include_path:
+        folders.append(request.include_path)
+    return source_hash(folders)
+
+
+def _task_key(request: WorkerRequest, task: Any, sources: str) -> str:
+    """What a task's scores depend on besides the model, which has a folder of its own, as a short hash."""
     settings = request.settings
-    hashed = hashlib.sha256()
+    hashed = hashlib.sha256(sources.encode())
     own = settings.model_dump(mode="json", exclude={"tasks"}) | {"dtype": request.dtype, "batch": request.batch_size}
     hashed.update(json.dumps([own, task.dump_config()], sort_keys=True, default=_plain).encode())
-    for _, doc in task.doc_iterator(rank=0, limit=settings.limit, world_size=1):
+    examples = task.fewshot_docs() if task.get_config("num_fewshot") else None
+    for doc in (*(doc for _, doc in task.doc_iterator(limit=settings.limit)), *(examples or ())):
         hashed.update(json.dumps(doc, sort_keys=True, default=str).encode())
     return hashed.hexdigest()[:16]
 
@@ -147,13 +178,12 @@ def _plain(value: Any) -> str:
 def _load_model(request: WorkerRequest, journal: Journal, progress: Callable[[int, int], None]) -> Any:
     from svsk_eval.bench.engines import hf_model, vllm_model
 
-    common = {"pretrained": str(request.model), "dtype": request.dtype, **request.settings.model_args}
-    if request.settings.engine == "vllm":
-        return vllm_model({"seed": request.settings.seed, "batch_size": "auto", **common}, journal, progress)
-    import torch
-
+    settings = request.settings
+    common = {"pretrained": str(request.model), "dtype": request.dtype, **settings.model_args}
+    if settings.engine == "vllm":
+        return vllm_model({"seed": settings.seed, "batch_size": "auto", **common}, journal, progress)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return hf_model({"batch_size": request.batch_size, "device": device, **common}, journal, progress)
+    return hf_model({"batch_size": request.batch_size, "device": device, **common}, journal, progress, settings.seed)
 
 
 def _run_task(request: WorkerRequest, model: Any, name: str, task: Any) -> TaskResult:
@@ -271,32 +301,24 @@ def _read_result(path: Path) -> TaskResult:
         ) from error
 
 
-def _die_with_parent() -> None:
-    """End this process when the one that started it is gone: else a second run would meet it at the journal."""
-
-    def wait() -> None:
-        while os.read(0, 1024):  # not sys.stdin, whose lock this thread would hold when the process ends
-            pass
-        os._exit(_FAILED)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def main(request_file: str, pipe: str) -> None:
     """Run a request; tell the parent of progress through a pipe, and leave the result in the work folder."""
-    _die_with_parent()
+    die_with_parent()
     request = WorkerRequest.model_validate_json(Path(request_file).read_bytes())
     if request.consent:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    # The engine in this process: nothing of it outlives the process, and nothing else competes for a CPU's cores.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the parent shows the progress
     with os.fdopen(int(pipe), "w", buffering=1) as parent:
 
         def tell(**values: Any) -> None:
             parent.write(json.dumps(values) + "\n")
 
         try:
-            result = run_worker(request, lambda task, done, asked: tell(task=task, done=done, asked=asked))
+            result = run_worker(
+                request,
+                lambda task, done, asked: tell(task=task, done=done, asked=asked),
+                lambda text: tell(note=text),
+            )
         except EvalError as error:
             tell(error=str(error))
             sys.exit(_FAILED)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model in a process of its own: starting it, following what it reports, and ending it with everything it started."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+__all__ = ["die_with_parent", "ending", "log_tail", "run_module"]
+
+_LOG_LINES: Final = 25
+_LOG_WIDTH: Final = 400
+
+_GRACE: Final = 20.0
+"""Seconds a process that is ended early has to end its workers."""
+
+_ORPHANED: Final = 4
+
+
+def run_module(module: str, arguments: Sequence[str], log: Path, report: Callable[[str], None]) -> int:
+    """Run a module of this interpreter to its end; its last argument is a pipe that takes lines for ``report``.
+
+    The process is ended when this one is interrupted; where it calls :func:`die_with_parent`, also when this one is
+    killed.
+
+    Args:
+        module: as for ``python -m``.
+        arguments: before the number of the pipe.
+        log: file for what it prints.
+        report: called with every line that comes through the pipe.
+
+    Returns:
+        Its exit code, negative for a signal.
+    """
+    read, write = os.pipe()
+    # The engine in the process itself: one process less to start, to wait for and to end.
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | os.environ
+    command = [sys.executable, "-m", module, *arguments, str(write)]
+    try:
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=[write], env=environment
+            )
+    except BaseException:
+        os.close(read)
+        raise
+    finally:
+        os.close(write)
+    try:
+        _follow(process, read, report)
+    finally:  # also when this process is interrupted
+        os.close(read)
+        code = _end(process)
+    return code
+
+
+def die_with_parent() -> None:
+    """In a process of :func:`run_module`: end it when the one that started it is gone, which closes standard input."""
+
+    def wait() -> None:
+        while os.read(0, 1024):  # not sys.stdin, whose lock this thread would hold when the process ends
+            pass
+        os._exit(_ORPHANED)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def ending(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    return f"ended by {name}, as when memory runs out" if name == "SIGKILL" else f"ended by {name}"
+
+
+def log_tail(path: Path) -> str:
+    """The end of a log, without empty lines."""
+    lines = [line.rstrip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return "\n".join(line[:_LOG_WIDTH] for line in lines[-_LOG_LINES:]) or "(it is empty)"
+
+
+def _follow(process: subprocess.Popen[bytes], pipe: int, report: Callable[[str], None]) -> None:
+    """Report lines from the pipe until the process has ended."""
+    pending = b""
+    while True:
+        ended = process.poll() is not None
+        if select.select([pipe], [], [], 0 if ended else 0.5)[0]:
+            data = os.read(pipe, 1 << 16)
+            if not data:
+                process.wait()
+                return
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                report(line.decode())
+        elif ended:  # workers inherit the pipe and may outlive a process that was killed: its end may not come
+            return
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a process, which is ended if it still runs."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait()
