@@ -248,8 +248,13 @@ def run_all(programs: Sequence[str], limits: CodeLimits, workers: int) -> list[V
     Asks for no consent and trusts the sandbox: callers see to both.
 
     Raises:
-        EvalError: a child could not be started or confined.
+        EvalError: a child could not be started or confined, or this process ignores SIGCHLD.
     """
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # an ended child's number could be another process's by then
+        raise EvalError(
+            "Running code: this process ignores SIGCHLD, perhaps because its parent did, so that the ends of programs "
+            "cannot be told. Set it back first: signal.signal(signal.SIGCHLD, signal.SIG_DFL)."
+        )
     with _empty_folder() as folder, selectors.DefaultSelector() as selector:
         batch = _Batch(_setting(folder, limits), selector)
         waiting = iter(enumerate(programs))
