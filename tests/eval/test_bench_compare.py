@@ -69,6 +69,27 @@ def test_answers_are_compared_in_pairs() -> None:
     assert (task.terminated.difference, task.terminated.p) == (0.0, 1.0)
 
 
+def test_what_is_right_or_wrong_is_decided_once_per_task() -> None:
+    def run(label: str, score: float, length: float) -> ModelRun:
+        fields: dict[str, Any] = {"output_tokens": (0.0, length, 1.0, 1.0), "terminated": (1.0, 1.0, 0.0, 1.0)}
+        return model_run(label, [task_run((0, score, 1, 1), "a", **fields)])
+
+    analysis = analyse(report([run("dense", 1, 0), run("w4", 0, 1), run("w8", 1, 1)]))
+    for variant in analysis.variants:
+        (task,) = variant.tasks
+        assert task.output_tokens is not None
+        assert task.terminated is not None
+        assert (task.score.binary, task.terminated.binary, task.output_tokens.binary) == (True, True, False)
+        assert task.score.reference == analysis.estimates["dense"]["a"].score
+        assert task.output_tokens.variant == analysis.estimates[variant.label]["a"].output_tokens
+    # Half a point for one item of one model: the metric is not right or wrong, for no model.
+    half = analyse(report([run("dense", 1, 0), run("w4", 0.5, 1), run("w8", 1, 1)]))
+    for variant in half.variants:
+        assert not variant.tasks[0].score.binary
+        assert variant.tasks[0].score.reference == half.estimates["dense"]["a"].score
+        assert half.estimates["dense"]["a"].score.interval != analysis.estimates["dense"]["a"].score.interval
+
+
 def test_a_task_that_only_one_model_generates_for() -> None:
     other = model_run("w4", [task_run(RIGHT, "a"), task_run((0.5, 0.25), "b")])
     analysis = analyse(report([model("dense"), other]))
