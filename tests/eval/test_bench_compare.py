@@ -122,8 +122,15 @@ def test_other_items_are_refused() -> None:
     hashes = list(other.item_hashes)
     hashes[2], hashes[5] = "e" * 64, "f" * 64
     changed = model_run("w4", [task_run(RIGHT, "a", item_hashes=tuple(hashes))])
-    with pytest.raises(EvalError, match=r"w4: task a: its items differ .*2 of them different; item 2: eeeeeeeeeeee "):
+    with pytest.raises(EvalError) as error:
         analyse(report([model_run("dense", [other]), changed]))
+    message = str(error.value)
+    assert message.startswith(
+        "w4: task a: its items differ from those of dense (8 against 8, 2 of them different; item 2:"
+    )
+    assert f"item 2: eeeeeeeeeeee instead of {other.item_hashes[2][:12]}; item 5: ffffffffffff instead of " in message
+    for cause in ("another chat template or tokenizer in one of the two folders", "other data", "another --seed"):
+        assert cause in message
     fewer = model_run("w4", [task_run(RIGHT[:-1], "a")])
     with pytest.raises(EvalError, match=r"7 against 8, 1 of them different; item 7: absent instead of "):
         analyse(report([model_run("dense", [other]), fewer]))

@@ -21,6 +21,10 @@ _COMMON: Final = ("version", "num_fewshot", "output_type", "primary")
 _FIGURES: Final = ("score", "terminated", "output_tokens")
 _SHOWN_ITEMS: Final = 3
 _SHOWN_HASH: Final = 12
+_CAUSES: Final = (
+    "What can cause it: another chat template or tokenizer in one of the two folders (compare chat_template.jinja, "
+    "tokenizer_config.json and tokenizer.json), other data, or another --seed, which draws the examples of the prompts."
+)
 _AGAIN: Final = "Run `svsk bench` on both models again with the same settings, data and versions."
 
 
@@ -185,6 +189,7 @@ def check_tasks(reference: ModelRun, other: ModelRun, where: str = "") -> None:
 
 
 def _check_items(reference: str, name: str, expected: TaskRun, found: TaskRun) -> None:
+    """Refuse other items in a task; the message names both models and the first items that differ."""
     ours, theirs = _items(expected), _items(found)
     if ours == theirs:
         return
@@ -196,7 +201,8 @@ def _check_items(reference: str, name: str, expected: TaskRun, found: TaskRun) -
         shown.append(f"item {doc}: {what[0]} instead of {what[1]}")
     raise EvalError(
         f"{name}: task {expected.task}: its items differ from those of {reference} ({len(theirs)} against {len(ours)}, "
-        f"{len(doc_ids)} of them different; {'; '.join(shown)}). Only the same items can be compared. {_AGAIN}"
+        f"{len(doc_ids)} of them different; {'; '.join(shown)}). Only the same items can be compared. "
+        f"{_CAUSES} {_AGAIN}"
     )
 
 
