@@ -14,6 +14,7 @@ from rich.console import Console
 
 from svsk_eval.bench.analysis import analyse, as_analysis
 from svsk_eval.bench.compare import (
+    check_writable,
     compare_and_print,
     compare_reports,
     is_bench_report,
@@ -69,6 +70,27 @@ def test_answers_are_compared_in_pairs() -> None:
     assert (task.terminated.difference, task.terminated.p) == (0.0, 1.0)
 
 
+def test_what_is_right_or_wrong_is_decided_once_per_task() -> None:
+    def run(label: str, score: float, length: float) -> ModelRun:
+        fields: dict[str, Any] = {"output_tokens": (0.0, length, 1.0, 1.0), "terminated": (1.0, 1.0, 0.0, 1.0)}
+        return model_run(label, [task_run((0, score, 1, 1), "a", **fields)])
+
+    analysis = analyse(report([run("dense", 1, 0), run("w4", 0, 1), run("w8", 1, 1)]))
+    for variant in analysis.variants:
+        (task,) = variant.tasks
+        assert task.output_tokens is not None
+        assert task.terminated is not None
+        assert (task.score.binary, task.terminated.binary, task.output_tokens.binary) == (True, True, False)
+        assert task.score.reference == analysis.estimates["dense"]["a"].score
+        assert task.output_tokens.variant == analysis.estimates[variant.label]["a"].output_tokens
+    # Half a point for one item of one model: the metric is not right or wrong, for no model.
+    half = analyse(report([run("dense", 1, 0), run("w4", 0.5, 1), run("w8", 1, 1)]))
+    for variant in half.variants:
+        assert not variant.tasks[0].score.binary
+        assert variant.tasks[0].score.reference == half.estimates["dense"]["a"].score
+        assert half.estimates["dense"]["a"].score.interval != analysis.estimates["dense"]["a"].score.interval
+
+
 def test_a_task_that_only_one_model_generates_for() -> None:
     other = model_run("w4", [task_run(RIGHT, "a"), task_run((0.5, 0.25), "b")])
     analysis = analyse(report([model("dense"), other]))
@@ -101,8 +123,15 @@ def test_other_items_are_refused() -> None:
     hashes = list(other.item_hashes)
     hashes[2], hashes[5] = "e" * 64, "f" * 64
     changed = model_run("w4", [task_run(RIGHT, "a", item_hashes=tuple(hashes))])
-    with pytest.raises(EvalError, match=r"w4: task a: its items differ .*2 of them different; item 2: eeeeeeeeeeee "):
+    with pytest.raises(EvalError) as error:
         analyse(report([model_run("dense", [other]), changed]))
+    message = str(error.value)
+    assert message.startswith(
+        "w4: task a: its items differ from those of dense (8 against 8, 2 of them different; item 2:"
+    )
+    assert f"item 2: eeeeeeeeeeee instead of {other.item_hashes[2][:12]}; item 5: ffffffffffff instead of " in message
+    for cause in ("another chat template or tokenizer in one of the two folders", "other data", "another --seed"):
+        assert cause in message
     fewer = model_run("w4", [task_run(RIGHT[:-1], "a")])
     with pytest.raises(EvalError, match=r"7 against 8, 1 of them different; item 7: absent instead of "):
         analyse(report([model_run("dense", [other]), fewer]))
@@ -236,12 +265,16 @@ def test_the_command_shows_and_writes(tmp_path: Path, first: Path) -> None:
     assert not is_bench_report(json_file)
 
 
-def test_files_that_cannot_be_written(tmp_path: Path, first: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "keyword"), [("--json", "json_file"), ("--markdown", "markdown"), ("--html", "html")]
+)
+def test_files_that_cannot_be_written(tmp_path: Path, first: Path, option: str, keyword: str) -> None:
     stream = io.StringIO()
     for path in (tmp_path, tmp_path / "absent" / "out.html"):
-        with pytest.raises(EvalError, match="cannot be written"):
-            compare_and_print(Console(file=stream), [first], html=path)
+        with pytest.raises(EvalError, match=f"{option} {path}: cannot be written"):
+            compare_and_print(Console(file=stream), [first], **{keyword: path})
     assert stream.getvalue() == ""
+    check_writable({"--json": tmp_path / "new.json", "--markdown": first, "--html": None})
 
 
 def test_only_a_page_needs_optional_packages(tmp_path: Path, first: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_bonett_price_by_hand() -> None:
 
 def test_identical_models() -> None:
     scores = array(1, 0, 1, 1, 0, 0, 1, 1, 0, 1)
-    pair = paired(scores, scores)
+    pair = paired(scores, scores, binary=True)
     assert (pair.n, pair.binary, pair.lost, pair.gained, pair.difference, pair.p) == (10, True, 0, 0, 0.0, 1.0)
     assert pair.recovery == 1.0
     low, high = limits(pair.interval)
@@ -83,14 +83,14 @@ def test_identical_models() -> None:
 
 def test_identical_models_with_other_scores() -> None:
     scores = array(0.1, 0.5, 0.7)
-    pair = paired(scores, scores)
+    pair = paired(scores, scores, binary=False)
     assert (pair.lost, pair.gained, pair.p, pair.interval) == (0, 0, 1.0, Interval(0.0, 0.0))
     assert "no width" in pair.notes[0]
 
 
 def test_a_pair_of_rates() -> None:
     reference, variant = array(1, 1, 1, 0, 0, 1, 1, 1), array(1, 0, 0, 1, 0, 1, 1, 1)
-    pair = paired(reference, variant)
+    pair = paired(reference, variant, binary=True)
     assert (pair.lost, pair.gained) == (2, 1)
     assert (pair.reference.value, pair.variant.value, pair.difference) == (0.75, 0.625, -0.125)
     assert pair.recovery == pytest.approx(5 / 6)
@@ -104,7 +104,7 @@ def test_a_pair_of_rates() -> None:
 
 def test_a_pair_of_other_scores() -> None:
     reference, variant = array(0.2, 0.4, 0.9, 0.5), array(0.3, 0.4, 0.5, 0.4)
-    pair = paired(reference, variant)
+    pair = paired(reference, variant, binary=False)
     assert (pair.binary, pair.lost, pair.gained, pair.n) == (False, 2, 1, 4)
     assert pair.difference == pytest.approx(-0.1)
     low, high = limits(pair.interval)
@@ -113,12 +113,13 @@ def test_a_pair_of_other_scores() -> None:
 
 
 def test_a_reference_that_scores_zero_has_no_recovery() -> None:
-    assert paired(array(0, 0, 0), array(0, 1, 0)).recovery is None
-    assert paired(array(-0.5, -0.25), array(-0.5, -1.0)).recovery is None
+    assert paired(array(0, 0, 0), array(0, 1, 0), binary=True).recovery is None
+    assert paired(array(-0.5, -0.25), array(-0.5, -1.0), binary=False).recovery is None
 
 
 def test_one_item() -> None:
-    rate, other = paired(array(1), array(0)), paired(array(0.5), array(0.25))
+    rate = paired(array(1), array(0), binary=True)
+    other = paired(array(0.5), array(0.25), binary=False)
     low, high = limits(rate.interval)
     assert -1 <= low < 0 < high <= 1
     assert (rate.p, rate.se, rate.reference.se) == (pytest.approx(0.5), None, None)
@@ -129,7 +130,22 @@ def test_one_item() -> None:
 @pytest.mark.parametrize(("reference", "variant"), [((1, 0), (1,)), ((), ())])
 def test_what_cannot_be_paired(reference: tuple[float, ...], variant: tuple[float, ...]) -> None:
     with pytest.raises(EvalError, match="Cannot pair values of shapes"):
-        paired(array(*reference), array(*variant))
+        paired(array(*reference), array(*variant), binary=True)
+
+
+def test_only_the_caller_knows_what_is_right_or_wrong() -> None:
+    reference, variant = array(1, 1, 0, 1, 0, 1), array(0, 1, 0, 0, 1, 1)
+    rates, counts = (paired(reference, variant, binary=binary) for binary in (True, False))
+    assert (rates.binary, rates.method) == (True, "Bonett-Price interval, McNemar mid-p")
+    assert (counts.binary, counts.method) == (False, "bootstrap (BCa), sign-flip test")
+    # Of the 8 flips of -1, -1 and 1 all sum to at least 1 in size; the mid-p-value is 2 (1 + 3) / 8 - 3 / 8.
+    assert (counts.p, rates.p) == (1.0, pytest.approx(5 / 8))
+    low, high = limits(counts.reference.interval)
+    assert (low + high) / 2 == pytest.approx(4 / 6)  # Student's is symmetric, Wilson's is not
+    assert high > 1 > limits(rates.reference.interval)[1]
+    for pair in ((reference, array(0, 1, 0, 0.25, 1, 1)), (array(0, 1, 0, 0.25, 1, 1), reference)):
+        with pytest.raises(EvalError, match=r"A value of 0\.25 among right or wrong answers: expected 0 or 1"):
+            paired(*pair, binary=True)
 
 
 def test_the_same_difference_everywhere() -> None:
@@ -201,7 +217,7 @@ def test_other_scores_in_simulation(difference: float) -> None:
         items = rng.beta(2, 2, n)
         reference = items + rng.normal(0, 0.1, n)
         variant = items + rng.normal(0, 0.1, n) + (rng.exponential(difference, n) if difference else 0.0)
-        pair = paired(reference, variant, resamples=599)
+        pair = paired(reference, variant, binary=False, resamples=599)
         low, high = limits(pair.interval)
         covered += low <= difference <= high
         rejected += pair.p < 0.05
@@ -289,6 +305,6 @@ def test_holm_by_hand() -> None:
 def test_figures_are_the_same_again() -> None:
     rng = np.random.default_rng(8)
     reference, variant = rng.random(50), rng.random(50)
-    again: list[Paired] = [paired(reference, variant) for _ in range(2)]
+    again: list[Paired] = [paired(reference, variant, binary=False) for _ in range(2)]
     assert again[0] == again[1]
     assert pooled([(reference, variant)]) == pooled([(reference, variant)])

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from svsk_eval.bench.pooling import Pooled, pooled
 from svsk_eval.bench.schema import BenchReport, ModelRun, TaskRun
-from svsk_eval.bench.statistics import RESAMPLES, Estimate, Paired, estimate, holm, paired
+from svsk_eval.bench.statistics import RESAMPLES, Estimate, Paired, estimate, holm, is_binary, paired
 from svsk_eval.errors import EvalError
 
 __all__ = ["Analysis", "TaskComparison", "TaskEstimates", "VariantComparison", "analyse", "as_analysis", "check_tasks"]
@@ -18,8 +18,13 @@ __all__ = ["Analysis", "TaskComparison", "TaskEstimates", "VariantComparison", "
 FloatArray = npt.NDArray[np.float64]
 
 _COMMON: Final = ("version", "num_fewshot", "output_type", "primary")
+_FIGURES: Final = ("score", "terminated", "output_tokens")
 _SHOWN_ITEMS: Final = 3
 _SHOWN_HASH: Final = 12
+_CAUSES: Final = (
+    "What can cause it: another chat template or tokenizer in one of the two folders (compare chat_template.jinja, "
+    "tokenizer_config.json and tokenizer.json), other data, or another --seed, which draws the examples of the prompts."
+)
 _AGAIN: Final = "Run `svsk bench` on both models again with the same settings, data and versions."
 
 
@@ -99,7 +104,7 @@ class Analysis:
         found: dict[str, list[str]] = {note: [] for note in self.notes}
         for variant in self.variants:
             for task in variant.tasks:
-                for name in ("score", "terminated", "output_tokens"):
+                for name in _FIGURES:
                     pair: Paired | None = getattr(task, name)
                     for note in pair.notes if pair else ():
                         found.setdefault(note, []).append(f"{variant.label}, {task.task}, {name.replace('_', ' ')}")
@@ -143,8 +148,11 @@ def analyse(report: BenchReport, notes: Sequence[str] = (), resamples: int = RES
         raise EvalError(f"{reference.label}: has no tasks, so there is nothing to show. Run `svsk bench --tasks ...`.")
     for run in report.models[1:]:
         check_tasks(reference, run)
-    estimates = {run.label: {name: _estimates(task) for name, task in run.tasks.items()} for run in report.models}
-    variants = _with_holm([_variant(reference, run, resamples) for run in report.models[1:]])
+    binary = {name: _binary_figures([run.tasks[name] for run in report.models]) for name in reference.tasks}
+    estimates = {
+        run.label: {name: _estimates(task, binary[name]) for name, task in run.tasks.items()} for run in report.models
+    }
+    variants = _with_holm([_variant(reference, run, binary, resamples) for run in report.models[1:]])
     return Analysis(report, estimates, tuple(variants), tuple(notes))
 
 
@@ -181,6 +189,7 @@ def check_tasks(reference: ModelRun, other: ModelRun, where: str = "") -> None:
 
 
 def _check_items(reference: str, name: str, expected: TaskRun, found: TaskRun) -> None:
+    """Refuse other items in a task; the message names both models and the first items that differ."""
     ours, theirs = _items(expected), _items(found)
     if ours == theirs:
         return
@@ -192,7 +201,8 @@ def _check_items(reference: str, name: str, expected: TaskRun, found: TaskRun) -
         shown.append(f"item {doc}: {what[0]} instead of {what[1]}")
     raise EvalError(
         f"{name}: task {expected.task}: its items differ from those of {reference} ({len(theirs)} against {len(ours)}, "
-        f"{len(doc_ids)} of them different; {'; '.join(shown)}). Only the same items can be compared. {_AGAIN}"
+        f"{len(doc_ids)} of them different; {'; '.join(shown)}). Only the same items can be compared. "
+        f"{_CAUSES} {_AGAIN}"
     )
 
 
@@ -209,28 +219,41 @@ def _values(task: TaskRun, name: str) -> FloatArray | None:
     return np.asarray(stored, dtype=np.float64)[order]
 
 
-def _estimates(task: TaskRun) -> TaskEstimates:
+def _binary_figures(runs: Sequence[TaskRun]) -> frozenset[str]:
+    """Which figures of a task are rates: those that are 0 or 1 for every item of every model.
+
+    One model alone may have them by chance, and models that are compared need the same method. Lengths are counts, also
+    where all of them are 0 or 1.
+    """
+    found = {name: [_values(run, name) for run in runs] for name in _FIGURES if name != "output_tokens"}
+    return frozenset(
+        name for name, lists in found.items() if all(is_binary(values) for values in lists if values is not None)
+    )
+
+
+def _estimates(task: TaskRun, binary: frozenset[str]) -> TaskEstimates:
     found: list[Estimate | None] = []
-    for name in ("score", "terminated", "output_tokens"):
+    for name in _FIGURES:
         values = _values(task, name)
-        binary = values is not None and name != "output_tokens" and bool(np.isin(values, (0.0, 1.0)).all())
-        found.append(None if values is None else estimate(values, binary))
+        found.append(None if values is None else estimate(values, name in binary))
     score, terminated, tokens = found
     assert score is not None  # the schema requires scores of the primary metric
     return TaskEstimates(score, terminated, tokens)
 
 
-def _variant(reference: ModelRun, run: ModelRun, resamples: int) -> VariantComparison:
+def _variant(
+    reference: ModelRun, run: ModelRun, binary: Mapping[str, frozenset[str]], resamples: int
+) -> VariantComparison:
     """A variant's comparisons, with raw p-values in the place of Holm's, which need all variants."""
     tasks, scores = [], []
     for name, expected in reference.tasks.items():
         pairs: dict[str, Paired | None] = {}
-        for figure in ("score", "terminated", "output_tokens"):
+        for figure in _FIGURES:
             ours, theirs = _values(expected, figure), _values(run.tasks[name], figure)
             if ours is None or theirs is None:
                 pairs[figure] = None
                 continue
-            pairs[figure] = paired(ours, theirs, resamples)
+            pairs[figure] = paired(ours, theirs, binary=figure in binary[name], resamples=resamples)
             if figure == "score":
                 scores.append((ours, theirs))
         score = pairs["score"]

@@ -13,12 +13,13 @@ import torch
 
 from svsk_eval.errors import EvalError
 from svsk_vllm.format import ShardedReader, SvskFormatError
-from svsk_vllm.format.shards import read_json
+from svsk_vllm.format.shards import INDEX_NAME, SINGLE_NAME, read_json, read_weight_map
 from svsk_vllm.format.spec import TensorSpec
 
 __all__ = ["Folder", "bits_per_weight", "read_folder"]
 
 _IDENTITY: Final = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", "*.bin", "*.gguf")
+_OTHER_WEIGHTS: Final = ("*.safetensors", "*.bin", "*.gguf")  # where the names of Transformers are not used
 _DENSE: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -30,7 +31,7 @@ class Folder:
         path: the folder.
         fingerprint: SHA-256 over configuration, tokenizer and weights.
         method: ``quant_method`` of its configuration, ``none`` for a dense model.
-        size_bytes: of its weight files.
+        size_bytes: of the weight files that are loaded; copies of the weights beside them do not count.
         tensors: by name; empty where the weights are not safetensors.
     """
 
@@ -63,24 +64,18 @@ def read_folder(path: Path) -> Folder:
         config = read_json(path / "config.json")
     except (OSError, SvskFormatError) as error:
         raise EvalError(f"{path}: not a model folder. {error}") from error
-    files = sorted({file for pattern in _IDENTITY for file in path.glob(pattern)})
-    weights = [file for file in files if file.suffix in (".safetensors", ".bin", ".gguf")]
-    if not weights:
-        raise EvalError(f"{path}: has no weights, expected *.safetensors files.")
     whole = hashlib.sha256()
-    for file in files:
+    for file in sorted({file for pattern in _IDENTITY for file in path.glob(pattern)}):
         with file.open("rb") as handle:
             digest = hashlib.sha256()
             while block := handle.read(1 << 22):
                 digest.update(block)
         whole.update(f"{file.name} {digest.hexdigest()}\n".encode())
-    tensors = {}
-    if any(file.suffix == ".safetensors" for file in weights):
-        try:
-            reader = ShardedReader(path)
-            tensors = {name: reader.describe(name) for name in reader.names}
-        except SvskFormatError as error:
-            raise EvalError(str(error)) from error
+    try:
+        weights = _weight_files(path)
+        tensors = _tensors(path, weights)
+    except SvskFormatError as error:
+        raise EvalError(str(error)) from error
     declared = config.get("quantization_config") or {}
     return Folder(
         path=path,
@@ -89,6 +84,56 @@ def read_folder(path: Path) -> Folder:
         size_bytes=sum(file.stat().st_size for file in weights),
         tensors=tensors,
     )
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that loading the model reads: shards of the index, else the single file, else all of the first kind.
+
+    Raises:
+        EvalError: there are none.
+        SvskFormatError: the index is damaged.
+    """
+    if (path / INDEX_NAME).exists():
+        found = [path / shard for shard in sorted(set(read_weight_map(path / INDEX_NAME).values()))]
+    elif (path / SINGLE_NAME).exists():
+        found = [path / SINGLE_NAME]
+    else:
+        found = next((files for pattern in _OTHER_WEIGHTS if (files := sorted(path.glob(pattern)))), [])
+    if not found:
+        raise EvalError(f"{path}: has no weights, expected *.safetensors files. Copy or write the folder again.")
+    return found
+
+
+def _tensors(path: Path, weights: list[Path]) -> dict[str, TensorSpec]:
+    if weights[0].suffix != ".safetensors":
+        return {}
+    if (path / INDEX_NAME).exists() or (path / SINGLE_NAME).exists():
+        reader = ShardedReader(path)
+    else:
+        reader = _NamedOtherwise(path, weights)
+    return {name: reader.describe(name) for name in reader.names}
+
+
+class _NamedOtherwise(ShardedReader):
+    """Tensors of safetensors files of any name, such as AutoGPTQ's ``gptq_model-4bit-128g.safetensors``.
+
+    Raises:
+        EvalError: two files hold a tensor of the same name.
+        SvskFormatError: a file cannot be opened.
+    """
+
+    def __init__(self, folder: Path, files: list[Path]) -> None:
+        self.folder = folder
+        self._handles = {}
+        self._shard_of = {}
+        for file in files:
+            for name in self._open(file.name).keys():  # noqa: SIM118  # not a dictionary
+                if name in self._shard_of:
+                    raise EvalError(
+                        f"{folder}: {name} is in {self._shard_of[name]} and in {file.name}, and there is no "
+                        f"{INDEX_NAME} that says which is loaded. Remove the file that is not."
+                    )
+                self._shard_of[name] = file.name
 
 
 def bits_per_weight(reference: Folder, folders: Iterable[Folder]) -> list[float | None]:

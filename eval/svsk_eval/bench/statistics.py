@@ -2,9 +2,10 @@
 """Paired statistics of two models on the same items, on plain arrays.
 
 Most of the spread between items is common to both models, so everything here is computed on the differences of pairs.
-Scores that are all 0 or 1 are rates of success; with n items, ``lost`` of them right only with the reference and
-``gained`` only with the variant, their difference is (gained - lost) / n, and it gets an interval and a test made for
-that case. All other figures get a bootstrap and a sign-flip test. Seeds are fixed: the same data give the same figures.
+Where the caller says that scores are right or wrong, 1 or 0, they are rates of success; with n items, ``lost`` of them
+right only with the reference and ``gained`` only with the variant, their difference is (gained - lost) / n, and it gets
+an interval and a test made for that case. All other figures get a bootstrap and a sign-flip test. Seeds are fixed: the
+same data give the same figures.
 """
 
 import warnings
@@ -31,6 +32,7 @@ __all__ = [
     "bootstrap_interval",
     "estimate",
     "holm",
+    "is_binary",
     "mcnemar_midp",
     "paired",
     "sign_flip_p",
@@ -73,7 +75,7 @@ class Paired:
 
     Attributes:
         n: items.
-        binary: every score of both is 0 or 1.
+        binary: the scores are right or wrong, 1 or 0.
         reference: the reference's mean.
         variant: the variant's.
         difference: variant - reference.
@@ -242,16 +244,17 @@ def estimate(values: FloatArray, binary: bool) -> Estimate:
     return Estimate(mean, se, Interval(mean - half, mean + half))
 
 
-def paired(reference: FloatArray, variant: FloatArray, resamples: int = RESAMPLES) -> Paired:
+def paired(reference: FloatArray, variant: FloatArray, *, binary: bool, resamples: int = RESAMPLES) -> Paired:
     """Compare two models' values of the same items.
 
     Args:
         reference: the reference's values, one per item, [n].
         variant: the variant's, in the same order.
+        binary: the values are right or wrong, 1 or 0. Counts that happen to be 0 or 1 are not.
         resamples: of the bootstrap and the sign flips.
 
     Raises:
-        EvalError: the two have different lengths, or none.
+        EvalError: the two have different lengths, or none; or binary values are not all 0 or 1.
     """
     if reference.shape != variant.shape or reference.ndim != 1 or not len(reference):
         raise EvalError(
@@ -259,7 +262,9 @@ def paired(reference: FloatArray, variant: FloatArray, resamples: int = RESAMPLE
             "order. Score both models on the same items."
         )
     n, differences = len(reference), variant - reference
-    binary = bool(np.isin(reference, (0.0, 1.0)).all() and np.isin(variant, (0.0, 1.0)).all())
+    if binary and not (is_binary(reference) and is_binary(variant)):
+        other = next(float(value) for value in (*reference, *variant) if value not in (0.0, 1.0))
+        raise EvalError(f"A value of {other} among right or wrong answers: expected 0 or 1. Pair them as other values.")
     lost, gained = int((differences < 0).sum()), int((differences > 0).sum())
     interval: Interval | None
     method, note = _BINARY, ""
@@ -310,6 +315,11 @@ _BINARY: Final = "Bonett-Price interval, McNemar mid-p"
 def all_equal(values: FloatArray) -> bool:
     """Whether they are equal but for rounding, so that resampling them would measure nothing but that."""
     return bool(np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())))
+
+
+def is_binary(values: FloatArray) -> bool:
+    """Whether every value is 0 or 1."""
+    return bool(np.isin(values, (0.0, 1.0)).all())
 
 
 def _mean(values: Any, axis: int) -> Any:
