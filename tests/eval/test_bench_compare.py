@@ -14,6 +14,7 @@ from rich.console import Console
 
 from svsk_eval.bench.analysis import analyse, as_analysis
 from svsk_eval.bench.compare import (
+    check_writable,
     compare_and_print,
     compare_reports,
     is_bench_report,
@@ -264,12 +265,16 @@ def test_the_command_shows_and_writes(tmp_path: Path, first: Path) -> None:
     assert not is_bench_report(json_file)
 
 
-def test_files_that_cannot_be_written(tmp_path: Path, first: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "keyword"), [("--json", "json_file"), ("--markdown", "markdown"), ("--html", "html")]
+)
+def test_files_that_cannot_be_written(tmp_path: Path, first: Path, option: str, keyword: str) -> None:
     stream = io.StringIO()
     for path in (tmp_path, tmp_path / "absent" / "out.html"):
-        with pytest.raises(EvalError, match="cannot be written"):
-            compare_and_print(Console(file=stream), [first], html=path)
+        with pytest.raises(EvalError, match=f"{option} {path}: cannot be written"):
+            compare_and_print(Console(file=stream), [first], **{keyword: path})
     assert stream.getvalue() == ""
+    check_writable({"--json": tmp_path / "new.json", "--markdown": first, "--html": None})
 
 
 def test_only_a_page_needs_optional_packages(tmp_path: Path, first: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``svsk bench`` does: run, show, write, and hold the variants to a minimum."""
 
+import math
 import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from svsk_eval.bench.analysis import analyse
-from svsk_eval.bench.compare import GateResult, recovery_gate
+from svsk_eval.bench.compare import GateResult, check_writable, html_writer, recovery_gate
 from svsk_eval.bench.console import print_report
 from svsk_eval.bench.report_markdown import markdown_report
 from svsk_eval.bench.runner import BenchOptions, Candidate, bench, package_versions
@@ -21,6 +22,12 @@ from svsk_eval.task_data import DATA_VARIABLE
 from svsk_offline.atomic import write_text
 
 __all__ = ["bench_with_progress", "engine_name", "engine_names", "settings_of", "shown_command"]
+
+_PATH_OPTIONS: Final = (
+    "--text", "--json", "--markdown", "--html", "--work-dir", "--include-path", "--reference",
+)  # fmt: skip
+_PATH_STARTS: Final = ("/", "./", "../", "~")
+_WORDS_OPTION: Final = "--system-instruction"
 
 
 def engine_name(text: str, option: str = "--engine") -> Engine:
@@ -69,6 +76,7 @@ def settings_of(
         generation = simple_parse_args_string(gen_kwargs)
     except (ValueError, IndexError) as error:
         raise EvalError(f"--gen-kwargs {gen_kwargs}: expected KEY=VALUE,KEY=VALUE ({error}).") from error
+    _check_sampling(generation)
     if system_instruction is not None and not apply_chat_template:
         raise EvalError("--system-instruction needs --apply-chat-template: a plain prompt has no place for it.")
     return BenchSettings(
@@ -86,18 +94,49 @@ def settings_of(
     )
 
 
+def _check_sampling(generation: dict[str, Any]) -> None:
+    """Refuse a temperature that would have no effect: the tasks say do_sample: false, and lm-eval keeps to that.
+
+    Raises:
+        EvalError: the temperature is above 0 without do_sample=true, or is not a number of 0 or more.
+    """
+    if "temperature" not in generation:
+        return
+    stated, sampled = generation["temperature"], generation.get("do_sample", "absent")
+    try:
+        temperature = float(stated)
+    except (TypeError, ValueError):
+        temperature = math.nan
+    if not 0 <= temperature < math.inf:
+        raise EvalError(f"--gen-kwargs temperature={stated}: expected a number of 0 or more, such as 0.6.")
+    if temperature > 0 and sampled is not True:
+        raise EvalError(
+            f"--gen-kwargs temperature={stated} with do_sample {sampled}: expected do_sample=true, because the tasks "
+            f"turn sampling off and answers would be greedy. Add it: --gen-kwargs do_sample=true,temperature={stated}"
+        )
+
+
 def shown_command(arguments: Sequence[str]) -> str:
-    """The command line without folders, which say nothing to other people.
+    """The command line with files and folders shortened to their last part, because the rest says nothing to others.
 
     Args:
         arguments: after the program's name.
     """
     shown = []
-    for argument in arguments:
-        name, sign, value = argument.partition("=")
-        head, tail = (name + sign, value) if sign else ("", argument)
-        shown.append(head + (Path(tail).name if tail.startswith(("/", ".", "~")) else tail))
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        words = before == _WORDS_OPTION or argument.startswith(f"{_WORDS_OPTION}=")
+        shown.append(argument if words else _shown(argument, before in _PATH_OPTIONS))
     return shlex.join(["svsk", *shown])
+
+
+def _shown(argument: str, is_path: bool) -> str:
+    """An argument, or what follows ``=`` in it, by its last part if it is on disk, or looks like and is a path."""
+    # Unlike pathlib's these two take any text, however long.
+    on_disk = os.path.exists(os.path.expanduser(argument))  # noqa: PTH110, PTH111
+    if on_disk or (is_path and argument.startswith(_PATH_STARTS)):
+        return Path(argument).name or argument
+    head, sign, tail = argument.partition("=")
+    return f"{head}={_shown(tail, is_path or head in _PATH_OPTIONS)}" if sign else argument
 
 
 def bench_with_progress(
@@ -117,28 +156,24 @@ def bench_with_progress(
         What does not keep ``min_recovery`` of the reference's score; nothing without a minimum.
 
     Raises:
-        EvalError: see there; a file could not be written there; or the minimum is not a share.
+        EvalError: see there; a file could not be written there; the minimum is not a share; a package that a page needs
+            is absent; or the models cannot be compared, in which case ``json_file`` is written all the same.
     """
-    for option, path in (("--json", json_file), ("--markdown", markdown), ("--html", html)):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise EvalError(f"{option} {path}: cannot be written. Name a file in a folder that exists.")
+    check_writable({"--json": json_file, "--markdown": markdown, "--html": html})
     if min_recovery is not None and not 0 < min_recovery <= 1:
         raise EvalError(f"--min-recovery {min_recovery}: expected a share of the reference's score, such as 0.98.")
-    if html is not None:
-        import svsk_eval.bench.html  # noqa: F401  # its packages are missed now rather than after hours
+    write_page = html_writer() if html is not None else None  # a missing package is told now, not after hours
     if options.text is not None and not options.text.text.is_file():
         raise EvalError(f"--text {options.text.text}: no such file.")
     report = _run(console, candidates, settings, options)
-    analysis = analyse(report)
-    if json_file is not None:
+    if json_file is not None:  # before anything that can fail: it took hours
         write_text(json_file, report.model_dump_json(indent=1) + "\n")
+    analysis = analyse(report)
     print_report(console, analysis)
     if markdown is not None:
         write_text(markdown, markdown_report(analysis))
-    if html is not None:
-        from svsk_eval.bench.html import html_report
-
-        write_text(html, html_report(analysis))
+    if html is not None and write_page is not None:
+        write_text(html, write_page(analysis))
     if min_recovery is None:
         return []
     return [result for result in recovery_gate(analysis, min_recovery) if not result.passed]

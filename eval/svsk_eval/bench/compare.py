@@ -2,7 +2,7 @@
 """Put several files of ``svsk bench --json`` into one comparison, and hold variants to a minimum recovery."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,8 +18,10 @@ from svsk_eval.errors import EvalError
 __all__ = [
     "GateResult",
     "MergedReports",
+    "check_writable",
     "compare_and_print",
     "compare_reports",
+    "html_writer",
     "is_bench_report",
     "merge_reports",
     "recovery_gate",
@@ -134,6 +136,20 @@ def compare_reports(paths: Sequence[str | Path]) -> Analysis:
     return analyse(merged.report, merged.notes)
 
 
+def check_writable(files: Mapping[str, Path | None]) -> None:
+    """Refuse files that could not be written in the end, before the work is done.
+
+    Args:
+        files: by option; None where it was not given.
+
+    Raises:
+        EvalError: one is a folder, or its folder does not exist.
+    """
+    for option, path in files.items():
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise EvalError(f"{option} {path}: cannot be written. Name a file in a folder that exists.")
+
+
 def compare_and_print(
     console: Console,
     files: Sequence[str | Path],
@@ -153,10 +169,8 @@ def compare_and_print(
     Raises:
         EvalError: the files cannot be compared, a file cannot be written, or a package that a page needs is absent.
     """
-    html_report = _html_report() if html is not None else None
-    for path in (json_file, markdown, html):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise EvalError(f"{path}: cannot be written. Name a file in a folder that exists.")
+    write_page = html_writer() if html is not None else None
+    check_writable({"--json": json_file, "--markdown": markdown, "--html": html})
     analysis = compare_reports(files)
     print_report(console, analysis)
     if json_file is None and markdown is None and html is None:
@@ -167,8 +181,8 @@ def compare_and_print(
         write_json(json_file, {"files": [str(path) for path in files], **analysis.to_json()})
     if markdown is not None:
         write_text(markdown, markdown_report(analysis))
-    if html is not None and html_report is not None:
-        write_text(html, html_report(analysis))
+    if html is not None and write_page is not None:
+        write_text(html, write_page(analysis))
     return analysis
 
 
@@ -207,7 +221,7 @@ def recovery_gate(report: BenchReport | Analysis, minimum: float) -> list[GateRe
     return results
 
 
-def _html_report() -> Callable[[Analysis], str]:
+def html_writer() -> Callable[[Analysis], str]:
     """The writer of pages, imported only where one is asked for: its packages are optional.
 
     Raises:
