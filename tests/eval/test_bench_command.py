@@ -208,7 +208,8 @@ def test_the_shown_command_keeps_what_is_no_path(tmp_path: Path, monkeypatch: py
     for arguments in (
         "bench Qwen/Qwen3-4B --reference Qwen/Qwen3-4B-Base --limit 3 --system-instruction /no_think",
         "bench --system-instruction=/no_think --tasks svsk_smoke,mmlu",
-        "bench --system-instruction /tmp",  # words, even if there is such a folder
+        "bench --system-instruction /usr/bin",  # words, even if there is such a folder
+        "bench --system-instruction=/usr/bin",
         "bench v=/absent/model --gen-kwargs do_sample=true,temperature=0.6,top_p=.95",
         "bench --json out/r.json",
     ):
