@@ -238,6 +238,23 @@ assert found == [(n, n) for n in (5, 1 << 28, 20, 0, 0)], found
         supervisor.wait()
         wait_for(lambda: not sleeper.is_running() or sleeper.status() == psutil.STATUS_ZOMBIE)
 
+    def test_a_child_whose_supervisor_is_gone_runs_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        run("")
+        monkeypatch.setattr(os, "getpid", os.getppid)  # what the child is told
+        with pytest.raises(EvalError, match="could not be set up: it ended with exit status 1"):
+            run("")
+
+    def test_waits_without_spinning_for_one_that_closed_its_channel(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        waits, wait = [], supervise._Batch.wait
+
+        def counting(batch: supervise._Batch) -> None:
+            waits.append(1)
+            wait(batch)
+
+        monkeypatch.setattr(supervise._Batch, "wait", counting)
+        assert run("import os, time\nos.closerange(0, 64)\ntime.sleep(60)", SHORT).outcome == "timeout"
+        assert len(waits) < 20
+
     def test_interrupt_leaves_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupt(*_: Any) -> None:
             raise KeyboardInterrupt
