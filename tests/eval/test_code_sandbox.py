@@ -242,10 +242,11 @@ assert found == [(n, n) for n in (5, 1 << 28, 20, 0, 0)], found
         assert {status[f"Cap{name}"] for name in ("Inh", "Prm", "Eff", "Amb")} == {"0" * 16}
         assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
 
-    def test_ends_with_its_supervisor(self) -> None:
+    def test_ends_with_its_supervisor(self, tmp_path: Path) -> None:
         call = "run_program('import time; time.sleep(500)', consent=True, limits=CodeLimits(600))"
         code = f"from svsk_eval.code import *\n{call}"
-        supervisor = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(EVAL)})
+        environment = {**os.environ, "PYTHONPATH": str(EVAL), "TMPDIR": str(tmp_path)}
+        supervisor = subprocess.Popen([sys.executable, "-c", code], env=environment)
         sleeper = wait_for(lambda: confined_child(supervisor.pid))
         supervisor.kill()
         supervisor.wait()
