@@ -24,8 +24,8 @@ def run_programs(
 ) -> list[Verdict]:
     """Run each program in a sandbox of its own, several at a time.
 
-    The first call in a process tests the sandbox. An interrupted call leaves nothing behind; one whose process is killed
-    leaves no process, but an empty temporary folder.
+    The first call in a process tests the sandbox. An interrupted call leaves nothing behind. If the calling
+    process is killed, the programs are too; an empty temporary folder stays.
 
     Args:
         programs: Python source, any text at all: what does not compile has failed.
