@@ -24,7 +24,8 @@ def run_programs(
 ) -> list[Verdict]:
     """Run each program in a sandbox of its own, several at a time.
 
-    The first call in a process tests the sandbox. An interrupted call leaves no process behind.
+    The first call in a process tests the sandbox. An interrupted call leaves nothing behind. If the calling
+    process is killed, the programs are too; an empty temporary folder stays.
 
     Args:
         programs: Python source, any text at all: what does not compile has failed.
