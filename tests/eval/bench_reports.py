@@ -49,7 +49,7 @@ def model_run(label: str, tasks: list[TaskRun], **fields: Any) -> ModelRun:
         "fingerprint": hashlib.sha256(label.encode()).hexdigest(),
         "method": "none",
         "bpw": None,
-        "size_bytes": None,
+        "size_bytes": 1,
         "dtype": "bfloat16",
         "generation": None,
         "tasks": {task.task: task for task in tasks},

@@ -290,7 +290,7 @@ def test_figures_that_are_not_known() -> None:
     idle = model_run("w4", [task_run((0, 0), "a")], generation=Generation(tokens=0, seconds=0.0))
     found = report([model_run("dense", [task_run((0, 0), "a")]), idle])
     (summary, *_) = all_tables(analyse(found))
-    assert summary.groups[1][0] == ("w4", "none", DASH, DASH, "bfloat16", "0.0000", DASH, DASH, DASH, DASH)
+    assert summary.groups[1][0] == ("w4", "none", DASH, "0.0 MiB", "bfloat16", "0.0000", DASH, DASH, DASH, DASH)
     text = Page(html_report(found)).text
     assert "no recovery" in text
     assert "None" not in text

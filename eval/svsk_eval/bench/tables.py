@@ -315,9 +315,7 @@ def _tokens(found: Estimate | None) -> str:
     return DASH if found is None else _plus_minus(found.value, found.se, ".1f")
 
 
-def _size(count: int | None) -> str:
-    if count is None:
-        return DASH
+def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
