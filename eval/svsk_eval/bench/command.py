@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from svsk_eval.bench.analysis import analyse
-from svsk_eval.bench.compare import GateResult, check_writable, html_writer, recovery_gate
+from svsk_eval.bench.compare import check_writable, html_writer, recovery_gate
 from svsk_eval.bench.console import print_report
 from svsk_eval.bench.report_markdown import markdown_report
 from svsk_eval.bench.runner import BenchOptions, Candidate, bench, package_versions
@@ -149,11 +150,11 @@ def bench_with_progress(
     markdown: Path | None,
     html: Path | None,
     min_recovery: float | None,
-) -> list[GateResult]:
+) -> bool:
     """Run :func:`svsk_eval.bench.runner.bench` with a progress bar, show its report and write it where asked.
 
     Returns:
-        What does not keep ``min_recovery`` of the reference's score; nothing without a minimum.
+        Whether every variant keeps ``min_recovery`` of the reference's score on every task; true without a minimum.
 
     Raises:
         EvalError: see there; a file could not be written there; the minimum is not a share; a package that a page needs
@@ -175,8 +176,11 @@ def bench_with_progress(
     if html is not None and write_page is not None:
         write_text(html, write_page(analysis))
     if min_recovery is None:
-        return []
-    return [result for result in recovery_gate(analysis, min_recovery) if not result.passed]
+        return True
+    failed = [result for result in recovery_gate(analysis, min_recovery) if not result.passed]
+    for result in failed:
+        console.print(f"[red]below the minimum:[/] {escape(result.variant)}, {escape(result.task)}: {result.reason}")
+    return not failed
 
 
 def _run(
