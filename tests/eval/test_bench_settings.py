@@ -70,6 +70,17 @@ def test_chat_templates(dense: Path, tmp_path: Path) -> None:
         bench([one, other], chat, options(tmp_path / "work"), lambda *_: None)
 
 
+def test_the_variable_of_lm_eval_is_no_consent(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"task_id": "HumanEval/0", "prompt": "def one():\n", "entry_point": "one"}
+    row |= {"canonical_solution": "    return 1\n", "test": "def check(candidate):\n    assert candidate() == 1\n"}
+    (tmp_path / "HumanEval.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setenv("SVSK_DATA", str(tmp_path))
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    settings = SETTINGS.model_copy(update={"tasks": ("svsk_humaneval",)})
+    with pytest.raises(EvalError, match=r"svsk_humaneval runs code .* add --confirm-run-unsafe-code"):
+        bench([candidate(str(dense))], settings, options(tmp_path / "work"), lambda *_: None)
+
+
 def test_one_run_at_a_time(dense: Path, tmp_path: Path) -> None:
     with (tmp_path / ".lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -233,7 +233,7 @@ def _score_text(
         if folder.fingerprint != reference.fingerprint:
             command += ["--reference", str(reference.path)]
         if engine == settings.engine == "vllm":
-            for name in _ENGINE_ARGUMENTS & settings.model_args.keys():
+            for name in sorted(_ENGINE_ARGUMENTS & settings.model_args.keys()):  # one order, or it is scored anew
                 command += ["--engine-arg", f"{name}={json.dumps(settings.model_args[name])}"]
         content = hashlib.sha256(_read(text.text)).hexdigest()
         decides = [folder.fingerprint, reference.fingerprint, content, command[4:], *_surroundings()]

@@ -23,7 +23,7 @@ from svsk_eval.bench.schema import BenchSettings, Generation, TaskRun
 from svsk_eval.bench.sources import source_hash
 from svsk_eval.errors import EvalError
 from svsk_eval.processes import die_with_parent
-from svsk_eval.task_data import tasks_folder
+from svsk_eval.task_data import task_manager, tasks_folder
 from svsk_offline.atomic import write_text
 
 __all__ = ["TaskResult", "WorkerRequest", "WorkerResult", "run_worker", "task_run"]
@@ -118,7 +118,7 @@ def _load_tasks(request: WorkerRequest) -> dict[str, Any]:
     folders = [ours, *([request.include_path] if request.include_path else [])]
     metadata = {"pretrained": str(request.model), **request.settings.model_args}
     asked = list(request.settings.tasks)
-    sandboxed = set(TaskManager(include_path=str(ours), include_defaults=False).all_tasks)
+    sandboxed = set(task_manager(include_defaults=False).all_tasks)
     # Reading all of lm-eval's own tasks takes seconds: only if one is wanted, or may be in a group of the user's.
     manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
     if not {*asked} <= sandboxed | {*manager.all_subtasks}:
@@ -139,6 +139,11 @@ def _load_tasks(request: WorkerRequest) -> dict[str, Any]:
             raise EvalError(
                 f"{name} runs code that the model has written, and not in our sandbox. Take svsk_humaneval, svsk_mbpp "
                 "or svsk_code_instruct, or use lm_eval's own command."
+            )
+        if getattr(task, "UNSAFE_CODE", False) and not request.consent:
+            raise EvalError(
+                f"{name} runs code that the model has written. It runs in a sandbox, which is no guarantee: if you "
+                "agree, add --confirm-run-unsafe-code."
             )
     return tasks
 
