@@ -9,7 +9,6 @@ memory depend on the shape and not on the values, but for the number of times a 
 import json
 import tempfile
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -17,6 +16,7 @@ import torch
 import typer
 from rich.console import Console
 
+from svsk_eval.random_model import SHAPES, Shape, write_random_model
 from svsk_offline.atomic import write_json
 from svsk_offline.calibration import CalibrationSet
 from svsk_offline.calibration.text import token_fingerprint
@@ -25,44 +25,9 @@ from svsk_offline.layer import LayerReport
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.recipe import load_recipe
 
-__all__ = ["SHAPES", "Shape", "app", "measure", "write_random_model"]
+__all__ = ["app", "measure"]
 
 _VOCABULARY: Final = 8192
-
-SHAPES: Final[dict[str, dict[str, int]]] = {
-    "qwen3-4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "layers": 36},
-    "qwen3-8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "layers": 36},
-}
-"""Sizes of the published models; all have 8 key-value heads of 128."""
-
-
-class Shape(StrEnum):
-    """The keys of :data:`SHAPES`."""
-
-    QWEN3_4B = "qwen3-4b"
-    QWEN3_8B = "qwen3-8b"
-
-
-def write_random_model(folder: Path, shape: str, layers: int, seed: int = 0) -> Path:
-    """Write a Qwen3 model in bfloat16 with random weights and a small vocabulary, without a tokenizer.
-
-    Args:
-        folder: where to write.
-        shape: a key of :data:`SHAPES`.
-        layers: number of decoder blocks.
-        seed: of the weights.
-    """
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    sizes = {key: value for key, value in SHAPES[shape].items() if key != "layers"}
-    config: Any = Qwen3Config(
-        **sizes, num_hidden_layers=layers, num_key_value_heads=8, head_dim=128, vocab_size=_VOCABULARY,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    config.dtype = torch.bfloat16
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 def measure(shape: str, recipe_name: str, layers: int, work: Path, device: str = "auto") -> dict[str, Any]:
@@ -72,7 +37,9 @@ def measure(shape: str, recipe_name: str, layers: int, work: Path, device: str =
         Shape, recipe, seconds per block and per matrix, peak memory in GiB, bits per weight.
     """
     recipe = load_recipe(recipe_name)
-    model = write_random_model(work / "model", shape, layers)
+    # Embeddings are not quantised: a small, tied one saves the time to write them.
+    changes = {"num_hidden_layers": layers, "vocab_size": _VOCABULARY, "tie_word_embeddings": True}
+    model = write_random_model(work / "model", shape, "bf16", changes)
     args = recipe.calibration
     generator = torch.Generator().manual_seed(args.seed)
     tokens = torch.randint(0, _VOCABULARY, (args.samples, args.seq_len), generator=generator)
@@ -88,7 +55,7 @@ def measure(shape: str, recipe_name: str, layers: int, work: Path, device: str =
         "shape": shape,
         "recipe": recipe.name,
         "blocks": layers,
-        "blocks_of_the_model": SHAPES[shape]["layers"],
+        "blocks_of_the_model": SHAPES[shape]["num_hidden_layers"],
         "tokens": args.samples * args.seq_len,
         "seconds": total,
         "seconds_of_planning": result.plan_seconds,

@@ -2,6 +2,7 @@
 """The base of an SVSK checkpoint as an ordinary W4A16 checkpoint (compressed-tensors), to compare speed with."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from svsk_offline.atomic import PartialFolder, write_json, write_tensors
 from svsk_vllm.format import Checkpoint
 from svsk_vllm.format.shards import INDEX_NAME, SINGLE_NAME
 
-__all__ = ["write_w4a16"]
+__all__ = ["w4a16_config", "write_w4a16"]
 
 
 def write_w4a16(checkpoint: Path, out: Path) -> Path:
@@ -41,21 +42,28 @@ def write_w4a16(checkpoint: Path, out: Path) -> Path:
         tensors |= {f"{name}.{part}": stored[f"{name}.{part}"] for part in ("weight_packed", "weight_scale")}
         tensors[f"{name}.weight_shape"] = torch.tensor([linear.spec.n, linear.spec.k])
     write_tensors(partial / SINGLE_NAME, tensors)
-    groups = {f"group_{size}": _group(size, names) for size, names in by_group.items()}
-    quantization: dict[str, Any] = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ["lm_head"],
-    }
-    write_json(partial / "config.json", source.hf_config | {"quantization_config": quantization})
+    write_json(partial / "config.json", source.hf_config | {"quantization_config": w4a16_config(by_group)})
     for path in sorted(source.folder.iterdir()):
         if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX_NAME, "config.json"):
             shutil.copyfile(path, partial / path.name)
     return folder.commit()
 
 
-def _group(size: int, names: list[str]) -> dict[str, Any]:
+def w4a16_config(by_group: Mapping[int, Sequence[str]]) -> dict[str, Any]:
+    """The ``quantization_config`` of a compressed-tensors model.
+
+    Args:
+        by_group: names of the linears by group size.
+    """
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{size}": _group(size, names) for size, names in by_group.items()},
+        "ignore": ["lm_head"],
+    }
+
+
+def _group(size: int, names: Sequence[str]) -> dict[str, Any]:
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": size}
-    return {"targets": names, "weights": weights, "input_activations": None, "output_activations": None}
+    return {"targets": list(names), "weights": weights, "input_activations": None, "output_activations": None}

@@ -65,7 +65,7 @@ class PartialFolder:
 
     Args:
         out: the final folder.
-        source: folder that is read; ``out`` must not contain it or lie in it.
+        source: folder that is read, if any; ``out`` must not contain it or lie in it.
         overwrite: replace ``out`` if it exists.
         suffix: what the working folder's name ends with.
 
@@ -73,9 +73,11 @@ class PartialFolder:
         SvskError: ``out`` exists and ``overwrite`` is False, or it overlaps the source.
     """
 
-    def __init__(self, out: Path, source: Path, *, overwrite: bool = False, suffix: str = "partial") -> None:
-        out, source = out.resolve(), source.resolve()
-        if out == source or out in source.parents or source in out.parents:
+    def __init__(
+        self, out: Path, source: Path | None = None, *, overwrite: bool = False, suffix: str = "partial"
+    ) -> None:
+        out, source = out.resolve(), source.resolve() if source else None
+        if source and (out == source or out in source.parents or source in out.parents):
             raise SvskError(f"{out}: overlaps the model it is made from, {source}. Choose another folder.")
         self.out = out
         self.path = out.with_name(f"{out.name}.{suffix}")
