@@ -180,7 +180,8 @@ def _w4a16(module: str, shape: torch.Size, group: int, generator: torch.Generato
 
 
 def _svsk(module: str, shape: torch.Size, scheme: ConfigGroup, generator: torch.Generator) -> QuantizedLinear:
-    spec = LinearSpec(module, *shape, scheme)
+    n, k = shape
+    spec = LinearSpec(module, n, k, scheme)
     grid, rank, where = spec.grid, spec.rank, generator.device
 
     def integers(limit: int, *size: int) -> torch.Tensor:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode throughput of several models under vLLM: ``python -m svsk_eval.throughput svsk=FOLDER dense=FOLDER``.
+"""Throughput of several models under vLLM: ``python -m svsk_eval.throughput svsk=FOLDER dense=FOLDER``.
 
-Each model has a process of its own; all are kept and asked in turn, so that a busy machine slows all of them alike. A
-label that ends in ``@w4a16`` serves the base of its SVSK folder without the sidecar, as a compressed-tensors model.
+Each model has a process of its own. By default all are kept and asked in turn, so that a busy machine slows all of them
+alike; ``--one-at-a-time`` is for a GPU whose memory holds one of them. A label that ends in ``@w4a16`` serves the base
+of its SVSK folder without the sidecar, as a compressed-tensors model; one that ends in ``@split`` serves an SVSK folder
+with the base through vLLM's own kernel and the sidecar after it.
 """
 
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -18,112 +18,182 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from svsk_eval.engine_args import parse_engine_args
 from svsk_eval.errors import EvalError
+from svsk_eval.throughput_server import Server, serve
 from svsk_eval.w4a16 import write_w4a16
 from svsk_offline.atomic import write_json, write_text
+from svsk_vllm.format.shards import read_json
 
-__all__ = ["Server", "app", "measure"]
+__all__ = ["Load", "Served", "Speeds", "app", "measure", "speeds_of", "table_rows"]
 
-_PROMPT: Final = 16
 _CONVERTED: Final = "@w4a16"
+_SPLIT: Final = "@split"
 
 
-class Server:
-    """A model in a process of its own.
+@dataclass(frozen=True)
+class Load:
+    """What every model is asked for.
 
-    Args:
-        model: model folder.
-        tokens: most tokens to generate.
+    Attributes:
+        input_len: tokens per prompt.
+        tokens: to decode per request, after the first.
+        batches: numbers of requests that are sent together.
+        repeats: of each measurement, after one that does not count.
     """
 
-    def __init__(self, model: Path, tokens: int) -> None:
-        read, write = os.pipe()
-        # The engine in the process itself, so that nothing but the model competes for the cores.
-        environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | os.environ
-        command = [sys.executable, "-m", "svsk_eval.throughput", "serve", str(model), str(tokens), str(write)]
-        self.model = model
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=sys.stderr, text=True, pass_fds=[write], env=environment
+    input_len: int
+    tokens: int
+    batches: tuple[int, ...]
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model folder, and the environment that its process gets besides the present one."""
+
+    folder: Path
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Tokens per second of all requests together, medians.
+
+    Attributes:
+        decode: decoded tokens over the time that decoding adds to that of the prompts alone.
+        output: all generated tokens over the whole time, prompts included.
+    """
+
+    decode: float
+    output: float
+
+
+def speeds_of(first: list[float], whole: list[float], batch: int, tokens: int) -> Speeds:
+    """Speeds from seconds for the first token alone and for all of them, measured one after the other.
+
+    Raises:
+        EvalError: decoding took no measurable time.
+    """
+    added = statistics.median([b - a for a, b in zip(first, whole, strict=True)])
+    if added <= 0:
+        raise EvalError(
+            f"batch {batch}: {tokens} more tokens took {added:.4f} s more. Raise --tokens or --repeats: the time of "
+            "the prompts varies more than decoding takes."
         )
-        os.close(write)
-        self.answers = os.fdopen(read)
-        self._answer()
-
-    def seconds(self, batch: int, tokens: int) -> float:
-        """Time to generate ``tokens`` tokens for each of ``batch`` short prompts."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{batch} {tokens}\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.answers.close()
-
-    def _answer(self) -> float:
-        line = self.answers.readline()
-        if not line:
-            raise EvalError(f"{self.model}: the vLLM process ended, see its output above.")
-        return float(line)
+    return Speeds(batch * tokens / added, batch * (tokens + 1) / statistics.median(whole))
 
 
-def serve(model: Path, tokens: int, pipe: int) -> None:
-    """Answer requests on stdin: batch and tokens, to seconds."""
-    from vllm import LLM, SamplingParams
-
-    llm: Any = LLM(model=str(model), max_model_len=_PROMPT + tokens, enable_prefix_caching=False)
-    with os.fdopen(pipe, "w", buffering=1) as answers:
-        answers.write("0\n")
-        for line in sys.stdin:
-            batch, count = map(int, line.split())
-            prompts = [{"prompt_token_ids": [100 + i + j for j in range(_PROMPT)]} for i in range(batch)]
-            params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-            start = time.perf_counter()
-            llm.generate(prompts, params, use_tqdm=False)
-            answers.write(f"{time.perf_counter() - start}\n")
-
-
-def measure(models: dict[str, Path], batches: list[int], tokens: int, repeats: int) -> dict[str, dict[int, float]]:
-    """Median decoded tokens per second, by label and batch size; the prompts' share of the time is taken off.
+def measure(
+    models: Mapping[str, Served],
+    load: Load,
+    *,
+    one_at_a_time: bool = False,
+    engine: Mapping[str, Any] | None = None,
+    found: dict[str, dict[int, Speeds]] | None = None,
+    done: Callable[[str], None] = lambda label: None,
+) -> dict[str, dict[int, Speeds]]:
+    """Speeds by label and batch size.
 
     Args:
-        models: folders by label.
-        batches: numbers of requests that run together.
-        tokens: to decode per request.
-        repeats: of each measurement, after one that does not count.
+        models: by label.
+        load: what to ask for.
+        one_at_a_time: end each model's process before the next one starts.
+        engine: further arguments of ``vllm.LLM``.
+        found: speeds that are known already; those models are left out.
+        done: called with a label when its figures are complete.
 
     Raises:
         EvalError: a model does not run.
     """
-    servers: dict[str, Server] = {}
-    found: dict[str, dict[int, float]] = {label: {} for label in models}
-    try:
-        for label, folder in models.items():
-            servers[label] = Server(folder, tokens + 1)
-        for batch in batches:
-            speeds: dict[str, list[float]] = {label: [] for label in models}
-            for repeat in range(repeats + 1):
-                for label, server in servers.items():
-                    first, whole = server.seconds(batch, 1), server.seconds(batch, tokens + 1)
-                    if repeat:
-                        speeds[label].append(batch * tokens / (whole - first))
-            for label, values in speeds.items():
-                found[label][batch] = statistics.median(values)
-    finally:
-        for server in servers.values():
-            server.close()
+    found = {} if found is None else found
+    left = {label: model for label, model in models.items() if label not in found}
+    groups = [[label] for label in left] if one_at_a_time else [list(left)]
+    for group in groups:
+        servers: dict[str, Server] = {}
+        times: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
+        try:
+            for label in group:
+                servers[label] = Server(left[label].folder, load, left[label].environment, engine or {})
+            for batch in load.batches:
+                for repeat in range(load.repeats + 1):
+                    for label, server in servers.items():
+                        first, whole = server.seconds(batch, 1), server.seconds(batch, load.tokens + 1)
+                        if repeat:
+                            firsts, wholes = times.setdefault((label, batch), ([], []))
+                            firsts.append(first)
+                            wholes.append(whole)
+        finally:
+            for server in servers.values():
+                server.close()
+        for label in group:
+            found[label] = {batch: speeds_of(*times[label, batch], batch, load.tokens) for batch in load.batches}
+            done(label)
     return found
 
 
-def table_rows(found: dict[str, dict[int, float]], batches: list[int]) -> list[list[str]]:
-    """Per model: tokens per second by batch, and the ratio to the last model."""
+def table_rows(found: Mapping[str, Mapping[int, Speeds]], load: Load, kind: str) -> list[list[str]]:
+    """Per model: tokens per second by batch, and the ratio to the last model; ``kind`` is a field of Speeds."""
     last = list(found.values())[-1]
-    return [
-        [label, *(f"{speeds[b]:.0f} ({speeds[b] / last[b]:.2f}x)" for b in batches)] for label, speeds in found.items()
-    ]
+
+    def cell(speeds: Speeds, reference: Speeds) -> str:
+        value = getattr(speeds, kind)
+        return f"{value:.0f} ({value / getattr(reference, kind):.2f}x)"
+
+    return [[label, *(cell(speeds[b], last[b]) for b in load.batches)] for label, speeds in found.items()]
+
+
+def _models(texts: list[str], work: Path) -> dict[str, Served]:
+    """Read LABEL=FOLDER arguments, and convert what is to be served converted."""
+    models: dict[str, Served] = {}
+    for text in texts:
+        label, sign, name = text.partition("=")
+        if not sign or not label:
+            raise typer.BadParameter(f"{text}: expected LABEL=FOLDER")
+        if label in models:
+            raise typer.BadParameter(f"{text}: the label {label} is given twice")
+        folder = Path(name)
+        if not (folder / "config.json").is_file():
+            raise typer.BadParameter(f"{text}: {folder} holds no config.json, expected a model folder")
+        if label.endswith(_CONVERTED):
+            folder = write_w4a16(folder, work / str(len(models)))
+        # Where the fused kernels do not run, the figures of another path under their name would mislead.
+        kernel = "split" if label.endswith(_SPLIT) else "fused"
+        models[label] = Served(folder, {"SVSK_KERNEL": kernel})
+    return models
+
+
+def _resume(path: Path | None, settings: dict[str, Any]) -> dict[str, dict[int, Speeds]]:
+    """Figures that ``path`` holds, if it was made with the same settings."""
+    if path is None:
+        raise typer.BadParameter("--resume needs --json, the file to go on from")
+    if not path.exists():
+        return {}
+    stored = read_json(path)
+    if stored.get("settings") != settings:
+        raise EvalError(
+            f"{path}: measured with {stored.get('settings')}, now {settings} is asked for. Give the same, or another "
+            "file to --json."
+        )
+    return {
+        label: {int(batch): Speeds(**speeds) for batch, speeds in by_batch.items()}
+        for label, by_batch in stored["tokens_per_second"].items()
+    }
+
+
+def _report(console: Console, found: Mapping[str, Mapping[int, Speeds]], load: Load, markdown: Path | None) -> None:
+    lines: list[str] = []
+    for kind, title in (("decode", "decoded tokens/s"), ("output", "output tokens/s, prompts included")):
+        headings = ["model", *(f"batch {count}" for count in load.batches)]
+        rows = table_rows(found, load, kind)
+        table = Table(*headings, title=title)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        cells = [headings, ["---"] * len(headings), *rows]
+        lines += [f"{title.capitalize()}:\n\n", *(f"| {' | '.join(line)} |\n" for line in cells), "\n"]
+    if markdown:
+        write_text(markdown, "".join(lines).rstrip("\n") + "\n")
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -131,37 +201,41 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def run(
-    models: Annotated[list[str], typer.Argument(help="LABEL=FOLDER, or LABEL@w4a16=SVSK_FOLDER. The last is 1.00x.")],
-    batches: Annotated[str, typer.Option(help="Numbers of requests that run together.")] = "1,8,32",
-    tokens: Annotated[int, typer.Option(min=2, help="To decode per request.")] = 64,
+    models: Annotated[list[str], typer.Argument(help="LABEL=FOLDER; see above for @w4a16 and @split. The last is 1x.")],
+    batches: Annotated[str, typer.Option(help="Numbers of requests that are sent together.")] = "1,8,32",
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 16,
+    tokens: Annotated[int, typer.Option(min=2, help="To decode per request, after the first.")] = 64,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the table there.")] = None,
+    one_at_a_time: Annotated[bool, typer.Option("--one-at-a-time", help="Keep one model in memory.")] = False,
+    engine_arg: Annotated[list[str] | None, typer.Option(help="name=value for vllm.LLM; may be repeated.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there, model by model.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out models that --json has.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables there.")] = None,
 ) -> None:
-    """Measure decode throughput of models in turn."""
-    counts = [int(text) for text in batches.split(",")]
-    with tempfile.TemporaryDirectory(prefix="svsk-throughput-") as work:
-        folders: dict[str, Path] = {}
-        for text in models:
-            label, sign, folder = text.partition("=")
-            if not sign:
-                raise typer.BadParameter(f"{text}: expected LABEL=FOLDER")
-            if label.endswith(_CONVERTED):
-                folders[label] = write_w4a16(Path(folder), Path(work, str(len(folders))))
-            else:
-                folders[label] = Path(folder)
-        found = measure(folders, counts, tokens, repeats)
-    headings = ["model", *(f"batch {count}, tokens/s" for count in counts)]
-    rows = table_rows(found, counts)
-    table = Table(*headings)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-    if json_file:
-        write_json(json_file, {"tokens": tokens, "repeats": repeats, "tokens_per_second": found})
-    if markdown:
-        lines = [headings, ["---"] * len(headings), *rows]
-        write_text(markdown, "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    """Measure the throughput of models."""
+    load = Load(input_len, tokens, tuple(int(text) for text in batches.split(",")), repeats)
+    console = Console()
+    try:
+        engine = parse_engine_args(engine_arg or [])
+        settings = asdict(load) | {"batches": list(load.batches), "engine": engine}
+        found = _resume(json_file, settings) if resume else {}
+
+        def save(label: str) -> None:
+            console.print(f"{label}: measured", highlight=False)
+            if json_file:
+                write_json(json_file, {"settings": settings, "tokens_per_second": _plain(found)})
+
+        with tempfile.TemporaryDirectory(prefix="svsk-throughput-") as work:
+            served = _models(models, Path(work))
+            measure(served, load, one_at_a_time=one_at_a_time, engine=engine, found=found, done=save)
+    except EvalError as error:
+        console.print(f"[red]Error:[/red] {error}", highlight=False)
+        raise typer.Exit(1) from error
+    _report(console, {label: found[label] for label in served}, load, markdown)
+
+
+def _plain(found: Mapping[str, Mapping[int, Speeds]]) -> dict[str, Any]:
+    return {label: {str(batch): asdict(speeds) for batch, speeds in rows.items()} for label, rows in found.items()}
 
 
 app.command("serve", hidden=True)(serve)

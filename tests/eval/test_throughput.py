@@ -2,15 +2,18 @@
 """Models for the comparison of throughput, and what is reported. Running vLLM is left to the benchmark itself."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import svsk_eval.throughput as throughput
 from svsk_eval.errors import EvalError
+from svsk_eval.throughput import Load, Served, Speeds, measure, speeds_of, table_rows
 from svsk_eval.w4a16 import write_w4a16
 from svsk_vllm.format import Checkpoint
 from tests.support.tiny_models import scheme, write_dense, write_random_svsk
@@ -46,22 +49,111 @@ def test_other_levels_are_refused(tmp_path: Path) -> None:
         write_w4a16(checkpoint(tmp_path, codebook="quad8"), tmp_path / "w4a16")
 
 
-def test_models_are_asked_in_turn_and_the_prompt_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, int, int]] = []
+LOAD = Load(input_len=16, tokens=10, batches=(1, 8), repeats=2)
+PER_TOKEN = {"a": 0.5, "b": 0.25}
 
-    class Fake:
-        def __init__(self, model: Path, tokens: int) -> None:
-            self.name, self.closed = str(model), False
 
-        def seconds(self, batch: int, tokens: int) -> float:
-            asked.append((self.name, batch, tokens))
-            return 5.0 + (tokens - 1) * {"a": 0.5, "b": 0.25}[self.name]
+class Fake:
+    """A server that takes 5 s for prompts and the model's time per token, and remembers what it was asked."""
 
-        def close(self) -> None:
-            self.closed = True
+    asked: ClassVar[list[tuple[str, int, int]]] = []
+    events: ClassVar[list[str]] = []
 
+    def __init__(self, model: Path, load: Load, environment: Mapping[str, str], engine: Mapping[str, Any]) -> None:
+        self.name = model.name
+        self.events.append(f"start {self.name} {environment['SVSK_KERNEL']} {dict(engine)}")
+
+    def seconds(self, batch: int, tokens: int) -> float:
+        self.asked.append((self.name, batch, tokens))
+        return 5.0 + (tokens - 1) * PER_TOKEN[self.name]
+
+    def close(self) -> None:
+        self.events.append(f"stop {self.name}")
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
     monkeypatch.setattr(throughput, "Server", Fake)
-    found = throughput.measure({"x": Path("a"), "y": Path("b")}, [1, 8], tokens=10, repeats=2)
-    assert found == {"x": {1: 2.0, 8: 16.0}, "y": {1: 4.0, 8: 32.0}}
-    assert asked[:4] == [("a", 1, 1), ("a", 1, 11), ("b", 1, 1), ("b", 1, 11)]
-    assert throughput.table_rows(found, [1, 8]) == [["x", "2 (0.50x)", "16 (0.50x)"], ["y", "4 (1.00x)", "32 (1.00x)"]]
+    Fake.asked.clear()
+    Fake.events.clear()
+    return Fake
+
+
+def served(**folders: str) -> dict[str, Served]:
+    return {label: Served(Path(folder), {"SVSK_KERNEL": "fused"}) for label, folder in folders.items()}
+
+
+def test_models_are_asked_in_turn_and_the_prompt_is_taken_off(fake: type[Fake]) -> None:
+    found = measure(served(x="a", y="b"), LOAD)
+    assert {label: {b: s.decode for b, s in rows.items()} for label, rows in found.items()} == {
+        "x": {1: 2.0, 8: 16.0},
+        "y": {1: 4.0, 8: 32.0},
+    }
+    assert found["x"][8].output == 8 * 11 / 10.0
+    assert fake.asked[:4] == [("a", 1, 1), ("a", 1, 11), ("b", 1, 1), ("b", 1, 11)]
+    assert len(fake.asked) == 2 * 2 * 2 * 3
+    assert table_rows(found, LOAD, "decode") == [["x", "2 (0.50x)", "16 (0.50x)"], ["y", "4 (1.00x)", "32 (1.00x)"]]
+
+
+def test_one_at_a_time_ends_a_process_before_the_next(fake: type[Fake]) -> None:
+    done: list[str] = []
+    found = measure(served(x="a", y="b"), LOAD, one_at_a_time=True, engine={"seed": 1}, done=done.append)
+    assert [event.split()[:2] for event in fake.events] == [
+        ["start", "a"],
+        ["stop", "a"],
+        ["start", "b"],
+        ["stop", "b"],
+    ]
+    assert fake.events[0] == "start a fused {'seed': 1}"
+    assert found["y"][1].decode == 4.0
+    assert done == ["x", "y"]
+
+
+def test_time_that_does_not_grow_with_tokens_is_an_error() -> None:
+    assert speeds_of([1.0, 2.0, 1.0], [3.0, 4.0, 9.0], 4, 10) == Speeds(decode=20.0, output=11.0)
+    with pytest.raises(EvalError, match=r"batch 4: 10 more tokens took -0\.5000 s more"):
+        speeds_of([1.5], [1.0], 4, 10)
+
+
+def folders(tmp_path: Path) -> tuple[str, str]:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    return str(tmp_path / "a"), str(tmp_path / "b")
+
+
+def test_a_run_goes_on_where_it_was_cut_off(fake: type[Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = folders(tmp_path)
+    options = ["run", f"x@split={a}", f"y={b}", "--one-at-a-time", "--tokens", "10", "--batches", "1,8"]
+    options += ["--json", str(tmp_path / "f.json"), "--resume", "--markdown", str(tmp_path / "f.md")]
+    monkeypatch.setitem(PER_TOKEN, "b", -1.0)
+    first = CliRunner().invoke(throughput.app, options)
+    assert first.exit_code == 1
+    assert "Raise --tokens" in first.output
+    assert fake.events[0].startswith("start a split")
+    monkeypatch.setitem(PER_TOKEN, "b", 0.25)
+    fake.events.clear()
+    second = CliRunner().invoke(throughput.app, options)
+    assert second.exit_code == 0, second.output
+    assert [event.split()[1] for event in fake.events] == ["b", "b"]
+    assert "| x@split | 2 (0.50x) | 16 (0.50x) |" in (tmp_path / "f.md").read_text()
+    changed = CliRunner().invoke(throughput.app, [*options, "--input-len", "17"])
+    assert changed.exit_code == 1
+    assert "measured with" in changed.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x"], "expected LABEL=FOLDER"),
+        (["x={a}", "x={b}"], "given twice"),
+        (["x={a}/nothing"], "holds no config.json"),
+        (["x={a}", "--resume"], "--resume needs --json"),
+    ],
+)
+def test_wrong_arguments(fake: type[Fake], tmp_path: Path, arguments: list[str], message: str) -> None:
+    a, b = folders(tmp_path)
+    done = CliRunner().invoke(throughput.app, ["run", *(text.format(a=a, b=b) for text in arguments)])
+    assert done.exit_code != 0
+    assert message in " ".join(done.output.replace("│", " ").split())
+    assert not fake.events
