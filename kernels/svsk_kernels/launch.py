@@ -27,6 +27,7 @@ __all__ = [
     "fused_matmul",
     "matmul_constants",
     "matmul_folded",
+    "rows_at_a_time",
     "shrink",
     "shrink_constants",
     "shrink_warps",
@@ -307,11 +308,16 @@ def fold(
     return out[:count]
 
 
+def rows_at_a_time(k: int, itemsize: int) -> int:
+    """Rows of ``k`` columns that :func:`matmul_folded` writes out at a time, a multiple of FOLD_ROWS."""
+    return max(FOLD_ROWS, _FOLD_BYTES // (k * itemsize) // FOLD_ROWS * FOLD_ROWS)
+
+
 def matmul_folded(
     x: torch.Tensor, base: Base, sidecar: PlanarSidecar | None, num_bits: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """``x W_hat^T + bias`` by folding some rows at a time and an ordinary matrix product; arguments as above."""
-    rows = max(FOLD_ROWS, _FOLD_BYTES // (base.k * x.element_size()) // FOLD_ROWS * FOLD_ROWS)
+    rows = rows_at_a_time(base.k, x.element_size())
     if rows >= base.n:
         return torch.nn.functional.linear(x, fold(base, sidecar, num_bits, x.dtype, slice(0, base.n)), bias)
     y = x.new_empty(x.shape[0], base.n)

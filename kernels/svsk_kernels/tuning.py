@@ -18,6 +18,7 @@ __all__ = [
     "Gpu",
     "TuningError",
     "TuningTable",
+    "choice_for",
     "choices_for",
     "heuristic_choices",
     "load_table",

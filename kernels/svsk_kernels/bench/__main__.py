@@ -31,7 +31,9 @@ def main(
     configs: Annotated[Path, typer.Option(help="Folder for --tune's table; the package's own by default.")] = _CONFIGS,
     shape: Annotated[list[str] | None, typer.Option(help="Name of a shape; repeat for several.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Number of tokens; repeat for several.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Check only this layer; repeat for several.")] = None,
     skip_checks: Annotated[bool, typer.Option("--skip-checks", help="Time without checking first.")] = False,
+    checks_only: Annotated[bool, typer.Option("--checks-only", help="Check, and time nothing.")] = False,
 ) -> None:
     """Check the kernels on this GPU, then time them or, with --tune, write its table of blocks.
 
@@ -39,13 +41,15 @@ def main(
     """
     if device == "cpu" and "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when the kernels are defined
+    if skip_checks and checks_only:
+        raise typer.BadParameter("--checks-only and --skip-checks together leave nothing to do")
     console = Console(soft_wrap=True)
     try:
         from svsk_kernels.bench.runner import Settings, run
 
         settings = Settings(
             device, quick, tune, not skip_checks, seconds, json_file, markdown_file, resume, configs,
-            tuple(shape or ()), tuple(tokens or ()),
+            tuple(shape or ()), tuple(tokens or ()), tuple(case or ()), not checks_only,
         )  # fmt: skip
         state = run(settings, console)
     except BenchError as error:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from svsk_kernels.bench.cases import Case, cases_for
+from svsk_kernels.bench.cases import Case, cases_for, find_cases
 from svsk_kernels.bench.correctness import Finding, check_case
 from svsk_kernels.bench.errors import BenchError
 from svsk_kernels.bench.grid import group_key, load_weights, time_group
@@ -53,6 +53,8 @@ class Settings:
     configs: Path = Path("configs")
     shapes: Sequence[str] = ()
     tokens: Sequence[int] = ()
+    cases: Sequence[str] = ()
+    timings: bool = True
 
     @property
     def rounds(self) -> int:
@@ -84,10 +86,13 @@ def run(settings: Settings, console: Console) -> int:
     console.print(escape(", ".join(f"{name} {value}" for name, value in report.machine.items())))
     state = FINISHED
     if settings.checks:
-        state = check(report, device, settings.quick, budget, console)
+        cases = find_cases(cases_for(device.type != "cuda", settings.quick), settings.cases)
+        state = check(report, device, cases, budget, console)
     else:
         report.note("this run left the checks out")
-    if state == FINISHED and device.type == "cuda":
+    if not settings.timings:
+        report.note("this run left the timings out")
+    elif state == FINISHED and device.type == "cuda":
         timer = GpuTimer(device)
         report.machine |= {"copy_gbs": round(timer.copy_gbs)}
         console.print(f"device copy {timer.copy_gbs:.0f} GB/s, second-level cache {timer.l2_bytes >> 20} MiB")
@@ -113,10 +118,10 @@ def _finish(report: Report, settings: Settings, state: int, device: torch.device
         console.print(_OUT_OF_TIME)
 
 
-def check(report: Report, device: torch.device, quick: bool, budget: Budget, console: Console) -> int:
+def check(report: Report, device: torch.device, cases: Sequence[Case], budget: Budget, console: Console) -> int:
     """Run the checks that the report does not have yet, all of them even if some fail."""
     state = FINISHED
-    for case in cases_for(device.type != "cuda", quick):
+    for case in cases:
         group = f"check/{case.name}"
         if report.has(group):
             continue
