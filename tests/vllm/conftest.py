@@ -73,6 +73,8 @@ def run_vllm(tmp_path_factory: pytest.TempPathFactory) -> Run:
         kernel: str = "auto",
         **engine: Any,
     ) -> dict[str, Any]:
+        if torch.cuda.is_available() and torch.cuda.device_count() < tp:
+            pytest.skip(f"{tp} GPUs are needed, there is {torch.cuda.device_count()}")
         folder = tmp_path_factory.mktemp("vllm")
         job = {
             "engine": {
