@@ -8,6 +8,9 @@ import torch
 import triton.language as tl
 
 from svsk_kernels.decode import decode_kernel
+from svsk_kernels.feedback import MAX_COLUMNS, feedback_kernel
+from svsk_kernels.feedback import ROWS as FEEDBACK_ROWS
+from svsk_kernels.feedback import WARPS as FEEDBACK_WARPS
 from svsk_kernels.fold import fold_kernel
 from svsk_kernels.gemm import gemm_kernel
 from svsk_kernels.inspect.aot import Arch
@@ -58,7 +61,7 @@ _CAPS: Final = {
 
 def cases(arch: Arch) -> list[KernelCase]:
     """All cases of a target."""
-    return [*_matmuls(arch), *_shrinks(arch), *_folds(arch)]
+    return [*_matmuls(arch), *_shrinks(arch), *_folds(arch), *_feedbacks()]
 
 
 def _matmuls(arch: Arch) -> Iterator[KernelCase]:
@@ -143,6 +146,27 @@ def _folds(arch: Arch) -> Iterator[KernelCase]:
             aligned=_aligned(fold_kernel, constants),
             options={"num_warps": FOLD_WARPS},
             mma="any" if bits else "none",
+        )
+
+
+def _feedbacks() -> Iterator[KernelCase]:
+    for name, columns, codes, descent in (
+        ("feedback-int4", MAX_COLUMNS, (-8, 7, False), False),
+        ("feedback-quad8-descent", MAX_COLUMNS, (-8, 7, True), True),
+        ("feedback-8bit", 32, (-127, 127, False), False),
+    ):
+        constants = dict(zip(("LOW", "HIGH", "QUAD8"), codes, strict=True))
+        constants |= {"DESCENT": descent, "COLUMNS": columns, "BN": FEEDBACK_ROWS}
+        pointers = ("work", "coupling", "pivots", "scale", "values", "levels", "errors")
+        sizes = ("n", "count", "scale_batch", "scale_column")
+        yield KernelCase(
+            name=name,
+            fn=feedback_kernel,
+            signature=dict.fromkeys(pointers, "*fp32") | dict.fromkeys(sizes, "i32"),
+            constexprs=constants,
+            aligned=(*pointers, "n", "scale_column"),
+            options={"num_warps": FEEDBACK_WARPS},
+            mma="none",
         )
 
 
