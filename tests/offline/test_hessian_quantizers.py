@@ -8,7 +8,7 @@ from svsk_offline.alternate import output_error, quantize_alternating
 from svsk_offline.calibration import InputStatistics
 from svsk_offline.errors import SvskError
 from svsk_offline.quantizers import quantize_aa, quantize_rtn
-from svsk_offline.quantizers.feedback import round_with_feedback
+from svsk_offline.quantizers.feedback import Levels, round_with_feedback
 from svsk_offline.quantizers.gptq import gptq, initial_scales, level_values, polish, refit_scales, search_scales
 from svsk_offline.quantizers.hessian import ColumnOrder, damped, inverse_root
 from svsk_offline.quantizers.hessian_sidecar import HessianSidecar, column_tiles, sidecar_weight
@@ -70,13 +70,8 @@ def test_feedback_equals_the_textbook_recursion(k: int) -> None:
     hessian = damped(statistics(k).hessian, 0.05).double().float()
     order = ColumnOrder.of(hessian)
     target = torch.randn(7, k, generator=torch.Generator().manual_seed(1))
-    rounded = torch.empty(k, 7)
-
-    def to_tenths(column: torch.Tensor, index: int) -> torch.Tensor:
-        rounded[index] = (column * 10).round() / 10
-        return rounded[index]
-
-    round_with_feedback(target.T.contiguous(), order, to_tenths)
+    tenths = torch.full((1, 7), 0.1)
+    rounded = round_with_feedback(target.T.contiguous(), order, tenths, Levels(-1000, 1000)) / 10
     work, inverse = target.double().clone(), torch.linalg.inv(hessian.double())
     expected = torch.empty(k, 7, dtype=torch.float64)
     for j in order.order.tolist():

@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 import torch
 
-from svsk_offline.quantizers.feedback import BLOCK, round_with_feedback
+from svsk_offline.quantizers.feedback import BLOCK, Levels, round_block, round_with_feedback
 from svsk_offline.quantizers.hessian import ColumnOrder
 from svsk_offline.quantizers.rounding import absmax_scale, nearest_levels
 from svsk_vllm.format import Codebook, codebook_levels
@@ -109,18 +109,8 @@ def gptq(
     Returns:
         float32 levels [N, K] (``c(q)``, not codes) and float32 values [N, K].
     """
-    n, k = weight.shape
-    group = k // scale.shape[1]
     by_group = scale.float().T.contiguous()  # [G, N]
-    inverse = torch.where(by_group == 0, 0.0, 1 / by_group)
-    levels = torch.empty(k, n, device=weight.device)
-
-    def round_column(column: torch.Tensor, index: int) -> torch.Tensor:
-        chosen = nearest_levels(column * inverse[index // group], codebook)
-        levels[index] = chosen
-        return chosen * by_group[index // group]
-
-    round_with_feedback(weight.T.contiguous(), order, round_column)
+    levels = round_with_feedback(weight.T.contiguous(), order, by_group, Levels(codebook=codebook))
     found = levels.T.contiguous()
     return found, level_values(found, scale)
 
@@ -154,28 +144,22 @@ def polish(
     Returns:
         ``levels``.
     """
-    n, k = weight.shape
-    group = k // scale.shape[1]
+    k = weight.shape[1]
     by_group = scale.float().T.contiguous()
-    inverse = torch.where(by_group == 0, 0.0, 1 / by_group)
+    steps = by_group.repeat_interleave(k // by_group.shape[0], 0)  # [K, N]
     current = levels.T.contiguous()
-    values = (current.view(-1, group, n) * by_group.unsqueeze(1)).view(k, n)
+    values = current * steps
     gradient = hessian @ (weight.T - values)  # [K, N]
-    curvature = hessian.diagonal().tolist()
+    curvature = hessian.diagonal()
     for _ in range(sweeps):
         for start in range(0, k, BLOCK):
-            stop = min(start + BLOCK, k)
-            local, own = gradient[start:stop].clone(), hessian[start:stop, start:stop]
-            moves = torch.empty_like(local)
-            for i in range(stop - start):
-                j = start + i
-                target = values[j] + local[i] / curvature[j]
-                chosen = nearest_levels(target * inverse[j // group], codebook)
-                moved = chosen * by_group[j // group]
-                moves[i] = moved - values[j]
-                current[j], values[j] = chosen, moved
-                local.addr_(own[i], moves[i], alpha=-1)
-            gradient.addmm_(hessian[:, start:stop], moves, alpha=-1)
+            part = slice(start, min(start + BLOCK, k))
+            chosen, moves = round_block(
+                gradient[part].unsqueeze(0).clone(), hessian[part, part].unsqueeze(0), curvature[part].unsqueeze(0),
+                steps[part].unsqueeze(0), Levels(codebook=codebook), values[part].unsqueeze(0),
+            )  # fmt: skip
+            current[part], values[part] = chosen[0], chosen[0] * steps[part]
+            gradient.addmm_(hessian[:, part], moves[0], alpha=-1)
     levels.copy_(current.T)
     return levels
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from svsk_offline.quantizers.diagonal import Sidecar
-from svsk_offline.quantizers.feedback import round_with_feedback
+from svsk_offline.quantizers.feedback import Levels, round_block, round_with_feedback
 from svsk_offline.quantizers.hessian import ColumnOrder, damped, damped_batch, inverse_roots, lower_factor
 from svsk_offline.quantizers.lowrank import leading_right_vectors
 from svsk_vllm.format import TileGrid
@@ -131,15 +131,7 @@ class HessianSidecar:
     def _round_v(self, rows: torch.Tensor, order: ColumnOrder) -> tuple[torch.Tensor, torch.Tensor]:
         """Integers (as float32) of V [n, w] and scales [n], with feedback along columns under the tile's Hessian."""
         scale = _row_scales(rows, order.importance, self.num_bits)
-        low, high = self._range
-        codes = torch.empty_like(rows.T)
-
-        def round_column(column: torch.Tensor, index: int) -> torch.Tensor:
-            chosen = (column / scale).round_().clamp_(low, high)
-            codes[index] = chosen
-            return chosen * scale
-
-        round_with_feedback(rows.T.contiguous(), order, round_column)
+        codes = round_with_feedback(rows.T.contiguous(), order, scale.unsqueeze(0), self._levels)
         return codes.T.contiguous(), scale
 
     def _round_u(self, rows: torch.Tensor, small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,24 +139,19 @@ class HessianSidecar:
         weights = torch.ones_like(rows[:, 0]) if self.weights is None else self.weights
         each = weights.unsqueeze(1).expand_as(rows).flatten(0, 1)
         scale = _row_scales(rows.flatten(0, 1), each, self.num_bits).view(rows.shape[:2])
-        low, high = self._range
         order = torch.argsort(small.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
         batch = torch.arange(len(rows), device=rows.device).unsqueeze(1)
         root = inverse_roots(small[batch.unsqueeze(2), order.unsqueeze(2), order.unsqueeze(1)])
-        work, steps = rows[batch, order], scale[batch, order]
-        codes = torch.empty_like(work)
-        for i in range(work.shape[1]):
-            step = steps[:, i : i + 1]
-            codes[:, i] = (work[:, i] / step).round_().clamp_(low, high)
-            error = (work[:, i] - codes[:, i] * step) / root[:, i, i].unsqueeze(1)
-            work[:, i + 1 :] -= root[:, i, i + 1 :].unsqueeze(2) * error.unsqueeze(1)
+        steps = scale[batch, order].unsqueeze(2).expand_as(rows)
+        pivots = root.diagonal(dim1=1, dim2=2)
+        codes, _ = round_block(rows[batch, order], root, pivots, steps, self._levels)
         result = torch.empty_like(codes)
         result[batch, order] = codes
         return result, scale
 
     @property
-    def _range(self) -> tuple[int, int]:
-        return max(-(2 ** (self.num_bits - 1)), -127), 2 ** (self.num_bits - 1) - 1
+    def _levels(self) -> Levels:
+        return Levels(max(-(2 ** (self.num_bits - 1)), -127), 2 ** (self.num_bits - 1) - 1)
 
     def _refit_gains(
         self, wanted: torch.Tensor, u: torch.Tensor, gram: torch.Tensor, start: torch.Tensor

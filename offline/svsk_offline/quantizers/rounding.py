@@ -5,7 +5,15 @@ import torch
 
 from svsk_vllm.format import CODE_MAX, CODE_MIN, Codebook, code_values, codebook_levels
 
-__all__ = ["absmax_scale", "nearest_codes", "nearest_indices", "nearest_levels", "quantize_rtn", "scaled_codes"]
+__all__ = [
+    "absmax_scale",
+    "nearest_codes",
+    "nearest_indices",
+    "nearest_integers",
+    "nearest_levels",
+    "quantize_rtn",
+    "scaled_codes",
+]
 
 
 def nearest_indices(ratio: torch.Tensor, codebook: Codebook) -> torch.Tensor:
@@ -16,7 +24,12 @@ def nearest_indices(ratio: torch.Tensor, codebook: Codebook) -> torch.Tensor:
     """
     if codebook == "quad8":
         ratio = torch.copysign((ratio.abs() * 8 + 15.75).sqrt_().sub_(4), ratio)
-    return ratio.round().clamp_(CODE_MIN, CODE_MAX)
+    return nearest_integers(ratio, CODE_MIN, CODE_MAX)
+
+
+def nearest_integers(ratio: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """Nearest integer of a range, halves to the even one; float32 of the same shape."""
+    return ratio.round().clamp_(low, high)
 
 
 def nearest_levels(ratio: torch.Tensor, codebook: Codebook) -> torch.Tensor:
