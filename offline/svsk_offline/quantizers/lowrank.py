@@ -13,6 +13,9 @@ _EXACT_LIMIT: Final = 1536
 _ZERO: Final = 1e-6
 """Singular values below this share of the largest are rounding."""
 
+_RIDGE: Final = 1e-14
+"""Relative to the trace: what makes the Gram matrix of dependent columns decomposable in float64."""
+
 _OVERSAMPLING: Final = 16
 _POWER_ITERATIONS: Final = 6
 
@@ -56,8 +59,9 @@ def truncated_svd(matrix: torch.Tensor, rank: int, seed: int = 0) -> tuple[torch
 def leading_right_vectors(matrices: torch.Tensor, rank: int) -> torch.Tensor:
     """Leading right singular vectors of each of several matrices.
 
-    Exact where the smaller dimension is at most 1536 (eigenvectors of the smaller Gram matrix, decomposed in float64),
-    else by :func:`truncated_svd`.
+    Exact (eigenvectors of the smaller Gram matrix, in float64) where that is little larger than the rank, else by
+    subspace iteration on it with a seeded start and a final Rayleigh-Ritz step (Saad 2011, algorithm 5.3), which are
+    matrix products of all matrices together: a GPU decomposes large symmetric matrices one by one.
 
     Args:
         matrices: float32 [A, m, n].
@@ -67,17 +71,39 @@ def leading_right_vectors(matrices: torch.Tensor, rank: int) -> torch.Tensor:
         float32 [A, r, n]; rows are orthonormal, or zero where a singular value is.
     """
     _, m, n = matrices.shape
-    if min(m, n) > _EXACT_LIMIT:
-        return torch.stack([truncated_svd(matrix, rank)[2] for matrix in matrices])
     rank = min(rank, m, n)
     if m > n:
-        found: torch.Tensor = torch.linalg.eigh((matrices.mT @ matrices).double())[1]
-        return found[:, :, -rank:].flip(2).mT.float()
-    vectors = torch.linalg.eigh((matrices @ matrices.mT).double())[1]
-    rows = vectors[:, :, -rank:].flip(2).mT.float() @ matrices
+        return _leading_vectors(matrices.mT @ matrices, rank).mT.contiguous()
+    rows = _leading_vectors(matrices @ matrices.mT, rank).mT @ matrices
     norms = rows.norm(dim=2, keepdim=True)
     kept: torch.Tensor = rows / torch.where(norms > _ZERO * norms[:, :1], norms, torch.inf)
     return kept
+
+
+def _leading_vectors(gram: torch.Tensor, rank: int) -> torch.Tensor:
+    """Eigenvectors [A, s, rank] of float32 [A, s, s], by descending eigenvalue."""
+    count, size, _ = gram.shape
+    width = rank + _OVERSAMPLING
+    if size <= 2 * width:
+        found: torch.Tensor = torch.linalg.eigh(gram.double())[1][:, :, -rank:].flip(2).float()
+        return found
+    start = torch.randn(size, width, generator=torch.Generator().manual_seed(0))
+    basis = start.to(gram.device).expand(count, size, width)
+    for _ in range(_POWER_ITERATIONS):
+        basis = _orthonormal((gram @ basis).double()).float()
+    basis = _orthonormal(basis.double())
+    projected = basis.mT @ (gram @ basis.float()).double()
+    turned: torch.Tensor = basis @ torch.linalg.eigh(projected + projected.mT)[1][:, :, -rank:].flip(2)
+    return turned.float()
+
+
+def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
+    """Columns of float64 [A, s, w] made orthonormal by a Cholesky factor of their Gram matrix; zeros stay zeros."""
+    gram = columns.mT @ columns
+    ridge = _RIDGE * gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) + torch.finfo(torch.float64).tiny
+    lower = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge.expand(gram.shape[:2])))[0]
+    found: torch.Tensor = torch.linalg.solve_triangular(lower, columns.mT, upper=False).mT
+    return found
 
 
 def _leading_eigenvectors(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
