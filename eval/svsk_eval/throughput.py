@@ -2,7 +2,7 @@
 """Throughput of several models under vLLM: ``python -m svsk_eval.throughput svsk=FOLDER dense=FOLDER``.
 
 Each model has a process of its own. By default all are kept and asked in turn, so that a busy machine slows all of them
-alike; ``--one-at-a-time`` is for a GPU whose memory holds one of them. A label that ends in ``@w4a16`` serves the base
+alike, and share a GPU's memory in equal parts; ``--one-at-a-time`` is for a GPU that holds one of them. A label that ends in ``@w4a16`` serves the base
 of its SVSK folder without the sidecar, as a compressed-tensors model; one that ends in ``@split`` serves an SVSK folder
 with the base through vLLM's own kernel and the sidecar after it.
 """
@@ -29,6 +29,11 @@ __all__ = ["Load", "Served", "Speeds", "app", "measure", "speeds_of", "table_row
 
 _CONVERTED: Final = "@w4a16"
 _SPLIT: Final = "@split"
+
+_MEMORY: Final = 0.9
+"""Share of a GPU's memory that all engines take together; vLLM itself would give 0.92 to each."""
+
+_RESERVED: Final = ("model", "max_model_len", "enable_prefix_caching", "skip_tokenizer_init")
 
 
 @dataclass(frozen=True)
@@ -104,17 +109,21 @@ def measure(
         done: called with a label when its figures are complete.
 
     Raises:
-        EvalError: a model does not run.
+        EvalError: a model does not run, or an engine argument is not one to set.
     """
+    for name in engine or {}:
+        if name in _RESERVED:
+            raise EvalError(f"--engine-arg {name}: it follows from the other arguments. Leave it out.")
     found = {} if found is None else found
     left = {label: model for label, model in models.items() if label not in found}
     groups = [[label] for label in left] if one_at_a_time else [list(left)]
+    shares = {"gpu_memory_utilization": round(_MEMORY / max(map(len, groups), default=1), 3)} if _on_gpu() else {}
     for group in groups:
         servers: dict[str, Server] = {}
         times: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
         try:
             for label in group:
-                servers[label] = Server(left[label].folder, load, left[label].environment, engine or {})
+                servers[label] = Server(left[label].folder, load, left[label].environment, shares | dict(engine or {}))
             for batch in load.batches:
                 for repeat in range(load.repeats + 1):
                     for label, server in servers.items():
@@ -130,6 +139,12 @@ def measure(
             found[label] = {batch: speeds_of(*times[label, batch], batch, load.tokens) for batch in load.batches}
             done(label)
     return found
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def table_rows(found: Mapping[str, Mapping[int, Speeds]], load: Load, kind: str) -> list[list[str]]:

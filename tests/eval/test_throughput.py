@@ -109,6 +109,20 @@ def test_one_at_a_time_ends_a_process_before_the_next(fake: type[Fake]) -> None:
     assert done == ["x", "y"]
 
 
+def test_models_share_a_gpu(fake: type[Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "_on_gpu", lambda: True)
+    measure(served(x="a", y="b"), LOAD)
+    assert fake.events[0] == "start a fused {'gpu_memory_utilization': 0.45}"
+    fake.events.clear()
+    measure(served(x="a", y="b"), LOAD, one_at_a_time=True)
+    assert fake.events[0] == "start a fused {'gpu_memory_utilization': 0.9}"
+    fake.events.clear()
+    measure(served(x="a"), LOAD, engine={"gpu_memory_utilization": 0.3})
+    assert fake.events[0] == "start a fused {'gpu_memory_utilization': 0.3}"
+    with pytest.raises(EvalError, match="--engine-arg max_model_len: it follows from the other arguments"):
+        measure(served(x="a"), LOAD, engine={"max_model_len": 3})
+
+
 def test_time_that_does_not_grow_with_tokens_is_an_error() -> None:
     assert speeds_of([1.0, 2.0, 1.0], [3.0, 4.0, 9.0], 4, 10) == Speeds(decode=20.0, output=11.0)
     with pytest.raises(EvalError, match=r"batch 4: 10 more tokens took -0\.5000 s more"):
