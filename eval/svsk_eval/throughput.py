@@ -2,9 +2,9 @@
 """Throughput of several models under vLLM: ``python -m svsk_eval.throughput svsk=FOLDER dense=FOLDER``.
 
 Each model has a process of its own. By default all are kept and asked in turn, so that a busy machine slows all of them
-alike, and share a GPU's memory in equal parts; ``--one-at-a-time`` is for a GPU that holds one of them. A label that ends in ``@w4a16`` serves the base
-of its SVSK folder without the sidecar, as a compressed-tensors model; one that ends in ``@split`` serves an SVSK folder
-with the base through vLLM's own kernel and the sidecar after it.
+alike, and share a GPU's memory in equal parts; ``--one-at-a-time`` is for a GPU that holds one of them. A label that
+ends in ``@w4a16`` serves the base of its SVSK folder without the sidecar, as a compressed-tensors model; one that ends
+in ``@split`` serves an SVSK folder with the base through vLLM's own kernel and the sidecar after it.
 """
 
 import statistics
