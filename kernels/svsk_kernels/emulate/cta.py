@@ -17,7 +17,7 @@ from svsk_kernels.emulate.asynchronous import BUSY, Copies, Products
 from svsk_kernels.emulate.code import Block, Code
 from svsk_kernels.emulate.errors import BarrierError, EmulateError, RaceError
 from svsk_kernels.emulate.memory import GlobalMemory
-from svsk_kernels.emulate.parse import Instruction
+from svsk_kernels.emulate.parse import Instruction, Register
 from svsk_kernels.emulate.shared import SharedMemory
 
 __all__ = ["Cta"]
@@ -221,7 +221,9 @@ class Cta:
         busy = [name for name, value in named if value is BUSY]
         if busy:
             return RaceError(f"{self._where()}: {', '.join(busy)}: a wgmma that was not waited for writes it")
-        empty = [name for name, value in named if value is None]
+        target = self._now.operands[0] if self._now is not None and self._now.operands else None
+        written = target.name if isinstance(target, Register) else ""
+        empty = [name for name, value in named if value is None and name != written]
         if empty:
             return EmulateError(f"{self._where()}: no instruction gave {', '.join(empty)} a value")
         return EmulateError(f"{self._where()}: the emulator failed: {error!r}")

@@ -10,9 +10,11 @@ from itertools import islice
 from typing import Any, Final, Literal
 
 import numpy as np
+import torch
 
-from svsk_kernels.emulate.code import Code
+from svsk_kernels.emulate.code import Code, code_of
 from svsk_kernels.emulate.cta import Cta
+from svsk_kernels.emulate.errors import UnsupportedError
 from svsk_kernels.emulate.memory import GlobalMemory, regions_of
 
 __all__ = ["ORDERS", "Gpu", "Launch", "Order", "Work"]
@@ -85,9 +87,8 @@ class Work:
         read = {region.name: region.bytes_read for region in self.memory.regions}
         written = {region.name: region.bytes_written for region in self.memory.regions}
         program = self.code.program
-        return Launch(
-            program.name, self.grid, program.threads, +counts, read, written, self.overlapped, frozenset(self.remarks)
-        )
+        remarks = frozenset(self.remarks)
+        return Launch(program.name, self.grid, program.threads, +counts, read, written, self.overlapped, remarks)
 
 
 class Gpu:
@@ -126,6 +127,33 @@ class Gpu:
             self._held = work
         else:
             self._finish(work, self._blocks(work))
+
+    def execute(
+        self,
+        ptx: str,
+        grid: tuple[int, int, int],
+        arguments: Mapping[str, torch.Tensor | int],
+        *,
+        shared_bytes: int = 0,
+        dependent: bool = False,
+    ) -> None:
+        """Run the PTX of one kernel.
+
+        Args:
+            ptx: its text.
+            grid: blocks along x, y and z.
+            arguments: CPU tensors and integers in the order of the parameters; missing ones are zero.
+            shared_bytes: of dynamic shared memory.
+            dependent: as for :meth:`submit`.
+        """
+        for name, value in arguments.items():
+            if not isinstance(value, torch.Tensor | int):
+                raise UnsupportedError(f"argument {name}: {value!r} is not emulated; tensors and integers are.")
+        given = arguments.values()
+        values = [one.data_ptr() if isinstance(one, torch.Tensor) else one & (2**64 - 1) for one in given]
+        code = code_of(ptx)
+        values += [0] * (len(code.program.params) - len(values))
+        self.submit(Work(code, grid, values, list(arguments.items()), shared_bytes), dependent)
 
     def flush(self) -> None:
         """Run what is held back."""
