@@ -305,13 +305,46 @@ def test_the_last_to_arrive_adds_in_every_order(order: Order, seed: int) -> None
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_wrong_counter_shows(order: Order) -> None:
-    """One too few: somebody adds before the last has written."""
-    x, y = torch.randn(7, 256), torch.zeros(256)
-    partial, counter = torch.full((7, 256), float("nan")), torch.zeros(1, dtype=torch.int32)
-    with emulated(80, order=order):
-        split_sum_kernel[(7,)](x, y, partial, counter, PARTS=7, BLOCK=256, LAST=5)
-    assert y.isnan().any() or counter.any()
+def test_a_wrong_counter(order: Order) -> None:
+    """Somebody adds who has not heard of all the others: their sums are not there yet, or nothing orders them."""
+    x, y, partial = torch.randn(7, 256), torch.zeros(256), torch.full((7, 256), float("nan"))
+    try:
+        with emulated(80, order=order, seed=3):
+            split_sum_kernel[(7,)](x, y, partial, torch.zeros(1, dtype=torch.int32), PARTS=7, BLOCK=256, LAST=5)
+    except RaceError as error:
+        assert "wrote in the same launch, and nothing orders them" in str(error)  # noqa: PT017
+    else:
+        assert y.isnan().all()
+
+
+def test_a_count_that_says_too_much() -> None:
+    """Without a barrier before it, an atomic speaks for its own thread only; relaxed, for none."""
+    x, y, partial, counter = (
+        torch.randn(7, 256),
+        torch.zeros(256),
+        torch.zeros(7, 256),
+        torch.zeros(1, dtype=torch.int32),
+    )
+    with emulated(80):
+        compiled = split_sum_kernel[(7,)](x, y, partial, counter, PARTS=7, BLOCK=256, LAST=6)
+    ptx, shared = str(compiled.asm["ptx"]), compiled.metadata.shared
+    before, atomic, after = ptx.partition("atom.global.gpu.acq_rel.add")
+    for broken in (before.replace("bar.sync", "// bar.sync") + atomic + after, ptx.replace("acq_rel", "relaxed")):
+        with pytest.raises(RaceError, match=r"of block \d+ wrote in the same launch"), emulated(80) as gpu:
+            gpu.execute(broken, (7, 1, 1), {"x": x, "y": y, "p": partial, "c": counter}, shared_bytes=shared)
+
+
+def test_threads_of_a_block_meet_in_global_memory_only_over_a_barrier() -> None:
+    body = """
+        mad.wide.u32 %rd2, %r1, 4, %rd1; st.global.b32 [ %rd2 + 0 ], { %r1 };
+        WAIT xor.b32 %r2, %r1, 33; mad.wide.u32 %rd3, %r2, 4, %rd1; ld.global.b32 { %r3 }, [ %rd3 + 0 ];
+        bar.sync 0; st.global.b32 [ %rd2 + 0 ], { %r3 };
+        """
+    out = torch.full((64,), -1, dtype=torch.int32)
+    run(kernel(body.replace("WAIT", "bar.sync 0;"), threads=64), out)
+    assert out.tolist() == [thread ^ 33 for thread in range(64)]
+    with pytest.raises(RaceError, match="thread 0 reads global memory that thread 33 of block 0 wrote"):
+        run(kernel(body.replace("WAIT", ""), threads=64), out)
 
 
 def test_dependent_launch_begins_before_and_waits() -> None:

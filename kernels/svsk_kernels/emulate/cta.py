@@ -17,6 +17,7 @@ from svsk_kernels.emulate.asynchronous import BUSY, Copies, Products
 from svsk_kernels.emulate.code import Block, Code
 from svsk_kernels.emulate.errors import BarrierError, EmulateError, RaceError
 from svsk_kernels.emulate.memory import GlobalMemory
+from svsk_kernels.emulate.ordering import Visitor
 from svsk_kernels.emulate.parse import Instruction, Register
 from svsk_kernels.emulate.shared import SharedMemory
 
@@ -54,6 +55,8 @@ class Cta:
         self.threads = code.program.threads
         self.everyone = np.arange(self.threads)
         self.shared = SharedMemory(shared_bytes, self.threads, remarks)
+        x, y, z = place
+        self._visitor = Visitor((z * grid[1] + y) * grid[0] + x, self.shared)
         self.copies, self.products = Copies(self, late), Products(self, late)
         self.r: list[Any] = [None] * len(code.slots.names)
         self._fill(grid, params)
@@ -129,6 +132,7 @@ class Cta:
             block = blocks[index]
             if block.pause:
                 yield block.pause
+            self.memory.visitor = self._visitor
             try:
                 self._work(block, mask)
                 met = self._leave(block, index, mask)

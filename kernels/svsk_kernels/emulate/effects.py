@@ -91,7 +91,8 @@ def _store(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Ef
 
 
 def _atomic(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Effect:
-    name, letter, width = match.group(1), match.group(2), int(match.group(3))
+    order, name, letter, width = match.group(1), match.group(2), match.group(3), int(match.group(4))
+    acquires, releases = order in ("acquire", "acq_rel"), order in ("release", "acq_rel")
     target, address = slots.target(instruction.operands[0]), slots.address(instruction.operands[1], 64)
     value = slots.source(instruction.operands[2], width).slot
     dtype: Any = _SIGNED[width] if letter == "s" else unsigned(width)
@@ -111,10 +112,12 @@ def _atomic(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> E
         before = np.empty(len(threads), dtype)
         for index, thread in enumerate(threads):  # one after the other: two may meet at one address
             place, one = places[thread : thread + 1], threads[index : index + 1]
-            old = cta.memory.load(place, width // 8, one).view(dtype)
-            before[index] = old[0, 0]
-            new = np.asarray(function(old, given[thread : thread + 1]), dtype).reshape(1, 1)
-            cta.memory.store(place, new.view(np.uint8), one)
+            cta.memory.clocks.visit(cta.memory.visitor, int(place[0]), int(thread), acquires, releases)
+            with cta.memory.atomically():
+                old = cta.memory.load(place, width // 8, one).view(dtype)
+                before[index] = old[0, 0]
+                new = np.asarray(function(old, given[thread : thread + 1]), dtype).reshape(1, 1)
+                cta.memory.store(place, new.view(np.uint8), one)
         cta.put_some(target, before.view(unsigned(width)), threads)
 
     return run
@@ -322,7 +325,7 @@ _PATTERNS: Final[tuple[tuple[str, Maker], ...]] = (
     (r"ld\.(shared)(?:::cta)?" + _KIND, _load),
     (r"st\.(global)(?:\.(?:cg|wb))?" + _KIND, _store),
     (r"st\.(shared)(?:::cta)?" + _KIND, _store),
-    (r"atom\.global\.(?:gpu|cta|sys)\.(?:relaxed|acquire|release|acq_rel)\.(\w+)\.([bsu])(32|64)$", _atomic),
+    (r"atom\.global\.(?:gpu|cta|sys)\.(relaxed|acquire|release|acq_rel)\.(\w+)\.([bsu])(32|64)$", _atomic),
     (r"cp\.async\.(ca|cg)\.shared\.global(\.L2::cache_hint)?$", _copy),
     (r"cp\.async\.commit_group$", _copy_commit),
     (r"cp\.async\.wait_(group|all)$", _copy_wait),

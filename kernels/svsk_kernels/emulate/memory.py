@@ -2,7 +2,8 @@
 """Global memory: the memory of the tensors given to a launch, at its real addresses, and nothing else."""
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ import torch
 
 from svsk_kernels.emulate.alu import Array
 from svsk_kernels.emulate.errors import MemoryFaultError
+from svsk_kernels.emulate.ordering import Clocks, Visitor
 
 __all__ = ["GlobalMemory", "Region", "regions_of"]
 
@@ -27,6 +29,7 @@ class Region:
     bytes_read: int = 0
     bytes_written: int = 0
     origin: int = 0
+    writers: Array | None = None  # per byte from ``origin``, who wrote it in this launch: see ``ordering``
     _bytes: Array = field(default_factory=lambda: np.empty(0, np.uint8))
 
     def __post_init__(self) -> None:
@@ -37,6 +40,20 @@ class Region:
     def rows(self, total: int) -> Array:
         """The memory as rows of ``total`` bytes, counted from ``origin``."""
         return self._bytes.reshape(-1, total)
+
+    def check(self, rows: Array, total: int, threads: Array, visitor: Visitor, changes: Array | None = None) -> None:
+        """Raise RaceError if what is accessed was written by others, and nothing orders it; ``changes``: by writing."""
+        if self.writers is not None:
+            records = self.writers.reshape(-1, total)[rows]
+            if records.any():
+                records = records if changes is None else np.where(changes, records, 0)
+                visitor.check(records, threads, "reads" if changes is None else "writes")
+
+    def stamp(self, rows: Array, total: int, threads: Array, visitor: Visitor) -> None:
+        """Remember who wrote."""
+        if self.writers is None:
+            self.writers = np.zeros(len(self._bytes), np.int64)
+        self.writers.reshape(-1, total)[rows] = visitor.record(threads)[:, None]
 
     @property
     def name(self) -> str:
@@ -77,33 +94,42 @@ class GlobalMemory:
     """
 
     def __init__(self, regions: list[Region]) -> None:
-        self.regions = regions
+        self.regions, self.clocks = regions, Clocks()
+        self.visitor: Visitor | None = None  # the block at work
 
     def load(self, address: Array, total: int, threads: Array) -> Array:
         """Bytes [n, total] at the addresses, which are multiples of ``total``."""
-        low, high = int(address.min()), int(address.max())
-        for region in self.regions:
-            if region.start <= low and high + total <= region.stop:
-                region.bytes_read += len(address) * total
-                return region.rows(total)[self._index(region, address, total, threads)]
         values = np.empty((len(address), total), np.uint8)
         for region, chosen in self._spread(address, total, threads, "reads"):
-            region.bytes_read += len(chosen) * total
-            values[chosen] = region.rows(total)[self._index(region, address[chosen], total, threads[chosen])]
+            region.bytes_read += len(address[chosen]) * total
+            rows = self._index(region, address[chosen], total, threads[chosen])
+            if self.visitor is not None:
+                region.check(rows, total, threads[chosen], self.visitor)
+            if isinstance(chosen, slice):
+                return region.rows(total)[rows]
+            values[chosen] = region.rows(total)[rows]
         return values
 
     def store(self, address: Array, values: Array, threads: Array) -> None:
         """Write bytes [n, total]; of threads that write to one address the last wins."""
         total = values.shape[1]
-        low, high = int(address.min()), int(address.max())
-        for region in self.regions:
-            if region.start <= low and high + total <= region.stop:
-                region.bytes_written += values.size
-                region.rows(total)[self._index(region, address, total, threads)] = values
-                return
         for region, chosen in self._spread(address, total, threads, "writes"):
-            region.bytes_written += len(chosen) * total
-            region.rows(total)[self._index(region, address[chosen], total, threads[chosen])] = values[chosen]
+            region.bytes_written += values[chosen].size
+            rows = self._index(region, address[chosen], total, threads[chosen])
+            memory = region.rows(total)
+            if self.visitor is not None:
+                region.check(rows, total, threads[chosen], self.visitor, memory[rows] != values[chosen])
+                region.stamp(rows, total, threads[chosen], self.visitor)
+            memory[rows] = values[chosen]
+
+    @contextmanager
+    def atomically(self) -> Iterator[None]:
+        """Accesses inside are those of atomics, which need no order."""
+        visitor, self.visitor = self.visitor, None
+        try:
+            yield
+        finally:
+            self.visitor = visitor
 
     def _index(self, region: Region, address: Array, total: int, threads: Array) -> Array:
         offset = address - np.uint64(region.origin)
@@ -117,9 +143,14 @@ class GlobalMemory:
             )
         return rows.astype(np.int64)
 
-    def _spread(self, address: Array, total: int, threads: Array, verb: str) -> list[tuple[Region, Array]]:
-        """Which accesses go to which region, where they do not all go to one."""
-        found, left = [], np.ones(len(address), np.bool_)
+    def _spread(self, address: Array, total: int, threads: Array, verb: str) -> list[tuple[Region, Any]]:
+        """Which accesses go to which region."""
+        low, high = int(address.min()), int(address.max())
+        for region in self.regions:
+            if region.start <= low and high + total <= region.stop:
+                return [(region, slice(None))]
+        found: list[tuple[Region, Any]] = []
+        left = np.ones(len(address), np.bool_)
         for region in self.regions:
             inside = (address >= np.uint64(region.start)) & (address + np.uint64(total) <= np.uint64(region.stop))
             if inside.any():

@@ -55,6 +55,11 @@ class SharedMemory:
         self._phases = np.zeros(threads, np.int64)
         self._fences = np.zeros(threads, np.int64)
 
+    @property
+    def epoch(self) -> int:
+        """How often all threads have met, counted from 1."""
+        return self._epoch
+
     def barrier(self) -> None:
         """All threads have met."""
         self._epoch += 1
