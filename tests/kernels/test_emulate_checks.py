@@ -330,8 +330,9 @@ def test_a_count_that_says_too_much() -> None:
     ptx, shared = str(compiled.asm["ptx"]), compiled.metadata.shared
     before, atomic, after = ptx.partition("atom.global.gpu.acq_rel.add")
     for broken in (before.replace("bar.sync", "// bar.sync") + atomic + after, ptx.replace("acq_rel", "relaxed")):
+        tensors = {"x": x, "y": y, "partial": partial, "counter": counter.zero_()}
         with pytest.raises(RaceError, match=r"of block \d+ wrote in the same launch"), emulated(80) as gpu:
-            gpu.execute(broken, (7, 1, 1), {"x": x, "y": y, "p": partial, "c": counter}, shared_bytes=shared)
+            gpu.execute(broken, (7, 1, 1), tensors, shared_bytes=shared)
 
 
 def test_threads_of_a_block_meet_in_global_memory_only_over_a_barrier() -> None:
