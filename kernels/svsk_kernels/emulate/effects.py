@@ -12,9 +12,9 @@ import numpy as np
 
 from svsk_kernels.emulate.alu import Array, unsigned
 from svsk_kernels.emulate.asynchronous import Product
-from svsk_kernels.emulate.code import Effect, Slots
 from svsk_kernels.emulate.errors import BarrierError, UnsupportedError
 from svsk_kernels.emulate.parse import Instruction, Vector
+from svsk_kernels.emulate.slots import Effect, Slots
 from svsk_kernels.emulate.tensor import a_matrix, b_matrix, c_matrix, c_registers, from_rows, to_rows
 
 __all__ = ["effect_of"]
