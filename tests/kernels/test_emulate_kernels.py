@@ -16,10 +16,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 import triton
+from typer.testing import CliRunner
 
+from svsk_kernels.bench import cases as bench_cases
 from svsk_kernels.bench.correctness import BOUNDS, poisoned, relative_error
 from svsk_kernels.bench.layers import BenchLayer, Part, random_layer
-from svsk_kernels.emulate import Gpu, RaceError, code, driver, emulated
+from svsk_kernels.emulate import Gpu, RaceError, code, driver, emulated, sweep
+from svsk_kernels.emulate.__main__ import app
 from svsk_kernels.launch import counters, fold
 from svsk_kernels.tuning import Choice
 from svsk_vllm.format import Codebook, dequantize
@@ -198,3 +201,17 @@ def test_wgmma_needs_its_fences_and_waits(late: bool, monkeypatch: pytest.Monkey
 def test_decode_has_to_wait_for_z(monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, lambda text: re.sub(r"griddepcontrol\.wait\s*;", "", text))
     assert run(CASES[0], 90, pdl=True)[0].isnan().any()
+
+
+def test_the_command_tells_good_from_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = bench_cases.Case("small", 128, (Part(32, 8, 8, 32, 64),), (2,))
+    monkeypatch.setattr(sweep, "cases_for", lambda interpreted, quick: (small,))
+    good = CliRunner().invoke(app, ["--arch", "80", "--quick"])
+    assert good.exit_code == 0
+    assert "1 passed, 0 failed" in good.stdout
+    broken(monkeypatch, lambda text: text.replace("bar.sync", "// bar.sync"))
+    bad = CliRunner().invoke(app, ["--arch", "80", "--quick"])
+    assert bad.exit_code == 1
+    assert re.search(r"FAIL.*small, sm_80, M = 2, decode: decode_kernel: PTX line \d+", bad.stdout)
+    assert "0 passed, 1 failed" in bad.stdout
+    assert CliRunner().invoke(app, ["--arch", "100"]).exit_code == 2
