@@ -48,10 +48,12 @@ def test_other_levels_are_refused(tmp_path: Path) -> None:
 
 def test_models_are_asked_in_turn_and_the_prompt_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int, int]] = []
+    given: list[dict[str, Any]] = []
 
     class Fake:
-        def __init__(self, model: Path, tokens: int) -> None:
+        def __init__(self, model: Path, tokens: int, engine_args: dict[str, Any]) -> None:
             self.name, self.closed = str(model), False
+            given.append(engine_args)
 
         def seconds(self, batch: int, tokens: int) -> float:
             asked.append((self.name, batch, tokens))
@@ -61,7 +63,14 @@ def test_models_are_asked_in_turn_and_the_prompt_is_taken_off(monkeypatch: pytes
             self.closed = True
 
     monkeypatch.setattr(throughput, "Server", Fake)
-    found = throughput.measure({"x": Path("a"), "y": Path("b")}, [1, 8], tokens=10, repeats=2)
+    more = {"enforce_eager": True}
+    found = throughput.measure({"x": Path("a"), "y": Path("b")}, [1, 8], tokens=10, repeats=2, engine_args=more)
+    assert given == [{"gpu_memory_utilization": 0.45, "enforce_eager": True}] * 2
     assert found == {"x": {1: 2.0, 8: 16.0}, "y": {1: 4.0, 8: 32.0}}
     assert asked[:4] == [("a", 1, 1), ("a", 1, 11), ("b", 1, 1), ("b", 1, 11)]
     assert throughput.table_rows(found, [1, 8]) == [["x", "2 (0.50x)", "16 (0.50x)"], ["y", "4 (1.00x)", "32 (1.00x)"]]
+
+
+def test_engine_arguments_that_are_measured_with_cannot_be_set() -> None:
+    with pytest.raises(EvalError, match="--engine-arg max_model_len: it follows"):
+        throughput.measure({"x": Path("a")}, [1], tokens=2, repeats=1, engine_args={"max_model_len": 9})
