@@ -84,7 +84,6 @@ def _kernels() -> list[str]:
 
 def main() -> int:
     """Print versions and failures; 1 if there are any."""
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     start = time.monotonic()
     versions = {dist.metadata["Name"]: dist.version for dist in reversed(list(metadata.distributions()))}

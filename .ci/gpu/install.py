@@ -35,6 +35,14 @@ PIP += ["--no-compile", "--no-cache-dir", "--no-warn-script-location"]
 
 PYTHON = (3, 12)
 
+SETTINGS = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # on by default, and vLLM 0.26 imports flashinfer without a question
+    "VLLM_HOST_IP": "127.0.0.1",  # else vLLM asks the network for an address
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+"""Environment of vLLM on such a machine."""
+
 
 class InstallError(Exception):
     """What is wrong with the parts or the machine, and what to do about it."""
@@ -187,11 +195,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nNot installed. {error}", file=sys.stderr)
         return 1
     path = os.pathsep.join([str(given.target.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
-    print("export VLLM_USE_FLASHINFER_SAMPLER=0 HF_HUB_OFFLINE=1")
+    print(f"export {' '.join(f'{name}={value}' for name, value in SETTINGS.items())}")
     print(f"export PYTHONPATH={path} PATH={given.target.resolve() / 'bin'}:$PATH", flush=True)
     if given.no_check:
         return 0
-    return subprocess.run([sys.executable, str(CHECK)], env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+    environment = {**os.environ, **SETTINGS, "PYTHONPATH": path}
+    return subprocess.run([sys.executable, str(CHECK)], env=environment, check=False).returncode
 
 
 if __name__ == "__main__":
