@@ -137,14 +137,17 @@ def _parts(manifest: dict[str, Any], store: Path) -> Iterator[bytes]:
         yield data
 
 
-def install(wheels: Sequence[Path], target: Path, project: Path | None, stamp: str) -> None:
-    """Let pip install wheels, and the project if it is given, into a folder.
+def install(wheels: Sequence[Path], target: Path, project: Path | None, stamp: str) -> list[Path]:
+    """Let pip install wheels into a folder, and the project, if it is given, into one beside it.
 
     Args:
         wheels: with all they need among themselves and on the machine.
         target: folder for PYTHONPATH; replaced unless its stamp says that it holds these wheels already.
         project: source tree of svsk-vllm, installed in any case.
         stamp: what the target's stamp says when the wheels are installed.
+
+    Returns:
+        The folders, the project's first.
 
     Raises:
         InstallError: pip fails, or the target is a folder that was not made by this function.
@@ -158,9 +161,12 @@ def install(wheels: Sequence[Path], target: Path, project: Path | None, stamp: s
         mark.write_text("unfinished\n", encoding="utf-8")
         _pip([*map(str, wheels)], target, f"{len(wheels)} wheels")
         mark.write_text(stamp, encoding="utf-8")
-    if project is not None:
-        # Its metadata carry the entry point by which vLLM finds the plugin.
-        _pip(["--no-build-isolation", str(project)], target, str(project))
+    if project is None:
+        return [target]
+    # Its metadata carry the entry point by which vLLM finds the plugin. In one folder its commands replace vLLM's.
+    beside = target.with_name(f"{target.name}.project")
+    _pip(["--no-build-isolation", str(project)], beside, str(project))
+    return [beside, target]
 
 
 def _pip(arguments: Sequence[str], target: Path, what: str) -> None:
@@ -190,13 +196,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{given.store} lacks {', '.join(missing)} of {len(manifest['parts'])} parts. Bring them as well.")
             return MISSING
         wheels = reassemble(manifest, given.store, given.target.with_name(f"{given.target.name}.wheels"))
-        install(wheels, given.target, given.project, json.dumps(manifest, sort_keys=True) + "\n")
+        folders = install(wheels, given.target.resolve(), given.project, json.dumps(manifest, sort_keys=True) + "\n")
     except InstallError as error:
         print(f"\nNot installed. {error}", file=sys.stderr)
         return 1
-    path = os.pathsep.join([str(given.target.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+    commands = os.pathsep.join(str(folder / "bin") for folder in folders)
     print(f"export {' '.join(f'{name}={value}' for name, value in SETTINGS.items())}")
-    print(f"export PYTHONPATH={path} PATH={given.target.resolve() / 'bin'}:$PATH", flush=True)
+    print(f"export PYTHONPATH={path} PATH={commands}:$PATH", flush=True)
     if given.no_check:
         return 0
     environment = {**os.environ, **SETTINGS, "PYTHONPATH": path}

@@ -43,12 +43,13 @@ def digest(data: bytes) -> str:
 
 
 def make_wheel(folder: Path, name: str, members: dict[str, bytes], wrong: str = "") -> Path:
-    """A wheel that pip installs; RECORD lies about the member ``wrong``."""
+    """A wheel that pip installs, with a command; RECORD lies about the member ``wrong``."""
     info = f"{name}-1.0.dist-info"
     members = {
         **members,
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode(),
         f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/entry_points.txt": f"[console_scripts]\n{name} = {name}:main\n".encode(),
     }
     rows = [f"{path},{digest(data + (b'!' if path == wrong else b''))},{len(data)}" for path, data in members.items()]
     members[f"{info}/RECORD"] = ("\n".join([*rows, f"{info}/RECORD,,"]) + "\n").encode()
@@ -157,6 +158,21 @@ def test_parts_that_come_one_by_one_are_installed_when_all_are_there(
     assert found.stdout.split() == [b"7", b"1.0"]
     assert setup.main(where) == 0, "the store has all parts"
     assert "installed" not in capsys.readouterr().out, "and the target is up to date"
+
+
+def test_the_project_is_installed_beside_the_wheels(
+    pack: ModuleType, setup: ModuleType, wheels: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (part,) = pack.bundle(wheels[:1], tmp_path / "out", 1_000_000)
+    where = ["--store", str(tmp_path / "store"), "--target", str(tmp_path / "site"), "--no-check"]
+    for _ in range(2):  # a project may have changed since: it is installed again
+        assert setup.main([*where, "--project", str(wheels[1]), str(part)]) == 0
+        assert f"installed {wheels[1]}" in (printed := capsys.readouterr().out)
+    site, project = tmp_path / "site", tmp_path / "site.project"
+    assert f"PYTHONPATH={project}:{site}" in printed
+    assert f"PATH={project / 'bin'}:{site / 'bin'}:$PATH" in printed
+    assert (site / "bin" / "alpha").is_file(), "the project's commands must not replace those of the wheels"
+    assert (project / "bin" / "beta").is_file()
 
 
 def test_damaged_parts_are_refused(
