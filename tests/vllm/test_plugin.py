@@ -223,3 +223,12 @@ def test_scattered_columns_are_refused() -> None:
     shards: list[tuple[ShardId, ConfigGroup]] = [(None, make_group(rank=4, group_size=32))]
     with pytest.raises(SvskFormatError, match="columns that do not follow each other"):
         build_layout("layer", shards, lambda _: torch.arange(8), lambda _: torch.arange(64).flip(0), 64, 8)
+
+
+def test_probes_stay_on_the_cpu_whatever_the_default_device() -> None:
+    """The engine builds a model with the accelerator as the default device; meta stands for one here."""
+    shards: list[tuple[ShardId, ConfigGroup]] = [(None, make_group(rank=4, tile_m=16, tile_n=32, group_size=32))]
+    rows, columns = torch.arange(32), torch.arange(64)
+    with torch.device("meta"):
+        layout = build_layout("layer", shards, lambda _: rows, lambda _: columns, 64, 32)
+    assert layout == build_layout("layer", shards, lambda _: rows, lambda _: columns, 64, 32)
