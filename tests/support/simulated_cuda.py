@@ -112,6 +112,7 @@ class _Operations(TorchDispatchMode):
         gpu = _operands_on_gpu(func, args, kwargs, operands)
         if kwargs.get("device") is not None and _is_gpu(kwargs["device"]):
             gpu, kwargs["device"] = True, _CPU
+        kwargs |= {"pin_memory": False} if "pin_memory" in kwargs else {}
         if func in self._kernels:
             with _simulation(self._kernels):
                 return self._kernels[func](*args, **kwargs)
@@ -215,15 +216,18 @@ def _to_numpy(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _from_data(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    """``torch.tensor``, ``as_tensor`` and ``asarray``: tensors among the data bring their device along."""
-    data, device = args[0] if args else kwargs.get("data"), kwargs.get("device")
-    if not isinstance(data, torch.Tensor):
-        if _tensors(data) and any(map(on_gpu, _tensors(data))):
-            raise NotImplementedError(f"{func.__name__} of a nest of GPU tensors is not simulated. Use torch.stack.")
+    """``torch.tensor``, ``as_tensor`` and ``asarray``, which also copy tensors."""
+    data, device = args[0] if args else kwargs["data"], kwargs.get("device") or torch.utils._device.CURRENT_DEVICE
+    if device is not None and torch.device(device).type == "meta":
         return func(*args, **kwargs)
-    gpu = on_gpu(data) if device is None else _is_gpu(device)
-    dtype = {} if kwargs.get("dtype") is None else {"dtype": kwargs["dtype"]}
-    return _move(data.detach() if func is torch.tensor else data, gpu, func is torch.tensor, **dtype)
+    if isinstance(data, torch.Tensor):
+        gpu = on_gpu(data) if device is None else _is_gpu(device)
+        dtype = {} if kwargs.get("dtype") is None else {"dtype": kwargs["dtype"]}
+        return _move(data.detach() if func is torch.tensor else data, gpu, func is torch.tensor, **dtype)
+    if any(map(on_gpu, _tensors(data))):
+        raise NotImplementedError(f"{func.__name__} of a nest of GPU tensors is not simulated. Use torch.stack.")
+    made = func(*args, **{**kwargs, "device": _CPU})
+    return _move(made.detach(), True, True).requires_grad_(made.requires_grad) if device and _is_gpu(device) else made
 
 
 def _new_tensor(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
