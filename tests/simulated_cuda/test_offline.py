@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from transformers import AutoModelForCausalLM
 
+import svsk_vllm.hf  # noqa: F401 - registers the loader
+from svsk_eval.bench.engines import hf_model
+from svsk_eval.bench.journal import Journal
+from svsk_eval.generate import generate_texts
 from svsk_eval.random_model import VARIANTS, write_random_model
 from svsk_eval.scoring import EvalResult, evaluate, load_model
 from svsk_offline import pipeline, plan
@@ -31,6 +37,12 @@ SMALL = {
     "num_key_value_heads": 1,
 }
 BUDGET = {"target_bpw": 4.7, "ranks": (0, 2, 4), "factor_bits": (4, 8)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads, in which transformers loads, do not see the simulation."""
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +70,11 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     ("family", "recipe", "changes"),
     [
         ("llama", "published", {}),
-        ("qwen2", "published", {"weights": {"codebook": "quad8", "group_size": 32}, "calibration": {"sequential": True}}),
+        (
+            "qwen2",
+            "published",
+            {"weights": {"codebook": "quad8", "group_size": 32}, "calibration": {"sequential": True}},
+        ),
         ("qwen2", "fast", {}),
         ("llama", "fast", {"base": {"polish": 1, "scales": "absmax"}, "sidecar": {"rank": 0}}),
         ("qwen3", "best", {"fit": {"rounds": 2}, "calibration": {"sequential": True}}),
@@ -105,7 +121,10 @@ def test_blocks_run_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, sequential: bool) -> None:
     dense = small_model(tmp_path / "dense")
     recipe = small_recipe(
-        "fast", sidecar={"rank": 0}, calibration={"sequential": sequential}, gradients={"token_power": 0.5, "row_power": 1.0}
+        "fast",
+        sidecar={"rank": 0},
+        calibration={"sequential": sequential},
+        gradients={"token_power": 0.5, "row_power": 1.0},
     )
 
     def stop(report: LayerReport) -> None:
@@ -163,9 +182,6 @@ def test_scores_of_a_checkpoint_against_its_source(tmp_path: Path, family: str) 
 
 
 def test_transformers_loads_a_checkpoint_straight_to_the_gpu(tmp_path: Path) -> None:
-    import svsk_vllm.hf  # noqa: F401 - registers the loader
-    from transformers import AutoModelForCausalLM
-
     svsk = write_random_svsk(write_dense(tmp_path / "dense", "qwen2"), tmp_path / "svsk")
     expected = AutoModelForCausalLM.from_pretrained(svsk, dtype=torch.float32).state_dict()
     with simulated_cuda():
@@ -177,8 +193,29 @@ def test_transformers_loads_a_checkpoint_straight_to_the_gpu(tmp_path: Path) -> 
             assert model(torch.arange(8, device="cuda").view(1, 8)).logits.device == GPU
 
 
+def test_tasks_with_transformers(tmp_path: Path) -> None:
+    """``svsk bench`` with the engine hf."""
+    svsk = write_random_svsk(write_dense(tmp_path / "dense"), tmp_path / "svsk")
+    greedy = {"until": ["e"], "max_gen_toks": 8, "do_sample": False}
+    prompts = ["The rate", "of stones", "in a tin"]
+    written = [Instance("generate_until", {}, (prompt, greedy), index) for index, prompt in enumerate(prompts)]
+    rated = [Instance("loglikelihood", {}, (prompt, " is here"), index) for index, prompt in enumerate(prompts)]
+
+    def answers(device: str) -> tuple[Any, Any]:
+        arguments = {"pretrained": str(svsk), "dtype": "float32", "batch_size": 2, "device": device}
+        model = hf_model(arguments, Journal(tmp_path / f"{device}.jsonl"), lambda *_: None)
+        assert model.model.device.type == device
+        return model.generate_until(written), model.loglikelihood(rated)
+
+    expected = answers("cpu")
+    with simulated_cuda():
+        assert answers("cuda") == expected
+        texts = generate_texts(str(svsk), prompts, "hf", max_tokens=8, dtype="float32")
+    assert texts == generate_texts(str(svsk), prompts, "hf", max_tokens=8, dtype="float32")
+
+
 def test_random_model_drawn_on_the_gpu(tmp_path: Path) -> None:
-    changes = {"num_hidden_layers": 1, "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128}
+    changes = {"num_hidden_layers": 1, "vocab_size": 320, "hidden_size": 128, "intermediate_size": 128}
     for kind in VARIANTS:
         with simulated_cuda():
             write_random_model(tmp_path / kind, "qwen3-4b", kind, changes, device="cuda")

@@ -117,6 +117,8 @@ def test_where_tensors_are_made(x: torch.Tensor) -> None:
             torch.as_tensor(x),
             torch.as_tensor(np.ones(2), device="cuda"),
             torch.arange(3, device=GPU),
+            torch.arange(3, device=0),
+            torch.ones(2).to(0),
             x.new_zeros(2),
             x.new_tensor([1.0]),
             torch.zeros_like(x),
@@ -142,6 +144,7 @@ def test_where_tensors_are_made(x: torch.Tensor) -> None:
     assert x.is_cuda
     assert not x.is_cpu
     assert x.get_device() == 0
+    assert torch.device(0) == torch.device("cuda:0") == x.device != torch.device("cuda")
 
 
 def test_default_device(gpu: None) -> None:
@@ -198,7 +201,11 @@ def test_what_is_not_simulated_says_so(x: torch.Tensor) -> None:
     ):
         with pytest.raises(NotImplementedError, match="simulated"):
             refused()
-    for refused in (lambda: torch.cuda.Stream(), lambda: torch.cuda.CUDAGraph(), lambda: torch.ones(1, device="cuda:1")):
+    for refused in (
+        lambda: torch.cuda.Stream(),
+        lambda: torch.cuda.CUDAGraph(),
+        lambda: torch.ones(1, device="cuda:1"),
+    ):
         with pytest.raises(RuntimeError):
             refused()
 

@@ -45,7 +45,7 @@ _INDEXING: Final = {
     _aten._index_put_impl_.default,
     _aten._unsafe_index.Tensor,
 }
-"""Operations whose second argument, the indices, may be on the CPU; they also take a value of one element from there."""
+"""Operations whose second argument, the indices, may be on the CPU; and a single value too."""
 
 _PROPERTIES: Final = SimpleNamespace(
     name=GPU_NAME,
@@ -81,7 +81,8 @@ def _is_gpu(device: Any) -> bool:
     Raises:
         RuntimeError: it is another GPU.
     """
-    found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    with torch._C.DisableTorchFunction():
+        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if found.type == "cuda" and found.index not in (None, 0):
         raise RuntimeError(f"CUDA error: invalid device ordinal ({found}; one GPU is simulated)")
     return found.type == "cuda"
@@ -164,7 +165,9 @@ class _Questions(TorchFunctionMode):
     """Answers what Python asks of tensors, and moves them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if type(kwargs.get("device")) is int:
+            kwargs["device"] = torch.device("cuda", kwargs["device"])
         answer = _ANSWERS.get(func)
         if answer is not None:
             return answer(func, args, kwargs)
@@ -190,7 +193,7 @@ def _move(tensor: torch.Tensor, gpu: bool, copy: bool, **options: Any) -> torch.
 
 
 def _to(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    tensor, rest = args[0], args[1:]
+    tensor, rest = args[0], tuple(torch.device("cuda", arg) if type(arg) is int else arg for arg in args[1:])
     other = rest[0] if rest and isinstance(rest[0], torch.Tensor) else kwargs.get("other")
     copy = kwargs.get("copy", False)
     if other is not None:
@@ -210,7 +213,8 @@ def _to(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
 def _to_numpy(func: Any, args: Any, kwargs: Any) -> Any:
     if on_gpu(args[0]):
         raise TypeError(
-            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+            "can't convert cuda:0 device type tensor to numpy. "
+            "Use Tensor.cpu() to copy the tensor to host memory first."
         )
     return func(*args, **kwargs)
 
@@ -256,7 +260,9 @@ _ANSWERS: Final[dict[Any, Callable[[Any, Any, Any], Any]]] = {
     _T.is_cpu.__get__: lambda func, args, _: func(*args) and not on_gpu(args[0]),
     _T.get_device: lambda func, args, _: 0 if on_gpu(args[0]) else func(*args),
     _T.to: _to,
-    _T.cuda: lambda _, args, kwargs: _move(args[0], _is_gpu(kwargs.get("device", args[1] if args[1:] else _GPU)), False),
+    _T.cuda: lambda _, args, kwargs: _move(
+        args[0], _is_gpu(kwargs.get("device", args[1] if args[1:] else _GPU)), False
+    ),
     _T.cpu: lambda _, args, __: _move(args[0], False, False),
     _T.type_as: lambda _, args, __: _move(args[0], on_gpu(args[1]), False, dtype=args[1].dtype),
     _T.numpy: _to_numpy,
@@ -268,6 +274,9 @@ _ANSWERS: Final[dict[Any, Callable[[Any, Any, Any], Any]]] = {
     torch.as_tensor: _from_data,
     torch.asarray: _from_data,
     torch.autograd.grad: _gradients,
+    torch.device: lambda func, args, kwargs: (
+        func("cuda", *args) if args and type(args[0]) is int else func(*args, **kwargs)
+    ),
     **dict.fromkeys((_T.new, _T.type, _T.__dlpack__, _T.__reduce_ex__, _T.share_memory_, _T.set_), _not_simulated),
 }
 
@@ -303,7 +312,7 @@ def _patches() -> dict[str, Any]:
         "is_current_stream_capturing": lambda: False,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
-        "set_device": lambda device: None if _is_gpu(device) else None,
+        "set_device": lambda device: None,
         "device": lambda device: contextlib.nullcontext(_is_gpu(device)),
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
