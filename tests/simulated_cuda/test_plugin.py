@@ -15,10 +15,19 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 import svsk_kernels.launch as launch
 import svsk_vllm.plugin.choice as choice
-from svsk_kernels import LayerSpec, ReferenceKernel, TritonKernel, dispatch, naive_matmul, sidecar_matmul
+import svsk_vllm.plugin.separate as separate
+from svsk_kernels import (
+    LayerSpec,
+    ReferenceKernel,
+    TritonKernel,
+    dispatch,
+    naive_matmul,
+    replace_parameters,
+    sidecar_matmul,
+)
 from svsk_kernels.layout import PlanarSidecar, unpack_base, unpack_scale, unpack_sidecar
 from svsk_kernels.reference import dequantize_layer
-from svsk_vllm.format import Codebook, ConfigGroup, LinearSpec, QuantizedLinear
+from svsk_vllm.format import Codebook, ConfigGroup, LinearSpec, QuantizedLinear, unpack_codes
 from svsk_vllm.plugin.config import SvskConfig
 from svsk_vllm.plugin.separate import SeparateKernel
 from tests.support.format_builders import make_group, random_linear
@@ -49,7 +58,7 @@ def qkv(config: SvskConfig) -> torch.nn.Module:
 
 def row(config: SvskConfig) -> torch.nn.Module:
     return vllm_linear.RowParallelLinear(
-        K, 96, quant_config=config, prefix="m.down_proj", params_dtype=torch.bfloat16, reduce_results=False
+        K, 96, quant_config=config, prefix="m.down_proj", params_dtype=torch.bfloat16, bias=False
     )
 
 
@@ -90,7 +99,9 @@ def config_of(linears: Sequence[QuantizedLinear]) -> SvskConfig:
         f"g{number}": linear.spec.scheme.model_copy(update={"targets": (linear.spec.name,)}).model_dump(mode="json")
         for number, linear in enumerate(linears)
     }
-    config = SvskConfig.from_config({"quant_method": "svsk", "format": "svsk", "version": "1.0", "config_groups": groups})
+    config = SvskConfig.from_config(
+        {"quant_method": "svsk", "format": "svsk", "version": "1.0", "config_groups": groups}
+    )
     config.packed_modules_mapping = NAMES
     return config
 
@@ -114,7 +125,9 @@ def parameters(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def output(layer: Any, device: torch.device) -> torch.Tensor:
-    x = torch.randn(5, layer.input_size_per_partition, generator=torch.Generator().manual_seed(3)).bfloat16()
+    x = torch.randn(
+        5, layer.input_size_per_partition, generator=torch.Generator().manual_seed(3), device="cpu"
+    ).bfloat16()
     y: torch.Tensor = layer.quant_method.apply(layer, x.to(device), getattr(layer, "bias", None))
     assert y.device == device
     return y.cpu()
@@ -123,7 +136,9 @@ def output(layer: Any, device: torch.device) -> torch.Tensor:
 def expected_output(kind: str, linears: Sequence[QuantizedLinear], layer: Any, rank: tuple[int, int]) -> torch.Tensor:
     """What this rank's part of the layer computes, in float64."""
     number, size = rank
-    x = torch.randn(5, layer.input_size_per_partition, generator=torch.Generator().manual_seed(3)).bfloat16()
+    x = torch.randn(
+        5, layer.input_size_per_partition, generator=torch.Generator().manual_seed(3), device="cpu"
+    ).bfloat16()
     if kind == "row":
         wide = torch.zeros(5, K, dtype=torch.bfloat16)
         wide.unflatten(1, (size, -1))[:, number] = x
@@ -161,6 +176,19 @@ class Products:
         scale = unpack_scale(base.scale, base.n, base.k // base.group_size)
         factors = None if side is None or spec.plan is None else unpack_sidecar(side, spec.plan, base.k, bits)
         return torch.nn.functional.linear(x, dequantize_layer(spec, packed, scale, factors).to(x.dtype), bias)
+
+
+class BaseProduct:
+    """Stands for vLLM's own kernel of evenly spaced levels, which is another one on every device."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        codes = unpack_codes(layer.weight_packed.data, layer.weight_packed.shape[1] * 8)
+        groups = codes.unflatten(1, (layer.weight_scale.shape[1], -1)) * layer.weight_scale.data.float().unsqueeze(-1)
+        replace_parameters(layer, {"weight_packed": groups.flatten(1)})
+
+    def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y = x.float() @ layer.weight_packed.T
+        return (y if bias is None else y + bias).to(x.dtype)
 
 
 @pytest.mark.parametrize("codebook", ["int4", "quad8"])
@@ -201,8 +229,9 @@ def test_fused_layers(monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int], ki
 def test_other_kernels(
     monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int], kind: str, kernel: str, codebook: Codebook
 ) -> None:
-    """The layer as its dequantised weight, and in two parts; vLLM's base kernel is the CPU's, which takes any device."""
+    """The layer as its dequantised weight, and in two parts."""
     monkeypatch.setenv("SVSK_KERNEL", kernel)
+    monkeypatch.setattr(separate, "_vllm_kernel", lambda prefix, spec, shape: BaseProduct())
     linears = parts_of(kind, codebook)
     with simulated_cuda(KERNELS):
         layer = build(kind, linears, GPU)
