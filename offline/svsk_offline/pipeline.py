@@ -125,6 +125,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def _compute_dtype(device: torch.device) -> torch.dtype:
+    """Dtype in which the decoder blocks run."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 class _Run:
     """State of one quantisation."""
 
@@ -239,7 +244,7 @@ class _Run:
         return plan
 
     def _write_blocks(self, writer: CheckpointWriter, plan: Plan) -> tuple[list[LayerReport], list[float]]:
-        compute = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        compute = _compute_dtype(self.device)
         runner = BlockRunner(self.source, self.texts, self.device, compute, scratch=writer.folder)
         sequential = self.recipe.calibration.sequential
         layers: list[LayerReport] = []

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``svsk quantize`` and the models it writes, on a simulated GPU: no devices are mixed, and the bits are the CPU's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from transformers import AutoModelForCausalLM
+
+import svsk_vllm.hf  # noqa: F401 - registers the loader
+from svsk_eval.bench.engines import hf_model
+from svsk_eval.bench.journal import Journal
+from svsk_eval.generate import generate_texts
+from svsk_eval.random_model import VARIANTS, write_random_model
+from svsk_eval.scoring import EvalResult, evaluate, load_model
+from svsk_offline import pipeline, plan
+from svsk_offline.calibration import BlockRunner, load_calibration
+from svsk_offline.errors import SvskError
+from svsk_offline.layer import LayerReport
+from svsk_offline.pipeline import Progress, quantize
+from svsk_offline.recipe import Recipe, load_recipe
+from svsk_offline.restore import restore
+from svsk_offline.source import ModelSource
+from svsk_vllm.format import Checkpoint
+from tests.support.simulated_cuda import simulated_cuda
+from tests.support.tiny_models import FAMILIES, Family, write_dense, write_random_svsk
+
+GPU = torch.device("cuda", 0)
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "head_dim": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+BUDGET = {"target_bpw": 4.7, "ranks": (0, 2, 4), "factor_bits": (4, 8)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads, in which transformers loads, do not see the simulation."""
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+
+
+@pytest.fixture(autouse=True)
+def one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks run in float32 on a CPU and in bfloat16 on a GPU; here in that everywhere, to compare the results."""
+    monkeypatch.setattr(pipeline, "_compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(plan, "sweep_dtype", lambda device: torch.bfloat16)
+
+
+def small_model(folder: Path, family: str = "llama", **settings: Any) -> Path:
+    known = FAMILIES[family]
+    return write_dense(folder, Family(known.model_type, {**known.settings, **SMALL, **settings}))
+
+
+def small_recipe(name: str, **changes: Mapping[str, Any]) -> Recipe:
+    small = {"calibration": {"samples": 4, "seq_len": 24}, "sidecar": {"rank": 4, "tile_m": 48, "tile_n": 48}}
+    return load_recipe(name).override({key: {**small.get(key, {}), **changes.get(key, {})} for key in small | changes})
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "changes"),
+    [
+        ("llama", "published", {}),
+        (
+            "qwen2",
+            "published",
+            {"weights": {"codebook": "quad8", "group_size": 32}, "calibration": {"sequential": True}},
+        ),
+        ("qwen2", "fast", {}),
+        ("llama", "fast", {"base": {"polish": 1, "scales": "absmax"}, "sidecar": {"rank": 0}}),
+        ("qwen3", "best", {"fit": {"rounds": 2}, "calibration": {"sequential": True}}),
+        ("mistral", "best", {"weights": {"codebook": "quad8"}, "fit": {"rounds": 1}, "allocation": BUDGET}),
+        (
+            "llama",
+            "fast",
+            {"gradients": {"token_power": 0.5, "row_power": 1.0, "shared": True}, "allocation": BUDGET},
+        ),
+    ],
+    ids=["published", "quad8", "fast", "base only", "best", "budget", "gradients"],
+)
+def test_quantize_gives_the_bytes_of_a_cpu(
+    tmp_path: Path, family: str, recipe: str, changes: Mapping[str, Mapping[str, Any]]
+) -> None:
+    dense = small_model(tmp_path / "dense", family, num_hidden_layers=2 if recipe == "published" else 1)
+    chosen = small_recipe(recipe, **changes)
+    on_cpu = quantize(dense, tmp_path / "cpu", chosen, device="cpu")
+    with simulated_cuda():
+        on_gpu = quantize(dense, tmp_path / "gpu", chosen, device="cuda")
+    assert folder_bytes(tmp_path / "gpu") == folder_bytes(tmp_path / "cpu")
+    assert [report.error for report in on_gpu.layers] == [report.error for report in on_cpu.layers]
+
+
+def test_blocks_run_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison above means something: what is compared was computed there."""
+    seen = []
+    original = pipeline.quantize_linear
+
+    def spy(name: str, weight: torch.Tensor, statistics: Any, *rest: Any) -> Any:
+        seen.append((weight.device, statistics.hessian.device))
+        return original(name, weight, statistics, *rest)
+
+    monkeypatch.setattr(pipeline, "quantize_linear", spy)
+    dense = small_model(tmp_path / "dense", num_hidden_layers=1)
+    with simulated_cuda():
+        quantize(dense, tmp_path / "out", small_recipe("fast", sidecar={"rank": 0}))  # device="auto"
+        with pytest.raises(SvskError, match="--device cuda:1: not usable here"):
+            quantize(dense, tmp_path / "other", "fast", device="cuda:1")
+    assert seen == [(GPU, GPU)] * 7
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, sequential: bool) -> None:
+    dense = small_model(tmp_path / "dense")
+    recipe = small_recipe(
+        "fast",
+        sidecar={"rank": 0},
+        calibration={"sequential": sequential},
+        gradients={"token_power": 0.5, "row_power": 1.0},
+    )
+
+    def stop(report: LayerReport) -> None:
+        if report.name.startswith("model.layers.1.mlp"):
+            raise KeyboardInterrupt
+
+    with simulated_cuda():
+        quantize(dense, tmp_path / "whole", recipe, device="cuda")
+        with pytest.raises(KeyboardInterrupt):
+            quantize(dense, tmp_path / "out", recipe, device="cuda", progress=Progress(layer=stop))
+        redone: list[str] = []
+        noted = Progress(layer=lambda report: redone.append(report.name))
+        quantize(dense, tmp_path / "out", recipe, device="cuda", progress=noted)
+    assert {name.split(".")[2] for name in redone} == {"1"}
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+def test_hidden_states_in_a_file(tmp_path: Path) -> None:
+    source = ModelSource(small_model(tmp_path / "dense"))
+    texts = load_calibration("python", source.tokenizer, 3, 24, 0)
+    outputs = []
+    with simulated_cuda():
+        for device, limit in ((GPU, 0), (GPU, 1 << 30), (torch.device("cpu"), 0)):
+            runner = BlockRunner(source, texts, device, torch.float32, memory_limit=limit, scratch=tmp_path)
+            assert runner.hidden.device.type == "cpu"
+            name, blocks = source.blocks
+            source.load(blocks[0], f"{name}.0.", torch.float32, device)
+            runner.advance(0, blocks[0])
+            source.unload(blocks[0])
+            outputs.append(runner.hidden.clone())
+            runner.close()
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_scores_of_a_checkpoint_against_its_source(tmp_path: Path, family: str) -> None:
+    """``svsk eval`` with the engine hf; the checkpoint is dequantised by the transformers loader."""
+    dense = write_dense(tmp_path / "dense", family)
+    svsk = write_random_svsk(dense, tmp_path / "svsk")
+    restored = restore(svsk, tmp_path / "restored")
+    text = tmp_path / "text.txt"
+    text.write_text("The rate of stones in a tin is not here. " * 20)
+
+    def scored(model: Path, device: str | None) -> EvalResult:
+        return evaluate(model, dense, text, chunks=3, seq_len=32, dtype="float32", device=device)
+
+    expected = scored(svsk, "cpu")
+    assert expected.kl_mean is not None
+    assert expected.kl_mean > 1e-3
+    with simulated_cuda():
+        assert load_model(svsk).device == GPU
+        assert scored(svsk, "cuda") == expected
+        assert scored(restored, None).per_chunk == expected.per_chunk
+
+
+def test_transformers_loads_a_checkpoint_straight_to_the_gpu(tmp_path: Path) -> None:
+    svsk = write_random_svsk(write_dense(tmp_path / "dense", "qwen2"), tmp_path / "svsk")
+    expected = AutoModelForCausalLM.from_pretrained(svsk, dtype=torch.float32).state_dict()
+    with simulated_cuda():
+        for device_map in ("cuda", {"": 0}):
+            model: Any = AutoModelForCausalLM.from_pretrained(svsk, dtype=torch.float32, device_map=device_map)
+            assert {tensor.device for tensor in (*model.parameters(), *model.buffers())} == {GPU}
+            for name, tensor in model.state_dict().items():
+                assert torch.equal(tensor.cpu(), expected[name]), name
+            assert model(torch.arange(8, device="cuda").view(1, 8)).logits.device == GPU
+
+
+def test_tasks_with_transformers(tmp_path: Path) -> None:
+    """``svsk bench`` with the engine hf."""
+    svsk = write_random_svsk(write_dense(tmp_path / "dense"), tmp_path / "svsk")
+    greedy = {"until": ["e"], "max_gen_toks": 8, "do_sample": False}
+    prompts = ["The rate", "of stones", "in a tin"]
+    written = [Instance("generate_until", {}, (prompt, greedy), index) for index, prompt in enumerate(prompts)]
+    rated = [Instance("loglikelihood", {}, (prompt, " is here"), index) for index, prompt in enumerate(prompts)]
+
+    def answers(device: str) -> tuple[Any, Any]:
+        arguments = {"pretrained": str(svsk), "dtype": "float32", "batch_size": 2, "device": device}
+        model = hf_model(arguments, Journal(tmp_path / f"{device}.jsonl"), lambda *_: None)
+        assert model.model.device.type == device
+        return model.generate_until(written), model.loglikelihood(rated)
+
+    expected = answers("cpu")
+    with simulated_cuda():
+        assert answers("cuda") == expected
+        texts = generate_texts(str(svsk), prompts, "hf", max_tokens=8, dtype="float32")
+    assert texts == generate_texts(str(svsk), prompts, "hf", max_tokens=8, dtype="float32")
+
+
+def test_random_model_drawn_on_the_gpu(tmp_path: Path) -> None:
+    changes = {"num_hidden_layers": 1, "vocab_size": 320, "hidden_size": 128, "intermediate_size": 128}
+    for kind in VARIANTS:
+        with simulated_cuda():
+            write_random_model(tmp_path / kind, "qwen3-4b", kind, changes, device="cuda")
+        write_random_model(tmp_path / f"{kind} cpu", "qwen3-4b", kind, changes, device="cpu")
+        assert folder_bytes(tmp_path / kind) == folder_bytes(tmp_path / f"{kind} cpu")
+    assert Checkpoint(tmp_path / "svsk-r16").linears
