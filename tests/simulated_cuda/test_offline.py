@@ -16,11 +16,13 @@ from svsk_eval.bench.journal import Journal
 from svsk_eval.generate import generate_texts
 from svsk_eval.random_model import VARIANTS, write_random_model
 from svsk_eval.scoring import EvalResult, evaluate, load_model
+from svsk_kernels import feedback
 from svsk_offline import pipeline, plan
 from svsk_offline.calibration import BlockRunner, load_calibration
 from svsk_offline.errors import SvskError
 from svsk_offline.layer import LayerReport
 from svsk_offline.pipeline import Progress, quantize
+from svsk_offline.quantizers.feedback import Levels, round_in_a_loop
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.restore import restore
 from svsk_offline.source import ModelSource
@@ -50,6 +52,28 @@ def one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks run in float32 on a CPU and in bfloat16 on a GPU; here in that everywhere, to compare the results."""
     monkeypatch.setattr(pipeline, "_compute_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(plan, "sweep_dtype", lambda device: torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def loop_for_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel that rounds a block of columns cannot be launched here; its own tests compare it with this loop."""
+
+    def loop(
+        work: torch.Tensor,
+        coupling: torch.Tensor,
+        pivots: torch.Tensor,
+        scale: torch.Tensor,
+        low: int,
+        high: int,
+        quad8: bool,
+        values: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert work.is_contiguous()
+        assert values is None or values.is_contiguous()
+        levels = Levels(low, high, "quad8" if quad8 else "int4")
+        return round_in_a_loop(work, coupling, pivots, scale, levels, values)
+
+    monkeypatch.setattr(feedback, "feedback_block", loop)
 
 
 def small_model(folder: Path, family: str = "llama", **settings: Any) -> Path:

@@ -10,7 +10,7 @@ from svsk_offline.quantizers.hessian import ColumnOrder
 from svsk_offline.quantizers.rounding import nearest_integers, nearest_levels
 from svsk_vllm.format import CODE_MAX, CODE_MIN, Codebook
 
-__all__ = ["BLOCK", "Levels", "round_block", "round_with_feedback"]
+__all__ = ["BLOCK", "Levels", "round_block", "round_in_a_loop", "round_with_feedback"]
 
 BLOCK: Final = 128
 """Columns whose updates are applied to the rest of the matrix in one product."""
@@ -68,6 +68,18 @@ def round_block(
             work.contiguous(), coupling, pivots, scale, levels.low, levels.high, quad8,
             None if values is None else values.contiguous(),
         )  # fmt: skip
+    return round_in_a_loop(work, coupling, pivots, scale, levels, values)
+
+
+def round_in_a_loop(
+    work: torch.Tensor,
+    coupling: torch.Tensor,
+    pivots: torch.Tensor,
+    scale: torch.Tensor,
+    levels: Levels,
+    values: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`round_block` on any device, a few operations per column."""
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
     found, errors = torch.empty_like(work), torch.empty_like(work)
     single = len(work) == 1
