@@ -2,7 +2,7 @@
 # `make demo` and `make test` do everything, the virtual environment included; `make help` lists the rest.
 
 VENV := .venv
-TRITON_TESTS := $(wildcard tests/kernels/test_inspect*.py tests/kernels/test_compiled*.py)
+TRITON_TESTS := $(wildcard tests/kernels/test_inspect*.py tests/kernels/test_compiled*.py tests/kernels/test_emulate*.py)
 VPY := $(VENV)/bin/python
 ARGS ?=
 

@@ -263,6 +263,7 @@ def _floats() -> None:
     for kind in ("approx", "full", "rn"):  # rounded correctly here; approx may be off by 2 units in the last place
         OPERATIONS[f"div.{kind}.f32"] = _two(_as(np.float32, np.divide))
     OPERATIONS["neg.f32"] = _one(lambda a: a ^ np.uint32(0x80000000))
+    OPERATIONS["sqrt.rn.f32"] = _one(_as(np.float32, np.sqrt))
     OPERATIONS["abs.f32"] = _one(lambda a: a & np.uint32(0x7FFFFFFF))
     OPERATIONS["min.f32"], OPERATIONS["max.f32"] = _two(_as(np.float32, np.fmin)), _two(_as(np.float32, np.fmax))
     half: dict[str, Any] = {"f16": (f16_to_f64, f64_to_f16), "bf16": (bf16_to_f64, f64_to_bf16)}
