@@ -22,6 +22,7 @@ from svsk_offline.calibration import BlockRunner, load_calibration
 from svsk_offline.errors import SvskError
 from svsk_offline.layer import LayerReport
 from svsk_offline.pipeline import Progress, quantize
+from svsk_offline.quantizers import lowrank
 from svsk_offline.quantizers.feedback import Levels, round_in_a_loop
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.restore import restore
@@ -38,6 +39,7 @@ SMALL = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
+FEW = ("lm_head", r"re:.*\.(k|v|o|gate)_proj$")
 BUDGET = {"target_bpw": 4.7, "ranks": (0, 2, 4), "factor_bits": (4, 8)}
 
 
@@ -81,9 +83,12 @@ def small_model(folder: Path, family: str = "llama", **settings: Any) -> Path:
     return write_dense(folder, Family(known.model_type, {**known.settings, **SMALL, **settings}))
 
 
-def small_recipe(name: str, **changes: Mapping[str, Any]) -> Recipe:
+def small_recipe(name: str, **changes: Any) -> Recipe:
+    """A recipe on a handful of short samples, with tiles that fit nothing; ``changes`` by section."""
     small = {"calibration": {"samples": 4, "seq_len": 24}, "sidecar": {"rank": 4, "tile_m": 48, "tile_n": 48}}
-    return load_recipe(name).override({key: {**small.get(key, {}), **changes.get(key, {})} for key in small | changes})
+    for section, values in changes.items():
+        small[section] = values if section == "ignore" else {**small.get(section, {}), **values}
+    return load_recipe(name).override(small)
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
@@ -101,18 +106,22 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
         ),
         ("qwen2", "fast", {}),
         ("llama", "fast", {"base": {"polish": 1, "scales": "absmax"}, "sidecar": {"rank": 0}}),
-        ("qwen3", "best", {"fit": {"rounds": 2}, "calibration": {"sequential": True}}),
-        ("mistral", "best", {"weights": {"codebook": "quad8"}, "fit": {"rounds": 1}, "allocation": BUDGET}),
+        ("qwen3", "best", {"fit": {"rounds": 2}, "calibration": {"sequential": True}, "ignore": FEW}),
+        (
+            "mistral",
+            "best",
+            {"ignore": FEW, "weights": {"codebook": "quad8"}, "fit": {"rounds": 1}, "allocation": BUDGET},
+        ),
         (
             "llama",
             "fast",
-            {"gradients": {"token_power": 0.5, "row_power": 1.0, "shared": True}, "allocation": BUDGET},
+            {"gradients": {"token_power": 0.5, "row_power": 1.0, "shared": True}},
         ),
     ],
     ids=["published", "quad8", "fast", "base only", "best", "budget", "gradients"],
 )
 def test_quantize_gives_the_bytes_of_a_cpu(
-    tmp_path: Path, family: str, recipe: str, changes: Mapping[str, Mapping[str, Any]]
+    tmp_path: Path, family: str, recipe: str, changes: Mapping[str, Any]
 ) -> None:
     dense = small_model(tmp_path / "dense", family, num_hidden_layers=2 if recipe == "published" else 1)
     chosen = small_recipe(recipe, **changes)
@@ -146,6 +155,7 @@ def test_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, sequential:
     dense = small_model(tmp_path / "dense")
     recipe = small_recipe(
         "fast",
+        ignore=FEW,
         sidecar={"rank": 0},
         calibration={"sequential": sequential},
         gradients={"token_power": 0.5, "row_power": 1.0},
@@ -164,6 +174,18 @@ def test_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, sequential:
         quantize(dense, tmp_path / "out", recipe, device="cuda", progress=noted)
     assert {name.split(".")[2] for name in redone} == {"1"}
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+def test_randomised_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only matrices far larger than the above go through."""
+    monkeypatch.setattr(lowrank, "_EXACT_LIMIT", 8)
+    matrices = torch.randn(2, 48, 32, generator=torch.Generator().manual_seed(0))
+    expected = [*lowrank.truncated_svd(matrices[0], 4), lowrank.leading_right_vectors(matrices, 4)]
+    with simulated_cuda():
+        there = matrices.cuda()
+        found = [*lowrank.truncated_svd(there[0], 4), lowrank.leading_right_vectors(there, 4)]
+        assert [tensor.device for tensor in found] == [GPU] * 4
+        assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 def test_hidden_states_in_a_file(tmp_path: Path) -> None:
