@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from svsk_kernels.bench import cases, correctness, runner, split, tune
 from svsk_kernels.bench.__main__ import app
-from svsk_kernels.bench.cases import Case, cases_for, checked_choices, find_cases, forced_choice
+from svsk_kernels.bench.cases import Case, cases_for, checked_choices, forced_choice
 from svsk_kernels.bench.correctness import check_case, poisoned, relative_error
 from svsk_kernels.bench.errors import BenchError
 from svsk_kernels.bench.grid import kernels_for
@@ -95,27 +95,6 @@ def test_command_line_checks_in_the_interpreter(tmp_path: Path) -> None:
     assert "checks: 24 of 24 passed" in (tmp_path / "bench.md").read_text()
     assert CliRunner().invoke(app, ["--device", "tpu9", "--json", str(file)]).exit_code == 2
     assert CliRunner().invoke(app, ["--device", "cpu", "--shape", "nope", "--json", str(file)]).exit_code == 2
-
-
-def test_chosen_checks_alone(tmp_path: Path) -> None:
-    file = tmp_path / "bench.json"
-    arguments = ["--device", "cpu", "--case", "rank 16", "--checks-only", "--json", str(file)]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == FINISHED, result.output
-    written = json.loads(file.read_text())
-    assert {record["group"] for record in written["records"]} == {"check/rank 16", "note"}
-    assert written["records"][-1]["text"] == "this run left the timings out"
-    unknown = CliRunner().invoke(app, ["--device", "cpu", "--case", "rank 17", "--json", str(file)])
-    assert unknown.exit_code == 2
-    assert CliRunner().invoke(app, ["--checks-only", "--skip-checks"]).exit_code == 2
-
-
-def test_find_cases_names_those_there_are() -> None:
-    known = cases_for(True, True)
-    assert [case.name for case in find_cases(known, ["rank 16"])] == ["rank 16"]
-    assert find_cases(known, []) == known
-    with pytest.raises(BenchError, match=r"--case x: expected one of no sidecar, bias; rank 16;"):
-        find_cases(known, ["x"])
 
 
 def test_failed_checks_are_reported_and_fail_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
