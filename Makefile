@@ -4,6 +4,7 @@
 VENV := .venv
 TRITON_TESTS := $(wildcard tests/kernels/test_inspect*.py tests/kernels/test_compiled*.py)
 VPY := $(VENV)/bin/python
+WORKERS := --numprocesses=logical --maxprocesses=2 --dist=loadgroup --no-loadscope-reorder
 ARGS ?=
 
 # The first of these that runs makes the environment; setup_env.py then checks its version.
@@ -29,9 +30,10 @@ help: ## list the targets
 demo: setup ## quantise, check and compare a small model on this machine
 	@$(VPY) -m svsk_eval.demo $(ARGS)
 
+# All tests run on two workers of a thread each: most of them use one core at most. ARGS run on one, as pytest does.
 test: setup ## run the tests
-	@HF_HUB_OFFLINE=1 $(VPY) -m pytest $(ARGS)
-	$(if $(ARGS),,@TRITON_INTERPRET=1 $(VPY) -m pytest tests/interpreter)
+	@HF_HUB_OFFLINE=1 $(if $(ARGS),,OMP_NUM_THREADS=1) $(VPY) -m pytest $(if $(ARGS),$(ARGS),$(WORKERS))
+	$(if $(ARGS),,@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VPY) -m pytest $(WORKERS) tests/interpreter)
 
 # Triton's own cache is kept out of it: each run compiles afresh.
 test-triton36: ## run the Triton kernels' tests with the oldest supported Triton, in .venv-triton36

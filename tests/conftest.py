@@ -13,6 +13,23 @@ from svsk_eval.smollm2 import build_smollm2, default_cache
 # Makefile.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 
+ONE_WORKER = ("vllm",)
+"""Packages of tests that stay on one worker of pytest-xdist, because their dearest fixtures live for the session."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say which tests share a worker where there are several: those of a file, and of some packages.
+
+    Such a package comes first, because it takes longest: the other workers run all the rest meanwhile.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        package = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(package if package in ONE_WORKER else f"{package}/{item.path.name}"))
+    items.sort(key=lambda item: item.path.parent.name not in ONE_WORKER)
+
 
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
