@@ -9,7 +9,7 @@ PYTEST := $(VPY) -m pytest
 # Most tests use one core at most: all of them run on two workers of a thread each, unless there is a GPU, whose memory
 # an engine takes for itself. What ARGS select runs on one.
 ifeq ($(ARGS)$(shell command -v nvidia-smi 2>/dev/null),)
-PYTEST := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses=logical --maxprocesses=2 --dist=loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses=logical --maxprocesses=2 --dist=loadfile --no-loadscope-reorder
 endif
 
 # The first of these that runs makes the environment; setup_env.py then checks its version.

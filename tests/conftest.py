@@ -3,6 +3,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,22 +14,29 @@ from svsk_eval.smollm2 import build_smollm2, default_cache
 # Makefile.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 
-ONE_WORKER = ("vllm",)
-"""Packages of tests that stay on one worker of pytest-xdist, because their dearest fixtures live for the session."""
+ONE_WORKER = "tests/vllm/"
+"""Tests that stay on one worker of pytest-xdist: their dearest fixtures live for the session, an engine is large."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Say which tests share a worker where there are several: those of a file, and of some packages.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what stays on one worker, because it takes longest: the others run all the rest meanwhile."""
+    items.sort(key=lambda item: not item.nodeid.startswith(ONE_WORKER))
 
-    Such a package comes first, because it takes longest: the other workers run all the rest meanwhile.
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file on one worker, and those of some packages.
+
+    The mark ``xdist_group`` would say as much, but xdist 3.8 does not see it with pytest 9.2: it sets a private name
+    that is no longer read.
     """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        package = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(package if package in ONE_WORKER else f"{package}/{item.path.name}"))
-    items.sort(key=lambda item: item.path.parent.name not in ONE_WORKER)
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return ONE_WORKER if nodeid.startswith(ONE_WORKER) else str(super()._split_scope(nodeid))
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
