@@ -43,6 +43,7 @@ def run(folder: Path, *more: object) -> Result:
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_a_run_and_its_files(folder: Path) -> None:
     files = {"--json": folder / "a.json", "--markdown": folder / "a.md", "--html": folder / "a.html"}
     written = [part for option in files.items() for part in option]

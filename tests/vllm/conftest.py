@@ -70,7 +70,7 @@ def start_vllm(folder: Path, environment: Mapping[str, str]) -> int:
         ).returncode
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def fork_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
     """Runs the job in a folder in a fork of a process that has imported vLLM, and returns the exit code."""
     log = tmp_path_factory.mktemp("vllm-server") / "log"
@@ -101,7 +101,7 @@ def fork_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
             os.killpg(server.pid, signal.SIGKILL)  # it has nothing to finish
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def run_vllm(tmp_path_factory: pytest.TempPathFactory, fork_vllm: Fork) -> Run:
     """A function that runs :mod:`tests.vllm.worker` on one model and returns its answer."""
 
