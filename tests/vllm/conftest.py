@@ -194,7 +194,7 @@ def smollm2_pair(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) ->
         if dtype not in made:
             folder = tmp_path_factory.mktemp("smollm2-pair")
             tiles = {"rank": 16, "tile_m": 256, "tile_n": 200}
-            changes: dict[str, Any] = {"calibration": {"samples": 8, "seq_len": 128}, "sidecar": tiles}
+            changes: dict[str, Any] = {"calibration": {"samples": 16, "seq_len": 256}, "sidecar": tiles}
             if dtype == "bfloat16":
                 changes |= {"allocation": {"target_bpw": 5.0}, "fit": {"rounds": 1}, "base": {"polish": 0}}
             recipe = load_recipe("best" if dtype == "bfloat16" else "published").override(changes)
