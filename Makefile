@@ -5,6 +5,12 @@ VENV := .venv
 TRITON_TESTS := $(wildcard tests/kernels/test_inspect*.py tests/kernels/test_compiled*.py tests/kernels/test_emulate*.py)
 VPY := $(VENV)/bin/python
 ARGS ?=
+PYTEST := $(VPY) -m pytest
+# Most tests use one core at most: all of them run on two workers of a thread each, unless there is a GPU, whose memory
+# an engine takes for itself. What ARGS select runs on one.
+ifeq ($(ARGS)$(shell command -v nvidia-smi 2>/dev/null),)
+PYTEST := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses=logical --maxprocesses=2 --dist=loadfile --no-loadscope-reorder
+endif
 
 # The first of these that runs makes the environment; setup_env.py then checks its version.
 find_python = $(or $(PYTHON),$(shell for p in $(VPY) python3.11 python3; do \
@@ -30,8 +36,8 @@ demo: setup ## quantise, check and compare a small model on this machine
 	@$(VPY) -m svsk_eval.demo $(ARGS)
 
 test: setup ## run the tests
-	@HF_HUB_OFFLINE=1 $(VPY) -m pytest $(ARGS)
-	$(if $(ARGS),,@TRITON_INTERPRET=1 $(VPY) -m pytest tests/interpreter)
+	@HF_HUB_OFFLINE=1 $(PYTEST) $(ARGS)
+	$(if $(ARGS),,@TRITON_INTERPRET=1 $(PYTEST) tests/interpreter)
 
 # Triton's own cache is kept out of it: each run compiles afresh.
 test-triton36: ## run the Triton kernels' tests with the oldest supported Triton, in .venv-triton36

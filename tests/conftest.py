@@ -3,6 +3,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,30 @@ from svsk_eval.smollm2 import build_smollm2, default_cache
 # Kernels that Triton interprets cannot be compiled in the same process: these tests run in one of their own, see the
 # Makefile.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+
+ONE_WORKER = "tests/vllm/"
+"""Tests that stay on one worker of pytest-xdist: their dearest fixtures live for the session, an engine is large."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what stays on one worker, because it takes longest: the others run all the rest meanwhile."""
+    items.sort(key=lambda item: not item.nodeid.startswith(ONE_WORKER))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file on one worker, and those of some packages.
+
+    The mark ``xdist_group`` would say as much, but xdist 3.8 does not see it with pytest 9.2: it sets a private name
+    that is no longer read.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return ONE_WORKER if nodeid.startswith(ONE_WORKER) else str(super()._split_scope(nodeid))
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from svsk_eval.bench.schema import BenchReport, BenchSettings, load_report
 from svsk_eval.errors import EvalError
 from svsk_offline.cli import app
 from tests.eval.bench_reports import model_run, report, task_run
+from tests.support.forked import forked_processes
 from tests.support.tiny_models import write_dense, write_random_svsk
 
 TASKS = Path(__file__).parent / "bench_tasks"
@@ -42,6 +43,7 @@ def run(folder: Path, *more: object) -> Result:
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_a_run_and_its_files(folder: Path) -> None:
     files = {"--json": folder / "a.json", "--markdown": folder / "a.md", "--html": folder / "a.html"}
     written = [part for option in files.items() for part in option]
@@ -63,7 +65,8 @@ def test_a_run_and_its_files(folder: Path) -> None:
         assert all(word in page for word in ("variant", "mini_mc", "mini_gen"))
     assert "mini_mc" in result.output
 
-    again = run(folder, "--tasks", "mini_mc", "--limit", 6, "--json", folder / "b.json", *text)
+    with forked_processes():
+        again = run(folder, "--tasks", "mini_mc", "--limit", 6, "--json", folder / "b.json", *text)
     assert again.exit_code == 0, again.output
     assert load_report(folder / "b.json").models[1].tasks["mini_mc"] == found.models[1].tasks["mini_mc"]
     assert load_report(folder / "b.json").models[1].text == found.models[1].text
@@ -76,6 +79,7 @@ def test_a_run_and_its_files(folder: Path) -> None:
     assert "error:" in refused.output
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_gate(folder: Path) -> None:
     # The tiny models' answers are never right: a reference that scores 0 cannot be recovered.
     result = run(folder, "--tasks", "mini_gen", "--limit", 6, "--min-recovery", 0.98)

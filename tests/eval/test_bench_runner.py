@@ -90,6 +90,7 @@ def test_report(report: BenchReport, models: list[Candidate]) -> None:
     assert dense.tasks["mini_gen"].output_tokens != svsk.tasks["mini_gen"].output_tokens
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_finished_run_is_not_run_again(report: BenchReport, models: list[Candidate], work: Path) -> None:
     before = {
         path: path.stat().st_mtime_ns for path in work.glob("*/*") if "journal" in path.name or "task" in path.name
@@ -102,6 +103,7 @@ def test_a_finished_run_is_not_run_again(report: BenchReport, models: list[Candi
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.usefixtures("forked")
 def test_fewer_items_are_taken_from_the_same_answers(report: BenchReport, models: list[Candidate], work: Path) -> None:
     sizes = {path: path.stat().st_size for path in work.glob("*/journal.jsonl")}
     changed = SETTINGS.model_copy(update={"limit": 5, "tasks": ("mini_mc",)})
@@ -117,6 +119,7 @@ def lines(journal: Path) -> list[bytes]:
     return journal.read_bytes().splitlines() if journal.exists() else []
 
 
+@pytest.mark.usefixtures("forked")
 def test_killed_runs_go_on(
     report: BenchReport, models: list[Candidate], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +177,7 @@ def test_a_worker_does_not_outlive_its_parent(models: list[Candidate], tmp_path:
     assert len(lines(journal)) < 18 + 18 * 3
 
 
+@pytest.mark.usefixtures("forked")
 def test_what_is_refused(models: list[Candidate], tmp_path: Path) -> None:
     def run(*chosen: Candidate, tasks: tuple[str, ...] = ("mini_mc",), **changes: Any) -> BenchReport:
         settings = SETTINGS.model_copy(update={"tasks": tasks})

@@ -18,6 +18,8 @@ from tests.support.tiny_models import write_dense
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 ONE = SETTINGS.model_copy(update={"tasks": ("mini_gen",), "limit": 3})
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -6,9 +6,11 @@ The module is skipped where vLLM is not installed; the set-up of the project ins
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,8 @@ from tests.support.tiny_models import write_dense, write_random_svsk, write_rest
 pytest.importorskip("vllm", reason="vLLM is not installed; `make setup` installs it")
 
 ROOT = Path(__file__).parents[2]
+SECONDS = 600
+"""For one model: to start, to answer, to end."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,51 @@ def serving_environment(tensor_parallel_size: int = 1) -> dict[str, str]:
 
 
 Run = Callable[..., dict[str, Any]]
+Fork = Callable[[Path, Mapping[str, str]], int]
 
 
-@pytest.fixture(scope="session")
-def run_vllm(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def start_vllm(folder: Path, environment: Mapping[str, str]) -> int:
+    """Run the job in a folder in a process from the start, which several ranks need, and return the exit code."""
+    command = [sys.executable, "-m", "tests.vllm.worker", str(folder / "job.json"), str(folder / "answer.json")]
+    with (folder / "log").open("w") as log:
+        return subprocess.run(
+            command, env=environment, cwd=ROOT, stdout=log, stderr=log, timeout=SECONDS, check=False
+        ).returncode
+
+
+@pytest.fixture(scope="package")
+def fork_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
+    """Runs the job in a folder in a fork of a process that has imported vLLM, and returns the exit code."""
+    log = tmp_path_factory.mktemp("vllm-server") / "log"
+    with (
+        log.open("w") as sink,
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.vllm.worker"], env=serving_environment(), cwd=ROOT, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=sink, text=True, start_new_session=True,
+        ) as server,
+    ):  # fmt: skip
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def fork(folder: Path, environment: Mapping[str, str]) -> int:
+            assert server.stdin is not None
+            assert server.stdout is not None
+            files = [str(folder / name) for name in ("job.json", "answer.json", "log")]
+            print(json.dumps([*files, dict(environment)]), file=server.stdin, flush=True)
+            if not select.select([server.stdout], [], [], SECONDS)[0]:
+                raise TimeoutError(f"{folder}: no answer in {SECONDS} s")
+            if not (line := server.stdout.readline()):
+                raise RuntimeError(f"the process that is forked has ended:\n{log.read_text()[-6000:]}")
+            return int(line)
+
+        try:
+            yield fork
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)  # it has nothing to finish
+
+
+@pytest.fixture(scope="package")
+def run_vllm(tmp_path_factory: pytest.TempPathFactory, fork_vllm: Fork) -> Run:
     """A function that runs :mod:`tests.vllm.worker` on one model and returns its answer."""
 
     def run(
@@ -92,18 +137,10 @@ def run_vllm(tmp_path_factory: pytest.TempPathFactory) -> Run:
             "reload": reload,
         }
         (folder / "job.json").write_text(json.dumps(job))
-        command = [sys.executable, "-m", "tests.vllm.worker", str(folder / "job.json"), str(folder / "answer.json")]
-        done = subprocess.run(
-            command,
-            env=serving_environment(tp) | {"SVSK_KERNEL": kernel},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        environment = serving_environment(tp) | {"SVSK_KERNEL": kernel}
+        code = (fork_vllm if tp == 1 else start_vllm)(folder, environment)
+        if code:
+            raise RuntimeError(f"{folder}: exit code {code}\n{(folder / 'log').read_text()[-8000:]}")
         answer: dict[str, Any] = json.loads((folder / "answer.json").read_text())
         return answer
 
