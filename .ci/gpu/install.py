@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Install what ``bundle.py`` packed, on a machine without a network.
 
-    python3 .ci/gpu/install.py --store /tmp/svsk-parts --target /tmp/svsk-site --project . .gpu/part-*
+    python3 .ci/gpu/install.py --store ~/svsk-parts --target ~/svsk-site --project . .gpu/part-*
 
 checks the parts that are there and keeps them in the store; a part may come with each call, or all with one. Once the
 store has all parts, the wheels are put together, checked, and installed into the target folder, and what vLLM imports
@@ -67,9 +67,11 @@ def collect(folders: Sequence[Path], store: Path) -> tuple[dict[str, Any], list[
     if len(set(texts.values())) > 1:
         raise InstallError(f"{', '.join(map(str, folders))}: the manifests differ. Bring parts of one bundle.")
     text = next(iter(texts.values())) if texts else _read(kept)
+    if not kept.is_file() and any(store.iterdir()):
+        raise InstallError(f"{store} is not empty and was not made by this script. Name another --store.")
     if not kept.is_file() or kept.read_text(encoding="utf-8") != text:
-        for old in store.iterdir():
-            old.unlink()
+        for part in json.loads(_read(kept))["parts"] if kept.is_file() else ():
+            (store / part["name"]).unlink(missing_ok=True)
         _write(kept, text.encode())
     manifest: dict[str, Any] = json.loads(text)
     expected = {part["name"]: part for part in manifest["parts"]}
@@ -147,7 +149,7 @@ def install(wheels: Sequence[Path], target: Path, project: Path | None, stamp: s
         stamp: what the target's stamp says when the wheels are installed.
 
     Returns:
-        The folders, the project's first.
+        The folders for PYTHONPATH. The project's comes last: it is there for its metadata and commands.
 
     Raises:
         InstallError: pip fails, or the target is a folder that was not made by this function.
@@ -166,7 +168,7 @@ def install(wheels: Sequence[Path], target: Path, project: Path | None, stamp: s
     # Its metadata carry the entry point by which vLLM finds the plugin. In one folder its commands replace vLLM's.
     beside = target.with_name(f"{target.name}.project")
     _pip(["--no-build-isolation", str(project)], beside, str(project))
-    return [beside, target]
+    return [target, beside]
 
 
 def _pip(arguments: Sequence[str], target: Path, what: str) -> None:
@@ -200,7 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InstallError as error:
         print(f"\nNot installed. {error}", file=sys.stderr)
         return 1
-    path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # What the caller has comes first: a source tree there is the one that runs.
+    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), *map(str, folders)])
     commands = os.pathsep.join(str(folder / "bin") for folder in folders)
     print(f"export {' '.join(f'{name}={value}' for name, value in SETTINGS.items())}")
     print(f"export PYTHONPATH={path} PATH={commands}:$PATH", flush=True)

@@ -50,7 +50,11 @@ def measure(shape: str, recipe_name: str, layers: int, work: Path, device: str =
         model, work / "out", recipe, calibration=texts, device=device, progress=Progress(layer=found.append)
     )
     total = time.perf_counter() - started
-    cuda = torch.cuda.max_memory_allocated() / (1 << 30) if torch.cuda.is_available() else None
+    cuda, reserved = (
+        (torch.cuda.max_memory_allocated() / (1 << 30), torch.cuda.max_memory_reserved() / (1 << 30))
+        if torch.cuda.is_available()
+        else (None, None)
+    )
     return {
         "shape": shape,
         "recipe": recipe.name,
@@ -63,6 +67,7 @@ def measure(shape: str, recipe_name: str, layers: int, work: Path, device: str =
         "seconds_by_matrix": {report.name: report.seconds for report in found},
         "peak_memory_gib": peak_memory_gib(),
         "peak_cuda_memory_gib": cuda,
+        "peak_cuda_reserved_gib": reserved,
         "bits_per_weight": result.bits_per_weight,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else "cpu",
         "threads": torch.get_num_threads(),

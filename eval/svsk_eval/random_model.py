@@ -19,12 +19,14 @@ from rich.console import Console
 from svsk_eval.errors import EvalError
 from svsk_eval.w4a16 import w4a16_config
 from svsk_offline.atomic import PartialFolder, write_json, write_tensors
+from svsk_offline.errors import SvskError
 from svsk_vllm.format import (
     ConfigGroup,
     LinearSpec,
     QuantizedLinear,
     SidecarArgs,
     SvskCheckpointConfig,
+    SvskFormatError,
     WeightArgs,
     codebook_levels,
 )
@@ -203,7 +205,7 @@ def _svsk(module: str, shape: torch.Size, scheme: ConfigGroup, generator: torch.
 def _scales(n: int, groups: int, levels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Scales [n, groups] with which weights of evenly drawn levels have the standard deviation of dense ones."""
     spread = torch.rand(n, groups, generator=generator, device=generator.device) + 0.5
-    root_mean_square = float(levels.float().square().mean().sqrt())
+    root_mean_square = math.sqrt(float(levels.float().square().mean()) * (1 + 1 / 12))  # 1/12: the spread's variance
     return (spread * (_STD / root_mean_square)).to(torch.bfloat16)
 
 
@@ -230,13 +232,19 @@ def main(
     device: Annotated[str, typer.Option(help="Where the weights are drawn: cpu, cuda.")] = "cpu",
 ) -> None:
     """Write models with random weights. A folder that is there already is left as it is."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"--device {device}: torch finds no GPU; leave it out")
     out.mkdir(parents=True, exist_ok=True)
     changes = {} if layers is None else {"num_hidden_layers": layers}
     for name in _asked(variant):
         folder = out / name
         there = folder.exists()
         if not there:
-            write_random_model(folder, shape.value, name, changes, device=device)
+            try:
+                write_random_model(folder, shape.value, name, changes, device=device)
+            except (EvalError, SvskError, SvskFormatError) as error:
+                Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+                raise typer.Exit(1) from error
         size = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
         Console().print(f"{folder}: {size:.2f} GB{', was there' if there else ''}", highlight=False, soft_wrap=True)
 

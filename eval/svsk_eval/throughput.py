@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Throughput of several models under vLLM: ``python -m svsk_eval.throughput svsk=FOLDER dense=FOLDER``.
+"""Throughput of several models: ``python -m svsk_eval.throughput run svsk=FOLDER dense=FOLDER``, under vLLM.
 
 Each model has a process of its own. By default all are kept and asked in turn, so that a busy machine slows all of them
 alike, and share a GPU's memory in equal parts; ``--one-at-a-time`` is for a GPU that holds one of them. A label that
@@ -7,10 +7,12 @@ ends in ``@w4a16`` serves the base of its SVSK folder without the sidecar, as a 
 in ``@split`` serves an SVSK folder with the base through vLLM's own kernel and the sidecar after it.
 """
 
+import os
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -45,12 +47,31 @@ class Load:
         tokens: to decode per request, after the first.
         batches: numbers of requests that are sent together.
         repeats: of each measurement, after one that does not count.
+        step_tokens: most tokens of a step of the engine.
     """
 
     input_len: int
     tokens: int
     batches: tuple[int, ...]
     repeats: int
+    step_tokens: int = 8192
+
+    def first(self, batch: int) -> int:
+        """Tokens of the shorter of the two measurements: as many as the engine needs steps for the prompts.
+
+        While the prompts of a large batch are read step by step, early requests decode already. Both measurements
+        then hold the same of that, and what the longer one takes more is decoding of the whole batch.
+
+        Raises:
+            EvalError: decoding is shorter than that.
+        """
+        steps = -(-batch * self.input_len // self.step_tokens)
+        if steps > self.tokens // 2:
+            raise EvalError(
+                f"batch {batch}: {self.input_len} prompt tokens each take {steps} steps of {self.step_tokens}, but "
+                f"only {self.tokens} tokens are decoded. Raise --tokens to {2 * steps} or more, or lower --input-len."
+            )
+        return steps
 
 
 @dataclass(frozen=True)
@@ -66,7 +87,7 @@ class Speeds:
     """Tokens per second of all requests together, medians.
 
     Attributes:
-        decode: decoded tokens over the time that decoding adds to that of the prompts alone.
+        decode: decoded tokens over the time that decoding them adds to that of the prompts and the first ones.
         output: all generated tokens over the whole time, prompts included.
     """
 
@@ -74,19 +95,20 @@ class Speeds:
     output: float
 
 
-def speeds_of(first: list[float], whole: list[float], batch: int, tokens: int) -> Speeds:
-    """Speeds from seconds for the first token alone and for all of them, measured one after the other.
+def speeds_of(first: list[float], whole: list[float], batch: int, load: Load) -> Speeds:
+    """Speeds from seconds for the first tokens alone and for all of them, measured one after the other.
 
     Raises:
         EvalError: decoding took no measurable time.
     """
+    more = load.tokens + 1 - load.first(batch)
     added = statistics.median([b - a for a, b in zip(first, whole, strict=True)])
     if added <= 0:
         raise EvalError(
-            f"batch {batch}: {tokens} more tokens took {added:.4f} s more. Raise --tokens or --repeats: the time of "
+            f"batch {batch}: {more} more tokens took {added:.4f} s more. Raise --tokens or --repeats: the time of "
             "the prompts varies more than decoding takes."
         )
-    return Speeds(batch * tokens / added, batch * (tokens + 1) / statistics.median(whole))
+    return Speeds(batch * more / added, batch * (load.tokens + 1) / statistics.median(whole))
 
 
 def measure(
@@ -114,10 +136,12 @@ def measure(
     for name in engine or {}:
         if name in _RESERVED:
             raise EvalError(f"--engine-arg {name}: it follows from the other arguments. Leave it out.")
+    for batch in load.batches:
+        load.first(batch)
     found = {} if found is None else found
     left = {label: model for label, model in models.items() if label not in found}
-    groups = [[label] for label in left] if one_at_a_time else [list(left)]
-    shares = {"gpu_memory_utilization": round(_MEMORY / max(map(len, groups), default=1), 3)} if _on_gpu() else {}
+    groups = [[label] for label in left] if one_at_a_time else [list(left)] if left else []
+    shares = {"gpu_memory_utilization": round(_MEMORY / len(groups[0]), 3)} if groups and _on_gpu() else {}
     for group in groups:
         servers: dict[str, Server] = {}
         times: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
@@ -127,7 +151,7 @@ def measure(
             for batch in load.batches:
                 for repeat in range(load.repeats + 1):
                     for label, server in servers.items():
-                        first, whole = server.seconds(batch, 1), server.seconds(batch, load.tokens + 1)
+                        first, whole = server.seconds(batch, load.first(batch)), server.seconds(batch, load.tokens + 1)
                         if repeat:
                             firsts, wholes = times.setdefault((label, batch), ([], []))
                             firsts.append(first)
@@ -135,9 +159,16 @@ def measure(
         finally:
             for server in servers.values():
                 server.close()
+        failed = []
         for label in group:
-            found[label] = {batch: speeds_of(*times[label, batch], batch, load.tokens) for batch in load.batches}
+            try:
+                found[label] = {batch: speeds_of(*times[label, batch], batch, load) for batch in load.batches}
+            except EvalError as error:
+                failed.append(f"{label}, {error}")
+                continue
             done(label)
+        if failed:
+            raise EvalError(" ".join(failed))
     return found
 
 
@@ -178,18 +209,32 @@ def _models(texts: list[str], work: Path) -> dict[str, Served]:
     return models
 
 
-def _resume(path: Path | None, settings: dict[str, Any]) -> dict[str, dict[int, Speeds]]:
-    """Figures that ``path`` holds, if it was made with the same settings."""
+def _described(text: str, model: Served) -> dict[str, Any]:
+    """What decides a model's speed besides the load, as JSON: figures of another must not pass for its own."""
+    disabled = os.environ.get("VLLM_DISABLED_KERNELS", "")
+    folder = str(Path(text.partition("=")[2]).resolve())
+    return {"folder": folder, **model.environment, "VLLM_DISABLED_KERNELS": disabled}
+
+
+def _machine() -> dict[str, str]:
+    """Versions, and the GPU if there is one."""
+    import torch
+
+    found = {name: metadata.version(name) for name in ("vllm", "torch", "transformers", "svsk-vllm")}
+    return found | {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+
+
+def _resume(path: Path | None, settings: dict[str, Any], models: dict[str, Any]) -> dict[str, dict[int, Speeds]]:
+    """Figures that ``path`` holds, if it was made with the same settings, and its models with theirs."""
     if path is None:
         raise typer.BadParameter("--resume needs --json, the file to go on from")
     if not path.exists():
         return {}
     stored = read_json(path)
-    if stored.get("settings") != settings:
-        raise EvalError(
-            f"{path}: measured with {stored.get('settings')}, now {settings} is asked for. Give the same, or another "
-            "file to --json."
-        )
+    asked = settings | {"models": {label: models.get(label) for label in stored["models"]}}
+    had = stored["settings"] | {"models": stored["models"]}
+    if asked != had:
+        raise EvalError(f"{path}: measured with {had}, now {asked} is asked for. Give the same, or another --json.")
     return {
         label: {int(batch): Speeds(**speeds) for batch, speeds in by_batch.items()}
         for label, by_batch in stored["tokens_per_second"].items()
@@ -228,20 +273,23 @@ def run(
     markdown: Annotated[Path | None, typer.Option(help="Write the tables there.")] = None,
 ) -> None:
     """Measure the throughput of models."""
-    load = Load(input_len, tokens, tuple(int(text) for text in batches.split(",")), repeats)
     console = Console()
     try:
         engine = parse_engine_args(engine_arg or [])
-        settings = asdict(load) | {"batches": list(load.batches), "engine": engine}
-        found = _resume(json_file, settings) if resume else {}
-
-        def save(label: str) -> None:
-            console.print(f"{label}: measured", highlight=False)
-            if json_file:
-                write_json(json_file, {"settings": settings, "tokens_per_second": _plain(found)})
-
+        step = engine.setdefault("max_num_batched_tokens", max(Load.step_tokens, input_len + tokens + 1))
+        load = Load(input_len, tokens, tuple(int(text) for text in batches.split(",")), repeats, step)
+        settings = asdict(load) | {"batches": list(load.batches), "engine": engine, "one_at_a_time": one_at_a_time}
         with tempfile.TemporaryDirectory(prefix="svsk-throughput-") as work:
             served = _models(models, Path(work))
+            described = {label: _described(text, served[label]) for text, label in zip(models, served, strict=True)}
+            found = _resume(json_file, settings, described) if resume else {}
+
+            def save(label: str) -> None:
+                console.print(f"{label}: measured", highlight=False)
+                if json_file:
+                    content = {"machine": _machine(), "settings": settings, "tokens_per_second": _plain(found)}
+                    write_json(json_file, content | {"models": {label: described[label] for label in found}})
+
             measure(served, load, one_at_a_time=one_at_a_time, engine=engine, found=found, done=save)
     except EvalError as error:
         console.print(f"[red]Error:[/red] {error}", highlight=False)

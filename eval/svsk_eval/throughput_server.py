@@ -51,7 +51,10 @@ class Server:
             stdout=sys.stderr,
             text=True,
             pass_fds=[write],
-            env={"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ | dict(environment),
+            # A forked engine would keep the pipe open, and its end would not be noticed.
+            env={"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+            | os.environ
+            | dict(environment),
         )
         os.close(write)
         self.answers = os.fdopen(read)
@@ -96,6 +99,7 @@ def serve(job: str, pipe: int) -> None:
         # The engine in the process itself, so that nothing but the model competes for the cores.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     llm: Any = LLM(**settings["engine"])
+    _check_cache(llm, settings["engine"])
     vocabulary = _vocabulary(settings["engine"]["model"])
     with os.fdopen(pipe, "w", buffering=1) as answers:
         answers.write("0\n")
@@ -110,6 +114,18 @@ def serve(job: str, pipe: int) -> None:
             if any(len(output.outputs[0].token_ids) != count for output in outputs):
                 raise EvalError(f"{settings['engine']['model']}: a request ended before its {count} tokens.")
             answers.write(f"{seconds}\n")
+
+
+def _check_cache(llm: Any, engine: Mapping[str, Any]) -> None:
+    """Raise EvalError unless all requests of the largest batch fit the cache: those that wait would be timed."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    needed = engine["max_num_seqs"] * engine["max_model_len"]
+    room = cache.num_gpu_blocks * cache.block_size
+    if room < needed:
+        raise EvalError(
+            f"{engine['model']}: {engine['max_num_seqs']} requests of {engine['max_model_len']} tokens need room for "
+            f"{needed} tokens in the cache, it has {room}. Give it more memory, or use smaller --batches."
+        )
 
 
 def _vocabulary(model: str) -> int:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["MAX_COLUMNS", "ROWS", "WARPS", "feedback_block", "feedback_kernel", "nearest_level"]
+__all__ = ["MAX_COLUMNS", "ROWS", "WARPS", "check_block", "feedback_block", "feedback_kernel", "nearest_level"]
 
 MAX_COLUMNS: Final = 128
 """Columns of a block: what a program's registers hold errors for."""
@@ -21,6 +21,7 @@ ROWS: Final = 32
 """Rows of a program, a single warp: each lane keeps one row's errors, and nothing is exchanged."""
 
 WARPS: Final = 1
+_MAX_BATCH: Final = 65535  # of a grid's second dimension
 _MAGIC: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves no bits for a fraction
 
 
@@ -34,9 +35,10 @@ def nearest_level(ratio, LOW: tl.constexpr, HIGH: tl.constexpr, QUAD8: tl.conste
     # Within these bounds the sum below keeps the integer part exactly.
     bounded = tl.minimum(tl.maximum(ratio, LOW), HIGH)
     code = (bounded + _MAGIC) - _MAGIC
+    level = code
     if QUAD8:
-        return code * (8.0 + tl.abs(code)) * 0.125
-    return code
+        level = code * (8.0 + tl.abs(code)) * 0.125
+    return tl.where(ratio == ratio, level, ratio)  # NaN stays NaN
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -122,6 +124,30 @@ def feedback_block(
     Raises:
         ValueError: more columns than a block holds, or another shape, dtype or layout.
     """
+    check_block(work, coupling, pivots, scale, values)
+    batch, count, n = work.shape
+    levels, errors = torch.empty_like(work), torch.empty_like(work)
+    if n == 0 or batch == 0:
+        return levels, errors
+    columns = max(16, triton.next_power_of_2(count))
+    options = {} if triton.knobs.runtime.interpret else {"num_warps": WARPS}
+    with torch.cuda.device_of(work):
+        feedback_kernel[(triton.cdiv(n, ROWS), batch)](
+            work, coupling.mT.contiguous(), pivots.contiguous(), scale, work if values is None else values, levels,
+            errors, n, count, scale.stride(0), scale.stride(1),
+            LOW=low, HIGH=high, QUAD8=quad8, DESCENT=values is not None, COLUMNS=columns, BN=ROWS, **options,
+        )  # fmt: skip
+    return levels, errors
+
+
+def check_block(
+    work: torch.Tensor,
+    coupling: torch.Tensor,
+    pivots: torch.Tensor,
+    scale: torch.Tensor,
+    values: torch.Tensor | None = None,
+) -> None:
+    """Raise ValueError unless :func:`feedback_block` takes these tensors."""
     batch, count, n = work.shape
     shapes = {
         "work": (work, (batch, count, n)),
@@ -134,18 +160,9 @@ def feedback_block(
     for name, (tensor, shape) in shapes.items():
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
             raise ValueError(f"{name}: expected float32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}.")
+    if batch > _MAX_BATCH:
+        raise ValueError(f"work: {batch} matrices, expected at most {_MAX_BATCH}.")
     if not 0 < count <= MAX_COLUMNS:
         raise ValueError(f"work: {count} columns, expected 1 to {MAX_COLUMNS}: split the matrix into blocks.")
     if not work.is_contiguous() or (values is not None and not values.is_contiguous()) or scale.stride(2) != 1:
         raise ValueError("work and values must be contiguous, and scale along its last axis.")
-    levels, errors = torch.empty_like(work), torch.empty_like(work)
-    if n == 0 or batch == 0:
-        return levels, errors
-    columns = max(16, triton.next_power_of_2(count))
-    options = {} if triton.knobs.runtime.interpret else {"num_warps": WARPS}
-    feedback_kernel[(triton.cdiv(n, ROWS), batch)](
-        work, coupling.mT.contiguous(), pivots.contiguous(), scale, work if values is None else values, levels, errors,
-        n, count, scale.stride(0), scale.stride(1),
-        LOW=low, HIGH=high, QUAD8=quad8, DESCENT=values is not None, COLUMNS=columns, BN=ROWS, **options,
-    )  # fmt: skip
-    return levels, errors

@@ -69,9 +69,9 @@ def quantize_linear(
         SvskFormatError: K is not a multiple of the group size.
         SvskError: the statistics cannot be used.
     """
-    started = time.perf_counter()
     if not bool(torch.isfinite(weight).all()):
         raise SvskError(f"{name}.weight: holds values that are not finite. The model is damaged; get it again.")
+    started = time.perf_counter()  # after a question that waits for what a GPU was given before
     weight = weight.float()
     spec = LinearSpec(name, weight.shape[0], weight.shape[1], scheme, scale_dtype)
     if isinstance(recipe.base, GptqBase) and isinstance(recipe.fit, HessianFit):

@@ -124,9 +124,34 @@ def test_models_share_a_gpu(fake: type[Fake], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_time_that_does_not_grow_with_tokens_is_an_error() -> None:
-    assert speeds_of([1.0, 2.0, 1.0], [3.0, 4.0, 9.0], 4, 10) == Speeds(decode=20.0, output=11.0)
+    assert speeds_of([1.0, 2.0, 1.0], [3.0, 4.0, 9.0], 4, LOAD) == Speeds(decode=20.0, output=11.0)
     with pytest.raises(EvalError, match=r"batch 4: 10 more tokens took -0\.5000 s more"):
-        speeds_of([1.5], [1.0], 4, 10)
+        speeds_of([1.5], [1.0], 4, LOAD)
+
+
+def test_decoding_is_measured_from_where_all_prompts_are_read(fake: type[Fake]) -> None:
+    """16 requests of 64 tokens take 4 steps of 256: the shorter measurement has 4 tokens."""
+    load = Load(input_len=64, tokens=20, batches=(1, 16), repeats=1, step_tokens=256)
+    found = measure(served(x="a"), load)
+    assert fake.asked == [("a", 1, 1), ("a", 1, 21)] * 2 + [("a", 16, 4), ("a", 16, 21)] * 2
+    assert found["x"][16].decode == pytest.approx(16 / 0.5)
+    with pytest.raises(EvalError, match=r"batch 64: 64 prompt tokens each take 16 steps of 256.*--tokens to 32"):
+        measure(served(x="a"), Load(64, 20, (64,), 1, 256))
+
+
+def test_nothing_left_to_measure(fake: type[Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "_on_gpu", lambda: True)
+    known = {"x": {1: Speeds(1.0, 1.0)}}
+    assert measure(served(x="a"), LOAD, found=known) is known
+    assert not fake.events
+
+
+def test_a_model_that_fails_leaves_the_others(fake: type[Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PER_TOKEN, "a", -1.0)
+    known: dict[str, dict[int, Speeds]] = {}
+    with pytest.raises(EvalError, match="x, batch 1: 10 more tokens"):
+        measure(served(x="a", y="b"), LOAD, found=known)
+    assert list(known) == ["y"]
 
 
 def folders(tmp_path: Path) -> tuple[str, str]:
@@ -151,9 +176,12 @@ def test_a_run_goes_on_where_it_was_cut_off(fake: type[Fake], tmp_path: Path, mo
     assert second.exit_code == 0, second.output
     assert [event.split()[1] for event in fake.events] == ["b", "b"]
     assert "| x@split | 2 (0.50x) | 16 (0.50x) |" in (tmp_path / "f.md").read_text()
-    changed = CliRunner().invoke(throughput.app, [*options, "--input-len", "17"])
-    assert changed.exit_code == 1
-    assert "measured with" in changed.output
+    for more in (["--input-len", "17"], ["--engine-arg", "seed=2"]):
+        changed = CliRunner().invoke(throughput.app, [*options, *more])
+        assert changed.exit_code == 1
+        assert "measured with" in changed.output
+    monkeypatch.setenv("VLLM_DISABLED_KERNELS", "MacheteLinearKernel")
+    assert CliRunner().invoke(throughput.app, options).exit_code == 1
 
 
 @pytest.mark.parametrize(

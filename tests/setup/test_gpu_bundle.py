@@ -150,7 +150,7 @@ def test_parts_that_come_one_by_one_are_installed_when_all_are_there(
     assert setup.main([*where, str(parts[2])]) == setup.MISSING
     assert "lacks part-0 of 3 parts" in capsys.readouterr().out
     assert setup.main([*where, str(parts[0])]) == 0
-    assert f"PYTHONPATH={tmp_path / 'site'}" in capsys.readouterr().out
+    assert f"{tmp_path / 'site'} PATH=" in capsys.readouterr().out
     code = "import alpha, beta; from importlib.metadata import version; print(alpha.VALUE, version('beta'))"
     found = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, check=True
@@ -169,8 +169,8 @@ def test_the_project_is_installed_beside_the_wheels(
         assert setup.main([*where, "--project", str(wheels[1]), str(part)]) == 0
         assert f"installed {wheels[1]}" in (printed := capsys.readouterr().out)
     site, project = tmp_path / "site", tmp_path / "site.project"
-    assert f"PYTHONPATH={project}:{site}" in printed
-    assert f"PATH={project / 'bin'}:{site / 'bin'}:$PATH" in printed
+    assert f"{site}:{project} PATH=" in printed
+    assert f"PATH={site / 'bin'}:{project / 'bin'}:$PATH" in printed
     assert (site / "bin" / "alpha").is_file(), "the project's commands must not replace those of the wheels"
     assert (project / "bin" / "beta").is_file()
 
@@ -190,6 +190,19 @@ def test_damaged_parts_are_refused(
     (tmp_path / "store" / "part-0").write_bytes(whole[:-1])
     assert setup.main(where) == 1
     assert "Bring it again" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_no_store(
+    pack: ModuleType, setup: ModuleType, wheels: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (part,) = pack.bundle(wheels, tmp_path / "out", 1_000_000)
+    (tmp_path / "store").mkdir()
+    precious = tmp_path / "store" / "precious"
+    precious.write_text("x")
+    where = ["--store", str(tmp_path / "store"), "--target", str(tmp_path / "site"), "--no-check"]
+    assert setup.main([*where, str(part)]) == 1
+    assert "was not made by this script" in capsys.readouterr().err
+    assert precious.read_text() == "x"
 
 
 def test_another_bundle_takes_the_place_of_the_first(

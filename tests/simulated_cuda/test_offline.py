@@ -70,8 +70,7 @@ def loop_for_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         quad8: bool,
         values: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert work.is_contiguous()
-        assert values is None or values.is_contiguous()
+        feedback.check_block(work, coupling, pivots, scale, values)
         levels = Levels(low, high, "quad8" if quad8 else "int4")
         return round_in_a_loop(work, coupling, pivots, scale, levels, values)
 

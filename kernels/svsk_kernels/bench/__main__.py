@@ -33,6 +33,7 @@ def main(
     tokens: Annotated[list[int] | None, typer.Option(min=1, help="Number of tokens; repeat for several.")] = None,
     case: Annotated[list[str] | None, typer.Option(help="Check only this layer; repeat for several.")] = None,
     skip_checks: Annotated[bool, typer.Option("--skip-checks", help="Time without checking first.")] = False,
+    no_graphs: Annotated[bool, typer.Option("--no-graphs", help="Check without CUDA graphs, for a sanitizer.")] = False,
     checks_only: Annotated[bool, typer.Option("--checks-only", help="Check, and time nothing.")] = False,
 ) -> None:
     """Check the kernels on this GPU, then time them or, with --tune, write its table of blocks.
@@ -49,7 +50,7 @@ def main(
 
         settings = Settings(
             device, quick, tune, not skip_checks, seconds, json_file, markdown_file, resume, configs,
-            tuple(shape or ()), tuple(tokens or ()), tuple(case or ()), not checks_only,
+            tuple(shape or ()), tuple(tokens or ()), tuple(case or ()), not checks_only, not no_graphs,
         )  # fmt: skip
         state = run(settings, console)
     except BenchError as error:

@@ -60,8 +60,8 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def check_case(case: Case, device: torch.device) -> Iterator[Finding]:
-    """Check one layer with each of its numbers of tokens."""
+def check_case(case: Case, device: torch.device, graphs: bool = True) -> Iterator[Finding]:
+    """Check one layer with each of its numbers of tokens; on a GPU with CUDA graphs too, unless told otherwise."""
     layer, gpu = case.layer(device), gpu_of(device)
     generator = torch.Generator(device).manual_seed(case.k)
 
@@ -72,14 +72,19 @@ def check_case(case: Case, device: torch.device) -> Iterator[Finding]:
     for m in case.tokens:
         x, other = normal(m, case.k), normal(m, case.k)
         for choice in checked_choices(case, gpu, m):
-            yield _check(f"{case.name}, M = {m}, {choice.kernel}", layer, (x, other), bias, choice)
+            yield _check(f"{case.name}, M = {m}, {choice.kernel}", layer, (x, other), bias, choice, graphs)
         found = layer.dispatched(x, bias)
         error = relative_error(found, layer.expected(x, bias))
         yield Finding(f"{case.name}, M = {m}, dispatched", error, _accuracy(found, error))
 
 
 def _check(
-    what: str, layer: BenchLayer, inputs: tuple[torch.Tensor, torch.Tensor], bias: torch.Tensor | None, choice: Choice
+    what: str,
+    layer: BenchLayer,
+    inputs: tuple[torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    choice: Choice,
+    graphs: bool,
 ) -> Finding:
     x, device = inputs[0], inputs[0].device
     with poisoned():
@@ -93,7 +98,7 @@ def _check(
         if choice.kernel != "fold" and not torch.equal(exact, found):
             problems.append("results differ where memory was filled before")
         if device.type == "cuda":
-            problems += _same_on_gpu(layer, inputs, bias, choice, exact)
+            problems += _same_on_gpu(layer, inputs, bias, choice, exact, graphs)
     if counters.busy(device):
         problems.append(f"{counters.busy(device)} counters are not zero afterwards")
     return Finding(what, error, tuple(problems))
@@ -121,6 +126,7 @@ def _same_on_gpu(
     bias: torch.Tensor | None,
     choice: Choice,
     found: torch.Tensor,
+    graphs: bool,
 ) -> list[str]:
     """Checks that only a GPU can fail: all bit for bit."""
     x, other = inputs
@@ -136,6 +142,22 @@ def _same_on_gpu(
         _exact(layer, x, bias, choice, asm=True), _exact(layer, x, bias, choice, asm=False)
     ):
         problems.append("results of inline PTX and of plain Triton differ")
+    if graphs and not _graphs_agree(layer, inputs, bias, choice, (found, second)):
+        problems.append("a replayed CUDA graph and an eager run differ")
+    if not _streams_agree(layer, inputs, bias, choice, (found, second)):
+        problems.append("results on two streams at a time differ from those on one")
+    return problems
+
+
+def _graphs_agree(
+    layer: BenchLayer,
+    inputs: tuple[torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    choice: Choice,
+    expected: tuple[torch.Tensor, torch.Tensor],
+) -> bool:
+    """Replay three products in a graph, with other inputs each time."""
+    (x, other), (found, second) = inputs, expected
     static = x.clone()
     graph, outputs = capture(  # one after the other, as the layers of a model
         x.device, lambda: [_exact(layer, given, bias, choice) for given in (static, other, static)]
@@ -144,11 +166,8 @@ def _same_on_gpu(
         static.copy_(given)
         graph.replay()
         if not all(map(torch.equal, outputs, (wanted, second, wanted))):
-            problems.append("a replayed CUDA graph and an eager run differ")
-            break
-    if not _streams_agree(layer, inputs, bias, choice, (found, second)):
-        problems.append("results on two streams at a time differ from those on one")
-    return problems
+            return False
+    return True
 
 
 def _streams_agree(

@@ -172,15 +172,28 @@ def _kernels(layer: BenchLayer, m: int) -> list[str]:
     return ["shrink_kernel", f"{choice.kernel}_kernel"]
 
 
-def _profile(shapes: Sequence[Shape], tokens: Sequence[int]) -> list[dict[str, Any]]:
+def _profile(shapes: Sequence[Shape], tokens: Sequence[int], text: Path) -> list[dict[str, Any]]:
+    """Run ncu, keep what it printed in ``text``, and read it."""
     ncu = shutil.which("ncu")
     if ncu is None:
         raise BenchError("ncu is not on the PATH. Install NVIDIA Nsight Compute, it comes with the CUDA toolkit.")
-    command = [ncu, "--clock-control", "none", "--csv", "--page", "raw", "--profile-from-start", "off"]
+    command = [
+        ncu,
+        "--clock-control",
+        "none",
+        "--print-units",
+        "base",
+        "--csv",
+        "--page",
+        "raw",
+        "--profile-from-start",
+        "off",
+    ]
     command += ["-k", f"regex:^({'|'.join(_KERNELS)})$", "--metrics", ",".join(METRICS.values())]
     command += [sys.executable, "-m", "svsk_kernels.bench.profile", "--launch"]
     command += [f"--shape={shape.name}" for shape in shapes] + [f"--tokens={m}" for m in tokens]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    write_atomically(text, done.stdout + done.stderr)
     if done.returncode:
         raise BenchError(f"ncu ended with {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
     launched = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"shape"')]
@@ -222,8 +235,10 @@ def main(
             for record in _launch(shapes, counts):
                 print(json.dumps(record), flush=True)
             return
-        machine = describe(open_device("cuda"))
-        rows = _profile(shapes, counts)
+        machine = describe(open_device("cuda")) | {
+            "command": " ".join(("python -m svsk_kernels.bench.profile", *sys.argv[1:]))
+        }
+        rows = _profile(shapes, counts, json_file.with_suffix(".ncu.txt"))
     except BenchError as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
         raise typer.Exit(2) from error

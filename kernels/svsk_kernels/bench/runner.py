@@ -55,6 +55,7 @@ class Settings:
     tokens: Sequence[int] = ()
     cases: Sequence[str] = ()
     timings: bool = True
+    graphs: bool = True
 
     @property
     def rounds(self) -> int:
@@ -87,7 +88,7 @@ def run(settings: Settings, console: Console) -> int:
     state = FINISHED
     if settings.checks:
         cases = find_cases(cases_for(device.type != "cuda", settings.quick), settings.cases)
-        state = check(report, device, cases, budget, console)
+        state = check(report, device, cases, budget, console, settings.graphs)
     else:
         report.note("this run left the checks out")
     if not settings.timings:
@@ -118,7 +119,14 @@ def _finish(report: Report, settings: Settings, state: int, device: torch.device
         console.print(_OUT_OF_TIME)
 
 
-def check(report: Report, device: torch.device, cases: Sequence[Case], budget: Budget, console: Console) -> int:
+def check(
+    report: Report,
+    device: torch.device,
+    cases: Sequence[Case],
+    budget: Budget,
+    console: Console,
+    graphs: bool = True,
+) -> int:
     """Run the checks that the report does not have yet, all of them even if some fail."""
     state = FINISHED
     for case in cases:
@@ -128,7 +136,7 @@ def check(report: Report, device: torch.device, cases: Sequence[Case], budget: B
         if budget.spent:
             return UNFINISHED
         begun = time.monotonic()
-        findings = _findings(case, device)
+        findings = _findings(case, device, graphs)
         report.add(
             {
                 "kind": "check",
@@ -153,11 +161,11 @@ def check(report: Report, device: torch.device, cases: Sequence[Case], budget: B
     return state
 
 
-def _findings(case: Case, device: torch.device) -> list[Finding]:
+def _findings(case: Case, device: torch.device, graphs: bool) -> list[Finding]:
     """All findings of a case; what was raised is one of them."""
     findings = []
     try:
-        for found in check_case(case, device):
+        for found in check_case(case, device, graphs):
             findings.append(found)
     except FAILURES as failure:
         after = f"after {findings[-1].what}" if findings else case.name

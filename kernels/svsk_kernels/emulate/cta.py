@@ -84,10 +84,10 @@ class Cta:
         return self.everyone if mask is None else np.flatnonzero(mask)
 
     def put(self, slot: int, value: Array, mask: Array | None) -> None:
-        """Set a register for the threads of a mask."""
+        """Set a register for the threads of a mask; where nothing was given yet, others get all ones (NaN, -1)."""
         if mask is not None:
             old = self.r[slot]
-            value = np.where(mask, value, np.zeros_like(value) if old is None else old)
+            value = np.where(mask, value, ~np.zeros_like(value) if old is None else old)
         self.r[slot] = value
 
     def put_some(self, slot: int | None, values: Array, threads: Array) -> None:
@@ -98,7 +98,7 @@ class Cta:
         values = values.astype(dtype)
         if len(threads) < self.threads:
             old = self.r[slot]
-            whole = np.zeros(self.threads, dtype) if old is None else old.copy()
+            whole = ~np.zeros(self.threads, dtype) if old is None else old.copy()
             whole[threads] = values
             values = whole
         self.r[slot] = values

@@ -321,11 +321,11 @@ def _wgmma_order(instruction: Instruction, slots: Slots, match: "re.Match[str]")
 
 _PATTERNS: Final[tuple[tuple[str, Maker], ...]] = (
     (r"mov\.[bu](32|64)$", _unpack),
-    (r"ld\.(global)(?:\.(?:cg|ca|nc))?(?:\.L1::evict_\w+)?" + _KIND, _load),
+    (r"ld\.(global)(?:\.(?:cg|ca))?(?:\.L1::evict_\w+)?" + _KIND, _load),
     (r"ld\.(shared)(?:::cta)?" + _KIND, _load),
     (r"st\.(global)(?:\.(?:cg|wb))?" + _KIND, _store),
     (r"st\.(shared)(?:::cta)?" + _KIND, _store),
-    (r"atom\.global\.(?:gpu|cta|sys)\.(relaxed|acquire|release|acq_rel)\.(\w+)\.([bsu])(32|64)$", _atomic),
+    (r"atom\.global\.(?:gpu|sys)\.(relaxed|acquire|release|acq_rel)\.(\w+)\.([bsu])(32|64)$", _atomic),
     (r"cp\.async\.(ca|cg)\.shared\.global(\.L2::cache_hint)?$", _copy),
     (r"cp\.async\.commit_group$", _copy_commit),
     (r"cp\.async\.wait_(group|all)$", _copy_wait),

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from svsk_kernels.emulate.alu import Array
+from svsk_kernels.emulate.errors import UnsupportedError
 from svsk_kernels.emulate.floats import bf16_to_f64, f16_to_f64
 
 __all__ = ["WIDEN", "a_matrix", "b_matrix", "c_matrix", "c_registers", "descriptor_offsets", "from_rows", "to_rows"]
@@ -92,7 +93,7 @@ def descriptor_offsets(descriptor: int, outer: int, inner_is_k: bool) -> Array:
     mode, base = descriptor >> 62 & 3, descriptor >> 49 & 7
     known = 0x3FFF | 0x3FFF << 16 | 0x3FFF << 32 | 7 << 49 | 3 << 62
     if base or descriptor & ~known:
-        raise ValueError(f"descriptor {descriptor:#018x}: a base offset or unknown bits")
+        raise UnsupportedError(f"descriptor {descriptor:#018x}: a base offset or unknown bits")
     chunks = {0: 1, 1: 8, 2: 4, 3: 2}[mode]  # of 16 bytes, side by side in a row of the swizzle
     m, k = np.arange(outer)[:, None], np.arange(16)[None, :]
     if inner_is_k:

@@ -10,7 +10,7 @@ from svsk_offline.quantizers.hessian import ColumnOrder
 from svsk_offline.quantizers.rounding import nearest_integers, nearest_levels
 from svsk_vllm.format import CODE_MAX, CODE_MIN, Codebook
 
-__all__ = ["BLOCK", "Levels", "round_block", "round_in_a_loop", "round_with_feedback"]
+__all__ = ["BLOCK", "Levels", "round_block", "round_in_a_loop", "round_in_one_launch", "round_with_feedback"]
 
 BLOCK: Final = 128
 """Columns whose updates are applied to the rest of the matrix in one product."""
@@ -60,15 +60,25 @@ def round_block(
         Levels and errors (for coordinate descent: moves), float32 [A, B, N], as
         :func:`svsk_kernels.feedback.feedback_block` defines them.
     """
-    if work.device.type == "cuda":
-        from svsk_kernels.feedback import feedback_block
+    rounded = round_in_one_launch if work.device.type == "cuda" else round_in_a_loop
+    return rounded(work, coupling, pivots, scale, levels, values)
 
-        quad8 = levels.codebook == "quad8"
-        return feedback_block(
-            work.contiguous(), coupling, pivots, scale, levels.low, levels.high, quad8,
-            None if values is None else values.contiguous(),
-        )  # fmt: skip
-    return round_in_a_loop(work, coupling, pivots, scale, levels, values)
+
+def round_in_one_launch(
+    work: torch.Tensor,
+    coupling: torch.Tensor,
+    pivots: torch.Tensor,
+    scale: torch.Tensor,
+    levels: Levels,
+    values: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`round_block` by the Triton kernel."""
+    from svsk_kernels.feedback import feedback_block
+
+    return feedback_block(
+        work.contiguous(), coupling, pivots, scale if scale.stride(2) == 1 else scale.contiguous(), levels.low,
+        levels.high, levels.codebook == "quad8", None if values is None else values.contiguous(),
+    )  # fmt: skip
 
 
 def round_in_a_loop(
@@ -80,14 +90,14 @@ def round_in_a_loop(
     values: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`round_block` on any device, a few operations per column."""
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    divisor = torch.where(scale == 0, torch.inf, scale)  # which gives a ratio of zero
     found, errors = torch.empty_like(work), torch.empty_like(work)
     single = len(work) == 1
     for i in range(work.shape[1]):
         wanted, pivot = work[:, i], pivots[:, i : i + 1]
         if values is not None:
             wanted = values[:, i] + wanted / pivot
-        found[:, i] = levels.nearest(wanted * inverse[:, i])
+        found[:, i] = levels.nearest(wanted / divisor[:, i])
         value = found[:, i] * scale[:, i]
         errors[:, i] = (wanted - value).div_(pivot) if values is None else value - values[:, i]
         if single:

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Truncated singular value decomposition, and rounding of factors."""
 
+from functools import lru_cache
 from typing import Final
 
 import torch
+
+from svsk_offline.errors import SvskError
 
 __all__ = ["leading_right_vectors", "round_rows", "truncated_svd"]
 
@@ -91,14 +94,21 @@ def _leading_vectors(gram: torch.Tensor, rank: int, exact: bool) -> torch.Tensor
     if size <= 2 * width or (exact and size <= _EXACT_LIMIT):
         found: torch.Tensor = torch.linalg.eigh(gram.double())[1][:, :, -rank:].flip(2).float()
         return found
-    start = torch.randn(size, width, generator=torch.Generator().manual_seed(0))
-    basis = start.to(gram.device).expand(count, size, width)
+    basis = _start(size, width, gram.device).expand(count, size, width)
     for _ in range(_GRAM_ITERATIONS):
         basis = _orthonormal((gram @ basis).double()).float()
     basis = _orthonormal(_orthonormal(basis.double()))  # twice: directions that are only rounding come out shorter
     projected = basis.mT @ (gram @ basis.float()).double()
+    if not bool(projected.isfinite().all()):
+        raise SvskError("singular vectors of a residual are not finite. Is the weight or an activation infinite?")
     turned: torch.Tensor = basis @ torch.linalg.eigh(projected + projected.mT)[1][:, :, -rank:].flip(2)
     return turned.float()
+
+
+@lru_cache(maxsize=8)
+def _start(size: int, width: int, device: torch.device) -> torch.Tensor:
+    """Where subspace iteration begins, the same on every device."""
+    return torch.randn(size, width, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
