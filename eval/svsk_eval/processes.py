@@ -40,6 +40,7 @@ def run_module(module: str, arguments: Sequence[str], log: Path, report: Callabl
     read, write = os.pipe()
     # The engine in the process itself: one process less to start, to wait for and to end.
     environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | os.environ
+    environment["PYTHONUNBUFFERED"] = "1"  # what it prints stands in the log before the error that ends it
     command = [sys.executable, "-m", module, *arguments, str(write)]
     try:
         with log.open("wb") as output:
