@@ -35,6 +35,8 @@ _SPLIT: Final = "@split"
 _MEMORY: Final = 0.9
 """Share of a GPU's memory that all engines take together; vLLM itself would give 0.92 to each."""
 
+_SHORTEST_STEP: Final = 512
+
 _RESERVED: Final = ("model", "max_model_len", "enable_prefix_caching", "skip_tokenizer_init")
 
 
@@ -276,8 +278,11 @@ def run(
     console = Console()
     try:
         engine = parse_engine_args(engine_arg or [])
-        step = engine.setdefault("max_num_batched_tokens", max(Load.step_tokens, input_len + tokens + 1))
-        load = Load(input_len, tokens, tuple(int(text) for text in batches.split(",")), repeats, step)
+        counts = tuple(int(text) for text in batches.split(","))
+        # An engine begins with a step of this size, which takes a CPU long: no larger than the prompts need.
+        needed = max(_SHORTEST_STEP, min(Load.step_tokens, max(counts) * input_len), input_len + tokens + 1, *counts)
+        step = engine.setdefault("max_num_batched_tokens", needed)
+        load = Load(input_len, tokens, counts, repeats, step)
         settings = asdict(load) | {"batches": list(load.batches), "engine": engine, "one_at_a_time": one_at_a_time}
         with tempfile.TemporaryDirectory(prefix="svsk-throughput-") as work:
             served = _models(models, Path(work))

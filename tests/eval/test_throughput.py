@@ -169,7 +169,7 @@ def test_a_run_goes_on_where_it_was_cut_off(fake: type[Fake], tmp_path: Path, mo
     first = CliRunner().invoke(throughput.app, options)
     assert first.exit_code == 1
     assert "Raise --tokens" in first.output
-    assert fake.events[0].startswith("start a split")
+    assert fake.events[0] == "start a split {'max_num_batched_tokens': 512}"
     monkeypatch.setitem(PER_TOKEN, "b", 0.25)
     fake.events.clear()
     second = CliRunner().invoke(throughput.app, options)
@@ -182,6 +182,16 @@ def test_a_run_goes_on_where_it_was_cut_off(fake: type[Fake], tmp_path: Path, mo
         assert "measured with" in changed.output
     monkeypatch.setenv("VLLM_DISABLED_KERNELS", "MacheteLinearKernel")
     assert CliRunner().invoke(throughput.app, options).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "step"), [(["--input-len", "100"], 3200), (["--input-len", "512"], 8192), (["--tokens", "600"], 617)]
+)
+def test_a_step_is_as_long_as_the_prompts_need(fake: type[Fake], tmp_path: Path, options: list[str], step: int) -> None:
+    a, _ = folders(tmp_path)
+    done = CliRunner().invoke(throughput.app, ["run", f"x={a}", *options])
+    assert done.exit_code == 0, done.output
+    assert fake.events[0] == f"start a fused {{'max_num_batched_tokens': {step}}}"
 
 
 @pytest.mark.parametrize(
