@@ -186,7 +186,7 @@ def test_randomised_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowrank, "_EXACT_LIMIT", 8)
     monkeypatch.setattr(lowrank, "_OVERSAMPLING", 2)
     matrices = torch.randn(2, 48, 32, generator=torch.Generator().manual_seed(0))
-    expected = [*lowrank.truncated_svd(matrices[0], 4), lowrank.leading_right_vectors(matrices, 4)]
+    expected = [*lowrank.truncated_svd(matrices[0], 4), lowrank.leading_right_vectors(matrices, 4, exact=False)]
     with simulated_cuda():
         there = matrices.cuda()
         found = [*lowrank.truncated_svd(there[0], 4), lowrank.leading_right_vectors(there, 4)]

@@ -7,9 +7,8 @@ from typing import Any, Final
 
 import torch
 
-from svsk_kernels.bench.errors import BenchError
 from svsk_kernels.bench.layers import BenchLayer, Part, random_layer
-from svsk_kernels.bench.shapes import GROUP_SIZE, SHAPES, VARIANTS
+from svsk_kernels.bench.shapes import GROUP_SIZE, SHAPES, VARIANTS, by_name
 from svsk_kernels.layout import plane_length
 from svsk_kernels.tuning import Choice, Gpu, choice_for, choices_for, heuristic_choices
 from svsk_vllm.format import Codebook
@@ -104,17 +103,13 @@ def cases_for(interpreted: bool, quick: bool) -> tuple[Case, ...]:
     return (*small, *real)
 
 
-def find_cases(cases: Sequence[Case], names: Sequence[str]) -> Sequence[Case]:
+def find_cases(cases: Sequence[Case], names: Sequence[str]) -> tuple[Case, ...]:
     """Cases by name, all without names.
 
     Raises:
         BenchError: there is no such case.
     """
-    known = {case.name: case for case in cases}
-    for name in names:
-        if name not in known:
-            raise BenchError(f"--case {name}: expected one of {'; '.join(known)}.")
-    return [known[name] for name in names] if names else cases
+    return tuple(by_name("--case", {case.name: case for case in cases}, names, "; "))
 
 
 def forced_choice(kernel: str, gpu: Gpu, n: int, k: int, group_size: int, m: int) -> Choice:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is timed: layers of two models, numbers of tokens, kinds of sidecar; and the bytes each of them needs."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from svsk_kernels.bench.errors import BenchError
 from svsk_vllm.format import Codebook
@@ -17,10 +18,13 @@ __all__ = [
     "VARIANTS",
     "Shape",
     "Variant",
+    "by_name",
     "bytes_dense",
     "bytes_needed",
     "find_shapes",
 ]
+
+Named = TypeVar("Named")
 
 GROUP_SIZE: Final = 64
 TILE_M: Final = 512
@@ -77,11 +81,19 @@ def find_shapes(names: list[str] | None) -> list[Shape]:
     Raises:
         BenchError: there is no such shape.
     """
-    known = {shape.name: shape for shape in SHAPES}
-    for name in names or ():
+    return by_name("--shape", {shape.name: shape for shape in SHAPES}, names or (), ", ")
+
+
+def by_name(option: str, known: Mapping[str, Named], names: Sequence[str], separator: str) -> list[Named]:
+    """What an option names, all without names; ``separator`` is for the names in an error.
+
+    Raises:
+        BenchError: a name is not known.
+    """
+    for name in names:
         if name not in known:
-            raise BenchError(f"--shape {name}: expected one of {', '.join(known)}.")
-    return [known[name] for name in names] if names else list(SHAPES)
+            raise BenchError(f"{option} {name}: expected one of {separator.join(known)}.")
+    return [known[name] for name in names or known]
 
 
 def bytes_needed(shape: Shape, variant: Variant, m: int) -> int:

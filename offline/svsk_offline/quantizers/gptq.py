@@ -16,11 +16,16 @@ __all__ = ["DEFAULT_CANDIDATES", "gptq", "initial_scales", "level_values", "poli
 DEFAULT_CANDIDATES: Final = tuple(1.12 - 0.045 * step for step in range(12))
 """Factors on the scale that puts the largest magnitude on the codebook's widest level."""
 
-_CHUNK: Final = {"cpu": 1 << 20, "cuda": 1 << 25}
+_CHUNK: Final = (1 << 20, 1 << 25)
 """Weights searched at a time: what fits the cache of a CPU; on a GPU, enough that launches do not count."""
 
-_SYSTEMS: Final = {"cpu": 1 << 24, "cuda": 1 << 26}
+_SYSTEMS: Final = (1 << 24, 1 << 26)
 """Elements of the float64 systems solved at a time when scales are refitted: 128 MiB, on a GPU 512."""
+
+
+def _at_a_time(limits: tuple[int, int], tensor: torch.Tensor) -> int:
+    """The limit of the tensor's device: the first, or on a GPU the second."""
+    return limits[tensor.device.type == "cuda"]
 
 
 def initial_scales(
@@ -61,7 +66,7 @@ def search_scales(
     Returns:
         Scales [N, K / group_size] of ``scale_dtype``.
     """
-    rows = max(1, _CHUNK.get(weight.device.type, _CHUNK["cpu"]) // weight.shape[1])
+    rows = max(1, _at_a_time(_CHUNK, weight) // weight.shape[1])
     parts = [_search(part, importance, group_size, codebook, scale_dtype, candidates) for part in weight.split(rows)]
     return torch.cat(parts)
 
@@ -181,7 +186,7 @@ def refit_scales(
     Returns:
         Scales of the same shape and dtype.
     """
-    rows = max(1, _SYSTEMS.get(weight.device.type, _SYSTEMS["cpu"]) // scale.shape[1] ** 2)
+    rows = max(1, _at_a_time(_SYSTEMS, weight) // scale.shape[1] ** 2)
     felt = weight @ hessian
     parts = [
         _refit(f, hessian, q, s)

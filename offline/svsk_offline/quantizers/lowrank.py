@@ -63,10 +63,11 @@ def truncated_svd(matrix: torch.Tensor, rank: int, seed: int = 0) -> tuple[torch
 def leading_right_vectors(matrices: torch.Tensor, rank: int, exact: bool | None = None) -> torch.Tensor:
     """Leading right singular vectors of each of several matrices.
 
-    Exact ones are the eigenvectors of the smaller Gram matrix, decomposed in float64. A GPU decomposes large symmetric
-    matrices one by one, which for the tiles of a large model takes hours; there they come from subspace iteration with
-    a seeded start and a final Rayleigh-Ritz step (Saad 2011, algorithm 5.3), products of all matrices together. Those
-    of a flat spectrum hold up to 1% less of a matrix than the exact ones, those of a falling one the same.
+    Exact ones are the eigenvectors of the smaller Gram matrix, decomposed in float64, up to a smaller dimension of
+    1536; beyond it they are those of :func:`truncated_svd`. A GPU decomposes large symmetric matrices one by one, which
+    for the tiles of a large model takes hours; there they come from subspace iteration with a seeded start and a final
+    Rayleigh-Ritz step (Saad 2011, algorithm 5.3), products of all matrices together. Those of a flat spectrum hold up
+    to 1% less of a matrix than the exact ones, those of a falling one the same.
 
     Args:
         matrices: float32 [A, m, n].
@@ -77,8 +78,10 @@ def leading_right_vectors(matrices: torch.Tensor, rank: int, exact: bool | None 
         float32 [A, r, n]; rows are orthonormal, or zero where a singular value is.
     """
     _, m, n = matrices.shape
-    rank = min(rank, m, n)
     exact = matrices.device.type != "cuda" if exact is None else exact
+    if exact and min(m, n) > _EXACT_LIMIT:
+        return torch.stack([truncated_svd(matrix, rank)[2] for matrix in matrices])
+    rank = min(rank, m, n)
     if m > n:
         return _leading_vectors(matrices.mT @ matrices, rank, exact).mT.contiguous()
     rows = _leading_vectors(matrices @ matrices.mT, rank, exact).mT @ matrices
@@ -91,7 +94,7 @@ def _leading_vectors(gram: torch.Tensor, rank: int, exact: bool) -> torch.Tensor
     """Eigenvectors [A, s, rank] of float32 [A, s, s], by descending eigenvalue."""
     count, size, _ = gram.shape
     width = rank + _OVERSAMPLING
-    if size <= 2 * width or (exact and size <= _EXACT_LIMIT):
+    if exact or size <= 2 * width:
         found: torch.Tensor = torch.linalg.eigh(gram.double())[1][:, :, -rank:].flip(2).float()
         return found
     basis = _start(size, width, gram.device).expand(count, size, width)
