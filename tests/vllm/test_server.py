@@ -79,7 +79,4 @@ def test_openai_client(smollm2_pair: Any, tmp_path: Path) -> None:
             max_tokens=24,
             temperature=0,
         )
-        # Of which city, this model in this many bits does not always say.
-        assert "France" in (chat.choices[0].message.content or "")
-        assert chat.usage is not None
-        assert 0 < chat.usage.completion_tokens <= 24
+        assert "Paris" in (chat.choices[0].message.content or "")
