@@ -88,6 +88,16 @@ class SvskHfQuantizer(HfQuantizer):
         """The converter from the stored tensors of a linear to its weight."""
         return [WeightConverter(list(SUFFIX_OF_PATTERN), [".weight"], operations=[self._dequantize_linear])]
 
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Dtype to which transformers casts a stored tensor as it reads it; None for the stored one, as ours need it.
+
+        Called from transformers 5.21 on. Earlier versions keep the stored dtype of every tensor that a converter takes.
+        """
+        if self._dequantize_linear in getattr(converter, "operations", ()):
+            return None
+        inherited: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return inherited
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
