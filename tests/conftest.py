@@ -18,8 +18,17 @@ ONE_WORKER = "tests/vllm/"
 """Tests that stay on one worker of pytest-xdist: their dearest fixtures live for the session, an engine is large."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what stays on one worker, because it takes longest: the others run all the rest meanwhile."""
+ALL_TESTS = "SVSK_ALL_TESTS"
+"""Environment variable that, set to 1, also runs the tests marked ``slow``; ``.ci/run --all`` sets it."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is slow, and begin with what stays on one worker, because it takes longest."""
+    if os.environ.get(ALL_TESTS) != "1":
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        if slow:
+            config.hook.pytest_deselected(items=slow)
+            items[:] = [item for item in items if not item.get_closest_marker("slow")]
     items.sort(key=lambda item: not item.nodeid.startswith(ONE_WORKER))
 
 
