@@ -13,24 +13,24 @@ PYTEST := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses=logical --maxprocesses=2 --
 endif
 
 # The first of these that runs makes the environment; setup_env.py then checks its version.
-find_python = $(or $(PYTHON),$(shell for p in $(VPY) python3.11 python3; do \
+find_python = $(or $(PYTHON),$(shell for p in $(VPY) python3.11 python3.12 python3.13 python3; do \
 	if $$p -c '' 2>/dev/null; then echo $$p; break; fi; done))
 define setup_env
 	@python="$(find_python)"; \
 	if ! "$$python" -c '' 2>/dev/null; then \
-		echo "No Python was found ($${python:-tried python3.11 and python3}): install Python 3.11," \
-			"or say where it is: make $@ PYTHON=/path/to/python3.11" >&2; exit 1; \
+		echo "No Python was found ($${python:-tried python3.11, python3.12, python3.13 and python3}): install Python 3.11," \
+			"3.12 or 3.13, or say where it is: make $@ PYTHON=/path/to/python3.13" >&2; exit 1; \
 	fi; \
 	"$$python" .ci/setup_env.py $(1)
 endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-triton36 setup setup-cuda lint types clean
+.PHONY: help demo test test-triton36 setup setup-cuda lock lint types clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo 'ARGS="..." adds arguments to demo and test; PYTHON=... names the Python 3.11 that makes $(VENV).'
+	@echo 'ARGS="..." adds arguments to demo and test; PYTHON=... names the Python (3.11 to 3.13) that makes $(VENV).'
 
 demo: setup ## quantise, check and compare a small model on this machine
 	@$(VPY) -m svsk_eval.demo $(ARGS)
@@ -46,11 +46,14 @@ test-triton36: ## run the Triton kernels' tests with the oldest supported Triton
 	TRITON_CACHE_DIR="$$cache" $(VENV)-triton36/bin/python -m pytest --confcutdir=tests/kernels $(TRITON_TESTS) $(ARGS)
 	$(if $(ARGS),,@TRITON_INTERPRET=1 $(VENV)-triton36/bin/python -m pytest --confcutdir=tests/interpreter tests/interpreter)
 
-setup: ## make .venv for a CPU from the pinned packages (Linux x86-64, Python 3.11)
+setup: ## make .venv for a CPU from the pinned packages (Linux x86-64, Python 3.11 to 3.13)
 	$(call setup_env,cpu)
 
 setup-cuda: ## make .venv with vLLM for CUDA instead
 	$(call setup_env,cuda)
+
+lock: ## write the list of pinned packages anew from pyproject.toml with uv; ARGS="--upgrade" takes newer ones
+	@python3 .ci/lock.py $(ARGS)
 
 lint: setup ## check style and format
 	@$(VPY) -m ruff check .
@@ -58,7 +61,7 @@ lint: setup ## check style and format
 
 types: setup ## check types
 	@$(VPY) -m mypy
-	@$(VPY) -m mypy .ci/setup_env.py
+	@MYPYPATH=.ci $(VPY) -m mypy .ci/setup_env.py .ci/lock.py
 
 clean: ## remove the environments, caches and build output
 	rm -rf $(VENV) $(VENV)-triton36 build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

