@@ -8,12 +8,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-from svsk_kernels.inspect import ARCHES, Arch, compile_case, failures, limits_for, read_facts
+from svsk_kernels.inspect import Arch, compile_case, failures, limits_for, read_facts
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 from svsk_kernels.inspect.cases import cases
+from tests.support.arches import EVERY_ARCH
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -24,7 +25,7 @@ def _fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("arch", EVERY_ARCH)
 def test_every_kernel_passes_every_check(arch: Arch) -> None:
     found = cases(arch)
     assert {case.name.split("-")[0] for case in found} >= {

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 pytest.importorskip("triton")
 
 from svsk_kernels.inspect import (
-    ARCHES,
     Arch,
     CompiledKernel,
     InspectError,
@@ -34,6 +33,7 @@ from svsk_kernels.inspect.__main__ import CASES_MODULE, app
 from svsk_kernels.inspect.program import unordered
 from svsk_kernels.inspect.sass import disassemble, parse_sass
 from tests.kernels.w4_kernel import w4_matmul
+from tests.support.arches import EVERY_ARCH
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled"
@@ -92,7 +92,7 @@ def checked(case: KernelCase, arch: Arch) -> tuple[KernelFacts, list[str]]:
 # --- good kernels ---
 
 
-@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("arch", EVERY_ARCH)
 def test_a_good_kernel_passes_every_check(arch: Arch) -> None:
     kernel = compiled(arch)
     facts = read_facts(kernel)
@@ -108,7 +108,7 @@ def test_a_good_kernel_passes_every_check(arch: Arch) -> None:
     assert json.loads(json.dumps(facts.as_json()))["registers"] == facts.registers
 
 
-@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("arch", EVERY_ARCH)
 def test_a_good_split_passes_every_check(arch: Arch) -> None:
     kernel = compiled(arch, "split")
     facts = read_facts(kernel)
