@@ -13,6 +13,7 @@ before anything is loaded, because transformers only warns about weights that it
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -26,7 +27,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from svsk_vllm.architecture import require_sound
 from svsk_vllm.format import LinearSpec, QuantizedLinear, SvskCheckpointConfig, SvskFormatError, restored_weight
+from svsk_vllm.format.config import STOCK_LOADER_KEY
 from svsk_vllm.hf_matching import (
     SUFFIX_OF_PATTERN,
     USE_RESTORE,
@@ -53,7 +56,7 @@ class SvskConfig(QuantizationConfigMixin):
         SvskFormatError: an unknown key, a wrong value, or a version this package does not read.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, /, **kwargs: Any) -> None:
         self.checkpoint = SvskCheckpointConfig.from_dict(kwargs)
         self.quant_method = METHOD
         # Tells transformers to forget this config once the model is loaded: what it holds then is dense.
@@ -98,6 +101,22 @@ class SvskHfQuantizer(HfQuantizer):
         inherited: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
         return inherited
 
+    def update_tp_plan(self, config: Any) -> Any:
+        """Check the folder, and take the note to other loaders out of the config; see ``STOCK_LOADER_NOTE``.
+
+        This is the one place where a quantiser is given the config before the model is built and before transformers
+        looks for the files, which it does by the name in the note.
+
+        Raises:
+            SvskFormatError: the checkpoint is not what `svsk validate` calls valid.
+        """
+        name = getattr(config, "_name_or_path", "")
+        if name and (Path(name) / "config.json").is_file():  # not a hub id, nor a config that somebody made
+            require_sound(Path(name), config)
+        if hasattr(config, STOCK_LOADER_KEY):
+            delattr(config, STOCK_LOADER_KEY)
+        return super().update_tp_plan(config)
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
@@ -108,6 +127,7 @@ class SvskHfQuantizer(HfQuantizer):
         """
         config: SvskCheckpointConfig = self.quantization_config.checkpoint
         stored = read_headers(checkpoint_files)
+        require_sound(Path(next(iter(checkpoint_files or ()))).parent, model.config)
         linears = stored_linears(config, stored)
         names = parameter_names(model, self, stored)
         self._dtypes = parameter_dtypes(model)

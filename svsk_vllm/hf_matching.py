@@ -7,16 +7,18 @@ from the headers of the files alone, which stored tensors become which parameter
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
 
 from svsk_vllm.format import SUFFIXES, LinearSpec, SvskCheckpointConfig, SvskFormatError
 from svsk_vllm.format.checkpoint import split_suffix
+from svsk_vllm.format.files import open_safetensors
 from svsk_vllm.format.linear import tensor_problems
+from svsk_vllm.format.shards import described
 from svsk_vllm.format.spec import WEIGHT_PACKED, WEIGHT_SCALE
 
 __all__ = [
@@ -60,16 +62,10 @@ def read_headers(files: Iterable[str] | None) -> dict[str, torch.Tensor]:
     for file in files or ():
         if not file.endswith(".safetensors"):
             raise SvskFormatError(f"{file}: an SVSK checkpoint consists of .safetensors files.")
-        try:
-            with safe_open(file, framework="pt", device="cpu") as handle:
-                for name in handle.keys():  # noqa: SIM118 - a handle is no mapping
-                    view = handle.get_slice(name)
-                    shape = view.get_shape()
-                    # An empty slice knows its dtype and reads no data.
-                    dtype = (view[:0] if shape else view[...]).dtype
-                    stored[name] = torch.empty(shape, dtype=dtype, device="meta")
-        except (OSError, SafetensorError) as error:
-            raise SvskFormatError(f"{file}: cannot be opened ({error}). Copy or download it again.") from error
+        with open_safetensors(Path(file)) as handle:
+            for name in handle.keys():  # noqa: SIM118 - a handle is no mapping
+                found = described(Path(file), name, handle.get_slice(name))
+                stored[name] = torch.empty(found.shape, dtype=found.dtype, device="meta")
     if not stored:
         raise SvskFormatError(
             "An SVSK checkpoint is loaded from its files: pass a folder or a hub id to from_pretrained()."

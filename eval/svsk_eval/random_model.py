@@ -30,6 +30,7 @@ from svsk_vllm.format import (
     WeightArgs,
     codebook_levels,
 )
+from svsk_vllm.format.config import declared
 from svsk_vllm.format.shards import INDEX_NAME
 
 __all__ = ["SHAPES", "VARIANTS", "Shape", "Variant", "app", "write_random_model"]
@@ -217,7 +218,7 @@ def _quantization(scheme: ConfigGroup | int | None, linears: list[str]) -> dict[
     config = SvskCheckpointConfig(
         config_groups={"group_0": scheme}, ignore=("lm_head",), producer={"weights": "random"}
     )
-    return {"quantization_config": config.to_dict()}
+    return declared({}, config)
 
 
 def _asked(variants: list[Variant] | None) -> Iterator[str]:

@@ -11,6 +11,7 @@ import torch
 from svsk_eval.errors import EvalError
 from svsk_offline.atomic import PartialFolder, write_json, write_tensors
 from svsk_vllm.format import Checkpoint
+from svsk_vllm.format.config import undeclared
 from svsk_vllm.format.shards import INDEX_NAME, SINGLE_NAME
 
 __all__ = ["w4a16_config", "write_w4a16"]
@@ -42,7 +43,7 @@ def write_w4a16(checkpoint: Path, out: Path) -> Path:
         tensors |= {f"{name}.{part}": stored[f"{name}.{part}"] for part in ("weight_packed", "weight_scale")}
         tensors[f"{name}.weight_shape"] = torch.tensor([linear.spec.n, linear.spec.k])
     write_tensors(partial / SINGLE_NAME, tensors)
-    write_json(partial / "config.json", source.hf_config | {"quantization_config": w4a16_config(by_group)})
+    write_json(partial / "config.json", undeclared(source.hf_config) | {"quantization_config": w4a16_config(by_group)})
     for path in sorted(source.folder.iterdir()):
         if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX_NAME, "config.json"):
             shutil.copyfile(path, partial / path.name)

@@ -4,12 +4,11 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from svsk_offline.source import linear_modules
-from svsk_vllm.format import Checkpoint, validate_checkpoint
+from svsk_vllm.architecture import checkpoint_problems
+from svsk_vllm.format import Checkpoint
 
 __all__ = ["inspect_checkpoint", "print_inspection", "validate_against_architecture"]
 
@@ -82,18 +81,9 @@ def print_inspection(console: Console, found: dict[str, Any]) -> None:
         console.print(line, highlight=False)
 
 
-def validate_against_architecture(folder: Path) -> list[str]:
-    """:func:`svsk_vllm.format.validate_checkpoint` with the parameter list of the model class in config.json."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def validate_against_architecture(folder: Path, *, trust_remote_code: bool = False) -> list[str]:
+    """What is wrong with a checkpoint, one line each; see :func:`svsk_vllm.architecture.checkpoint_problems`.
 
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        model.tie_weights()
-    except (OSError, ValueError, KeyError) as error:
-        return [*validate_checkpoint(folder), f"{folder}: transformers cannot build the architecture ({error})."]
-    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    return validate_checkpoint(folder, shapes, [name for name, _ in linear_modules(model)])
+    Python files of the folder run only with ``trust_remote_code``.
+    """
+    return checkpoint_problems(folder, trust_remote_code=trust_remote_code)

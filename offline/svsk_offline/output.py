@@ -16,6 +16,7 @@ from svsk_offline.errors import SvskError
 from svsk_offline.layer import LayerReport
 from svsk_offline.source import ModelSource, linear_modules
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, SvskCheckpointConfig
+from svsk_vllm.format.config import declared
 from svsk_vllm.format.shards import INDEX_NAME, read_json
 
 __all__ = ["CheckpointWriter"]
@@ -78,7 +79,7 @@ class CheckpointWriter:
         write_json(self.folder / INDEX_NAME, self._index())
         model = {key: value for key, value in self.source.config_dict.items() if key not in ("dtype", "torch_dtype")}
         model["dtype"] = str(self.scale_dtype).removeprefix("torch.")
-        write_json(self.folder / "config.json", {**model, "quantization_config": config.to_dict()})
+        write_json(self.folder / "config.json", declared(model, config))
         for pattern in _COPIED:
             for path in self.source.folder.glob(pattern):
                 if path.name not in _OWN and not path.name.endswith(".index.json"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from svsk_offline.atomic import PartialFolder, write_json, write_tensors
 from svsk_vllm.format import Checkpoint, restored_weight
 from svsk_vllm.format.checkpoint import split_suffix
+from svsk_vllm.format.config import undeclared
 from svsk_vllm.format.shards import INDEX_NAME, SINGLE_NAME
 
 __all__ = ["restore"]
@@ -56,8 +57,7 @@ def restore(
         progress(done, len(shards))
     if set(shards) != {SINGLE_NAME}:
         write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    config = {key: value for key, value in source.hf_config.items() if key != "quantization_config"}
-    write_json(partial / "config.json", config)
+    write_json(partial / "config.json", undeclared(source.hf_config))
     for path in sorted(source.folder.iterdir()):
         if (
             path.is_file()

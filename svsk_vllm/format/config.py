@@ -15,11 +15,35 @@ from svsk_vllm.format.codebook import Codebook
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.version import FORMAT_VERSION, __version__
 
-__all__ = ["GROUP_SIZES", "MAX_RANK", "ConfigGroup", "SidecarArgs", "SvskCheckpointConfig", "WeightArgs"]
+__all__ = [
+    "GROUP_SIZES",
+    "MAX_RANK",
+    "STOCK_LOADER_KEY",
+    "STOCK_LOADER_NOTE",
+    "ConfigGroup",
+    "SidecarArgs",
+    "SvskCheckpointConfig",
+    "WeightArgs",
+    "declared",
+    "undeclared",
+]
 
 GROUP_SIZES = (32, 64)
 MAX_RANK = 128
 LINEAR_CLASS = "Linear"
+_MAX_REPEATS = 4
+_SHOWN_CHARACTERS = 100
+
+STOCK_LOADER_KEY = "transformers_weights"
+STOCK_LOADER_NOTE = (
+    "SVSK checkpoint. Run `import svsk_vllm.hf` before from_pretrained() (pip install svsk-vllm), serve it with vLLM "
+    "and svsk-vllm installed, or write a dense folder with `svsk restore`."
+)
+"""What config.json says under the key where transformers looks for the name of the weights' file.
+
+transformers without ``svsk_vllm.hf`` skips a quantisation method that it does not know, with a warning, and leaves
+every quantised linear at random values. A name that is no safetensors file makes it stop and show the name instead.
+"""
 
 
 def _valid_pattern(entry: str) -> str:
@@ -28,6 +52,8 @@ def _valid_pattern(entry: str) -> str:
             re.compile(entry.removeprefix("re:"))
         except re.error as error:
             raise ValueError(f"not a valid regular expression ({error})") from error
+        if re.search(r"\)[*+{]", entry) or len(re.findall(r"[*+{]", entry)) > _MAX_REPEATS:
+            raise ValueError(f"a repeated group, or more than {_MAX_REPEATS} repeats: matching could take for ever")
     return entry
 
 
@@ -104,7 +130,7 @@ class SvskCheckpointConfig(_Strict):
         except ValidationError as error:
             problems = "; ".join(
                 f"{'.'.join(str(part) for part in item['loc']) or 'top level'}: "
-                f"{'unknown key' if item['type'] == 'extra_forbidden' else item['msg']} (got {item['input']!r})"
+                f"{'unknown key' if item['type'] == 'extra_forbidden' else item['msg']} (got {_shown(item['input'])})"
                 for item in error.errors()
             )
             raise SvskFormatError(f"{source}: {problems}. docs/format.md lists the keys and values.") from error
@@ -156,6 +182,22 @@ class SvskCheckpointConfig(_Strict):
                 f"{name}: config groups {', '.join(keys)} match equally well. Make one target more specific."
             )
         return self.config_groups[keys[0]]
+
+
+def declared(hf_config: Mapping[str, Any], quantization: SvskCheckpointConfig) -> dict[str, Any]:
+    """The config.json of a checkpoint, from that of the dense model."""
+    dense = undeclared(hf_config)
+    return {**dense, STOCK_LOADER_KEY: STOCK_LOADER_NOTE, "quantization_config": quantization.to_dict()}
+
+
+def undeclared(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the dense model, from that of a checkpoint."""
+    return {key: value for key, value in hf_config.items() if key not in (STOCK_LOADER_KEY, "quantization_config")}
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def matches(name: str, entries: Iterable[str]) -> bool:

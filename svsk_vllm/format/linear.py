@@ -10,7 +10,7 @@ from svsk_vllm.format import spec as names
 from svsk_vllm.format.codebook import code_values
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.packing import pack_codes, pack_factors, unpack_codes, unpack_factors
-from svsk_vllm.format.spec import LinearSpec
+from svsk_vllm.format.spec import LinearSpec, TensorSpec
 
 __all__ = ["QuantizedLinear", "dequantize", "restored_weight"]
 
@@ -74,8 +74,8 @@ class QuantizedLinear:
         )
 
 
-def tensor_problems(spec: LinearSpec, stored: Mapping[str, torch.Tensor]) -> list[str]:
-    """What is wrong with the stored tensors of one linear (given by suffix): presence, dtype and shape."""
+def tensor_problems(spec: LinearSpec, stored: Mapping[str, torch.Tensor | TensorSpec]) -> list[str]:
+    """What is wrong with the stored tensors of one linear (given by suffix, or their specifications)."""
     problems = []
     expected = spec.tensors()
     for suffix, want in expected.items():

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lazy reading of a Hugging Face folder's safetensors, sharded or not."""
 
-import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from svsk_vllm.format.errors import SvskFormatError
+from svsk_vllm.format.files import MAX_INDEX_BYTES, read_json, safe_handle
 from svsk_vllm.format.spec import TensorSpec
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "ShardedReader", "read_json", "read_weight_map"]
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
+
+_MAX_DIMENSION: Final = 2**40
+"""Of a tensor. One without elements may claim any size beside its 0."""
 
 _DTYPES: Final = {
     "F64": torch.float64,
@@ -40,39 +45,52 @@ _DTYPES: Final = {
 }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        SvskFormatError: the file is missing, is not JSON, or does not hold an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SvskFormatError(f"{path}: no such file. Is {path.parent} a Hugging Face model folder?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SvskFormatError(f"{path}: not valid JSON ({error}). Copy or write the file again.") from error
-    if not isinstance(value, dict):
-        raise SvskFormatError(f"{path}: holds a {type(value).__name__}, expected a JSON object.")
-    return value
-
-
 def read_weight_map(index: Path) -> dict[str, str]:
     """Shard file name by tensor name, from a ``model.safetensors.index.json``.
 
     Raises:
         SvskFormatError: the file is damaged, or a shard is not a file beside the index.
     """
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict):
         raise SvskFormatError(f'{index}: no "weight_map" object. Copy or write the file again.')
+    require_printable(index, weight_map)
     for name, shard in weight_map.items():
         # A path would let a downloaded index reach files outside its folder.
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
+        if (
+            not isinstance(shard, str)
+            or not shard.endswith(".safetensors")
+            or not shard.isprintable()
+            or Path(shard).name != shard
+        ):
             raise SvskFormatError(
                 f"{index}: {name} is in {shard!r}, expected the name of a .safetensors file beside it."
             )
     return weight_map
+
+
+def require_printable(path: Path, names: Iterable[str]) -> None:
+    """Refuse tensor names that a terminal would obey or that cannot be written.
+
+    Raises:
+        SvskFormatError: a name holds a control character or half a surrogate pair.
+    """
+    for name in names:
+        if not name.isprintable():
+            raise SvskFormatError(f"{path}: tensor {name!r}: expected a name of printable characters.")
+
+
+def described(path: Path, name: str, view: Any) -> TensorSpec:
+    """Dtype and shape of a tensor of a file, from its ``get_slice``.
+
+    Raises:
+        SvskFormatError: torch has no such tensor.
+    """
+    code, shape = view.get_dtype(), tuple(view.get_shape())
+    dtype = _DTYPES.get(code)
+    if dtype is None or max(shape, default=0) > _MAX_DIMENSION:
+        raise SvskFormatError(f"{path}: {name} has dtype {code} and shape {list(shape)}, which cannot be read.")
+    return TensorSpec(dtype, shape)
 
 
 class ShardedReader:
@@ -93,6 +111,7 @@ class ShardedReader:
             self._shard_of = read_weight_map(index)
         elif (folder / SINGLE_NAME).exists():
             self._shard_of = dict.fromkeys(self._open(SINGLE_NAME).keys(), SINGLE_NAME)
+            require_printable(folder / SINGLE_NAME, self._shard_of)
         else:
             raise SvskFormatError(
                 f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME}. Only safetensors are read: convert other weights "
@@ -116,33 +135,27 @@ class ShardedReader:
 
     def describe(self, name: str) -> TensorSpec:
         """Dtype and shape of a tensor, without reading its data."""
-        view = self._slice(name)
-        dtype = _DTYPES.get(view.get_dtype())
-        if dtype is None:
-            raise SvskFormatError(f"{self.folder / self.shard_of(name)}: {name} has dtype {view.get_dtype()}.")
-        return TensorSpec(dtype, tuple(view.get_shape()))
+        with self._errors(name):
+            return described(self.folder / self.shard_of(name), name, self._open(self.shard_of(name)).get_slice(name))
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor to the CPU."""
-        shard = self.shard_of(name)
-        try:
-            tensor: torch.Tensor = self._open(shard).get_tensor(name)
-        except SafetensorError as error:
-            raise SvskFormatError(f"{self.folder / shard}: cannot read {name}: {error}.") from error
+        with self._errors(name):
+            tensor: torch.Tensor = self._open(self.shard_of(name)).get_tensor(name)
         return tensor
 
-    def _slice(self, name: str) -> Any:
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
         shard = self.shard_of(name)
         try:
-            return self._open(shard).get_slice(name)
-        except SafetensorError as error:
+            yield
+        except SvskFormatError:
+            raise
+        # The first where the file lacks the tensor, the others where torch has no such dtype or no such shape.
+        except (SafetensorError, AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise SvskFormatError(f"{self.folder / shard}: cannot read {name}: {error}.") from error
 
     def _open(self, shard: str) -> Any:
         if shard not in self._handles:
-            path = self.folder / shard
-            try:
-                self._handles[shard] = safe_open(path, framework="pt", device="cpu")
-            except (FileNotFoundError, SafetensorError, OSError) as error:
-                raise SvskFormatError(f"{path}: cannot be opened ({error}). Copy or write the shard again.") from error
+            self._handles[shard] = safe_handle(self.folder / shard)
         return self._handles[shard]

@@ -1,42 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
 """Structural and numerical checks of a checkpoint: every problem, not only the first."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from svsk_vllm.format.checkpoint import Checkpoint, parse_quantization_config, split_suffix
 from svsk_vllm.format.config import LINEAR_CLASS
 from svsk_vllm.format.errors import SvskFormatError
+from svsk_vllm.format.files import MAX_INDEX_BYTES, open_safetensors
 from svsk_vllm.format.linear import tensor_problems
-from svsk_vllm.format.shards import INDEX_NAME, SINGLE_NAME, ShardedReader, read_json, read_weight_map
-from svsk_vllm.format.spec import SIDECAR_GAIN, SUFFIXES, WEIGHT_PACKED, WEIGHT_SCALE, LinearSpec
-
-__all__ = ["validate_checkpoint"]
-
-_FLOATS_TO_CHECK = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
+from svsk_vllm.format.shards import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    ShardedReader,
+    read_json,
+    read_weight_map,
+    require_printable,
 )
+from svsk_vllm.format.spec import SIDECAR_GAIN, SUFFIXES, WEIGHT_PACKED, WEIGHT_SCALE, LinearSpec, TensorSpec
+from svsk_vllm.format.values import finite_problems, weight_problems
+
+__all__ = ["Architecture", "validate_checkpoint"]
+
+Targets = Callable[[list[str]], Mapping[str, tuple[tuple[str, ...], bool]]]
 
 
-def validate_checkpoint(
-    folder: Path | str, dense_shapes: Mapping[str, tuple[int, ...]] | None = None, linears: Iterable[str] = ()
-) -> list[str]:
+def _own_names(names: list[str]) -> dict[str, tuple[tuple[str, ...], bool]]:
+    return {name: ((name,), True) for name in names}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The unquantised model that a checkpoint must fill.
+
+    Attributes:
+        required: shape by name of every parameter, tied ones once.
+        optional: shape by name of what may be stored as well: other ends of ties, buffers.
+        linears: names of the linear modules. One that the config quantises must not be stored as it was.
+        tied: parameter by the name of the parameter tied to it, for values stored twice.
+        ignored: patterns of names that the model's class does not want although they are stored.
+        targets: which parameters each stored name fills, and whether as it is: models rename and fuse what is stored.
+    """
+
+    required: Mapping[str, tuple[int, ...]]
+    optional: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    linears: frozenset[str] = frozenset()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    targets: Targets = _own_names
+
+
+def validate_checkpoint(folder: Path | str, architecture: Architecture | None = None) -> list[str]:
     """Check a checkpoint folder.
 
     Args:
         folder: the checkpoint.
-        dense_shapes: names and shapes of the parameters of the unquantised architecture, tied ones once. With it,
-            missing and foreign tensors of the whole model are found too, not only those of quantised linears.
-        linears: names of the linear modules of that architecture. With them, linears are found that the config
-            quantises and the folder holds unquantised.
+        architecture: the unquantised model. With it, missing and foreign tensors of the whole model are found too, not
+            only those of quantised linears, and linears that the config quantises and the folder holds unquantised.
 
     Returns:
         One line per problem, naming the file or tensor, what was found and what was expected. Empty: none was found.
@@ -58,14 +82,8 @@ def validate_checkpoint(
     problems += _linear_problems(checkpoint, unreadable)
     problems += _dense_problems(checkpoint, unreadable)
     problems += _target_problems(checkpoint)
-    if dense_shapes is not None:
-        problems += _architecture_problems(checkpoint, dense_shapes, unreadable)
-    dense = set(checkpoint.dense_names)
-    problems += [
-        f"{name}.weight: stored as it was, but config.json quantises {name}. Add it to the ignore list, or quantise it."
-        for name in linears
-        if f"{name}.weight" in dense and checkpoint.config.scheme_for(name) is not None
-    ]
+    if architecture is not None:
+        problems += _architecture_problems(checkpoint, architecture, unreadable)
     return problems
 
 
@@ -87,10 +105,11 @@ def _shard_problems(folder: Path) -> tuple[list[str], set[str]]:
         path = folder / shard
         listed = {name for name, file in weight_map.items() if file == shard}
         try:
-            with safe_open(path, framework="pt", device="cpu") as handle:
+            with open_safetensors(path) as handle:
                 held = set(handle.keys())
-        except (OSError, SafetensorError) as error:
-            problems.append(f"{path}: cannot be opened ({error}); the index lists {len(listed)} tensors in it.")
+            require_printable(path, held)
+        except SvskFormatError as error:
+            problems.append(f"{error} The index lists {len(listed)} tensors in it.")
             unreadable |= listed
             continue
         total += path.stat().st_size
@@ -99,7 +118,7 @@ def _shard_problems(folder: Path) -> tuple[list[str], set[str]]:
         ]
         problems += [f"{path}: holds {name}, which the index does not list there." for name in sorted(held - listed)]
         unreadable |= listed - held
-    metadata = read_json(index_path).get("metadata")
+    metadata = read_json(index_path, MAX_INDEX_BYTES).get("metadata")
     declared = metadata.get("total_size") if isinstance(metadata, dict) else None
     if not problems and isinstance(declared, int) and declared > total:
         problems.append(f"{index_path}: metadata.total_size {declared} exceeds the {total} bytes of the shards.")
@@ -128,18 +147,21 @@ def _linear_problems(checkpoint: Checkpoint, unreadable: set[str]) -> list[str]:
 
 
 def _one_linear(checkpoint: Checkpoint, spec: LinearSpec, suffixes: set[str]) -> list[str]:
-    tensors: dict[str, torch.Tensor] = {
-        s: checkpoint.tensors.read(f"{spec.name}.{s}") for s in SUFFIXES if s in suffixes
+    found: dict[str, torch.Tensor | TensorSpec] = {
+        s: checkpoint.tensors.describe(f"{spec.name}.{s}") for s in SUFFIXES if s in suffixes
     }
-    problems = tensor_problems(spec, tensors)
-    scale, model_dtype = tensors.get(WEIGHT_SCALE), checkpoint.model_dtype
+    problems = tensor_problems(spec, found)
+    model_dtype = checkpoint.model_dtype
     # A scale of any other dtype than the specification's is in the list already.
-    if model_dtype is not None and scale is not None and scale.dtype == spec.scale_dtype != model_dtype:
-        problems.append(f"{spec.name}.{WEIGHT_SCALE}: {scale.dtype}, expected the model's dtype {model_dtype}.")
-    for suffix in (WEIGHT_SCALE, SIDECAR_GAIN):
-        if suffix in tensors:
-            problems += _finite_problems(f"{spec.name}.{suffix}", tensors[suffix])
-    return problems
+    stored = found[WEIGHT_SCALE].dtype if WEIGHT_SCALE in found else None
+    if model_dtype is not None and stored == spec.scale_dtype != model_dtype:
+        problems.append(f"{spec.name}.{WEIGHT_SCALE}: {stored}, expected the model's dtype {model_dtype}.")
+    if problems:
+        values = [f"{spec.name}.{suffix}" for suffix in (WEIGHT_SCALE, SIDECAR_GAIN) if suffix in found]
+        return problems + [p for name in values for p in finite_problems(name, checkpoint.tensors.read(name))]
+    scale = checkpoint.tensors.read(f"{spec.name}.{WEIGHT_SCALE}")
+    gain = checkpoint.tensors.read(f"{spec.name}.{SIDECAR_GAIN}") if spec.rank else None
+    return weight_problems(spec, scale, gain, spec.scale_dtype, lambda: checkpoint.read_linear(spec.name))
 
 
 def _stored_suffixes(checkpoint: Checkpoint) -> dict[str, set[str]]:
@@ -158,19 +180,10 @@ def _dense_problems(checkpoint: Checkpoint, unreadable: set[str]) -> list[str]:
         if name in unreadable:
             continue
         try:
-            problems += _finite_problems(name, checkpoint.read_dense(name))
+            problems += finite_problems(name, checkpoint.read_dense(name), checkpoint.model_dtype)
         except SvskFormatError as error:
             problems.append(str(error))
     return problems
-
-
-def _finite_problems(name: str, tensor: torch.Tensor) -> list[str]:
-    if tensor.dtype not in _FLOATS_TO_CHECK:
-        return []
-    # torch.isfinite lacks float8; a float64 must not be narrowed, 1e300 is finite
-    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    bad = int((~torch.isfinite(wide)).sum())
-    return [f"{name}: {bad} of {tensor.numel()} values are not finite."] if bad else []
 
 
 def _target_problems(checkpoint: Checkpoint) -> list[str]:
@@ -184,31 +197,60 @@ def _target_problems(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _architecture_problems(
-    checkpoint: Checkpoint, dense_shapes: Mapping[str, tuple[int, ...]], unreadable: set[str]
-) -> list[str]:
+def _architecture_problems(checkpoint: Checkpoint, model: Architecture, unreadable: set[str]) -> list[str]:
     problems = []
-    modules = _stored_suffixes(checkpoint)
-    for name, shape in dense_shapes.items():
-        module = name.removesuffix(".weight")
+    dense, modules = checkpoint.dense_names, sorted(_stored_suffixes(checkpoint))
+    targets = model.targets([*dense, *(f"{module}.weight" for module in modules)])
+    filled = {target for found, _ in targets.values() for target in found}
+    problems += [
+        f"{name}: missing, the architecture expects it with shape {list(shape)}."
+        for name, shape in model.required.items()
+        if name not in filled
+    ]
+    known = {**model.optional, **model.required}
+    for name in dense:
+        found, as_it_is = targets[name]
+        if found[0] not in known:
+            if not any(re.search(pattern, name) for pattern in model.ignored):
+                problems.append(f"{name}: the architecture has no such parameter.")
+        elif as_it_is:
+            problems += _shape_problems(checkpoint, name, known[found[0]], unreadable)
+            problems += _dense_linear_problems(checkpoint, model, name, found[0])
+    for module in modules:
+        found, as_it_is = targets[f"{module}.weight"]
         packed = f"{module}.{WEIGHT_PACKED}"
-        if name in checkpoint.tensors:
-            problems += _shape_problems(checkpoint, name, shape, unreadable)
-        elif name.endswith(".weight") and module in modules:
-            if packed in checkpoint.tensors:  # its absence is reported with the linear
-                problems += _shape_problems(checkpoint, packed, shape, unreadable)
-        else:
-            problems.append(f"{name}: missing, the architecture expects it with shape {list(shape)}.")
-    problems += [
-        f"{name}: the architecture has no such parameter."
-        for name in checkpoint.dense_names
-        if name not in dense_shapes
-    ]
-    problems += [
-        f"{module}: stored quantised, but the architecture has no {module}.weight."
-        for module in sorted(modules)
-        if f"{module}.weight" not in dense_shapes
-    ]
+        if found[0] not in known:
+            problems.append(f"{module}: stored quantised, but the architecture has no {module}.weight.")
+        elif as_it_is and packed in checkpoint.tensors:  # its absence is reported with the linear
+            problems += _shape_problems(checkpoint, packed, known[found[0]], unreadable)
+    return problems + _tie_problems(checkpoint, model, {found[0]: name for name, (found, _) in targets.items()})
+
+
+def _dense_linear_problems(checkpoint: Checkpoint, model: Architecture, name: str, target: str) -> list[str]:
+    """A linear that is stored as it was although the config quantises it; a tied head is part of the embedding."""
+    module = name.removesuffix(".weight")
+    if target.removesuffix(".weight") not in model.linears or not name.endswith(".weight"):
+        return []
+    if target in model.tied or checkpoint.config.scheme_for(module) is None:
+        return []
+    return [f"{name}: stored as it was, but config.json quantises {module}. Add it to the ignore list, or quantise it."]
+
+
+def _tie_problems(checkpoint: Checkpoint, model: Architecture, stored: Mapping[str, str]) -> list[str]:
+    """Both ends of a tie stored with different values: a loader would drop one of them."""
+    problems = []
+    for other, first in model.tied.items():
+        names = [stored[name] for name in (first, other) if name in stored and stored[name] in checkpoint.tensors]
+        if len(names) < 2:
+            continue
+        try:
+            values = [checkpoint.read_dense(name) for name in names]
+        except SvskFormatError:
+            continue  # reported with its shard
+        if not torch.equal(*values):
+            problems.append(
+                f"{names[1]}: differs from {names[0]}, to which config.json ties it. Remove one, or the tie."
+            )
     return problems
 
 

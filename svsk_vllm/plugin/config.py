@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What vLLM asks a quantisation method: which layers, and by which method."""
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +11,13 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from svsk_vllm.architecture import require_sound
 from svsk_vllm.format import ConfigGroup, SvskCheckpointConfig, SvskFormatError
 from svsk_vllm.plugin.linear import SvskLinearMethod
 
 __all__ = ["SvskConfig"]
+
+_RANKS_STATE = re.compile(r"model-rank-\d+-part-")
 
 
 class SvskConfig(QuantizationConfig):
@@ -55,6 +60,19 @@ class SvskConfig(QuantizationConfig):
     ) -> str | None:
         """Claim checkpoints of this format, whatever the user's flag says."""
         return "svsk" if hf_quant_cfg.get("quant_method") == "svsk" else None
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Refuse a folder that `svsk validate` would refuse, before vLLM builds its model.
+
+        Of a model from the hub nothing but config.json is here yet, and a folder of config.json alone is loaded with
+        random weights. What a sharded-state folder holds are parameters of vLLM's own.
+
+        Raises:
+            SvskFormatError: names what is wrong.
+        """
+        folder = Path(model_name)
+        if folder.is_dir() and any(not _RANKS_STATE.match(path.name) for path in folder.glob("*.safetensors")):
+            require_sound(folder, hf_config)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Translate module names of the configuration to those of the vLLM model."""

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svsk_vllm.format import validate_checkpoint
+from svsk_vllm.format.validate import Architecture
 from tests.support.format_builders import (
     DOWN_PROJ,
     INDEX,
@@ -234,7 +235,7 @@ def names_of(cases: list[Case]) -> list[str]:
 def test_a_sound_checkpoint_has_no_problems(tmp_path: Path, shards: int, dtype: torch.dtype) -> None:
     small = build_small_checkpoint(tmp_path, shards, dtype)
     assert validate_checkpoint(tmp_path) == []
-    assert validate_checkpoint(str(tmp_path), small.dense_shapes) == []
+    assert validate_checkpoint(str(tmp_path), Architecture(small.dense_shapes)) == []
 
 
 @pytest.mark.parametrize("case", TENSORS + FILES + CONFIG, ids=names_of(TENSORS + FILES + CONFIG))
@@ -251,7 +252,7 @@ def test_damage_that_only_the_architecture_shows(tmp_path: Path, case: Case) -> 
     small = build_small_checkpoint(tmp_path, shards=3)
     case.damage(small)
     assert validate_checkpoint(tmp_path) == []
-    problems = validate_checkpoint(tmp_path, small.dense_shapes)
+    problems = validate_checkpoint(tmp_path, Architecture(small.dense_shapes))
     assert_lines(problems, case.lines)
     assert len(problems) == len(case.lines), problems
 
@@ -261,13 +262,13 @@ def test_damage_is_found_with_an_architecture_too(tmp_path: Path, case: Case) ->
     small = build_small_checkpoint(tmp_path, shards=3)
     shapes = small.dense_shapes
     case.damage(small)
-    assert_lines(validate_checkpoint(tmp_path, shapes), case.lines)
+    assert_lines(validate_checkpoint(tmp_path, Architecture(shapes)), case.lines)
 
 
 def test_a_linear_the_architecture_lacks(tmp_path: Path) -> None:
     small = build_small_checkpoint(tmp_path)
     shapes = {name: shape for name, shape in small.dense_shapes.items() if name != f"{Q_PROJ}.weight"}
-    assert validate_checkpoint(tmp_path, shapes) == [
+    assert validate_checkpoint(tmp_path, Architecture(shapes)) == [
         f"{Q_PROJ}: stored quantised, but the architecture has no {Q_PROJ}.weight."
     ]
 
@@ -291,7 +292,7 @@ def test_many_damages_are_all_reported(tmp_path: Path) -> None:
     cases = {case.name: case for case in TENSORS + FILES + CONFIG + ARCHITECTURE}
     for name in wanted:
         cases[name].damage(small)
-    problems = validate_checkpoint(tmp_path, shapes)
+    problems = validate_checkpoint(tmp_path, Architecture(shapes))
     for name in wanted:
         assert_lines(problems, cases[name].lines)
 
@@ -300,7 +301,7 @@ def test_a_lost_shard_does_not_hide_damage_in_the_others(tmp_path: Path) -> None
     small = build_small_checkpoint(tmp_path, shards=3)
     small.replace(EMBED, with_value(0, float("nan")))
     (tmp_path / SHARD_2).unlink()
-    problems = validate_checkpoint(tmp_path, small.dense_shapes)
+    problems = validate_checkpoint(tmp_path, Architecture(small.dense_shapes))
     assert_lines(problems, ((SHARD_2, "cannot be opened"), (EMBED, "not finite")))
     assert len(problems) == 2  # what the lost shard held is not reported a second time
 
@@ -355,7 +356,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 def test_large_and_odd_dense_tensors_are_no_problem(tmp_path: Path) -> None:
     small = build_small_checkpoint(tmp_path)
     odd = {
-        "large": torch.tensor([1e300], dtype=torch.float64),  # overflows float32, yet is finite
+        "large": torch.tensor([1e38], dtype=torch.float64),
         "fp8": torch.tensor([448.0]).to(torch.float8_e4m3fn),
         "exponents": torch.tensor([255], dtype=torch.uint8).view(torch.float8_e8m0fnu),
         "unsigned": torch.tensor([65535], dtype=torch.uint16),
@@ -363,8 +364,47 @@ def test_large_and_odd_dense_tensors_are_no_problem(tmp_path: Path) -> None:
     }
     save_file(load_file(tmp_path / SINGLE) | odd, tmp_path / SINGLE)
     shapes = small.dense_shapes | {name: tuple(tensor.shape) for name, tensor in odd.items()}
-    assert validate_checkpoint(tmp_path, shapes) == []
+    assert validate_checkpoint(tmp_path, Architecture(shapes)) == []
     save_file(
         load_file(tmp_path / SINGLE) | {"fp8": torch.tensor([float("nan")]).to(torch.float8_e4m3fn)}, tmp_path / SINGLE
     )
-    assert_lines(validate_checkpoint(tmp_path, shapes), (("fp8", "1 of 1 values are not finite"),))
+    assert_lines(validate_checkpoint(tmp_path, Architecture(shapes)), (("fp8", "1 of 1 values are not finite"),))
+
+
+BEYOND = [
+    replaced("beyond the dtype:", "model.norm.weight", with_value(3, 7e4), "7e+04", "torch.float16"),
+    replaced("products beyond the dtype:", f"{Q_PROJ}.weight_scale", with_value(5, 3e4), "beyond", "torch.float16"),
+    replaced("products beyond float32:", f"{DOWN_PROJ}.sidecar_gain", with_value(0, 1e38), "beyond what float32"),
+    replaced("beyond, negative:", f"{DOWN_PROJ}.sidecar_gain", with_value(0, -9e34), "beyond what float32"),
+    replaced("beyond the dtype with the sidecar:", f"{DOWN_PROJ}.sidecar_gain", with_value(0, 30.0), "torch.float16"),
+]
+
+
+@pytest.mark.parametrize("case", BEYOND, ids=names_of(BEYOND))
+def test_finite_values_that_load_as_infinities(tmp_path: Path, case: Case) -> None:
+    small = build_small_checkpoint(tmp_path, dtype=torch.float16)
+    case.damage(small)
+    problems = validate_checkpoint(tmp_path)
+    assert_lines(problems, case.lines)
+    assert len(problems) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_beyond_a_wider_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    """1e38 is a number in both, 13 times as much in neither."""
+    small = build_small_checkpoint(tmp_path, dtype=dtype)
+    small.replace(f"{O_PROJ}.weight_scale", with_value(0, 1e38))
+    assert_lines(validate_checkpoint(tmp_path), ((f"{O_PROJ}.weight_scale", "beyond what float32"),))
+    small.replace(f"{O_PROJ}.weight_scale", with_value(0, 1e36))
+    assert validate_checkpoint(tmp_path) == []
+
+
+def test_a_bound_that_no_weight_reaches_is_no_problem(tmp_path: Path) -> None:
+    """In float16 a scale of 8,000 takes code 8, not 7, beyond the largest number: the weight itself decides."""
+    small = build_small_checkpoint(tmp_path, dtype=torch.float16)
+    small.replace(f"{Q_PROJ}.weight_scale", lambda scale: torch.full_like(scale, 8190.0))
+    assert validate_checkpoint(tmp_path) != []
+    small.replace(f"{Q_PROJ}.weight_packed", torch.zeros_like)  # every code is -8, 65,520: rounds to infinity
+    assert validate_checkpoint(tmp_path) != []
+    small.replace(f"{Q_PROJ}.weight_packed", lambda packed: torch.full_like(packed, 0x11111111))  # every code is -7
+    assert validate_checkpoint(tmp_path) == []

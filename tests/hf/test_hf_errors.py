@@ -38,7 +38,7 @@ def test_missing_linear(broken: Path) -> None:
             del tensors[name]
 
     edit_tensors(broken, remove)
-    with pytest.raises(SvskFormatError, match=rf"{Q_PROJ}\.weight: .* neither quantised nor dense"):
+    with pytest.raises(SvskFormatError, match=rf"{Q_PROJ}\.weight: missing"):
         load(broken)
 
 
@@ -49,7 +49,7 @@ def test_missing_linear(broken: Path) -> None:
         (f"{Q_PROJ}.weight_packed", lambda tensor: tensor.long(), "torch.int64"),
         (f"{Q_PROJ}.weight_packed", lambda tensor: tensor.flatten(), "expected a matrix"),
         (f"{Q_PROJ}.sidecar_u", lambda tensor: tensor[:, :, :2].contiguous(), r"\[128, 2, 2\]"),
-        ("model.norm.weight", lambda tensor: tensor[:64].contiguous(), r"\[64\], the model has \[128\]"),
+        ("model.norm.weight", lambda tensor: tensor[:64].contiguous(), r"\[64\], the architecture expects \[128\]"),
     ],
 )
 def test_wrong_tensor(broken: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
@@ -61,7 +61,7 @@ def test_wrong_tensor(broken: Path, name: str, change: Callable[[torch.Tensor], 
 def test_linear_of_another_shape(folders: MakeFolders, broken: Path) -> None:
     other = load_file(folders("mistral", torch.bfloat16).svsk / "model.safetensors")
     edit_tensors(broken, lambda tensors: tensors.update({k: v for k, v in other.items() if k.startswith(Q_PROJ)}))
-    with pytest.raises(SvskFormatError, match=r"q_proj: stored as \[128, 192\], .* is \[128, 128\]"):
+    with pytest.raises(SvskFormatError, match=r"q_proj\.weight_packed: holds \[128, 192\], .* expects \[128, 128\]"):
         load(broken)
 
 
@@ -73,7 +73,7 @@ def test_linear_stored_both_ways(broken: Path) -> None:
 
 def test_targeted_head_stored_dense(broken: Path) -> None:
     edit_config(broken, lambda config: config.update(ignore=[]))
-    with pytest.raises(SvskFormatError, match=r"lm_head\.weight: stored dense, .* ignore list"):
+    with pytest.raises(SvskFormatError, match=r"lm_head\.weight: stored as it was, .* ignore list"):
         load(broken)
 
 
@@ -98,7 +98,7 @@ def test_ignored_linear_stored_quantised(broken: Path) -> None:
 def test_config_of_a_dense_folder(qwen2: Folders, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(qwen2.restored, tmp_path / "restored"))
     shutil.copyfile(qwen2.svsk / "config.json", folder / "config.json")
-    with pytest.raises(SvskFormatError, match="no quantised linear is stored"):
+    with pytest.raises(SvskFormatError, match="no quantised linear, although"):
         load(folder)
 
 

@@ -33,6 +33,7 @@ from svsk_vllm.format import (
     codebook_levels,
     restored_weight,
 )
+from svsk_vllm.format.config import declared, undeclared
 from svsk_vllm.format.shards import INDEX_NAME, SINGLE_NAME
 
 TILE_M: Final = 48
@@ -196,7 +197,7 @@ def write_random_svsk(
         tensors |= {name: tensor} if group is None else random_linear(module, tensor, group, generator).to_tensors()
     _copy_side_files(dense, out)
     hf_config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
-    _write_json(out / "config.json", {**hf_config, "quantization_config": config.to_dict()})
+    _write_json(out / "config.json", declared(hf_config, config))
     _save(out, tensors, shards)
     return out
 
@@ -243,8 +244,7 @@ def write_restored(svsk: Path, out: Path) -> Path:
     tensors = {name: checkpoint.read_dense(name) for name in checkpoint.dense_names}
     tensors |= {f"{name}.weight": restored_weight(linear) for name, linear in checkpoint.iter_linears()}
     _copy_side_files(svsk, out)
-    hf_config = {key: value for key, value in checkpoint.hf_config.items() if key != "quantization_config"}
-    _write_json(out / "config.json", hf_config)
+    _write_json(out / "config.json", undeclared(checkpoint.hf_config))
     _save(out, tensors, shards=1)
     return out
 
