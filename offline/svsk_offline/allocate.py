@@ -65,7 +65,8 @@ def allocate(
             f"A target of {target_bpw} bits per weight is less than the {_size(smallest) / num_weights:.4f} that the "
             "smallest choices allowed take. Raise the target, or allow smaller ranks or larger groups."
         )
-    low, high = 0.0, 1.0
+    # In the unit of the losses: they scale with the inputs, and what is chosen must not.
+    low, high = 0.0, max((c.loss for options in choices.values() for c in options), default=0.0) / budget or 1.0
     while _size(_at_price(sets, high)) > budget:
         low, high = high, high * 16
     for _ in range(_BISECTIONS):

@@ -2,6 +2,7 @@
 """Running calibration samples through a model one decoder block at a time."""
 
 import contextlib
+import copy
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from svsk_offline.calibration.arguments import Comparison, containers
 from svsk_offline.calibration.statistics import InputStatistics
 from svsk_offline.calibration.text import CalibrationSet
 from svsk_offline.errors import SvskError
@@ -41,23 +43,6 @@ class StandIn(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self._respond(hidden_states, args, kwargs)
-
-
-def _same(left: Any, right: Any) -> bool:
-    """Whether two nests of tuples, lists and mappings hold equal tensors and values."""
-    if isinstance(left, torch.Tensor):
-        return isinstance(right, torch.Tensor) and torch.equal(left, right)
-    if isinstance(left, Mapping):
-        return (
-            isinstance(right, Mapping) and left.keys() == right.keys() and all(_same(left[k], right[k]) for k in left)
-        )
-    if isinstance(left, tuple | list):
-        return (
-            isinstance(right, tuple | list)
-            and len(left) == len(right)
-            and all(_same(a, b) for a, b in zip(left, right, strict=True))
-        )
-    return type(left) is type(right)  # caches and the like have no equality of their own
 
 
 class BlockRunner:
@@ -149,7 +134,7 @@ class BlockRunner:
 
     def forward(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Output [samples, tokens, features] of block ``index`` for some samples' inputs of the same shape."""
-        args, kwargs = self._calls[index]
+        args, kwargs = copy.deepcopy(self._calls[index])  # a block may fill caches and change masks in place
         output = block(hidden.to(self.device, self.dtype), *args, **kwargs)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
@@ -204,18 +189,19 @@ class BlockRunner:
         inputs: list[torch.Tensor] = []
 
         index = 0  # of the sample
+        comparison = Comparison()
 
         def note(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
             number = len(inputs)
             inputs.append(hidden)
             if index == 0:
-                self._calls.append((args, kwargs))
-            elif index == 1 and not _same(self._calls[number], (args, kwargs)):
+                self._calls.append(containers((args, kwargs)))
+            elif (differs := comparison.difference(self._calls[number], (args, kwargs))) is not None:
                 raise SvskError(
                     f"{self.source.folder}: {type(model).__name__} calls its decoder blocks with arguments that depend "
-                    "on the tokens; such models are not supported."
+                    f"on the tokens (block {number}, {differs}); such models are not supported."
                 )
-            if index > 1 or len(inputs) == len(blocks):
+            if len(inputs) == len(blocks):
                 raise _Stop
             return hidden
 
@@ -227,6 +213,7 @@ class BlockRunner:
             with self.source.replaced_blocks(StandIn(block, note) for block in blocks) as model:
                 for index, sample in enumerate(tokens):
                     inputs.clear()
+                    comparison = Comparison()  # its memory is of one sample's objects
                     with contextlib.suppress(_Stop):
                         model(input_ids=sample.unsqueeze(0).to(self.device), use_cache=False)
                     if hidden is None:

@@ -14,6 +14,9 @@ __all__ = ["channel_importance", "quantize_aa"]
 def channel_importance(second_moment: torch.Tensor, alpha: float, bounds: tuple[float, float]) -> torch.Tensor:
     """Weight of each input channel's error: ``clip((E[x_j^2] / mean) ** alpha, *bounds)``.
 
+    The mean is that of the channels in use: one that is always zero has the smallest importance and leaves those of
+    the others as they are.
+
     Args:
         second_moment: float32 [K], ``E[x_j^2]`` over calibration tokens.
         alpha: exponent.
@@ -22,8 +25,10 @@ def channel_importance(second_moment: torch.Tensor, alpha: float, bounds: tuple[
     Returns:
         float32 [K].
     """
-    relative = second_moment / second_moment.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return relative.clamp_min(1e-12).pow(alpha).clamp(*bounds)
+    used = second_moment > 0
+    mean = second_moment.sum() / used.sum().clamp_min(1)
+    relative = torch.where(used, second_moment / torch.where(mean > 0, mean, 1.0), 0.0)
+    return torch.where(used, relative.pow(alpha).clamp(*bounds), bounds[0])
 
 
 def quantize_aa(

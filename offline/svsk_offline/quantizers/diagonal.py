@@ -48,8 +48,8 @@ def fit_diagonal_sidecar(
     u = torch.zeros(grid.n, grid.num_col_tiles, rank, dtype=torch.int8, device=device)
     v = torch.zeros(grid.num_row_tiles, rank, grid.k, dtype=torch.int8, device=device)
     gain = torch.zeros(grid.num_row_tiles, grid.num_col_tiles, rank, device=device)
-    mean = second_moment.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    root = (second_moment + ridge * mean).sqrt()
+    mean = second_moment.mean()
+    root = (second_moment + ridge * torch.where(mean > 0, mean, 1.0)).sqrt()
     for a in range(grid.num_row_tiles):
         rows = grid.row_slice(a)
         for b in range(grid.num_col_tiles):

@@ -16,7 +16,10 @@ _DAMPING_STEPS: Final = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def damped(hessian: torch.Tensor, relative: float, scale: float | None = None) -> torch.Tensor:
-    """``H + relative * scale * I``, channels that are never used set to 1.
+    """``H + relative * scale * I``; the identity for an input that is always zero.
+
+    A channel that is never used has only the damping on its diagonal. Nothing here has a unit: inputs of another scale
+    give the same matrix but for a factor, so channels that are never used count the same beside all others.
 
     Args:
         hessian: float32 [K, K], ``E[x x^T]``.
@@ -29,9 +32,9 @@ def damped(hessian: torch.Tensor, relative: float, scale: float | None = None) -
     result = hessian.clone()
     diagonal = result.diagonal()
     mean = float(diagonal.mean()) if scale is None else scale
-    dead = diagonal <= 0
     diagonal.add_(relative * mean)
-    diagonal[dead] = 1.0
+    if not bool(diagonal.any()):
+        diagonal.fill_(1.0)
     return result
 
 
@@ -61,9 +64,9 @@ def inverse_root(matrix: torch.Tensor) -> torch.Tensor:
 
 def damped_batch(matrices: torch.Tensor, relative: float) -> torch.Tensor:
     """:func:`damped` for each of [A, n, n], relative to its own mean diagonal."""
-    diagonal = matrices.diagonal(dim1=1, dim2=2)
-    raised = diagonal + relative * diagonal.mean(1, keepdim=True)
-    return matrices + torch.diag_embed(torch.where(diagonal <= 0, 1.0, raised) - diagonal)
+    mean = matrices.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    added = torch.where(mean == 0, 1.0, relative * mean)
+    return matrices + torch.diag_embed(added.expand(matrices.shape[:2]))
 
 
 def inverse_roots(matrices: torch.Tensor) -> torch.Tensor:
