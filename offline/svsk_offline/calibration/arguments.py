@@ -71,22 +71,24 @@ class Comparison:
                 return where
             inside = (f"{where}{i}" if where.endswith(" ") else f"{where}[{i}]" for i in range(len(left)))
             return _first(self._differ(a, b, name) for a, b, name in zip(left, right, inside, strict=True))
-        if isinstance(left, types.FunctionType):
-            parts = [
-                (f.__code__, f.__defaults__, [c.cell_contents for c in f.__closure__ or ()]) for f in (left, right)
-            ]
-            return self._differ(*parts, where)
-        if isinstance(left, functools.partial):
-            parts = [(f.func, f.args, f.keywords) for f in (left, right)]
-            return self._differ(*parts, where)
+        if isinstance(left, types.FunctionType | functools.partial):
+            return self._differ(_parts_of(left), _parts_of(right), where)
         if isinstance(left, float) and math.isnan(left) and math.isnan(right):
             return None
-        if type(left).__eq__ is not object.__eq__ and not dataclasses.is_dataclass(left):
+        own_equality = getattr(type(left), "__eq__", None) is not getattr(object, "__eq__", None)
+        if own_equality and not dataclasses.is_dataclass(left):
             return None if bool(left == right) else where
         found = _attributes(left)
         if not found and not hasattr(left, "__dict__"):
             return where  # a dtype, say, which is one object per value
         return self._differ(found, _attributes(right), where)
+
+
+def _parts_of(function: Any) -> tuple[Any, ...]:
+    """What tells one function, or one partial application, from another."""
+    if isinstance(function, functools.partial):
+        return function.func, function.args, function.keywords
+    return function.__code__, function.__defaults__, [cell.cell_contents for cell in function.__closure__ or ()]
 
 
 def _attributes(value: Any) -> dict[str, Any]:
