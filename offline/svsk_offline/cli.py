@@ -174,10 +174,13 @@ def inspect(
 @app.command()
 def validate(folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")]) -> None:
     """Check a checkpoint's structure and numbers; list every problem and exit with 1 if there is one."""
-    from svsk_offline.inspect import validate_against_architecture
+    from svsk_offline.inspect import serving_note, validate_against_architecture
 
     with _plain_errors():
         problems = validate_against_architecture(folder)
+        note = None if problems else serving_note(folder)
+    if note:
+        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
     for problem in problems:
         console.print(f"[red]problem:[/] {escape(problem)}", highlight=False)
     if problems:

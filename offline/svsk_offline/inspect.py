@@ -9,8 +9,10 @@ from rich.table import Table
 
 from svsk_vllm.architecture import checkpoint_problems
 from svsk_vllm.format import Checkpoint
+from svsk_vllm.format.architectures import vllm_class
+from svsk_vllm.format.shards import read_json
 
-__all__ = ["inspect_checkpoint", "print_inspection", "validate_against_architecture"]
+__all__ = ["inspect_checkpoint", "print_inspection", "serving_note", "validate_against_architecture"]
 
 
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
@@ -79,6 +81,11 @@ def print_inspection(console: Console, found: dict[str, Any]) -> None:
         f"written by svsk {producer.get('svsk', 'unknown')}, calibration {producer.get('calibration', 'unknown')}",
     ):
         console.print(line, highlight=False)
+
+
+def serving_note(folder: Path) -> str | None:
+    """What to know before serving a checkpoint with vLLM that is no fault of the folder; None: nothing."""
+    return vllm_class(read_json(folder / "config.json")).note()
 
 
 def validate_against_architecture(folder: Path, *, trust_remote_code: bool = False) -> list[str]:

@@ -24,6 +24,7 @@ from svsk_offline.layer import LayerReport, quantize_linear
 from svsk_offline.output import CheckpointWriter
 from svsk_offline.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.recipe import Recipe, load_recipe
+from svsk_offline.serving import check_servable
 from svsk_offline.source import ModelSource, linear_modules, resolve_model
 from svsk_vllm.format import ConfigGroup, QuantizedLinear, SvskCheckpointConfig, dequantize
 from svsk_vllm.format.shards import read_json
@@ -196,11 +197,14 @@ class _Run:
         if all(self.config.scheme_for(f"{self.blocks_name}.{i}.{name}") is None for i, name in self._linear_names()):
             raise SvskError(f"{self.source.folder}: every linear layer is on the ignore list; nothing to quantise.")
         self.schemes = uniform_schemes(self.source, self.config, self.scale_dtype)
+        budget = self.recipe.allocation
+        most = 0 if budget.target_bpw is None else max(budget.ranks)
+        check_servable(self.source, self.schemes, self.progress.message, most=most)
         sink = self.recipe.sink
         if sink.weight and not any(map(self.recipe.sink_weight, self.schemes)):
             self.progress.message(f"No linear matches sink.targets {sink.targets}: the sink weight has no effect.")
-        sizes = self.recipe.allocation.group_sizes
-        for name in self.schemes if self.recipe.allocation.target_bpw is not None else ():
+        sizes = budget.group_sizes
+        for name in self.schemes if budget.target_bpw is not None else ():
             k = self.source.tensors.describe(f"{name}.weight").shape[1]
             if all(k % size for size in sizes):
                 raise SvskError(

@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 import torch
 from safetensors import safe_open
@@ -21,13 +20,11 @@ from svsk_offline.calibration import CalibrationSet, InputStatistics, OutputGrad
 from svsk_offline.curves import choices_of, scheme_with
 from svsk_offline.errors import SvskError
 from svsk_offline.recipe import GptqBase, HessianFit, Recipe
+from svsk_offline.serving import vllm_class_of
 from svsk_offline.source import ModelSource, linear_modules
 from svsk_vllm.format import ConfigGroup, LinearSpec, SvskCheckpointConfig
 
 __all__ = ["Plan", "make_plan", "uniform_schemes"]
-
-_FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears that serving engines fuse; they have one input."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +200,10 @@ class _Measured:
         if target is None:
             return Plan(self.schemes, self.tokens, self.rows)
         weights = sum(self._size(name) for name in self.schemes)
-        chosen = allocate(self.choices, {name: _fused_name(name) for name in self.schemes}, target, weights)
+        fused: dict[str, tuple[str, ...]] = {name: (name,) for name in self.schemes}
+        for members in vllm_class_of(self.source).fused_sets(self.schemes):
+            fused |= dict.fromkeys(members, members)
+        chosen = allocate(self.choices, fused, target, weights)
         schemes = {
             name: scheme_with(scheme, pick.group_size, pick.rank, pick.factor_bits)
             for name, scheme in self.schemes.items()
@@ -217,8 +217,8 @@ class _Measured:
 
     def _share(self, prefix: str, block: nn.Module) -> None:
         """Give linears of one input one token weighting, the mean of theirs."""
-        for endings in _FUSED:
-            names = [prefix + name for name, _ in linear_modules(block) if name.rpartition(".")[2] in endings]
+        linears = [prefix + name for name, _ in linear_modules(block)]
+        for names in vllm_class_of(self.source).fused_sets(linears):
             found = [self.tokens[name] for name in names if name in self.tokens]
             if found:
                 mean = torch.stack(found).mean(0)
@@ -230,12 +230,3 @@ def _relative(squares: torch.Tensor, power: float) -> torch.Tensor:
     powers = squares.double() ** power
     mean = powers.mean()
     return (powers / mean if mean else torch.ones_like(powers)).float()
-
-
-def _fused_name(name: str) -> str:
-    """Equal for linears that are fused at run time."""
-    parent, _, own = name.rpartition(".")
-    for endings in _FUSED:
-        if own in endings:
-            return f"{parent}.{'+'.join(endings)}"
-    return name

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from svsk_vllm.format.architectures import serving_problems
 from svsk_vllm.format.checkpoint import Checkpoint, parse_quantization_config, split_suffix
 from svsk_vllm.format.config import LINEAR_CLASS
 from svsk_vllm.format.errors import SvskFormatError
@@ -82,6 +83,7 @@ def validate_checkpoint(folder: Path | str, architecture: Architecture | None = 
     problems += _linear_problems(checkpoint, unreadable)
     problems += _dense_problems(checkpoint, unreadable)
     problems += _target_problems(checkpoint)
+    problems += serving_problems(checkpoint)
     if architecture is not None:
         problems += _architecture_problems(checkpoint, architecture, unreadable)
     return problems

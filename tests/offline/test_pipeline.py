@@ -186,7 +186,7 @@ def test_restore_gives_what_transformers_loads(tmp_path: Path, tiny_qwen2: Path,
 
 
 def test_ignored_modules_stay_dense(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
-    recipe = tiny_recipe.override({"ignore": (r"re:.*\.down_proj$", "model.layers.0.self_attn.q_proj")})
+    recipe = tiny_recipe.override({"ignore": (r"re:.*\.down_proj$", "model.layers.0.self_attn.o_proj")})
     quantize(tiny_llama, tmp_path / "out", recipe)
     checkpoint = Checkpoint(tmp_path / "out")
     assert len(checkpoint.linears) == 11

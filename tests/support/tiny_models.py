@@ -81,6 +81,44 @@ FAMILIES: Final[dict[str, Family]] = {
         {"tie_word_embeddings": False, "hidden_size": 192, "head_dim": 32, "sliding_window": None},
     ),
 }
+"""What most tests run through."""
+
+MORE_FAMILIES: Final[dict[str, Family]] = {
+    # q, k, v and gate, up are stored as one.
+    "phi3": Family("phi3", {"tie_word_embeddings": False}),
+    # Biases everywhere, no gate; vLLM serves transformers' class.
+    "starcoder2": Family("starcoder2", {"tie_word_embeddings": True, "sliding_window": None}),
+    # Soft caps, scaled embeddings, layers that look at a window of the past.
+    "gemma2": Family("gemma2", {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32}),
+    "gemma3": Family("gemma3_text", {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32}),
+    # Multipliers of embeddings, residuals, attention and logits.
+    "granite": Family(
+        "granite",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0},
+    ),
+    # Attention and MLP read one norm; tied head with scaled logits.
+    "cohere": Family("cohere", {"logit_scale": 0.5}),
+    # Norms after attention and MLP, and on all of q and k at once.
+    "olmo2": Family("olmo2", {"tie_word_embeddings": False}),
+    "exaone4": Family("exaone4", {"tie_word_embeddings": False, "sliding_window": 64, "sliding_window_pattern": "LG"}),
+    # No gate; an activation with parameters of its own.
+    "apertus": Family("apertus", {"tie_word_embeddings": False}),
+    # No gate, squared activation, norms of 1 plus what is stored.
+    "nemotron": Family("nemotron", {"tie_word_embeddings": False}),
+    "stablelm": Family("stablelm", {"tie_word_embeddings": False, "use_qkv_bias": True}),
+    # q, k and v apart, gate and up stored as one.
+    "glm4": Family("glm4", {"tie_word_embeddings": False, "head_dim": 32}),
+    # q, k and v stored as one: by heads, and in groups of key/value heads.
+    "falcon": Family(
+        "falcon",
+        {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": False, "bias": True, "alibi": False},
+    ),
+    "falcon-grouped": Family(
+        "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False, "alibi": False}
+    ),
+    "bloom": Family("bloom"),
+}
+"""What differs in names, in what is stored as one, or in what stands around the linears."""
 
 
 def write_dense(
@@ -94,14 +132,14 @@ def write_dense(
 
     Args:
         folder: made when missing.
-        family: a key of ``FAMILIES``, or any other architecture of transformers.
+        family: a key of ``FAMILIES`` or ``MORE_FAMILIES``, or any other architecture of transformers.
         dtype: dtype the weights are stored in.
         seed: of the weights.
 
     Returns:
         ``folder``.
     """
-    family = FAMILIES[family] if isinstance(family, str) else family
+    family = (FAMILIES | MORE_FAMILIES)[family] if isinstance(family, str) else family
     config = AutoConfig.for_model(family.model_type, **family.hf_config)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
