@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 from peers.common import RESULT, WEIGHTS, Job, PeerError, block_linears, load_folder, save_tokens
 from peers.environment import environment_python, run_shown
-from svsk_offline.calibration.text import CalibrationSet, load_calibration
+from svsk_offline.calibration import CalibrationSet, load_calibration
 from svsk_offline.errors import SvskError
 from svsk_offline.recipe import load_recipe
 
@@ -116,7 +116,7 @@ def compare_peer(
         peer: a name of :data:`PEERS`.
         model: Hugging Face folder of the reference.
         out: the dense float32 folder to write, with ``peer.json``.
-        calibration: text, see :func:`svsk_offline.calibration.text.load_calibration`.
+        calibration: text, see :func:`svsk_offline.calibration.load_calibration`.
         samples: calibration samples.
         seq_len: tokens of each.
         seed: of the draw, and the peer's.

@@ -5,13 +5,23 @@ import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from svsk_eval.errors import EvalError
 from svsk_eval.metrics import EvalInputs, EvalResult, score_chunk, summarise
+from svsk_offline.calibration.limits import check_token_ids, longest_sequence
 from svsk_offline.calibration.text import bos_prefix, cut_pieces, token_fingerprint
+from svsk_offline.errors import SvskError
 from svsk_offline.pipeline import resolve_device
 
 __all__ = [
@@ -21,6 +31,7 @@ __all__ = [
     "check_folder",
     "check_same_vocabulary",
     "compare_models",
+    "declared_limits",
     "evaluate",
     "is_svsk",
     "load_model",
@@ -206,7 +217,12 @@ def evaluate(
         EvalError: a model, a tokenizer or the text cannot be used, or the models have different vocabularies.
         SvskFormatError: one is an SVSK checkpoint that this package cannot read.
     """
+    where = resolve_device("auto" if device is None else str(device))
+    _dtype(dtype, where)
     tokens = shared_tokens(model_path, reference_path, text, chunks, seq_len)
+    for path in (model_path, reference_path):
+        if path is not None:  # before weights are read; once more, by the embedding's rows, when they are
+            check_fits(path, *declared_limits(path), tokens)
     reference = None if reference_path is None else load_model(reference_path, dtype, device)
     model = load_model(model_path, dtype, device)
     size = _check_loaded(model_path, model, tokens)
@@ -270,13 +286,34 @@ def check_fits(path: str | Path, vocabulary: int, longest: int | None, tokens: t
     Raises:
         EvalError: a token is beyond the vocabulary, or the chunks are too long.
     """
-    if int(tokens.max()) >= vocabulary:
-        raise EvalError(
-            f"{path}: its tokenizer gives token {int(tokens.max())}, but the model's vocabulary has {vocabulary}. "
-            "Tokenizer and weights belong to different models."
-        )
+    try:
+        check_token_ids(tokens, vocabulary, lambda token: _spelled(path, token), str(path), "the text to score")
+    except SvskError as error:
+        raise EvalError(str(error)) from error
     if longest is not None and tokens.shape[1] > longest:
         raise EvalError(f"{path}: takes {longest} tokens at most, chunks have {tokens.shape[1]}. Use shorter chunks.")
+
+
+def _spelled(path: str | Path, token: int) -> Any:
+    """A token's text, None where the tokenizer cannot be loaded just so."""
+    try:
+        return load_tokenizer(path).convert_ids_to_tokens(token)
+    except (EvalError, SvskError):
+        return None
+
+
+def declared_limits(path: str | Path) -> tuple[int, int | None]:
+    """Size of the vocabulary and longest sequence of a model by its config, without reading weights.
+
+    Raises:
+        EvalError: its config cannot be read.
+    """
+    check_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise EvalError(f"{path}: cannot read a model's config from it. {error}") from error
+    return int(config.get_text_config().vocab_size), longest_sequence(config)
 
 
 def check_same_vocabulary(model_path: str | Path, size: int, reference_path: str | Path, reference_size: int) -> None:
@@ -295,7 +332,7 @@ def check_same_vocabulary(model_path: str | Path, size: int, reference_path: str
 def _check_loaded(path: str | Path, model: PreTrainedModel, tokens: torch.Tensor) -> int:
     """The size of a loaded model's vocabulary, after a check that the tokens fit the model."""
     size = int(model.get_input_embeddings().weight.shape[0])
-    check_fits(path, size, getattr(model.config.get_text_config(), "max_position_embeddings", None), tokens)
+    check_fits(path, size, longest_sequence(model.config), tokens)
     return size
 
 

@@ -27,13 +27,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig
 
 from svsk_eval.engine_args import engine_arguments
 from svsk_eval.errors import EvalError
 from svsk_eval.metrics import ChunkScores, EvalInputs, EvalResult, FloatArray, summarise
 from svsk_eval.processes import die_with_parent, ending, log_tail, run_module
-from svsk_eval.scoring import Progress, check_fits, check_folder, check_same_vocabulary, is_svsk, shared_tokens
+from svsk_eval.scoring import Progress, check_fits, check_same_vocabulary, declared_limits, is_svsk, shared_tokens
 from svsk_offline.atomic import write_json, write_tensors
 from svsk_offline.calibration.text import token_fingerprint
 
@@ -264,13 +263,7 @@ def _check_plugin(model: str | Path, dtype: str) -> None:
 
 def _check_model(path: str | Path, tokens: torch.Tensor) -> int:
     """The size of a model's vocabulary by its config, after a check that the tokens fit and leave room for one more."""
-    check_folder(path)
-    try:
-        config = AutoConfig.from_pretrained(str(path)).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise EvalError(f"{path}: cannot read a model's config from it. {error}") from error
-    longest = getattr(config, "max_position_embeddings", None)
-    size = int(config.vocab_size)
+    size, longest = declared_limits(path)
     check_fits(path, size, longest, tokens)
     if longest is not None and tokens.shape[1] == longest:
         raise EvalError(

@@ -27,9 +27,9 @@ from svsk_eval.scoring import compare_models, load_model
 from svsk_eval.tune_search import Search, Step
 from svsk_eval.tune_trials import Score, State, Trial, differences
 from svsk_offline.atomic import PartialFolder, write_text
-from svsk_offline.calibration import load_calibration
-from svsk_offline.calibration.text import DEFAULT_SOURCE, CalibrationSet, token_fingerprint
-from svsk_offline.pipeline import Progress, quantize, resolve_device
+from svsk_offline.calibration import DEFAULT_SOURCE, CalibrationSet
+from svsk_offline.calibration.text import token_fingerprint
+from svsk_offline.pipeline import Progress, check_takes, load_texts, quantize, resolve_device
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.source import ModelSource, resolve_model
 from svsk_vllm.format.shards import read_json
@@ -209,9 +209,8 @@ def _load_inputs(
         f"Calibration text: {calibration}, {args.samples} samples and {held_out} held-out pieces of {args.seq_len} "
         "tokens"
     )
-    drawn = load_calibration(
-        calibration, source.tokenizer, args.samples + held_out, args.seq_len, args.seed, chat_template=chat_template
-    )
+    drawn = load_texts(source, calibration, args.samples + held_out, args, chat_template)
+    check_takes(source, drawn)
     return _Inputs(source, *split_calibration(drawn, held_out), where, stored)
 
 

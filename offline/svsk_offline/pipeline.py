@@ -11,26 +11,26 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from svsk_offline.atomic import PartialFolder, write_json
-from svsk_offline.calibration import BlockRunner, InputStatistics, load_calibration
-from svsk_offline.calibration.text import DEFAULT_SOURCE, CalibrationSet
+from svsk_offline.calibration import DEFAULT_SOURCE, BlockRunner, CalibrationSet, InputStatistics, load_calibration
+from svsk_offline.calibration.limits import check_length, check_token_ids
 from svsk_offline.errors import SvskError
 from svsk_offline.layer import LayerReport, quantize_linear
 from svsk_offline.output import CheckpointWriter
 from svsk_offline.plan import Plan, make_plan, uniform_schemes
-from svsk_offline.recipe import Recipe, load_recipe
+from svsk_offline.recipe import CalibrationArgs, Recipe, load_recipe
 from svsk_offline.serving import check_servable
 from svsk_offline.source import ModelSource, linear_modules, resolve_model
 from svsk_vllm.format import ConfigGroup, QuantizedLinear, SvskCheckpointConfig, dequantize
 from svsk_vllm.format.shards import read_json
 from svsk_vllm.version import __version__
 
-__all__ = ["Progress", "QuantizationResult", "quantize", "resolve_device"]
+__all__ = ["Progress", "QuantizationResult", "check_takes", "load_texts", "quantize", "resolve_device"]
 
 _STATE_NAME: Final = "svsk-state.json"
 _PLAN_NAME: Final = "svsk-plan.safetensors"
@@ -103,11 +103,42 @@ def quantize(
         recipe = recipe.override({"calibration": {"samples": count, "seq_len": seq_len}})
     else:
         progress.message(f"Calibration text: {calibration}, {args.samples} samples of {args.seq_len} tokens")
-        texts = load_calibration(
-            calibration, source.tokenizer, args.samples, args.seq_len, args.seed, chat_template=chat_template
-        )
+        texts = load_texts(source, calibration, args.samples, args, chat_template)
+    check_takes(source, texts)
     run = _Run(source, folder, recipe, texts, torch_device, scale_dtype, progress)
     return run.execute(overwrite)
+
+
+def load_texts(
+    source: ModelSource, calibration: str, samples: int, args: CalibrationArgs, chat_template: bool
+) -> CalibrationSet:
+    """Draw calibration text for a model, after a check that it takes samples of that length.
+
+    Raises:
+        SvskError: it does not, or see :func:`svsk_offline.calibration.load_calibration`.
+    """
+    model: Any = source.model
+    check_length(args.seq_len, model.config, str(source.folder))
+    return load_calibration(
+        calibration, source.tokenizer, samples, args.seq_len, args.seed, chat_template=chat_template
+    )
+
+
+def check_takes(source: ModelSource, texts: CalibrationSet) -> None:
+    """Refuse samples that a model cannot be run on.
+
+    Raises:
+        SvskError: they are longer than its positions, or hold tokens beyond its vocabulary.
+    """
+    model: Any = source.model
+    check_length(texts.tokens.shape[1], model.config, str(source.folder))
+    check_token_ids(
+        texts.tokens,
+        model.get_input_embeddings().weight.shape[0],
+        lambda token: source.tokenizer.convert_ids_to_tokens(token),
+        str(source.folder),
+        f"calibration text {texts.source}",
+    )
 
 
 def resolve_device(name: str) -> torch.device:

@@ -17,7 +17,8 @@ from svsk_eval.errors import EvalError
 from svsk_eval.tune import TuneProgress, TuneResult, split_calibration, tune
 from svsk_eval.tune_search import SEARCHED, Step
 from svsk_eval.tune_trials import is_better
-from svsk_offline.calibration.text import CalibrationSet, load_calibration, token_fingerprint
+from svsk_offline.calibration import CalibrationSet, load_calibration
+from svsk_offline.calibration.text import token_fingerprint
 from svsk_offline.cli import app
 from svsk_offline.pipeline import quantize
 from svsk_offline.recipe import Recipe, load_recipe
@@ -234,7 +235,7 @@ def test_the_command(dense: Path, tmp_path: Path) -> None:
 
 def test_errors_come_before_any_work(dense: Path, tmp_path: Path, quantized: list[Recipe]) -> None:
     out = tmp_path / "tuned.yaml"
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("a few words")
     for arguments, message in (
         ([tmp_path / "tuned.json"], "expected a name ending in .yaml"),
         ([tmp_path / "no" / "tuned.yaml"], "its folder does not exist"),

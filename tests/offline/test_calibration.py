@@ -233,7 +233,7 @@ def test_missing_files(tokenizer: Any, source: str) -> None:
 
 def test_text_that_is_not_utf8(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "latin.txt"
-    path.write_bytes(b"\xff\xfe caf\xe9" * 100)
+    path.write_bytes(b"caf\xe9 " * 100)
     with pytest.raises(SvskError, match="not UTF-8"):
         load_calibration(str(path), tokenizer, 1, 16, 0)
 

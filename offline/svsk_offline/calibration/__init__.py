@@ -2,11 +2,14 @@
 """Calibration: text, and what the model does with it."""
 
 from svsk_offline.calibration.capture import BlockRunner
+from svsk_offline.calibration.draw import load_calibration
 from svsk_offline.calibration.gradients import OutputGradients, sweep_gradients
+from svsk_offline.calibration.sources import DEFAULT_SOURCE
 from svsk_offline.calibration.statistics import InputStatistics
-from svsk_offline.calibration.text import CalibrationSet, load_calibration
+from svsk_offline.calibration.text import CalibrationSet
 
 __all__ = [
+    "DEFAULT_SOURCE",
     "BlockRunner",
     "CalibrationSet",
     "InputStatistics",

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a row of a data set to text: plain, of question and answer, or of a conversation."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from svsk_offline.errors import SvskError
+
+__all__ = ["RowReader"]
+
+_PAIRS: Final = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
+"""What is asked, and what is answered. Alpaca's rows may have an ``input`` that goes with the instruction."""
+
+_CONVERSATIONS: Final = ("messages", "conversations")
+
+_KINDS: Final = (("text",), *((name,) for name in _CONVERSATIONS), *_PAIRS)
+"""Keys of the kinds of rows, in the order in which they are looked for."""
+
+_EXPECTED: Final = (
+    "text, messages, conversations, question and answer, prompt and completion, or instruction and output"
+)
+
+_ROLES: Final = {
+    "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
+    "chatgpt": "assistant", "bard": "assistant", "bing": "assistant", "model": "assistant", "system": "system",
+    "tool": "tool", "observation": "tool",
+}  # fmt: skip
+"""ShareGPT's speakers as roles of a chat template."""
+
+
+class RowReader:
+    """Makes text of rows.
+
+    Args:
+        tokenizer: the model's, whose chat template renders conversations.
+        chat_template: render question and answer, and the like, as a user's and an assistant's message.
+
+    Attributes:
+        rendered: whether any row so far was a conversation, or was made one.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: bool) -> None:
+        self.tokenizer, self.chat_template = tokenizer, chat_template
+        self.rendered = False
+
+    def text(self, row: Any, where: str) -> str:
+        """The text of one row.
+
+        Args:
+            row: an object with the keys of a kind of rows; others are ignored.
+            where: names it in errors.
+
+        Raises:
+            SvskError: it is none of the kinds, a value that is needed is missing or of another type, or the chat
+                template rejects it.
+        """
+        if not isinstance(row, Mapping):
+            raise SvskError(f"{where}: a {type(row).__name__}, expected an object.")
+        keys = next((keys for keys in _KINDS if all(row.get(key) is not None for key in keys)), None)
+        if keys is None:
+            raise self._unknown(row, where)
+        found = self._text(row, keys, where)
+        try:
+            found.encode()
+        except UnicodeEncodeError as error:
+            raise SvskError(
+                f"Calibration {where}: holds \\u{ord(found[error.start]):04x}, half of a pair that is no character."
+            ) from error
+        return found
+
+    def _text(self, row: Mapping[str, Any], keys: tuple[str, ...], where: str) -> str:
+        if keys[0] in _CONVERSATIONS:
+            return self._render(_messages(row[keys[0]], keys[0], where), where)
+        values = {key: _string(row[key], key, where) for key in keys}
+        if keys == ("text",):
+            return values["text"] + "\n\n"
+        asked, answered = values.values()
+        extra = row.get("input") if keys[0] == "instruction" else None
+        if extra:
+            asked += "\n" + _string(extra, "input", where)
+        if self.chat_template:
+            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+            return self._render(messages, where)
+        return f"{asked}\n{answered}\n\n"
+
+    def _unknown(self, row: Mapping[str, Any], where: str) -> SvskError:
+        for keys in _KINDS:
+            missing = [key for key in keys if key in row and row[key] is None]
+            if missing and all(key in row for key in keys):
+                return SvskError(f"Calibration {where}: {missing[0]} is null. Drop the row, or give it a value.")
+        return SvskError(f"Calibration {where}: has {', '.join(map(str, row)) or 'no key'}; expected {_EXPECTED}.")
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], where: str) -> str:
+        self.rendered = True
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise SvskError(f"Calibration {where}: holds messages, but the model's tokenizer has no chat template.")
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False))
+        except (TemplateError, TypeError, ValueError) as error:
+            # Templates raise the first on purpose; contents that are null or a list, and no message at all, the others.
+            raise SvskError(
+                f"Calibration {where}: the model's chat template rejects its messages ({error}). Mend or drop the row."
+            ) from error
+
+
+def _string(value: Any, key: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise SvskError(f"Calibration {where}: {key} is a {type(value).__name__}, expected a string.")
+    return value
+
+
+def _messages(value: Any, key: str, where: str) -> list[Mapping[str, Any]]:
+    """Messages with role and content; ShareGPT's ``from`` and ``value`` are renamed."""
+    if not isinstance(value, list):
+        raise SvskError(f"Calibration {where}: {key} is a {type(value).__name__}, expected a list of messages.")
+    if not all(isinstance(message, Mapping) for message in value):
+        raise SvskError(f"Calibration {where}: messages must be objects with role and content, or from and value.")
+    found: list[Mapping[str, Any]] = []
+    for message in value:
+        if "role" in message or "from" not in message:
+            found.append(message)
+            continue
+        speaker = message["from"]
+        if not isinstance(speaker, str) or speaker.lower() not in _ROLES:
+            raise SvskError(f"Calibration {where}: a message is from {speaker!r}, expected one of {', '.join(_ROLES)}.")
+        found.append({"role": _ROLES[speaker.lower()], "content": message.get("value")})
+    return found
