@@ -43,6 +43,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 48,
 ) -> None:
     """Quantise SmolLM2-135M-Instruct, measure it, and serve it next to the original."""
+    from svsk_eval.engine_args import served_dtype
     from svsk_eval.scoring import silence_progress_bars
     from svsk_eval.smollm2 import build_smollm2
     from svsk_offline.inspect import inspect_checkpoint, validate_against_architecture
@@ -73,8 +74,11 @@ def main(
         bpw = inspect_checkpoint(quantised)["bits_per_weight"]
         console.print(f"{bpw:.4f} bits per weight; scored on Python library sources that calibration did not see")
         print_scores(console, evaluate(quantised, dense, text, chunks=chunks).to_json())
+    dtype = served_dtype("auto")
     with _step(f"5. Answer {len(PROMPTS)} prompts in one batch through vLLM, original and SVSK"):
-        _show_answers(_answers(dense, max_tokens), _answers(quantised, max_tokens))
+        if dtype != "auto":
+            console.print(f"in {dtype}: this processor does not multiply bfloat16", highlight=False)
+        _show_answers(_answers(dense, dtype, max_tokens), _answers(quantised, dtype, max_tokens))
     console.print(f"Done in {time.perf_counter() - started:.0f} s. The models are in {out}.", highlight=False)
     console.print(f"Serve it: vllm serve {quantised} --quantization svsk", highlight=False)
 
@@ -99,13 +103,13 @@ def _write_held_out(path: Path) -> None:
     path.write_text("\n\n".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules))
 
 
-def _answers(model: Path, max_tokens: int) -> list[str]:
+def _answers(model: Path, dtype: str, max_tokens: int) -> list[str]:
     """Greedy answers of one model. Each model gets a process of its own: an engine does not give its memory back."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "answers.json"
         program = "import sys; from svsk_eval.demo import serve_once; serve_once(*sys.argv[1:])"
         done = subprocess.run(
-            [sys.executable, "-c", program, str(model), str(max_tokens), str(target)],
+            [sys.executable, "-c", program, str(model), dtype, str(max_tokens), str(target)],
             env={
                 "VLLM_CPU_KVCACHE_SPACE": "1",
                 "VLLM_LOGGING_LEVEL": "WARNING",
@@ -124,18 +128,18 @@ def _answers(model: Path, max_tokens: int) -> list[str]:
         return answers
 
 
-def serve_once(model: str, max_tokens: str, target: str) -> None:
+def serve_once(model: str, dtype: str, max_tokens: str, target: str) -> None:
     """Answer the prompts with the chat template and write the answers to ``target`` as JSON."""
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model=model, max_model_len=1024, disable_log_stats=True)
+    llm = LLM(model=model, dtype=dtype, max_model_len=1024, disable_log_stats=True)
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=int(max_tokens)), use_tqdm=False)
     Path(target).write_text(json.dumps([output.outputs[0].text for output in outputs]))
 
 
 def _show_answers(original: list[str], quantised: list[str]) -> None:
-    table = Table("prompt", "original (bf16)", "SVSK", show_lines=True)
+    table = Table("prompt", "original", "SVSK", show_lines=True)
     for row in zip(PROMPTS, original, quantised, strict=True):
         table.add_row(*(text.strip() for text in row))
     console.print(table)

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from svsk_eval.errors import EvalError
 from svsk_eval.scoring import DTYPES
+from svsk_kernels import has_bf16_products
 
-__all__ = ["engine_arguments", "parse_engine_args"]
+__all__ = ["engine_arguments", "parse_engine_args", "served_dtype"]
 
 STEP_TOKENS: Final = 1024
 """Most tokens of a step of the engine. vLLM takes the logits of one request's share of a step at a time, in the model's
@@ -51,7 +54,7 @@ def engine_arguments(model: str | Path, seq_len: int, dtype: str, engine_args: M
     together = int(engine_args.get("max_num_seqs", max(1, step // seq_len)))
     return {
         "model": str(model),
-        "dtype": dtype,
+        "dtype": served_dtype(dtype),
         "max_model_len": seq_len + 1,  # vLLM generates a token after every prompt, it cannot only score
         "max_num_seqs": together,
         "max_num_batched_tokens": min(step, together * (seq_len + 1)),
@@ -59,6 +62,12 @@ def engine_arguments(model: str | Path, seq_len: int, dtype: str, engine_args: M
         "disable_log_stats": True,
         **engine_args,
     }
+
+
+def served_dtype(dtype: str) -> str:
+    """``auto`` as vLLM is told it: float32 on a CPU that does not multiply the checkpoint's 16 bits, else ``auto``."""
+    slow = not torch.accelerator.is_available() and not has_bf16_products()
+    return "float32" if dtype == "auto" and slow else dtype
 
 
 def parse_engine_args(texts: Sequence[str], option: str = "--engine-arg") -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from svsk_eval.engine_args import served_dtype
 from svsk_eval.errors import EvalError
 from svsk_eval.scoring import load_model, load_tokenizer, silence_progress_bars
 
@@ -33,7 +34,7 @@ def generate_texts(
         engine: ``vllm`` or ``hf``.
         max_tokens: most tokens to generate per prompt.
         temperature: 0 is greedy.
-        dtype: ``auto``, ``bfloat16``, ``float16`` or, with ``hf``, ``float32``.
+        dtype: ``bfloat16``, ``float16``, ``float32`` or ``auto``: the checkpoint's with ``vllm``, where that is fast.
 
     Raises:
         EvalError: unknown engine, or vLLM is not installed.
@@ -56,7 +57,7 @@ def _with_vllm(model: str, prompts: Sequence[str], max_tokens: int, temperature:
 
     config = AutoConfig.from_pretrained(model).get_text_config()
     context = min(_CONTEXT, getattr(config, "max_position_embeddings", _CONTEXT))
-    llm = LLM(model=model, dtype=dtype, max_model_len=context, disable_log_stats=True)
+    llm = LLM(model=model, dtype=served_dtype(dtype), max_model_len=context, disable_log_stats=True)
     outputs = llm.generate(
         list(prompts), SamplingParams(temperature=temperature, max_tokens=max_tokens), use_tqdm=False
     )

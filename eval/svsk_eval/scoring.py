@@ -36,6 +36,7 @@ __all__ = [
     "is_svsk",
     "load_model",
     "load_tokenizer",
+    "resolve_dtype",
     "shared_tokens",
     "silence_progress_bars",
     "token_chunks",
@@ -65,7 +66,7 @@ def load_model(
         SvskFormatError: it is an SVSK checkpoint that this package cannot read.
     """
     where = device if isinstance(device, torch.device) else resolve_device(device or "auto")
-    what = _dtype(dtype, where)
+    what = resolve_dtype(dtype, where)
     check_folder(path)
     try:
         if is_svsk(path):
@@ -218,7 +219,7 @@ def evaluate(
         SvskFormatError: one is an SVSK checkpoint that this package cannot read.
     """
     where = resolve_device("auto" if device is None else str(device))
-    _dtype(dtype, where)
+    resolve_dtype(dtype, where)
     tokens = shared_tokens(model_path, reference_path, text, chunks, seq_len)
     for path in (model_path, reference_path):
         if path is not None:  # before weights are read; once more, by the embedding's rows, when they are
@@ -358,7 +359,12 @@ def check_folder(path: str | Path) -> None:
         raise EvalError(f"{path}: not a model folder, it has no config.json.")
 
 
-def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """A dtype by its name; None is float32 on a CPU and bfloat16 elsewhere.
+
+    Raises:
+        EvalError: there is no such name.
+    """
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if isinstance(dtype, torch.dtype):

@@ -79,7 +79,8 @@ def evaluate_served(
         chunks: how many chunks to score, or None for all there are.
         seq_len: tokens per chunk.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``, what vLLM chooses for the model: its checkpoint's, or
-            one of 16 bits for a float32 checkpoint. The reference is served in the model's.
+            one of 16 bits for a float32 checkpoint; on a CPU that does not multiply bfloat16, float32. The reference is
+            served in the model's.
         engine_args: for ``vllm.LLM``, of both models.
         progress: called with the chunks done and the chunks of all models together, first with 0.
 
@@ -130,7 +131,7 @@ def served_scores(
     Args:
         model: a Hugging Face folder, dense or SVSK, or the name of a model on the hub.
         tokens: int64 [chunks, seq_len], every chunk a prompt with what the tokenizer puts in front of a text.
-        dtype: of the arithmetic, ``auto`` for what vLLM chooses.
+        dtype: of the arithmetic, ``auto`` as for :func:`evaluate_served`.
         engine_args: further arguments for ``vllm.LLM``, values as in JSON.
         progress: called with the chunks done and all chunks, first with 0.
 
@@ -147,7 +148,7 @@ def served_scores(
     arguments = engine_arguments(model, tokens.shape[1], dtype, engine_args or {})
     _check_model(model, tokens)
     if is_svsk(model):
-        _check_plugin(model, dtype)
+        _check_plugin(model)
     with tempfile.TemporaryDirectory(prefix="svsk-served-") as name:
         folder = Path(name)
         try:
@@ -245,12 +246,7 @@ def _check_vllm() -> None:
         raise EvalError("--engine vllm: vLLM is not installed in this environment. Install it, or use --engine hf.")
 
 
-def _check_plugin(model: str | Path, dtype: str) -> None:
-    if dtype == "float32":
-        raise EvalError(
-            f"--dtype float32: vLLM serves SVSK checkpoints such as {model} in bfloat16 or float16. Choose one, "
-            "or use --engine hf."
-        )
+def _check_plugin(model: str | Path) -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "svsk" not in allowed.split(","):
         raise EvalError(f"{model}: an SVSK checkpoint, but VLLM_PLUGINS={allowed} keeps its plugin out. Add svsk.")

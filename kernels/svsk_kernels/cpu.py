@@ -45,11 +45,18 @@ class CpuKernel:
     """
 
     def __init__(self, spec: LayerSpec) -> None:
-        obstacle = cpu_ops_obstacle()
+        obstacle = self.obstacle(spec)
         if obstacle:
-            raise RuntimeError(f"svsk::cpu_linear is not available: {obstacle}")
+            raise RuntimeError(f"svsk::cpu_linear cannot be used: {obstacle}")
         self.spec = spec
         self.names = ("sidecar_u", "sidecar_v", "sidecar_gain", "sidecar_index") if spec.plan else ()
+
+    @staticmethod
+    def obstacle(spec: LayerSpec) -> str | None:
+        """Why the op does not take a layer on this machine; None when it does. The first call may compile it."""
+        if spec.dtype not in (torch.bfloat16, torch.float16):
+            return f"activations are {spec.dtype}, the CPU kernel takes bfloat16 and float16"
+        return cpu_ops_obstacle()
 
     def prepare(self, layer: Any) -> None:
         """Rearrange the loaded parameters, see the module; ``sidecar_index`` is added."""

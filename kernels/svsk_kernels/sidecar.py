@@ -13,7 +13,7 @@ import torch
 
 from svsk_kernels.plan import Bundle, SidecarPlan
 
-__all__ = ["factor_dtype", "prepare_sidecar", "sidecar_matmul"]
+__all__ = ["prepare_sidecar", "sidecar_matmul"]
 
 _FACTOR_STEP: Final = 2.0**-7
 """Run-time factors are the stored integers times this, and gains are divided by its square.
@@ -21,14 +21,6 @@ _FACTOR_STEP: Final = 2.0**-7
 A power of two keeps the integers exact in bfloat16 and float16, brings x V into the range of an ordinary linear's
 output (float16 would overflow on integers), and gains of 1e-7 out of the range where float16 products vanish.
 """
-
-
-def factor_dtype(activation: torch.dtype, device: torch.device) -> torch.dtype:
-    """Dtype in which run-time factors are kept and multiplied.
-
-    The activation's own, except float16 on a CPU, which has no float16 matrix product worth the name: float32.
-    """
-    return torch.float32 if device.type == "cpu" and activation == torch.float16 else activation
 
 
 def prepare_sidecar(
@@ -40,7 +32,7 @@ def prepare_sidecar(
         u: int8, flat, see :mod:`svsk_kernels.plan`.
         v: int8, flat.
         gain: float32, flat.
-        dtype: of the run-time factors, see :func:`factor_dtype`.
+        dtype: of the run-time factors, see :func:`svsk_kernels.processor.product_dtype`.
 
     Returns:
         U and V of ``dtype``, gain float32.

@@ -213,7 +213,7 @@ def evaluate(
     dtype: Annotated[
         str,
         typer.Option(
-            help="Arithmetic: auto (hf: float32 on a CPU; vllm: the checkpoint's), float32, bfloat16, float16."
+            help="Arithmetic: auto (float32 on a CPU; vllm: the checkpoint's if fast), float32, bfloat16, float16."
         ),
     ] = "auto",
     engine: Annotated[

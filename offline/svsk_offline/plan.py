@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from svsk_kernels import has_bf16_products
 from svsk_offline.allocate import Choice, allocate
 from svsk_offline.atomic import write_tensors
 from svsk_offline.calibration import CalibrationSet, InputStatistics, OutputGradients, sweep_gradients
@@ -143,8 +144,7 @@ def sweep_dtype(device: torch.device) -> torch.dtype:
     """
     if device.type != "cpu":
         return torch.bfloat16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if has_bf16_products() else torch.float32
 
 
 class _Measured:

@@ -8,6 +8,7 @@ bfloat16 that is exact; in float16, x / 16 rounds only where it is subnormal, to
 
 import dataclasses
 import inspect
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,10 +16,21 @@ from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_li
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
 from vllm.scalar_type import scalar_types
 
-from svsk_kernels import LayerSpec, factor_dtype, prepare_sidecar, replace_parameters
+from svsk_kernels import LayerSpec, has_avx512, prepare_sidecar, product_dtype, replace_parameters, simulated_features
 from svsk_vllm.format import SvskFormatError, code_values, pack_codes, unpack_codes
 
-__all__ = ["SeparateKernel", "split_codes"]
+__all__ = ["NoBaseKernelError", "SeparateKernel", "split_codes"]
+
+_TRIAL_BOUND = 0.1
+"""Relative error of a product that is right. With AMX vLLM rounds activations to 8 bits."""
+
+
+class NoBaseKernelError(SvskFormatError):
+    """No kernel of vLLM runs the base of a layer; ``reason`` says why, without the layer's name and the remedy."""
+
+    def __init__(self, prefix: str, reason: str, remedy: str) -> None:
+        super().__init__(f"{prefix}: {reason}. {remedy}")
+        self.reason = reason
 
 
 class SeparateKernel:
@@ -31,14 +43,14 @@ class SeparateKernel:
         device: where the layer runs.
 
     Raises:
-        SvskFormatError: no kernel of vLLM takes the base.
+        NoBaseKernelError: no kernel of vLLM takes the base, or on a CPU the one that does cannot run.
     """
 
     def __init__(self, prefix: str, spec: LayerSpec, full_shape: tuple[int, int], device: torch.device) -> None:
         self.prefix, self.spec = prefix, spec
         self.plan = spec.plan.encode() if spec.plan else []
-        self.factors = factor_dtype(spec.dtype, device)
-        self.base = _vllm_kernel(prefix, spec, full_shape)
+        self.factors = product_dtype(spec.dtype, device)
+        self.base = _vllm_kernel(prefix, spec, full_shape, device)
 
     def prepare(self, layer: Any) -> None:
         """Replace the base's parameters by those of vLLM's kernel, the sidecar's by those of ``svsk::sidecar``."""
@@ -67,10 +79,7 @@ class SeparateKernel:
                 f"{self.prefix}.weight_scale: twice the largest scale is not finite in {self.spec.dtype}. "
                 "Serve the model with --dtype bfloat16."
             )
-        layout: dict[str, Any] = {"input_dim": 1, "output_dim": 0, "weight_loader": _never_loaded}
-        packed = pack_codes(torch.cat(codes, dim=1))
-        layer.weight_packed = PackedvLLMParameter(data=packed, packed_dim=1, packed_factor=8, **layout)
-        layer.weight_scale = GroupQuantScaleParameter(data=torch.cat((scale, scale), dim=1), **layout)
+        _set_base(layer, pack_codes(torch.cat(codes, dim=1)), torch.cat((scale, scale), dim=1))
 
 
 def split_codes(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,11 +96,18 @@ def split_codes(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return high.to(torch.int8), (eighths - 16 * high).to(torch.int8)
 
 
+def _set_base(layer: Any, packed: torch.Tensor, scale: torch.Tensor) -> None:
+    """Register a base as vLLM's kernels look for it, in the checkpoint's layout."""
+    layout: dict[str, Any] = {"input_dim": 1, "output_dim": 0, "weight_loader": _never_loaded}
+    layer.weight_packed = PackedvLLMParameter(data=packed, packed_dim=1, packed_factor=8, **layout)
+    layer.weight_scale = GroupQuantScaleParameter(data=scale, **layout)
+
+
 def _never_loaded(*_: Any) -> None:
     raise AssertionError("a prepared parameter is not loaded into")
 
 
-def _vllm_kernel(prefix: str, spec: LayerSpec, full_shape: tuple[int, int]) -> Any:
+def _vllm_kernel(prefix: str, spec: LayerSpec, full_shape: tuple[int, int], device: torch.device) -> Any:
     """VLLM's mixed-precision kernel for the base; vLLM's shapes are [in, out]."""
     times = 2 if spec.codebook == "quad8" else 1
     values: dict[str, Any] = {
@@ -103,15 +119,28 @@ def _vllm_kernel(prefix: str, spec: LayerSpec, full_shape: tuple[int, int]) -> A
         "zero_points": False,
         "has_g_idx": False,  # gone since vLLM 0.29
     }
-    known = {field.name for field in dataclasses.fields(MPLinearLayerConfig)}
-    config = MPLinearLayerConfig(**{key: value for key, value in values.items() if key in known})
+    config = _config(values)
     try:
         kernel = choose_mp_linear_kernel(config)
     except ValueError as error:
-        raise SvskFormatError(
-            f"{prefix}: no 4-bit kernel of vLLM takes {spec.n} x {spec.k} weights per rank ({error}). "
-            "Change tensor_parallel_size, or put the module on the ignore list when quantising."
+        raise NoBaseKernelError(
+            prefix,
+            f"no 4-bit kernel of vLLM takes {spec.n} x {spec.k} weights per rank ({_one_line(error)})",
+            "Change tensor_parallel_size, or put the module on the ignore list when quantising.",
         ) from error
+    if device.type == "cpu" and (obstacle := _cpu_obstacle(kernel, config)):
+        raise NoBaseKernelError(
+            prefix, f"vLLM's {kernel.__name__} cannot run: {obstacle}", "Unset SVSK_KERNEL, or set it to portable."
+        )
+    return _instance(kernel, config)
+
+
+def _config(values: dict[str, Any]) -> MPLinearLayerConfig:
+    known = {field.name for field in dataclasses.fields(MPLinearLayerConfig)}
+    return MPLinearLayerConfig(**{key: value for key, value in values.items() if key in known})
+
+
+def _instance(kernel: type, config: MPLinearLayerConfig) -> Any:
     names = {
         "w_q_param_name": "weight_packed",
         "w_s_param_name": "weight_scale",
@@ -120,3 +149,45 @@ def _vllm_kernel(prefix: str, spec: LayerSpec, full_shape: tuple[int, int]) -> A
     }
     accepted = inspect.signature(kernel).parameters
     return kernel(config, **{key: value for key, value in names.items() if key in accepted})
+
+
+def _cpu_obstacle(kernel: type, config: MPLinearLayerConfig) -> str | None:
+    """Why a kernel that says it takes a layer cannot run on this processor; None when it can.
+
+    VLLM compiles some of its operators for some processors and dtypes only, and asks for them at the first product.
+    """
+    if simulated_features() == "avx2":
+        return "the processor has no AVX-512"
+    # The system permits AMX to a process that asks for it; vLLM's kernel does not ask, and the process would end.
+    if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
+        return "the system does not permit AMX"
+    return _failed_trial(kernel, config.act_type, config.group_size)
+
+
+@lru_cache(maxsize=64)
+def _failed_trial(kernel: type, dtype: torch.dtype, group_size: int) -> str | None:
+    """What is wrong with one product of a small layer; None if nothing is."""
+    n, k = 64, 4 * group_size
+    shape = {"full_weight_shape": (k, n), "partition_weight_shape": (k, n), "group_size": group_size}
+    values = {"weight_type": scalar_types.uint4b8, "act_type": dtype, "zero_points": False, "has_g_idx": False, **shape}
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=generator, device="cpu")
+    scale = torch.full((n, k // group_size), 2.0**-6, dtype=dtype, device="cpu")
+    x = torch.randn(3, k, generator=generator, dtype=torch.float32, device="cpu")
+    layer: Any = torch.nn.Module()
+    layer.bias = None
+    _set_base(layer, pack_codes(codes), scale)
+    lacking = "" if has_avx512() else "the processor has no AVX-512: "
+    try:
+        base = _instance(kernel, _config(values))
+        base.process_weights_after_loading(layer)
+        y = base.apply_weights(layer, x.to(dtype), None).float()
+    except (AttributeError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        return f"{lacking}{_one_line(error)}"
+    expected = x @ (codes.float() * 2.0**-6).T
+    off = float((y - expected).norm() / expected.norm())
+    return None if off < _TRIAL_BOUND else f"{lacking}a product in {dtype} is off by {off:.0%}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -4,8 +4,9 @@
 from typing import Any
 
 import pytest
+import torch
 
-from svsk_eval.engine_args import engine_arguments, parse_engine_args
+from svsk_eval.engine_args import engine_arguments, parse_engine_args, served_dtype
 from svsk_eval.errors import EvalError
 
 
@@ -14,9 +15,9 @@ from svsk_eval.errors import EvalError
 )
 def test_settings_of_the_engine(seq_len: int, together: int, step: int) -> None:
     """A step holds 1,024 tokens at most, and no more requests than fit it."""
-    found = engine_arguments("m", seq_len, "auto", {"tensor_parallel_size": 2})
+    found = engine_arguments("m", seq_len, "bfloat16", {"tensor_parallel_size": 2})
     assert found == {
-        "model": "m", "dtype": "auto", "tensor_parallel_size": 2, "max_model_len": seq_len + 1,
+        "model": "m", "dtype": "bfloat16", "tensor_parallel_size": 2, "max_model_len": seq_len + 1,
         "max_num_seqs": together, "max_num_batched_tokens": step, "enable_prefix_caching": False,
         "disable_log_stats": True,
     }  # fmt: skip
@@ -24,6 +25,18 @@ def test_settings_of_the_engine(seq_len: int, together: int, step: int) -> None:
     assert (wider["max_num_seqs"], wider["max_num_batched_tokens"], wider["dtype"]) == (8, 4096, "float16")
     fewer = engine_arguments("m", 128, "auto", {"max_num_seqs": 2})
     assert (fewer["max_num_seqs"], fewer["max_num_batched_tokens"]) == (2, 258)
+
+
+def test_auto_is_float32_where_nothing_multiplies_sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setenv("SVSK_CPU_FEATURES", "avx2")
+    assert [served_dtype(dtype) for dtype in ("auto", "bfloat16")] == ["float32", "bfloat16"]
+    assert engine_arguments("m", 64, "auto", {})["dtype"] == "float32"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert served_dtype("auto") == "auto"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr("svsk_eval.engine_args.has_bf16_products", lambda: True)
+    assert served_dtype("auto") == "auto"
 
 
 @pytest.mark.parametrize(

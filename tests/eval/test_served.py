@@ -172,7 +172,10 @@ def test_figures_are_those_of_the_transformers_path(models: Path, text: Path, fa
 
 
 @pytest.mark.usefixtures("in_process")
-def test_the_reference_is_served_in_the_dtype_of_the_model(models: Path, text: Path, fake: Callable[[], Any]) -> None:
+def test_the_reference_is_served_in_the_dtype_of_the_model(
+    models: Path, text: Path, fake: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svsk_eval.engine_args.has_bf16_products", lambda: True)
     result = evaluate_served(models / "dense", models / "dense", text, 1, 32)
     assert [call["dtype"] for call in fake()] == ["auto", "bfloat16"]
     assert result.inputs is not None
@@ -256,8 +259,6 @@ def test_models_that_do_not_fit_are_refused_before_an_engine_starts(
 
 def test_what_cannot_be_served_is_named(models: Path, monkeypatch: pytest.MonkeyPatch, no_process: None) -> None:
     tokens = torch.ones(1, 8, dtype=torch.int64)
-    with pytest.raises(EvalError, match=r"float32: vLLM serves SVSK checkpoints such as .*svsk in bfloat16 or float16"):
-        served_scores(models / "svsk", tokens, dtype="float32")
     with monkeypatch.context() as patch:
         patch.setenv("VLLM_PLUGINS", "other,svsk2")
         with pytest.raises(EvalError, match="svsk: an SVSK checkpoint, but VLLM_PLUGINS=other,svsk2 keeps"):

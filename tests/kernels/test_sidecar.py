@@ -15,9 +15,9 @@ from svsk_kernels import (
     Bundle,
     SidecarPlan,
     SlotGroup,
-    factor_dtype,
     naive_matmul,
     prepare_sidecar,
+    product_dtype,
     sidecar_matmul,
 )
 from svsk_kernels.naive import naive_sidecar
@@ -63,7 +63,7 @@ def test_op_equals_reference(n: int, k: int, rank: int, tile_m: int, tile_n: int
 def test_sixteen_bit_error_is_that_of_rounding(dtype: torch.dtype, bound: float) -> None:
     layer = linear(96, 160, 16, 48, 96)
     x = torch.randn(9, 160, generator=torch.Generator().manual_seed(1)).to(dtype)
-    u, v, gain, plan = runtime_tensors(layer, factor_dtype(dtype, x.device))
+    u, v, gain, plan = runtime_tensors(layer, product_dtype(dtype, x.device))
     y = sidecar_matmul(x, u, v, gain, plan.encode())
     expected = naive_sidecar(x, layer)
     assert y.dtype == dtype
@@ -73,7 +73,7 @@ def test_sixteen_bit_error_is_that_of_rounding(dtype: torch.dtype, bound: float)
 def test_large_float16_activations_do_not_overflow() -> None:
     layer = linear(32, 64, 8, 0, 0)
     x = torch.full((2, 64), 2000.0, dtype=torch.float16)
-    u, v, gain, plan = runtime_tensors(layer, factor_dtype(torch.float16, x.device))
+    u, v, gain, plan = runtime_tensors(layer, product_dtype(torch.float16, x.device))
     assert torch.isfinite(sidecar_matmul(x * 1e-2, u, v, gain, plan.encode())).all()
     assert layer.v is not None
     assert float((x.float() @ layer.v[0].float().T).abs().max()) > 65504  # plain integers would overflow

@@ -212,8 +212,7 @@ def test_fused_layers(monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int], ki
         assert set(products.kernels) == {"decode", "gemm", "fold"}  # the warm-up runs all of them
         launch.counters._tensors.pop(GPU)
     monkeypatch.setattr(TritonKernel, "obstacle", staticmethod(lambda *_: None))
-    monkeypatch.setattr(choice, "cpu_ops_obstacle", lambda: None)
-    monkeypatch.setattr(choice, "CpuKernel", lambda spec: TritonKernel(spec, torch.device("cpu")))
+    monkeypatch.setattr(choice, "CpuKernel", OnCpu)
     expected = run(torch.device("cpu"))
     for ours, theirs in zip(found[:2], expected[:2], strict=True):
         assert ours.keys() == theirs.keys()
@@ -221,6 +220,13 @@ def test_fused_layers(monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int], ki
     assert torch.equal(found[2], expected[2])
     reference = expected_output(kind, linears, build(kind, linears, torch.device("cpu")), rank)
     assert float((found[2].double() - reference).norm() / reference.norm()) < 5e-3
+
+
+class OnCpu(TritonKernel):
+    """The Triton kernel in place of the CPU's own."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__(spec, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("codebook", ["int4", "quad8"])
@@ -231,7 +237,7 @@ def test_other_kernels(
 ) -> None:
     """The layer as its dequantised weight, and in two parts."""
     monkeypatch.setenv("SVSK_KERNEL", kernel)
-    monkeypatch.setattr(separate, "_vllm_kernel", lambda prefix, spec, shape: BaseProduct())
+    monkeypatch.setattr(separate, "_vllm_kernel", lambda prefix, spec, shape, device: BaseProduct())
     linears = parts_of(kind, codebook)
     with simulated_cuda(KERNELS):
         layer = build(kind, linears, GPU)

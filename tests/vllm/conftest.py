@@ -119,6 +119,7 @@ def run_vllm(tmp_path_factory: pytest.TempPathFactory, fork_vllm: Fork) -> Run:
         sequences: Sequence[Sequence[int]] = (),
         reload: bool = False,
         kernel: str = "auto",
+        features: str = "",
         **engine: Any,
     ) -> dict[str, Any]:
         if torch.cuda.is_available() and torch.cuda.device_count() < tp:
@@ -141,7 +142,10 @@ def run_vllm(tmp_path_factory: pytest.TempPathFactory, fork_vllm: Fork) -> Run:
         }
         (folder / "job.json").write_text(json.dumps(job))
         environment = serving_environment(tp) | {"SVSK_KERNEL": kernel}
-        code = (fork_vllm if tp == 1 else start_vllm)(folder, environment)
+        if features:
+            environment |= {"SVSK_CPU_FEATURES": features, "ATEN_CPU_CAPABILITY": features}
+        # What is forked has vLLM's operators for this processor already.
+        code = (fork_vllm if tp == 1 and not features else start_vllm)(folder, environment)
         if code:
             raise RuntimeError(f"{folder}: exit code {code}\n{(folder / 'log').read_text()[-8000:]}")
         answer: dict[str, Any] = json.loads((folder / "answer.json").read_text())

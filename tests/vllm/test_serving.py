@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from svsk_offline.calibration import load_calibration
 from svsk_offline.source import ModelSource
+from svsk_vllm.format import Checkpoint, dequantize
 from tests.vllm.conftest import Pair, Run
 
 BOUND = {"bfloat16": 0.02, "float16": 0.005}
@@ -123,11 +124,39 @@ def test_smollm2(run_vllm: Run, smollm2_pair: Any, dtype: str, eager: bool) -> N
     assert own_error < 1.25 * dense_error, f"error against float32: {own_error:.4f}, dense model {dense_error:.4f}"
 
 
-def exact_scores(model: Path, sequences: list[list[int]]) -> list[list[float]]:
-    """Log-probability of each token from the second on, by transformers in float32."""
+@pytest.mark.parametrize(
+    ("features", "dtype", "codebook", "eager", "bound", "kernels"),
+    [
+        ("avx2", "float32", "int4", False, 1e-4, ["PortableKernel"]),
+        ("avx2", "bfloat16", "quad8", True, 0.05, ["PortableKernel"]),
+        ("avx512", "bfloat16", "int4", True, 0.05, ["CPUWNA16LinearKernel", "SeparateKernel"]),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
+def test_any_processor_and_float32_against_transformers(
+    run_vllm: Run, tiny_pair: Any, features: str, dtype: str, codebook: str, eager: bool, bound: float, kernels: Any
+) -> None:
+    """With vLLM's operators for that processor, as far as this one has it all."""
+    if features == "avx512" and not torch.cpu._is_avx512_supported():
+        pytest.skip("the processor has no AVX-512")
+    pair = tiny_pair("qwen3", torch.bfloat16, codebook)
+    prompts = random_requests()[:8]
+    served = run_vllm(pair.svsk, prompts, dtype=dtype, eager=eager, max_tokens=8, reload=True, features=features)
+    assert served["kernels"] == kernels
+    assert mean_error(served["scores"], exact_scores(pair.restored, served["sequences"], pair.svsk)) < bound
+    assert served["reloaded"] == served["scores"]
+
+
+def exact_scores(model: Path, sequences: list[list[int]], svsk: Path | None = None) -> list[list[float]]:
+    """Log-probability of each token from the second on, by transformers in float32.
+
+    A dense folder has rounded weights; with ``svsk`` they are those of that checkpoint, as the format defines them.
+    """
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     scores = []
     with torch.no_grad():
+        for name, linear in Checkpoint(svsk).iter_linears() if svsk else ():
+            loaded.get_submodule(name).weight.copy_(dequantize(linear))
         for ids in sequences:
             logits = loaded(torch.tensor([ids])).logits[0, :-1]
             scores.append(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:]).unsqueeze(1)).flatten().tolist())

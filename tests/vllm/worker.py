@@ -44,6 +44,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         "sequences": sequences,
         "scores": score(llm, sequences),
         "methods": methods(llm),
+        "kernels": llm.llm_engine.vllm_config.additional_config.get("svsk_kernels"),
     }
     if job["reload"]:
         llm.collective_rpc("reload_weights")
@@ -85,8 +86,20 @@ def count_methods(model: Any) -> dict[str, int]:
     return counts
 
 
+def imitate(features: str) -> None:
+    """Let PyTorch say what a lesser processor has, so that vLLM loads the operators that it compiles for that one."""
+    import torch
+
+    lacking = ["_is_avx512_bf16_supported", "_is_amx_tile_supported"]
+    for name in [*lacking, "_is_avx512_supported"] if features == "avx2" else lacking:
+        assert hasattr(torch.cpu, name)
+        setattr(torch.cpu, name, lambda: False)
+
+
 def run(job: str, to: str) -> None:
     """Answer the job of one file in another."""
+    if features := os.environ.get("SVSK_CPU_FEATURES"):
+        imitate(features)
     Path(to).write_text(json.dumps(answer(json.loads(Path(job).read_text()))))
 
 

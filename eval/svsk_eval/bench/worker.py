@@ -21,8 +21,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from svsk_eval.bench.journal import Journal
 from svsk_eval.bench.schema import BenchSettings, Generation, TaskRun
 from svsk_eval.bench.sources import source_hash
+from svsk_eval.engine_args import served_dtype
 from svsk_eval.errors import EvalError
 from svsk_eval.processes import die_with_parent
+from svsk_eval.scoring import resolve_dtype
 from svsk_eval.task_data import task_manager, tasks_folder
 from svsk_offline.atomic import write_text
 
@@ -41,7 +43,7 @@ class WorkerRequest(BaseModel):
         model: folder.
         folder: of its own, for journal, tasks and result.
         settings: of the run.
-        dtype: of the arithmetic, ``auto`` or torch's name.
+        dtype: of the arithmetic, torch's name, or ``auto`` as ``svsk eval`` takes it with the same engine.
         include_path: folder of further tasks, or None.
         batch_size: prompts at a time with ``hf``.
         consent: whether code that the model writes may be run.
@@ -184,11 +186,14 @@ def _load_model(request: WorkerRequest, journal: Journal, progress: Callable[[in
     from svsk_eval.bench.engines import hf_model, vllm_model
 
     settings = request.settings
-    common = {"pretrained": str(request.model), "dtype": request.dtype, **settings.model_args}
+    chosen = {"pretrained": str(request.model), **settings.model_args}
     if settings.engine == "vllm":
-        return vllm_model({"seed": settings.seed, "batch_size": "auto", **common}, journal, progress)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return hf_model({"batch_size": request.batch_size, "device": device, **common}, journal, progress, settings.seed)
+        own = {"seed": settings.seed, "batch_size": "auto", "dtype": served_dtype(request.dtype)}
+        return vllm_model(own | chosen, journal, progress)
+    device = str(chosen.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = resolve_dtype(None if request.dtype == "auto" else request.dtype, torch.device(device))
+    own = {"batch_size": request.batch_size, "device": device, "dtype": str(dtype).removeprefix("torch.")}
+    return hf_model(own | chosen, journal, progress, settings.seed)
 
 
 def _run_task(request: WorkerRequest, model: Any, name: str, task: Any) -> TaskResult:
