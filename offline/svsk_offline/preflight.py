@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that would do nothing, or harm, are refused before any work.
+
+The functions up to :func:`check_recipe` import nothing heavy: a command runs them first.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from svsk_offline.errors import SvskError
+
+if TYPE_CHECKING:
+    from svsk_offline.recipe import Recipe
+
+__all__ = [
+    "calibration_path",
+    "check_effect",
+    "check_output",
+    "check_recipe",
+    "check_report_files",
+]
+
+_LARGEST_CONFIG: Final = 1 << 24
+"""Bytes of a config.json that is looked at."""
+
+
+def check_output(out: Path, *, overwrite: bool, dense: bool = False, source: str | Path | None = None) -> None:
+    """Refuse a folder to write that exists, or that may not be replaced.
+
+    Args:
+        out: the folder.
+        overwrite: replace it if it is one of ours, or empty.
+        dense: a model folder of any kind may be replaced too, as ``svsk restore`` writes them.
+        source: what it is made from; a folder, if it is one, must not overlap it.
+
+    Raises:
+        SvskError: it is a file, it exists, it holds something else, or its place cannot be written.
+    """
+    if source is not None and Path(source).is_dir():
+        folder, own = Path(source).resolve(), out.resolve()
+        if own == folder or own in folder.parents or folder in own.parents:
+            raise SvskError(f"{out}: overlaps the model it is made from, {source}. Choose another folder.")
+    if out.exists() or out.is_symlink():
+        if not out.is_dir():
+            raise SvskError(
+                f"{out}: is a file, expected a folder to write. Choose another name; a file is never replaced."
+            )
+        if not overwrite:
+            raise SvskError(f"{out} exists. Choose another folder, or pass --overwrite to replace it.")
+        if any(out.iterdir()) and not _is_ours(out, dense):
+            kind = "a model" if dense else "an SVSK checkpoint"
+            raise SvskError(
+                f"{out}: holds something that is not {kind}, so --overwrite does not delete it. Choose another folder."
+            )
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise SvskError(f"{out}: {parent} is a file, so no folder can be made below it.")
+    if not os.access(parent, os.W_OK):
+        raise SvskError(f"{out}: {parent} cannot be written.")
+
+
+def _is_ours(folder: Path, dense: bool) -> bool:
+    path = folder / "config.json"
+    if not path.is_file() or path.stat().st_size > _LARGEST_CONFIG:
+        return False
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    if not isinstance(config, dict):
+        return False
+    method = config.get("quantization_config")
+    return (isinstance(method, dict) and method.get("quant_method") == "svsk") or (dense and "model_type" in config)
+
+
+def calibration_path(name: str) -> Path | None:
+    """The file that a calibration source names; None for the standard library or a data set.
+
+    Raises:
+        SvskError: it is named like a file, but there is none.
+    """
+    path = Path(name).expanduser()
+    if name == "python":
+        return None
+    if path.exists():
+        return path
+    if path.suffix or name.startswith((".", "/", "~")):
+        raise SvskError(f"Calibration text {path}: no such file.")
+    return None
+
+
+def check_report_files(**files: Path | None) -> None:
+    """Refuse files to write, by the name of their option, whose folder is missing or that are folders.
+
+    Raises:
+        SvskError: one cannot be written.
+    """
+    for option, target in files.items():
+        if target is None:
+            continue
+        if not target.absolute().parent.is_dir():
+            raise SvskError(f"--{option} {target}: its folder does not exist.")
+        if target.is_dir():
+            raise SvskError(f"--{option} {target}: is a folder, expected a file to write.")
+
+
+def check_effect(given: Mapping[str, Any], why: str) -> None:
+    """Refuse options that have a value and no effect.
+
+    Args:
+        given: values by option; None is not given.
+        why: they have none.
+
+    Raises:
+        SvskError: one is given.
+    """
+    named = [option for option, value in given.items() if value is not None]
+    if named:
+        raise SvskError(f"{', '.join(named)}: no effect {why}. Leave {'it' if len(named) == 1 else 'them'} out.")
+
+
+def check_recipe(
+    recipe: "Recipe", linears: Collection[str], message: Callable[[str], None] = lambda text: None
+) -> None:
+    """Refuse entries of a recipe that match none of a model's linear layers.
+
+    What the shipped recipes say for all models (``ignore: [lm_head]``, the names of the sink's targets) need not fit
+    this one: of the sink a message tells that it has no effect.
+
+    Args:
+        recipe: the recipe, with what the user added.
+        linears: names of the linear layers of the model, its head among them.
+        message: told what has no effect.
+
+    Raises:
+        SvskError: an entry of the user's has no match.
+    """
+    from svsk_offline.recipe import Recipe, SinkArgs
+    from svsk_vllm.format.config import matches
+
+    usual = Recipe.model_fields["ignore"].default
+    for entry in recipe.ignore:
+        if entry not in usual and not any(matches(name, (entry,)) for name in linears):
+            raise SvskError(f"--ignore {entry}: matches no linear layer of the model{_nearest(entry, linears)}.")
+    sink = recipe.sink
+    if not sink.weight or any(matches(name, sink.targets) for name in linears):
+        return
+    if sink.targets == SinkArgs.model_fields["targets"].default:
+        message(f"No linear matches sink.targets {sink.targets}: the sink weight has no effect.")
+        return
+    raise SvskError(
+        f"sink.targets {list(sink.targets)}: none matches a linear layer of the model, so sink.weight {sink.weight} "
+        "has no effect. Name its layers, or leave the sink out."
+    )
+
+
+def _nearest(entry: str, linears: Collection[str]) -> str:
+    """What may have been meant."""
+    names = list(linears)
+    below = [name for name in names if name.startswith(f"{entry}.")]
+    if below:
+        pattern = entry.replace(".", r"\.")
+        return f", which has {len(below)} below it: name them, or give 're:{pattern}\\..*'"
+    ends = [name for name in names if name.rpartition(".")[2] == entry or name.endswith(f".{entry}")]
+    if ends:
+        pattern = entry.replace(".", r"\.")
+        return f", but the end of {len(ends)} such as {ends[0]}: name them whole, or give 're:.*\\.{pattern}$'"
+    close = difflib.get_close_matches(entry, names, 1)
+    found = close or names[:1]
+    return f" (there is {found[0]})" if found else ""

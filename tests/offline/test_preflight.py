@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that would do nothing, or harm, end before any work, and leave everything as it was."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svsk_offline import pipeline
+from svsk_offline.errors import SvskError
+from svsk_offline.pipeline import Progress, quantize
+from svsk_offline.preflight import check_effect, check_output, check_recipe, check_report_files
+from svsk_offline.recipe import Recipe, load_recipe
+from svsk_offline.restore import restore
+
+LINEARS = [f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")] + ["lm_head"]
+
+
+@pytest.fixture
+def no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes drawing calibration text, the first work there is, an error."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("calibration text was drawn")
+
+    monkeypatch.setattr(pipeline, "load_calibration", fail)
+
+
+@pytest.mark.parametrize(
+    ("entry", "hint"),
+    [
+        ("re:.*k_proj$", ""),
+        ("model.layers.0.mlp.gate_proj", r" \(there is model\.layers\.0\.mlp\.up_proj\)"),
+        ("model.layers.1", r"has 2 below it: name them, or give 're:model\\\.layers\\\.1\\\.\.\*'"),
+        ("up_proj", r"the end of 2 such as model\.layers\.0\.mlp\.up_proj: .* 're:\.\*\\\.up_proj\$'"),
+    ],
+)
+def test_entries_to_ignore_that_match_nothing(entry: str, hint: str) -> None:
+    recipe = load_recipe("fast").override({"ignore": (entry,)})
+    with pytest.raises(
+        SvskError, match=rf"^--ignore {entry.replace('*', '[*]').replace('$', '[$]')}: matches no .*{hint}"
+    ):
+        check_recipe(recipe, LINEARS)
+
+
+def test_what_recipes_say_for_all_models_need_not_fit_one() -> None:
+    told: list[str] = []
+    check_recipe(load_recipe("fast").override({"ignore": ("re:.*up_proj",)}), ["transformer.h.0.up_proj"], told.append)
+    assert len(told) == 1
+    assert "the sink weight has no effect" in told[0]
+    check_recipe(load_recipe("fast"), LINEARS, told.append)
+    assert len(told) == 1
+
+
+def test_a_sink_of_the_users_own_without_targets() -> None:
+    recipe = load_recipe("fast").override({"sink": {"targets": ("re:.*Wqkv$", "re:.*query$")}})
+    with pytest.raises(SvskError, match=r"sink\.targets .*Wqkv.*: none matches a linear layer"):
+        check_recipe(recipe, LINEARS)
+    check_recipe(recipe, [*LINEARS, "model.layers.0.attn.Wqkv"])
+    check_recipe(recipe.override({"sink": {"weight": 0.0}}), LINEARS)
+
+
+def test_options_without_effect_are_named() -> None:
+    check_effect({"--tile-m": None, "--tile-n": None}, "at rank 0")
+    with pytest.raises(SvskError, match=r"^--tile-m, --tile-n: no effect at rank 0\. Leave them out"):
+        check_effect({"--tile-m": 0, "--tile-n": 8, "--factor-bits": None}, "at rank 0")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.usefixtures("no_text")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_or_a_folder_of_something_else_is_never_replaced(
+    tiny_llama: Path, tiny_recipe: Recipe, tmp_path: Path, overwrite: bool
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one").write_text("precious")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    before = tree(tmp_path)
+    for name, message in (
+        ("file", "is a file, expected a folder to write"),
+        ("broken", "is a file, expected a folder to write"),
+        ("photos", "not an SVSK checkpoint, so --overwrite does not delete it" if overwrite else "pass --overwrite"),
+        ("other", "not an SVSK checkpoint" if overwrite else "pass --overwrite"),
+        ("file/out", "file is a file, so no folder can be made below it"),
+    ):
+        with pytest.raises(SvskError, match=message):
+            quantize(tiny_llama, tmp_path / name, tiny_recipe, overwrite=overwrite)
+    for name in ("file", "photos"):
+        with pytest.raises(SvskError, match="file, expected a folder" if name == "file" else "overwrite"):
+            restore(tmp_path / "nothing", tmp_path / name, overwrite=overwrite)
+    assert tree(tmp_path) == before
+
+
+def test_what_may_be_replaced(tmp_path: Path) -> None:
+    check_output(tmp_path / "new" / "below" / "new", overwrite=False)
+    check_output(tmp_path, overwrite=True)  # empty
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    check_output(tmp_path, overwrite=True, dense=True)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "svsk"}}))
+    check_output(tmp_path, overwrite=True)
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(SvskError, match="something that is not a model"):
+        check_output(tmp_path, overwrite=True, dense=True)
+
+
+@pytest.mark.usefixtures("no_text")
+def test_a_run_refuses_before_it_draws_text(tiny_llama: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    out, told = tmp_path / "out", Progress()
+    for options, message in (
+        ({"recipe": tiny_recipe.override({"ignore": ("re:.*typo",)})}, "--ignore re:.*typo: matches no linear layer"),
+        ({"calibration": "missing.txt"}, "missing.txt: no such file"),
+        ({"chat_template": True}, "--chat-template has no effect"),
+        ({"device": "nonsense"}, "--device nonsense: not usable here"),
+        ({"dtype": "int8"}, "--dtype int8"),
+        ({"recipe": tiny_recipe.override({"ignore": ("re:.*k_proj",)})}, "k_proj"),
+    ):
+        arguments: dict[str, Any] = {"recipe": tiny_recipe, "progress": told, **options}
+        with pytest.raises(SvskError) as caught:
+            quantize(tiny_llama, out, **arguments)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_report_files(tmp_path: Path) -> None:
+    check_report_files(json=None, html=tmp_path / "page.html")
+    with pytest.raises(SvskError, match=r"--json .*its folder does not exist"):
+        check_report_files(json=tmp_path / "no" / "x.json")
+    with pytest.raises(SvskError, match=r"--html .*is a folder"):
+        check_report_files(html=tmp_path)
