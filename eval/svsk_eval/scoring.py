@@ -29,6 +29,7 @@ __all__ = [
     "Progress",
     "check_fits",
     "check_folder",
+    "check_longest",
     "check_same_vocabulary",
     "compare_models",
     "declared_limits",
@@ -291,8 +292,17 @@ def check_fits(path: str | Path, vocabulary: int, longest: int | None, tokens: t
         check_token_ids(tokens, vocabulary, lambda token: _spelled(path, token), str(path), "the text to score")
     except SvskError as error:
         raise EvalError(str(error)) from error
-    if longest is not None and tokens.shape[1] > longest:
-        raise EvalError(f"{path}: takes {longest} tokens at most, chunks have {tokens.shape[1]}. Use shorter chunks.")
+    check_longest(path, longest, tokens.shape[1])
+
+
+def check_longest(path: str | Path, longest: int | None, seq_len: int) -> None:
+    """Check that a model takes chunks of a length.
+
+    Raises:
+        EvalError: it does not.
+    """
+    if longest is not None and seq_len > longest:
+        raise EvalError(f"{path}: takes {longest} tokens at most, chunks have {seq_len}. Use shorter chunks.")
 
 
 def _spelled(path: str | Path, token: int) -> Any:

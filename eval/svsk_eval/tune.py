@@ -10,6 +10,7 @@ The result is the best of many on the held-out pieces, so its KL there is a litt
 how much. Score the final checkpoint on other text (``svsk eval``) for figures to report.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -28,10 +29,13 @@ from svsk_eval.tune_search import Search, Step
 from svsk_eval.tune_trials import Score, State, Trial, differences
 from svsk_offline.atomic import PartialFolder, write_text
 from svsk_offline.calibration import DEFAULT_SOURCE, CalibrationSet
+from svsk_offline.calibration.sources import check_source
 from svsk_offline.calibration.text import token_fingerprint
+from svsk_offline.errors import SvskError
 from svsk_offline.pipeline import Progress, check_takes, load_texts, quantize, resolve_device
+from svsk_offline.preflight import check_recipe
 from svsk_offline.recipe import Recipe, load_recipe
-from svsk_offline.source import ModelSource, resolve_model
+from svsk_offline.source import ModelSource, linear_modules, resolve_model
 from svsk_vllm.format.shards import read_json
 from svsk_vllm.version import __version__
 
@@ -127,9 +131,12 @@ def tune(
     out = Path(out)
     work = out.with_name(f"{out.name}.tune") if work_dir is None else Path(work_dir)
     _check_arguments(out, work, budget_minutes, held_out, overwrite)
+    check_source(calibration, chat_template)
+    resolve_device(device)
     start = load_recipe(recipe) if isinstance(recipe, str) else recipe
     source = ModelSource(resolve_model(str(model)))
     PartialFolder(work / _TRIAL_NAME, source.folder, overwrite=True)  # refuses a folder that overlaps the model's
+    check_recipe(start, [name for name, _ in linear_modules(source.model)], progress.message)
     inputs = _load_inputs(source, start, calibration, chat_template, held_out, device, dtype, progress)
     state = _open_state(work / _STATE_NAME, inputs.identity(start), overwrite, progress)
     trials = _Trials(inputs, work / _TRIAL_NAME, progress, clock)
@@ -267,14 +274,26 @@ def _check_arguments(out: Path, work: Path, budget_minutes: float, held_out: int
         raise EvalError(f"{out}: expected a name ending in .yaml, as a recipe has.")
     if out.exists() and (out.is_dir() or not overwrite):
         raise EvalError(f"{out} exists. Choose another file, or pass --overwrite to replace it.")
+    if out.exists() and not _is_recipe(out):
+        raise EvalError(f"{out}: holds something that is not a recipe, so --overwrite does not replace it.")
     if not out.absolute().parent.is_dir():
         raise EvalError(f"{out}: its folder does not exist.")
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise EvalError(f"{out}: its folder cannot be written.")
     if work.exists() and not work.is_dir():
         raise EvalError(f"--work-dir {work}: is a file, expected a folder.")
     if held_out < 2:
         raise EvalError(f"--held-out is {held_out}, expected 2 or more: one piece has no standard error.")
     if not budget_minutes > 0:
         raise EvalError(f"--budget-minutes is {budget_minutes}, expected more than 0.")
+
+
+def _is_recipe(path: Path) -> bool:
+    try:
+        load_recipe(str(path))
+    except (SvskError, OSError, ValueError):
+        return False
+    return True
 
 
 def _open_state(path: Path, identity: dict[str, Any], overwrite: bool, progress: TuneProgress) -> State:

@@ -8,7 +8,7 @@ bytes: the hidden states are computed again, blocks with a shard are not quantis
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -19,10 +19,12 @@ from torch import nn
 from svsk_offline.atomic import PartialFolder, write_json
 from svsk_offline.calibration import DEFAULT_SOURCE, BlockRunner, CalibrationSet, InputStatistics, load_calibration
 from svsk_offline.calibration.limits import check_length, check_token_ids
+from svsk_offline.calibration.sources import check_source
 from svsk_offline.errors import SvskError
 from svsk_offline.layer import LayerReport, quantize_linear
 from svsk_offline.output import CheckpointWriter
 from svsk_offline.plan import Plan, make_plan, uniform_schemes
+from svsk_offline.preflight import check_output, check_recipe
 from svsk_offline.recipe import CalibrationArgs, Recipe, load_recipe
 from svsk_offline.serving import check_servable
 from svsk_offline.source import ModelSource, linear_modules, resolve_model
@@ -92,19 +94,27 @@ def quantize(
     """
     progress = progress or Progress()
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    torch_device = resolve_device(device)
+    check_output(Path(out), overwrite=overwrite, source=model)
+    if isinstance(calibration, str):
+        check_source(calibration, chat_template)
     source = ModelSource(resolve_model(str(model)))
     folder = PartialFolder(Path(out), source.folder, overwrite=overwrite)
-    torch_device = resolve_device(device)
     scale_dtype = source.model_dtype(dtype)
-    args = recipe.calibration
+    check_recipe(recipe, [name for name, _ in linear_modules(source.model)], progress.message)
     if isinstance(calibration, CalibrationSet):
-        texts = calibration
-        count, seq_len = texts.tokens.shape
+        count, seq_len = calibration.tokens.shape
         recipe = recipe.override({"calibration": {"samples": count, "seq_len": seq_len}})
-    else:
-        progress.message(f"Calibration text: {calibration}, {args.samples} samples of {args.seq_len} tokens")
-        texts = load_texts(source, calibration, args.samples, args, chat_template)
-    check_takes(source, texts)
+    args = recipe.calibration
+
+    def texts() -> CalibrationSet:
+        found = calibration
+        if not isinstance(found, CalibrationSet):
+            progress.message(f"Calibration text: {found}, {args.samples} samples of {args.seq_len} tokens")
+            found = load_texts(source, found, args.samples, args, chat_template)
+        check_takes(source, found)
+        return found
+
     run = _Run(source, folder, recipe, texts, torch_device, scale_dtype, progress)
     return run.execute(overwrite)
 
@@ -170,16 +180,18 @@ class _Run:
         source: ModelSource,
         folder: PartialFolder,
         recipe: Recipe,
-        texts: CalibrationSet,
+        texts: Callable[[], CalibrationSet],
         device: torch.device,
         scale_dtype: torch.dtype,
         progress: Progress,
     ) -> None:
-        self.source, self.folder, self.recipe, self.texts = source, folder, recipe, texts
+        self.source, self.folder, self.recipe = source, folder, recipe
         self.device, self.scale_dtype, self.progress = device, scale_dtype, progress
         self.blocks_name, self.blocks = source.blocks
-        self.config = self._uniform_config()
+        self.config = self._uniform_config({})
         self._check_targets()
+        self.texts = texts()  # only now: it takes time
+        self.config = self._uniform_config(self.texts.describe())
 
     def execute(self, overwrite: bool) -> QuantizationResult:
         """Decide, write all shards, then the rest of the folder."""
@@ -199,7 +211,7 @@ class _Run:
             path.unlink(missing_ok=True)
         return QuantizationResult(out, layers, seconds, planned)
 
-    def _uniform_config(self) -> SvskCheckpointConfig:
+    def _uniform_config(self, calibration: Mapping[str, Any]) -> SvskCheckpointConfig:
         """The checkpoint's config, every linear with the recipe's scheme."""
         recipe = self.recipe
         group = ConfigGroup(targets=("Linear",), weights=recipe.weights, sidecar=recipe.sidecar)
@@ -208,7 +220,7 @@ class _Run:
             "recipe": recipe.name,
             "recipe_hash": recipe.digest,
             "recipe_values": recipe.model_dump(mode="json", exclude={"name", "description"}),
-            "calibration": self.texts.describe(),
+            "calibration": dict(calibration),
         }
         inside = {f"{self.blocks_name}.{index}.{name}" for index, name in self._linear_names()}
         # Linears outside the decoder blocks (an output head, say) stay as they are, so the config must say so.
@@ -231,9 +243,6 @@ class _Run:
         budget = self.recipe.allocation
         most = 0 if budget.target_bpw is None else max(budget.ranks)
         check_servable(self.source, self.schemes, self.progress.message, most=most)
-        sink = self.recipe.sink
-        if sink.weight and not any(map(self.recipe.sink_weight, self.schemes)):
-            self.progress.message(f"No linear matches sink.targets {sink.targets}: the sink weight has no effect.")
         sizes = budget.group_sizes
         for name in self.schemes if budget.target_bpw is not None else ():
             k = self.source.tensors.describe(f"{name}.weight").shape[1]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from svsk_offline.atomic import PartialFolder, write_json, write_tensors
+from svsk_offline.preflight import check_output
 from svsk_vllm.format import Checkpoint, restored_weight
 from svsk_vllm.format.checkpoint import split_suffix
 from svsk_vllm.format.config import undeclared
@@ -33,6 +34,7 @@ def restore(
         SvskFormatError: the checkpoint is damaged.
         SvskError: ``out`` exists.
     """
+    check_output(Path(out), overwrite=overwrite, dense=True, source=checkpoint)
     source = Checkpoint(checkpoint)
     folder = PartialFolder(Path(out), source.folder, overwrite=overwrite, suffix="restoring")
     folder.discard()

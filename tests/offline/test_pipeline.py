@@ -163,12 +163,13 @@ def test_unfinished_run_with_other_inputs_is_refused(tmp_path: Path, tiny_llama:
 
 def test_existing_output_is_kept_unless_told(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("x")
+    quantize(tiny_llama, tmp_path / "out", tiny_recipe, overwrite=True)
+    (tmp_path / "out" / "note").write_text("x")
     with pytest.raises(SvskError, match="--overwrite"):
         quantize(tiny_llama, tmp_path / "out", tiny_recipe)
-    assert (tmp_path / "out" / "precious").exists()
+    assert (tmp_path / "out" / "note").exists()
     quantize(tiny_llama, tmp_path / "out", tiny_recipe, overwrite=True)
-    assert not (tmp_path / "out" / "precious").exists()
+    assert not (tmp_path / "out" / "note").exists()
     assert validate_against_architecture(tmp_path / "out") == []
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from svsk_offline import pipeline
-from svsk_offline.calibration.text import CalibrationSet, load_calibration
+from svsk_offline.calibration import CalibrationSet, load_calibration
 from svsk_offline.errors import SvskError
 from svsk_offline.inspect import serving_note, validate_against_architecture
 from svsk_offline.pipeline import Progress, quantize

@@ -140,6 +140,11 @@ def bench(
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise EvalError(f"{', '.join(twice)}: two models have this label. Name them: LABEL=MODEL.")
     folders = [read_folder(resolve_model(one.name)) for one in candidates]
+    if options.text is not None:
+        from svsk_eval.scoring import check_longest, declared_limits
+
+        for folder in folders:  # each scores the text in its turn; what cannot is told before the first
+            check_longest(folder.path, declared_limits(folder.path)[1], options.text.seq_len)
     bits = bits_per_weight(folders[0], folders)
     options.work_dir.mkdir(parents=True, exist_ok=True)
     with _locked(options.work_dir):

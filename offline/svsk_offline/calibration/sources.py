@@ -9,6 +9,7 @@ from typing import Any, Final
 from svsk_offline.calibration.files import TextFile, open_text
 from svsk_offline.calibration.rows import RowReader
 from svsk_offline.errors import SvskError
+from svsk_offline.preflight import calibration_path
 
 __all__ = ["DEFAULT_SOURCE", "Source", "check_source"]
 
@@ -91,12 +92,10 @@ def check_source(name: str, chat_template: bool = False) -> TextFile | None:
     Raises:
         SvskError: there is no such file, it cannot be used, or it is plain text and a chat template is asked for.
     """
-    if name == DEFAULT_SOURCE:
-        if chat_template:
-            raise _no_chat(name, "documentation and code")
-        return None
-    path = Path(name).expanduser()
-    if not path.exists() and not path.suffix and not name.startswith((".", "/", "~")):
+    if name == DEFAULT_SOURCE and chat_template:
+        raise _no_chat(name, "documentation and code")
+    path = calibration_path(name)
+    if path is None:
         return None
     found = open_text(path)
     if chat_template and found.kind == "text":
