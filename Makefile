@@ -61,7 +61,7 @@ lint: setup ## check style and format
 
 types: setup ## check types
 	@$(VPY) -m mypy
-	@MYPYPATH=.ci $(VPY) -m mypy .ci/setup_env.py .ci/lock.py
+	@MYPYPATH=.ci $(VPY) -m mypy .ci/setup_env.py .ci/lock.py .ci/versions.py
 
 clean: ## remove the environments, caches and build output
 	rm -rf $(VENV) $(VENV)-triton36 build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
