@@ -20,6 +20,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from svsk_offline.endings import plain_endings
+
 __all__ = ["main"]
 
 PROMPTS: Final = (
@@ -34,6 +36,7 @@ PROMPTS: Final = (
 )
 
 console = Console(soft_wrap=True)
+_errors = Console(stderr=True, soft_wrap=True)
 
 
 def main(
@@ -148,16 +151,11 @@ def _show_answers(original: list[str], quantised: list[str]) -> None:
 
 
 def run() -> None:
-    """Run the demo; what a user can mend ends in one line instead of a traceback."""
-    from svsk_eval.errors import EvalError
-    from svsk_offline.errors import SvskError
-    from svsk_vllm.format import SvskFormatError
-
-    try:
-        typer.run(main)
-    except (SvskError, SvskFormatError, EvalError, OSError) as error:
-        console.print(f"error: {error}", highlight=False, markup=False)
-        sys.exit(1)
+    """Run the demo; whatever stops it ends in one line instead of a traceback."""
+    again = "Start it again to go on: what is finished is kept."
+    typer.run(
+        plain_endings(lambda text: _errors.print(f"error: {text}", highlight=False, markup=False), lambda: again)(main)
+    )
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from svsk_offline.calibration import DEFAULT_SOURCE, CalibrationSet
 from svsk_offline.calibration.sources import check_source
 from svsk_offline.calibration.text import token_fingerprint
 from svsk_offline.errors import SvskError
+from svsk_offline.locks import LOCK_NAME, locked
 from svsk_offline.pipeline import Progress, check_takes, load_texts, quantize, resolve_device
 from svsk_offline.preflight import check_recipe
 from svsk_offline.recipe import Recipe, load_recipe
@@ -137,11 +138,13 @@ def tune(
     source = ModelSource(resolve_model(str(model)))
     PartialFolder(work / _TRIAL_NAME, source.folder, overwrite=True)  # refuses a folder that overlaps the model's
     check_recipe(start, [name for name, _ in linear_modules(source.model)], progress.message)
-    inputs = _load_inputs(source, start, calibration, chat_template, held_out, device, dtype, progress)
-    state = _open_state(work / _STATE_NAME, inputs.identity(start), overwrite, progress)
-    trials = _Trials(inputs, work / _TRIAL_NAME, progress, clock)
-    search = Search(start, trials.run, state, budget_minutes * 60, clock, progress.start, progress.step)
-    return _search(search, out, model, calibration, inputs.held)
+    work.mkdir(parents=True, exist_ok=True)
+    with locked(work / LOCK_NAME, work):
+        inputs = _load_inputs(source, start, calibration, chat_template, held_out, device, dtype, progress)
+        state = _open_state(work / _STATE_NAME, inputs.identity(start), overwrite, progress)
+        trials = _Trials(inputs, work / _TRIAL_NAME, progress, clock)
+        search = Search(start, trials.run, state, budget_minutes * 60, clock, progress.start, progress.step)
+        return _search(search, out, model, calibration, inputs.held)
 
 
 def split_calibration(drawn: CalibrationSet, held_out: int) -> tuple[CalibrationSet, CalibrationSet]:
@@ -297,13 +300,12 @@ def _is_recipe(path: Path) -> bool:
 
 
 def _open_state(path: Path, identity: dict[str, Any], overwrite: bool, progress: TuneProgress) -> State:
-    """The state of an earlier run, or a new one; makes the folder.
+    """The state of an earlier run, or a new one.
 
     Raises:
         EvalError: the file is of another search, or damaged, and may not be overwritten.
         SvskFormatError: it is not JSON, and may not be overwritten.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = State(path, identity)
     if not path.exists():
         return state

@@ -3,15 +3,19 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from svsk_offline.errors import SvskError
+from svsk_offline.locks import locked
 
 __all__ = ["PartialFolder", "write_json", "write_tensors", "write_text"]
 
@@ -19,10 +23,17 @@ __all__ = ["PartialFolder", "write_json", "write_tensors", "write_text"]
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary neighbour of ``path``, force it to disk, then rename it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with temporary.open("rb") as handle:
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    try:
+        write(temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with suppress(OSError):  # half a file only takes the room that may be lacking
+            temporary.unlink()
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise
     _sync_folder(path.parent)
 
 
@@ -57,11 +68,29 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         ready[name] = found.clone() if found.data_ptr() in seen else found
         seen.add(found.data_ptr())
     header = {"format": "pt", **(metadata or {})}
-    _replace(path, lambda temporary: save_file(ready, temporary, metadata=header))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(ready, temporary, metadata=header)
+        except SafetensorError as error:
+            # It says "I/O error: No space left on device (os error 28)" where Python would raise an OSError.
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+    _replace(path, write)
 
 
 class PartialFolder:
     """An output folder that is built under another name and renamed when it is whole.
+
+    It is built in a folder inside a working folder beside ``out``. What a run needs to continue is in the working
+    folder itself, so that nothing has to be taken out of the result, before or after it is renamed.
+
+    Attributes:
+        path: the working folder.
+        result: the folder in it that becomes ``out``.
 
     Args:
         out: the final folder.
@@ -79,28 +108,53 @@ class PartialFolder:
         out, source = out.resolve(), source.resolve() if source else None
         if source and (out == source or out in source.parents or source in out.parents):
             raise SvskError(f"{out}: overlaps the model it is made from, {source}. Choose another folder.")
-        self.out = out
+        self.out, self._overwrite = out, overwrite
         self.path = out.with_name(f"{out.name}.{suffix}")
-        if out.exists() and not overwrite:
-            raise SvskError(f"{out} exists. Choose another folder, or pass --overwrite to replace it.")
+        self.result = self.path / "checkpoint"
+        self._check()
+
+    def _check(self) -> None:
+        """Whether ``out`` may be written."""
+        if self.out.exists() and not self._overwrite:
+            raise SvskError(f"{self.out} exists. Choose another folder, or pass --overwrite to replace it.")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs away from ``out``, whatever they make of it.
+
+        Raises:
+            SvskError: another run is under way there, or has put a folder there meanwhile.
+            OSError: the folder that shall hold ``out`` cannot be written.
+        """
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.out.with_name(f".{self.out.name}.lock"), self.out):
+            self._check()
+            yield
 
     def create(self) -> Path:
-        """Make the working folder (an existing one is kept) and return it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        return self.path
+        """Make the working folder and the one in it (existing ones are kept) and return the latter."""
+        self.result.mkdir(parents=True, exist_ok=True)
+        return self.result
 
     def discard(self) -> None:
-        """Remove the working folder."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the working folder.
+
+        Raises:
+            OSError: something in it cannot be removed.
+        """
+        if self.path.exists():
+            shutil.rmtree(self.path)
 
     def commit(self) -> Path:
-        """Put the working folder in the place of ``out`` and return ``out``."""
-        _sync_folder(self.path)
+        """Put the result in the place of ``out``, remove the working folder, and return ``out``."""
+        _sync_folder(self.result)
         old = self.out.with_name(f".{self.out.name}.old")
+        if old.exists():  # of a run that was killed here
+            shutil.rmtree(old)
         if self.out.exists():
-            shutil.rmtree(old, ignore_errors=True)
             self.out.rename(old)
-        self.path.rename(self.out)
+        self.result.rename(self.out)
         _sync_folder(self.out.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        for leftover in (old, self.path):
+            shutil.rmtree(leftover, ignore_errors=True)
         return self.out

@@ -3,10 +3,8 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -14,14 +12,31 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from svsk_offline.endings import plain_endings
 from svsk_offline.errors import SvskError
 from svsk_vllm.version import __version__
 
 __all__ = ["app"]
 
+_CONTINUES: Final = {
+    "quantize": "Start it again with the same arguments to go on after the last finished block.",
+    "tune": "Start it again with the same arguments to go on after the last finished trial.",
+    "bench": "Start it again with the same arguments to go on after the last answer.",
+}
+
+
+class _Commands(typer.core.TyperGroup):
+    """All subcommands end in one line instead of a traceback, whatever stops them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with plain_endings(_say_error, lambda: _CONTINUES.get(ctx.invoked_subcommand)):
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
-    name="svsk", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
-)
+    name="svsk", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)  # fmt: skip
 console = Console(soft_wrap=True)
 _errors = Console(stderr=True, soft_wrap=True)
 
@@ -41,17 +56,8 @@ MarkdownFile = Annotated[Path | None, typer.Option(help="Write the report of tas
 HtmlFile = Annotated[Path | None, typer.Option(help="Write the report of tasks there, one page with plots.")]
 
 
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Turn errors a user can mend into one line and exit code 1."""
-    from svsk_eval.errors import EvalError
-    from svsk_vllm.format import SvskFormatError
-
-    try:
-        yield
-    except (SvskError, SvskFormatError, EvalError, OSError) as error:
-        _errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        raise typer.Exit(1) from error
+def _say_error(text: str) -> None:
+    _errors.print(f"[bold red]error:[/] {escape(text)}", highlight=False)
 
 
 def _check_json(target: Path | None) -> None:
@@ -116,25 +122,24 @@ def quantize(
     from svsk_offline.console import quantize_with_progress
     from svsk_offline.recipe import load_recipe
 
-    with _plain_errors():
-        chosen = load_recipe(recipe).override(
-            {
-                "weights": {"group_size": group_size, "codebook": codebook},
-                "sidecar": {"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": factor_bits},
-                "calibration": {"samples": samples, "seq_len": seq_len, "seed": seed, "sequential": sequential},
-                "allocation": {"target_bpw": target_bpw, "group_sizes": group_size and (group_size,)},
-                "ignore": tuple(ignore or ()),
-            }
+    chosen = load_recipe(recipe).override(
+        {
+            "weights": {"group_size": group_size, "codebook": codebook},
+            "sidecar": {"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": factor_bits},
+            "calibration": {"samples": samples, "seq_len": seq_len, "seed": seed, "sequential": sequential},
+            "allocation": {"target_bpw": target_bpw, "group_sizes": group_size and (group_size,)},
+            "ignore": tuple(ignore or ()),
+        }
+    )
+    if chosen.allocation.target_bpw is not None and (rank is not None or factor_bits is not None):
+        raise SvskError(
+            f"Under a target of {chosen.allocation.target_bpw} bits per weight ranks and factor bits are chosen: "
+            "leave --rank and --factor-bits out."
         )
-        if chosen.allocation.target_bpw is not None and (rank is not None or factor_bits is not None):
-            raise SvskError(
-                f"Under a target of {chosen.allocation.target_bpw} bits per weight ranks and factor bits are chosen: "
-                "leave --rank and --factor-bits out."
-            )
-        quantize_with_progress(
-            console, model, out, chosen,
-            calibration=calibration, chat_template=chat_template, device=device, dtype=dtype, overwrite=overwrite,
-        )  # fmt: skip
+    quantize_with_progress(
+        console, model, out, chosen,
+        calibration=calibration, chat_template=chat_template, device=device, dtype=dtype, overwrite=overwrite,
+    )  # fmt: skip
 
 
 @app.command()
@@ -163,12 +168,11 @@ def inspect(
     """Show what a checkpoint holds: bits per weight with every stored bit counted, sizes, recipe, producer."""
     from svsk_offline.inspect import inspect_checkpoint, print_inspection
 
-    with _plain_errors():
-        found = inspect_checkpoint(folder)
-        if as_json:
-            sys.stdout.write(json.dumps(found, indent=2) + "\n")
-        else:
-            print_inspection(console, found)
+    found = inspect_checkpoint(folder)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_inspection(console, found)
 
 
 @app.command()
@@ -176,9 +180,8 @@ def validate(folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")]) -
     """Check a checkpoint's structure and numbers; list every problem and exit with 1 if there is one."""
     from svsk_offline.inspect import serving_note, validate_against_architecture
 
-    with _plain_errors():
-        problems = validate_against_architecture(folder)
-        note = None if problems else serving_note(folder)
+    problems = validate_against_architecture(folder)
+    note = None if problems else serving_note(folder)
     if note:
         console.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
     for problem in problems:
@@ -198,8 +201,7 @@ def restore(
     """Write the dense Hugging Face model a checkpoint stands for."""
     from svsk_offline.restore import restore as run
 
-    with _plain_errors():
-        console.print(f"wrote {run(folder, out, overwrite=overwrite)}")
+    console.print(f"wrote {run(folder, out, overwrite=overwrite)}")
 
 
 @app.command("eval")
@@ -229,13 +231,12 @@ def evaluate(
     from svsk_eval.console import evaluate_with_progress
     from svsk_eval.engine_args import parse_engine_args
 
-    with _plain_errors():
-        _check_json(json_file)
-        result = evaluate_with_progress(
-            console, model, reference, text, chunks=chunks, seq_len=seq_len, device=device, dtype=dtype,
-            engine=engine, engine_args=parse_engine_args(engine_arg or ()),
-        )  # fmt: skip
-        _write_json(json_file, result)
+    _check_json(json_file)
+    result = evaluate_with_progress(
+        console, model, reference, text, chunks=chunks, seq_len=seq_len, device=device, dtype=dtype,
+        engine=engine, engine_args=parse_engine_args(engine_arg or ()),
+    )  # fmt: skip
+    _write_json(json_file, result)
 
 
 @app.command("bench")
@@ -281,21 +282,20 @@ def benchmark(
     from svsk_eval.bench.runner import BenchOptions, TextOptions, candidate
     from svsk_eval.engine_args import parse_engine_args
 
-    with _plain_errors():
-        settings = settings_of(
-            tasks, engine=engine, limit=limit, seed=seed, gen_kwargs=gen_kwargs,
-            apply_chat_template=apply_chat_template, system_instruction=system_instruction,
-            model_args=parse_engine_args(model_arg or (), "--model-arg"),
-        )  # fmt: skip
-        scored = text and TextOptions(text, chunks, seq_len, engine_names(text_engine, "--text-engine"))
-        options = BenchOptions(
-            work_dir=work_dir, dtype=dtype, include_path=include_path, batch_size=batch_size,
-            consent=confirm_run_unsafe_code, text=scored or None, command=shown_command(sys.argv[1:]),
-        )  # fmt: skip
-        passed = bench_with_progress(
-            console, [candidate(name) for name in (reference, *models)], settings, options,
-            json_file=json_file, markdown=markdown, html=html, min_recovery=min_recovery,
-        )  # fmt: skip
+    settings = settings_of(
+        tasks, engine=engine, limit=limit, seed=seed, gen_kwargs=gen_kwargs,
+        apply_chat_template=apply_chat_template, system_instruction=system_instruction,
+        model_args=parse_engine_args(model_arg or (), "--model-arg"),
+    )  # fmt: skip
+    scored = text and TextOptions(text, chunks, seq_len, engine_names(text_engine, "--text-engine"))
+    options = BenchOptions(
+        work_dir=work_dir, dtype=dtype, include_path=include_path, batch_size=batch_size,
+        consent=confirm_run_unsafe_code, text=scored or None, command=shown_command(sys.argv[1:]),
+    )  # fmt: skip
+    passed = bench_with_progress(
+        console, [candidate(name) for name in (reference, *models)], settings, options,
+        json_file=json_file, markdown=markdown, html=html, min_recovery=min_recovery,
+    )  # fmt: skip
     if not passed:
         raise typer.Exit(1)
 
@@ -318,17 +318,16 @@ def compare(
     from svsk_eval.compare import compare_files
     from svsk_eval.console import print_comparisons
 
-    with _plain_errors():
-        _check_json(json_file)
-        if any(map(is_bench_report, files)):
-            compare_and_print(console, files, json_file, markdown, html)
-            return
-        if markdown is not None or html is not None:
-            raise SvskError("--markdown and --html are for files of `svsk bench --json`.")
-        comparisons = compare_files(files)
-        print_comparisons(console, files[0], comparisons)
-        found = {"baseline": str(files[0]), "comparisons": [comparison.to_json() for comparison in comparisons]}
-        _write_json(json_file, found)
+    _check_json(json_file)
+    if any(map(is_bench_report, files)):
+        compare_and_print(console, files, json_file, markdown, html)
+        return
+    if markdown is not None or html is not None:
+        raise SvskError("--markdown and --html are for files of `svsk bench --json`.")
+    comparisons = compare_files(files)
+    print_comparisons(console, files[0], comparisons)
+    found = {"baseline": str(files[0]), "comparisons": [comparison.to_json() for comparison in comparisons]}
+    _write_json(json_file, found)
 
 
 @app.command()
@@ -364,20 +363,19 @@ def tune(
     from svsk_eval.tune_console import tune_with_progress
     from svsk_offline.recipe import load_recipe
 
-    with _plain_errors():
-        chosen = load_recipe(recipe).override(
-            {
-                "weights": {"codebook": codebook},
-                "sidecar": {"tile_m": tile_m, "tile_n": tile_n},
-                "calibration": {"samples": samples, "seq_len": seq_len, "seed": seed},
-                "allocation": {"target_bpw": target_bpw},
-            }
-        )
-        tune_with_progress(
-            console, model, out, chosen,
-            budget_minutes=budget_minutes, calibration=calibration, chat_template=chat_template, held_out=held_out,
-            work_dir=work_dir, device=device, dtype=dtype, overwrite=overwrite,
-        )  # fmt: skip
+    chosen = load_recipe(recipe).override(
+        {
+            "weights": {"codebook": codebook},
+            "sidecar": {"tile_m": tile_m, "tile_n": tile_n},
+            "calibration": {"samples": samples, "seq_len": seq_len, "seed": seed},
+            "allocation": {"target_bpw": target_bpw},
+        }
+    )
+    tune_with_progress(
+        console, model, out, chosen,
+        budget_minutes=budget_minutes, calibration=calibration, chat_template=chat_template, held_out=held_out,
+        work_dir=work_dir, device=device, dtype=dtype, overwrite=overwrite,
+    )  # fmt: skip
 
 
 @app.command()
@@ -392,8 +390,7 @@ def generate(
     """Complete prompts with a model, through vLLM or transformers."""
     from svsk_eval.generate import generate_texts
 
-    with _plain_errors():
-        texts = generate_texts(folder, prompt, engine, max_tokens=max_tokens, temperature=temperature, dtype=dtype)
+    texts = generate_texts(folder, prompt, engine, max_tokens=max_tokens, temperature=temperature, dtype=dtype)
     for asked, answered in zip(prompt, texts, strict=True):
         console.print(Text.assemble((asked, "bold"), answered))
 

@@ -30,18 +30,19 @@ class CheckpointWriter:
 
     Args:
         folder: where to write, usually a partial folder.
+        notes: folder for what only an interrupted run needs, the reports of finished blocks.
         source: the dense model.
         scale_dtype: dtype of unquantised tensors.
     """
 
-    def __init__(self, folder: Path, source: ModelSource, scale_dtype: torch.dtype) -> None:
-        self.folder, self.source, self.scale_dtype = folder, source, scale_dtype
+    def __init__(self, folder: Path, notes: Path, source: ModelSource, scale_dtype: torch.dtype) -> None:
+        self.folder, self.notes, self.source, self.scale_dtype = folder, notes, source, scale_dtype
         self.blocks_name, self.blocks = source.blocks
 
     def finished(self, index: int) -> list[LayerReport] | None:
         """Reports of block ``index`` if its shard is there already."""
         shard = self.shard_path(index + 1)
-        reports = _reports_path(shard)
+        reports = self._reports_path(index)
         if not shard.exists() or not reports.exists():
             return None
         return [LayerReport(**row) for row in read_json(reports)["layers"]]
@@ -58,7 +59,7 @@ class CheckpointWriter:
                 tensors[name] = self._dense(name)
         shard = self.shard_path(index + 1)
         write_tensors(shard, tensors)
-        write_json(_reports_path(shard), {"layers": [asdict(report) for report in reports]})
+        write_json(self._reports_path(index), {"layers": [asdict(report) for report in reports]})
 
     def read_block(self, index: int, schemes: Mapping[str, ConfigGroup]) -> list[QuantizedLinear]:
         """The quantised linears of block ``index`` from its shard."""
@@ -90,6 +91,9 @@ class CheckpointWriter:
         """Shard of block ``number - 1``; number 0 is everything outside the blocks."""
         return self.folder / f"model-{number + 1:05d}-of-{len(self.blocks) + 1:05d}.safetensors"
 
+    def _reports_path(self, index: int) -> Path:
+        return self.notes / f"block-{index:05d}.report.json"
+
     def _index(self) -> Mapping[str, object]:
         from safetensors import safe_open
 
@@ -113,7 +117,3 @@ class CheckpointWriter:
         if not bool(torch.isfinite(cast).all()) and bool(torch.isfinite(tensor).all()):
             raise SvskError(f"{name}: has values that {self.scale_dtype} cannot hold. Use --dtype bfloat16.")
         return cast
-
-
-def _reports_path(shard: Path) -> Path:
-    return shard.with_suffix(".report.json")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantising a model: one decoder block at a time, from a dense folder to an SVSK checkpoint.
 
-Shards are written per block into ``OUT.partial``, which becomes ``OUT`` when everything is there. A run that was
-interrupted continues after the last finished block when it is started again with the same inputs, and writes the same
-bytes: the hidden states are computed again, blocks with a shard are not quantised again.
+Shards are written per block into a folder in ``OUT.partial``, which becomes ``OUT`` when everything is there. A run
+that was interrupted continues after the last finished block when it is started again with the same inputs, and writes
+the same bytes: the hidden states are computed again, blocks with a shard are not quantised again. A lock keeps a second
+run away from ``OUT``.
 """
 
 import json
@@ -100,23 +101,24 @@ def quantize(
         check_source(calibration, chat_template)
     source = ModelSource(resolve_model(str(model)))
     folder = PartialFolder(Path(out), source.folder, overwrite=overwrite)
-    scale_dtype = source.model_dtype(dtype)
-    check_recipe(recipe, [name for name, _ in linear_modules(source.model)], progress.message)
-    if isinstance(calibration, CalibrationSet):
-        count, seq_len = calibration.tokens.shape
-        recipe = recipe.override({"calibration": {"samples": count, "seq_len": seq_len}})
-    args = recipe.calibration
+    with folder.locked():
+        scale_dtype = source.model_dtype(dtype)
+        check_recipe(recipe, [name for name, _ in linear_modules(source.model)], progress.message)
+        if isinstance(calibration, CalibrationSet):
+            count, seq_len = calibration.tokens.shape
+            recipe = recipe.override({"calibration": {"samples": count, "seq_len": seq_len}})
+        args = recipe.calibration
 
-    def texts() -> CalibrationSet:
-        found = calibration
-        if not isinstance(found, CalibrationSet):
-            progress.message(f"Calibration text: {found}, {args.samples} samples of {args.seq_len} tokens")
-            found = load_texts(source, found, args.samples, args, chat_template)
-        check_takes(source, found)
-        return found
+        def texts() -> CalibrationSet:
+            found = calibration
+            if not isinstance(found, CalibrationSet):
+                progress.message(f"Calibration text: {found}, {args.samples} samples of {args.seq_len} tokens")
+                found = load_texts(source, found, args.samples, args, chat_template)
+            check_takes(source, found)
+            return found
 
-    run = _Run(source, folder, recipe, texts, torch_device, scale_dtype, progress)
-    return run.execute(overwrite)
+        run = _Run(source, folder, recipe, texts, torch_device, scale_dtype, progress)
+        return run.execute(overwrite)
 
 
 def load_texts(
@@ -195,20 +197,16 @@ class _Run:
 
     def execute(self, overwrite: bool) -> QuantizationResult:
         """Decide, write all shards, then the rest of the folder."""
-        partial = self.folder.create()
-        self._claim(partial, overwrite)
+        result = self._claim(overwrite)
         started = time.perf_counter()
-        plan = self._plan(partial)
+        plan = self._plan()
         planned = time.perf_counter() - started
-        writer = CheckpointWriter(partial, self.source, self.scale_dtype)
+        writer = CheckpointWriter(result, self.folder.path, self.source, self.scale_dtype)
         layers, seconds = self._write_blocks(writer, plan)
         if self.recipe.allocation.target_bpw is not None:
             self.config = self.config.model_copy(update={"config_groups": plan.groups()})
         writer.finish(self.config, layers)
         out = self.folder.commit()
-        # Only now: a run that is stopped before would have to do everything again.
-        for path in (out / _STATE_NAME, out / _PLAN_NAME, *out.glob("*.report.json")):
-            path.unlink(missing_ok=True)
         return QuantizationResult(out, layers, seconds, planned)
 
     def _uniform_config(self, calibration: Mapping[str, Any]) -> SvskCheckpointConfig:
@@ -252,8 +250,8 @@ class _Run:
                     "or add the module to --ignore."
                 )
 
-    def _claim(self, partial: Path, overwrite: bool) -> None:
-        """Note what this run is, or check that the unfinished one found is the same."""
+    def _claim(self, overwrite: bool) -> Path:
+        """Note what this run is, or check that the unfinished one found is the same; the folder of the result."""
         identity = {
             **self.source.identity(),
             "device": self.device.type,
@@ -261,8 +259,10 @@ class _Run:
             "dtype": str(self.scale_dtype),
         }
         identity = json.loads(json.dumps(identity))
+        partial = self.folder.path
         state = partial / _STATE_NAME
-        unknown = not state.exists() and any(partial.iterdir())
+        # A run that is killed while it writes its state leaves a temporary file and nothing else.
+        unknown = not state.exists() and partial.exists() and any(p.suffix != ".tmp" for p in partial.iterdir())
         if unknown or (state.exists() and read_json(state) != identity):
             if not overwrite:
                 raise SvskError(
@@ -270,18 +270,19 @@ class _Run:
                     "something else. Delete it, or pass --overwrite."
                 )
             self.folder.discard()
-            self.folder.create()
-        write_json(state, identity)
+        partial.mkdir(parents=True, exist_ok=True)
+        write_json(state, identity)  # first: nothing is in the folder without it
+        return self.folder.create()
 
-    def _plan(self, partial: Path) -> Plan:
+    def _plan(self) -> Plan:
         """What to do with each linear: as an earlier run decided, or measured now."""
-        path = partial / _PLAN_NAME
+        path = self.folder.path / _PLAN_NAME
         if path.exists():
             return Plan.load(path)
         if self.recipe.needs_gradients:
             self.progress.message("Measuring how much the predictions feel each matrix")
         plan = make_plan(
-            self.source, self.schemes, self.recipe, self.texts, self.device, self.scale_dtype, partial,
+            self.source, self.schemes, self.recipe, self.texts, self.device, self.scale_dtype, self.folder.path,
             progress=self.progress.block,
         )  # fmt: skip
         plan.save(path)
@@ -289,7 +290,7 @@ class _Run:
 
     def _write_blocks(self, writer: CheckpointWriter, plan: Plan) -> tuple[list[LayerReport], list[float]]:
         compute = _compute_dtype(self.device)
-        runner = BlockRunner(self.source, self.texts, self.device, compute, scratch=writer.folder)
+        runner = BlockRunner(self.source, self.texts, self.device, compute, scratch=self.folder.path)
         sequential = self.recipe.calibration.sequential
         layers: list[LayerReport] = []
         seconds: list[float] = []

@@ -37,8 +37,13 @@ def restore(
     check_output(Path(out), overwrite=overwrite, dense=True, source=checkpoint)
     source = Checkpoint(checkpoint)
     folder = PartialFolder(Path(out), source.folder, overwrite=overwrite, suffix="restoring")
-    folder.discard()
-    partial = folder.create()
+    with folder.locked():
+        folder.discard()
+        _write_dense(source, folder.create(), progress)
+        return folder.commit()
+
+
+def _write_dense(source: Checkpoint, partial: Path, progress: Callable[[int, int], None]) -> None:
     shards: dict[str, list[str]] = {}
     for name in source.tensors.names:
         shards.setdefault(source.tensors.shard_of(name), []).append(name)
@@ -67,4 +72,3 @@ def restore(
             and path.name not in (INDEX_NAME, "config.json", "README.md")
         ):
             shutil.copyfile(path, partial / path.name)
-    return folder.commit()

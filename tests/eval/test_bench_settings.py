@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``svsk bench``: repeats that are sampled, chat templates, and whose answers are whose."""
 
-import fcntl
 import json
 import shutil
 from dataclasses import replace
@@ -12,6 +11,8 @@ import pytest
 from svsk_eval.bench.runner import Candidate, bench, candidate
 from svsk_eval.bench.sources import environment_settings, source_hash
 from svsk_eval.errors import EvalError
+from svsk_offline.errors import SvskError
+from svsk_offline.locks import LOCK_NAME, locked
 from tests.eval.test_bench_runner import SETTINGS, options
 from tests.support.tiny_models import write_dense
 
@@ -84,10 +85,8 @@ def test_the_variable_of_lm_eval_is_no_consent(dense: Path, tmp_path: Path, monk
 
 
 def test_one_run_at_a_time(dense: Path, tmp_path: Path) -> None:
-    with (tmp_path / ".lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(EvalError, match="another run is using this work folder"):
-            bench([candidate(str(dense))], ONE, options(tmp_path), lambda *_: None)
+    with locked(tmp_path / LOCK_NAME, tmp_path), pytest.raises(SvskError, match="another run is under way there"):
+        bench([candidate(str(dense))], ONE, options(tmp_path), lambda *_: None)
 
 
 def test_a_folder_may_have_an_equals_sign(tmp_path: Path) -> None:

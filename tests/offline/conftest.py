@@ -21,7 +21,7 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dense(tmp_path_factory.mktemp("dense") / "qwen2", "qwen2")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_recipe() -> Recipe:
     """The published recipe on a handful of short samples, with tiles that fit nothing."""
     return load_recipe("published").override(

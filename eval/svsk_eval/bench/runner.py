@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run lm-eval tasks for a reference and its variants, on the same items and seeds, and put the scores together."""
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -10,8 +9,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +28,7 @@ from svsk_eval.bench.worker import WorkerRequest, WorkerResult
 from svsk_eval.errors import EvalError
 from svsk_eval.processes import ending, log_tail, run_module
 from svsk_offline.atomic import write_text
+from svsk_offline.locks import LOCK_NAME, locked
 from svsk_offline.source import resolve_model
 from svsk_vllm.version import __version__
 
@@ -134,7 +134,7 @@ def bench(
 
     Raises:
         EvalError: a model, a task, the text or a setting cannot be used.
-        SvskError: there is no such model.
+        SvskError: there is no such model, or another run uses the work folder.
     """
     labels = [one.label for one in candidates]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
@@ -147,7 +147,7 @@ def bench(
             check_longest(folder.path, declared_limits(folder.path)[1], options.text.seq_len)
     bits = bits_per_weight(folders[0], folders)
     options.work_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(options.work_dir):
+    with locked(options.work_dir / LOCK_NAME, options.work_dir):
         # Texts first: they take minutes, and show whether a model can be loaded.
         pairs = list(zip(candidates, folders, strict=True))
         texts = [_score_text(one, folder, folders[0], settings, options, progress) for one, folder in pairs]
@@ -164,19 +164,6 @@ def bench(
         settings=settings,
         models=tuple(models),
     )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a work folder."""
-    with (folder / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise EvalError(
-                f"{folder}: another run is using this work folder. Wait for its end, or give another --work-dir."
-            ) from error
-        yield
 
 
 def _run_tasks(
