@@ -27,10 +27,10 @@ __all__ = ["Stopped", "plain_endings"]
 
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
-_USAGE: Final[tuple[type[Exception], ...]] = tuple(
-    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException" and issubclass(kind, Exception)
-)
-"""Wrong arguments: click's class, which typer has a copy of."""
+_EXITS: Final = (
+    typer.Exit, typer.Abort, *(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"),
+)  # fmt: skip
+"""How typer ends a command itself. The last is for wrong arguments: click's class, or typer's copy of it."""
 _DEBUG: Final = "SVSK_DEBUG"
 
 
@@ -63,8 +63,6 @@ def plain_endings(say: Callable[[str], None], continues: Callable[[], str | None
             yield
             if sys.stdout is not None:
                 sys.stdout.flush()  # a full disk or a closed pipe shows now rather than after the last handler
-    except (typer.Exit, typer.Abort, *_USAGE):
-        raise
     except KeyboardInterrupt:
         say(" ".join(filter(None, ("stopped by Ctrl-C.", continues()))))
         raise SystemExit(128 + signal.SIGINT) from None
@@ -76,7 +74,7 @@ def plain_endings(say: Callable[[str], None], continues: Callable[[], str | None
             say(_one_line(error))
         raise SystemExit(1) from None
     except Exception as error:
-        if os.environ.get(_DEBUG):
+        if isinstance(error, _EXITS) or os.environ.get(_DEBUG):
             raise
         say(_line(error, continues()))
         raise SystemExit(1) from None
