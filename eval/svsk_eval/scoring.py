@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from svsk_eval.errors import EvalError
+from svsk_eval.leading_tokens import leading_tokens
 from svsk_eval.metrics import EvalInputs, EvalResult, score_chunk, summarise
 from svsk_offline.calibration.limits import check_token_ids, longest_sequence
 from svsk_offline.calibration.text import bos_prefix, cut_pieces, token_fingerprint
@@ -133,15 +134,9 @@ def token_chunks(
     if chunks is not None and chunks < 1:
         raise EvalError(f"chunks is {chunks}, expected 1 or more.")
     path = Path(text_file)
-    try:
-        # Not read_text: its newline translation would score another text than the file's on some platforms.
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise EvalError(f"{path}: cannot read the text to score ({error.strerror}). Name a plain text file.") from error
-    except UnicodeDecodeError as error:
-        raise EvalError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
     prefix = bos_prefix(tokenizer)
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    needed = None if chunks is None else chunks * max(1, seq_len - len(prefix))
+    tokens = leading_tokens(path, tokenizer, needed)
     pieces = cut_pieces(tokens, prefix, seq_len)
     available = len(pieces)
     wanted = available if chunks is None else chunks

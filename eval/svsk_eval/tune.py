@@ -10,7 +10,6 @@ The result is the best of many on the held-out pieces, so its KL there is a litt
 how much. Score the final checkpoint on other text (``svsk eval``) for figures to report.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from svsk_offline.calibration.text import token_fingerprint
 from svsk_offline.errors import SvskError
 from svsk_offline.locks import LOCK_NAME, locked
 from svsk_offline.pipeline import Progress, check_takes, load_texts, quantize, resolve_device
-from svsk_offline.preflight import check_recipe
+from svsk_offline.preflight import check_recipe, check_recipe_file
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.source import ModelSource, linear_modules, resolve_model
 from svsk_vllm.format.shards import read_json
@@ -273,16 +272,9 @@ class _Trials:
 
 
 def _check_arguments(out: Path, work: Path, budget_minutes: float, held_out: int, overwrite: bool) -> None:
-    if out.suffix not in (".yaml", ".yml"):
-        raise EvalError(f"{out}: expected a name ending in .yaml, as a recipe has.")
-    if out.exists() and (out.is_dir() or not overwrite):
-        raise EvalError(f"{out} exists. Choose another file, or pass --overwrite to replace it.")
+    check_recipe_file(out, overwrite=overwrite)
     if out.exists() and not _is_recipe(out):
         raise EvalError(f"{out}: holds something that is not a recipe, so --overwrite does not replace it.")
-    if not out.absolute().parent.is_dir():
-        raise EvalError(f"{out}: its folder does not exist.")
-    if not os.access(out.absolute().parent, os.W_OK):
-        raise EvalError(f"{out}: its folder cannot be written.")
     if work.exists() and not work.is_dir():
         raise EvalError(f"--work-dir {work}: is a file, expected a folder.")
     if held_out < 2:

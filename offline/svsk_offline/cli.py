@@ -14,6 +14,14 @@ from rich.text import Text
 
 from svsk_offline.endings import plain_endings
 from svsk_offline.errors import SvskError
+from svsk_offline.preflight import (
+    calibration_path,
+    check_effect,
+    check_output,
+    check_recipe_file,
+    check_report_files,
+    check_text,
+)
 from svsk_vllm.version import __version__
 
 __all__ = ["app"]
@@ -45,7 +53,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 TileM = Annotated[int | None, typer.Option(help="Rows of a tile, 0 for all.")]
 TileN = Annotated[int | None, typer.Option(help="Columns of a tile, 0 for all.")]
 CodebookName = Annotated[str | None, typer.Option(help="int4 or quad8.")]
-CalibrationText = Annotated[str, typer.Option(help="Text file, .jsonl, dataset name[:config]:split, or python.")]
+CalibrationText = Annotated[
+    str, typer.Option(help="File (text, JSON lines or list, parquet), dataset name[:config]:split, or python.")
+]
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Render Q/A rows as chat.")]
 Samples = Annotated[int | None, typer.Option(help="Calibration samples.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens per sample.")]
@@ -58,11 +68,6 @@ HtmlFile = Annotated[Path | None, typer.Option(help="Write the report of tasks t
 
 def _say_error(text: str) -> None:
     _errors.print(f"[bold red]error:[/] {escape(text)}", highlight=False)
-
-
-def _check_json(target: Path | None) -> None:
-    if target is not None and not target.absolute().parent.is_dir():
-        raise SvskError(f"--json {target}: its folder does not exist.")
 
 
 def _write_json(target: Path | None, value: Any) -> None:
@@ -119,6 +124,8 @@ def quantize(
 
     Example: `svsk quantize Qwen/Qwen3-4B qwen3-4b-svsk --calibration text.txt --target-bpw 4.5`
     """
+    check_output(out, overwrite=overwrite, source=model)  # what takes no time comes before imports that do
+    calibration_path(calibration)
     from svsk_offline.console import quantize_with_progress
     from svsk_offline.recipe import load_recipe
 
@@ -136,6 +143,9 @@ def quantize(
             f"Under a target of {chosen.allocation.target_bpw} bits per weight ranks and factor bits are chosen: "
             "leave --rank and --factor-bits out."
         )
+    if chosen.allocation.target_bpw is None and not chosen.sidecar.rank:
+        tiles = {"--tile-m": tile_m, "--tile-n": tile_n, "--factor-bits": factor_bits}
+        check_effect(tiles, "at rank 0, which has no sidecar")
     quantize_with_progress(
         console, model, out, chosen,
         calibration=calibration, chat_template=chat_template, device=device, dtype=dtype, overwrite=overwrite,
@@ -199,6 +209,7 @@ def restore(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the dense Hugging Face model a checkpoint stands for."""
+    check_output(out, overwrite=overwrite, dense=True, source=folder)
     from svsk_offline.restore import restore as run
 
     console.print(f"wrote {run(folder, out, overwrite=overwrite)}")
@@ -209,8 +220,8 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Dense or SVSK model: folder or hub name.")],
     text: Annotated[Path, typer.Option(help="Plain text to score.")],
     reference: Annotated[str | None, typer.Option(help="Dense model to compare with.")] = None,
-    chunks: Annotated[int, typer.Option(help="Chunks of --seq-len tokens, from the start of the text.")] = 32,
-    seq_len: Annotated[int, typer.Option(help="Tokens per chunk.")] = 512,
+    chunks: Annotated[int, typer.Option(min=1, help="Chunks of --seq-len tokens, from the start of the text.")] = 32,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per chunk.")] = 512,
     device: Device = "auto",
     dtype: Annotated[
         str,
@@ -228,10 +239,11 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Score MODEL: NLL, perplexity, and KL divergence and top-1 agreement against a reference."""
+    check_report_files(json=json_file)
+    check_text(text)
     from svsk_eval.console import evaluate_with_progress
     from svsk_eval.engine_args import parse_engine_args
 
-    _check_json(json_file)
     result = evaluate_with_progress(
         console, model, reference, text, chunks=chunks, seq_len=seq_len, device=device, dtype=dtype,
         engine=engine, engine_args=parse_engine_args(engine_arg or ()),
@@ -263,8 +275,8 @@ def benchmark(
         bool, typer.Option("--confirm-run-unsafe-code", help="Run programs that the models write, in a sandbox.")
     ] = False,
     text: Annotated[Path | None, typer.Option(help="Also score this plain text, as `svsk eval` does.")] = None,
-    chunks: Annotated[int, typer.Option(help="Chunks of the text.")] = 32,
-    seq_len: Annotated[int, typer.Option(help="Tokens per chunk.")] = 512,
+    chunks: Annotated[int, typer.Option(min=1, help="Chunks of the text.")] = 32,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per chunk.")] = 512,
     text_engine: Annotated[str, typer.Option(help="hf (KL, NLL), vllm (NLL as served) or hf,vllm.")] = "hf",
     min_recovery: Annotated[
         float | None, typer.Option(help="Exit with 1 if any task keeps less, such as 0.98.")
@@ -278,6 +290,7 @@ def benchmark(
 
     Example: `svsk bench qwen3-4b-svsk --reference Qwen/Qwen3-4B --tasks svsk_reasoning --html report.html`
     """
+    check_report_files(json=json_file, markdown=markdown, html=html)
     from svsk_eval.bench.command import bench_with_progress, engine_names, settings_of, shown_command
     from svsk_eval.bench.runner import BenchOptions, TextOptions, candidate
     from svsk_eval.engine_args import parse_engine_args
@@ -314,11 +327,11 @@ def compare(
 
     Example: `svsk compare published.json best.json`
     """
+    check_report_files(json=json_file, markdown=markdown, html=html)
     from svsk_eval.bench.compare import compare_and_print, is_bench_report
     from svsk_eval.compare import compare_files
     from svsk_eval.console import print_comparisons
 
-    _check_json(json_file)
     if any(map(is_bench_report, files)):
         compare_and_print(console, files, json_file, markdown, html)
         return
@@ -360,6 +373,10 @@ def tune(
 
     Example: `svsk tune Qwen/Qwen3-4B tuned.yaml --target-bpw 4.5 --budget-minutes 120 --calibration text.txt`
     """
+    check_recipe_file(out, overwrite=overwrite)
+    if work_dir is not None and work_dir.exists() and not work_dir.is_dir():
+        raise SvskError(f"--work-dir {work_dir}: is a file, expected a folder.")
+    calibration_path(calibration)
     from svsk_eval.tune_console import tune_with_progress
     from svsk_offline.recipe import load_recipe
 
@@ -383,8 +400,8 @@ def generate(
     folder: Annotated[str, typer.Argument(help="Dense or SVSK model.")],
     prompt: Annotated[list[str], typer.Option(help="May be given several times: they run as one batch.")],
     engine: Annotated[str, typer.Option(help="vllm or hf.")] = "vllm",
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
 ) -> None:
     """Complete prompts with a model, through vLLM or transformers."""

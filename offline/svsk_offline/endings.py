@@ -102,10 +102,12 @@ def _line(error: Exception, continues: str | None) -> str:
 
 def _is_ours(error: Exception) -> bool:
     """Whether the message is for the user as it stands."""
+    if isinstance(error, SvskError):  # before what imports torch
+        return True
     from svsk_eval.errors import EvalError
     from svsk_vllm.format.errors import SvskFormatError
 
-    return isinstance(error, (SvskError, SvskFormatError, EvalError))
+    return isinstance(error, (SvskFormatError, EvalError))
 
 
 def _is_memory(error: Exception) -> bool:

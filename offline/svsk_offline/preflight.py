@@ -21,7 +21,9 @@ __all__ = [
     "check_effect",
     "check_output",
     "check_recipe",
+    "check_recipe_file",
     "check_report_files",
+    "check_text",
 ]
 
 _LARGEST_CONFIG: Final = 1 << 24
@@ -93,6 +95,33 @@ def calibration_path(name: str) -> Path | None:
     return None
 
 
+def check_text(path: Path) -> None:
+    """Refuse a text to score that is no file.
+
+    Raises:
+        SvskError: it is missing, a folder, or something else that is not read.
+    """
+    if not path.is_file():
+        what = "is not a regular file" if path.exists() else "no such file"
+        raise SvskError(f"--text {path}: {what}. Name a plain text file.")
+
+
+def check_recipe_file(out: Path, *, overwrite: bool) -> None:
+    """Refuse a recipe to write whose name is no recipe's, that exists, or whose folder is missing.
+
+    Raises:
+        SvskError: it cannot be written.
+    """
+    if out.suffix not in (".yaml", ".yml"):
+        raise SvskError(f"{out}: expected a name ending in .yaml, as a recipe has.")
+    if out.exists() and (out.is_dir() or not overwrite):
+        raise SvskError(f"{out} exists. Choose another file, or pass --overwrite to replace it.")
+    if not out.absolute().parent.is_dir():
+        raise SvskError(f"{out}: its folder does not exist.")
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise SvskError(f"{out}: its folder cannot be written.")
+
+
 def check_report_files(**files: Path | None) -> None:
     """Refuse files to write, by the name of their option, whose folder is missing or that are folders.
 
@@ -103,9 +132,9 @@ def check_report_files(**files: Path | None) -> None:
         if target is None:
             continue
         if not target.absolute().parent.is_dir():
-            raise SvskError(f"--{option} {target}: its folder does not exist.")
+            raise SvskError(f"--{option} {target}: cannot be written, its folder does not exist.")
         if target.is_dir():
-            raise SvskError(f"--{option} {target}: is a folder, expected a file to write.")
+            raise SvskError(f"--{option} {target}: cannot be written, it is a folder.")
 
 
 def check_effect(given: Mapping[str, Any], why: str) -> None:

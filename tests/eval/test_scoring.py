@@ -75,6 +75,20 @@ def test_chunks_are_the_consecutive_tokens_of_one_stream(models: Path, text: Pat
     assert every.flatten().tolist() == stream[: len(stream) // SEQ_LEN * SEQ_LEN]
 
 
+def test_of_a_long_text_only_the_beginning_is_read(models: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(models / "dense")
+    lines = "".join(f"line {number} of a text, and so on\n" for number in range(3000))
+    path = tmp_path / "long.txt"
+    path.write_bytes(lines.encode() + b"\xff")
+    stream = tokenizer(lines, add_special_tokens=False)["input_ids"]
+    assert token_chunks(path, tokenizer, 20, SEQ_LEN).flatten().tolist() == stream[: 20 * SEQ_LEN]
+    with pytest.raises(EvalError, match=f"not UTF-8 text .* at byte {len(lines)}"):
+        token_chunks(path, tokenizer, None, SEQ_LEN)
+    path.write_bytes(b" " * 5000 + lines.encode())  # many characters a token: more is read until it is enough
+    stream = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
+    assert token_chunks(path, tokenizer, 20, SEQ_LEN).flatten().tolist() == stream[: 20 * SEQ_LEN]
+
+
 def add_bos(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", BOS), ("<eos>", EOS)]

@@ -2,6 +2,8 @@
 """Requests that would do nothing, or harm, end before any work, and leave everything as it was."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,5 +135,45 @@ def test_report_files(tmp_path: Path) -> None:
     check_report_files(json=None, html=tmp_path / "page.html")
     with pytest.raises(SvskError, match=r"--json .*its folder does not exist"):
         check_report_files(json=tmp_path / "no" / "x.json")
-    with pytest.raises(SvskError, match=r"--html .*is a folder"):
+    with pytest.raises(SvskError, match=r"--html .*it is a folder"):
         check_report_files(html=tmp_path)
+
+
+REFUSED = """
+import sys, time
+from svsk_offline.cli import app
+for line in sys.stdin.read().splitlines():
+    try:
+        app(line.split())
+    except SystemExit as ended:
+        assert ended.code == 1, line
+heavy = {"torch", "transformers", "vllm"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_what_can_be_told_at_once_is_told_before_heavy_imports(tmp_path: Path) -> None:
+    """So within two seconds on any machine: torch alone takes longer on some."""
+    (tmp_path / "file").write_text("")
+    lines = (
+        "quantize some/model file --overwrite",
+        "quantize some/model out --calibration missing.txt",
+        "restore some-folder file --overwrite",
+        "eval some/model --text missing.txt",
+        "eval some/model --text file --json nowhere/x.json",
+        "bench some/model --reference other --html nowhere/x.html",
+        "compare file --markdown nowhere/x.md",
+        "tune some/model out.yaml --calibration missing.txt",
+        "tune some/model out.json",
+        "tune some/model file.yaml --work-dir file",
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", REFUSED],
+        input="\n".join(lines),
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("error:") == len(lines)
