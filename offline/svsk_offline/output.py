@@ -15,8 +15,9 @@ from svsk_offline.card import model_card
 from svsk_offline.errors import SvskError
 from svsk_offline.layer import LayerReport
 from svsk_offline.source import ModelSource, linear_modules
-from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, SvskCheckpointConfig
+from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, SvskCheckpointConfig, SvskFormatError
 from svsk_vllm.format.config import declared
+from svsk_vllm.format.fingerprint import FINGERPRINT_KEY, shard_fingerprint
 from svsk_vllm.format.shards import INDEX_NAME, read_json
 
 __all__ = ["CheckpointWriter"]
@@ -33,17 +34,26 @@ class CheckpointWriter:
         notes: folder for what only an interrupted run needs, the reports of finished blocks.
         source: the dense model.
         scale_dtype: dtype of unquantised tensors.
+        fingerprint: of the run, for the metadata of every shard.
     """
 
-    def __init__(self, folder: Path, notes: Path, source: ModelSource, scale_dtype: torch.dtype) -> None:
+    def __init__(
+        self, folder: Path, notes: Path, source: ModelSource, scale_dtype: torch.dtype, fingerprint: str
+    ) -> None:
         self.folder, self.notes, self.source, self.scale_dtype = folder, notes, source, scale_dtype
+        self.fingerprint = fingerprint
         self.blocks_name, self.blocks = source.blocks
 
     def finished(self, index: int) -> list[LayerReport] | None:
-        """Reports of block ``index`` if its shard is there already."""
+        """Reports of block ``index`` if its shard, written by a run with these inputs, is there already."""
         shard = self.shard_path(index + 1)
         reports = self._reports_path(index)
         if not shard.exists() or not reports.exists():
+            return None
+        try:
+            if shard_fingerprint(shard) != self.fingerprint:
+                return None
+        except SvskFormatError:  # damaged: it is written again, as another run's is
             return None
         return [LayerReport(**row) for row in read_json(reports)["layers"]]
 
@@ -58,7 +68,7 @@ class CheckpointWriter:
             if name.startswith(prefix) and name not in quantised and self.source.is_stored(name):
                 tensors[name] = self._dense(name)
         shard = self.shard_path(index + 1)
-        write_tensors(shard, tensors)
+        self._write(shard, tensors)
         write_json(self._reports_path(index), {"layers": [asdict(report) for report in reports]})
 
     def read_block(self, index: int, schemes: Mapping[str, ConfigGroup]) -> list[QuantizedLinear]:
@@ -76,7 +86,7 @@ class CheckpointWriter:
         """Write embedding, norm and head, index, configuration, tokenizer files and model card."""
         inside = f"{self.blocks_name}."
         names = [n for n in self.source.tensors.names if not n.startswith(inside) and self.source.is_stored(n)]
-        write_tensors(self.shard_path(0), {name: self._dense(name) for name in names})
+        self._write(self.shard_path(0), {name: self._dense(name) for name in names})
         write_json(self.folder / INDEX_NAME, self._index())
         model = {key: value for key, value in self.source.config_dict.items() if key not in ("dtype", "torch_dtype")}
         model["dtype"] = str(self.scale_dtype).removeprefix("torch.")
@@ -86,6 +96,9 @@ class CheckpointWriter:
                 if path.name not in _OWN and not path.name.endswith(".index.json"):
                     shutil.copyfile(path, self.folder / path.name)
         write_text(self.folder / "README.md", model_card(self.source.folder.name, config, layers))
+
+    def _write(self, shard: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        write_tensors(shard, tensors, {FINGERPRINT_KEY: self.fingerprint})
 
     def shard_path(self, number: int) -> Path:
         """Shard of block ``number - 1``; number 0 is everything outside the blocks."""

@@ -7,6 +7,7 @@ the same bytes: the hidden states are computed again, blocks with a shard are no
 run away from ``OUT``.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,7 @@ from svsk_offline.recipe import CalibrationArgs, Recipe, load_recipe
 from svsk_offline.serving import check_servable
 from svsk_offline.source import ModelSource, linear_modules, resolve_model
 from svsk_vllm.format import ConfigGroup, QuantizedLinear, SvskCheckpointConfig, dequantize
+from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
 from svsk_vllm.format.shards import read_json
 from svsk_vllm.version import __version__
 
@@ -194,6 +196,8 @@ class _Run:
         self._check_targets()
         self.texts = texts()  # only now: it takes time
         self.config = self._uniform_config(self.texts.describe())
+        producer = {**self.config.producer, FINGERPRINT_KEY: self._fingerprint()}
+        self.config = self.config.model_copy(update={"producer": producer})
 
     def execute(self, overwrite: bool) -> QuantizationResult:
         """Decide, write all shards, then the rest of the folder."""
@@ -201,13 +205,20 @@ class _Run:
         started = time.perf_counter()
         plan = self._plan()
         planned = time.perf_counter() - started
-        writer = CheckpointWriter(result, self.folder.path, self.source, self.scale_dtype)
+        writer = CheckpointWriter(
+            result, self.folder.path, self.source, self.scale_dtype, self.config.producer[FINGERPRINT_KEY]
+        )
         layers, seconds = self._write_blocks(writer, plan)
         if self.recipe.allocation.target_bpw is not None:
             self.config = self.config.model_copy(update={"config_groups": plan.groups()})
         writer.finish(self.config, layers)
         out = self.folder.commit()
         return QuantizationResult(out, layers, seconds, planned)
+
+    def _fingerprint(self) -> str:
+        """What tells the shards of this run from those of others; the same for a run with the same inputs."""
+        inputs = [self.config.to_dict(), self.source.content_sample(), self.device.type, str(self.scale_dtype)]
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def _uniform_config(self, calibration: Mapping[str, Any]) -> SvskCheckpointConfig:
         """The checkpoint's config, every linear with the recipe's scheme."""

@@ -13,6 +13,7 @@ from svsk_vllm.format.checkpoint import Checkpoint, parse_quantization_config, s
 from svsk_vllm.format.config import LINEAR_CLASS
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.files import MAX_INDEX_BYTES, open_safetensors
+from svsk_vllm.format.fingerprint import fingerprint_problems
 from svsk_vllm.format.linear import tensor_problems
 from svsk_vllm.format.shards import (
     INDEX_NAME,
@@ -80,6 +81,7 @@ def validate_checkpoint(folder: Path | str, architecture: Architecture | None = 
         return problems + shard_problems
     checkpoint = Checkpoint(folder)
     problems += shard_problems
+    problems += fingerprint_problems(checkpoint)
     problems += _linear_problems(checkpoint, unreadable)
     problems += _dense_problems(checkpoint, unreadable)
     problems += _target_problems(checkpoint)
