@@ -46,7 +46,6 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 48,
 ) -> None:
     """Quantise SmolLM2-135M-Instruct, measure it, and serve it next to the original."""
-    from svsk_eval.engine_args import served_dtype
     from svsk_eval.scoring import silence_progress_bars
     from svsk_eval.smollm2 import build_smollm2
     from svsk_offline.inspect import inspect_checkpoint, validate_against_architecture
@@ -77,13 +76,20 @@ def main(
         bpw = inspect_checkpoint(quantised)["bits_per_weight"]
         console.print(f"{bpw:.4f} bits per weight; scored on Python library sources that calibration did not see")
         print_scores(console, evaluate(quantised, dense, text, chunks=chunks).to_json())
-    dtype = served_dtype("auto")
     with _step(f"5. Answer {len(PROMPTS)} prompts in one batch through vLLM, original and SVSK"):
-        if dtype != "auto":
-            console.print(f"in {dtype}: this processor does not multiply bfloat16", highlight=False)
-        _show_answers(_answers(dense, dtype, max_tokens), _answers(quantised, dtype, max_tokens))
+        answer_both(dense, quantised, max_tokens)
     console.print(f"Done in {time.perf_counter() - started:.0f} s. The models are in {out}.", highlight=False)
     console.print(f"Serve it: vllm serve {quantised} --quantization svsk", highlight=False)
+
+
+def answer_both(dense: Path, quantised: Path, max_tokens: int) -> None:
+    """Serve the two models, one after the other, in a dtype that is fast here, and show their answers."""
+    from svsk_eval.engine_args import served_dtype
+
+    dtype = served_dtype("auto")
+    if dtype != "auto":
+        console.print(f"in {dtype}: this processor does not multiply bfloat16", highlight=False)
+    _show_answers(_answers(dense, dtype, max_tokens), _answers(quantised, dtype, max_tokens))
 
 
 @contextmanager

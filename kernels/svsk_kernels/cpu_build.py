@@ -80,7 +80,7 @@ def _check_whole(library: Path) -> None:
         header = file.read(64)
     # The table of sections, which ends an ELF file: where it begins, size and number of its entries.
     start, size, count = (int.from_bytes(header[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
-    if header[:4] != b"\x7fELF" or library.stat().st_size < start + size * count:
+    if len(header) < 64 or header[:4] != b"\x7fELF" or library.stat().st_size < start + size * count:
         raise OSError("it is no whole ELF file; delete it")
 
 

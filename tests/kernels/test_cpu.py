@@ -226,7 +226,7 @@ def test_memory_of_the_base_is_that_of_the_checkpoint() -> None:
 
 
 def test_obstacle_names_what_is_missing(tmp_path: Path) -> None:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXX": "no-such-compiler"}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path), "CXX": "no-such-compiler"}
     script = "from svsk_kernels import cpu_ops_obstacle; print(cpu_ops_obstacle())"
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert "there is no C++ compiler 'no-such-compiler'; install g++ or set CXX" in done.stdout

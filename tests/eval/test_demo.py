@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo asks of vLLM; `make demo` itself takes minutes."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from svsk_eval import demo
+
+
+@pytest.mark.parametrize(("features", "dtype"), [("avx2", "float32"), ("avx512", "float32"), ("", "auto")])
+def test_both_models_are_served_in_a_dtype_that_is_fast(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, features: str, dtype: str
+) -> None:
+    monkeypatch.setenv("SVSK_CPU_FEATURES", features)
+    monkeypatch.delenv("SVSK_KERNEL", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    if not features:
+        monkeypatch.setattr("svsk_eval.engine_args.has_bf16_products", lambda: True)
+    asked: list[tuple[str, str]] = []
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        *_, model, chosen, _, target = command
+        asked.append((model, chosen))
+        assert "SVSK_KERNEL" not in env
+        Path(target).write_text(json.dumps(["answer"] * len(demo.PROMPTS)))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(demo.subprocess, "run", run)
+    demo.answer_both(tmp_path / "dense", tmp_path / "svsk", 4)
+    assert asked == [(str(tmp_path / "dense"), dtype), (str(tmp_path / "svsk"), dtype)]
