@@ -100,7 +100,7 @@ MORE_FAMILIES: Final[dict[str, Family]] = {
     "cohere": Family("cohere", {"logit_scale": 0.5}),
     # Norms after attention and MLP, and on all of q and k at once.
     "olmo2": Family("olmo2", {"tie_word_embeddings": False}),
-    "exaone4": Family("exaone4", {"tie_word_embeddings": False, "sliding_window": 64, "sliding_window_pattern": "LG"}),
+    "exaone4": Family("exaone4", {"tie_word_embeddings": False, "sliding_window": 64, "sliding_window_pattern": 2}),
     # No gate; an activation with parameters of its own.
     "apertus": Family("apertus", {"tie_word_embeddings": False}),
     # No gate, squared activation, norms of 1 plus what is stored.
