@@ -274,11 +274,15 @@ class _Run:
         state = partial / _STATE_NAME
         # A run that is killed while it writes its state leaves a temporary file and nothing else.
         unknown = not state.exists() and partial.exists() and any(p.suffix != ".tmp" for p in partial.iterdir())
-        if unknown or (state.exists() and read_json(state) != identity):
+        if unknown:
+            raise SvskError(
+                f"{partial}: holds something that is not an unfinished run. It is not deleted: move it away."
+            )
+        if state.exists() and read_json(state) != identity:
             if not overwrite:
                 raise SvskError(
-                    f"{partial} holds an unfinished run of another model, recipe, calibration or device, or "
-                    "something else. Delete it, or pass --overwrite."
+                    f"{partial} holds an unfinished run of another model, recipe, calibration or device. "
+                    "Delete it, or pass --overwrite."
                 )
             self.folder.discard()
         partial.mkdir(parents=True, exist_ok=True)

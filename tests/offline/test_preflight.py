@@ -100,6 +100,17 @@ def test_a_file_or_a_folder_of_something_else_is_never_replaced(
     assert tree(tmp_path) == before
 
 
+def test_a_folder_in_the_place_of_the_unfinished_run_is_never_deleted(
+    tiny_llama: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "one").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(SvskError, match=r"out\.partial: holds something that is not an unfinished run"):
+            quantize(tiny_llama, tmp_path / "out", tiny_recipe, overwrite=overwrite)
+    assert (tmp_path / "out.partial" / "one").read_text() == "precious"
+
+
 def test_what_may_be_replaced(tmp_path: Path) -> None:
     check_output(tmp_path / "new" / "below" / "new", overwrite=False)
     check_output(tmp_path, overwrite=True)  # empty
