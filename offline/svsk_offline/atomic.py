@@ -72,6 +72,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     def write(temporary: Path) -> None:
         try:
             save_file(ready, temporary, metadata=header)
+            _sort_metadata(temporary, header)
         except SafetensorError as error:
             # It says "I/O error: No space left on device (os error 28)" where Python would raise an OSError.
             number = re.search(r"\(os error (\d+)\)", str(error))
@@ -80,6 +81,20 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
     _replace(path, write)
+
+
+def _sort_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Bring the metadata of a safetensors file in order: safetensors writes it in another one each time."""
+    start = b'{"__metadata__":'
+    ordered = json.dumps(dict(sorted(metadata.items())), separators=(",", ":"), ensure_ascii=False).encode()
+    with path.open("r+b") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = handle.read(size)
+        end = len(start) + len(ordered)
+        if not header.startswith(start) or json.loads(header[len(start) : end]) != dict(metadata):
+            raise AssertionError(f"{path}: safetensors writes its header in another way than expected")
+        handle.seek(8 + len(start))
+        handle.write(ordered)
 
 
 class PartialFolder:

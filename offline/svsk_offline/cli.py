@@ -66,6 +66,10 @@ MarkdownFile = Annotated[Path | None, typer.Option(help="Write the report of tas
 HtmlFile = Annotated[Path | None, typer.Option(help="Write the report of tasks there, one page with plots.")]
 
 
+def _say_note(text: str) -> None:
+    console.print(text, highlight=False, markup=False)
+
+
 def _say_error(text: str) -> None:
     _errors.print(f"[bold red]error:[/] {escape(text)}", highlight=False)
 
@@ -212,7 +216,7 @@ def restore(
     check_output(out, overwrite=overwrite, dense=True, source=folder)
     from svsk_offline.restore import restore as run
 
-    console.print(f"wrote {run(folder, out, overwrite=overwrite)}")
+    console.print(f"wrote {run(folder, out, overwrite=overwrite, say=_say_note)}")
 
 
 @app.command("eval")

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of a checkpoint that is being written: a shard per decoder block, then everything else."""
 
-import shutil
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file
 
 from svsk_offline.atomic import write_json, write_tensors, write_text
-from svsk_offline.card import model_card
+from svsk_offline.card import Origin, model_card
 from svsk_offline.errors import SvskError
 from svsk_offline.layer import LayerReport
+from svsk_offline.side_files import copy_side_files
 from svsk_offline.source import ModelSource, linear_modules
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, SvskCheckpointConfig, SvskFormatError
 from svsk_vllm.format.config import declared
@@ -22,8 +24,8 @@ from svsk_vllm.format.shards import INDEX_NAME, read_json
 
 __all__ = ["CheckpointWriter"]
 
-_COPIED: Final = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")
-_OWN: Final = ("config.json", INDEX_NAME)
+_FLOAT32: Final = re.compile(r"(^|\.)(A_log|D|dt_bias|e_score_correction_bias|expert_bias)$")
+"""Parameters that vLLM's classes hold in float32 although transformers' do not say so. All are small vectors."""
 
 
 class CheckpointWriter:
@@ -82,8 +84,11 @@ class CheckpointWriter:
                 found.append(QuantizedLinear.from_tensors(spec, tensors))
         return found
 
-    def finish(self, config: SvskCheckpointConfig, layers: list[LayerReport]) -> None:
-        """Write embedding, norm and head, index, configuration, tokenizer files and model card."""
+    def finish(self, config: SvskCheckpointConfig, layers: list[LayerReport], say: Callable[[str], None]) -> None:
+        """Write embedding, norm and head, index, configuration, tokenizer and other files, and model card.
+
+        ``say`` is told of files that are left out.
+        """
         inside = f"{self.blocks_name}."
         names = [n for n in self.source.tensors.names if not n.startswith(inside) and self.source.is_stored(n)]
         self._write(self.shard_path(0), {name: self._dense(name) for name in names})
@@ -91,11 +96,8 @@ class CheckpointWriter:
         model = {key: value for key, value in self.source.config_dict.items() if key not in ("dtype", "torch_dtype")}
         model["dtype"] = str(self.scale_dtype).removeprefix("torch.")
         write_json(self.folder / "config.json", declared(model, config))
-        for pattern in _COPIED:
-            for path in self.source.folder.glob(pattern):
-                if path.name not in _OWN and not path.name.endswith(".index.json"):
-                    shutil.copyfile(path, self.folder / path.name)
-        write_text(self.folder / "README.md", model_card(self.source.folder.name, config, layers))
+        copy_side_files(self.source.folder, self.folder, say, code=False)
+        write_text(self.folder / "README.md", model_card(Origin.of(self.source.folder), config, layers))
 
     def _write(self, shard: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         write_tensors(shard, tensors, {FINGERPRINT_KEY: self.fingerprint})
@@ -121,10 +123,27 @@ class CheckpointWriter:
                     total += tensor.numel() * tensor.element_size()
         return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
+    @cached_property
+    def _float32_names(self) -> frozenset[str]:
+        """Tensors that the model's class keeps in float32 in a model of another dtype."""
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        own: Any = self.source.model
+        with init_empty_weights(include_buffers=True):
+            model: Any = AutoModelForCausalLM.from_config(own.config, dtype=self.scale_dtype)
+        kept = {name for name, value in model.state_dict().items() if value.dtype == torch.float32}
+        patterns = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+        names = [name for name in model.state_dict() if any(re.search(rf"\b{p}\b", name) for p in patterns)]
+        return frozenset({*kept, *names, *filter(_FLOAT32.search, model.state_dict())})
+
     def _dense(self, name: str) -> torch.Tensor:
-        """A tensor that is not quantised. Only the model's own dtype is changed, where another one was asked for."""
+        """A tensor that is not quantised: in the dtype that config.json declares, or float32 where the class insists.
+
+        Both loaders would cast it anyway; wider it only takes room. What the class wants in float32 stays as stored.
+        """
         tensor = self.source.tensors.read(name)
-        if tensor.dtype != self.source.native_dtype or tensor.dtype == self.scale_dtype:
+        if not tensor.is_floating_point() or tensor.dtype == self.scale_dtype or name in self._float32_names:
             return tensor
         cast = tensor.to(self.scale_dtype)
         if not bool(torch.isfinite(cast).all()) and bool(torch.isfinite(tensor).all()):

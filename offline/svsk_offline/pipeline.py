@@ -211,7 +211,7 @@ class _Run:
         layers, seconds = self._write_blocks(writer, plan)
         if self.recipe.allocation.target_bpw is not None:
             self.config = self.config.model_copy(update={"config_groups": plan.groups()})
-        writer.finish(self.config, layers)
+        writer.finish(self.config, layers, self.progress.message)
         out = self.folder.commit()
         return QuantizationResult(out, layers, seconds, planned)
 

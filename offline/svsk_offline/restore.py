@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an SVSK checkpoint back to a dense Hugging Face folder of ``W_hat``."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from svsk_offline.atomic import PartialFolder, write_json, write_tensors
 from svsk_offline.preflight import check_output
+from svsk_offline.side_files import copy_side_files
 from svsk_vllm.format import Checkpoint, restored_weight
 from svsk_vllm.format.checkpoint import split_suffix
 from svsk_vllm.format.config import undeclared
@@ -21,6 +21,7 @@ def restore(
     *,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Write the dense model a checkpoint stands for, weights rounded to the model's dtype, shard by shard.
 
@@ -29,6 +30,7 @@ def restore(
         out: folder to write.
         overwrite: replace ``out``.
         progress: called with finished and total shards.
+        say: told of files that are left out.
 
     Raises:
         SvskFormatError: the checkpoint is damaged.
@@ -39,11 +41,13 @@ def restore(
     folder = PartialFolder(Path(out), source.folder, overwrite=overwrite, suffix="restoring")
     with folder.locked():
         folder.discard()
-        _write_dense(source, folder.create(), progress)
+        _write_dense(source, folder.create(), progress, say)
         return folder.commit()
 
 
-def _write_dense(source: Checkpoint, partial: Path, progress: Callable[[int, int], None]) -> None:
+def _write_dense(
+    source: Checkpoint, partial: Path, progress: Callable[[int, int], None], say: Callable[[str], None]
+) -> None:
     shards: dict[str, list[str]] = {}
     for name in source.tensors.names:
         shards.setdefault(source.tensors.shard_of(name), []).append(name)
@@ -65,10 +69,4 @@ def _write_dense(source: Checkpoint, partial: Path, progress: Callable[[int, int
     if set(shards) != {SINGLE_NAME}:
         write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_json(partial / "config.json", undeclared(source.hf_config))
-    for path in sorted(source.folder.iterdir()):
-        if (
-            path.is_file()
-            and path.suffix != ".safetensors"
-            and path.name not in (INDEX_NAME, "config.json", "README.md")
-        ):
-            shutil.copyfile(path, partial / path.name)
+    copy_side_files(source.folder, partial, say, code=True)

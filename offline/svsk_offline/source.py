@@ -18,9 +18,7 @@ from svsk_vllm.format.shards import read_json
 
 __all__ = ["ModelSource", "linear_modules", "resolve_model"]
 
-_WANTED_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*", "LICENSE*")
-
-
+_WANTED_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "tokenizer*", "LICENSE*", "NOTICE*", "*.md")
 _SAMPLE = 1024
 """Values of each tensor that tell its content from another's."""
 

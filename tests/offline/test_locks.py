@@ -4,6 +4,7 @@
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_killed_at_every_write(
         except Killed:
             kills += 1
             assert not out.exists()
-    assert kills >= 5
+    assert kills >= 4
     assert folder_bytes(out) == folder_bytes(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -137,8 +138,8 @@ def test_killed_between_the_renames(
     tmp_path: Path, tiny_qwen2: Path, tiny_recipe: Recipe, whole: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "stale.safetensors").write_text("of another run")
+    shutil.copytree(whole, out)
+    (out / "README.md").write_text("of an earlier run")
     real, done = Path.rename, 0
 
     def rename(path: Path, target: Path) -> Path:

@@ -262,18 +262,34 @@ def test_tensors_the_model_class_does_not_know(tmp_path: Path, tiny_llama: Path,
         quantize(model, tmp_path / "out", tiny_recipe)
 
 
-def test_dense_tensors_keep_their_dtype(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
-    """A float32 tensor in a bfloat16 model stays; a model stored in another dtype is cast as a whole."""
+def test_dense_tensors_are_in_the_declared_dtype(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+    """Float32 tensors under a bfloat16 config take twice the room and are loaded as bfloat16 anyway."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tensors = {name: tensor.float() for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    for dtype in ("bfloat16", "float16"):
+        quantize(model, tmp_path / dtype, tiny_recipe, dtype="auto" if dtype == "bfloat16" else dtype)
+        checkpoint = Checkpoint(tmp_path / dtype)
+        stored = {name: checkpoint.read_dense(name) for name in checkpoint.dense_names}
+        assert len(stored) > 3
+        assert all(torch.equal(value, tensors[name].to(getattr(torch, dtype))) for name, value in stored.items())
+        assert {value.dtype for value in stored.values()} == {getattr(torch, dtype)}
+        assert validate_against_architecture(tmp_path / dtype) == []
+
+
+def test_what_the_class_wants_in_float32_stays(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].float() + 1e-4
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("transformers.LlamaForCausalLM._keep_in_fp32_modules_strict", {"norm"})
     quantize(model, tmp_path / "out", tiny_recipe)
     stored = Checkpoint(tmp_path / "out").read_dense("model.norm.weight")
     assert torch.equal(stored, tensors["model.norm.weight"])
-    quantize(model, tmp_path / "half", tiny_recipe, dtype="float16")
-    assert Checkpoint(tmp_path / "half").read_dense("model.embed_tokens.weight").dtype == torch.float16
 
 
 @pytest.mark.parametrize("rank", [0, 4])

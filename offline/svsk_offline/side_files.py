@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a model folder besides its weights: tokenizer, templates, licence and whatever else lies there."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from svsk_vllm.format import SvskFormatError
+from svsk_vllm.format.files import copy_regular
+
+__all__ = ["copy_side_files"]
+
+_WEIGHTS: Final = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot",
+    ".tflite", ".index.json",
+)  # fmt: skip
+_OURS: Final = ("config.json", "README.md")
+_NOT_OF_THE_MODEL: Final = (".git", ".cache", "__pycache__")
+
+
+def copy_side_files(source: Path, target: Path, say: Callable[[str], None], *, code: bool) -> None:
+    """Copy everything below a folder except weights of any kind, config.json and the model card.
+
+    Links are followed, as those of a hub cache must be. What is no regular file is left out, and named.
+
+    Args:
+        source: model folder.
+        target: folder to copy into; is there.
+        say: told of each file that is left out although it is none of those.
+        code: copy Python files too.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    for path in _files(source):
+        name = path.relative_to(source)
+        if path.name.lower().endswith(_WEIGHTS) or str(name) in _OURS or (path.suffix == ".py" and not code):
+            continue
+        to = target / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            copy_regular(path, to)
+        except SvskFormatError as error:
+            say(f"{error} It is left out.")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder in the order of their names, each folder once, however many links lead to it."""
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        found = Path(parent).stat()
+        folders[:] = sorted(name for name in folders if name not in _NOT_OF_THE_MODEL)
+        if (found.st_dev, found.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        yield from (Path(parent) / name for name in sorted(files))
