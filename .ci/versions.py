@@ -2,8 +2,9 @@
 """Try the oldest and the newest version that pyproject.toml allows of what the project stands on; `.ci/run --all`.
 
 Each version is put in front of the project's environment, in a folder of its own, and the tests that it could break run
-with it. Further Pythons, where they are installed, get an environment each. Last come the tests marked ``slow``. The
-table in docs/versions.md gets a row for each; the exit status is 1 if a test failed or a version could not be tried.
+with it. Further Pythons, where they are installed, get an environment each, of 8 GB. Last come the tests marked
+``slow``. The table in docs/versions.md gets a row for each; the exit status is 1 if a test failed or a version could
+not be tried.
 """
 
 from __future__ import annotations
@@ -172,12 +173,12 @@ def try_package(trial: Trial, work: Path) -> Row:
 
 
 def try_python(trial: Trial, interpreter: Path, work: Path) -> Row:
-    """Try another Python in an environment of its own.
+    """Try another Python in an environment of its own, .venv-py312 for 3.12, which stays for the next time.
 
     Raises:
         OverlayError: the environment cannot be made.
     """
-    venv = work / "venv"
+    venv = ROOT / f".venv-py{trial.which.replace('.', '')}"
     command = [str(interpreter), str(ROOT / ".ci" / "setup_env.py"), "cpu", "--venv", str(venv)]
     if subprocess.run(command, check=False).returncode:
         raise overlay.OverlayError(f"Python {trial.which}: no environment could be made, see above")
@@ -237,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[trial.name for trial in trials()])
-    parser.add_argument("--work", type=Path, help="folder for what is installed; 10 GB for a Python (default: /tmp)")
+    parser.add_argument("--work", type=Path, help="folder for the packages that are tried (default: /tmp)")
     given = parser.parse_args(arguments)
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
     chosen = [trial for trial in trials() if not given.only or trial.name in given.only]
