@@ -86,6 +86,7 @@ class SvskHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._dequantize_linear = _DequantizeLinear()
         self._dtypes: dict[str, torch.dtype] = {}
+        self._sound = False
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """The converter from the stored tensors of a linear to its weight."""
@@ -102,20 +103,30 @@ class SvskHfQuantizer(HfQuantizer):
         return inherited
 
     def update_tp_plan(self, config: Any) -> Any:
+        """Called by transformers up to 5.20 with the config before it looks for files; see :meth:`_take_config`."""
+        return self._take_config(config)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called by later versions of transformers at that place; see :meth:`_take_config`."""
+        return self._take_config(config)
+
+    def _take_config(self, config: Any) -> Any:
         """Check the folder, and take the note to other loaders out of the config; see ``STOCK_LOADER_NOTE``.
 
-        This is the one place where a quantiser is given the config before the model is built and before transformers
-        looks for the files, which it does by the name in the note.
+        A quantiser is given the config here before the model is built and before transformers looks for the files,
+        which it does by the name in the note. Some versions call both methods.
 
         Raises:
             SvskFormatError: the checkpoint is not what `svsk validate` calls valid.
         """
-        name = getattr(config, "_name_or_path", "")
-        if name and (Path(name) / "config.json").is_file():  # not a hub id, nor a config that somebody made
-            require_sound(Path(name), config)
+        if not self._sound:
+            name = getattr(config, "_name_or_path", "")
+            if name and (Path(name) / "config.json").is_file():  # not a hub id, nor a config that somebody made
+                require_sound(Path(name), config)
+            self._sound = True
         if hasattr(config, STOCK_LOADER_KEY):
             delattr(config, STOCK_LOADER_KEY)
-        return super().update_tp_plan(config)
+        return config
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
