@@ -31,6 +31,7 @@ __all__ = [
 GROUP_SIZES = (32, 64)
 MAX_RANK = 128
 LINEAR_CLASS = "Linear"
+_BY_CLASS = 2  # the least specific match
 _MAX_REPEATS = 4
 _SHOWN_CHARACTERS = 100
 
@@ -156,13 +157,14 @@ class SvskCheckpointConfig(_Strict):
         """Whether an ignore entry matches the linear module ``name`` (Hugging Face name)."""
         return matches(name, self.ignore)
 
-    def scheme_for(self, name: str) -> ConfigGroup | None:
+    def scheme_for(self, name: str, *, by_class: bool = True) -> ConfigGroup | None:
         """The group that quantises the linear module ``name``, None when it is ignored or not targeted.
 
         Where several groups match, an exact name wins over a regular expression and that over a class name.
 
         Args:
             name: Hugging Face module name, for example ``model.layers.0.self_attn.q_proj``.
+            by_class: whether a class name matches. Not for an output head, which no class name means.
 
         Raises:
             SvskFormatError: two groups match equally well.
@@ -172,7 +174,7 @@ class SvskCheckpointConfig(_Strict):
         best: dict[int, list[str]] = {}
         for key, group in self.config_groups.items():
             ranks = [rank for target in group.targets if (rank := _specificity(name, target)) is not None]
-            if ranks:
+            if ranks and (by_class or min(ranks) < _BY_CLASS):
                 best.setdefault(min(ranks), []).append(key)
         if not best:
             return None
@@ -211,7 +213,7 @@ def _specificity(name: str, target: str) -> int | None:
 
     if match_name(name, target):
         return 1 if target.startswith("re:") else 0
-    return 2 if target == LINEAR_CLASS else None
+    return _BY_CLASS if target == LINEAR_CLASS else None
 
 
 def _check_version(version: Any, source: str) -> None:

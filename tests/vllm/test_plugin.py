@@ -2,22 +2,28 @@
 """The plugin without an engine: detection, refusals, and the layout of sharded sidecars."""
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 import svsk_vllm
 from svsk_kernels import prepare_sidecar, sidecar_matmul
 from svsk_kernels.naive import naive_sidecar
-from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, SvskFormatError, pack_factors
+from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, SvskFormatError, TensorSpec, pack_factors
+from svsk_vllm.plugin.arrival import LinearRecord, expect
 from svsk_vllm.plugin.config import SvskConfig
 from svsk_vllm.plugin.linear import SvskLinearMethod
-from svsk_vllm.plugin.loading import SIDECAR_DTYPES, tile_loader
+from svsk_vllm.plugin.loading import SIDECAR_DTYPES, Arrived, base_loader, tile_loader
+from svsk_vllm.plugin.row_order import stored_row_order
 from svsk_vllm.plugin.sharding import ShardId, build_layout
+from svsk_vllm.plugin.stored import StoredModules
 from tests.support.format_builders import make_group, property_test, random_linear
 
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
@@ -84,16 +90,15 @@ class _Linear(torch.nn.Module):
 
 
 @pytest.fixture
-def linear_layer(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+def linear_layer(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.nn.Module]:
     import svsk_vllm.plugin.config as module
 
     monkeypatch.setattr(module, "LinearBase", _Linear)
-    return _Linear()
+    with set_current_vllm_config(VllmConfig()):
+        yield _Linear()
 
 
 def test_methods_by_layer(linear_layer: torch.nn.Module) -> None:
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-
     config = SvskConfig.from_config(
         quantization_config(ignore=["lm_head", "re:.*mlp.*", "model.layers.1.self_attn.k_proj"])
     )
@@ -108,15 +113,179 @@ def test_methods_by_layer(linear_layer: torch.nn.Module) -> None:
         config.get_quant_method(linear_layer, "model.layers.1.self_attn.qkv_proj")
 
 
-def test_names_are_translated(linear_layer: torch.nn.Module) -> None:
-    config = SvskConfig.from_config(quantization_config(ignore=["model.layers.0.mlp.up_proj"]))
+class Mapper:
+    """Stands for vLLM's, whose rules for prefixes end with a dot."""
 
-    class Mapper:
-        def apply_list(self, names: list[str]) -> list[str]:
-            return [name.replace("model.", "language_model.model.", 1) for name in names]
+    def apply_list(self, names: list[str]) -> list[str]:
+        return [name.replace("model.", "language_model.model.", 1) for name in names]
 
+
+def test_exact_names_are_translated_and_patterns_are_not(linear_layer: torch.nn.Module) -> None:
+    ignored = ["model.layers.0.mlp.up_proj", r"re:model\.layers\.1\..*"]
+    config = SvskConfig.from_config(quantization_config(ignore=ignored))
     config.apply_vllm_mapper(Mapper())
-    assert config.checkpoint.is_ignored("language_model.model.layers.0.mlp.up_proj")
+    name = "language_model.model.layers.0.mlp."
+    assert isinstance(config.get_quant_method(linear_layer, f"{name}up_proj"), UnquantizedLinearMethod)
+    assert isinstance(config.get_quant_method(linear_layer, f"{name}down_proj"), SvskLinearMethod)
+
+
+HEADERS = {
+    "model.layers.0.mlp.gate_up_proj.weight_packed": TensorSpec(torch.int32, (64, 8)),
+    "model.layers.0.mlp.gate_up_proj.weight_scale": TensorSpec(torch.bfloat16, (64, 1)),
+    "model.layers.0.self_attn.q_proj.weight": TensorSpec(torch.bfloat16, (64, 64)),
+    "lm_head.weight": TensorSpec(torch.bfloat16, (64, 64)),
+}
+
+
+def test_stored_names_survive_prefixes_and_translation() -> None:
+    stored = StoredModules(HEADERS, [Mapper().apply_list])
+    own = "model.layers.0.mlp.gate_up_proj"
+    for prefix in ("", "draft_model.", "."):
+        assert stored.find(f"{prefix}language_model.{own}") == own
+    assert stored.find(own) == own
+    assert stored.find(".lm_head") == "lm_head"
+    assert stored.find("model.layers.0.mlp.down_proj") is None
+    assert stored.suffixes(own) == {"weight_packed", "weight_scale"}
+
+
+def with_headers(config: SvskConfig, monkeypatch: pytest.MonkeyPatch, headers: dict[str, TensorSpec]) -> None:
+    import svsk_vllm.plugin.config as module
+
+    monkeypatch.setattr(module, "read_headers", lambda model, revision: headers)
+    config.maybe_update_config("folder")
+    config.packed_modules_mapping = {**QKV, "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+def test_what_is_stored_fused_or_dense_is_served_so(
+    linear_layer: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SvskConfig.from_config(quantization_config())
+    with_headers(config, monkeypatch, HEADERS)
+    method = config.get_quant_method(linear_layer, "draft_model.model.layers.0.mlp.gate_up_proj")
+    assert isinstance(method, SvskLinearMethod)
+    assert method.origin.names == ("model.layers.0.mlp.gate_up_proj",)
+    dense = config.get_quant_method(linear_layer, "model.layers.0.self_attn.q_proj")
+    assert isinstance(dense, UnquantizedLinearMethod)
+
+
+@pytest.mark.parametrize("suffix", ["weight_packed", "weight_scale"])
+def test_missing_tensor_is_named_before_loading(
+    linear_layer: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    name = f"model.layers.0.mlp.gate_up_proj.{suffix}"
+    config = SvskConfig.from_config(quantization_config())
+    with_headers(config, monkeypatch, {key: spec for key, spec in HEADERS.items() if key != name})
+    with pytest.raises(SvskFormatError, match=f"{re.escape(name)}: missing"):
+        config.get_quant_method(linear_layer, "model.layers.0.mlp.gate_up_proj")
+
+
+def test_other_quantization_methods_are_refused() -> None:
+    with pytest.raises(SvskFormatError, match="--quantization fp8: the checkpoint is quantised by svsk already"):
+        SvskConfig.override_quantization_method({"quant_method": "svsk"}, "fp8")
+    with pytest.raises(SvskFormatError, match=r"no quantization_config.*svsk quantize"):
+        SvskConfig()
+
+
+def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(SvskFormatError, match=r"VLLM_BATCH_INVARIANT=1: .*Unset"):
+        SvskConfig.from_config(quantization_config())
+
+
+def test_what_did_not_arrive_is_named_and_counts_start_anew() -> None:
+    arrived = Arrived({"q": "m.q_proj", "k": "m.k_proj"}, [make_group(rank=4), make_group(rank=0)])
+    for _ in range(2):
+        for name in ("weight_packed", "weight_scale"):
+            arrived.note(name, ("q", "k"))
+        arrived.note("sidecar_u", ("q",))
+        arrived.note("sidecar_v", ("q",))
+        with pytest.raises(SvskFormatError, match=r"m\.qkv_proj: not loaded: m\.q_proj\.sidecar_gain\."):
+            arrived.check("m.qkv_proj")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"new_decoder_architecture": False, "multi_query": False},
+        {"new_decoder_architecture": False, "multi_query": True},
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
+    ],
+)
+def test_falcon_rows_are_followed(settings: dict[str, Any]) -> None:
+    """Queries first, then keys, then values, from rows stored by groups of heads."""
+    from transformers import FalconConfig
+
+    config = FalconConfig(hidden_size=32, num_attention_heads=4, **settings)
+    groups = {False: 4, True: 1}[config.multi_query] if not config.new_decoder_architecture else config.num_kv_heads
+    rows = torch.arange((4 + 2 * groups) * 8).view(groups, 4 // groups + 2, 8)
+    expected = torch.cat([rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()])
+    found = stored_row_order("FalconForCausalLM", config, "h.0.self_attention.query_key_value", len(expected))
+    assert found is not None
+    assert torch.equal(found, expected)
+    assert stored_row_order("LlamaForCausalLM", config, "model.layers.0.self_attn.q_proj", 8) is None
+
+
+class _Fused(torch.nn.Module):
+    """A model whose loader moves rows, splits, or passes on what it is given."""
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor], order: torch.Tensor | None) -> None:
+        super().__init__()
+        self.change, self.config = change, None
+        self.layer = torch.nn.Module()
+        self.layer.weight_packed = torch.nn.Parameter(torch.zeros(8, 2, dtype=torch.int32), requires_grad=False)
+        self.layer.norm = torch.nn.Parameter(torch.zeros(2))
+        self.arrived = Arrived({None: "layer"}, [make_group(rank=0)])
+        self.load = base_loader(
+            "layer", "weight_packed", lambda param, w: param.data.copy_(w), self.arrived, order, keep=True, whole=True
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded = set()
+        for name, tensor in weights:
+            if name.endswith("weight_packed"):
+                self.load(self.layer.weight_packed, self.change(tensor))
+            loaded.add(name)
+        return loaded
+
+
+def observed_model(change: Callable[[torch.Tensor], torch.Tensor], order: torch.Tensor | None = None) -> Any:
+    model = _Fused(change, order)
+    layer = model._modules.pop("layer")
+    assert layer is not None
+    expect(layer, LinearRecord((None,), frozenset({"weight_packed"})))
+    model.layer = layer  # the registration is what is observed
+    return model
+
+
+WORDS = torch.arange(16, dtype=torch.int32).view(8, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "order", "right"),
+    [
+        (lambda t: t, None, True),
+        (lambda t: t.clone(), None, True),
+        (lambda t: t.flip(0), None, False),
+        (lambda t: t.flip(0), torch.arange(8).flip(0), True),
+        (lambda t: t, torch.arange(8).flip(0), False),
+        (lambda t: t[:4].repeat(2, 1), None, False),
+    ],
+)
+def test_rows_that_a_model_moves_are_noticed(change: Any, order: torch.Tensor | None, right: bool) -> None:
+    model = observed_model(change, order)
+    weights = [("layer.weight_packed", WORDS.clone()), ("layer.norm", torch.ones(2))]
+    if right:
+        assert model.load_weights(iter(weights)) == {name for name, _ in weights}
+    else:
+        with pytest.raises(SvskFormatError, match=r"layer\.weight_packed: vLLM's loader .* changes its rows"):
+            model.load_weights(iter(weights))
+
+
+def test_a_dense_tensor_that_nothing_fills_is_named() -> None:
+    model = observed_model(lambda t: t)
+    model.bare = torch.nn.LayerNorm(2, bias=False)
+    with pytest.raises(SvskFormatError, match=r"lacks what vLLM loads into bare\.weight\."):
+        model.load_weights([("layer.weight_packed", WORDS.clone()), ("layer.norm", torch.ones(2))])
 
 
 def load_sharded(
@@ -215,7 +384,7 @@ def test_loader_names_what_does_not_fit() -> None:
     gain = torch.nn.Parameter(torch.zeros(layout.plan.gain_numel), requires_grad=False)
     with pytest.raises(SvskFormatError, match=r"layer\.sidecar_gain: the checkpoint holds shape \[2, 2, 5\]"):
         tile_loader("layer", "sidecar_gain", layout, 64)(gain, torch.zeros(2, 2, 5))
-    with pytest.raises(SvskFormatError, match="loaded for shard 'q'"):
+    with pytest.raises(SvskFormatError, match=r"loads it in parts \('q'\).*packed_modules_mapping"):
         tile_loader("layer", "sidecar_gain", layout, 64)(gain, torch.zeros(2, 2, 4), "q")
 
 
