@@ -46,6 +46,7 @@ def evaluate_with_progress(
     dtype: str,
     engine: str = "hf",
     engine_args: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Score a model with a progress bar, show the figures, and return them JSON-ready.
 
@@ -65,7 +66,10 @@ def evaluate_with_progress(
                 starting = done % chunks == 0 and done < total
                 bar.update(task, completed=done, total=total, description="vLLM starts" if starting else "chunks")
 
-            result = evaluate_served(model, reference, text, chunks, seq_len, dtype, engine_args, report).to_json()
+            trusted = {"trust_remote_code": True} if trust_remote_code else {}
+            result = evaluate_served(
+                model, reference, text, chunks, seq_len, dtype, {**(engine_args or {}), **trusted}, report
+            ).to_json()
         else:
             result = evaluate(
                 model,
@@ -76,6 +80,7 @@ def evaluate_with_progress(
                 dtype=None if dtype == "auto" else dtype,
                 device=None if device == "auto" else device,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
+                trust_remote_code=trust_remote_code,
             ).to_json()
     print_scores(console, result)
     return result

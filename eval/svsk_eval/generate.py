@@ -8,6 +8,7 @@ from typing import Any
 from svsk_eval.engine_args import served_dtype
 from svsk_eval.errors import EvalError
 from svsk_eval.scoring import load_model, load_tokenizer, silence_progress_bars
+from svsk_offline.loading import read_model_config
 
 __all__ = ["ENGINES", "generate_texts"]
 
@@ -25,6 +26,7 @@ def generate_texts(
     max_tokens: int = 64,
     temperature: float = 0.0,
     dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Continue each prompt; all of them run as one batch.
 
@@ -35,29 +37,33 @@ def generate_texts(
         max_tokens: most tokens to generate per prompt.
         temperature: 0 is greedy.
         dtype: ``bfloat16``, ``float16``, ``float32`` or ``auto``: the checkpoint's with ``vllm``, where that is fast.
+        trust_remote_code: run Python files that come with the model.
 
     Raises:
         EvalError: unknown engine, or vLLM is not installed.
     """
     if engine == "vllm":
-        return _with_vllm(model, prompts, max_tokens, temperature, dtype)
+        return _with_vllm(model, prompts, max_tokens, temperature, dtype, trust_remote_code)
     if engine == "hf":
-        return _with_transformers(model, prompts, max_tokens, temperature, dtype)
+        return _with_transformers(model, prompts, max_tokens, temperature, dtype, trust_remote_code)
     raise EvalError(f"--engine {engine}: expected one of {', '.join(ENGINES)}.")
 
 
-def _with_vllm(model: str, prompts: Sequence[str], max_tokens: int, temperature: float, dtype: str) -> list[str]:
+def _with_vllm(
+    model: str, prompts: Sequence[str], max_tokens: int, temperature: float, dtype: str, trust_remote_code: bool
+) -> list[str]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
         raise EvalError(f"--engine vllm: vLLM is not installed ({error}). Install it, or use --engine hf.") from error
 
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    config = read_model_config(model, trust_remote_code=trust_remote_code).get_text_config()
     context = min(_CONTEXT, getattr(config, "max_position_embeddings", _CONTEXT))
-    llm = LLM(model=model, dtype=served_dtype(dtype), max_model_len=context, disable_log_stats=True)
+    llm = LLM(
+        model=model, dtype=served_dtype(dtype), max_model_len=context, disable_log_stats=True,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     outputs = llm.generate(
         list(prompts), SamplingParams(temperature=temperature, max_tokens=max_tokens), use_tqdm=False
     )
@@ -65,13 +71,13 @@ def _with_vllm(model: str, prompts: Sequence[str], max_tokens: int, temperature:
 
 
 def _with_transformers(
-    model: str, prompts: Sequence[str], max_tokens: int, temperature: float, dtype: str
+    model: str, prompts: Sequence[str], max_tokens: int, temperature: float, dtype: str, trust_remote_code: bool
 ) -> list[str]:
     import torch
 
     silence_progress_bars()
-    loaded: Any = load_model(model, None if dtype == "auto" else dtype)
-    tokenizer = load_tokenizer(model)
+    loaded: Any = load_model(model, None if dtype == "auto" else dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -4,12 +4,12 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -23,6 +23,7 @@ from svsk_eval.metrics import EvalInputs, EvalResult, score_chunk, summarise
 from svsk_offline.calibration.limits import check_token_ids, longest_sequence
 from svsk_offline.calibration.text import bos_prefix, cut_pieces, token_fingerprint
 from svsk_offline.errors import SvskError
+from svsk_offline.loading import attention_arguments, own_code_refused, read_model_config
 from svsk_offline.pipeline import resolve_device
 
 __all__ = [
@@ -51,20 +52,28 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model for scoring; SVSK checkpoints are dequantised.
+
+    Attention is what the model means (:func:`svsk_offline.loading.attention_arguments`).
 
     Args:
         path: a Hugging Face folder, dense or SVSK, or the name of a model on the hub.
         dtype: of weights and activations, or its name; None is float32 on a CPU and bfloat16 elsewhere.
         device: None is the first CUDA device if there is one, else the CPU.
+        trust_remote_code: run Python files that come with the model.
 
     Returns:
         The model in evaluation mode on ``device``.
 
     Raises:
         EvalError: there is no such model, or no such dtype.
+        SvskError: the model needs its own Python files and may not run them.
         SvskFormatError: it is an SVSK checkpoint that this package cannot read.
     """
     where = device if isinstance(device, torch.device) else resolve_device(device or "auto")
@@ -73,7 +82,11 @@ def load_model(
     try:
         if is_svsk(path):
             importlib.import_module("svsk_vllm.hf")  # registers the method with transformers when it is imported
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=what)
+        config = read_model_config(path, trust_remote_code=trust_remote_code)
+        with own_code_refused(path):
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=what, trust_remote_code=trust_remote_code, **attention_arguments(config)
+            )
     except (OSError, ImportError) as error:  # transformers asks for a package per quantisation method
         raise EvalError(f"{path}: cannot load a model from it. {error}") from error
     return model.to(where)
@@ -86,21 +99,24 @@ def silence_progress_bars() -> None:
     logging.disable_progress_bar()
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
     Args:
         path: a Hugging Face folder or the name of a model on the hub.
+        trust_remote_code: run Python files that come with the model.
 
     Returns:
         The tokenizer.
 
     Raises:
         EvalError: there is none.
+        SvskError: it needs Python files of the model and may not run them.
     """
     check_folder(path)
     try:
-        return AutoTokenizer.from_pretrained(str(path))
+        with own_code_refused(path):
+            return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise EvalError(
             f"{path}: cannot load a tokenizer from it. Copy the tokenizer files of the original model there. {error}"
@@ -192,6 +208,8 @@ def evaluate(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> EvalResult:
     """Score a model on a text, against a reference if there is one; both see the same tokens.
 
@@ -206,6 +224,7 @@ def evaluate(
             a KL of its own, 0.0013 for SmolLM2-135M against its float32 self: a floor for what can be told apart.
         device: of both models; None is the first CUDA device if there is one, else the CPU.
         progress: called after every chunk.
+        trust_remote_code: run Python files that come with the models.
 
     Returns:
         The metrics.
@@ -216,12 +235,13 @@ def evaluate(
     """
     where = resolve_device("auto" if device is None else str(device))
     resolve_dtype(dtype, where)
-    tokens = shared_tokens(model_path, reference_path, text, chunks, seq_len)
+    load = partial(load_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    tokens = shared_tokens(model_path, reference_path, text, chunks, seq_len, trust_remote_code=trust_remote_code)
     for path in (model_path, reference_path):
         if path is not None:  # before weights are read; once more, by the embedding's rows, when they are
-            check_fits(path, *declared_limits(path), tokens)
-    reference = None if reference_path is None else load_model(reference_path, dtype, device)
-    model = load_model(model_path, dtype, device)
+            check_fits(path, *declared_limits(path, trust_remote_code=trust_remote_code), tokens)
+    reference = None if reference_path is None else load(reference_path)
+    model = load(model_path)
     size = _check_loaded(model_path, model, tokens)
     if reference_path is not None and reference is not None:
         check_same_vocabulary(model_path, size, reference_path, _check_loaded(reference_path, reference, tokens))
@@ -236,7 +256,13 @@ def evaluate(
 
 
 def shared_tokens(
-    model_path: str | Path, reference_path: str | Path | None, text: str | Path, chunks: int | None, seq_len: int
+    model_path: str | Path,
+    reference_path: str | Path | None,
+    text: str | Path,
+    chunks: int | None,
+    seq_len: int,
+    *,
+    trust_remote_code: bool = False,
 ) -> torch.Tensor:
     """Chunks of tokens that both models' tokenizers make of the text.
 
@@ -246,6 +272,7 @@ def shared_tokens(
         text: a plain text file.
         chunks: how many, or None for all there are.
         seq_len: tokens per chunk.
+        trust_remote_code: run Python files that come with the models.
 
     Returns:
         Tokens, int64 [chunks, seq_len], see :func:`token_chunks`.
@@ -253,11 +280,11 @@ def shared_tokens(
     Raises:
         EvalError: a tokenizer or the text cannot be used, or the two tokenizers differ.
     """
-    tokenizer = load_tokenizer(model_path)
+    tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
     tokens = token_chunks(text, tokenizer, chunks, seq_len)
     if reference_path is None:
         return tokens
-    reference = load_tokenizer(reference_path)
+    reference = load_tokenizer(reference_path, trust_remote_code=trust_remote_code)
     # Equal vocabularies can still split the text differently (merges, normaliser), equal splits can still name
     # tokens differently past the text: a KL between the two means something only if neither is the case.
     if tokenizer.get_vocab() != reference.get_vocab() or not torch.equal(
@@ -308,15 +335,20 @@ def _spelled(path: str | Path, token: int) -> Any:
         return None
 
 
-def declared_limits(path: str | Path) -> tuple[int, int | None]:
+def declared_limits(path: str | Path, *, trust_remote_code: bool = False) -> tuple[int, int | None]:
     """Size of the vocabulary and longest sequence of a model by its config, without reading weights.
+
+    Args:
+        path: folder or hub name.
+        trust_remote_code: run Python files that come with the model.
 
     Raises:
         EvalError: its config cannot be read.
+        SvskError: the config's class is among those files, and may not be run.
     """
     check_folder(path)
     try:
-        config = AutoConfig.from_pretrained(str(path))
+        config = read_model_config(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise EvalError(f"{path}: cannot read a model's config from it. {error}") from error
     return int(config.get_text_config().vocab_size), longest_sequence(config)

@@ -91,10 +91,11 @@ def evaluate_served(
         EvalError: a model, a tokenizer, the text or an engine argument cannot be used, the models have different
             vocabularies, or vLLM fails.
     """
-    tokens = shared_tokens(model_path, reference_path, text, chunks, seq_len)
-    size = _check_model(model_path, tokens)
+    trust = bool((engine_args or {}).get("trust_remote_code"))
+    tokens = shared_tokens(model_path, reference_path, text, chunks, seq_len, trust_remote_code=trust)
+    size = _check_model(model_path, tokens, trust)
     if reference_path is not None:
-        check_same_vocabulary(model_path, size, reference_path, _check_model(reference_path, tokens))
+        check_same_vocabulary(model_path, size, reference_path, _check_model(reference_path, tokens, trust))
     total = len(tokens) * (1 if reference_path is None else 2)
 
     def report(before: int) -> Progress | None:
@@ -146,7 +147,7 @@ def served_scores(
         raise EvalError(f"The tokens have shape {list(tokens.shape)}, expected [chunks, seq_len], seq_len 2 or more.")
     _check_vllm()
     arguments = engine_arguments(model, tokens.shape[1], dtype, engine_args or {})
-    _check_model(model, tokens)
+    _check_model(model, tokens, bool((engine_args or {}).get("trust_remote_code")))
     if is_svsk(model):
         _check_plugin(model)
     with tempfile.TemporaryDirectory(prefix="svsk-served-") as name:
@@ -257,9 +258,9 @@ def _check_plugin(model: str | Path) -> None:
         )
 
 
-def _check_model(path: str | Path, tokens: torch.Tensor) -> int:
+def _check_model(path: str | Path, tokens: torch.Tensor, trust_remote_code: bool) -> int:
     """The size of a model's vocabulary by its config, after a check that the tokens fit and leave room for one more."""
-    size, longest = declared_limits(path)
+    size, longest = declared_limits(path, trust_remote_code=trust_remote_code)
     check_fits(path, size, longest, tokens)
     if longest is not None and tokens.shape[1] == longest:
         raise EvalError(

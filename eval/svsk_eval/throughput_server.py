@@ -129,6 +129,6 @@ def _check_cache(llm: Any, engine: Mapping[str, Any]) -> None:
 
 
 def _vocabulary(model: str) -> int:
-    from transformers import AutoConfig
+    from svsk_offline.loading import read_model_config
 
-    return int(AutoConfig.from_pretrained(model).get_text_config().vocab_size)
+    return int(read_model_config(model).get_text_config().vocab_size)

@@ -31,11 +31,12 @@ from svsk_offline.calibration import DEFAULT_SOURCE, CalibrationSet
 from svsk_offline.calibration.sources import check_source
 from svsk_offline.calibration.text import token_fingerprint
 from svsk_offline.errors import SvskError
+from svsk_offline.loading import resolve_model
 from svsk_offline.locks import LOCK_NAME, locked
 from svsk_offline.pipeline import Progress, check_takes, load_texts, quantize, resolve_device
 from svsk_offline.preflight import check_recipe, check_recipe_file
 from svsk_offline.recipe import Recipe, load_recipe
-from svsk_offline.source import ModelSource, linear_modules, resolve_model
+from svsk_offline.source import ModelSource
 from svsk_vllm.format.shards import read_json
 from svsk_vllm.version import __version__
 
@@ -93,6 +94,7 @@ def tune(
     device: str = "auto",
     dtype: str = "auto",
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: TuneProgress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TuneResult:
@@ -116,6 +118,7 @@ def tune(
         device: ``auto``, ``cpu``, ``cuda`` ...
         dtype: of scales and unquantised tensors, ``auto`` for the model's own.
         overwrite: replace ``out``, and forget a search with other inputs in ``work_dir``.
+        trust_remote_code: run Python files that come with the model.
         progress: callbacks.
         clock: seconds from any origin.
 
@@ -134,9 +137,11 @@ def tune(
     check_source(calibration, chat_template)
     resolve_device(device)
     start = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    source = ModelSource(resolve_model(str(model)))
+    found = resolve_model(str(model), trust_remote_code=trust_remote_code)
+    source = ModelSource(found, trust_remote_code=trust_remote_code)
+    source.check()
     PartialFolder(work / _TRIAL_NAME, source.folder, overwrite=True)  # refuses a folder that overlaps the model's
-    check_recipe(start, [name for name, _ in linear_modules(source.model)], progress.message)
+    check_recipe(start, source.linear_names(), progress.message)
     work.mkdir(parents=True, exist_ok=True)
     with locked(work / LOCK_NAME, work):
         inputs = _load_inputs(source, start, calibration, chat_template, held_out, device, dtype, progress)
@@ -248,9 +253,11 @@ class _Trials:
                 device=str(inputs.device),
                 dtype=inputs.dtype,
                 overwrite=True,
+                trust_remote_code=inputs.source.trust_remote_code,
                 progress=Progress(block=self.progress.block),
             )
-            scores = compare_models(load_model(self.folder, None, inputs.device), reference, inputs.held.tokens)
+            loaded = self._load(self.folder)
+            scores = compare_models(loaded, reference, inputs.held.tokens)
         except (torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             raise EvalError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
         finally:
@@ -264,7 +271,11 @@ class _Trials:
     @cached_property
     def _reference(self) -> PreTrainedModel:
         self.progress.message("Loading the dense model to compare with")
-        return load_model(self.inputs.source.folder, None, self.inputs.device)
+        return self._load(self.inputs.source.folder)
+
+    def _load(self, folder: Path) -> PreTrainedModel:
+        trust = self.inputs.source.trust_remote_code
+        return load_model(folder, None, self.inputs.device, trust_remote_code=trust)
 
     def _clear(self) -> None:
         for folder in (self.folder, PartialFolder(self.folder, self.inputs.source.folder, overwrite=True).path):

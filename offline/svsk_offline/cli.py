@@ -61,6 +61,9 @@ Samples = Annotated[int | None, typer.Option(help="Calibration samples.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens per sample.")]
 Seed = Annotated[int | None, typer.Option(help="Of the draw of samples.")]
 StoredDtype = Annotated[str, typer.Option(help="Of scales and dense tensors: auto, bfloat16, float16.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python files that come with the model.")
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")]
 MarkdownFile = Annotated[Path | None, typer.Option(help="Write the report of tasks there.")]
 HtmlFile = Annotated[Path | None, typer.Option(help="Write the report of tasks there, one page with plots.")]
@@ -123,6 +126,7 @@ def quantize(
     device: Device = "auto",
     dtype: StoredDtype = "auto",
     overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantise MODEL into the SVSK checkpoint OUT.
 
@@ -153,6 +157,7 @@ def quantize(
     quantize_with_progress(
         console, model, out, chosen,
         calibration=calibration, chat_template=chat_template, device=device, dtype=dtype, overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
 
 
@@ -190,11 +195,17 @@ def inspect(
 
 
 @app.command()
-def validate(folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")]) -> None:
+def validate(
+    folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")], trust_remote_code: TrustRemoteCode = False
+) -> None:
     """Check a checkpoint's structure and numbers; list every problem and exit with 1 if there is one."""
     from svsk_offline.inspect import serving_note, validate_against_architecture
 
-    problems = validate_against_architecture(folder)
+    problems = validate_against_architecture(
+        folder,
+        trust_remote_code=trust_remote_code,
+        note=lambda text: console.print(f"[yellow]not checked:[/] {escape(text)}", highlight=False),
+    )
     note = None if problems else serving_note(folder)
     if note:
         console.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
@@ -240,6 +251,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Argument of vllm.LLM, such as tensor_parallel_size=2; the value is JSON or a word."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     json_file: JsonFile = None,
 ) -> None:
     """Score MODEL: NLL, perplexity, and KL divergence and top-1 agreement against a reference."""
@@ -250,7 +262,7 @@ def evaluate(
 
     result = evaluate_with_progress(
         console, model, reference, text, chunks=chunks, seq_len=seq_len, device=device, dtype=dtype,
-        engine=engine, engine_args=parse_engine_args(engine_arg or ()),
+        engine=engine, engine_args=parse_engine_args(engine_arg or ()), trust_remote_code=trust_remote_code,
     )  # fmt: skip
     _write_json(json_file, result)
 
@@ -278,6 +290,7 @@ def benchmark(
     confirm_run_unsafe_code: Annotated[
         bool, typer.Option("--confirm-run-unsafe-code", help="Run programs that the models write, in a sandbox.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     text: Annotated[Path | None, typer.Option(help="Also score this plain text, as `svsk eval` does.")] = None,
     chunks: Annotated[int, typer.Option(min=1, help="Chunks of the text.")] = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per chunk.")] = 512,
@@ -302,7 +315,10 @@ def benchmark(
     settings = settings_of(
         tasks, engine=engine, limit=limit, seed=seed, gen_kwargs=gen_kwargs,
         apply_chat_template=apply_chat_template, system_instruction=system_instruction,
-        model_args=parse_engine_args(model_arg or (), "--model-arg"),
+        model_args={
+            **parse_engine_args(model_arg or (), "--model-arg"),
+            **({"trust_remote_code": True} if trust_remote_code else {}),
+        },
     )  # fmt: skip
     scored = text and TextOptions(text, chunks, seq_len, engine_names(text_engine, "--text-engine"))
     options = BenchOptions(
@@ -369,6 +385,7 @@ def tune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT, and forget a search with other inputs.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Search for a recipe that suits MODEL better, by the KL divergence on held-out text; write it to OUT.
 
@@ -395,7 +412,7 @@ def tune(
     tune_with_progress(
         console, model, out, chosen,
         budget_minutes=budget_minutes, calibration=calibration, chat_template=chat_template, held_out=held_out,
-        work_dir=work_dir, device=device, dtype=dtype, overwrite=overwrite,
+        work_dir=work_dir, device=device, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code,
     )  # fmt: skip
 
 
@@ -407,11 +424,15 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Complete prompts with a model, through vLLM or transformers."""
     from svsk_eval.generate import generate_texts
 
-    texts = generate_texts(folder, prompt, engine, max_tokens=max_tokens, temperature=temperature, dtype=dtype)
+    texts = generate_texts(
+        folder, prompt, engine,
+        max_tokens=max_tokens, temperature=temperature, dtype=dtype, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     for asked, answered in zip(prompt, texts, strict=True):
         console.print(Text.assemble((asked, "bold"), answered))
 

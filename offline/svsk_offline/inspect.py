@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a checkpoint holds, and whether it is whole."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from svsk_offline.loading import needs_own_code
 from svsk_vllm.architecture import checkpoint_problems
-from svsk_vllm.format import Checkpoint
+from svsk_vllm.format import Checkpoint, SvskFormatError, validate_checkpoint
 from svsk_vllm.format.architectures import vllm_class
 from svsk_vllm.format.shards import read_json
 
@@ -88,9 +90,25 @@ def serving_note(folder: Path) -> str | None:
     return vllm_class(read_json(folder / "config.json")).note()
 
 
-def validate_against_architecture(folder: Path, *, trust_remote_code: bool = False) -> list[str]:
+def validate_against_architecture(
+    folder: Path, *, trust_remote_code: bool = False, note: Callable[[str], None] = lambda text: None
+) -> list[str]:
     """What is wrong with a checkpoint, one line each; see :func:`svsk_vllm.architecture.checkpoint_problems`.
 
-    Python files of the folder run only with ``trust_remote_code``.
+    Args:
+        folder: the checkpoint.
+        trust_remote_code: run Python files of the folder, where its model class is in them.
+        note: told in a sentence what could not be checked.
     """
+    if not trust_remote_code:
+        try:
+            unknown = needs_own_code(read_json(folder / "config.json"))
+        except SvskFormatError:
+            unknown = False  # listed as a problem below
+        if unknown:
+            note(
+                f"{folder}: its model class is among Python files of its own, which are run only with "
+                "--trust-remote-code. Read them first. Its tensors were not compared with that class."
+            )
+            return validate_checkpoint(folder)
     return checkpoint_problems(folder, trust_remote_code=trust_remote_code)

@@ -16,7 +16,7 @@ from svsk_offline.card import Origin, model_card
 from svsk_offline.errors import SvskError
 from svsk_offline.layer import LayerReport
 from svsk_offline.side_files import copy_side_files
-from svsk_offline.source import ModelSource, linear_modules
+from svsk_offline.source import ModelSource
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, SvskCheckpointConfig, SvskFormatError
 from svsk_vllm.format.config import declared
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY, shard_fingerprint
@@ -44,7 +44,7 @@ class CheckpointWriter:
     ) -> None:
         self.folder, self.notes, self.source, self.scale_dtype = folder, notes, source, scale_dtype
         self.fingerprint = fingerprint
-        self.blocks_name, self.blocks = source.blocks
+        self.blocks = source.blocks[1]
 
     def finished(self, index: int) -> list[LayerReport] | None:
         """Reports of block ``index`` if its shard, written by a run with these inputs, is there already."""
@@ -61,14 +61,13 @@ class CheckpointWriter:
 
     def write_block(self, index: int, linears: Sequence[QuantizedLinear], reports: Sequence[LayerReport]) -> None:
         """Write the shard of block ``index``: its quantised linears, and all its other tensors as they are."""
-        prefix = f"{self.blocks_name}.{index}."
         tensors: dict[str, torch.Tensor] = {}
         for linear in linears:
             tensors |= linear.to_tensors()
         quantised = {f"{linear.spec.name}.weight" for linear in linears}
-        for name in self.source.tensors.names:
-            if name.startswith(prefix) and name not in quantised and self.source.is_stored(name):
-                tensors[name] = self._dense(name)
+        for name in self.source.block_tensors(index):
+            if name not in quantised:
+                tensors[self.source.map.output_name(name)] = self._dense(name)
         shard = self.shard_path(index + 1)
         self._write(shard, tensors)
         write_json(self._reports_path(index), {"layers": [asdict(report) for report in reports]})
@@ -77,8 +76,7 @@ class CheckpointWriter:
         """The quantised linears of block ``index`` from its shard."""
         tensors = load_file(self.shard_path(index + 1))
         found = []
-        for name, linear in linear_modules(self.blocks[index]):
-            full = f"{self.blocks_name}.{index}.{name}"
+        for _, full, linear in self.source.linears(index):
             if full in schemes:
                 spec = LinearSpec(full, linear.out_features, linear.in_features, schemes[full], self.scale_dtype)
                 found.append(QuantizedLinear.from_tensors(spec, tensors))
@@ -89,14 +87,13 @@ class CheckpointWriter:
 
         ``say`` is told of files that are left out.
         """
-        inside = f"{self.blocks_name}."
-        names = [n for n in self.source.tensors.names if not n.startswith(inside) and self.source.is_stored(n)]
-        self._write(self.shard_path(0), {name: self._dense(name) for name in names})
+        names = self.source.outside_tensors()
+        self._write(self.shard_path(0), {self.source.map.output_name(name): self._dense(name) for name in names})
         write_json(self.folder / INDEX_NAME, self._index())
-        model = {key: value for key, value in self.source.config_dict.items() if key not in ("dtype", "torch_dtype")}
+        model = {key: value for key, value in self.source.output_config.items() if key not in ("dtype", "torch_dtype")}
         model["dtype"] = str(self.scale_dtype).removeprefix("torch.")
         write_json(self.folder / "config.json", declared(model, config))
-        copy_side_files(self.source.folder, self.folder, say, code=False)
+        copy_side_files(self.source.folder, self.folder, say, code=self.source.trust_remote_code)
         write_text(self.folder / "README.md", model_card(Origin.of(self.source.folder), config, layers))
 
     def _write(self, shard: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -24,12 +24,13 @@ from svsk_offline.calibration.limits import check_length, check_token_ids
 from svsk_offline.calibration.sources import check_source
 from svsk_offline.errors import SvskError
 from svsk_offline.layer import LayerReport, quantize_linear
+from svsk_offline.loading import resolve_model
 from svsk_offline.output import CheckpointWriter
 from svsk_offline.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.preflight import check_output, check_recipe
 from svsk_offline.recipe import CalibrationArgs, Recipe, load_recipe
 from svsk_offline.serving import check_servable
-from svsk_offline.source import ModelSource, linear_modules, resolve_model
+from svsk_offline.source import ModelSource
 from svsk_vllm.format import ConfigGroup, QuantizedLinear, SvskCheckpointConfig, dequantize
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
 from svsk_vllm.format.shards import read_json
@@ -75,6 +76,7 @@ def quantize(
     device: str = "auto",
     dtype: str = "auto",
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> QuantizationResult:
     """Quantise a dense Hugging Face model into an SVSK checkpoint.
@@ -89,6 +91,7 @@ def quantize(
         device: ``auto``, ``cpu``, ``cuda`` ...
         dtype: dtype of scales and unquantised tensors, ``auto`` for the model's own.
         overwrite: replace ``out``, and drop an unfinished run with other inputs.
+        trust_remote_code: run Python files that come with the model.
         progress: callbacks.
 
     Raises:
@@ -101,23 +104,25 @@ def quantize(
     check_output(Path(out), overwrite=overwrite, source=model)
     if isinstance(calibration, str):
         check_source(calibration, chat_template)
-    source = ModelSource(resolve_model(str(model)))
+    found = resolve_model(str(model), trust_remote_code=trust_remote_code)
+    source = ModelSource(found, trust_remote_code=trust_remote_code)
     folder = PartialFolder(Path(out), source.folder, overwrite=overwrite)
     with folder.locked():
         scale_dtype = source.model_dtype(dtype)
-        check_recipe(recipe, [name for name, _ in linear_modules(source.model)], progress.message)
+        source.check()
+        check_recipe(recipe, source.linear_names(), progress.message)
         if isinstance(calibration, CalibrationSet):
             count, seq_len = calibration.tokens.shape
             recipe = recipe.override({"calibration": {"samples": count, "seq_len": seq_len}})
         args = recipe.calibration
 
         def texts() -> CalibrationSet:
-            found = calibration
-            if not isinstance(found, CalibrationSet):
-                progress.message(f"Calibration text: {found}, {args.samples} samples of {args.seq_len} tokens")
-                found = load_texts(source, found, args.samples, args, chat_template)
-            check_takes(source, found)
-            return found
+            drawn = calibration
+            if not isinstance(drawn, CalibrationSet):
+                progress.message(f"Calibration text: {drawn}, {args.samples} samples of {args.seq_len} tokens")
+                drawn = load_texts(source, drawn, args.samples, args, chat_template)
+            check_takes(source, drawn)
+            return drawn
 
         run = _Run(source, folder, recipe, texts, torch_device, scale_dtype, progress)
         return run.execute(overwrite)
@@ -231,22 +236,17 @@ class _Run:
             "recipe_values": recipe.model_dump(mode="json", exclude={"name", "description"}),
             "calibration": dict(calibration),
         }
-        inside = {f"{self.blocks_name}.{index}.{name}" for index, name in self._linear_names()}
         # Linears outside the decoder blocks (an output head, say) stay as they are, so the config must say so.
-        outside = [name for name, _ in linear_modules(self.source.model) if name not in inside]
-        ignore = dict.fromkeys((*recipe.ignore, *outside))
+        ignore = dict.fromkeys((*recipe.ignore, *self.source.other_linears()))
         return SvskCheckpointConfig(config_groups={"group_0": group}, ignore=tuple(ignore), producer=producer)
 
-    def _linear_names(self) -> Iterator[tuple[int, str]]:
-        for index, block in enumerate(self.blocks):
-            for name, _ in linear_modules(block):
-                yield index, name
+    def _linear_names(self) -> Iterator[str]:
+        for index in range(len(self.blocks)):
+            yield from (full for _, full, _ in self.source.linears(index))
 
     def _check_targets(self) -> None:
         """Refuse before any work what would fail in the middle."""
-        for name in self.source.tensors.names:
-            self.source.is_stored(name)  # raises on a tensor that the model class does not know
-        if all(self.config.scheme_for(f"{self.blocks_name}.{i}.{name}") is None for i, name in self._linear_names()):
+        if all(self.config.scheme_for(name) is None for name in self._linear_names()):
             raise SvskError(f"{self.source.folder}: every linear layer is on the ignore list; nothing to quantise.")
         self.schemes = uniform_schemes(self.source, self.config, self.scale_dtype)
         budget = self.recipe.allocation
@@ -319,11 +319,11 @@ class _Run:
                         index,
                         block,
                         full=self.recipe.needs_hessians,
-                        first=self._sink_names(index, block),
-                        weights=self._token_weights(plan, index, block),
+                        first=self._sink_names(index),
+                        weights=self._token_weights(plan, index),
                         advance=not sequential,
                     )
-                    linears, reports = self._quantize_block(index, block, statistics, plan)
+                    linears, reports = self._quantize_block(index, statistics, plan)
                     writer.write_block(index, linears, reports)
                 elif sequential:
                     linears = writer.read_block(index, plan.schemes)
@@ -331,7 +331,7 @@ class _Run:
                     self.progress.message(f"Block {index}: finished by an earlier run")
                     runner.advance(index, block)
                 if sequential:
-                    _put_weights(block, f"{self.blocks_name}.{index}.", linears)
+                    _put_weights(block, {full: name for name, full, _ in self.source.linears(index)}, linears)
                     runner.advance(index, block)
                 self.source.unload(block)
                 layers += reports
@@ -341,26 +341,23 @@ class _Run:
             runner.close()
         return layers, seconds
 
-    def _sink_names(self, index: int, block: nn.Module) -> frozenset[str]:
+    def _sink_names(self, index: int) -> frozenset[str]:
         """Linears below a block whose first tokens count more."""
-        prefix = f"{self.blocks_name}.{index}."
-        return frozenset(name for name, _ in linear_modules(block) if self.recipe.sink_weight(prefix + name))
+        return frozenset(name for name, full, _ in self.source.linears(index) if self.recipe.sink_weight(full))
 
-    def _token_weights(self, plan: Plan, index: int, block: nn.Module) -> dict[str, torch.Tensor] | None:
+    def _token_weights(self, plan: Plan, index: int) -> dict[str, torch.Tensor] | None:
         """Token weights by the names below a block; linears that are not quantised share the first one's."""
         if not plan.tokens:
             return None
-        prefix = f"{self.blocks_name}.{index}."
-        names = [name for name, _ in linear_modules(block)]
-        known = {name: plan.tokens[prefix + name] for name in names if prefix + name in plan.tokens}
+        names = {name: full for name, full, _ in self.source.linears(index)}
+        known = {name: plan.tokens[full] for name, full in names.items() if full in plan.tokens}
         return {name: known.get(name, next(iter(known.values()))) for name in names} if known else None
 
     def _quantize_block(
-        self, index: int, block: nn.Module, statistics: dict[str, InputStatistics], plan: Plan
+        self, index: int, statistics: dict[str, InputStatistics], plan: Plan
     ) -> tuple[list[QuantizedLinear], list[LayerReport]]:
         linears, reports = [], []
-        for name, _ in linear_modules(block):
-            full = f"{self.blocks_name}.{index}.{name}"
+        for name, full, _ in self.source.linears(index):
             scheme = plan.schemes.get(full)
             if scheme is None:
                 continue
@@ -381,8 +378,8 @@ class _Run:
         return linears, reports
 
 
-def _put_weights(block: nn.Module, prefix: str, linears: list[QuantizedLinear]) -> None:
-    """Replace the weights of a loaded block by what was stored of them."""
+def _put_weights(block: nn.Module, names: Mapping[str, str], linears: list[QuantizedLinear]) -> None:
+    """Replace the weights of a loaded block by what was stored of them; ``names`` are those below the block."""
     for linear in linears:
-        weight = block.get_parameter(f"{linear.spec.name.removeprefix(prefix)}.weight")
+        weight = block.get_parameter(f"{names[linear.spec.name]}.weight")
         weight.data = dequantize(linear).to(weight.device, weight.dtype)

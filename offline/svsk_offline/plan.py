@@ -22,7 +22,7 @@ from svsk_offline.curves import choices_of, scheme_with
 from svsk_offline.errors import SvskError
 from svsk_offline.recipe import GptqBase, HessianFit, Recipe
 from svsk_offline.serving import vllm_class_of
-from svsk_offline.source import ModelSource, linear_modules
+from svsk_offline.source import ModelSource
 from svsk_vllm.format import ConfigGroup, LinearSpec, SvskCheckpointConfig
 
 __all__ = ["Plan", "make_plan", "uniform_schemes"]
@@ -82,14 +82,15 @@ def uniform_schemes(
     """Scheme of each linear of the decoder blocks that a config quantises, by full name.
 
     Raises:
+        SvskError: a linear's weight is not stored as one matrix of its own.
         SvskFormatError: a linear does not fit its scheme.
     """
-    name, blocks = source.blocks
     schemes: dict[str, ConfigGroup] = {}
-    for index, block in enumerate(blocks):
-        for key, linear in linear_modules(block):
-            scheme = config.scheme_for(full := f"{name}.{index}.{key}")
+    for index in range(len(source.blocks[1])):
+        for _, full, linear in source.linears(index):
+            scheme = config.scheme_for(full)
             if scheme is not None:
+                source.check_quantisable(full)
                 LinearSpec(full, linear.out_features, linear.in_features, scheme, scale_dtype)  # checks it
                 schemes[full] = scheme
     return schemes
@@ -166,10 +167,8 @@ class _Measured:
         statistics: Mapping[str, InputStatistics],
     ) -> None:
         """Note what one block's gradients say."""
-        prefix = f"{self.source.blocks[0]}.{index}."
         args = self.recipe.gradients
-        for name, linear in linear_modules(block):
-            full = prefix + name
+        for name, full, linear in self.source.linears(index):
             if full not in self.schemes:
                 continue
             if name not in gradients:
@@ -192,7 +191,7 @@ class _Measured:
                 except SvskError as error:
                     raise SvskError(f"{full}: {error}") from error
         if args.shared:
-            self._share(prefix, block)
+            self._share(index)
 
     def plan(self) -> Plan:
         """What all blocks together say."""
@@ -215,9 +214,9 @@ class _Measured:
         n, k = self.source.tensors.describe(f"{name}.weight").shape
         return n * k
 
-    def _share(self, prefix: str, block: nn.Module) -> None:
+    def _share(self, index: int) -> None:
         """Give linears of one input one token weighting, the mean of theirs."""
-        linears = [prefix + name for name, _ in linear_modules(block)]
+        linears = [full for _, full, _ in self.source.linears(index)]
         for names in vllm_class_of(self.source).fused_sets(linears):
             found = [self.tokens[name] for name in names if name in self.tokens]
             if found:

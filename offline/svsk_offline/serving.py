@@ -4,7 +4,7 @@
 from collections.abc import Callable, Mapping
 
 from svsk_offline.errors import SvskError
-from svsk_offline.source import ModelSource, linear_modules
+from svsk_offline.source import ModelSource
 from svsk_vllm.format import ConfigGroup
 from svsk_vllm.format.architectures import VllmClass, vllm_class
 from svsk_vllm.format.row_order import row_order_problem
@@ -37,8 +37,7 @@ def check_servable(
             linear and not those of its sidecar. Names the linears and what to do.
     """
     architecture = vllm_class_of(source)
-    name, blocks = source.blocks
-    linears = [f"{name}.{index}.{key}" for index, block in enumerate(blocks) for key, _ in linear_modules(block)]
+    linears = [full for index in range(len(source.blocks[1])) for _, full, _ in source.linears(index)]
     problems = architecture.fused_problems({linear: schemes.get(linear) for linear in linears})
     for linear, group in schemes.items():
         if problem := row_order_problem([architecture.name], linear, max(group.sidecar.rank, most)):

@@ -97,21 +97,29 @@ class ShardedReader:
     """Tensors of a model folder by name, each read when asked for.
 
     Args:
-        folder: holds ``model.safetensors``, or shards and ``model.safetensors.index.json``.
+        folder: holds ``model.safetensors``, or shards and ``model.safetensors.index.json``. Of both, the single file
+            counts, as it does for transformers.
+        by_headers: let the index only name the files, as transformers does, and open all of them at once to see which
+            tensors they hold; of two with one name the later file's counts.
 
     Raises:
         SvskFormatError: neither is there, the index is damaged, or a shard cannot be opened.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, by_headers: bool = False) -> None:
         self.folder = folder
         self._handles: dict[str, Any] = {}
         index = folder / INDEX_NAME
-        if index.exists():
-            self._shard_of = read_weight_map(index)
-        elif (folder / SINGLE_NAME).exists():
+        if (folder / SINGLE_NAME).exists():
             self._shard_of = dict.fromkeys(self._open(SINGLE_NAME).keys(), SINGLE_NAME)
             require_printable(folder / SINGLE_NAME, self._shard_of)
+        elif index.exists():
+            self._shard_of = read_weight_map(index)
+            if by_headers:
+                shards = sorted(set(self._shard_of.values()))
+                held = {shard: list(self._open(shard).keys()) for shard in shards}
+                self._shard_of = {name: shard for shard in shards for name in held[shard]}
+                require_printable(index, self._shard_of)
         else:
             raise SvskFormatError(
                 f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME}. Only safetensors are read: convert other weights "

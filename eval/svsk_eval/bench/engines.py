@@ -20,6 +20,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from svsk_eval.bench.journal import Generated, Journal, Likelihood, request_keys
 from svsk_eval.errors import EvalError
+from svsk_offline.loading import attention_arguments, read_model_config
 
 __all__ = ["JournaledModel", "hf_model", "is_sampled", "likelihood", "vllm_model"]
 
@@ -115,7 +116,9 @@ def hf_model(arguments: dict[str, Any], journal: Journal, progress: Progress, se
         seed: of answers that are sampled.
     """
     importlib.import_module("svsk_vllm.hf")  # registers the method with transformers when it is imported
-    model = _JournaledHF(**arguments)
+    trust = bool(arguments.get("trust_remote_code"))
+    attention = attention_arguments(read_model_config(arguments["pretrained"], trust_remote_code=trust))
+    model = _JournaledHF(**{**attention, **arguments})
     model.attach(journal, progress)
     model.seed = seed
     return model

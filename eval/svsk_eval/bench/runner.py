@@ -28,8 +28,8 @@ from svsk_eval.bench.worker import WorkerRequest, WorkerResult
 from svsk_eval.errors import EvalError
 from svsk_eval.processes import ending, log_tail, run_module
 from svsk_offline.atomic import write_text
+from svsk_offline.loading import resolve_model
 from svsk_offline.locks import LOCK_NAME, locked
-from svsk_offline.source import resolve_model
 from svsk_vllm.version import __version__
 
 __all__ = ["BenchOptions", "Candidate", "TextOptions", "bench", "candidate", "package_versions"]
@@ -139,12 +139,14 @@ def bench(
     labels = [one.label for one in candidates]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise EvalError(f"{', '.join(twice)}: two models have this label. Name them: LABEL=MODEL.")
-    folders = [read_folder(resolve_model(one.name)) for one in candidates]
+    trust = bool(settings.model_args.get("trust_remote_code"))
+    folders = [read_folder(resolve_model(one.name, trust_remote_code=trust)) for one in candidates]
     if options.text is not None:
         from svsk_eval.scoring import check_longest, declared_limits
 
         for folder in folders:  # each scores the text in its turn; what cannot is told before the first
-            check_longest(folder.path, declared_limits(folder.path)[1], options.text.seq_len)
+            longest = declared_limits(folder.path, trust_remote_code=trust)[1]
+            check_longest(folder.path, longest, options.text.seq_len)
     bits = bits_per_weight(folders[0], folders)
     options.work_dir.mkdir(parents=True, exist_ok=True)
     with locked(options.work_dir / LOCK_NAME, options.work_dir):
@@ -224,6 +226,8 @@ def _score_text(
         command += ["--chunks", str(text.chunks), "--seq-len", str(text.seq_len)]
         if folder.fingerprint != reference.fingerprint:
             command += ["--reference", str(reference.path)]
+        if settings.model_args.get("trust_remote_code"):
+            command.append("--trust-remote-code")
         if engine == settings.engine == "vllm":
             for name in sorted(_ENGINE_ARGUMENTS & settings.model_args.keys()):  # one order, or it is scored anew
                 command += ["--engine-arg", f"{name}={json.dumps(settings.model_args[name])}"]
@@ -248,7 +252,7 @@ def _score_text(
 
 _ENGINE_ARGUMENTS: Final = {
     "enforce_eager", "gpu_memory_utilization", "kv_cache_dtype", "max_num_batched_tokens", "max_num_seqs",
-    "pipeline_parallel_size", "quantization", "revision", "tensor_parallel_size", "tokenizer", "trust_remote_code",
+    "pipeline_parallel_size", "quantization", "revision", "tensor_parallel_size", "tokenizer",
 }  # fmt: skip
 """Model arguments that also concern the scoring of a text: those that say how and where the model runs."""
 

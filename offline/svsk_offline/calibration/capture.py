@@ -6,8 +6,9 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 import numpy as np
 import torch
@@ -26,23 +27,93 @@ class _Stop(Exception):  # noqa: N818 - control flow, not an error
     """Ends a forward pass once the blocks' arguments are known."""
 
 
+class _TakesFirst(Exception):  # noqa: N818 - control flow, not an error
+    """The model takes the first of what a block returns, so its blocks return tuples."""
+
+
 class StandIn(nn.Module):
-    """Takes the place of a decoder block; ``respond`` gives its output for hidden states, arguments and keywords."""
+    """Takes the place of a decoder block; ``respond`` gives its output for hidden states, arguments and keywords.
+
+    Args:
+        block: the block.
+        respond: gives the hidden states that follow.
+        members: return them as the first member of a tuple of so many, as the blocks of some models do; 0 for no tuple.
+    """
 
     def __init__(
-        self, block: nn.Module, respond: Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor]
+        self,
+        block: nn.Module,
+        respond: Callable[[torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor],
+        *,
+        members: int = 0,
     ) -> None:
         super().__init__()
         self._attributes = block.__dict__
-        self._respond = respond
+        self._respond, self._members = respond, members
 
     def __getattr__(self, name: str) -> Any:
         # Models read attributes of their blocks, such as attention_type, to choose a mask.
         attributes = self.__dict__.get("_attributes", {})
         return attributes[name] if name in attributes else super().__getattr__(name)
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self._respond(hidden_states, args, kwargs)
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = self._respond(hidden_states, args, kwargs)
+        return (found, *[None] * (self._members - 1)) if self._members else found
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a block besides the hidden states."""
+
+_MOST_MEMBERS: Final = 3
+
+
+class _Watcher:
+    """Stands in for all blocks of a model, and notes what they are given.
+
+    Args:
+        source: the model.
+        members: as for :class:`StandIn`.
+    """
+
+    def __init__(self, source: ModelSource, members: int) -> None:
+        self._kind, self._folder = type(source.model).__name__, source.folder
+        self._count = len(source.blocks[1])
+        self.stand_ins = [
+            StandIn(block, partial(self._note, number), members=members)
+            for number, block in enumerate(source.blocks[1])
+        ]
+
+    def run(self, model: Any, samples: torch.Tensor) -> tuple[torch.Tensor, list[_Call]]:
+        """Inputs of the first block for some samples, and the other arguments of every block.
+
+        Args:
+            model: the model, with the stand-ins in place.
+            samples: token ids, int64 [samples, tokens].
+        """
+        self._inputs: list[torch.Tensor] = []
+        self._calls: list[_Call] = []
+        with contextlib.suppress(_Stop):
+            model(input_ids=samples, use_cache=False)
+        if len(self._calls) < self._count:
+            raise self._unusual()
+        return self._inputs[0], self._calls
+
+    def _note(self, number: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        if number != len(self._inputs):
+            raise self._unusual()
+        self._inputs.append(hidden)
+        self._calls.append(containers((args, kwargs)))
+        if hidden.ndim < self._inputs[0].ndim:
+            raise _TakesFirst
+        if len(self._inputs) == self._count:
+            raise _Stop
+        return hidden
+
+    def _unusual(self) -> SvskError:
+        return SvskError(
+            f"{self._folder}: {self._kind} does not run its decoder blocks once each, one after the other; such models "
+            "are not supported."
+        )
 
 
 class BlockRunner:
@@ -73,9 +144,10 @@ class BlockRunner:
         scratch: Path | None = None,
     ) -> None:
         self.source, self.device, self.dtype = source, device, dtype
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._calls: dict[int, list[_Call]] = {}  # of every block, by the number of samples
         self._batch = max(1, batch_tokens // calibration.tokens.shape[1])
         self._file: IO[bytes] | None = None
+        self.members = 0  # of the tuple that a block returns, 0 for no tuple
         self.hidden = self._embed(calibration.tokens, memory_limit, scratch)
 
     @torch.no_grad()
@@ -134,8 +206,10 @@ class BlockRunner:
 
     def forward(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Output [samples, tokens, features] of block ``index`` for some samples' inputs of the same shape."""
-        args, kwargs = copy.deepcopy(self._calls[index])  # a block may fill caches and change masks in place
+        # Copied, as a block may fill caches and change masks in place.
+        args, kwargs = copy.deepcopy(self._calls[len(hidden)][index])
         output = block(hidden.to(self.device, self.dtype), *args, **kwargs)
+        self.members = len(output) if isinstance(output, tuple) else 0
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
@@ -181,54 +255,62 @@ class BlockRunner:
     @torch.no_grad()
     def _embed(self, tokens: torch.Tensor, memory_limit: int, scratch: Path | None) -> torch.Tensor:
         """Inputs of the first block for all samples; the arguments of every block are noted on the way."""
-        blocks = self.source.blocks[1]
-        model: Any = self.source.model
-        embedding = model.get_input_embeddings()
-        prefix = next(key for key, module in model.named_modules() if module is embedding)
-        self.source.load(embedding, f"{prefix}.", self.dtype, self.device)
-        inputs: list[torch.Tensor] = []
-
-        index = 0  # of the sample
-        comparison = Comparison()
-
-        def note(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-            number = len(inputs)
-            inputs.append(hidden)
-            if index == 0:
-                self._calls.append(containers((args, kwargs)))
-            elif (differs := comparison.difference(self._calls[number], (args, kwargs))) is not None:
-                raise SvskError(
-                    f"{self.source.folder}: {type(model).__name__} calls its decoder blocks with arguments that depend "
-                    f"on the tokens (block {number}, {differs}); such models are not supported."
-                )
-            if len(inputs) == len(blocks):
-                raise _Stop
-            return hidden
-
-        for buffer_owner in model.modules():  # rotary tables and the like
-            for key, buffer in buffer_owner.named_buffers(recurse=False):
-                setattr(buffer_owner, key, buffer.to(self.device))
-        hidden: torch.Tensor | None = None
-        try:
-            with self.source.replaced_blocks(StandIn(block, note) for block in blocks) as model:
+        with self.source.loaded_outside(self.dtype, self.device, head=False):
+            watcher = self._watcher(tokens[:1].to(self.device))
+            with self.source.replaced_blocks(watcher.stand_ins) as model:
+                hidden: torch.Tensor | None = None
                 for index, sample in enumerate(tokens):
-                    inputs.clear()
-                    comparison = Comparison()  # its memory is of one sample's objects
-                    with contextlib.suppress(_Stop):
-                        model(input_ids=sample.unsqueeze(0).to(self.device), use_cache=False)
+                    first, calls = watcher.run(model, sample.unsqueeze(0).to(self.device))
+                    if index == 0:
+                        self._calls[1] = calls
+                    self._compare(self._calls[1], calls)
                     if hidden is None:
-                        shape = (len(tokens), *inputs[0].shape[1:])
-                        hidden, self._file = scratch_tensor(shape, inputs[0].dtype, memory_limit, scratch)
-                    hidden[index] = inputs[0][0].to(hidden)
-        except NotImplementedError as error:  # a parameter that is still on the meta device
-            raise SvskError(
-                f"{self.source.folder}: {type(model).__name__} has parameters before its decoder blocks besides the "
-                "token embedding; such models are not supported."
-            ) from error
-        finally:
-            self.source.unload(embedding)
+                        shape = (len(tokens), *first.shape[1:])
+                        hidden, self._file = scratch_tensor(shape, first.dtype, memory_limit, scratch)
+                    hidden[index] = first[0].to(hidden)
+                # Masks and the like have as many rows as samples run at a time.
+                for count in {min(self._batch, len(tokens)), len(tokens) % self._batch} - {0, 1}:
+                    self._calls[count] = watcher.run(model, tokens[:count].to(self.device))[1]
         assert hidden is not None, "a calibration set has at least one sample"
         return hidden
+
+    def _compare(self, known: list[_Call], calls: list[_Call]) -> None:
+        """Refuse a model whose blocks' arguments differ from one sample to another."""
+        comparison = Comparison()  # its memory is of one sample's objects
+        for number, (ours, theirs) in enumerate(zip(known, calls, strict=True)):
+            if (differs := comparison.difference(ours, theirs)) is not None:
+                raise SvskError(
+                    f"{self.source.folder}: {type(self.source.model).__name__} calls its decoder blocks with arguments "
+                    f"that depend on the tokens (block {number}, {differs}); such models are not supported."
+                )
+
+    def _watcher(self, sample: torch.Tensor) -> _Watcher:
+        """Stand-ins that return what the model expects of its blocks: a tensor, or a tuple, which shows when it runs.
+
+        Args:
+            sample: token ids, int64 [1, tokens].
+
+        Raises:
+            SvskError: the model does not run with any.
+        """
+        problems: list[Exception] = []
+        for members in range(_MOST_MEMBERS + 1):
+            watcher = _Watcher(self.source, members)
+            try:
+                with self.source.replaced_blocks(watcher.stand_ins) as model:
+                    watcher.run(model, sample)
+            except (SvskError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # whatever a model class does with what it does not expect
+                problems.append(error)
+            else:
+                self.members = members
+                return watcher
+        kind, first = type(self.source.model).__name__, problems[0]
+        raise SvskError(
+            f"{self.source.folder}: {kind} cannot be run one decoder block at a time ({type(first).__name__}: "
+            f"{' '.join(str(first).split())[:300]})."
+        ) from first
 
 
 def scratch_tensor(

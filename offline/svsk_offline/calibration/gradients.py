@@ -93,7 +93,7 @@ def sweep_gradients(
             runner.advance(index, block)
             source.unload(block)
             progress(index + 1, 2 * len(blocks))
-        _loss_gradient(source, calibration.tokens, runner.hidden, device, dtype, seed)
+        _loss_gradient(source, calibration.tokens, runner, seed)
         gradient = runner.hidden
         for index in reversed(range(len(blocks))):
             source.load(blocks[index], f"{name}.{index}.", dtype, device)
@@ -154,15 +154,14 @@ def _step_back(
     return observed
 
 
-def _loss_gradient(
-    source: ModelSource, tokens: torch.Tensor, hidden: torch.Tensor, device: torch.device, dtype: torch.dtype, seed: int
-) -> None:
+def _loss_gradient(source: ModelSource, tokens: torch.Tensor, runner: BlockRunner, seed: int) -> None:
     """Turn outputs of the last block into the gradient of the loss with respect to them, in place.
 
     The loss is the summed negative log-likelihood of labels drawn from the model's own predictions.
     """
+    hidden, device, dtype = runner.hidden, runner.device, runner.dtype
     current = hidden[:1]
-    given = StandIn(source.blocks[1][-1], lambda *_: current)
+    given = StandIn(source.blocks[1][-1], lambda *_: current, members=runner.members)
     generator = torch.Generator(device).manual_seed(seed)
     with source.replaced_blocks([given]) as model, source.loaded_outside(dtype, device):
         for index, sample in enumerate(tokens):
