@@ -52,6 +52,10 @@ def choose_kernel(prefix: str, spec: LayerSpec, full_shape: tuple[int, int], dev
     wanted = os.environ.get(_VARIABLE, "auto")
     if wanted not in _CHOICES:
         raise SvskFormatError(f"{_VARIABLE}={wanted}: expected one of {', '.join(_CHOICES)}.")
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        # The system permits AMX to a process that asks, as oneDNN does for a dense model. Attention of vLLM does not,
+        # and without a product of oneDNN before it the process ended with an illegal instruction.
+        torch.cpu._init_amx()
     kernel = _choose(wanted, prefix, spec, full_shape, device)
     _tell_compiler(kernel)
     return kernel
