@@ -26,12 +26,13 @@ _LARGE: Final = re.compile(r"size|position|length|theta|base|window|vocab|token|
 _MAX_SHOWN: Final = 5
 
 
-def checkpoint_problems(folder: Path, *, trust_remote_code: bool = False) -> list[str]:
+def checkpoint_problems(folder: Path, *, trust_remote_code: bool = False, serving: bool = True) -> list[str]:
     """Everything that is wrong with a checkpoint folder, one line each; see :func:`validate_checkpoint`.
 
     Args:
         folder: the checkpoint.
         trust_remote_code: run Python files of the folder to build its architecture.
+        serving: ask also whether vLLM can serve it.
     """
     try:
         hf_config = read_json(folder / "config.json")
@@ -39,13 +40,13 @@ def checkpoint_problems(folder: Path, *, trust_remote_code: bool = False) -> lis
         _check_numbers(folder, hf_config)
         model = build_architecture(folder, len(stored), trust_remote_code=trust_remote_code)
     except SvskFormatError as error:
-        found = validate_checkpoint(folder)
+        found = validate_checkpoint(folder, serving=serving)
         return found if str(error) in found else [*found, str(error)]
-    return validate_checkpoint(folder, architecture=describe_architecture(model, stored))
+    return validate_checkpoint(folder, architecture=describe_architecture(model, stored), serving=serving)
 
 
 def require_sound(folder: Path, hf_config: Any) -> None:
-    """Refuse to load a folder that `svsk validate` would refuse.
+    """Refuse to load a folder that `svsk validate` calls damaged.
 
     A folder is looked at once in a process, until a file of it changes: an engine asks several times.
 
@@ -72,7 +73,9 @@ def require_sound(folder: Path, hf_config: Any) -> None:
 
 @lru_cache(maxsize=4)
 def _problems_of(folder: Path, files: tuple[tuple[str, int, int], ...], own_code: bool, known: bool) -> tuple[str, ...]:
-    return tuple(checkpoint_problems(folder, trust_remote_code=own_code) if known else validate_checkpoint(folder))
+    if not known:
+        return tuple(validate_checkpoint(folder, serving=False))
+    return tuple(checkpoint_problems(folder, trust_remote_code=own_code, serving=False))
 
 
 def build_architecture(folder: Path, stored: int, *, trust_remote_code: bool = False) -> Any:
@@ -98,6 +101,10 @@ def build_architecture(folder: Path, stored: int, *, trust_remote_code: bool = F
     except SvskFormatError as error:
         raise SvskFormatError(f"{folder}: {error}") from error
     except Exception as error:  # whatever a hostile config.json makes of transformers
+        if not trust_remote_code and "auto_map" in read_json(folder / "config.json"):
+            raise SvskFormatError(
+                f"{folder}: its architecture is Python code in the folder, which runs only with --trust-remote-code."
+            ) from error
         raise SvskFormatError(
             f"{folder}: transformers cannot build the architecture that config.json describes "
             f"({type(error).__name__}: {_one_line(error)})."
@@ -115,17 +122,33 @@ def describe_architecture(model: Any, stored: list[str]) -> Architecture:
 
     def targets(names: list[str]) -> dict[str, tuple[tuple[str, ...], bool]]:
         found = parameter_names(model, None, names)
-        return {name: (found[name].targets, found[name].pattern is None) for name in names}
+        whole = any(name.startswith(prefix) for name in names)
+        return {
+            name: ((name,), True)
+            if _only_prefixed(name, found[name].targets[0], prefix, whole)
+            else (found[name].targets, found[name].pattern is None)
+            for name in names
+        }
 
+    prefix = f"{model.base_model_prefix}."
     linears = frozenset(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     return Architecture(
         required=parameters,
         optional={name: shape for name, shape in everything.items() if name not in parameters},
         linears=linears,
         tied=dict(tied),
+        floating=frozenset(name for name, value in model.state_dict().items() if value.is_floating_point()),
         ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
         targets=targets,
     )
+
+
+def _only_prefixed(name: str, target: str, prefix: str, whole: bool) -> bool:
+    """Whether transformers finds a tensor's parameter only by its tolerance for prefixes, which vLLM does not have.
+
+    A checkpoint of the body alone, without the prefix on any name, is in order.
+    """
+    return name == prefix + target or (target == prefix + name and whole)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from svsk_offline.loading import needs_own_code
@@ -67,7 +68,7 @@ def print_inspection(console: Console, found: dict[str, Any]) -> None:
         tile_m, tile_n = (size or "all" for size in row["tile"])
         sidecar = f"r{row['rank']} {row['factor_bits']} bit, {tile_m} x {tile_n}" if row["rank"] else "none"
         table.add_row(
-            row["kind"], str(row["count"]), f"{row['shape'][0]} x {row['shape'][1]}",
+            escape(row["kind"]), str(row["count"]), f"{row['shape'][0]} x {row['shape'][1]}",
             f"{row['codebook']} g{row['group_size']}", sidecar, f"{row['bits_per_weight']:.4f}",
             f"{sum(row['bits'].values()) / 8e6:.2f}",
         )  # fmt: skip
@@ -82,7 +83,8 @@ def print_inspection(console: Console, found: dict[str, Any]) -> None:
         f"recipe {producer.get('recipe', 'unknown')} ({str(producer.get('recipe_hash', 'unknown'))[:12]}), "
         f"written by svsk {producer.get('svsk', 'unknown')}, calibration {producer.get('calibration', 'unknown')}",
     ):
-        console.print(line, highlight=False)
+        # What the folder says of itself: no markup, nothing that a terminal obeys.
+        console.print("".join(c if c.isprintable() else "?" for c in line), highlight=False, markup=False)
 
 
 def serving_note(folder: Path) -> str | None:

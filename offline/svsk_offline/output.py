@@ -20,6 +20,7 @@ from svsk_offline.source import ModelSource
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, SvskCheckpointConfig, SvskFormatError
 from svsk_vllm.format.config import declared
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY, shard_fingerprint
+from svsk_vllm.format.seal import schemes_metadata
 from svsk_vllm.format.shards import INDEX_NAME, read_json
 
 __all__ = ["CheckpointWriter"]
@@ -87,8 +88,9 @@ class CheckpointWriter:
 
         ``say`` is told of files that are left out.
         """
-        names = self.source.outside_tensors()
-        self._write(self.shard_path(0), {self.source.map.output_name(name): self._dense(name) for name in names})
+        quantised = {layer.name: scheme for layer in layers if (scheme := config.scheme_for(layer.name))}
+        outside = {self.source.map.output_name(name): self._dense(name) for name in self.source.outside_tensors()}
+        self._write(self.shard_path(0), outside, schemes_metadata(quantised))
         write_json(self.folder / INDEX_NAME, self._index())
         model = {key: value for key, value in self.source.output_config.items() if key not in ("dtype", "torch_dtype")}
         model["dtype"] = str(self.scale_dtype).removeprefix("torch.")
@@ -96,8 +98,10 @@ class CheckpointWriter:
         copy_side_files(self.source.folder, self.folder, say, code=self.source.trust_remote_code)
         write_text(self.folder / "README.md", model_card(Origin.of(self.source.folder), config, layers))
 
-    def _write(self, shard: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        write_tensors(shard, tensors, {FINGERPRINT_KEY: self.fingerprint})
+    def _write(
+        self, shard: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        write_tensors(shard, tensors, {FINGERPRINT_KEY: self.fingerprint, **(metadata or {})})
 
     def shard_path(self, number: int) -> Path:
         """Shard of block ``number - 1``; number 0 is everything outside the blocks."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from svsk_offline.atomic import PartialFolder, write_json, write_tensors
 from svsk_offline.preflight import check_output
 from svsk_offline.side_files import copy_side_files
-from svsk_vllm.format import Checkpoint, restored_weight
+from svsk_vllm.format import Checkpoint, SvskFormatError, restored_weight, validate_checkpoint
 from svsk_vllm.format.checkpoint import split_suffix
 from svsk_vllm.format.config import undeclared
 from svsk_vllm.format.shards import INDEX_NAME, SINGLE_NAME
@@ -37,6 +37,8 @@ def restore(
         SvskError: ``out`` exists.
     """
     check_output(Path(out), overwrite=overwrite, dense=True, source=checkpoint)
+    if problems := validate_checkpoint(checkpoint, serving=False):
+        raise SvskFormatError(f"{problems[0]} `svsk validate {checkpoint}` lists {len(problems)} problem(s) in all.")
     source = Checkpoint(checkpoint)
     folder = PartialFolder(Path(out), source.folder, overwrite=overwrite, suffix="restoring")
     with folder.locked():

@@ -47,7 +47,14 @@ every quantised linear at random values. A name that is no safetensors file make
 """
 
 
+def _printable(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError("expected printable characters only: a terminal would obey the others")
+    return name
+
+
 def _valid_pattern(entry: str) -> str:
+    _printable(entry)
     if entry.startswith("re:"):
         try:
             re.compile(entry.removeprefix("re:"))
@@ -114,7 +121,7 @@ class SvskCheckpointConfig(_Strict):
     quant_method: Literal["svsk"] = "svsk"
     format: Literal["svsk"] = "svsk"
     version: str = FORMAT_VERSION
-    config_groups: dict[str, ConfigGroup] = Field(min_length=1)
+    config_groups: dict[Annotated[str, AfterValidator(_printable)], ConfigGroup] = Field(min_length=1)
     ignore: tuple[Target, ...] = ()
     producer: dict[str, Any] = Field(default_factory=dict)
 
@@ -130,7 +137,7 @@ class SvskCheckpointConfig(_Strict):
             return cls.model_validate(dict(raw))
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(str(part) for part in item['loc']) or 'top level'}: "
+                f"{'.'.join(map(_key, item['loc'])) or 'top level'}: "
                 f"{'unknown key' if item['type'] == 'extra_forbidden' else item['msg']} (got {_shown(item['input'])})"
                 for item in error.errors()
             )
@@ -195,6 +202,11 @@ def declared(hf_config: Mapping[str, Any], quantization: SvskCheckpointConfig) -
 def undeclared(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the dense model, from that of a checkpoint."""
     return {key: value for key, value in hf_config.items() if key not in (STOCK_LOADER_KEY, "quantization_config")}
+
+
+def _key(part: Any) -> str:
+    text = str(part)
+    return text if text.isprintable() and len(text) <= _SHOWN_CHARACTERS else _shown(text)
 
 
 def _shown(value: Any) -> str:

@@ -41,7 +41,7 @@ def fingerprint_problems(checkpoint: Checkpoint) -> list[str]:
     if len(found) > 1:
         runs = "; ".join(f"{_shown(run)} has {_few(shards)}" for run, shards in found.items())
         what = f"shards of {len(found)} runs: {runs}"
-    elif declared is not None and found and declared not in found:
+    elif declared is not None and found and declared not in [*found]:  # JSON may hold anything there
         what = f"config.json of {_shown(declared)}, shards of {_shown(next(iter(found)))}"
     else:
         return []

@@ -141,6 +141,16 @@ class ShardedReader:
         except KeyError:
             raise SvskFormatError(f"{self.folder}: no tensor {name}.") from None
 
+    @property
+    def shards(self) -> list[str]:
+        """File names of the shards that hold a tensor, sorted."""
+        return sorted(set(self._shard_of.values()))
+
+    def metadata(self, shard: str) -> dict[str, str]:
+        """The ``__metadata__`` of a shard's header."""
+        found: dict[str, str] | None = self._open(shard).metadata()
+        return found or {}
+
     def describe(self, name: str) -> TensorSpec:
         """Dtype and shape of a tensor, without reading its data."""
         with self._errors(name):

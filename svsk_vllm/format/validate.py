@@ -15,6 +15,7 @@ from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.files import MAX_INDEX_BYTES, open_safetensors
 from svsk_vllm.format.fingerprint import fingerprint_problems
 from svsk_vllm.format.linear import tensor_problems
+from svsk_vllm.format.seal import scheme_problems
 from svsk_vllm.format.shards import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -44,6 +45,7 @@ class Architecture:
         optional: shape by name of what may be stored as well: other ends of ties, buffers.
         linears: names of the linear modules. One that the config quantises must not be stored as it was.
         tied: parameter by the name of the parameter tied to it, for values stored twice.
+        floating: names of what holds floating numbers, which integers stored in their place would be taken for.
         ignored: patterns of names that the model's class does not want although they are stored.
         targets: which parameters each stored name fills, and whether as it is: models rename and fuse what is stored.
     """
@@ -52,17 +54,21 @@ class Architecture:
     optional: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     linears: frozenset[str] = frozenset()
     tied: Mapping[str, str] = field(default_factory=dict)
+    floating: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()
     targets: Targets = _own_names
 
 
-def validate_checkpoint(folder: Path | str, architecture: Architecture | None = None) -> list[str]:
+def validate_checkpoint(
+    folder: Path | str, architecture: Architecture | None = None, *, serving: bool = True
+) -> list[str]:
     """Check a checkpoint folder.
 
     Args:
         folder: the checkpoint.
         architecture: the unquantised model. With it, missing and foreign tensors of the whole model are found too, not
             only those of quantised linears, and linears that the config quantises and the folder holds unquantised.
+        serving: ask also whether vLLM can serve it, which is no damage to the folder.
 
     Returns:
         One line per problem, naming the file or tensor, what was found and what was expected. Empty: none was found.
@@ -85,7 +91,10 @@ def validate_checkpoint(folder: Path | str, architecture: Architecture | None = 
     problems += _linear_problems(checkpoint, unreadable)
     problems += _dense_problems(checkpoint, unreadable)
     problems += _target_problems(checkpoint)
-    problems += serving_problems(checkpoint)
+    if serving:
+        problems += serving_problems(checkpoint)
+    if not problems:
+        problems += scheme_problems(checkpoint)
     if architecture is not None:
         problems += _architecture_problems(checkpoint, architecture, unreadable)
     return problems
@@ -123,7 +132,9 @@ def _shard_problems(folder: Path) -> tuple[list[str], set[str]]:
         problems += [f"{path}: holds {name}, which the index does not list there." for name in sorted(held - listed)]
         unreadable |= listed - held
     metadata = read_json(index_path, MAX_INDEX_BYTES).get("metadata")
-    declared = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if not isinstance(metadata, dict):  # transformers reads it
+        return [*problems, f'{index_path}: no "metadata" object. Copy or write the file again.'], unreadable
+    declared = metadata.get("total_size")
     if not problems and isinstance(declared, int) and declared > total:
         problems.append(f"{index_path}: metadata.total_size {declared} exceeds the {total} bytes of the shards.")
     return problems, unreadable
@@ -220,6 +231,8 @@ def _architecture_problems(checkpoint: Checkpoint, model: Architecture, unreadab
         elif as_it_is:
             problems += _shape_problems(checkpoint, name, known[found[0]], unreadable)
             problems += _dense_linear_problems(checkpoint, model, name, found[0])
+        if found[0] in model.floating and name not in unreadable:
+            problems += _integer_problems(checkpoint, name)
     for module in modules:
         found, as_it_is = targets[f"{module}.weight"]
         packed = f"{module}.{WEIGHT_PACKED}"
@@ -228,6 +241,14 @@ def _architecture_problems(checkpoint: Checkpoint, model: Architecture, unreadab
         elif as_it_is and packed in checkpoint.tensors:  # its absence is reported with the linear
             problems += _shape_problems(checkpoint, packed, known[found[0]], unreadable)
     return problems + _tie_problems(checkpoint, model, {found[0]: name for name, (found, _) in targets.items()})
+
+
+def _integer_problems(checkpoint: Checkpoint, name: str) -> list[str]:
+    try:
+        dtype = checkpoint.tensors.describe(name).dtype
+    except SvskFormatError:
+        return []  # reported where it is read
+    return [] if dtype.is_floating_point else [f"{name}: {dtype}, the architecture expects floating numbers."]
 
 
 def _dense_linear_problems(checkpoint: Checkpoint, model: Architecture, name: str, target: str) -> list[str]:

@@ -34,6 +34,8 @@ from svsk_vllm.format import (
     restored_weight,
 )
 from svsk_vllm.format.config import declared, undeclared
+from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
+from svsk_vllm.format.seal import schemes_metadata
 from svsk_vllm.format.shards import INDEX_NAME, SINGLE_NAME
 
 TILE_M: Final = 48
@@ -236,8 +238,16 @@ def write_random_svsk(
     _copy_side_files(dense, out)
     hf_config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
     _write_json(out / "config.json", declared(hf_config, config))
-    _save(out, tensors, shards)
+    quantised = {module: config.scheme_for(module) for name in tensors if (module := _packed(name))}
+    metadata = schemes_metadata({module: group for module, group in quantised.items() if group})
+    _save(out, tensors, shards, {**metadata, FINGERPRINT_KEY: f"run {seed}"})
     return out
+
+
+def _packed(name: str) -> str | None:
+    """The module whose codes a tensor holds."""
+    module, _, last = name.rpartition(".")
+    return module if last == "weight_packed" else None
 
 
 def random_linear(name: str, weight: torch.Tensor, group: ConfigGroup, generator: torch.Generator) -> QuantizedLinear:
@@ -301,8 +311,10 @@ def _copy_side_files(source: Path, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
 
 
-def _save(out: Path, tensors: Mapping[str, torch.Tensor], shards: int) -> None:
-    metadata = {"format": "pt"}
+def _save(
+    out: Path, tensors: Mapping[str, torch.Tensor], shards: int, metadata: Mapping[str, str] | None = None
+) -> None:
+    metadata = {"format": "pt", **(metadata or {})}
     if shards == 1:
         save_file(dict(tensors), out / SINGLE_NAME, metadata)
         return

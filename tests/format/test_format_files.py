@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are none, and JSON that is too much: refused at once, whatever reads them."""
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from svsk_vllm.format import Checkpoint, SvskFormatError, validate_checkpoint
+from svsk_vllm.format.files import copy_regular, read_json
+from tests.support.format_builders import INDEX, build_small_checkpoint
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        folder = Path.cwd()
+        os.chdir(path.parent)  # a socket's path has 108 bytes at most
+        try:
+            server.bind(path.name)
+        finally:
+            os.chdir(folder)
+
+
+PUT: dict[str, Callable[[Path], object]] = {
+    "FIFO": os.mkfifo,
+    "folder": Path.mkdir,
+    "socket": _socket,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "cannot be opened": lambda path: path.symlink_to(path.name),
+    "no such file": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["config.json", INDEX, "model-00002-of-00003.safetensors"])
+@pytest.mark.parametrize("kind", PUT)
+def test_only_regular_files_are_opened(tmp_path: Path, name: str, kind: str) -> None:
+    build_small_checkpoint(tmp_path, shards=3)
+    path = tmp_path / name
+    path.unlink()
+    PUT[kind](path)
+    problems = validate_checkpoint(tmp_path)
+    assert any(name in line and (kind in line or "neither" in line) for line in problems), problems
+    with pytest.raises(SvskFormatError, match=name):
+        _read_everything(tmp_path)
+
+
+def _read_everything(folder: Path) -> None:
+    checkpoint = Checkpoint(folder)
+    for name in checkpoint.tensors.names:
+        checkpoint.tensors.read(name)
+
+
+@pytest.mark.timeout(20)
+def test_only_regular_files_are_copied(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(SvskFormatError, match="FIFO"):
+        copy_regular(tmp_path / "tokenizer.json", tmp_path / "copy")
+    (tmp_path / "vocabulary").write_bytes(bytes(10**6))
+    (tmp_path / "link").symlink_to("vocabulary")
+    copy_regular(tmp_path / "link", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == bytes(10**6)
+    assert not (tmp_path / "copy").is_symlink()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(b"{" + b" " * 2**24 + b"}", "bytes, expected at most", id="large"),
+        pytest.param(b'{"a": [' + b"[]," * 2 * 10**6 + b"0]}", "more than", id="many"),
+        pytest.param(b'{"a":' * 10**5 + b"1" + b"}" * 10**5, "nested too deeply", id="deep"),
+        pytest.param(b'{"a":' * 60 + b"1" + b"}" * 60, "60 levels of nesting", id="deep enough"),
+        pytest.param(b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON", id="digits"),
+        pytest.param(b"\xff\xfe{}", "not valid JSON", id="encoding"),
+        pytest.param(b"[{}]", "holds a list", id="list"),
+        pytest.param(b"", "not valid JSON", id="empty"),
+    ],
+)
+def test_json_that_is_too_much(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(SvskFormatError, match=message) as caught:
+        read_json(path)
+    assert str(path) in str(caught.value)
+
+
+def test_json_within_the_limits(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    names = [f"model.layers.{layer}.mlp.experts.{expert}.gate_proj" for layer in range(60) for expert in range(256)]
+    value = {
+        "targets": names,
+        "time_step_limit": [0.0, float("inf")],
+        "deep": json.loads('{"a":' * 40 + "1" + "}" * 40),
+    }
+    path.write_text(json.dumps(value), encoding="utf-8")
+    assert read_json(path) == value
+
+
+@pytest.mark.parametrize("name", ["\x1b[2Jmodel.norm.weight", "model.norm\u202e.weight", "a\nb"])
+def test_names_that_a_terminal_would_obey(tmp_path: Path, name: str) -> None:
+    path = tmp_path / INDEX
+    build_small_checkpoint(tmp_path, shards=3)
+    index = json.loads(path.read_text())
+    index["weight_map"][name] = "model-00001-of-00003.safetensors"
+    path.write_text(json.dumps(index))
+    problems = validate_checkpoint(tmp_path)
+    assert len(problems) == 1
+    assert repr(name) in problems[0]
+    assert problems[0].isprintable()

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A second decoder, written from docs/format.md alone with numpy and the bytes of the files.
+
+It shares no code with svsk_vllm.format, so that a mistake there, or in the page, shows as a difference.
+"""
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I8": "i1", "U8": "u1"}
+WEIGHT_DEFAULTS = {"group_size": 64, "codebook": "int4"}
+SIDECAR_DEFAULTS = {"rank": 0, "tile_m": 512, "tile_n": 1024, "num_bits": 8}
+QUAD8 = [-16, -13.125, -10.5, -8.125, -6, -4.125, -2.5, -1.125, 0, 1.125, 2.5, 4.125, 6, 8.125, 10.5, 13.125]
+LEVELS = {"int4": np.arange(-8.0, 8.0), "quad8": np.array(QUAD8)}
+
+
+def read_safetensors(path: Path) -> dict[str, Array]:
+    """Header length (u64), JSON header, data. bfloat16 is the upper half of a float32."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    header.pop("__metadata__", None)
+    arrays = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        array = np.frombuffer(data[begin:end], NUMPY_TYPES[entry["dtype"]]).reshape(entry["shape"])
+        if entry["dtype"] == "BF16":
+            array = (array.astype("<u4") << 16).view("<f4")
+        arrays[name] = array
+    return arrays
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return config, read_safetensors(folder / "model.safetensors")
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    shards = {shard: read_safetensors(folder / shard) for shard in set(weight_map.values())}
+    return config, {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def match(name: str, entries: list[str]) -> int | None:
+    """Section 3: 0 for a name, 1 for a pattern, 2 for the class, the best of them."""
+    kinds = [0 for entry in entries if entry == name]
+    kinds += [1 for entry in entries if entry.startswith("re:") and re.match(entry[3:], name)]
+    kinds += [2 for entry in entries if entry == "Linear"]
+    return min(kinds, default=None)
+
+
+def scheme_of(config: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    assert match(name, config.get("ignore", [])) is None
+    matches = [(kind, g) for g in config["config_groups"].values() if (kind := match(name, g["targets"])) is not None]
+    best = min(kind for kind, _ in matches)
+    (group,) = [group for kind, group in matches if kind == best]
+    return WEIGHT_DEFAULTS | group.get("weights", {}), SIDECAR_DEFAULTS | group.get("sidecar", {})
+
+
+def nibbles(stored: Array, per_element: int) -> Array:
+    """Section 5: nibble j of an element is entry ``per_element * index + j`` along the last axis, minus 8."""
+    unsigned = stored.astype(np.int64) & 0xFFFFFFFF
+    parts = np.stack([unsigned >> 4 * j & 15 for j in range(per_element)], axis=-1)
+    codes: Array = parts.reshape(*stored.shape[:-1], -1) - 8
+    return codes
+
+
+def decode(config: dict[str, Any], tensors: dict[str, Array], name: str) -> Array:
+    """Sections 6 and 7, in float64."""
+    weights, sidecar = scheme_of(config, name)
+    q = nibbles(tensors[f"{name}.weight_packed"], 8)
+    n, k = np.indices(q.shape)
+    scale = tensors[f"{name}.weight_scale"].astype(np.float64)
+    weight: Array = scale[n, k // weights["group_size"]] * LEVELS[weights["codebook"]][q + 8]
+    if sidecar["rank"] == 0:
+        return weight
+    u, v, gain = (tensors[f"{name}.sidecar_{part}"] for part in ("u", "v", "gain"))
+    if sidecar["num_bits"] == 4:
+        u, v = nibbles(u, 2), nibbles(v, 2)
+    a, b = n // (sidecar["tile_m"] or q.shape[0]), k // (sidecar["tile_n"] or q.shape[1])
+    for i in range(sidecar["rank"]):
+        weight += gain[a, b, i].astype(np.float64) * u[n, b, i] * v[a, i, k]
+    return weight
