@@ -149,6 +149,7 @@ def run_vllm(tmp_path_factory: pytest.TempPathFactory, fork_vllm: Fork) -> Run:
         if code:
             raise RuntimeError(f"{folder}: exit code {code}\n{(folder / 'log').read_text()[-8000:]}")
         answer: dict[str, Any] = json.loads((folder / "answer.json").read_text())
+        answer["log"] = (folder / "log").read_text()
         return answer
 
     return run
