@@ -146,10 +146,10 @@ def test_a_killed_run_goes_on(
     quantized.clear()
     load = tune_module.load_model
 
-    def killed(path: Path, *options: Any) -> Any:
+    def killed(path: Path, *options: Any, **named: Any) -> Any:
         if len(quantized) == 2 and path != dense:
             raise KeyboardInterrupt
-        return load(path, *options)
+        return load(path, *options, **named)
 
     monkeypatch.setattr(tune_module, "load_model", killed)
     with pytest.raises(KeyboardInterrupt):
