@@ -35,7 +35,7 @@ SHAPES: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
     lambda t: t[:-1],
     lambda t: t[..., :-1],
     lambda t: t.flatten(),
-    lambda t: t.mT if t.ndim > 1 else t.unsqueeze(0),
+    lambda t: t.mT if t.ndim > 1 and t.shape[-1] != t.shape[-2] else t.unsqueeze(0),  # a square one keeps its shape
     lambda t: t[:0],
     lambda t: t.unsqueeze(0),
     lambda t: torch.cat([t, t]),

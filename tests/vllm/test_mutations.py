@@ -209,6 +209,7 @@ def test_a_sound_checkpoint_is_taken_by_all(folders: Folders, vllm_loader: Loade
         assert_close(weights, expected, who)
 
 
+@pytest.mark.timeout(3600)
 def test_mutations(folders: Folders, vllm_loader: Loader, capsys: pytest.CaptureFixture[str]) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
