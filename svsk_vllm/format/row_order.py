@@ -11,7 +11,7 @@ Read in vLLM 0.32 (``load_weights`` of every model) and, where a version is name
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Literal
 
@@ -28,11 +28,13 @@ class RowOrder:
         modules: regular expression that is searched in the module's name.
         served: what the plugin serves of these modules.
         reason: what vLLM's loader does with them.
+        only_before_032: whether vLLM 0.32 has given the class up and runs transformers' own, which keeps the order.
     """
 
     modules: str
     served: Served
     reason: str
+    only_before_032: bool = False
 
 
 _QKV: Final = r"(^|\.)query_key_value$"
@@ -40,6 +42,7 @@ _QK: Final = r"(^|\.)[qk]_proj$"
 _BY_HEADS = "vLLM's loader regroups the rows of query_key_value, which are stored by heads"
 _FALCON = RowOrder(_QKV, "any rank", _BY_HEADS)
 _FUSED_BY_NAME = RowOrder(_QKV, "rank 0", f"{_BY_HEADS}, and cannot regroup those of a sidecar")
+_FUSED_UNTIL_032 = replace(_FUSED_BY_NAME, only_before_032=True)
 _LLAMA4 = RowOrder(
     _QK, "rank 0", "vLLM's loader regroups the rows of q_proj and k_proj for rotary embedding, but not a sidecar's"
 )
@@ -54,9 +57,9 @@ ROW_ORDERS: Final[Mapping[str, RowOrder]] = MappingProxyType(
         "RWForCausalLM": _FALCON,
         "BloomForCausalLM": _FUSED_BY_NAME,
         "BloomModel": _FUSED_BY_NAME,
-        "GPTNeoXForCausalLM": _FUSED_BY_NAME,  # before 0.32; since then through transformers' own model
-        "PersimmonForCausalLM": _FUSED_BY_NAME,  # before 0.32
-        "FuyuForCausalLM": _FUSED_BY_NAME,  # before 0.32: its language model is Persimmon
+        "GPTNeoXForCausalLM": _FUSED_UNTIL_032,
+        "PersimmonForCausalLM": _FUSED_UNTIL_032,
+        "FuyuForCausalLM": _FUSED_UNTIL_032,  # its language model is Persimmon
         "Llama4ForCausalLM": _LLAMA4,
         "Llama4ForConditionalGeneration": _LLAMA4,
         "EagleLlama4ForCausalLM": _LLAMA4,
@@ -67,17 +70,21 @@ ROW_ORDERS: Final[Mapping[str, RowOrder]] = MappingProxyType(
 """By the names in ``architectures`` of config.json."""
 
 
-def row_order_problem(architectures: Iterable[str], module: str, rank: int) -> str | None:
+def row_order_problem(architectures: Iterable[str], module: str, rank: int, *, own_class: bool = False) -> str | None:
     """Why a quantised module would be served wrong for the order of its rows, with the remedy, or None.
 
     Args:
         architectures: ``architectures`` of config.json.
         module: name of the linear, as stored or as vLLM calls it.
         rank: rank of its sidecar, 0 for none.
+        own_class: whether the vLLM at hand has a class of its own for the architecture, which is known while serving.
+            Otherwise vLLM 0.32 is meant, which has none for some.
     """
     for architecture in architectures:
         order = ROW_ORDERS.get(architecture)
         if order is None or not re.search(order.modules, module):
+            continue
+        if order.only_before_032 and not own_class:
             continue
         if order.served == "no rank":
             return f"{module}: {architecture}: {order.reason}. Put it on the ignore list (--ignore) when quantising."

@@ -256,7 +256,7 @@ class SvskConfig(QuantizationConfig):
         architectures, hf_config = self._architectures()
         names = tuple(self.stored.find(part) or self._from_siblings(part) for part in parts)
         for name, scheme in zip(names, schemes, strict=True):
-            if problem := row_order_problem(architectures, name, scheme.sidecar.rank):
+            if problem := row_order_problem(architectures, name, scheme.sidecar.rank, own_class=True):
                 raise SvskFormatError(problem)
         moved = next((arch for arch in architectures if arch in ROW_ORDERS), None)
         return Origin(

@@ -29,10 +29,14 @@ CLEAR_CHOICE = 0.1
 ALWAYS = ("falcon", "gemma2", "glm4", "phi3", "stablelm", "starcoder2")
 """Those that run in every test run: rows moved while loading, soft caps, stored fused though vLLM lists the parts,
 stored fused, fused though vLLM's class does not say so, transformers' class in vLLM."""
+# GPT-NeoX is not among them: vLLM 0.32 computes the dense model itself otherwise than transformers.
 OTHERS = (
-    "apertus", "cohere", "exaone4", "falcon-grouped", "gemma3", "granite", "llama", "mistral", "nemotron", "olmo2",
-    "qwen2", "qwen3",
+    "apertus", "bloom", "cohere", "exaone4", "falcon-grouped", "gemma3", "granite", "llama", "mistral",
+    "nemotron", "olmo2", "qwen2", "qwen3",
 )  # fmt: skip
+
+RANKS = {"bloom": 0}
+"""Of families whose sidecars vLLM's loader would leave behind."""
 
 
 def prompts() -> list[list[int]]:
@@ -52,7 +56,10 @@ def transformers_scores(folder: Path, sequences: list[list[int]]) -> list[torch.
 def test_served_as_by_transformers(tmp_path: Path, run_vllm: Run, family: str) -> None:
     dense = write_dense(tmp_path / "dense", family, dtype=torch.float16)
     recipe = load_recipe("fast").override(
-        {"calibration": {"samples": 4, "seq_len": 64}, "sidecar": {"rank": 4, "tile_m": 48, "tile_n": 96}}
+        {
+            "calibration": {"samples": 4, "seq_len": 64},
+            "sidecar": {"rank": RANKS.get(family, 4), "tile_m": 48, "tile_n": 96},
+        }
     )
     folder = tmp_path / "svsk"
     quantize(dense, folder, recipe)
