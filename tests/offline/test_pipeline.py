@@ -20,12 +20,9 @@ from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.restore import restore
 from svsk_offline.source import ModelSource, linear_modules
 from svsk_vllm.format import Checkpoint, ShardedReader, SvskFormatError, dequantize
+from tests.offline.folders import folder_bytes
 from tests.support.format_builders import edit_json
 from tests.support.tiny_models import FAMILIES, write_dense
-
-
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.mark.parametrize("recipe", ["fast", "best"])

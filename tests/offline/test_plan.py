@@ -18,7 +18,7 @@ from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.plan import Plan
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_vllm.format import Checkpoint, dequantize
-from tests.offline.test_pipeline import folder_bytes
+from tests.offline.folders import folder_bytes
 from tests.support.format_builders import make_group
 from tests.support.tiny_models import FAMILIES, write_dense
 
