@@ -137,13 +137,6 @@ def test_budget_on_features_that_fit_no_group(tmp_path: Path, hessian_recipe: Re
     assert validate_against_architecture(tmp_path / "out") == []
 
 
-def test_sink_that_matches_nothing_is_mentioned(tmp_path: Path, tiny_llama: Path, hessian_recipe: Recipe) -> None:
-    messages: list[str] = []
-    recipe = hessian_recipe.override({"sink": {"targets": ("re:.*nonsense",)}})
-    quantize(tiny_llama, tmp_path / "out", recipe, progress=Progress(message=messages.append))
-    assert any("the sink weight has no effect" in message for message in messages)
-
-
 def test_full_disk_is_an_error_with_a_remedy(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
