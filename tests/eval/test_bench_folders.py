@@ -134,10 +134,12 @@ def test_only_files_that_are_loaded_count(dense: Path) -> None:
         assert read_folder(dense).size_bytes == single
     before = read_folder(dense)
     shards = shard(dense)
-    save_file({"other": torch.ones(1)}, dense / SINGLE)  # the index goes before it
     found = read_folder(dense)
     assert found.size_bytes == sum(file.stat().st_size for file in shards)
     assert found.tensors == before.tensors
+    save_file({"other": torch.ones(1)}, dense / SINGLE)
+    with pytest.raises(EvalError, match=r"transformers loads model\.safetensors, vLLM what .*index\.json names"):
+        read_folder(dense)
     assert found.fingerprint != before.fingerprint
 
 

@@ -293,14 +293,13 @@ def served_result(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_the_command_names_what_was_used(served_result: list[Any], tmp_path: Path) -> None:
-    target = tmp_path / "scores.json"
-    options = ["--text", "t.txt", "--reference", "r", "--chunks", 2, "--seq-len", 3, "--json", target]
+    target, text = tmp_path / "scores.json", tmp_path / "t.txt"
+    text.write_text("A text.")
+    options = ["--text", text, "--reference", "r", "--chunks", 2, "--seq-len", 3, "--json", target]
     engine = ["--engine", "vllm", "--engine-arg", "tensor_parallel_size=2", "--engine-arg", "enforce_eager=true"]
     result = svsk("eval", "m", *options, *engine)
     assert result.exit_code == 0, result.output
-    assert served_result == [
-        ("m", "r", Path("t.txt"), 2, 3, "auto", {"tensor_parallel_size": 2, "enforce_eager": True})
-    ]
+    assert served_result == [("m", "r", text, 2, 3, "auto", {"tensor_parallel_size": 2, "enforce_eager": True})]
     for shown in (
         "1.50000", "delta NLL", "served by vLLM 9.9 on cuda in bfloat16; SVSK kernels: TritonKernel",
         "KL: none, vLLM does not give whole distributions",
@@ -321,9 +320,11 @@ def test_the_command_names_what_was_used(served_result: list[Any], tmp_path: Pat
     ],
 )
 def test_options_that_do_not_go_together_are_one_line(
-    served_result: list[Any], options: list[str], message: str
+    served_result: list[Any], options: list[str], message: str, tmp_path: Path
 ) -> None:
-    result = svsk("eval", "m", "--text", "t.txt", *options)
+    text = tmp_path / "t.txt"
+    text.write_text("A text.")
+    result = svsk("eval", "m", "--text", text, *options)
     assert result.exit_code == 1
     assert message in result.output
     assert "Traceback" not in result.output

@@ -90,11 +90,16 @@ def _weight_files(path: Path) -> list[Path]:
     """The files that loading the model reads: shards of the index, else the single file, else all of the first kind.
 
     Raises:
-        EvalError: there are none.
+        EvalError: there are none, or vLLM and transformers would load different ones.
         SvskFormatError: the index is damaged.
     """
     if (path / INDEX_NAME).exists():
-        found = [path / shard for shard in sorted(set(read_weight_map(path / INDEX_NAME).values()))]
+        names = sorted(set(read_weight_map(path / INDEX_NAME).values()))
+        if names and SINGLE_NAME not in names and (path / SINGLE_NAME).exists():
+            raise EvalError(
+                f"{path}: transformers loads {SINGLE_NAME}, vLLM what {INDEX_NAME} names. Remove the one that is old."
+            )
+        found = [path / name for name in names]
     elif (path / SINGLE_NAME).exists():
         found = [path / SINGLE_NAME]
     else:
