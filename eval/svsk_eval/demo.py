@@ -130,9 +130,12 @@ def _answers(model: Path, dtype: str, max_tokens: int) -> list[str]:
             check=False,
         )
         if done.returncode:
-            console.print(done.stderr[-4000:], highlight=False, markup=False)
-            console.print(f"vLLM could not serve {model}: see above.")
-            raise typer.Exit(1)
+            from svsk_eval.errors import EvalError
+
+            log = model.with_name(f"{model.name}-vllm.log")
+            log.write_text(done.stderr, encoding="utf-8")
+            last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it printed nothing")
+            raise EvalError(f"vLLM could not serve {model}: {last.strip()} (all it printed is in {log})")
         answers: list[str] = json.loads(target.read_text())
         return answers
 
