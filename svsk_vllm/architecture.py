@@ -64,11 +64,26 @@ def require_sound(folder: Path, hf_config: Any) -> None:
         raise SvskFormatError(f"{folder}: cannot be read ({error}).") from error
     module = type(hf_config).__module__
     own_code, known = module.startswith("transformers_modules."), module.startswith("transformers.")
-    with torch.device("cpu"):  # transformers asks while it builds a model on another
+    with torch.device("cpu"), _one_thread():  # transformers asks while it builds a model on another device
         problems = _problems_of(folder.absolute(), files, own_code, own_code or known)
     if problems:
         more = f" And {len(problems) - _MAX_SHOWN} more: `svsk validate {folder}`."
         raise SvskFormatError(" ".join(problems[:_MAX_SHOWN]) + (more if len(problems) > _MAX_SHOWN else ""))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread.
+
+    vLLM asks before it forks its engine, and a fork of a process whose pool of threads has been used waits for those
+    threads for ever.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @lru_cache(maxsize=4)

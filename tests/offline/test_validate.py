@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from svsk_offline.cli import app
 from svsk_offline.restore import restore
+from svsk_vllm import architecture
 from svsk_vllm.architecture import checkpoint_problems
 from svsk_vllm.format import SvskFormatError
 from tests.support.tiny_models import write_dense, write_random_svsk
@@ -131,3 +132,22 @@ def test_what_a_folder_says_of_itself_is_shown_as_it_is(folder: Path) -> None:
     assert found.exit_code == 0
     assert "[/bold]?[2J" in found.output
     assert "\x1b[2J" not in found.output
+
+
+def test_loaders_check_a_folder_on_one_thread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose pool of threads has been used hangs when vLLM forks its engine from it."""
+    threads, checked = [], architecture.validate_checkpoint
+
+    def check(*args: Any, **kwargs: Any) -> list[str]:
+        threads.append(torch.get_num_threads())
+        return checked(*args, **kwargs)
+
+    monkeypatch.setattr(architecture, "validate_checkpoint", check)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        architecture.require_sound(folder, None)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1]
