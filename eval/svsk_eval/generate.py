@@ -40,7 +40,7 @@ def generate_texts(
         trust_remote_code: run Python files that come with the model.
 
     Raises:
-        EvalError: unknown engine, or vLLM is not installed.
+        EvalError: unknown engine, or vLLM is not installed or cannot serve the model.
     """
     if engine == "vllm":
         return _with_vllm(model, prompts, max_tokens, temperature, dtype, trust_remote_code)
@@ -60,13 +60,16 @@ def _with_vllm(
 
     config = read_model_config(model, trust_remote_code=trust_remote_code).get_text_config()
     context = min(_CONTEXT, getattr(config, "max_position_embeddings", _CONTEXT))
-    llm = LLM(
-        model=model, dtype=served_dtype(dtype), max_model_len=context, disable_log_stats=True,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    outputs = llm.generate(
-        list(prompts), SamplingParams(temperature=temperature, max_tokens=max_tokens), use_tqdm=False
-    )
+    try:
+        llm = LLM(
+            model=model, dtype=served_dtype(dtype), max_model_len=context, disable_log_stats=True,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        outputs = llm.generate(
+            list(prompts), SamplingParams(temperature=temperature, max_tokens=max_tokens), use_tqdm=False
+        )
+    except (RuntimeError, ValueError) as error:  # too little memory, a model it does not know, a folder we refuse
+        raise EvalError(f"vLLM cannot serve {model}: {' '.join(str(error).split())}") from error
     return [output.outputs[0].text for output in outputs]
 
 

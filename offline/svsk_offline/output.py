@@ -144,7 +144,10 @@ class CheckpointWriter:
         Both loaders would cast it anyway; wider it only takes room. What the class wants in float32 stays as stored.
         """
         tensor = self.source.tensors.read(name)
-        if not tensor.is_floating_point() or tensor.dtype == self.scale_dtype or name in self._float32_names:
+        if not tensor.is_floating_point() or tensor.dtype == self.scale_dtype:
+            return tensor
+        # The class knows it by the name of the parameter it fills, which need not be that in the folder.
+        if not self._float32_names.isdisjoint((name, *self.source.map.targets(name))):
             return tensor
         cast = tensor.to(self.scale_dtype)
         if not bool(torch.isfinite(cast).all()) and bool(torch.isfinite(tensor).all()):

@@ -26,6 +26,8 @@ __all__ = [
     "check_text",
 ]
 
+_TEXT_SUFFIXES: Final = (".csv", ".gz", ".json", ".jsonl", ".log", ".md", ".ndjson", ".parquet", ".text", ".txt")
+
 _LARGEST_CONFIG: Final = 1 << 24
 """Bytes of a config.json that is looked at."""
 
@@ -90,7 +92,8 @@ def calibration_path(name: str) -> Path | None:
         return None
     if path.exists():
         return path
-    if path.suffix or name.startswith((".", "/", "~")):
+    # Data sets have dots in their names too: wikimedia/wikipedia:20231101.en:train.
+    if path.suffix.lower() in _TEXT_SUFFIXES or name.startswith((".", "/", "~")):
         raise SvskError(f"Calibration text {path}: no such file.")
     return None
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from svsk_offline.atomic import PartialFolder, write_json, write_tensors
+from svsk_offline.errors import SvskError
 from svsk_offline.preflight import check_output
 from svsk_offline.side_files import copy_side_files
 from svsk_vllm.format import Checkpoint, SvskFormatError, restored_weight, validate_checkpoint
@@ -42,6 +43,8 @@ def restore(
     source = Checkpoint(checkpoint)
     folder = PartialFolder(Path(out), source.folder, overwrite=overwrite, suffix="restoring")
     with folder.locked():
+        if folder.path.exists() and any(path != folder.result for path in folder.path.iterdir()):
+            raise SvskError(f"{folder.path} holds something else than an unfinished run. Move it, or name another OUT.")
         folder.discard()
         _write_dense(source, folder.create(), progress, say)
         return folder.commit()

@@ -2,6 +2,7 @@
 """The files of a model folder besides its weights: tokenizer, templates, licence and whatever else lies there."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -16,11 +17,13 @@ _WEIGHTS: Final = (
     ".tflite", ".index.json",
 )  # fmt: skip
 _OURS: Final = ("config.json", "README.md")
-_NOT_OF_THE_MODEL: Final = (".git", ".cache", "__pycache__")
+_NOT_OF_THE_MODEL: Final = (".git", ".cache", "__pycache__", "runs")
+_OF_TRAINING: Final = re.compile(r"checkpoint-\d+$|adapter_(config|model)\b|events\.out\.tfevents|global_step\d+$")
+"""Names of what training leaves beside a model: other states of it, adapters without which it is meant, logs."""
 
 
 def copy_side_files(source: Path, target: Path, say: Callable[[str], None], *, code: bool) -> None:
-    """Copy everything below a folder except weights of any kind, config.json and the model card.
+    """Copy everything below a folder except weights of any kind, config.json, the model card, and what training left.
 
     Links are followed, as those of a hub cache must be. What is no regular file is left out, and named.
 
@@ -37,6 +40,8 @@ def copy_side_files(source: Path, target: Path, say: Callable[[str], None], *, c
         name = path.relative_to(source)
         if path.name.lower().endswith(_WEIGHTS) or str(name) in _OURS or (path.suffix == ".py" and not code):
             continue
+        if _OF_TRAINING.match(path.name):
+            continue
         to = target / name
         to.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -50,7 +55,7 @@ def _files(folder: Path) -> Iterator[Path]:
     seen = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         found = Path(parent).stat()
-        folders[:] = sorted(name for name in folders if name not in _NOT_OF_THE_MODEL)
+        folders[:] = sorted(name for name in folders if name not in _NOT_OF_THE_MODEL and not _OF_TRAINING.match(name))
         if (found.st_dev, found.st_ino) in seen:
             folders.clear()
             continue

@@ -208,6 +208,17 @@ def test_samples_of_a_large_file_are_drawn_from_all_over_it(tokenizer: Any, tmp_
     assert load_calibration(str(path), tokenizer, 10, 48, 1).fingerprint != found.fingerprint
 
 
+def test_samples_of_long_rows_do_not_overlap(tokenizer: Any, tmp_path: Path) -> None:
+    """Several places in one row lead to the next one, of which each takes another part."""
+    path = tmp_path / "articles.jsonl"
+    texts = ("".join(f"{row:04}{word:05} " for word in range(5_000)) for row in range(10))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    drawn = load_calibration(str(path), tokenizer, 40, 64, 0).tokens
+    words = [word for row in drawn for word in tokenizer.decode(row).split()[1:-1]]
+    assert len(words) > 40 * 3
+    assert len(set(words)) == len(words)
+
+
 @pytest.mark.parametrize("kind", ["text", "rows", "list", "packed"])
 def test_memory_is_that_of_the_samples(tokenizer: Any, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "large"

@@ -44,6 +44,18 @@ def test_a_second_run_is_told_of_the_first(tmp_path: Path, tiny_llama: Path, tin
     assert validate_against_architecture(tmp_path / "out") == []
 
 
+def test_restore_deletes_no_folder_of_something_else(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+    made = quantize(tiny_llama, tmp_path / "made", tiny_recipe).folder
+    own = tmp_path / "out.restoring" / "thesis.txt"
+    own.parent.mkdir()
+    own.write_text("years of work")
+    with pytest.raises(SvskError, match="something else than an unfinished run"):
+        restore(made, tmp_path / "out")
+    assert own.exists()
+    own.unlink()
+    assert restore(made, tmp_path / "out") == tmp_path / "out"
+
+
 def test_restore_and_quantize_do_not_meet(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
     quantize(tiny_llama, tmp_path / "svsk", tiny_recipe)
 

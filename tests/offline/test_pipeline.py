@@ -275,18 +275,21 @@ def test_dense_tensors_are_in_the_declared_dtype(tmp_path: Path, tiny_llama: Pat
         assert validate_against_architecture(tmp_path / dtype) == []
 
 
+@pytest.mark.parametrize("dropped", ["", "model."])
 def test_what_the_class_wants_in_float32_stays(
-    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, dropped: str
 ) -> None:
+    """Also under names of the folder that are not those of the class."""
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].float() + 1e-4
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    stored = {name.removeprefix(dropped): tensor for name, tensor in tensors.items()}
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr("transformers.LlamaForCausalLM._keep_in_fp32_modules_strict", {"norm"})
     quantize(model, tmp_path / "out", tiny_recipe)
-    stored = Checkpoint(tmp_path / "out").read_dense("model.norm.weight")
-    assert torch.equal(stored, tensors["model.norm.weight"])
+    norm = Checkpoint(tmp_path / "out").read_dense("model.norm.weight".removeprefix(dropped))
+    assert torch.equal(norm, tensors["model.norm.weight"])
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -38,6 +38,9 @@ STAY = (
     "onnx/model.onnx",
     "pytorch_model.bin.index.json",
     ".git/HEAD",
+    "runs/events.out.tfevents.1",
+    "checkpoint-500/trainer_state.json",
+    "adapter_config.json",
 )
 
 

@@ -15,6 +15,9 @@ __all__ = ["load_calibration"]
 _WHOLE: Final = 1 << 17
 """Bytes up to which a file is always tokenised as a whole."""
 
+_GOLDEN: Final = 0.6180339887
+"""Its multiples, whole parts taken off, keep the largest distances from each other."""
+
 _PLENTY: Final = 8
 """Tokens that are read of a source of any length, per token that is drawn."""
 
@@ -127,18 +130,20 @@ def _at_places(
     assert source.file is not None, "only files have places"
     rows = source.file.kind != "text"
 
-    def read(place: int, start: int) -> Iterator[str]:
-        return _from_within(source.after(place), start / size, width) if rows else source.after(place)
+    def read(place: int, number: int) -> Iterator[str]:
+        # Places in one long row all lead to the next one: multiples of the golden ratio spread them over it.
+        share = number * _GOLDEN % 1
+        return _from_within(source.after(place), share, width) if rows else source.after(place)
 
-    found = []
-    for start in _places(size, samples, width, generator):
+    drawn: list[list[int]] = []
+    for number, start in enumerate(_places(size, samples, width, generator)):
         place, step = start, size // samples
-        while len(ids := _window(read(place, start), encode, width)) < width:
+        while len(ids := _window(read(place, number), encode, width)) < width:
             if place == 0:
                 raise _too_little(source, width)
             place, step = max(0, place - step), 2 * step  # too near the end of the file
-        found.append(ids)
-    return torch.tensor(found, dtype=torch.int64)
+        drawn.append(ids)
+    return torch.tensor(drawn, dtype=torch.int64)
 
 
 def _on_the_way(
