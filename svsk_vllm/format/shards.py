@@ -13,7 +13,7 @@ from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.files import MAX_INDEX_BYTES, read_json, safe_handle
 from svsk_vllm.format.spec import TensorSpec
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "ShardedReader", "read_json", "read_weight_map"]
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "STORED_DTYPES", "ShardedReader", "read_json", "read_weight_map"]
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
@@ -21,7 +21,7 @@ SINGLE_NAME: Final = "model.safetensors"
 _MAX_DIMENSION: Final = 2**40
 """Of a tensor. One without elements may claim any size beside its 0."""
 
-_DTYPES: Final = {
+STORED_DTYPES: Final = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -87,7 +87,7 @@ def described(path: Path, name: str, view: Any) -> TensorSpec:
         SvskFormatError: torch has no such tensor.
     """
     code, shape = view.get_dtype(), tuple(view.get_shape())
-    dtype = _DTYPES.get(code)
+    dtype = STORED_DTYPES.get(code)
     if dtype is None or max(shape, default=0) > _MAX_DIMENSION:
         raise SvskFormatError(f"{path}: {name} has dtype {code} and shape {list(shape)}, which cannot be read.")
     return TensorSpec(dtype, shape)

@@ -12,19 +12,11 @@ from pathlib import Path
 import torch
 
 from svsk_vllm.format import ShardedReader, TensorSpec
+from svsk_vllm.format.shards import STORED_DTYPES
 
 __all__ = ["StoredModules", "read_headers"]
 
 Rename = Callable[[list[str]], list[str]]
-
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 
 
 def read_headers(model: str, revision: str | None) -> dict[str, TensorSpec]:
@@ -45,7 +37,7 @@ def read_headers(model: str, revision: str | None) -> dict[str, TensorSpec]:
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
     return {
-        name: TensorSpec(_DTYPES.get(entry["dtype"], torch.float64), tuple(entry["shape"]))
+        name: TensorSpec(STORED_DTYPES.get(entry["dtype"], torch.float64), tuple(entry["shape"]))
         for name, entry in get_safetensors_params_metadata(model, revision=revision).items()
     }
 
