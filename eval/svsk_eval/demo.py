@@ -46,10 +46,10 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 48,
 ) -> None:
     """Quantise SmolLM2-135M-Instruct, measure it, and serve it next to the original."""
-    from svsk_eval.scoring import silence_progress_bars
     from svsk_eval.smollm2 import build_smollm2
-    from svsk_offline.inspect import inspect_checkpoint, validate_against_architecture
+    from svsk_eval.text.scoring import silence_progress_bars
     from svsk_offline.recipe import load_recipe
+    from svsk_offline.storage.inspection import inspect_checkpoint, validate_against_architecture
 
     silence_progress_bars()
     started = time.perf_counter()
@@ -69,8 +69,8 @@ def main(
             raise typer.Exit(1)
         console.print("valid")
     with _step("4. Measure it against the original"):
-        from svsk_eval.console import print_scores
-        from svsk_eval.scoring import evaluate
+        from svsk_eval.text.console import print_scores
+        from svsk_eval.text.scoring import evaluate
 
         _write_held_out(text)
         bpw = inspect_checkpoint(quantised)["bits_per_weight"]
@@ -84,7 +84,7 @@ def main(
 
 def answer_both(dense: Path, quantised: Path, max_tokens: int) -> None:
     """Serve the two models, one after the other, in a dtype that is fast here, and show their answers."""
-    from svsk_eval.engine_args import served_dtype
+    from svsk_eval.text.engine_args import served_dtype
 
     dtype = served_dtype("auto")
     if dtype != "auto":

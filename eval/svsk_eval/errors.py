@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors of the evaluation package."""
 
+from svsk_kernels.errors import SvskError
+
 __all__ = ["DownloadError", "EvalError"]
 
 
-class EvalError(ValueError):
+class EvalError(SvskError, ValueError):
     """An evaluation cannot be run as asked.
 
     The message names the file or model, what was found, what was expected, and what to do about it.

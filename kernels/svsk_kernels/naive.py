@@ -1,14 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every kernel must compute, written for reading."""
+"""What every kernel must compute, on plain tensors, written for reading."""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from svsk_vllm.format import QuantizedLinear, code_values
+from svsk_kernels.codebook import Codebook, code_values
+from svsk_kernels.tile_grid import TileGrid
 
-__all__ = ["naive_matmul", "naive_sidecar"]
+__all__ = ["PlainLinear", "naive_matmul", "naive_sidecar"]
 
 
-def naive_sidecar(x: torch.Tensor, linear: QuantizedLinear) -> torch.Tensor:
+@dataclass(frozen=True)
+class PlainLinear:
+    """One quantised linear, unpacked. N outputs, K inputs, groups of g weights, rank r.
+
+    The sidecar has A rows and B columns of tiles; ``u``, ``v`` and ``gain`` are None without one.
+    """
+
+    codes: torch.Tensor  # int8 [N, K], values in [-8, 7]
+    scale: torch.Tensor  # float [N, K / g]
+    codebook: Codebook
+    grid: TileGrid  # how the weight is cut into tiles
+    u: torch.Tensor | None = None  # int8 [N, B, r]
+    v: torch.Tensor | None = None  # int8 [A, r, K]
+    gain: torch.Tensor | None = None  # float32 [A, B, r]
+    factor_bits: Literal[4, 8] = 8  # that u and v fit in
+
+    @property
+    def group_size(self) -> int:
+        """Weights per scale."""
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Rank of the sidecar per tile, 0 for none."""
+        return 0 if self.v is None else self.v.shape[1]
+
+
+def naive_sidecar(x: torch.Tensor, linear: PlainLinear) -> torch.Tensor:
     """Contribution of the sidecar to ``y = x W_hat^T``, tile by tile, in float64.
 
     ``y[:, rows of a] += sum_b ((x[:, columns of b] V_ab^T) * gain_ab) U_ab^T``
@@ -20,20 +51,20 @@ def naive_sidecar(x: torch.Tensor, linear: QuantizedLinear) -> torch.Tensor:
     Returns:
         float64 [M, N]; zeros when the rank is 0.
     """
-    spec = linear.spec
-    y = torch.zeros(x.shape[0], spec.n, dtype=torch.float64, device=x.device)
+    grid = linear.grid
+    y = torch.zeros(x.shape[0], grid.n, dtype=torch.float64, device=x.device)
     if linear.u is None or linear.v is None or linear.gain is None:
         return y
-    for a in range(spec.grid.num_row_tiles):
-        rows = spec.grid.row_slice(a)
-        for b in range(spec.grid.num_col_tiles):
-            cols = spec.grid.col_slice(b)
+    for a in range(grid.num_row_tiles):
+        rows = grid.row_slice(a)
+        for b in range(grid.num_col_tiles):
+            cols = grid.col_slice(b)
             z = x[:, cols].double() @ linear.v[a, :, cols].double().T
             y[:, rows] += (z * linear.gain[a, b].double()) @ linear.u[rows, b].double().T
     return y
 
 
-def naive_matmul(x: torch.Tensor, linear: QuantizedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
+def naive_matmul(x: torch.Tensor, linear: PlainLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``y = x W_hat^T + bias`` in float64.
 
     Args:
@@ -44,8 +75,8 @@ def naive_matmul(x: torch.Tensor, linear: QuantizedLinear, bias: torch.Tensor | 
     Returns:
         float64 [M, N].
     """
-    spec = linear.spec
-    values = code_values(linear.codes, spec.scheme.weights.codebook, torch.float64).view(spec.n, -1, spec.group_size)
-    base = (values * linear.scale.double().unsqueeze(-1)).view(spec.n, spec.k)
+    n, k = linear.codes.shape
+    levels = code_values(linear.codes, linear.codebook, torch.float64).view(n, -1, linear.group_size)
+    base = (levels * linear.scale.double().unsqueeze(-1)).view(n, k)
     y = x.double() @ base.T + naive_sidecar(x, linear)
     return y if bias is None else y + bias.double()

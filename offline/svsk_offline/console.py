@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from svsk_offline.layer import LayerReport
 from svsk_offline.pipeline import Progress as Callbacks
 from svsk_offline.pipeline import QuantizationResult, quantize
 from svsk_offline.recipe import Recipe
+from svsk_offline.storage.layer_report import LayerReport
 
 __all__ = ["peak_memory_gib", "quantize_with_progress"]
 

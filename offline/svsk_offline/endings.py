@@ -20,7 +20,7 @@ from typing import Final
 
 import typer
 
-from svsk_offline.errors import SvskError
+from svsk_kernels.errors import SvskError
 from svsk_vllm.version import __version__
 
 __all__ = ["Stopped", "plain_endings"]
@@ -93,21 +93,11 @@ def _line(error: Exception, continues: str | None) -> str:
         return " ".join(filter(None, (f"not enough memory ({_one_line(error)}).", continues)))
     if isinstance(error, OSError):  # of a library, with a message of its own
         return _one_line(error)
-    if _is_ours(error):
+    if isinstance(error, SvskError):
         return str(error)
     if type(error).__name__ == "AcceleratorError":  # torch's, of the device and its driver
         return f"the device failed ({_one_line(error)})."
     return f"{type(error).__name__}: {_one_line(error)}. This is a bug in svsk {__version__}: {_report(error)}"
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether the message is for the user as it stands."""
-    if isinstance(error, SvskError):  # before what imports torch
-        return True
-    from svsk_eval.errors import EvalError
-    from svsk_vllm.format.errors import SvskFormatError
-
-    return isinstance(error, (SvskFormatError, EvalError))
 
 
 def _is_memory(error: Exception) -> bool:

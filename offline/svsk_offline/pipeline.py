@@ -18,19 +18,20 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from svsk_offline.atomic import PartialFolder, write_json
+from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import DEFAULT_SOURCE, BlockRunner, CalibrationSet, InputStatistics, load_calibration
 from svsk_offline.calibration.limits import check_length, check_token_ids
 from svsk_offline.calibration.sources import check_source
-from svsk_offline.errors import SvskError
-from svsk_offline.layer import LayerReport, quantize_linear
-from svsk_offline.loading import resolve_model
-from svsk_offline.output import CheckpointWriter
-from svsk_offline.plan import Plan, make_plan, uniform_schemes
+from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
+from svsk_offline.planning.serving import check_servable
 from svsk_offline.preflight import check_output, check_recipe
+from svsk_offline.quantizers.quantize_linear import quantize_linear
 from svsk_offline.recipe import CalibrationArgs, Recipe, load_recipe
-from svsk_offline.serving import check_servable
-from svsk_offline.source import ModelSource
+from svsk_offline.storage.atomic import PartialFolder, write_json
+from svsk_offline.storage.checkpoint_writer import CheckpointWriter
+from svsk_offline.storage.dense_model import ModelSource
+from svsk_offline.storage.layer_report import LayerReport
+from svsk_offline.storage.model_loading import resolve_model
 from svsk_vllm.format import ConfigGroup, QuantizedLinear, SvskCheckpointConfig, dequantize
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
 from svsk_vllm.format.shards import read_json

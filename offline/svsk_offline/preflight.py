@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from svsk_offline.errors import SvskError
+from svsk_kernels.errors import SvskError
 
 if TYPE_CHECKING:
     from svsk_offline.recipe import Recipe

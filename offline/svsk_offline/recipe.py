@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from svsk_offline.errors import SvskError
+from svsk_kernels.errors import SvskError
 from svsk_vllm.format import SidecarArgs, WeightArgs
 from svsk_vllm.format.config import MAX_RANK, matches
 

@@ -10,7 +10,7 @@ import torch
 
 from svsk_vllm.format.config import SvskCheckpointConfig
 from svsk_vllm.format.errors import SvskFormatError
-from svsk_vllm.format.linear import QuantizedLinear
+from svsk_vllm.format.quantized_linear import QuantizedLinear
 from svsk_vllm.format.shards import ShardedReader, read_json
 from svsk_vllm.format.spec import SCALE_DTYPES, SUFFIXES, WEIGHT_PACKED, WEIGHT_SCALE, LinearSpec
 

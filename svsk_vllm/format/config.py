@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from svsk_vllm.format.codebook import Codebook
+from svsk_kernels.codebook import Codebook
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.version import FORMAT_VERSION, __version__
 

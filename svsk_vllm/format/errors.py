@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors of the checkpoint format."""
 
-__all__ = ["SvskFormatError"]
+from svsk_kernels.errors import SvskError
+
+__all__ = ["SvskError", "SvskFormatError"]
 
 
-class SvskFormatError(ValueError):
+class SvskFormatError(SvskError, ValueError):
     """A checkpoint, a tensor or a configuration does not follow the SVSK format.
 
     The message names the file, tensor or key, the value found, what was expected, and what to do about it.

@@ -7,7 +7,7 @@ because importing compressed-tensors imports transformers, which takes seconds.
 
 import torch
 
-from svsk_vllm.format.codebook import CODE_MAX, CODE_MIN
+from svsk_kernels.codebook import CODE_MAX, CODE_MIN
 from svsk_vllm.format.errors import SvskFormatError
 
 __all__ = ["pack_codes", "pack_factors", "unpack_codes", "unpack_factors"]

@@ -6,9 +6,9 @@ from typing import Final
 
 import torch
 
+from svsk_kernels.tile_grid import TileGrid
 from svsk_vllm.format.config import ConfigGroup
 from svsk_vllm.format.errors import SvskFormatError
-from svsk_vllm.format.geometry import TileGrid
 
 __all__ = ["SCALE_DTYPES", "SUFFIXES", "LinearSpec", "TensorSpec"]
 

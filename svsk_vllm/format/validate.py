@@ -14,7 +14,7 @@ from svsk_vllm.format.config import LINEAR_CLASS
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.files import MAX_INDEX_BYTES, open_safetensors
 from svsk_vllm.format.fingerprint import fingerprint_problems
-from svsk_vllm.format.linear import tensor_problems
+from svsk_vllm.format.quantized_linear import tensor_problems
 from svsk_vllm.format.seal import scheme_problems
 from svsk_vllm.format.shards import (
     INDEX_NAME,

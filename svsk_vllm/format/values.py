@@ -6,8 +6,8 @@ from typing import Final
 
 import torch
 
-from svsk_vllm.format.codebook import codebook_levels
-from svsk_vllm.format.linear import QuantizedLinear, dequantize
+from svsk_kernels.codebook import codebook_levels
+from svsk_vllm.format.quantized_linear import QuantizedLinear, dequantize
 from svsk_vllm.format.spec import SIDECAR_GAIN, WEIGHT_SCALE, LinearSpec
 
 __all__ = ["finite_problems", "weight_problems"]

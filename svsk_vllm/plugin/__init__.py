@@ -13,7 +13,7 @@ def register_with_vllm() -> None:
         return
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from svsk_vllm.plugin.config import SvskConfig
+    from svsk_vllm.plugin.quantization_config import SvskConfig
 
     register_quantization_config("svsk")(SvskConfig)
     _registered = True

@@ -21,7 +21,7 @@ def test_both_models_are_served_in_a_dtype_that_is_fast(
     monkeypatch.delenv("SVSK_KERNEL", raising=False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     if not features:
-        monkeypatch.setattr("svsk_eval.engine_args.has_bf16_products", lambda: True)
+        monkeypatch.setattr("svsk_eval.text.engine_args.has_bf16_products", lambda: True)
     asked: list[tuple[str, str]] = []
 
     def run(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from svsk_kernel_tools.bench.layers import BenchLayer
+from svsk_kernel_tools.stack_linears import StackedLinear, stack_linears
 from svsk_kernels import LayerSpec
-from svsk_kernels.bench.layers import BenchLayer
-from svsk_kernels.dispatch import SvskMatmul
-from svsk_kernels.fused import FusedLinear, fuse
+from svsk_kernels.gpu.matmul_op import SvskMatmul
 from svsk_vllm.format import LinearSpec
 from tests.support.format_builders import make_group, random_linear
 
@@ -21,7 +21,7 @@ BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 class Layer(BenchLayer):
     """A layer in every form."""
 
-    fused: FusedLinear
+    fused: StackedLinear
 
 
 def make_layer(k: int, dtype: torch.dtype, *parts: dict[str, Any], **common: Any) -> Layer:
@@ -30,10 +30,11 @@ def make_layer(k: int, dtype: torch.dtype, *parts: dict[str, Any], **common: Any
     for seed, part in enumerate(parts):
         arguments = {**common, **part}
         n = arguments.pop("n")
-        linears.append(random_linear(LinearSpec(f"m.{seed}", n, k, make_group(**arguments), dtype), seed))
-    fused = fuse(linears)
-    weights = linears[0].spec.scheme.weights
-    spec = LayerSpec(fused.packed.shape[0], k, weights.group_size, weights.codebook, dtype, fused.plan, fused.num_bits)
+        linear = random_linear(LinearSpec(f"m.{seed}", n, k, make_group(**arguments), dtype), seed)
+        linears.append(linear.plain)
+    fused = stack_linears(linears)
+    first = linears[0]
+    spec = LayerSpec(fused.packed.shape[0], k, first.group_size, first.codebook, dtype, fused.plan, fused.num_bits)
     matmul = SvskMatmul(spec)
     return Layer(tuple(linears), matmul, matmul.prepare(fused.packed, fused.scale, fused.u, fused.v, fused.gain), fused)
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,20 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from svsk_kernels.bench import cases, correctness, runner, split, tune
-from svsk_kernels.bench.__main__ import app
-from svsk_kernels.bench.cases import Case, cases_for, checked_choices, forced_choice
-from svsk_kernels.bench.correctness import check_case, poisoned, relative_error
-from svsk_kernels.bench.errors import BenchError
-from svsk_kernels.bench.grid import kernels_for
-from svsk_kernels.bench.layers import BenchLayer, Part, layer_of_shape, random_layer
-from svsk_kernels.bench.report import Report, markdown
-from svsk_kernels.bench.runner import FAILED, FINISHED, UNFINISHED, Settings
-from svsk_kernels.bench.shapes import SHAPES, VARIANTS, Shape, Variant, bytes_dense, bytes_needed, find_shapes
-from svsk_kernels.bench.split import SplitLayer
-from svsk_kernels.bench.timing import Budget, Call, Sampler, Stats, copies_needed, launches_needed, measure
+from svsk_kernel_tools.bench import cases, correctness, runner, split, tune
+from svsk_kernel_tools.bench.__main__ import app
+from svsk_kernel_tools.bench.cases import Case, cases_for, checked_choices, forced_choice
+from svsk_kernel_tools.bench.correctness import check_case, poisoned, relative_error
+from svsk_kernel_tools.bench.errors import BenchError
+from svsk_kernel_tools.bench.grid import kernels_for
+from svsk_kernel_tools.bench.layers import BenchLayer, Part, layer_of_shape, random_layer
+from svsk_kernel_tools.bench.report import Report, markdown
+from svsk_kernel_tools.bench.runner import FAILED, FINISHED, UNFINISHED, Settings
+from svsk_kernel_tools.bench.shapes import SHAPES, VARIANTS, Shape, Variant, bytes_dense, bytes_needed, find_shapes
+from svsk_kernel_tools.bench.split import SplitLayer
+from svsk_kernel_tools.bench.timing import Budget, Call, Sampler, Stats, copies_needed, launches_needed, measure
+from svsk_kernels.gpu.tuning import Choice, Gpu, TuningTable, heuristic_choices, table_name
 from svsk_kernels.naive import naive_matmul
-from svsk_kernels.tuning import Choice, Gpu, TuningTable, heuristic_choices, table_name
 
 H100 = Gpu(name="NVIDIA H100 80GB HBM3", capability=90, processors=132)
 MACHINE: dict[str, Any] = {"gpu": "none", "torch": "2", "triton": "3", "source": "0"}
@@ -76,7 +76,7 @@ def test_bench_needs_few_libraries() -> None:
         "        if name.split('.')[0] in ('vllm', 'compressed_tensors', 'transformers', 'accelerate', 'scipy'):\n"
         "            raise ImportError(name)\n"
         "sys.meta_path.insert(0, No())\n"
-        f"from svsk_kernels.bench import {modules}\n"
+        f"from svsk_kernel_tools.bench import {modules}\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
@@ -180,7 +180,7 @@ def test_cases_on_a_gpu(quick: bool) -> None:
     assert set(cases._QUICK) <= {case.name for case in found}
     ran = [(case, m, choice) for case in found for m in case.tokens for choice in checked_choices(case, H100, m)]
     assert {choice.kernel for *_, choice in ran} == {"decode", "gemm", "fold"}
-    assert any(choice.split > 1 and choice.pdl and case.name == "tiles longer than a job" for case, _, choice in ran)
+    assert any(choice.split_k > 1 and choice.pdl and case.name == "tiles longer than a job" for case, _, choice in ran)
     assert {shape.n for shape in SHAPES[: 2 if quick else 8]} <= {case.n for case in found}
 
 
@@ -276,29 +276,29 @@ def test_choices_tried_are_valid_and_contain_the_rule(m: int) -> None:
     for shape in SHAPES:
         tried = tune.trial_choices(H100, shape.n, shape.k, 64, m)
         assert len(set(tried)) == len(tried) <= 50
-        rule = forced_choice(tried[0].kernel, H100, shape.n, shape.k, 64, m).model_copy(update={"max_m": None})
+        rule = replace(forced_choice(tried[0].kernel, H100, shape.n, shape.k, 64, m), max_m=None)
         assert rule in tried
         for choice in (*tried, *tune.refined([c for c in tried if c.kernel == "decode"][:2], shape.k, H100)):
-            TuningTable.model_validate(table_of(shape, choice))
+            TuningTable.from_json(json.dumps(table_of(shape, choice)))
     sm_100 = Gpu(name="B200", capability=100, processors=148)
     assert max(choice.block_m for choice in tune.trial_choices(sm_100, 6144, 2560, 64, 512)) == 64
 
 
 def table_of(shape: Shape, choice: Choice) -> dict[str, Any]:
-    entry = {"n": shape.n, "k": shape.k, "group_size": 64, "choices": [choice.model_dump()]}
+    entry = {"n": shape.n, "k": shape.k, "group_size": 64, "choices": [asdict(choice)]}
     return {"device": "x", "triton": "3", "entries": [entry]}
 
 
 def test_refined_choices_split_otherwise() -> None:
     choice = heuristic_choices(H100, 2560, 4096, 64)[0]
     found = tune.refined([choice], 4096, H100)
-    assert {c.split for c in found} >= {1, 2, 4, 8}
+    assert {c.split_k for c in found} >= {1, 2, 4, 8}
     assert {c.pdl for c in found} == {True, False}
 
 
 def test_select_splits_alike_and_finds_the_crossover() -> None:
-    one, two = Choice(kernel="decode", split=1), Choice(kernel="decode", split=2)
-    wide, wide_one = Choice(kernel="decode", split=2, block_m=32), Choice(kernel="decode", split=1, block_m=32)
+    one, two = Choice(kernel="decode", split_k=1), Choice(kernel="decode", split_k=2)
+    wide, wide_one = Choice(kernel="decode", split_k=2, block_m=32), Choice(kernel="decode", split_k=1, block_m=32)
     gemm, fold = Choice(kernel="gemm", block_m=128), Choice(kernel="fold")
     found = tune.select(
         {
@@ -310,7 +310,7 @@ def test_select_splits_alike_and_finds_the_crossover() -> None:
             None: {fold: 30.0},
         }
     )
-    assert [(c.kernel, c.max_m, c.split) for c in found] == [
+    assert [(c.kernel, c.max_m, c.split_k) for c in found] == [
         ("decode", 16, 2),
         ("decode", 32, 2),
         ("gemm", 256, 1),
@@ -334,7 +334,7 @@ def test_tuning_writes_a_table_that_is_read_back(tmp_path: Path, monkeypatch: py
     assert runner.tune_shapes(report, [TINY], CPU, FakeTimer(), settings, Budget(None), quiet()) == FINISHED
     other = Shape("other", 32, 128)
     assert runner.tune_shapes(report, [other], CPU, FakeTimer(), settings, Budget(None), quiet()) == FINISHED
-    table = TuningTable.model_validate_json((tmp_path / "configs" / table_name("interpreter")).read_text())
+    table = TuningTable.from_json((tmp_path / "configs" / table_name("interpreter")).read_text())
     assert [(entry.n, entry.k) for entry in table.entries] == [(64, 128), (32, 128)]
     assert table.device == "interpreter"
     assert table.entries[0].choices[-1].max_m is None

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from svsk_kernels.bench.__main__ import app
-from svsk_kernels.bench.cases import cases_for, find_cases
-from svsk_kernels.bench.errors import BenchError
-from svsk_kernels.bench.runner import FINISHED
+from svsk_kernel_tools.bench.__main__ import app
+from svsk_kernel_tools.bench.cases import cases_for, find_cases
+from svsk_kernel_tools.bench.errors import BenchError
+from svsk_kernel_tools.bench.runner import FINISHED
 
 
 def test_chosen_checks_alone(tmp_path: Path) -> None:

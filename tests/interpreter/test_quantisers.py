@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from svsk_offline.quantizers import feedback
+from svsk_offline.quantizers import error_feedback as feedback
 from svsk_offline.quantizers.gptq import gptq, initial_scales, polish
 from svsk_offline.quantizers.hessian import ColumnOrder, damped
 from svsk_offline.quantizers.hessian_sidecar import HessianSidecar, column_tiles, sidecar_weight

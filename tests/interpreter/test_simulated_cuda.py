@@ -5,26 +5,27 @@ What a GPU alone can do (graphs, streams, events) is left out.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import svsk_kernels.launch as launch
-from svsk_kernels import dispatch
-from svsk_kernels.bench import correctness, runner, split, tune
-from svsk_kernels.bench.cases import Case, cases_for
-from svsk_kernels.bench.correctness import check_case, relative_error
-from svsk_kernels.bench.layers import Part, layer_of_shape, random_layer
-from svsk_kernels.bench.report import Report
-from svsk_kernels.bench.runner import FINISHED, Settings
-from svsk_kernels.bench.shapes import VARIANTS, Shape
-from svsk_kernels.bench.split import SplitLayer
-from svsk_kernels.bench.timing import Budget
+import svsk_kernels.gpu.launch as launch
+from svsk_kernel_tools.bench import correctness, runner, split, tune
+from svsk_kernel_tools.bench.cases import Case, cases_for
+from svsk_kernel_tools.bench.correctness import check_case, relative_error
+from svsk_kernel_tools.bench.layers import Part, layer_of_shape, random_layer
+from svsk_kernel_tools.bench.report import Report
+from svsk_kernel_tools.bench.runner import FINISHED, Settings
+from svsk_kernel_tools.bench.shapes import VARIANTS, Shape
+from svsk_kernel_tools.bench.split import SplitLayer
+from svsk_kernel_tools.bench.timing import Budget
+from svsk_kernels.gpu import matmul_op as dispatch
+from svsk_kernels.gpu.triton_kernel import TritonKernel
+from svsk_kernels.gpu.tuning import Choice, TuningTable, choices_for, table_name
 from svsk_kernels.naive import naive_matmul
-from svsk_kernels.triton_layer import TritonKernel
-from svsk_kernels.tuning import Choice, TuningTable, choices_for, table_name
 from svsk_vllm.format import LinearSpec
 from tests.interpreter.test_bench import CPU, MACHINE, TINY, FakeTimer, quiet
 from tests.support.format_builders import make_group, random_linear
@@ -89,7 +90,7 @@ def test_warm_up_launches_everything_once(monkeypatch: pytest.MonkeyPatch, launc
     gpu = dispatch.gpu_of(GPU)
     assert (gpu.name, gpu.capability, gpu.processors) == (GPU_NAME, 90, 132)
     choices = [
-        choice.model_copy(update={"max_m": limit})
+        replace(choice, max_m=limit)
         for choice, limit in zip(choices_for(gpu, 96, 128, 64)[-3:], (8, 16, None), strict=True)
     ]
     linear = random_linear(LinearSpec("m", 96, 128, make_group(rank=5, tile_m=40, tile_n=72), torch.float16), 0)
@@ -101,7 +102,7 @@ def test_warm_up_launches_everything_once(monkeypatch: pytest.MonkeyPatch, launc
     assert set(launched) == set(NAMES)
     assert all(map(on_gpu, layer.parameters()))
     count, x = len(launched), torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).half()
-    expected = naive_matmul(x, linear, layer.bias.cpu())
+    expected = naive_matmul(x, linear.plain, layer.bias.cpu())
     assert relative_error(kernel(layer, x.cuda(), layer.bias).cpu(), expected) < 1e-3
     assert kernel(layer, x[:0].cuda(), None).device == GPU
     kernel.prepare(loaded_on_gpu(linear, layer.bias))
@@ -137,7 +138,7 @@ def test_timings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: list
 def test_split_layer(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
     layer = random_layer(256, torch.float16, GPU, [Part(100, 8, 4, 32, 128)])
     linear = layer.linears[0]
-    base = type(linear)(linear.spec, linear.codes, linear.scale)
+    base = replace(linear, u=None, v=None, gain=None)
     monkeypatch.setattr(split, "_marlin_tensors", lambda *_: {"workspace": torch.zeros(1, device=GPU)})
     monkeypatch.setattr(split, "_marlin", lambda x, *_: naive_matmul(x, base).half())
     made = SplitLayer.checked(layer)
@@ -149,14 +150,14 @@ def test_split_layer(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> No
 def test_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
     monkeypatch.setattr(runner, "BUCKETS", (16, None))
     monkeypatch.setattr(tune, "_LAST_TOKENS", 20)
-    few = [Choice(kernel="decode", block_n=64, step=32, split=2), Choice(kernel="gemm", block_m=32, step=32)]
+    few = [Choice(kernel="decode", block_n=64, step=32, split_k=2), Choice(kernel="gemm", block_m=32, step=32)]
     monkeypatch.setattr(tune, "trial_choices", lambda *_: [*few, Choice(kernel="fold")])
     monkeypatch.setattr(runner, "layer_of_shape", lambda s, v, _, d: layer_of_shape(s, v, torch.float16, d))
     report, settings = Report(tmp_path / "bench.json", MACHINE), Settings(configs=tmp_path / "configs")
     shape = Shape("tiny", 64, 512)
     assert runner.tune_shapes(report, [shape], GPU, FakeTimer(), settings, Budget(None), quiet()) == FINISHED
     assert [record for record in report.of_kind("tune") if "error" in record] == []
-    table = TuningTable.model_validate_json((tmp_path / "configs" / table_name(GPU_NAME)).read_text())
+    table = TuningTable.from_json((tmp_path / "configs" / table_name(GPU_NAME)).read_text())
     assert table.device == GPU_NAME
     assert VARIANTS[0].rank == 16
     assert set(launched) == set(NAMES)

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import svsk_vllm.hf  # noqa: F401 - registers the loader
+from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import BlockRunner
-from svsk_offline.calibration.capture import StandIn
+from svsk_offline.calibration.block_runner import StandIn
 from svsk_offline.calibration.text import CalibrationSet
-from svsk_offline.errors import SvskError
-from svsk_offline.inspect import validate_against_architecture
 from svsk_offline.pipeline import quantize
 from svsk_offline.recipe import load_recipe
-from svsk_offline.source import ModelSource
+from svsk_offline.storage.dense_model import ModelSource
+from svsk_offline.storage.inspection import validate_against_architecture
 from tests.support.tiny_models import VOCAB, Family, write_dense
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from svsk_offline.cli import app
+from svsk_eval.cli import app
 from svsk_offline.recipe import load_recipe, recipe_names
 from svsk_vllm.format import Checkpoint
 from svsk_vllm.version import __version__

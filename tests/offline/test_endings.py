@@ -15,11 +15,11 @@ import torch
 from typer.testing import CliRunner, Result
 
 import svsk_offline.pipeline
-from svsk_offline.cli import app
+from svsk_eval.cli import app
 from svsk_offline.endings import Stopped, plain_endings
-from svsk_offline.layer import LayerReport
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.recipe import Recipe
+from svsk_offline.storage.layer_report import LayerReport
 from tests.offline.folders import folder_bytes
 
 SMALL = ["--recipe", "published", "--rank", 4, "--tile-m", 48, "--tile-n", 96, "--samples", 4, "--seq-len", 32]
@@ -65,7 +65,7 @@ def test_what_stops_a_run_is_one_line(
 def test_a_bug_says_where_to_report_it_and_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setattr("svsk_offline.inspect.inspect_checkpoint", raiser(KeyError("weights")))
+    monkeypatch.setattr("svsk_offline.storage.inspection.inspect_checkpoint", raiser(KeyError("weights")))
     result = svsk("inspect", tmp_path)
     assert result.exit_code == 1
     (log,) = tmp_path.glob("svsk-*.log")
@@ -124,7 +124,7 @@ def test_standard_streams(redirection: str, status: int, stderr: str) -> None:
     """Nobody reads the output, it is closed, or its disk is full."""
     if "/dev/full" in redirection and not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
-    command = f"set -o pipefail; (sleep 0.1; {sys.executable} -m svsk_offline.cli recipes) {redirection}"
+    command = f"set -o pipefail; (sleep 0.1; {sys.executable} -m svsk_eval.cli recipes) {redirection}"
     done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == status
     assert done.stderr.startswith(stderr)

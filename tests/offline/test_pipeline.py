@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import svsk_vllm.hf  # noqa: F401 - registers the loader
+from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import BlockRunner, load_calibration
-from svsk_offline.errors import SvskError
-from svsk_offline.inspect import inspect_checkpoint, validate_against_architecture
-from svsk_offline.layer import LayerReport, weighted_error
 from svsk_offline.pipeline import Progress, quantize
+from svsk_offline.quantizers.quantize_linear import weighted_error
 from svsk_offline.recipe import Recipe, load_recipe
-from svsk_offline.restore import restore
-from svsk_offline.source import ModelSource, linear_modules
+from svsk_offline.storage.dense_model import ModelSource, linear_modules
+from svsk_offline.storage.inspection import inspect_checkpoint, validate_against_architecture
+from svsk_offline.storage.layer_report import LayerReport
+from svsk_offline.storage.restore import restore
 from svsk_vllm.format import Checkpoint, ShardedReader, SvskFormatError, dequantize
 from tests.offline.folders import folder_bytes
 from tests.support.format_builders import edit_json

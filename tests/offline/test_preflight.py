@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from svsk_kernels.errors import SvskError
 from svsk_offline import pipeline
-from svsk_offline.errors import SvskError
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.preflight import check_effect, check_output, check_recipe, check_report_files
 from svsk_offline.recipe import Recipe, load_recipe
-from svsk_offline.restore import restore
+from svsk_offline.storage.restore import restore
 
 LINEARS = [f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")] + ["lm_head"]
 
@@ -152,7 +152,7 @@ def test_report_files(tmp_path: Path) -> None:
 
 REFUSED = """
 import sys, time
-from svsk_offline.cli import app
+from svsk_eval.cli import app
 for line in sys.stdin.read().splitlines():
     try:
         app(line.split())

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from svsk_offline.cli import app
-from svsk_offline.restore import restore
-from svsk_vllm import architecture
-from svsk_vllm.architecture import checkpoint_problems
+from svsk_eval.cli import app
+from svsk_offline.storage.restore import restore
+from svsk_vllm.architecture import folder_check as architecture
+from svsk_vllm.architecture.folder_check import checkpoint_problems
 from svsk_vllm.format import SvskFormatError
 from tests.support.tiny_models import write_dense, write_random_svsk
 

@@ -109,7 +109,7 @@ def test_a_row_replaces_the_one_of_its_trial(versions: ModuleType, tmp_path: Pat
     versions.write_table([versions.row(last, "-", ["b 2"], ["tests"], (7, 0, 0)), old], table)
     gone = versions.Row("abandoned", "oldest", "1", "-", "hf", 1, 0, 0, "2026-01-01")
     table.write_text(table.read_text() + gone.line() + "\n")
-    new = versions.row(first, "2.0", [], ["tests/hf", "tests/vllm/test_plugin.py"], (4, 1, 0))
+    new = versions.row(first, "2.0", [], ["tests/hf", "tests/plugin/test_plugin.py"], (4, 1, 0))
     versions.write_table([new], table)
     lines = table.read_text().removeprefix(versions.HEAD).splitlines()
     assert [versions.Row.parse(line).version for line in lines] == ["2.0", "-"]

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from svsk_kernels.dispatch import gpu_of
+from svsk_kernels.gpu.matmul_op import gpu_of
 
 
 @pytest.fixture(autouse=True)

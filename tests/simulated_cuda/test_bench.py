@@ -15,10 +15,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed; `make setup` installs
 from vllm import _custom_ops
 from vllm.model_executor.layers.quantization.utils import marlin_utils
 
-from svsk_kernels.bench.errors import BenchError
-from svsk_kernels.bench.layers import Part, random_layer
-from svsk_kernels.bench.machine import describe, open_device
-from svsk_kernels.bench.split import SplitLayer
+from svsk_kernel_tools.bench.errors import BenchError
+from svsk_kernel_tools.bench.layers import Part, random_layer
+from svsk_kernel_tools.bench.machine import describe, open_device
+from svsk_kernel_tools.bench.split import SplitLayer
 from svsk_kernels.naive import naive_matmul
 from tests.support.simulated_cuda import GPU_NAME, on_gpu, simulated_cuda
 

@@ -14,20 +14,21 @@ from transformers import AutoModelForCausalLM
 import svsk_vllm.hf  # noqa: F401 - registers the loader
 from svsk_eval.bench.engines import hf_model
 from svsk_eval.bench.journal import Journal
-from svsk_eval.generate import generate_texts
-from svsk_eval.random_model import VARIANTS, write_random_model
-from svsk_eval.scoring import EvalResult, evaluate, load_model
-from svsk_kernels import feedback
-from svsk_offline import pipeline, plan
+from svsk_eval.speed.random_model import VARIANTS, write_random_model
+from svsk_eval.text.generate import generate_texts
+from svsk_eval.text.scoring import EvalResult, evaluate, load_model
+from svsk_kernels.errors import SvskError
+from svsk_kernels.gpu import error_feedback as feedback
+from svsk_offline import pipeline
 from svsk_offline.calibration import BlockRunner, load_calibration
-from svsk_offline.errors import SvskError
-from svsk_offline.layer import LayerReport
 from svsk_offline.pipeline import Progress, quantize
+from svsk_offline.planning import plan
 from svsk_offline.quantizers import lowrank
-from svsk_offline.quantizers.feedback import Levels, round_in_a_loop
+from svsk_offline.quantizers.error_feedback import Levels, round_in_a_loop
 from svsk_offline.recipe import Recipe, load_recipe
-from svsk_offline.restore import restore
-from svsk_offline.source import ModelSource
+from svsk_offline.storage.dense_model import ModelSource
+from svsk_offline.storage.layer_report import LayerReport
+from svsk_offline.storage.restore import restore
 from svsk_vllm.format import Checkpoint
 from tests.offline.folders import folder_bytes
 from tests.support.simulated_cuda import simulated_cuda

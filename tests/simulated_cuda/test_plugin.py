@@ -13,23 +13,16 @@ import vllm.model_executor.layers.linear as vllm_linear
 import vllm.model_executor.parameter as vllm_parameter
 from vllm.config import VllmConfig, set_current_vllm_config
 
-import svsk_kernels.launch as launch
-import svsk_vllm.plugin.choice as choice
-import svsk_vllm.plugin.separate as separate
-from svsk_kernels import (
-    LayerSpec,
-    ReferenceKernel,
-    TritonKernel,
-    dispatch,
-    naive_matmul,
-    replace_parameters,
-    sidecar_matmul,
-)
-from svsk_kernels.layout import PlanarSidecar, unpack_base, unpack_scale, unpack_sidecar
-from svsk_kernels.reference import dequantize_layer
+import svsk_kernels.gpu.launch as launch
+import svsk_vllm.plugin.kernel_choice as choice
+from svsk_kernels import LayerSpec, ReferenceKernel, TritonKernel, naive_matmul, replace_parameters, sidecar_matmul
+from svsk_kernels.gpu import matmul_op as dispatch
+from svsk_kernels.gpu.repack_base import unpack_base, unpack_scale
+from svsk_kernels.gpu.repack_sidecar import PlanarSidecar, unpack_sidecar
+from svsk_kernels.reference_kernel import dequantize_layer
 from svsk_vllm.format import Codebook, ConfigGroup, LinearSpec, QuantizedLinear, unpack_codes
-from svsk_vllm.plugin.config import SvskConfig
-from svsk_vllm.plugin.separate import SeparateKernel
+from svsk_vllm.plugin.quantization_config import SvskConfig
+from svsk_vllm.plugin.split_kernel import SplitKernel
 from tests.support.format_builders import make_group, random_linear
 from tests.support.simulated_cuda import on_gpu, simulated_cuda
 
@@ -144,7 +137,7 @@ def expected_output(kind: str, linears: Sequence[QuantizedLinear], layer: Any, r
         wide.unflatten(1, (size, -1))[:, number] = x
         y = naive_matmul(wide, linears[0])
     else:
-        y = torch.cat([naive_matmul(x, linear).unflatten(1, (size, -1))[:, number] for linear in linears], 1)
+        y = torch.cat([naive_matmul(x, linear.plain).unflatten(1, (size, -1))[:, number] for linear in linears], 1)
     bias = getattr(layer, "bias", None)
     return y if bias is None else y + bias.detach().cpu().double()
 
@@ -155,7 +148,7 @@ class Products:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.spec: LayerSpec | None = None
         self.kernels: list[str] = []
-        monkeypatch.setattr(launch, "fused_matmul", lambda x, base, side, bits, bias, chosen, tiles: self(
+        monkeypatch.setattr(launch, "packed_matmul", lambda x, base, side, bits, bias, chosen, tiles: self(
             chosen.kernel, x, base, side, bits, bias))  # fmt: skip
         monkeypatch.setattr(launch, "matmul_folded", lambda x, base, side, bits, bias: self(
             "fold", x, base, side, bits, bias))  # fmt: skip
@@ -237,11 +230,11 @@ def test_other_kernels(
 ) -> None:
     """The layer as its dequantised weight, and in two parts."""
     monkeypatch.setenv("SVSK_KERNEL", kernel)
-    monkeypatch.setattr(separate, "_vllm_kernel", lambda prefix, spec, shape, device: BaseProduct())
+    monkeypatch.setattr(split_kernel, "_vllm_kernel", lambda prefix, spec, shape, device: BaseProduct())
     linears = parts_of(kind, codebook)
     with simulated_cuda(KERNELS):
         layer = build(kind, linears, GPU)
-        assert isinstance(layer.quant_method.kernel, SeparateKernel if kernel == "split" else ReferenceKernel)
+        assert isinstance(layer.quant_method.kernel, SplitKernel if kernel == "split" else ReferenceKernel)
         reference = expected_output(kind, linears, layer, rank)
         layer.quant_method.process_weights_after_loading(layer)
         assert all(map(on_gpu, layer.parameters()))

@@ -31,7 +31,7 @@ IMPORTED: Final = (
     "lm_eval.tasks",
     "transformers.models.llama.modeling_llama",
 )
-MODULES: Final = ("svsk_eval.bench.worker", "svsk_offline.cli")
+MODULES: Final = ("svsk_eval.bench.worker", "svsk_eval.cli")
 
 _FREE: Final = 200
 """Descriptors from here on are taken by nobody else."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers as a kernel gets them, built straight from the definition in ``svsk_kernels.plan``."""
+"""Layers as a kernel gets them, built straight from the definition in ``svsk_kernels.sidecar_plan``."""
 
 import itertools
 

@@ -12,15 +12,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from svsk_eval.bench.analysis import analyse
-from svsk_eval.bench.compare import check_writable, html_writer, recovery_gate
-from svsk_eval.bench.console import print_report
-from svsk_eval.bench.report_markdown import markdown_report
 from svsk_eval.bench.runner import BenchOptions, Candidate, bench, package_versions
-from svsk_eval.bench.schema import BenchReport, BenchSettings, Engine
 from svsk_eval.errors import EvalError
+from svsk_eval.report.analysis import analyse
+from svsk_eval.report.console import print_report
+from svsk_eval.report.markdown import markdown_report
+from svsk_eval.report.merge import check_writable, html_writer, recovery_gate
+from svsk_eval.report.schema import BenchReport, BenchSettings, Engine
 from svsk_eval.task_data import DATA_VARIABLE
-from svsk_offline.atomic import write_text
+from svsk_offline.storage.atomic import write_text
 
 __all__ = ["bench_with_progress", "engine_name", "engine_names", "settings_of", "shown_command"]
 

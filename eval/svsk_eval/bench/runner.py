@@ -20,16 +20,16 @@ import torch
 
 import svsk_kernels
 import svsk_vllm
-from svsk_eval.bench.analysis import check_tasks
-from svsk_eval.bench.folders import Folder, bits_per_weight, read_folder
-from svsk_eval.bench.schema import BenchReport, BenchSettings, Engine, Generation, ModelRun, TextScores
-from svsk_eval.bench.sources import environment_settings, source_hash
+from svsk_eval.bench.fingerprint import environment_settings, source_hash
+from svsk_eval.bench.model_folder import Folder, bits_per_weight, read_folder
 from svsk_eval.bench.worker import WorkerRequest, WorkerResult
 from svsk_eval.errors import EvalError
 from svsk_eval.processes import ending, log_tail, run_module
-from svsk_offline.atomic import write_text
-from svsk_offline.loading import resolve_model
-from svsk_offline.locks import LOCK_NAME, locked
+from svsk_eval.report.analysis import check_tasks
+from svsk_eval.report.schema import BenchReport, BenchSettings, Engine, Generation, ModelRun, TextScores
+from svsk_offline.storage.atomic import write_text
+from svsk_offline.storage.locks import LOCK_NAME, locked
+from svsk_offline.storage.model_loading import resolve_model
 from svsk_vllm.version import __version__
 
 __all__ = ["BenchOptions", "Candidate", "TextOptions", "bench", "candidate", "package_versions"]
@@ -142,7 +142,7 @@ def bench(
     trust = bool(settings.model_args.get("trust_remote_code"))
     folders = [read_folder(resolve_model(one.name, trust_remote_code=trust)) for one in candidates]
     if options.text is not None:
-        from svsk_eval.scoring import check_longest, declared_limits
+        from svsk_eval.text.scoring import check_longest, declared_limits
 
         for folder in folders:  # each scores the text in its turn; what cannot is told before the first
             longest = declared_limits(folder.path, trust_remote_code=trust)[1]
@@ -239,7 +239,7 @@ def _score_text(
             progress(one.label, f"text, {engine}", 0, 0)
             with (work / "log.txt").open("wb") as output:
                 done = subprocess.run(
-                    [sys.executable, "-m", "svsk_offline.cli", *command, "--json", str(result)],
+                    [sys.executable, "-m", "svsk_eval.cli", *command, "--json", str(result)],
                     stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False,
                 )  # fmt: skip
             if done.returncode:

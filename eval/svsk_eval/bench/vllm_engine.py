@@ -9,8 +9,8 @@ from lm_eval.models.vllm_causallms import VLLM
 from vllm import SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
-from svsk_eval.bench.engines import JournaledModel, is_sampled, likelihood
 from svsk_eval.bench.journal import Generated, request_keys
+from svsk_eval.bench.journaled_model import JournaledModel, is_sampled, likelihood
 from svsk_eval.errors import EvalError
 
 __all__ = ["JournaledVLLM"]

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from svsk_eval.bench.fingerprint import source_hash
 from svsk_eval.bench.journal import Journal
-from svsk_eval.bench.schema import BenchSettings, Generation, TaskRun
-from svsk_eval.bench.sources import source_hash
-from svsk_eval.engine_args import served_dtype
 from svsk_eval.errors import EvalError
 from svsk_eval.processes import die_with_parent
-from svsk_eval.scoring import resolve_dtype
+from svsk_eval.report.schema import BenchSettings, Generation, TaskRun
 from svsk_eval.task_data import task_manager, tasks_folder
-from svsk_offline.atomic import write_text
+from svsk_eval.text.engine_args import served_dtype
+from svsk_eval.text.scoring import resolve_dtype
+from svsk_offline.storage.atomic import write_text
 
 __all__ = ["TaskResult", "WorkerRequest", "WorkerResult", "run_worker", "task_run"]
 
@@ -159,7 +159,7 @@ def _seed(seed: int) -> None:
 def _sources(request: WorkerRequest) -> str:
     """A hash of the files that make prompts and scores of items; lm-eval's own are known by its version."""
     package = Path(__file__).parents[1]
-    folders = [tasks_folder(), package / "task_data", package / "code", package / "bench"]
+    folders = [tasks_folder(), package / "task_data", package / "sandbox", package / "bench"]
     if request.include_path:
         folders.append(request.include_path)
     return source_hash(folders)

@@ -5,7 +5,7 @@ lm-eval imports ``eval/tasks/utils.py`` by its path; that file re-exports what i
 a function is called.
 """
 
-from svsk_eval.task_data.code import (
+from svsk_eval.task_data.code_tasks import (
     estimate_pass_at_k,
     first_code_block,
     humaneval_instruct_programs,

@@ -6,7 +6,7 @@ lm-eval calls them with the task's metadata as keyword arguments, which they do 
 
 from typing import TYPE_CHECKING
 
-from svsk_eval.task_data.code import require_sandbox
+from svsk_eval.task_data.code_tasks import require_sandbox
 from svsk_eval.task_data.folder import tasks_folder
 from svsk_eval.task_data.rows import Row, SmokeChoiceRow, SmokeTextRow
 from svsk_eval.task_data.sources import load_documents, read_rows

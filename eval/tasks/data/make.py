@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from svsk_offline.atomic import write_text
+from svsk_offline.storage.atomic import write_text
 
 __all__ = ["FOLDER", "generated"]
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration: text, and what the model does with it."""
 
-from svsk_offline.calibration.capture import BlockRunner
+from svsk_offline.calibration.block_runner import BlockRunner
 from svsk_offline.calibration.draw import load_calibration
 from svsk_offline.calibration.gradients import OutputGradients, sweep_gradients
+from svsk_offline.calibration.input_statistics import InputStatistics
 from svsk_offline.calibration.sources import DEFAULT_SOURCE
-from svsk_offline.calibration.statistics import InputStatistics
 from svsk_offline.calibration.text import CalibrationSet
 
 __all__ = [

@@ -6,9 +6,9 @@ from typing import Any, Final
 
 import torch
 
+from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.sources import Source
 from svsk_offline.calibration.text import CalibrationSet, bos_prefix, cut_pieces, token_fingerprint
-from svsk_offline.errors import SvskError
 
 __all__ = ["load_calibration"]
 

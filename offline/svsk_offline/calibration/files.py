@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Literal, cast
 
-from svsk_offline.errors import SvskError
+from svsk_kernels.errors import SvskError
 
 __all__ = ["TextFile", "open_text"]
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from svsk_offline.calibration.capture import BlockRunner, StandIn, scratch_tensor
-from svsk_offline.calibration.statistics import InputStatistics
+from svsk_kernels.errors import SvskError
+from svsk_offline.calibration.block_runner import BlockRunner, StandIn, scratch_tensor
+from svsk_offline.calibration.input_statistics import InputStatistics
 from svsk_offline.calibration.text import CalibrationSet
-from svsk_offline.errors import SvskError
-from svsk_offline.source import ModelSource, linear_modules
+from svsk_offline.storage.dense_model import ModelSource, linear_modules
 
 __all__ = ["OutputGradients", "draw_labels", "sweep_gradients"]
 

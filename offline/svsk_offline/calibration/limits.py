@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 
-from svsk_offline.errors import SvskError
+from svsk_kernels.errors import SvskError
 
 __all__ = ["check_length", "check_token_ids", "longest_sequence"]
 

@@ -4,7 +4,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from svsk_offline.errors import SvskError
+from svsk_kernels.errors import SvskError
 
 __all__ = ["RowReader"]
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.files import TextFile, open_text
 from svsk_offline.calibration.rows import RowReader
-from svsk_offline.errors import SvskError
 from svsk_offline.preflight import calibration_path
 
 __all__ = ["DEFAULT_SOURCE", "Source", "check_source"]

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from svsk_offline.errors import SvskError
+from svsk_kernels.errors import SvskError
 
 __all__ = ["CalibrationSet", "bos_prefix", "cut_pieces", "token_fingerprint"]
 

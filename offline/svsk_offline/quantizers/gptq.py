@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 import torch
 
-from svsk_offline.quantizers.feedback import BLOCK, Levels, round_block, round_with_feedback
+from svsk_offline.quantizers.error_feedback import BLOCK, Levels, round_block, round_with_feedback
 from svsk_offline.quantizers.hessian import ColumnOrder
 from svsk_offline.quantizers.rounding import absmax_scale, nearest_levels
 from svsk_vllm.format import Codebook, codebook_levels

@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from svsk_offline.errors import SvskError
+from svsk_kernels.errors import SvskError
 
 __all__ = ["ColumnOrder", "damped", "damped_batch", "inverse_root", "inverse_roots", "lower_factor"]
 

@@ -7,8 +7,8 @@ from typing import Final
 import torch
 from torch import nn
 
-from svsk_offline.quantizers.diagonal import Sidecar
-from svsk_offline.quantizers.feedback import Levels, round_block, round_with_feedback
+from svsk_offline.quantizers.diagonal_sidecar import Sidecar
+from svsk_offline.quantizers.error_feedback import Levels, round_block, round_with_feedback
 from svsk_offline.quantizers.hessian import ColumnOrder, damped, damped_batch, inverse_roots, lower_factor
 from svsk_offline.quantizers.lowrank import leading_right_vectors
 from svsk_vllm.format import TileGrid

@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from svsk_offline.errors import SvskError
+from svsk_kernels.errors import SvskError
 
 __all__ = ["leading_right_vectors", "round_rows", "truncated_svd"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``svsk_eval.served`` uses of vLLM, computed by transformers: its processes are tested with it.
+"""What ``svsk_eval.text.served`` uses of vLLM, computed by transformers: its processes are tested with it.
 
 The environment variable ``FAKE_VLLM_LOG`` names a file for the arguments of every engine, ``FAKE_VLLM`` what goes
 wrong: ``fail``, ``kill``, ``hang``, ``other`` (an answer for another prompt) or ``nan``.

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model of lm-eval that answers from a journal first and notes what it has to compute."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from svsk_eval.bench.journal import Generated, Journal, Likelihood, request_keys
+from svsk_eval.errors import EvalError
+
+__all__ = ["Clock", "JournaledModel", "Progress", "is_sampled", "likelihood"]
+
+Progress = Callable[[int, int], None]
+"""Called with the numbers of requests that have an answer and that were asked for so far."""
+
+
+class Clock:
+    """Tokens that were generated, and how long it took."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Do ``work`` and count its time."""
+        start = time.perf_counter()
+        try:
+            work()
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+class JournaledModel(TemplateLM):
+    """What both engines share: look into the journal, run the rest, answer in order.
+
+    Attributes:
+        journal: answers, old and new.
+        clock: of generation, new answers only.
+        cut_prompts: how many prompts did not fit the model's context and were cut, as lm-eval does; with vLLM only.
+    """
+
+    journal: Journal
+    clock: Clock
+    cut_prompts: int
+
+    def attach(self, journal: Journal, progress: Progress) -> None:
+        """Set what lm-eval's constructor does not know."""
+        self.journal, self.clock = journal, Clock()
+        self._progress = progress
+        self._done = self._asked = self.cut_prompts = 0
+
+    def generated(self, requests: Iterable[tuple[str, dict[str, Any]]]) -> list[Generated]:
+        """The kept answers to ``generate_until`` requests (prompt, settings), all of one task and in its order.
+
+        Raises:
+            KeyError: one has not been run.
+        """
+        return [self.journal.generated(key) for key in self._generation_keys(list(requests))]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        arguments = [request.args for request in requests]
+        keys = self._generation_keys(arguments)
+        todo = self._missing(keys)
+        if todo:
+            self.clock.run(lambda: self._generate([(keys[i], *arguments[i]) for i in todo]))
+        return [self.journal.generated(key).text for key in keys]
+
+    def _generation_keys(self, arguments: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+        sampled = any(is_sampled(settings) for _, settings in arguments)
+        return request_keys("generate_until", arguments, numbered=sampled)
+
+    def _generate(self, requests: list[tuple[str, str, dict[str, Any]]]) -> None:
+        """Run requests (key, prompt, settings) and keep their answers."""
+        raise NotImplementedError
+
+    def _missing(self, keys: Sequence[str]) -> list[int]:
+        """Indices of the first request of each key that has no answer; the others count as done."""
+        first: dict[str, int] = {}
+        for index, key in enumerate(keys):
+            if key not in self.journal:
+                first.setdefault(key, index)
+        self._asked += len(keys)
+        self._done += len(keys) - len(first)
+        self._progress(self._done, self._asked)
+        return list(first.values())
+
+    def _keep(self, key: str, answer: Generated | Likelihood) -> None:
+        self.journal.add(key, answer)
+        if isinstance(answer, Generated):
+            self.clock.tokens += answer.tokens
+        self._done += 1
+        self._progress(self._done, self._asked)
+
+
+def is_sampled(settings: dict[str, Any]) -> bool:
+    """Whether an answer is drawn at random, by lm-eval's rules."""
+    normal = normalize_gen_kwargs(settings)
+    return bool(normal.get("do_sample")) or float(normal.get("temperature", 0.0)) > 0
+
+
+def likelihood(logprob: float, greedy: bool | None) -> Likelihood:
+    """An answer of these values.
+
+    Raises:
+        EvalError: the log-probability is not finite.
+    """
+    if not math.isfinite(logprob):
+        raise EvalError(
+            f"The model gives a text the log-probability {logprob}. Try another --dtype, and check the weights: "
+            "`svsk eval MODEL --text TEXT --dtype float32`."
+        )
+    return Likelihood(logprob=logprob, greedy=greedy)

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put several files of ``svsk bench --json`` into one comparison, and hold variants to a minimum recovery."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+
+from svsk_eval.errors import EvalError
+from svsk_eval.report.analysis import Analysis, analyse, as_analysis, check_tasks
+from svsk_eval.report.console import print_report
+from svsk_eval.report.markdown import markdown_report
+from svsk_eval.report.schema import BenchReport, ModelRun, TextScores, load_report
+
+__all__ = [
+    "GateResult",
+    "MergedReports",
+    "check_writable",
+    "compare_and_print",
+    "compare_reports",
+    "html_writer",
+    "is_bench_report",
+    "merge_reports",
+    "recovery_gate",
+]
+
+_MUST_AGREE: Final = (
+    "engine",
+    "data",
+    "limit",
+    "seed",
+    "gen_kwargs",
+    "apply_chat_template",
+    "fewshot_as_multiturn",
+    "system_instruction",
+)
+_ROUNDING: Final = 1e-12  # of a quotient: 0.99 of a score passes a minimum of 0.99
+_AGAINST_REFERENCE: Final = ("delta_nll", "kl_mean", "kl_p99", "top1")
+
+
+@dataclass(frozen=True)
+class MergedReports:
+    """Several reports as one: the models of all, on the first one's reference.
+
+    Attributes:
+        report: the whole.
+        notes: what a reader should know about the merging, in sentences.
+    """
+
+    report: BenchReport
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """Whether a variant keeps enough of the reference's score on a task.
+
+    Attributes:
+        variant: label of the variant.
+        task: name of the task.
+        recovery: the variant's score divided by the reference's; None if the reference's is not above zero.
+        minimum: that was asked for.
+        passed: recovery is known and at least the minimum.
+        reason: in words.
+    """
+
+    variant: str
+    task: str
+    recovery: float | None
+    minimum: float
+    passed: bool
+    reason: str
+
+
+def is_bench_report(path: str | Path) -> bool:
+    """Whether a file says that ``svsk bench --json`` wrote it. A file that cannot be read does not say so."""
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("kind") == "svsk-bench"
+
+
+def merge_reports(paths: Sequence[str | Path]) -> MergedReports:
+    """Put the models of several files into one report. The first file's reference is the reference of all.
+
+    A model that was in an earlier file (same label, same fingerprint) is taken from there. Different models of the same
+    label get a number. Figures of a text that are relative to a reference are left out where it was another one.
+
+    Args:
+        paths: files of ``svsk bench --json``.
+
+    Raises:
+        EvalError: there is no file; one is missing or damaged; or it was run with other settings, tasks or items than
+            the first.
+    """
+    if not paths:
+        raise EvalError("Got no file to compare: expected at least one of `svsk bench --json`.")
+    first = load_report(paths[0])
+    models, notes = list(first.models), []
+    reports = [first, *(load_report(path) for path in paths[1:])]
+    for path, report in zip(paths[1:], reports[1:], strict=True):
+        notes += _check_settings(str(paths[0]), first, str(path), report)
+        same_reference = report.models[0].fingerprint == first.models[0].fingerprint
+        if not same_reference and any(_has_relative(text) for run in report.models for text in run.text):
+            notes.append(f"{path}: its KL, delta NLL and top-1 are against another reference and are not shown.")
+        for run in report.models:
+            check_tasks(first.models[0], run, str(path))
+            known = next((old for old in models if _identity(old) == _identity(run)), None)
+            if known is None:
+                models.append(run if same_reference else _without_relative(run))
+            elif known.tasks != run.tasks:
+                notes.append(
+                    f"{path}: {run.label} scored differently there; the figures of the earlier file are shown."
+                )
+    merged = first.model_copy(
+        update={
+            "models": tuple(_distinct_labels(models)),
+            "command": "\n".join(dict.fromkeys(report.command for report in reports)),
+            "hardware": "; ".join(dict.fromkeys(report.hardware for report in reports)),
+        }
+    )
+    return MergedReports(BenchReport.model_validate(merged.model_dump()), tuple(notes))
+
+
+def compare_reports(paths: Sequence[str | Path]) -> Analysis:
+    """Merge files by :func:`merge_reports` and compare every model with the first one's reference.
+
+    Raises:
+        EvalError: as there.
+    """
+    merged = merge_reports(paths)
+    return analyse(merged.report, merged.notes)
+
+
+def check_writable(files: Mapping[str, Path | None]) -> None:
+    """Refuse files that could not be written in the end, before the work is done.
+
+    Args:
+        files: by option; None where it was not given.
+
+    Raises:
+        EvalError: one is a folder, or its folder does not exist.
+    """
+    for option, path in files.items():
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise EvalError(f"{option} {path}: cannot be written. Name a file in a folder that exists.")
+
+
+def compare_and_print(
+    console: Console,
+    files: Sequence[str | Path],
+    json_file: Path | None = None,
+    markdown: Path | None = None,
+    html: Path | None = None,
+) -> Analysis:
+    """What ``svsk compare`` does with files of ``svsk bench``: show the comparison, and write it where asked.
+
+    Args:
+        console: where to show it.
+        files: of ``svsk bench --json``.
+        json_file: for the comparisons, without the items.
+        markdown: for the report as Markdown.
+        html: for the report as one HTML page.
+
+    Raises:
+        EvalError: the files cannot be compared, a file cannot be written, or a package that a page needs is absent.
+    """
+    write_page = html_writer() if html is not None else None
+    check_writable({"--json": json_file, "--markdown": markdown, "--html": html})
+    analysis = compare_reports(files)
+    print_report(console, analysis)
+    if json_file is None and markdown is None and html is None:
+        return analysis
+    from svsk_offline.storage.atomic import write_json, write_text  # brings in torch, which nothing else here needs
+
+    if json_file is not None:
+        write_json(json_file, {"files": [str(path) for path in files], **analysis.to_json()})
+    if markdown is not None:
+        write_text(markdown, markdown_report(analysis))
+    if html is not None and write_page is not None:
+        write_text(html, write_page(analysis))
+    return analysis
+
+
+def recovery_gate(report: BenchReport | Analysis, minimum: float) -> list[GateResult]:
+    """Hold every variant to a share of the reference's score on every task. The standard errors are not considered.
+
+    Args:
+        report: of ``svsk bench``, or its comparisons.
+        minimum: share, 0.99 for 99%.
+
+    Returns:
+        One result per variant and task. Where the reference does not score above zero it fails: it cannot be judged.
+
+    Raises:
+        EvalError: the minimum is not a share, there is no variant, or the models cannot be compared.
+    """
+    if not 0 < minimum <= 1:
+        raise EvalError(f"Minimum recovery {minimum}: expected a share of the reference's score, such as 0.99 for 99%.")
+    analysis = as_analysis(report)
+    if not analysis.variants:
+        raise EvalError("There is no variant to hold to a minimum recovery. Name a model besides the reference.")
+    results = []
+    for variant in analysis.variants:
+        for task in variant.tasks:
+            recovery = task.score.recovery
+            if recovery is None:
+                reason = (
+                    f"cannot be judged: the reference scores {task.score.reference.value:.4f} on these items, "
+                    "so there is nothing to recover"
+                )
+                results.append(GateResult(variant.label, task.task, None, minimum, False, reason))
+                continue
+            passed = recovery >= minimum - _ROUNDING
+            reason = f"recovery {recovery:.4f} is {'at least' if passed else 'below'} {minimum:g}"
+            results.append(GateResult(variant.label, task.task, recovery, minimum, passed, reason))
+    return results
+
+
+def html_writer() -> Callable[[Analysis], str]:
+    """The writer of pages, imported only where one is asked for: its packages are optional.
+
+    Raises:
+        EvalError: they are not installed.
+    """
+    try:
+        from svsk_eval.report.html import html_report
+    except ModuleNotFoundError as error:
+        raise EvalError(
+            f"A report in HTML needs the package {error.name}, which is not installed: pip install 'svsk-vllm[eval]'."
+        ) from error
+    return html_report
+
+
+def _check_settings(first_path: str, first: BenchReport, path: str, report: BenchReport) -> list[str]:
+    """Refuse settings that change scores; return notes about those that may."""
+    for field in _MUST_AGREE:
+        ours, theirs = getattr(first.settings, field), getattr(report.settings, field)
+        if ours != theirs:
+            raise EvalError(
+                f"{path}: was run with {field} {theirs!r}: expected {ours!r} as in {first_path}. "
+                "Run `svsk bench` again with the same settings."
+            )
+    notes = []
+    if first.settings.model_args != report.settings.model_args:
+        notes.append(f"{path}: other model arguments than in {first_path}: {report.settings.model_args}.")
+    versions = first.settings.versions, report.settings.versions
+    changed = [name for name in sorted({*versions[0], *versions[1]}) if versions[0].get(name) != versions[1].get(name)]
+    if changed:
+        pairs = [f"{name} {versions[1].get(name, 'absent')} ({versions[0].get(name, 'absent')})" for name in changed]
+        notes.append(f"{path}: other versions than in {first_path}: {', '.join(pairs)}.")
+    if first.hardware != report.hardware:
+        notes.append(f"{path}: other hardware than in {first_path}: {report.hardware}. Speeds cannot be compared.")
+    return notes
+
+
+def _identity(run: ModelRun) -> tuple[str, str]:
+    return run.fingerprint, run.label
+
+
+def _has_relative(text: TextScores) -> bool:
+    return any(getattr(text, name) is not None for name in _AGAINST_REFERENCE)
+
+
+def _without_relative(run: ModelRun) -> ModelRun:
+    """The model without the figures of a text that are relative to a reference."""
+    dropped = {field: None for name in _AGAINST_REFERENCE for field in (name, f"{name}_se")}
+    return run.model_copy(update={"text": tuple(text.model_copy(update=dropped) for text in run.text)})
+
+
+def _distinct_labels(models: Sequence[ModelRun]) -> list[ModelRun]:
+    """The models, with a number after a label that an earlier one has."""
+    taken = {run.label for run in models}
+    seen: set[str] = set()
+    found = []
+    for run in models:
+        label, number = run.label, 2
+        while label in seen or (label != run.label and label in taken):
+            label, number = f"{run.label} ({number})", number + 1
+        seen.add(label)
+        found.append(run.model_copy(update={"label": label}))
+    return found

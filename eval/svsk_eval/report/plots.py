@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plots of task scores as SVG that can be put into an HTML page: text stays text, and the same report gives the same.
+
+Colours are those of Okabe and Ito, "Color Universal Design" (2008), which people with colour blindness can tell apart;
+every model also has a marker of its own. The page draws the legend.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from xml.etree import ElementTree
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from svsk_eval.report.analysis import Analysis
+from svsk_eval.report.paired_statistics import Estimate, Interval
+from svsk_eval.report.tables import headline_text
+
+__all__ = ["Plot", "all_plots", "model_style"]
+
+_REFERENCE: Final = ("#444444", "o")
+_COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS: Final = ("s", "^", "D", "v", "P", "X", "<", ">")
+_WIDTH: Final = 7.4  # inches; a point of the SVG is 4/3 pixels of the page
+_ROW: Final = 0.17  # inches per model
+_LONGEST_NAME: Final = 34
+_GREY: Final = "#8a8a8a"
+_NORMAL_95: Final = 1.96
+_RECOVERY: Final = "mean recovery"
+_KL: Final = "KL, nats per token"
+_STYLE: Final = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "svsk",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so that the layout is the same everywhere
+    "font.size": 9,
+    "text.parse_math": False,
+    "text.usetex": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _GREY,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.unicode_minus": True,
+    "axes.axisbelow": True,
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "savefig.transparent": True,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture of a report.
+
+    Attributes:
+        name: short, unique in a report: letters and hyphens.
+        title: what it shows.
+        caption: how to read it.
+        labels: of the models in it, for the legend.
+        svg: the drawing, an ``svg`` element.
+    """
+
+    name: str
+    title: str
+    caption: str
+    labels: tuple[str, ...]
+    svg: str
+
+
+def all_plots(analysis: Analysis) -> list[Plot]:
+    """The plots of a report in their order, without those for which there is nothing to draw."""
+    makers: tuple[Callable[[Analysis], Plot | None], ...] = (_scores, _differences, _flips, _quality, _answers)
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the reader's fonts draw the text
+        return [plot for plot in (make(analysis) for make in makers) if plot is not None]
+
+
+def model_style(analysis: Analysis, label: str) -> tuple[str, str]:
+    """Colour (hexadecimal) and matplotlib marker of a model, the same in all plots."""
+    index = [run.label for run in analysis.report.models].index(label)
+    if index == 0:
+        return _REFERENCE
+    return _COLOURS[(index - 1) % len(_COLOURS)], _MARKERS[(index - 1) % len(_MARKERS)]
+
+
+def _scores(analysis: Analysis) -> Plot:
+    labels = [run.label for run in analysis.report.models]
+    figure, axes = _canvas(len(analysis.tasks), len(labels))
+    rows = {task: {label: analysis.estimates[label][task].score for label in labels} for task in analysis.tasks}
+    _dots(axes, analysis, rows)
+    axes.set_xlabel("score, with 95% confidence interval")
+    caption = "Each model's own interval. Models are compared in pairs of items, so overlap here decides nothing: see "
+    caption += "the differences below." if analysis.variants else "the differences, once there is a variant."
+    return _plot("scores", "Score per task", caption, labels, figure)
+
+
+def _differences(analysis: Analysis) -> Plot | None:
+    if not analysis.variants:
+        return None
+    rows: dict[str, dict[str, Estimate]] = {task: {} for task in analysis.tasks}
+    last = "mean of all tasks"
+    for variant in analysis.variants:
+        for task in variant.tasks:
+            rows[task.task][variant.label] = Estimate(task.score.difference, None, task.score.interval)
+        if len(analysis.tasks) > 1:
+            over = Estimate(variant.pooled.difference, None, variant.pooled.interval)
+            rows.setdefault(last, {})[variant.label] = over
+    labels = [variant.label for variant in analysis.variants]
+    figure, axes = _canvas(len(rows), len(labels))
+    _dots(axes, analysis, rows)
+    axes.axvline(0, color="#222222", linewidth=1, zorder=1)
+    axes.set_xlabel("score of the variant minus the reference's, with 95% confidence interval")
+    caption = (
+        "Right of the line the variant scores higher. An interval that crosses the line is no evidence of equality."
+    )
+    return _plot("differences", "Paired difference per task", caption, labels, figure)
+
+
+def _flips(analysis: Analysis) -> Plot | None:
+    if not analysis.variants:
+        return None
+    found = [{task.task: task.score for task in variant.tasks} for variant in analysis.variants]
+    tasks = [task for task in analysis.tasks if all(scores[task].binary for scores in found)]
+    if not tasks or not analysis.variants:
+        return None
+    labels = [variant.label for variant in analysis.variants]
+    figure, axes = _canvas(len(tasks), len(labels))
+    most = 0.0
+    for offset, label, scores in zip(_offsets(len(labels)), labels, found, strict=True):
+        colour, _ = model_style(analysis, label)
+        for row, score in enumerate(scores[task] for task in tasks):
+            lost, gained = score.lost / score.n, score.gained / score.n
+            most = max(most, lost, gained)
+            height = 0.7 / len(labels)
+            axes.barh(row + offset, -lost, height, color=colour, alpha=0.95, linewidth=0)
+            axes.barh(row + offset, gained, height, color=colour, alpha=0.5, linewidth=0)
+            for value, count, side in ((-lost, score.lost, -1), (gained, score.gained, 1)):
+                axes.annotate(
+                    str(count),
+                    (value, row + offset),
+                    xytext=(3 * side, 0),
+                    textcoords="offset points",
+                    ha="right" if side < 0 else "left",
+                    va="center",
+                    fontsize=7,
+                    color="#333333",
+                )
+    _task_axis(axes, tasks)
+    limit = (most or 0.1) * 1.15
+    axes.set_xlim(-limit, limit)
+    axes.axvline(0, color="#222222", linewidth=1)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * abs(value):g}%")
+    axes.set_xlabel("share of items: lost to the left, gained to the right")
+    caption = "Items that only the reference gets right (left) and only the variant (right), with their number"
+    caption += "." if len(tasks) == len(analysis.tasks) else "; only tasks whose answers are right or wrong."
+    return _plot("flips", "Items lost and gained", caption, labels, figure)
+
+
+def _quality(analysis: Analysis) -> Plot | None:
+    """Mean recovery and KL against bits per weight, each if at least two variants have both figures."""
+    found = {title: points for title, points in _against_size(analysis).items() if len(points) > 1}
+    if not found:
+        return None
+    figure = Figure(figsize=(_WIDTH, 2.9), layout="constrained")
+    for number, (title, points) in enumerate(found.items(), 1):
+        axes = figure.add_subplot(1, len(found), number)
+        for label, (bpw, point) in points.items():
+            _dot(axes, analysis, label, point, place=bpw, upright=True)
+        axes.set_title(title)
+        axes.set_xlabel("bits per weight")
+        axes.margins(0.12)
+        axes.grid(True)
+        if title == _RECOVERY:
+            axes.axhline(1, color=_GREY, linewidth=1, linestyle="--", zorder=1)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        else:
+            axes.set_ylim(bottom=0)
+    labels = [run.label for run in analysis.report.models if any(run.label in points for points in found.values())]
+    caption = "With 95% confidence intervals. Fewer bits are cheaper; a high recovery and a low KL are good."
+    return _plot("quality", "Quality against size", caption, labels, figure)
+
+
+def _against_size(analysis: Analysis) -> dict[str, dict[str, tuple[float, Estimate]]]:
+    """Per panel and label: bits per weight, and the figure with its interval."""
+    found: dict[str, dict[str, tuple[float, Estimate]]] = {_RECOVERY: {}, _KL: {}}
+    for variant, run in zip(analysis.variants, analysis.report.models[1:], strict=True):
+        if run.bpw is None:
+            continue
+        over = variant.pooled
+        if over.recovery is not None:
+            found[_RECOVERY][run.label] = (run.bpw, Estimate(over.recovery, None, over.recovery_interval))
+        text = headline_text(run)
+        if text is not None and text.kl_mean is not None:
+            limits = None
+            if text.kl_mean_se is not None:
+                half = _NORMAL_95 * text.kl_mean_se
+                limits = Interval(text.kl_mean - half, text.kl_mean + half)
+            found[_KL][run.label] = (run.bpw, Estimate(text.kl_mean, text.kl_mean_se, limits))
+    return found
+
+
+def _answers(analysis: Analysis) -> Plot | None:
+    labels = [run.label for run in analysis.report.models]
+    tasks = [task for task in analysis.tasks if any(analysis.estimates[label][task].output_tokens for label in labels)]
+    if not tasks:
+        return None
+    figure = Figure(figsize=(_WIDTH, _height(len(tasks), len(labels))), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, name in ((left, "terminated"), (right, "output_tokens")):
+        rows: dict[str, dict[str, Estimate]] = {task: {} for task in tasks}
+        for task in tasks:
+            for label in labels:
+                found: Estimate | None = getattr(analysis.estimates[label][task], name)
+                if found is not None:
+                    rows[task][label] = found
+        _dots(axes, analysis, rows)
+    left.xaxis.set_major_formatter(PercentFormatter(1.0))
+    left.set_xlabel("answers that ended by themselves")
+    right.set_xlabel("tokens per answer")
+    right.tick_params(labelleft=False)
+    caption = (
+        "With 95% confidence intervals. Answers that hit the limit of tokens, or become longer, cost scores and time."
+    )
+    return _plot("answers", "How answers end, and their length", caption, labels, figure)
+
+
+def _height(rows: int, models: int) -> float:
+    """Inches for that many tasks of that many models."""
+    return 0.85 + rows * (models * _ROW + 0.16)
+
+
+def _canvas(rows: int, models: int) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH, _height(rows, models)), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _offsets(count: int) -> list[float]:
+    """Where the models of a task are drawn, relative to its row: 0.7 of a row together."""
+    return [0.7 * ((index + 0.5) / count - 0.5) for index in range(count)]
+
+
+def _dots(axes: Axes, analysis: Analysis, rows: Mapping[str, Mapping[str, Estimate]]) -> None:
+    """A row for each task, and in it a dot with its interval for each model."""
+    present = {label for points in rows.values() for label in points}
+    labels = [run.label for run in analysis.report.models if run.label in present]
+    for offset, label in zip(_offsets(len(labels)), labels, strict=True):
+        for row, points in enumerate(rows.values()):
+            if label in points:
+                _dot(axes, analysis, label, points[label], place=row + offset, upright=False)
+    _task_axis(axes, list(rows))
+
+
+def _dot(axes: Axes, analysis: Analysis, label: str, point: Estimate, *, place: float, upright: bool) -> None:
+    """A figure and its interval: upright at a place of the x axis, or level at one of the y axis."""
+    colour, marker = model_style(analysis, label)
+    errors = None
+    if point.interval is not None:  # an adjusted interval need not be centred on the figure
+        sides = point.value - point.interval.low, point.interval.high - point.value
+        errors = [[max(0.0, side)] for side in sides]
+    style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "linestyle": "none", "elinewidth": 1.4}
+    if upright:
+        axes.errorbar([place], [point.value], yerr=errors, **style)
+    else:
+        axes.errorbar([point.value], [place], xerr=errors, **style)
+
+
+def _task_axis(axes: Axes, tasks: Sequence[str]) -> None:
+    axes.set_yticks(range(len(tasks)), [_shortened(task) for task in tasks])
+    axes.set_ylim(len(tasks) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(True, axis="x")
+    for edge in range(1, len(tasks)):
+        axes.axhline(edge - 0.5, color="#eeeeee", linewidth=0.7, zorder=0)
+
+
+def _shortened(name: str) -> str:
+    """A name that fits beside a plot, without characters that XML does not know."""
+    name = "".join(letter if letter.isprintable() else "?" for letter in name)
+    half = _LONGEST_NAME // 2
+    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+
+
+def _plot(name: str, title: str, caption: str, labels: Sequence[str], figure: Figure) -> Plot:
+    return Plot(name, title, caption, tuple(labels), _inline_svg(figure, name, title))
+
+
+def _inline_svg(figure: Figure, name: str, title: str) -> str:
+    """The figure as an ``svg`` element for an HTML page.
+
+    Matplotlib's file header, metadata, style sheet and namespaces go, as does every address in them; ids get ``name``
+    as a prefix, so that several drawings can share a page; text is drawn in the page's own font.
+    """
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    root = ElementTree.fromstring(stream.getvalue())
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if _local(child.tag) in ("metadata", "style"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        element.attrib = {_local(key): _renamed(_local(key), value, name) for key, value in element.attrib.items()}
+    root.set("role", "img")
+    root.set("aria-label", title)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _local(name: str) -> str:
+    return name.rpartition("}")[2]
+
+
+def _renamed(key: str, value: str, prefix: str) -> str:
+    """An attribute's value after ids got a prefix and the font became the page's."""
+    if key == "id":
+        return f"{prefix}-{value}"
+    if key == "href" and value.startswith("#"):
+        return f"#{prefix}-{value[1:]}"
+    value = re.sub(r"url\(#", f"url(#{prefix}-", value)
+    return value.replace("'DejaVu Sans', sans-serif", "system-ui, sans-serif")

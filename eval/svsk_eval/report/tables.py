@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables and texts of a report of task scores, which the console, Markdown and HTML each draw in their own way."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from svsk_eval.report.analysis import Analysis, TaskComparison
+from svsk_eval.report.paired_statistics import Estimate, Interval, Paired
+from svsk_eval.report.schema import ModelRun, TextScores
+
+__all__ = [
+    "DASH",
+    "HOW_TO_READ",
+    "METHODS",
+    "SIGNIFICANT",
+    "Column",
+    "Strong",
+    "Table",
+    "all_tables",
+    "data_in_words",
+    "headline_text",
+    "run_facts",
+]
+
+DASH: Final = "\N{EN DASH}"
+"""Stands for a figure that there is none of."""
+
+SIGNIFICANT: Final = 0.05
+
+METHODS: Final = (
+    "± is the standard error over items. Brackets hold 95% confidence intervals of paired differences, variant minus "
+    "reference, on the same items.",
+    "Scores that are all 0 or 1: Bonett-Price interval (2012) and McNemar's mid-p test (Fagerland et al. 2013, 2014). "
+    "Other figures: BCa bootstrap of the mean difference and a sign-flip permutation test.",
+    "Over all tasks: every task has the same weight; stratified bootstrap over items.",
+    "Holm p is adjusted for all variants and tasks of the table. Bold marks differences whose Holm p is below 0.05; "
+    "over all tasks, whose p is.",
+    "Recovery is the variant's score divided by the reference's. Lost and gained count the items on which the variant "
+    "scores lower and higher.",
+)
+
+HOW_TO_READ: Final = (
+    "An interval that contains zero is no evidence that the models are equal: it holds every difference that these "
+    "items cannot rule out. What matters is how far it reaches.",
+    "Where scores tie, look at lost and gained. A variant that loses 40 items and gains 40 others has the same score "
+    "as the reference, but it is not the same model.",
+    "With n items and a share d of them that flip, the standard error of a difference is about √(d / n): with 100 "
+    "items of which 10 flip, 3.2 points. A difference below about twice that cannot be told from zero.",
+    "The figures hold for this engine, prompt format, data and version of each task. Scores that others report for a "
+    "task of the same name may have been measured in another way.",
+    "An answer that reaches the limit of tokens is usually scored as wrong. If fewer answers end by themselves, or "
+    "they become longer, part of a difference may come from that limit.",
+)
+
+
+class Strong(str):
+    """A cell that stands out."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Column:
+    """Heading of a column; ``numeric`` ones are aligned to the right."""
+
+    heading: str
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells in words.
+
+    Attributes:
+        title: its heading.
+        note: a sentence below the heading, or nothing.
+        columns: their headings.
+        groups: rows that belong together, one cell per column.
+    """
+
+    title: str
+    note: str
+    columns: tuple[Column, ...]
+    groups: tuple[tuple[tuple[str, ...], ...], ...]
+
+
+def all_tables(analysis: Analysis) -> list[Table]:
+    """The tables of a report in their order, without those that would be empty."""
+    found = [_summary(analysis)]
+    if analysis.variants:
+        found.append(_over_tasks(analysis))
+    found += [_tasks(analysis), _per_task(analysis)]
+    if any(task.output_tokens for tasks in analysis.estimates.values() for task in tasks.values()):
+        found.append(_answers(analysis))
+    if any(run.text for run in analysis.report.models):
+        found.append(_text(analysis))
+    return found
+
+
+def run_facts(analysis: Analysis) -> list[tuple[str, str]]:
+    """What was run, how and where: names and values. The command line is left to the caller."""
+    report, settings = analysis.report, analysis.report.settings
+    template = "no"
+    if settings.apply_chat_template:
+        template = "yes, examples as turns" if settings.fewshot_as_multiturn else "yes"
+    return [
+        ("Created", report.created),
+        ("Hardware", report.hardware),
+        ("Reference", analysis.reference.label),
+        ("Engine", settings.engine),
+        ("Tasks", ", ".join(settings.tasks)),
+        ("Data", data_in_words(analysis)),
+        ("Items per task", "all" if settings.limit is None else f"the first {settings.limit}"),
+        ("Chat template", template),
+        ("System message", DASH if settings.system_instruction is None else settings.system_instruction),
+        ("Seed", str(settings.seed)),
+        ("Generation settings", _pairs(settings.gen_kwargs)),
+        ("Model arguments", _pairs(settings.model_args)),
+        ("Versions", _pairs(settings.versions, " ")),
+    ]
+
+
+def data_in_words(analysis: Analysis) -> str:
+    """Where the items came from."""
+    return {"hub": "datasets of the Hugging Face hub", "local": "local files (SVSK_DATA)"}[
+        analysis.report.settings.data
+    ]
+
+
+def _summary(analysis: Analysis) -> Table:
+    pooled = {variant.label: variant.pooled for variant in analysis.variants}
+    rows = []
+    for run in analysis.report.models:
+        scores = [task.score.value for task in analysis.estimates[run.label].values()]
+        text = headline_text(run)
+        over = pooled.get(run.label)
+        rows.append(
+            (
+                run.label if over else f"{run.label} (reference)",
+                run.method,
+                _number(run.bpw, ".2f"),
+                _size(run.size_bytes),
+                run.dtype,
+                _number(sum(scores) / len(scores), ".4f"),
+                _percent(over.recovery if over else None),
+                _plus_minus(text.kl_mean, text.kl_mean_se, ".4f") if text else DASH,
+                _plus_minus(text.nll, text.nll_se, ".4f") if text else DASH,
+                _speed(run),
+            )
+        )
+    headings = ("bits per weight", "size", "dtype", "mean score", "recovery", "KL", "NLL", "tokens/s")
+    columns = (Column("model", False), Column("method", False), *map(Column, headings))
+    note = "Mean score and recovery: over tasks. KL and NLL: nats per token. Speed: of generating tasks."
+    return Table("Summary", note, columns, tuple((row,) for row in rows))
+
+
+def _over_tasks(analysis: Analysis) -> Table:
+    rows = []
+    for variant in analysis.variants:
+        over = variant.pooled
+        recovery = _percent(over.recovery)
+        if over.recovery_interval:
+            recovery += f" [{_percent(over.recovery_interval.low)}, {_percent(over.recovery_interval.high)}]"
+        difference = _difference(over.difference, over.interval, "+.4f")
+        rows.append(
+            (
+                variant.label,
+                str(over.tasks),
+                f"{over.reference:.4f}",
+                f"{over.variant:.4f}",
+                Strong(difference) if over.p < SIGNIFICANT else difference,
+                _p(over.p),
+                recovery,
+            )
+        )
+    headings = ("tasks", "reference", "variant", "mean difference [95%]", "p", "mean recovery [95%]")
+    columns = (Column("variant", False), *map(Column, headings))
+    return Table("Over all tasks", "", columns, tuple((row,) for row in rows))
+
+
+def _tasks(analysis: Analysis) -> Table:
+    rows = []
+    for name, run in analysis.reference.tasks.items():
+        shots, items = str(run.num_fewshot), str(len(run.doc_ids))
+        rows.append(((name, run.primary, run.output_type, run.version, shots, items),))
+    columns = (*(Column(name, False) for name in ("task", "metric", "type")), Column("version"))
+    return Table("Tasks", "", (*columns, Column("examples in the prompt"), Column("items")), tuple(rows))
+
+
+def _per_task(analysis: Analysis) -> Table:
+    groups = []
+    for task, run in analysis.reference.tasks.items():
+        shown = analysis.estimates[analysis.reference.label][task].score
+        name = f"{task} · n = {len(run.doc_ids)}"
+        rows = [(name, analysis.reference.label, _plus_minus(shown.value, shown.se, ".4f"), *[DASH] * 6)]
+        for label, found in _of_task(analysis, task):
+            score = found.score
+            difference = _difference(score.difference, score.interval, "+.4f")
+            rows.append(
+                (
+                    name,
+                    label,
+                    _plus_minus(score.variant.value, score.variant.se, ".4f"),
+                    Strong(difference) if found.p_holm < SIGNIFICANT else difference,
+                    _percent(score.recovery),
+                    str(score.lost),
+                    str(score.gained),
+                    _p(score.p),
+                    _p(found.p_holm),
+                )
+            )
+        groups.append(tuple(rows))
+    headings = ("score ± se", "difference [95%]", "recovery", "lost", "gained", "p", "Holm p")
+    columns = (Column("task", False), Column("model", False), *map(Column, headings))
+    return Table("Scores", "", columns, tuple(groups))
+
+
+def _answers(analysis: Analysis) -> Table:
+    groups = []
+    for task in analysis.tasks:
+        shown = analysis.estimates[analysis.reference.label][task]
+        ended = _rate(shown.terminated)
+        rows = [(task, analysis.reference.label, ended, DASH, DASH, _tokens(shown.output_tokens), DASH, DASH)]
+        for label, found in _of_task(analysis, task):
+            own = analysis.estimates[label][task]
+            rows.append(
+                (
+                    task,
+                    label,
+                    _rate(own.terminated),
+                    *_pair(found.terminated, 100, "+.1f"),
+                    _tokens(own.output_tokens),
+                    *_pair(found.output_tokens, 1, "+.1f"),
+                )
+            )
+        if any(cell != DASH for row in rows for cell in row[2:]):
+            groups.append(tuple(rows))
+    headings = ("ended by themselves", "difference [95%], points", "p", "mean tokens ± se", "difference [95%]", "p")
+    columns = (Column("task", False), Column("model", False), *map(Column, headings))
+    note = "Answers that ended by themselves and not at the limit of tokens, and their length. p is not adjusted."
+    return Table("Answers", note, columns, tuple(groups))
+
+
+def _text(analysis: Analysis) -> Table:
+    """Figures of texts: a group for each text and engine."""
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for run in analysis.report.models:
+        for text in run.text:
+            cut = f"{text.tokens} tokens, {text.chunks} x {text.seq_len}"
+            name = f"{text.engine} · {cut} · text {text.text_fingerprint[:8]}"
+            row = (
+                name,
+                run.label,
+                _plus_minus(text.nll, text.nll_se, ".4f"),
+                _number(math.exp(text.nll), ".3f"),
+                _plus_minus(text.delta_nll, text.delta_nll_se, "+.4f"),
+                _plus_minus(text.kl_mean, text.kl_mean_se, ".4f"),
+                _plus_minus(text.kl_p99, text.kl_p99_se, ".3f"),
+                _plus_minus(text.top1, text.top1_se, ".4f"),
+            )
+            groups.setdefault(name, []).append(row)
+    headings = ("NLL ± se", "perplexity", "delta NLL ± se", "KL ± se", "KL, 99th percentile ± se", "top-1 ± se")
+    columns = (Column("engine and text", False), Column("model", False), *map(Column, headings))
+    note = "Nats per token; KL is KL(reference || model); se over chunks. vllm: the served model; hf: its dequantised "
+    note += "weights."
+    return Table("Text", note, columns, tuple(tuple(rows) for rows in groups.values()))
+
+
+def _of_task(analysis: Analysis, task: str) -> Iterator[tuple[str, TaskComparison]]:
+    for variant in analysis.variants:
+        yield variant.label, next(found for found in variant.tasks if found.task == task)
+
+
+def headline_text(run: ModelRun) -> TextScores | None:
+    """The first text with a KL, else the first."""
+    return next((text for text in run.text if text.kl_mean is not None), run.text[0] if run.text else None)
+
+
+def _number(value: float | None, form: str) -> str:
+    return DASH if value is None else format(value, form)
+
+
+def _percent(value: float | None) -> str:
+    return DASH if value is None else f"{100 * value:.1f}%"
+
+
+def _plus_minus(value: float | None, se: float | None, form: str) -> str:
+    if value is None:
+        return DASH
+    return format(value, form) + ("" if se is None else f" ± {se:{form.lstrip('+')}}")
+
+
+def _difference(value: float, interval: Interval | None, form: str, scale: float = 1.0) -> str:
+    limits = f" [{scale * interval.low:{form}}, {scale * interval.high:{form}}]" if interval else f" [{DASH}]"
+    return f"{scale * value:{form}}{limits}"
+
+
+def _pair(pair: Paired | None, scale: float, form: str) -> tuple[str, str]:
+    if pair is None:
+        return DASH, DASH
+    return _difference(pair.difference, pair.interval, form, scale), _p(pair.p)
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _rate(found: Estimate | None) -> str:
+    return _percent(None if found is None else found.value)
+
+
+def _tokens(found: Estimate | None) -> str:
+    return DASH if found is None else _plus_minus(found.value, found.se, ".1f")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _speed(run: ModelRun) -> str:
+    timed = run.generation
+    if timed is None or timed.seconds <= 0:
+        return DASH
+    speed = timed.tokens / timed.seconds
+    return f"{speed:.0f}" if speed >= 100 else f"{speed:.1f}"
+
+
+def _pairs(values: Mapping[str, object], join: str = " = ") -> str:
+    return ", ".join(f"{name}{join}{value}" for name, value in values.items()) or DASH

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Throughput of several models: ``python -m svsk_eval.speed.throughput run svsk=FOLDER dense=FOLDER``, under vLLM.
+
+Each model has a process of its own. By default all are kept and asked in turn, so that a busy machine slows all of them
+alike, and share a GPU's memory in equal parts; ``--one-at-a-time`` is for a GPU that holds one of them. A label that
+ends in ``@w4a16`` serves the base of its SVSK folder without the sidecar, as a compressed-tensors model; one that ends
+in ``@split`` serves an SVSK folder with the base through vLLM's own kernel and the sidecar after it.
+"""
+
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from svsk_eval.errors import EvalError
+from svsk_eval.speed.throughput_server import Load, Server, serve
+from svsk_eval.speed.w4a16 import write_w4a16
+from svsk_eval.text.engine_args import parse_engine_args
+from svsk_offline.storage.atomic import write_json, write_text
+from svsk_vllm.format.shards import read_json
+
+__all__ = ["Served", "Speeds", "app", "measure", "speeds_of", "table_rows"]
+
+_CONVERTED: Final = "@w4a16"
+_SPLIT: Final = "@split"
+
+_MEMORY: Final = 0.9
+"""Share of a GPU's memory that all engines take together; vLLM itself would give 0.92 to each."""
+
+_SHORTEST_STEP: Final = 512
+
+_RESERVED: Final = ("model", "max_model_len", "enable_prefix_caching", "skip_tokenizer_init")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model folder, and the environment that its process gets besides the present one."""
+
+    folder: Path
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Tokens per second of all requests together, medians.
+
+    Attributes:
+        decode: decoded tokens over the time that decoding them adds to that of the prompts and the first ones.
+        output: all generated tokens over the whole time, prompts included.
+    """
+
+    decode: float
+    output: float
+
+
+def speeds_of(first: list[float], whole: list[float], batch: int, load: Load) -> Speeds:
+    """Speeds from seconds for the first tokens alone and for all of them, measured one after the other.
+
+    Raises:
+        EvalError: decoding took no measurable time.
+    """
+    more = load.tokens + 1 - load.first(batch)
+    added = statistics.median([b - a for a, b in zip(first, whole, strict=True)])
+    if added <= 0:
+        raise EvalError(
+            f"batch {batch}: {more} more tokens took {added:.4f} s more. Raise --tokens or --repeats: the time of "
+            "the prompts varies more than decoding takes."
+        )
+    return Speeds(batch * more / added, batch * (load.tokens + 1) / statistics.median(whole))
+
+
+def measure(
+    models: Mapping[str, Served],
+    load: Load,
+    *,
+    one_at_a_time: bool = False,
+    engine: Mapping[str, Any] | None = None,
+    found: dict[str, dict[int, Speeds]] | None = None,
+    done: Callable[[str], None] = lambda label: None,
+) -> dict[str, dict[int, Speeds]]:
+    """Speeds by label and batch size.
+
+    Args:
+        models: by label.
+        load: what to ask for.
+        one_at_a_time: end each model's process before the next one starts.
+        engine: further arguments of ``vllm.LLM``.
+        found: speeds that are known already; those models are left out.
+        done: called with a label when its figures are complete.
+
+    Raises:
+        EvalError: a model does not run, or an engine argument is not one to set.
+    """
+    for name in engine or {}:
+        if name in _RESERVED:
+            raise EvalError(f"--engine-arg {name}: it follows from the other arguments. Leave it out.")
+    for batch in load.batches:
+        load.first(batch)
+    found = {} if found is None else found
+    left = {label: model for label, model in models.items() if label not in found}
+    groups = [[label] for label in left] if one_at_a_time else [list(left)] if left else []
+    shares = {"gpu_memory_utilization": round(_MEMORY / len(groups[0]), 3)} if groups and _on_gpu() else {}
+    for group in groups:
+        servers: dict[str, Server] = {}
+        times: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
+        try:
+            for label in group:
+                servers[label] = Server(left[label].folder, load, left[label].environment, shares | dict(engine or {}))
+            for batch in load.batches:
+                for repeat in range(load.repeats + 1):
+                    for label, server in servers.items():
+                        first, whole = server.seconds(batch, load.first(batch)), server.seconds(batch, load.tokens + 1)
+                        if repeat:
+                            firsts, wholes = times.setdefault((label, batch), ([], []))
+                            firsts.append(first)
+                            wholes.append(whole)
+        finally:
+            for server in servers.values():
+                server.close()
+        failed = []
+        for label in group:
+            try:
+                found[label] = {batch: speeds_of(*times[label, batch], batch, load) for batch in load.batches}
+            except EvalError as error:
+                failed.append(f"{label}, {error}")
+                continue
+            done(label)
+        if failed:
+            raise EvalError(" ".join(failed))
+    return found
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def table_rows(found: Mapping[str, Mapping[int, Speeds]], load: Load, kind: str) -> list[list[str]]:
+    """Per model: tokens per second by batch, and the ratio to the last model; ``kind`` is a field of Speeds."""
+    last = list(found.values())[-1]
+
+    def cell(speeds: Speeds, reference: Speeds) -> str:
+        value = getattr(speeds, kind)
+        return f"{value:.0f} ({value / getattr(reference, kind):.2f}x)"
+
+    return [[label, *(cell(speeds[b], last[b]) for b in load.batches)] for label, speeds in found.items()]
+
+
+def _models(texts: list[str], work: Path) -> dict[str, Served]:
+    """Read LABEL=FOLDER arguments, and convert what is to be served converted."""
+    models: dict[str, Served] = {}
+    for text in texts:
+        label, sign, name = text.partition("=")
+        if not sign or not label:
+            raise typer.BadParameter(f"{text}: expected LABEL=FOLDER")
+        if label in models:
+            raise typer.BadParameter(f"{text}: the label {label} is given twice")
+        folder = Path(name)
+        if not (folder / "config.json").is_file():
+            raise typer.BadParameter(f"{text}: {folder} holds no config.json, expected a model folder")
+        if label.endswith(_CONVERTED):
+            folder = write_w4a16(folder, work / str(len(models)))
+        # Where the fused kernels do not run, the figures of another path under their name would mislead.
+        kernel = "split" if label.endswith(_SPLIT) else "fused"
+        models[label] = Served(folder, {"SVSK_KERNEL": kernel})
+    return models
+
+
+def _described(text: str, model: Served) -> dict[str, Any]:
+    """What decides a model's speed besides the load, as JSON: figures of another must not pass for its own."""
+    disabled = os.environ.get("VLLM_DISABLED_KERNELS", "")
+    folder = str(Path(text.partition("=")[2]).resolve())
+    return {"folder": folder, **model.environment, "VLLM_DISABLED_KERNELS": disabled}
+
+
+def _machine() -> dict[str, str]:
+    """Versions, and the GPU if there is one."""
+    import torch
+
+    found = {name: metadata.version(name) for name in ("vllm", "torch", "transformers", "svsk-vllm")}
+    return found | {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+
+
+def _resume(path: Path | None, settings: dict[str, Any], models: dict[str, Any]) -> dict[str, dict[int, Speeds]]:
+    """Figures that ``path`` holds, if it was made with the same settings, and its models with theirs."""
+    if path is None:
+        raise typer.BadParameter("--resume needs --json, the file to go on from")
+    if not path.exists():
+        return {}
+    stored = read_json(path)
+    asked = settings | {"models": {label: models.get(label) for label in stored["models"]}}
+    had = stored["settings"] | {"models": stored["models"]}
+    if asked != had:
+        raise EvalError(f"{path}: measured with {had}, now {asked} is asked for. Give the same, or another --json.")
+    return {
+        label: {int(batch): Speeds(**speeds) for batch, speeds in by_batch.items()}
+        for label, by_batch in stored["tokens_per_second"].items()
+    }
+
+
+def _report(console: Console, found: Mapping[str, Mapping[int, Speeds]], load: Load, markdown: Path | None) -> None:
+    lines: list[str] = []
+    for kind, title in (("decode", "decoded tokens/s"), ("output", "output tokens/s, prompts included")):
+        headings = ["model", *(f"batch {count}" for count in load.batches)]
+        rows = table_rows(found, load, kind)
+        table = Table(*headings, title=title)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        cells = [headings, ["---"] * len(headings), *rows]
+        lines += [f"{title.capitalize()}:\n\n", *(f"| {' | '.join(line)} |\n" for line in cells), "\n"]
+    if markdown:
+        write_text(markdown, "".join(lines).rstrip("\n") + "\n")
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def run(
+    models: Annotated[list[str], typer.Argument(help="LABEL=FOLDER; see above for @w4a16 and @split. The last is 1x.")],
+    batches: Annotated[str, typer.Option(help="Numbers of requests that are sent together.")] = "1,8,32",
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 16,
+    tokens: Annotated[int, typer.Option(min=2, help="To decode per request, after the first.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    one_at_a_time: Annotated[bool, typer.Option("--one-at-a-time", help="Keep one model in memory.")] = False,
+    engine_arg: Annotated[list[str] | None, typer.Option(help="name=value for vllm.LLM; may be repeated.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there, model by model.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out models that --json has.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables there.")] = None,
+) -> None:
+    """Measure the throughput of models."""
+    console = Console()
+    try:
+        engine = parse_engine_args(engine_arg or [])
+        counts = tuple(int(text) for text in batches.split(","))
+        # An engine begins with a step of this size, which takes a CPU long: no larger than the prompts need.
+        needed = max(_SHORTEST_STEP, min(Load.step_tokens, max(counts) * input_len), input_len + tokens + 1, *counts)
+        step = engine.setdefault("max_num_batched_tokens", needed)
+        load = Load(input_len, tokens, counts, repeats, step)
+        settings = asdict(load) | {"batches": list(load.batches), "engine": engine, "one_at_a_time": one_at_a_time}
+        with tempfile.TemporaryDirectory(prefix="svsk-throughput-") as work:
+            served = _models(models, Path(work))
+            described = {label: _described(text, served[label]) for text, label in zip(models, served, strict=True)}
+            found = _resume(json_file, settings, described) if resume else {}
+
+            def save(label: str) -> None:
+                console.print(f"{label}: measured", highlight=False)
+                if json_file:
+                    content = {"machine": _machine(), "settings": settings, "tokens_per_second": _plain(found)}
+                    write_json(json_file, content | {"models": {label: described[label] for label in found}})
+
+            measure(served, load, one_at_a_time=one_at_a_time, engine=engine, found=found, done=save)
+    except EvalError as error:
+        console.print(f"[red]Error:[/red] {error}", highlight=False)
+        raise typer.Exit(1) from error
+    _report(console, {label: found[label] for label in served}, load, markdown)
+
+
+def _plain(found: Mapping[str, Mapping[int, Speeds]]) -> dict[str, Any]:
+    return {label: {str(batch): asdict(speeds) for batch, speeds in rows.items()} for label, rows in found.items()}
+
+
+app.command("serve", hidden=True)(serve)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``svsk eval`` and ``svsk compare`` show."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from svsk_eval.errors import EvalError
+from svsk_eval.text.compare import Comparison
+from svsk_eval.text.generate import ENGINES
+from svsk_eval.text.scoring import evaluate, silence_progress_bars
+from svsk_eval.text.served import evaluate_served
+
+__all__ = ["evaluate_with_progress", "print_comparisons", "print_scores"]
+
+_ROWS = (
+    ("nll", "NLL, nats per token", ".5f"),
+    ("ppl", "perplexity", ".4f"),
+    ("ref_nll", "NLL of the reference", ".5f"),
+    ("delta_nll", "delta NLL", ".5f"),
+    ("kl_mean", "KL(reference || model), mean", ".5f"),
+    ("kl_p99", "KL(reference || model), 99th percentile", ".4f"),
+    ("top1", "top-1 agreement", ".4f"),
+)
+
+_COMPARED = (("kl", "KL", ".5f"), ("delta_nll", "delta NLL", ".5f"), ("top1", "top-1", ".4f"))
+
+_ROUNDING = 1e-4
+"""Nats per token: the same reference on another machine may differ by less, another reference differs by more."""
+
+
+def evaluate_with_progress(
+    console: Console,
+    model: str,
+    reference: str | None,
+    text: Path,
+    *,
+    chunks: int,
+    seq_len: int,
+    device: str,
+    dtype: str,
+    engine: str = "hf",
+    engine_args: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Score a model with a progress bar, show the figures, and return them JSON-ready.
+
+    Runs :func:`svsk_eval.text.scoring.evaluate` for the engine ``hf`` and :func:`svsk_eval.text.served.evaluate_served`
+    for ``vllm``.
+
+    Raises:
+        EvalError: there is no such engine, it does not take an option, or the evaluation cannot be run.
+    """
+    _check_engine(engine, device, engine_args)
+    silence_progress_bars()
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("chunks", total=chunks)
+        if engine == "vllm":
+
+            def report(done: int, total: int) -> None:
+                starting = done % chunks == 0 and done < total
+                bar.update(task, completed=done, total=total, description="vLLM starts" if starting else "chunks")
+
+            trusted = {"trust_remote_code": True} if trust_remote_code else {}
+            result = evaluate_served(
+                model, reference, text, chunks, seq_len, dtype, {**(engine_args or {}), **trusted}, report
+            ).to_json()
+        else:
+            result = evaluate(
+                model,
+                reference,
+                text,
+                chunks=chunks,
+                seq_len=seq_len,
+                dtype=None if dtype == "auto" else dtype,
+                device=None if device == "auto" else device,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                trust_remote_code=trust_remote_code,
+            ).to_json()
+    print_scores(console, result)
+    return result
+
+
+def _check_engine(engine: str, device: str, engine_args: Mapping[str, Any] | None) -> None:
+    if engine not in ENGINES:
+        raise EvalError(f"--engine {engine}: expected one of {', '.join(ENGINES)}.")
+    if engine == "vllm" and device != "auto":
+        raise EvalError(
+            f"--device {device}: vLLM chooses the device itself. Leave --device out, or hide devices from it with "
+            "CUDA_VISIBLE_DEVICES."
+        )
+    if engine != "vllm" and engine_args:
+        raise EvalError(f"--engine-arg {next(iter(engine_args))}: goes with --engine vllm only. Leave it out.")
+
+
+def print_scores(console: Console, result: dict[str, Any]) -> None:
+    """Show the figures of an evaluation with their standard errors over chunks."""
+    table = Table("figure", "value", "standard error")
+    for key, label, form in _ROWS:
+        value, error = result.get(key), result.get(f"{key}_se")
+        if value is not None:
+            table.add_row(label, format(value, form), "" if error is None else format(error, form))
+    console.print(table)
+    console.print(f"{result['tokens']} tokens in {result['chunks']} chunks", highlight=False)
+    settings = result.get("engine_settings")
+    if settings is not None:
+        used = f"served by vLLM {settings['vllm']} on {settings['device']} in {result['dtype']}"
+        kernels = settings.get("svsk_kernels")
+        console.print(f"{used}; SVSK kernels: {', '.join(kernels)}" if kernels else used, highlight=False, markup=False)
+    if result.get("ref_nll") is not None and result.get("kl_mean") is None:
+        console.print("KL: none, vLLM does not give whole distributions; --engine hf does", highlight=False)
+
+
+def print_comparisons(console: Console, baseline: str | Path, comparisons: Sequence[Comparison]) -> None:
+    """Show models against a baseline: each figure, and its paired difference with standard error (se) and p-value.
+
+    Without references there is neither KL nor top-1, and the row is NLL; it is a row too where the engines differ.
+    """
+    table = Table("file", "figure")
+    table.columns[0].overflow = "fold"
+    for heading in ("baseline", "value", "difference ± se", "p"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for comparison in comparisons:
+        rows = [row for row in _COMPARED if row[0] in comparison.metrics]
+        if not rows or comparison.engines is not None:
+            rows.insert(0, ("nll", "NLL", ".5f"))
+        for key, label, form in rows:
+            pair = comparison.metrics[key]
+            table.add_row(
+                escape(comparison.file) if key == rows[0][0] else "",
+                label,
+                format(pair.baseline, form),
+                format(pair.value, form),
+                format(pair.difference, f"+{form}") + ("" if pair.se is None else f" ± {pair.se:{form}}"),
+                "" if pair.p is None else format(pair.p, ".2g"),
+                end_section=key == rows[-1][0],
+            )
+    console.print(table)
+    console.print(f"baseline: {baseline}", highlight=False, markup=False)
+    for comparison in comparisons:
+        if comparison.engines is not None:
+            ours, theirs = comparison.engines
+            console.print(
+                f"note: {baseline} was scored with {ours}, {comparison.file} with {theirs}: the differences are also "
+                "those of the engines' arithmetic.",
+                highlight=False,
+                markup=False,
+            )
+        elif comparison.reference_gap is not None and comparison.reference_gap > _ROUNDING:
+            console.print(
+                f"note: the references of {baseline} and {comparison.file} differ by up to "
+                f"{comparison.reference_gap:.2g} nats per token: is it another model or dtype? If so, KL and top-1 "
+                "cannot be compared.",
+                highlight=False,
+                markup=False,
+            )

@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a model, and the reference it was made from, over the same tokens of a text file."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from svsk_eval.errors import EvalError
+from svsk_eval.text.leading_tokens import leading_tokens
+from svsk_eval.text.metrics import EvalInputs, EvalResult, score_chunk, summarise
+from svsk_kernels.errors import SvskError
+from svsk_offline.calibration.limits import check_token_ids, longest_sequence
+from svsk_offline.calibration.text import bos_prefix, cut_pieces, token_fingerprint
+from svsk_offline.pipeline import resolve_device
+from svsk_offline.storage.model_loading import attention_arguments, own_code_refused, read_model_config
+
+__all__ = [
+    "DTYPES",
+    "Progress",
+    "check_fits",
+    "check_folder",
+    "check_longest",
+    "check_same_vocabulary",
+    "compare_models",
+    "declared_limits",
+    "evaluate",
+    "is_svsk",
+    "load_model",
+    "load_tokenizer",
+    "resolve_dtype",
+    "shared_tokens",
+    "silence_progress_bars",
+    "token_chunks",
+]
+
+Progress = Callable[[int, int], None]
+"""Called after every chunk with the number of chunks done and the number of all chunks."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model for scoring; SVSK checkpoints are dequantised.
+
+    Attention is what the model means (:func:`svsk_offline.storage.model_loading.attention_arguments`).
+
+    Args:
+        path: a Hugging Face folder, dense or SVSK, or the name of a model on the hub.
+        dtype: of weights and activations, or its name; None is float32 on a CPU and bfloat16 elsewhere.
+        device: None is the first CUDA device if there is one, else the CPU.
+        trust_remote_code: run Python files that come with the model.
+
+    Returns:
+        The model in evaluation mode on ``device``.
+
+    Raises:
+        EvalError: there is no such model, or no such dtype.
+        SvskError: the model needs its own Python files and may not run them.
+        SvskFormatError: it is an SVSK checkpoint that this package cannot read.
+    """
+    where = device if isinstance(device, torch.device) else resolve_device(device or "auto")
+    what = resolve_dtype(dtype, where)
+    check_folder(path)
+    try:
+        if is_svsk(path):
+            importlib.import_module("svsk_vllm.hf")  # registers the method with transformers when it is imported
+        config = read_model_config(path, trust_remote_code=trust_remote_code)
+        with own_code_refused(path):
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=what, trust_remote_code=trust_remote_code, **attention_arguments(config)
+            )
+    except (OSError, ImportError) as error:  # transformers asks for a package per quantisation method
+        raise EvalError(f"{path}: cannot load a model from it. {error}") from error
+    return model.to(where)
+
+
+def silence_progress_bars() -> None:
+    """Keep transformers from drawing a bar for every model it loads, for programs that draw their own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Args:
+        path: a Hugging Face folder or the name of a model on the hub.
+        trust_remote_code: run Python files that come with the model.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        EvalError: there is none.
+        SvskError: it needs Python files of the model and may not run them.
+    """
+    check_folder(path)
+    try:
+        with own_code_refused(path):
+            return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise EvalError(
+            f"{path}: cannot load a tokenizer from it. Copy the tokenizer files of the original model there. {error}"
+        ) from error
+
+
+def token_chunks(
+    text_file: str | Path, tokenizer: PreTrainedTokenizerBase, chunks: int | None, seq_len: int
+) -> torch.Tensor:
+    """Cut a text into chunks of tokens.
+
+    The whole file is one stream of tokens without special tokens; chunks are consecutive, from its beginning, and do
+    not overlap. The tokens after the last whole chunk are not used. Where the tokenizer puts a beginning-of-sequence
+    token in front of a text, every chunk starts with it, as calibration samples do, and holds one token of text less.
+
+    Args:
+        text_file: plain UTF-8 text.
+        tokenizer: a Hugging Face tokenizer.
+        chunks: how many, or None for all there are.
+        seq_len: tokens per chunk, what is put in front included, at least 2.
+
+    Returns:
+        Tokens, int64 [chunks, seq_len].
+
+    Raises:
+        EvalError: the file is missing, is not UTF-8, or is too short; or a number is out of range.
+        SvskError: what the tokenizer puts in front cannot be told, or fills the chunk.
+    """
+    if seq_len < 2:
+        raise EvalError(f"seq_len is {seq_len}, but a chunk needs 2 tokens or more: one to predict the next from.")
+    if chunks is not None and chunks < 1:
+        raise EvalError(f"chunks is {chunks}, expected 1 or more.")
+    path = Path(text_file)
+    prefix = bos_prefix(tokenizer)
+    needed = None if chunks is None else chunks * max(1, seq_len - len(prefix))
+    tokens = leading_tokens(path, tokenizer, needed)
+    pieces = cut_pieces(tokens, prefix, seq_len)
+    available = len(pieces)
+    wanted = available if chunks is None else chunks
+    if available < max(wanted, 1):
+        width = f"{seq_len - len(prefix)}{' after BOS' if prefix else ''}"
+        raise EvalError(
+            f"{path}: {len(tokens)} tokens are {available} chunks of {width}, fewer than the {max(wanted, 1)} asked "
+            "for. Ask for fewer or shorter chunks, or give a longer text."
+        )
+    return pieces[:wanted]
+
+
+@torch.inference_mode()
+def compare_models(
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokens: torch.Tensor,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Score a loaded model, against a loaded reference if there is one.
+
+    Within a chunk, positions 0 to seq_len - 2 predict tokens 1 to seq_len - 1; where position 0 is a
+    beginning-of-sequence token, it predicts the first token of text. Only the logits of one chunk, float
+    [seq_len, vocabulary] per model, are in memory at a time.
+
+    Args:
+        model: the model to score.
+        reference: the model it is compared with, on any device, or None.
+        tokens: int64 [chunks, seq_len].
+        progress: called after every chunk.
+
+    Returns:
+        The metrics; those that need a reference are None without one.
+
+    Raises:
+        EvalError: the vocabularies differ, or a model gives logits that are not finite.
+    """
+    scores = []
+    for done, chunk in enumerate(tokens, start=1):
+        ref_logits = None if reference is None else _next_token_logits(reference, chunk)
+        scores.append(score_chunk(_next_token_logits(model, chunk), chunk[1:], ref_logits))
+        if progress is not None:
+            progress(done, len(tokens))
+    return summarise(scores)
+
+
+def evaluate(
+    model_path: str | Path,
+    reference_path: str | Path | None,
+    text: str | Path,
+    chunks: int | None = 32,
+    seq_len: int = 512,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> EvalResult:
+    """Score a model on a text, against a reference if there is one; both see the same tokens.
+
+    Args:
+        model_path: a Hugging Face folder, dense or SVSK, or the name of a model on the hub.
+        reference_path: the same for the model it is compared with, or None: then only nll and ppl are given.
+        text: a plain text file, see :func:`token_chunks`.
+        chunks: how many chunks to score, or None for all there are.
+        seq_len: tokens per chunk; each chunk starts with an empty context, or the tokenizer's beginning-of-sequence
+            token if it has one.
+        dtype: of both models, or its name; None is float32 on a CPU and bfloat16 elsewhere. Rounding to bfloat16 has
+            a KL of its own, 0.0013 for SmolLM2-135M against its float32 self: a floor for what can be told apart.
+        device: of both models; None is the first CUDA device if there is one, else the CPU.
+        progress: called after every chunk.
+        trust_remote_code: run Python files that come with the models.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        EvalError: a model, a tokenizer or the text cannot be used, or the models have different vocabularies.
+        SvskFormatError: one is an SVSK checkpoint that this package cannot read.
+    """
+    where = resolve_device("auto" if device is None else str(device))
+    resolve_dtype(dtype, where)
+    load = partial(load_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    tokens = shared_tokens(model_path, reference_path, text, chunks, seq_len, trust_remote_code=trust_remote_code)
+    for path in (model_path, reference_path):
+        if path is not None:  # before weights are read; once more, by the embedding's rows, when they are
+            check_fits(path, *declared_limits(path, trust_remote_code=trust_remote_code), tokens)
+    reference = None if reference_path is None else load(reference_path)
+    model = load(model_path)
+    size = _check_loaded(model_path, model, tokens)
+    if reference_path is not None and reference is not None:
+        check_same_vocabulary(model_path, size, reference_path, _check_loaded(reference_path, reference, tokens))
+    inputs = EvalInputs(
+        model=str(model_path),
+        reference=None if reference_path is None else str(reference_path),
+        text_fingerprint=token_fingerprint(tokens),
+        seq_len=seq_len,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+    return replace(compare_models(model, reference, tokens, progress), inputs=inputs)
+
+
+def shared_tokens(
+    model_path: str | Path,
+    reference_path: str | Path | None,
+    text: str | Path,
+    chunks: int | None,
+    seq_len: int,
+    *,
+    trust_remote_code: bool = False,
+) -> torch.Tensor:
+    """Chunks of tokens that both models' tokenizers make of the text.
+
+    Args:
+        model_path: folder or hub name of the model.
+        reference_path: the same of the model it is compared with, or None.
+        text: a plain text file.
+        chunks: how many, or None for all there are.
+        seq_len: tokens per chunk.
+        trust_remote_code: run Python files that come with the models.
+
+    Returns:
+        Tokens, int64 [chunks, seq_len], see :func:`token_chunks`.
+
+    Raises:
+        EvalError: a tokenizer or the text cannot be used, or the two tokenizers differ.
+    """
+    tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
+    tokens = token_chunks(text, tokenizer, chunks, seq_len)
+    if reference_path is None:
+        return tokens
+    reference = load_tokenizer(reference_path, trust_remote_code=trust_remote_code)
+    # Equal vocabularies can still split the text differently (merges, normaliser), equal splits can still name
+    # tokens differently past the text: a KL between the two means something only if neither is the case.
+    if tokenizer.get_vocab() != reference.get_vocab() or not torch.equal(
+        tokens, token_chunks(text, reference, chunks, seq_len)
+    ):
+        raise EvalError(
+            f"The tokenizers of {model_path} ({len(tokenizer)} tokens) and of the reference {reference_path} "
+            f"({len(reference)} tokens) differ, so their predictions cannot be compared. "
+            "Give the model that was quantised as the reference, or copy its tokenizer files."
+        )
+    return tokens
+
+
+def check_fits(path: str | Path, vocabulary: int, longest: int | None, tokens: torch.Tensor) -> None:
+    """Check that a model can take the tokens.
+
+    Args:
+        path: of the model, for errors.
+        vocabulary: tokens the model knows.
+        longest: tokens it takes at most, None if that is not limited.
+        tokens: int64 [chunks, seq_len].
+
+    Raises:
+        EvalError: a token is beyond the vocabulary, or the chunks are too long.
+    """
+    try:
+        check_token_ids(tokens, vocabulary, lambda token: _spelled(path, token), str(path), "the text to score")
+    except SvskError as error:
+        raise EvalError(str(error)) from error
+    check_longest(path, longest, tokens.shape[1])
+
+
+def check_longest(path: str | Path, longest: int | None, seq_len: int) -> None:
+    """Check that a model takes chunks of a length.
+
+    Raises:
+        EvalError: it does not.
+    """
+    if longest is not None and seq_len > longest:
+        raise EvalError(f"{path}: takes {longest} tokens at most, chunks have {seq_len}. Use shorter chunks.")
+
+
+def _spelled(path: str | Path, token: int) -> Any:
+    """A token's text, None where the tokenizer cannot be loaded just so."""
+    try:
+        return load_tokenizer(path).convert_ids_to_tokens(token)
+    except (EvalError, SvskError):
+        return None
+
+
+def declared_limits(path: str | Path, *, trust_remote_code: bool = False) -> tuple[int, int | None]:
+    """Size of the vocabulary and longest sequence of a model by its config, without reading weights.
+
+    Args:
+        path: folder or hub name.
+        trust_remote_code: run Python files that come with the model.
+
+    Raises:
+        EvalError: its config cannot be read.
+        SvskError: the config's class is among those files, and may not be run.
+    """
+    check_folder(path)
+    try:
+        config = read_model_config(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise EvalError(f"{path}: cannot read a model's config from it. {error}") from error
+    return int(config.get_text_config().vocab_size), longest_sequence(config)
+
+
+def check_same_vocabulary(model_path: str | Path, size: int, reference_path: str | Path, reference_size: int) -> None:
+    """Check that model and reference choose among equally many tokens.
+
+    Raises:
+        EvalError: they do not.
+    """
+    if size != reference_size:
+        raise EvalError(
+            f"{model_path} has a vocabulary of {size}, the reference {reference_path} one of {reference_size}. "
+            "Compare a model with the one it was made from."
+        )
+
+
+def _check_loaded(path: str | Path, model: PreTrainedModel, tokens: torch.Tensor) -> int:
+    """The size of a loaded model's vocabulary, after a check that the tokens fit the model."""
+    size = int(model.get_input_embeddings().weight.shape[0])
+    check_fits(path, size, longest_sequence(model.config), tokens)
+    return size
+
+
+def _next_token_logits(model: PreTrainedModel, chunk: torch.Tensor) -> torch.Tensor:
+    """Logits [seq_len - 1, V] of all positions of ``chunk`` [seq_len] whose next token is known."""
+    logits: torch.Tensor = model(input_ids=chunk.unsqueeze(0).to(model.device), use_cache=False).logits
+    return logits[0, :-1]
+
+
+def is_svsk(path: str | Path) -> bool:
+    """Whether the config of a folder or hub model declares the quantisation method ``svsk``."""
+    declared = PretrainedConfig.get_config_dict(str(path))[0].get("quantization_config")
+    return isinstance(declared, dict) and declared.get("quant_method") == "svsk"
+
+
+def check_folder(path: str | Path) -> None:
+    """Check that a path, if it exists, is a model folder.
+
+    Raises:
+        EvalError: it has no ``config.json``.
+    """
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise EvalError(f"{path}: not a model folder, it has no config.json.")
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """A dtype by its name; None is float32 on a CPU and bfloat16 elsewhere.
+
+    Raises:
+        EvalError: there is no such name.
+    """
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise EvalError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``svsk tune`` knows of the recipes it tried: their scores, how two compare, and the file that keeps them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from svsk_eval.errors import EvalError
+from svsk_eval.text.metrics import mean_se
+from svsk_offline.recipe import Recipe
+from svsk_offline.storage.atomic import write_json
+
+__all__ = ["Score", "State", "Trial", "differences", "is_better", "paired_kl", "pareto_front"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one trial gave.
+
+    Attributes:
+        bits_per_weight: stored bits of all quantised linears over their weights.
+        chunk_kl: mean KL(reference || model) over the tokens of each held-out piece, nats per token, [C], C >= 2.
+        delta_nll: mean NLL less the reference's on the held-out pieces, nats per token.
+        top1: share of tokens whose most likely successor is the reference's, 0 to 1.
+        seconds: of quantising and scoring.
+    """
+
+    bits_per_weight: float
+    chunk_kl: tuple[float, ...]
+    delta_nll: float
+    top1: float
+    seconds: float
+
+    @property
+    def kl(self) -> float:
+        """Mean KL over the held-out pieces, nats per token."""
+        return float(np.mean(self.chunk_kl))
+
+    @property
+    def kl_se(self) -> float:
+        """Standard error of :attr:`kl` over the pieces."""
+        return _se(np.array(self.chunk_kl))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A recipe that was tried; without a score, ``error`` says why it has none."""
+
+    recipe: Recipe
+    score: Score | None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary that ``json`` can write and :meth:`from_json` can read."""
+        score = None if self.score is None else {**vars(self.score), "chunk_kl": list(self.score.chunk_kl)}
+        return {"recipe": self.recipe.model_dump(mode="json"), "score": score, "error": self.error}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "Trial":
+        """Read what :meth:`to_json` made.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        score = raw["score"]
+        if score is not None:
+            score = Score(**{**score, "chunk_kl": tuple(map(float, score["chunk_kl"]))})
+        return cls(Recipe.model_validate(raw["recipe"]), score, raw["error"])
+
+
+@dataclass
+class State:
+    """What is known of a search, in a JSON file so that a killed one goes on where it was.
+
+    Attributes:
+        path: the file.
+        identity: what the trials depend on besides their recipes; JSON values.
+        trials: by digest of their recipe, in the order they were run.
+        seconds: spent by all runs so far.
+    """
+
+    path: Path
+    identity: Mapping[str, Any]
+    trials: dict[str, Trial] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def save(self) -> None:
+        """Write the file atomically."""
+        trials = {digest: trial.to_json() for digest, trial in self.trials.items()}
+        write_json(self.path, {"identity": self.identity, "seconds": self.seconds, "trials": trials})
+
+    def restore(self, raw: Mapping[str, Any]) -> None:
+        """Take over the trials of a file whose identity is this one's.
+
+        Raises:
+            EvalError: the file is damaged.
+        """
+        try:
+            trials = {digest: Trial.from_json(trial) for digest, trial in raw["trials"].items()}
+            seconds = float(raw["seconds"])
+            if any(digest != trial.recipe.digest for digest, trial in trials.items()):
+                raise ValueError("a recipe that is not the one of its digest")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise EvalError(
+                f"{self.path}: damaged, or of another version ({' '.join(str(error).split())}). Delete it, or pass "
+                "--overwrite to start again."
+            ) from error
+        self.trials, self.seconds = trials, seconds
+
+
+def paired_kl(score: Score, other: Score) -> tuple[float, float]:
+    """Mean KL of a score less that of another on the same pieces, and the standard error of the difference."""
+    values = np.array(score.chunk_kl) - np.array(other.chunk_kl)
+    return float(values.mean()), _se(values)
+
+
+def is_better(challenger: Score, best: Score) -> bool:
+    """Whether the challenger's KL is lower by at least one standard error of the paired difference."""
+    difference, error = paired_kl(challenger, best)
+    return difference < 0 and difference <= -error
+
+
+def differences(recipe: Recipe, default: Recipe) -> dict[str, Any]:
+    """The values in which a recipe differs from the default, by ``section.key``; name and description left out."""
+    ours, theirs = (
+        item.model_dump(mode="json", exclude={"name", "description", "ignore"}) for item in (recipe, default)
+    )
+    return {
+        f"{section}.{key}": value
+        for section, values in ours.items()
+        for key, value in values.items()
+        if key not in theirs[section] or theirs[section][key] != value
+    }
+
+
+def pareto_front(scores: Sequence[Score]) -> list[bool]:
+    """Which scores no other one beats: none has a lower KL at no more bits per weight, or the same at fewer."""
+    points = [(score.bits_per_weight, score.kl) for score in scores]
+    return [not any(b <= bits and k <= kl and (b, k) != (bits, kl) for b, k in points) for bits, kl in points]
+
+
+def _se(values: npt.NDArray[np.float64]) -> float:
+    """Standard error of the mean of ``values`` [C], C >= 2."""
+    found = mean_se(values[:, None])
+    assert found is not None, "there are two pieces or more"
+    return found

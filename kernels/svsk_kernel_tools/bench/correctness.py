@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the kernels against float64 and against themselves: poisoned memory, repeats, graphs, streams, variants."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+
+from svsk_kernel_tools.bench.cases import Case, checked_choices
+from svsk_kernel_tools.bench.graphs import capture, capture_stream
+from svsk_kernel_tools.bench.layers import BenchLayer
+from svsk_kernels.gpu.launch import counters, fold
+from svsk_kernels.gpu.matmul_op import gpu_of
+from svsk_kernels.gpu.tuning import Choice
+
+__all__ = ["BOUNDS", "Finding", "check_case", "poisoned", "relative_error"]
+
+BOUNDS: Final = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
+"""Largest relative error in the Frobenius norm."""
+
+_REPEATS: Final = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of one kernel at one number of tokens."""
+
+    what: str
+    error: float  # relative to float64, Frobenius norm
+    problems: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was wrong."""
+        return not self.problems
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill every uninitialised tensor made inside with NaN or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic  # its settings are properties of a module
+    fill = memory.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # cuBLAS warns that it may not be deterministic
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        memory.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            memory.fill_uninitialized_memory = fill
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of ``expected``."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def check_case(case: Case, device: torch.device, graphs: bool = True) -> Iterator[Finding]:
+    """Check one layer with each of its numbers of tokens; on a GPU with CUDA graphs too, unless told otherwise."""
+    layer, gpu = case.layer(device), gpu_of(device)
+    generator = torch.Generator(device).manual_seed(case.k)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(case.dtype)
+
+    bias = normal(case.n) if case.bias else None
+    for m in case.tokens:
+        x, other = normal(m, case.k), normal(m, case.k)
+        for choice in checked_choices(case, gpu, m):
+            yield _check(f"{case.name}, M = {m}, {choice.kernel}", layer, (x, other), bias, choice, graphs)
+        found = layer.dispatched(x, bias)
+        error = relative_error(found, layer.expected(x, bias))
+        yield Finding(f"{case.name}, M = {m}, dispatched", error, _accuracy(found, error))
+
+
+def _check(
+    what: str,
+    layer: BenchLayer,
+    inputs: tuple[torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    choice: Choice,
+    graphs: bool,
+) -> Finding:
+    x, device = inputs[0], inputs[0].device
+    with poisoned():
+        found = layer.run(x, choice, bias)
+    error = relative_error(found, layer.expected(x, bias))
+    problems = list(_accuracy(found, error))
+    if not problems:  # otherwise nothing below can be equal
+        exact = _exact(layer, x, bias, choice)
+        if not all(torch.equal(exact, _exact(layer, x, bias, choice)) for _ in range(_REPEATS)):
+            problems.append("repeated runs differ")
+        if choice.kernel != "fold" and not torch.equal(exact, found):
+            problems.append("results differ where memory was filled before")
+        if device.type == "cuda":
+            problems += _same_on_gpu(layer, inputs, bias, choice, exact, graphs)
+    if counters.busy(device):
+        problems.append(f"{counters.busy(device)} counters are not zero afterwards")
+    return Finding(what, error, tuple(problems))
+
+
+def _accuracy(found: torch.Tensor, error: float) -> tuple[str, ...]:
+    if not bool(found.isfinite().all()):
+        return (f"{int((~found.isfinite()).sum())} of {found.numel()} outputs were not written, or are not finite",)
+    bound = BOUNDS[found.dtype]
+    return () if error < bound else (f"relative error {error:.2e}, expected less than {bound:.0e}",)
+
+
+def _exact(
+    layer: BenchLayer, x: torch.Tensor, bias: torch.Tensor | None, choice: Choice, asm: bool | None = None
+) -> torch.Tensor:
+    """What must be the same bits every time: the product, but for ``fold`` the weight, as cuBLAS makes the product."""
+    if choice.kernel == "fold":
+        return fold(layer.base, layer.sidecar, layer.sidecar_bits, x.dtype, slice(0, layer.spec.n), asm=asm)
+    return layer.run(x, choice, bias, asm=asm)
+
+
+def _same_on_gpu(
+    layer: BenchLayer,
+    inputs: tuple[torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    choice: Choice,
+    found: torch.Tensor,
+    graphs: bool,
+) -> list[str]:
+    """Checks that only a GPU can fail: all bit for bit."""
+    x, other = inputs
+    problems = []
+    second = _exact(layer, other, bias, choice)
+    if choice.kernel == "decode" and layer.sidecar is not None and gpu_of(x.device).dependent_launch:
+        changed = replace(choice, pdl=not choice.pdl)
+        for given, wanted in ((x, found), (other, second)) * _REPEATS:
+            if not torch.equal(wanted, layer.run(given, changed, bias)):
+                problems.append("results with and without dependent launch differ")
+                break
+    if torch.version.hip is None and not torch.equal(
+        _exact(layer, x, bias, choice, asm=True), _exact(layer, x, bias, choice, asm=False)
+    ):
+        problems.append("results of inline PTX and of plain Triton differ")
+    if graphs and not _graphs_agree(layer, inputs, bias, choice, (found, second)):
+        problems.append("a replayed CUDA graph and an eager run differ")
+    if not _streams_agree(layer, inputs, bias, choice, (found, second)):
+        problems.append("results on two streams at a time differ from those on one")
+    return problems
+
+
+def _graphs_agree(
+    layer: BenchLayer,
+    inputs: tuple[torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    choice: Choice,
+    expected: tuple[torch.Tensor, torch.Tensor],
+) -> bool:
+    """Replay three products in a graph, with other inputs each time."""
+    (x, other), (found, second) = inputs, expected
+    static = x.clone()
+    graph, outputs = capture(  # one after the other, as the layers of a model
+        x.device, lambda: [_exact(layer, given, bias, choice) for given in (static, other, static)]
+    )
+    for given, wanted in ((x, found), (other, second), (x, found)):
+        static.copy_(given)
+        graph.replay()
+        if not all(map(torch.equal, outputs, (wanted, second, wanted))):
+            return False
+    return True
+
+
+def _streams_agree(
+    layer: BenchLayer,
+    inputs: tuple[torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    choice: Choice,
+    expected: tuple[torch.Tensor, torch.Tensor],
+) -> bool:
+    """Run both inputs at the same time, the second on a stream of its own."""
+    device = inputs[0].device
+    here, side = torch.cuda.current_stream(device), capture_stream(device)
+    side.wait_stream(here)
+    pairs = []
+    for _ in range(_REPEATS):
+        first = _exact(layer, inputs[0], bias, choice)
+        with torch.cuda.stream(side):
+            second = _exact(layer, inputs[1], bias, choice)
+        pairs.append((first, second))
+    here.wait_stream(side)
+    torch.cuda.synchronize(device)
+    return all(torch.equal(first, expected[0]) and torch.equal(second, expected[1]) for first, second in pairs)

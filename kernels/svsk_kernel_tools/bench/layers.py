@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random layers on any device, in the kernels' layout, with the reference they are checked against."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from svsk_kernel_tools.bench.shapes import GROUP_SIZE, TILE_M, TILE_N, Shape, Variant
+from svsk_kernel_tools.stack_linears import stack_linears
+from svsk_kernels.codebook import Codebook
+from svsk_kernels.gpu.launch import Base, matmul_folded, packed_matmul
+from svsk_kernels.gpu.matmul_op import SvskMatmul
+from svsk_kernels.gpu.repack_base import plane_length
+from svsk_kernels.gpu.repack_sidecar import PlanarSidecar, Tiles
+from svsk_kernels.gpu.tuning import Choice
+from svsk_kernels.layer_kernel import LayerSpec
+from svsk_kernels.naive import PlainLinear, naive_matmul
+from svsk_kernels.tile_grid import TileGrid
+
+__all__ = ["BenchLayer", "Part", "layer_of_shape", "random_layer"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One linear of a layer."""
+
+    n: int
+    rank: int = 0
+    bits: Literal[4, 8] = 8
+    tile_m: int = TILE_M
+    tile_n: int = TILE_N
+
+
+@dataclass(frozen=True)
+class BenchLayer:
+    """A layer as the kernels take it, and the linears it was made of."""
+
+    linears: tuple[PlainLinear, ...]  # empty in copies made for timing
+    matmul: SvskMatmul
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def spec(self) -> LayerSpec:
+        """What decides the kernels."""
+        return self.matmul.spec
+
+    @property
+    def sidecar_bits(self) -> int:
+        """Bits of the factors as packed."""
+        return self.spec.factor_bits
+
+    @cached_property
+    def base(self) -> Base:
+        """Codes and scales."""
+        shape, tensors = self.spec, self.tensors
+        quad8 = shape.codebook == "quad8"
+        plane = plane_length(shape.k)
+        return Base(tensors["words"], tensors["scale"], shape.n, shape.k, plane, shape.group_size, quad8)
+
+    @cached_property
+    def sidecar(self) -> PlanarSidecar | None:
+        """Factors and gains, None without a sidecar."""
+        if self.spec.plan is None:
+            return None
+        return PlanarSidecar(*(self.tensors[f"sidecar_{name}"] for name in PlanarSidecar.names()))
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        """What all column tiles have in common."""
+        return Tiles.of(self.spec.plan)
+
+    def dispatched(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The product [M, N] by the kernel that a model would use."""
+        return self.matmul(x, self.tensors, bias)
+
+    def run(
+        self, x: torch.Tensor, choice: Choice, bias: torch.Tensor | None = None, asm: bool | None = None
+    ) -> torch.Tensor:
+        """The product [M, N] by the kernel asked for; ``asm`` as for the launcher, without effect on ``fold``."""
+        if choice.kernel == "fold":
+            return matmul_folded(x, self.base, self.sidecar, self.sidecar_bits, bias)
+        return packed_matmul(x, self.base, self.sidecar, self.sidecar_bits, bias, choice, self.tiles, asm=asm)
+
+    def expected(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The product in float64."""
+        y = torch.cat([naive_matmul(x, linear) for linear in self.linears], dim=1)
+        return y if bias is None else y + bias.double()
+
+    def without_linears(self) -> "BenchLayer":
+        """The same layer less what only the reference needs."""
+        return replace(self, linears=())
+
+    def copy(self) -> "BenchLayer":
+        """The same layer at other addresses, less its linears."""
+        return BenchLayer((), self.matmul, {name: tensor.clone() for name, tensor in self.tensors.items()})
+
+
+def random_layer(
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    parts: Sequence[Part],
+    *,
+    codebook: Codebook = "int4",
+    group_size: int = GROUP_SIZE,
+    seed: int = 0,
+) -> BenchLayer:
+    """A layer of random linears that share an input of ``k`` columns, on ``device``."""
+    generator = torch.Generator(device).manual_seed(seed)
+    linears = [_random_linear(part, k, dtype, codebook, group_size, generator) for part in parts]
+    fused = stack_linears(linears)
+    spec = LayerSpec(fused.packed.shape[0], k, group_size, codebook, dtype, fused.plan, fused.num_bits)
+    matmul = SvskMatmul(spec)
+    tensors = matmul.prepare(fused.packed, fused.scale, fused.u, fused.v, fused.gain)
+    return BenchLayer(tuple(linears), matmul, tensors)
+
+
+def layer_of_shape(shape: Shape, variant: Variant, dtype: torch.dtype, device: torch.device) -> BenchLayer:
+    """A random layer of one of the shapes that are timed."""
+    return random_layer(shape.k, dtype, device, [Part(shape.n, variant.rank, variant.bits)], codebook=variant.codebook)
+
+
+def _random_linear(
+    part: Part, k: int, dtype: torch.dtype, codebook: Codebook, group_size: int, generator: torch.Generator
+) -> PlainLinear:
+    """Every code, scales of both signs, full-range factors; gains make the sidecar about as large as the base."""
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator, dtype=torch.int8, device=generator.device)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=generator.device)
+
+    grid = TileGrid(part.n, k, part.tile_m, part.tile_n)
+    codes = integers(-8, 8, part.n, k)
+    scale = (normal(part.n, k // group_size) * 0.02).to(dtype)
+    if not part.rank:
+        return PlainLinear(codes, scale, codebook, grid)
+    rows, cols, rank = grid.num_row_tiles, grid.num_col_tiles, part.rank
+    limit = 8 if part.bits == 4 else 127
+    u = integers(-limit, limit, part.n, cols, rank)
+    v = integers(-limit, limit, rows, rank, k)
+    gain = normal(rows, cols, rank) * (0.1 / limit**2)
+    return PlainLinear(codes, scale, codebook, grid, u, v, gain, part.bits)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report says about the machine and the code it ran."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+import svsk_kernels
+from svsk_kernel_tools.bench.errors import BenchError
+from svsk_kernels.gpu.matmul_op import gpu_of
+
+__all__ = ["describe", "open_device", "source_hash"]
+
+
+def open_device(name: str) -> torch.device:
+    """The device to run on.
+
+    Args:
+        name: ``cuda``, ``cuda:1``, ..., or ``cpu`` for Triton's interpreter.
+
+    Raises:
+        BenchError: it is not there.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BenchError(f"--device {name}: expected cuda, cuda:0 and so on, or cpu.") from error
+    if device.type == "cpu":
+        if not triton.knobs.runtime.interpret:
+            raise BenchError("--device cpu: Triton was imported without its interpreter; set TRITON_INTERPRET=1.")
+        return device
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise BenchError(f"--device {name}: torch finds no such GPU. Use --device cpu to run the checks without one.")
+    if triton.knobs.runtime.interpret:
+        raise BenchError(f"--device {name}: TRITON_INTERPRET is set, which needs --device cpu; unset it.")
+    device = torch.device("cuda", device.index or 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Name and versions, as JSON values."""
+    gpu = gpu_of(device)
+    found: dict[str, Any] = {
+        "gpu": gpu.name,
+        "capability": gpu.capability,
+        "processors": gpu.processors,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+        "source": source_hash(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(("python -m svsk_kernel_tools.bench", *sys.argv[1:])),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"memory_bytes": properties.total_memory, "l2_bytes": properties.L2_cache_size, "driver": _driver()}
+    return found
+
+
+def source_hash() -> str:
+    """First digits of the SHA-256 over the kernels' sources: results of different ones do not belong in one report."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(svsk_kernels.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _driver() -> str:
+    """Version of the driver, ``unknown`` where nvidia-smi is missing."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown"
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return lines[0] if lines else "unknown"

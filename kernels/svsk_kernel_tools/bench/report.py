@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results on disk, complete after every step, and as Markdown.
+
+The file is one JSON object: ``schema_version``, ``machine`` (of the latest run), and ``records``. Every record has a
+``kind`` and a ``group``; the records of a group are written together. Kinds:
+
+- ``check``: ``what``, ``error`` (relative), ``problems``;
+- ``time``: ``shape n k m variant kernel dispatched choice bytes copies launches``, then ``us q1 q3`` (microseconds),
+  ``gbs`` (needed bytes over time, GB/s), ``of_copy`` (over the bandwidth of a copy), ``over_cublas``, ``over_split``
+  (how many times faster) and ``sidecar_overhead`` (1 = twice the time of the base alone), or ``error``;
+- ``tune``: ``shape n k m max_m choice``, then ``us q1 q3`` or ``error``;
+- ``note``: ``text``.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from svsk_kernel_tools.bench.errors import BenchError
+
+__all__ = ["Report", "markdown", "write_atomically"]
+
+_VERSION: Final = 1
+_SAME: Final = ("gpu", "torch", "triton", "source")
+_HEADER: Final = ("shape", "M", "kernel", "µs (quartiles)", "GB/s", "of copy", "over cuBLAS", "over split", "sidecar")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file, so that at no time there is half of one; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # a machine that goes away must not leave a name without its content
+    partial.replace(path)
+
+
+class Report:
+    """The records of a run, written out whenever some are added.
+
+    Args:
+        path: of the JSON file, None to write none.
+        machine: see :func:`svsk_kernel_tools.bench.machine.describe`.
+        resume: keep what the file has, except checks that failed.
+
+    Raises:
+        BenchError: the file to resume is no report, or one of another GPU or of other code.
+    """
+
+    def __init__(self, path: Path | None, machine: dict[str, Any], resume: bool = False) -> None:
+        self.path, self.machine = path, machine
+        self.records: list[dict[str, Any]] = []
+        if resume and path is not None and path.exists():
+            found = _read(path)
+            for name in _SAME:
+                if found["machine"].get(name) != machine.get(name):
+                    raise BenchError(
+                        f"{path}: {name} was {found['machine'].get(name)}, expected {machine.get(name)}. "
+                        "Give another --json, or leave --resume out to begin anew."
+                    )
+            failed = {record["group"] for record in found["records"] if record.get("problems")}
+            self.records = [record for record in found["records"] if record["group"] not in failed]
+        self._groups = {record["group"] for record in self.records}
+
+    def add(self, records: Iterable[dict[str, Any]]) -> None:
+        """Add the records of one group, and write the file."""
+        new = list(records)
+        self.records += new
+        self._groups |= {record["group"] for record in new}
+        if self.path is not None:
+            content = {"schema_version": _VERSION, "machine": self.machine, "records": self.records}
+            write_atomically(self.path, json.dumps(content, indent=1) + "\n")
+
+    def note(self, text: str) -> None:
+        """Add a remark, once."""
+        if not any(record.get("text") == text for record in self.records):
+            self.add([{"kind": "note", "group": "note", "text": text}])
+
+    def has(self, group: str) -> bool:
+        """Whether a group is complete."""
+        return group in self._groups
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """Records of one kind, in order."""
+        return [record for record in self.records if record["kind"] == kind]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise BenchError(f"{path}: not JSON ({error}). Remove it, or leave --resume out.") from error
+    if not isinstance(found, dict) or found.get("schema_version") != _VERSION:
+        raise BenchError(f"{path}: expected a report of schema version {_VERSION}. Remove it, or leave --resume out.")
+    return found
+
+
+def markdown(report: Report) -> str:
+    """The report as Markdown: the machine, the checks in a line, notes, and a table per kind of weight."""
+    checks = report.of_kind("check")
+    failed = [record for record in checks if record["problems"]]
+    lines = ["# Kernel benchmark", ""]
+    lines += [f"- {name}: {value}" for name, value in report.machine.items()]
+    lines += [f"- checks: {len(checks) - len(failed)} of {len(checks)} passed" if checks else "- checks: none made"]
+    lines += [f"- failed: {record['what']}: {'; '.join(record['problems'])}" for record in failed]
+    lines += [f"- {record['text']}" for record in report.of_kind("note")]
+    times = report.of_kind("time")
+    for variant in dict.fromkeys(record["variant"] for record in times):
+        rows = [record for record in times if record["variant"] == variant]
+        lines += ["", f"## {variant}", "", *_table([_cells(record) for record in rows])]
+    tuned = [record for record in report.of_kind("tune") if record.get("chosen")]
+    if tuned:
+        lines += ["", "## Chosen", "", *_tuned(tuned)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Sequence[Sequence[str]], header: Sequence[str] = _HEADER) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _cells(record: dict[str, Any]) -> list[str]:
+    """A row of the table; the dispatched kernel is bold."""
+    kernel = f"**{record['kernel']}**" if record["dispatched"] else record["kernel"]
+    first = [record["shape"], str(record["m"]), kernel]
+    if "us" not in record:
+        reason = record.get("error", "").replace("|", "/").split("\n")[0][:60]
+        return [*first, f"failed: {reason}", *[""] * (len(_HEADER) - 4)]
+
+    def ratio(name: str, form: str) -> str:
+        return format(record[name], form) if name in record else ""
+
+    return [
+        *first,
+        f"{record['us']:.2f} ({record['q1']:.2f}-{record['q3']:.2f})",
+        f"{record['gbs']:.0f}",
+        f"{record['of_copy']:.0%}",
+        ratio("over_cublas", ".2f"),
+        ratio("over_split", ".2f"),
+        ratio("sidecar_overhead", "+.1%"),
+    ]
+
+
+def _tuned(records: Sequence[dict[str, Any]]) -> list[str]:
+    names = ("block_m", "block_n", "step", "num_warps", "num_stages", "split_k", "pdl")
+    rows = [
+        [
+            record["shape"],
+            "more" if record["max_m"] is None else str(record["max_m"]),
+            record["choice"]["kernel"],
+            f"{record['us']:.2f}",
+            *(str(record["choice"][name]) for name in names),
+        ]
+        for record in records
+    ]
+    return _table(rows, ("shape", "M up to", "kernel", "µs", *names))

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run: checks, then timings or tuning, every step written to the report as soon as it is done."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from svsk_kernel_tools.bench.cases import Case, cases_for, find_cases
+from svsk_kernel_tools.bench.correctness import Finding, check_case
+from svsk_kernel_tools.bench.errors import BenchError
+from svsk_kernel_tools.bench.grid import group_key, load_weights, time_group
+from svsk_kernel_tools.bench.layers import layer_of_shape
+from svsk_kernel_tools.bench.machine import describe, open_device
+from svsk_kernel_tools.bench.report import Report, markdown, write_atomically
+from svsk_kernel_tools.bench.shapes import GROUP_SIZE, SHAPES, TOKENS, VARIANTS, Shape, bytes_needed, find_shapes
+from svsk_kernel_tools.bench.split import vllm_missing
+from svsk_kernel_tools.bench.timing import FAILURES, Budget, GpuTimer, Timer, copies_needed
+from svsk_kernel_tools.bench.tune import BUCKETS, bucket_key, select, time_bucket, write_table
+from svsk_kernels.gpu.matmul_op import gpu_of
+from svsk_kernels.gpu.tuning import Choice, Entry
+
+__all__ = ["FAILED", "FINISHED", "UNFINISHED", "Settings", "check", "run", "time_shapes", "tune_shapes"]
+
+FINISHED: Final = 0
+FAILED: Final = 1
+UNFINISHED: Final = 3
+
+_ROUNDS: Final = 15
+_QUICK_ROUNDS: Final = 5
+_QUICK_TOKENS: Final = (1, 16, 128, 2048)
+_OUT_OF_TIME: Final = "[yellow]Time is up.[/yellow] Run the same command with --resume to go on."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asks for."""
+
+    device: str = "cuda"
+    quick: bool = False
+    tune: bool = False
+    checks: bool = True
+    seconds: float | None = None
+    json_file: Path | None = None
+    markdown_file: Path | None = None
+    resume: bool = False
+    configs: Path = Path("configs")
+    shapes: Sequence[str] = ()
+    tokens: Sequence[int] = ()
+    cases: Sequence[str] = ()
+    timings: bool = True
+    graphs: bool = True
+
+    @property
+    def rounds(self) -> int:
+        """Replays whose median counts."""
+        return _QUICK_ROUNDS if self.quick else _ROUNDS
+
+    def chosen_shapes(self) -> list[Shape]:
+        """Shapes asked for."""
+        return list(SHAPES[:2]) if self.quick and not self.shapes else find_shapes(list(self.shapes))
+
+    def chosen_tokens(self) -> tuple[int, ...]:
+        """Numbers of tokens asked for."""
+        return tuple(self.tokens) or (_QUICK_TOKENS if self.quick else TOKENS)
+
+
+def run(settings: Settings, console: Console) -> int:
+    """Do what is asked for.
+
+    Returns:
+        FINISHED, FAILED (a check), or UNFINISHED (out of time).
+
+    Raises:
+        BenchError: it cannot be done as asked.
+    """
+    budget = Budget(settings.seconds)
+    shapes = settings.chosen_shapes()
+    device = open_device(settings.device)
+    report = Report(settings.json_file, describe(device), settings.resume)
+    console.print(escape(", ".join(f"{name} {value}" for name, value in report.machine.items())))
+    state = FINISHED
+    if settings.checks:
+        cases = find_cases(cases_for(device.type != "cuda", settings.quick), settings.cases)
+        state = check(report, device, cases, budget, console, settings.graphs)
+    else:
+        report.note("this run left the checks out")
+    if not settings.timings:
+        report.note("this run left the timings out")
+    elif state == FINISHED and device.type == "cuda":
+        timer = GpuTimer(device)
+        report.machine |= {"copy_gbs": round(timer.copy_gbs)}
+        console.print(f"device copy {timer.copy_gbs:.0f} GB/s, second-level cache {timer.l2_bytes >> 20} MiB")
+        if settings.tune:
+            state = tune_shapes(report, shapes, device, timer, settings, budget, console)
+        else:
+            state = time_shapes(report, shapes, device, timer, settings, budget, console)
+    _finish(report, settings, state, device, console)
+    return state
+
+
+def _finish(report: Report, settings: Settings, state: int, device: torch.device, console: Console) -> None:
+    report.add([])
+    text = markdown(report)
+    if settings.markdown_file is not None:
+        write_atomically(settings.markdown_file, text)
+    if device.type == "cuda":
+        console.print(text, markup=False, highlight=False)
+    elif state == FINISHED:
+        made = "All checks passed in Triton's interpreter. " if settings.checks else ""
+        console.print(f"{made}Timing and tuning need a GPU: --device cuda.")
+    if state == UNFINISHED:
+        console.print(_OUT_OF_TIME)
+
+
+def check(
+    report: Report,
+    device: torch.device,
+    cases: Sequence[Case],
+    budget: Budget,
+    console: Console,
+    graphs: bool = True,
+) -> int:
+    """Run the checks that the report does not have yet, all of them even if some fail."""
+    state = FINISHED
+    for case in cases:
+        group = f"check/{case.name}"
+        if report.has(group):
+            continue
+        if budget.spent:
+            return UNFINISHED
+        begun = time.monotonic()
+        findings = _findings(case, device, graphs)
+        report.add(
+            {
+                "kind": "check",
+                "group": group,
+                "what": found.what,
+                "error": found.error if math.isfinite(found.error) else None,
+                "problems": [*found.problems],
+            }
+            for found in findings
+        )
+        failed = [found for found in findings if not found.passed]
+        worst = max(found.error for found in findings)
+        verdict = "[red]failed[/red]" if failed else "ok"
+        seconds = time.monotonic() - begun
+        console.print(
+            f"check {escape(case.name)}: {verdict}, {len(findings)} runs, worst error {worst:.1e}, {seconds:.1f} s"
+        )
+        for found in failed:
+            console.print(f"  [red]{escape(found.what)}[/red]: {escape('; '.join(found.problems))}")
+        if failed:
+            state = FAILED
+    return state
+
+
+def _findings(case: Case, device: torch.device, graphs: bool) -> list[Finding]:
+    """All findings of a case; what was raised is one of them."""
+    findings = []
+    try:
+        for found in check_case(case, device, graphs):
+            findings.append(found)
+    except FAILURES as failure:
+        after = f"after {findings[-1].what}" if findings else case.name
+        findings.append(Finding(after, math.nan, (f"{type(failure).__name__}: {failure}"[:1000],)))
+    return findings
+
+
+def time_shapes(
+    report: Report,
+    shapes: Sequence[Shape],
+    device: torch.device,
+    timer: Timer,
+    settings: Settings,
+    budget: Budget,
+    console: Console,
+) -> int:
+    """Time the groups (shape and number of tokens) that the report does not have yet."""
+    missing = vllm_missing()
+    if missing is not None:
+        report.note(f"split (vLLM's Marlin with the sidecar apart) is left out, vLLM cannot be used: {missing}")
+    for shape in shapes:
+        tokens = [m for m in settings.chosen_tokens() if not report.has(group_key(shape, m))]
+        if tokens and budget.spent:
+            return UNFINISHED
+        weights = load_weights(shape, device, timer, make_split=missing is None) if tokens else None
+        for m in tokens:
+            if budget.spent:
+                return UNFINISHED
+            assert weights is not None
+            for note in weights.notes:
+                report.note(note)
+            records = time_group(weights, m, timer, settings.rounds)
+            if not any("us" in record for record in records):
+                raise BenchError(f"{shape.name}, M = {m}: nothing could be timed: {records[0].get('error')}")
+            report.add(records)
+            console.print(f"time {shape.name}, M = {m}: {_summary(records)}", highlight=False)
+    return FINISHED
+
+
+def _summary(records: Sequence[dict[str, Any]]) -> str:
+    """What is dispatched, in a line."""
+    shown = [record for record in records if record["dispatched"] or record["kernel"] in ("cublas", "split")]
+    return ", ".join(
+        f"{record['variant']} {record['kernel']} " + (f"{record['us']:.2f} µs" if "us" in record else "failed")
+        for record in shown
+    )
+
+
+def tune_shapes(
+    report: Report,
+    shapes: Sequence[Shape],
+    device: torch.device,
+    timer: Timer,
+    settings: Settings,
+    budget: Budget,
+    console: Console,
+) -> int:
+    """Time the choices of the buckets that the report does not have yet; write the table after every whole shape."""
+    gpu, variant = gpu_of(device), VARIANTS[0]
+    for shape in shapes:
+        buckets = [bucket for bucket in BUCKETS if not report.has(bucket_key(shape, bucket))]
+        if buckets and budget.spent:
+            return UNFINISHED
+        if buckets:
+            first = layer_of_shape(shape, variant, torch.bfloat16, device).without_linears()
+            copies = copies_needed(bytes_needed(shape, variant, 0), timer.l2_bytes)
+            layers = [first, *(first.copy() for _ in range(copies - 1))]
+        for bucket in buckets:
+            if budget.spent:
+                return UNFINISHED
+            records = time_bucket(shape, layers, gpu, bucket, timer, settings.rounds // 2)
+            report.add(records)
+            done = sum("us" in record for record in records)
+            limit = "more" if bucket is None else f"up to {bucket}"
+            console.print(f"tune {shape.name}, {limit}: {done} of {len(records)} choices timed", highlight=False)
+        path = write_table(settings.configs, gpu.name, [_entry(report, shape)])
+        console.print(f"tune {shape.name}: written to {path}", markup=False, highlight=False)
+    return FINISHED
+
+
+def _entry(report: Report, shape: Shape) -> Entry:
+    """The table's entry for one shape; marks the chosen among the report's records."""
+    records = [record for record in report.of_kind("tune") if record["shape"] == shape.name and "us" in record]
+    results: dict[int | None, dict[Choice, float]] = {}
+    for record in records:
+        results.setdefault(record["max_m"], {})[Choice(**record["choice"])] = record["us"]
+    choices = select(results)
+    for record in records:
+        taken = next(c for c in choices if c.max_m is None or (record["max_m"] or 1 << 62) <= c.max_m)
+        record["chosen"] = replace(taken, max_m=None) == Choice(**record["choice"])
+    report.add([])
+    return Entry(n=shape.n, k=shape.k, group_size=GROUP_SIZE, choices=choices)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels as they are launched where nothing was measured: every choice of the rule, compiled for each target."""
+
+from collections.abc import Iterator
+from typing import Any, Final, Literal
+
+import torch
+import triton.language as tl
+
+from svsk_kernel_tools.binary.aot import Arch
+from svsk_kernel_tools.binary.case import KernelCase
+from svsk_kernels.gpu.decode import decode_kernel
+from svsk_kernels.gpu.error_feedback import MAX_COLUMNS, feedback_kernel
+from svsk_kernels.gpu.error_feedback import ROWS as FEEDBACK_ROWS
+from svsk_kernels.gpu.error_feedback import WARPS as FEEDBACK_WARPS
+from svsk_kernels.gpu.fold import fold_kernel
+from svsk_kernels.gpu.gemm import gemm_kernel
+from svsk_kernels.gpu.launch import FOLD_WARPS, fold_constants, matmul_constants, shrink_constants, shrink_warps
+from svsk_kernels.gpu.repack_base import plane_length
+from svsk_kernels.gpu.repack_sidecar import Tiles
+from svsk_kernels.gpu.shrink import shrink_kernel
+from svsk_kernels.gpu.tuning import Choice, Gpu, heuristic_choices
+
+__all__ = ["cases"]
+
+# Multiprocessors of an H100, for all: they decide into how many parts the columns are split.
+_PROCESSORS: Final = 132
+_SHAPE: Final = (2560, 9728)  # rows and columns of a layer whose columns are split
+_UNALIGNED: Final = ("m", "steps", "steps_per_split", "row_start", "counters")
+
+_POINTERS: Final = {
+    "words": "*i16",
+    "row_table": "*i32",
+    "u": "*u8",
+    "v": "*u8",
+    "gain": "*fp32",
+    "z_used": "*u8",
+    "v_table": "*i32",
+    "jobs": "*i32",
+    "slot_table": "*i32",
+    "block_slots": "*i32",
+    "partial": "*fp32",
+    "counters": "*i32",
+}
+_ACTIVATIONS: Final = ("x", "scale", "bias", "z", "y", "out")
+
+# Instructions of the main loop per weight: what was measured with Triton 3.6 and 3.9, and a tenth more.
+# For targets with mma.sync, for sm_90 and for sm_100; none for AMD, whose compiler emulates bfloat16.
+_CAPS: Final = {
+    "decode16-g64": (3.6, 3.8, 4.8),
+    "decode16-g64-quad8": (5.3, 5.5, 6.5),
+    "decode16-g64-fp16": (3.3, 3.5, 4.3),
+    "decode16-g32": (5.2, 5.6, 7.4),
+    "decode16-unsplit-bias": (3.6, 3.9, 4.8),
+    "decode32-g64": (4.5, 4.2, 5.1),
+    "decode64-g64": (6.7, 5.4, 7.7),
+    "gemm-g64": (8.4, 5.7, 7.9),
+    "gemm-g64-quad8": (9.8, 7.4, 9.6),
+    "gemm-g64-fp16": (8.3, 5.5, 7.9),
+}
+
+
+def cases(arch: Arch) -> list[KernelCase]:
+    """All cases of a target."""
+    return [*_matmuls(arch), *_shrinks(arch), *_folds(arch), *_feedbacks()]
+
+
+def _matmuls(arch: Arch) -> Iterator[KernelCase]:
+    capability = arch if isinstance(arch, int) else 0
+    gpu = Gpu(name="", capability=capability, processors=_PROCESSORS)
+    for group_size in (64, 32):
+        for choice in heuristic_choices(gpu, *_SHAPE, group_size):
+            if choice.kernel == "fold" or (group_size == 32 and choice.block_m != 16):
+                continue  # beyond 16 tokens, steps are no longer than either group
+            name = f"{choice.kernel}{choice.block_m if choice.kernel == 'decode' else ''}-g{group_size}"
+            yield _matmul(arch, name, choice, group_size, torch.bfloat16, bits=4)
+            if group_size == 64 and (choice.kernel == "gemm" or choice.block_m == 16):
+                yield _matmul(arch, f"{name}-quad8", choice, group_size, torch.bfloat16, quad8=True)
+                yield _matmul(arch, f"{name}-fp16", choice, group_size, torch.float16)
+    whole = heuristic_choices(gpu, 19456, 2560, 64)[0]
+    yield _matmul(arch, "decode16-unsplit-bias", whole, 64, torch.bfloat16, has_bias=True)
+
+
+def _matmul(
+    arch: Arch,
+    name: str,
+    choice: Choice,
+    group_size: int,
+    dtype: torch.dtype,
+    *,
+    bits: Literal[4, 8] = 8,
+    quad8: bool = False,
+    has_bias: bool = False,
+) -> KernelCase:
+    fn = decode_kernel if choice.kernel == "decode" else gemm_kernel
+    layout = {"PLANE": plane_length(_SHAPE[1]), "GROUP": group_size, "EVEN_K": True, "QUAD8": quad8}
+    constants = layout | _types(arch, dtype) | matmul_constants(choice, bits, has_bias, pdl=choice.pdl)
+    options: dict[str, Any] = {"num_warps": choice.num_warps}
+    if choice.pdl:
+        options["launch_pdl"] = True
+    return KernelCase(
+        name=name,
+        fn=fn,
+        signature=_signature(fn, constants, dtype),
+        constexprs=constants,
+        aligned=_aligned(fn, constants),
+        options=options,
+        weights_per_thread=choice.block_n * 4 * choice.step / (_threads(arch) * choice.num_warps),
+        max_instructions_per_weight=_cap(name, arch),
+        split=choice.split_k > 1,
+        packed_weight_pointer="words",
+    )
+
+
+def _shrinks(arch: Arch) -> Iterator[KernelCase]:
+    for name, bits, block, tiles in (
+        ("shrink16-8", 8, 16, Tiles(long=False, aligned=True)),
+        ("shrink32-8-long", 8, 32, Tiles(long=True, aligned=True)),
+        ("shrink32-4", 4, 32, Tiles(long=False, aligned=True)),
+        ("shrink16-8-odd", 8, 16, Tiles(long=True, aligned=False)),
+        ("shrink16-4-odd", 4, 16, Tiles(long=False, aligned=False)),
+    ):
+        pdl = isinstance(arch, int) and arch >= 90
+        constants = shrink_constants(block, bits, tiles, pdl) | {"DTYPE": tl.bfloat16}
+        yield KernelCase(
+            name=name,
+            fn=shrink_kernel,
+            signature=_signature(shrink_kernel, constants, torch.bfloat16),
+            constexprs=constants,
+            aligned=_aligned(shrink_kernel, constants),
+            options={"num_warps": shrink_warps(tiles)},
+            split=tiles.long,
+            packed_weight_pointer="v" if tiles.aligned else None,
+            mma="any",
+        )
+
+
+def _folds(arch: Arch) -> Iterator[KernelCase]:
+    for name, bits, quad8 in (("fold-base", 0, False), ("fold-8", 8, False), ("fold-4-quad8", 4, True)):
+        layout = {"PLANE": 64, "GROUP": 64, "EVEN_K": True, "QUAD8": quad8}
+        constants = layout | _types(arch, torch.bfloat16) | fold_constants(bits)
+        yield KernelCase(
+            name=name,
+            fn=fold_kernel,
+            signature=_signature(fold_kernel, constants, torch.bfloat16),
+            constexprs=constants,
+            aligned=_aligned(fold_kernel, constants),
+            options={"num_warps": FOLD_WARPS},
+            mma="any" if bits else "none",
+        )
+
+
+def _feedbacks() -> Iterator[KernelCase]:
+    for name, columns, codes, descent in (
+        ("feedback-int4", MAX_COLUMNS, (-8, 7, False), False),
+        ("feedback-quad8-descent", MAX_COLUMNS, (-8, 7, True), True),
+        ("feedback-8bit", 32, (-127, 127, False), False),
+    ):
+        constants = dict(zip(("LOW", "HIGH", "QUAD8"), codes, strict=True))
+        constants |= {"DESCENT": descent, "COLUMNS": columns, "BLOCK_N": FEEDBACK_ROWS}
+        pointers = ("work", "coupling", "pivots", "scale", "values", "levels", "errors")
+        sizes = ("n", "count", "scale_batch", "scale_column")
+        yield KernelCase(
+            name=name,
+            fn=feedback_kernel,
+            signature=dict.fromkeys(pointers, "*fp32") | dict.fromkeys(sizes, "i32"),
+            constexprs=constants,
+            aligned=(*pointers, "n", "scale_column"),
+            options={"num_warps": FEEDBACK_WARPS},
+            mma="none",
+        )
+
+
+def _cap(name: str, arch: Arch) -> float | None:
+    if not isinstance(arch, int):
+        return None
+    return _CAPS[name][{90: 1, 100: 2}.get(arch, 0)]
+
+
+def _types(arch: Arch, dtype: torch.dtype) -> dict[str, Any]:
+    return {"DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16, "ASM": isinstance(arch, int)}
+
+
+def _threads(arch: Arch) -> int:
+    """Of a warp."""
+    return 32 if isinstance(arch, int) else 64
+
+
+def _signature(fn: Any, constants: dict[str, Any], dtype: torch.dtype) -> dict[str, str]:
+    float_type = "*bf16" if dtype == torch.bfloat16 else "*fp16"
+    return {
+        name: float_type if name in _ACTIVATIONS else _POINTERS.get(name, "i32")
+        for name in fn.arg_names
+        if name not in constants
+    }
+
+
+def _aligned(fn: Any, constants: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name in fn.arg_names if name not in constants and name not in _UNALIGNED)

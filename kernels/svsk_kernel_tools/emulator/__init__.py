@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled Triton kernels on a CPU: their PTX, executed in NumPy and checked as it runs.
+
+Usage::
+
+    with emulated(capability=90, order="interleaved", late=True) as gpu:
+        y = packed_matmul(x, ...)  # CPU tensors
+    gpu.launches[-1].bytes_read["words"]
+"""
+
+from svsk_kernel_tools.emulator.driver import CAPABILITIES, emulated
+from svsk_kernel_tools.emulator.errors import BarrierError, EmulateError, MemoryFaultError, RaceError, UnsupportedError
+from svsk_kernel_tools.emulator.machine import ORDERS, Gpu, Launch, Order
+
+__all__ = [
+    "CAPABILITIES",
+    "ORDERS",
+    "BarrierError",
+    "EmulateError",
+    "Gpu",
+    "Launch",
+    "MemoryFaultError",
+    "Order",
+    "RaceError",
+    "UnsupportedError",
+    "emulated",
+]

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds ``cpu.cpp`` once per compiler, processor and PyTorch, and loads it."""
+
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from svsk_kernels.cpu.processor import simulated_features
+
+__all__ = ["cpu_ops_obstacle"]
+
+_SOURCE: Final = Path(__file__).with_name("linear.cpp")
+_FEATURES: Final = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16")
+_COMPILE: Final = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-w", *(f"-m{name}" for name in _FEATURES))
+_BUILD_SECONDS: Final = 600
+
+
+def cpu_ops_obstacle() -> str | None:
+    """Make ``torch.ops.svsk.cpu_linear`` available; the first call on a machine compiles for about 15 seconds.
+
+    Returns:
+        None when the op can be called, or why it cannot.
+    """
+    if simulated_features() is not None or not torch.cpu._is_avx512_bf16_supported():
+        return "the processor has no AVX512-BF16"
+    return _load_obstacle()
+
+
+@lru_cache(maxsize=1)
+def _load_obstacle() -> str | None:
+    """Load the library that a folder holds, or build it in the first where it can be written and loaded."""
+    compiler = os.environ.get("CXX") or "g++"
+    version = _version(compiler)
+    reasons: list[str] = []
+    folders = list(_folders(reasons))
+    for folder in folders:
+        # Without a compiler what another one has built is as good.
+        pattern = f"cpu-{_key()}-{_hash(version) if version else '*'}.so"
+        if any(_loads(library, reasons) for library in sorted(folder.glob(pattern))):
+            return None
+    if version is None:
+        return f"there is no C++ compiler {compiler!r}; install g++ or set CXX"
+    for folder in folders:
+        library = folder / f"cpu-{_key()}-{_hash(version)}.so"
+        try:
+            _build(library, compiler)
+        except (OSError, subprocess.SubprocessError) as error:
+            output = getattr(error, "stderr", None)
+            reasons.append(f"building {library} failed: {error}" + (f"\n{output[-2000:]}" if output else ""))
+            continue
+        if _loads(library, reasons):
+            return None
+    return "; ".join(dict.fromkeys(reasons)) + ". XDG_CACHE_HOME names another folder to build in"
+
+
+def _loads(library: Path, reasons: list[str]) -> bool:
+    """Load the library and describe its op, or say why not: it may be damaged, or lie where nothing may be run."""
+    try:
+        _check_whole(library)
+        torch.ops.load_library(str(library))
+        torch.library.register_fake("svsk::cpu_linear", _fake)
+    except (OSError, RuntimeError) as error:
+        reasons.append(f"loading {library} failed: {error}")
+        return False
+    return True
+
+
+def _check_whole(library: Path) -> None:
+    """Raise OSError if the file is cut short: loading such a one ends the process."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    # The table of sections, which ends an ELF file: where it begins, size and number of its entries.
+    start, size, count = (int.from_bytes(header[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
+    if len(header) < 64 or header[:4] != b"\x7fELF" or library.stat().st_size < start + size * count:
+        raise OSError("it is no whole ELF file; delete it")
+
+
+def _fake(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    u: torch.Tensor | None,
+    v: torch.Tensor | None,
+    gain: torch.Tensor | None,
+    index: torch.Tensor | None,
+    n: int,
+    group_size: int,
+    quad8: bool,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+def _folders(reasons: list[str]) -> Iterator[Path]:
+    """Where a library may lie: the user's cache, and for homes that cannot be written a folder of the user's own."""
+    try:
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "svsk"
+    except RuntimeError as error:  # nobody knows the user's home
+        reasons.append(str(error))
+    folder = Path(tempfile.gettempdir()) / f"svsk-{os.geteuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        reasons.append(str(error))
+        return
+    if found.st_uid == os.geteuid() and found.st_mode & 0o077 == 0:
+        yield folder
+    else:
+        reasons.append(f"{folder} can be written by others")
+
+
+@lru_cache(maxsize=1)
+def _key() -> str:
+    """Hash of what decides whether a library runs here, the compiler apart."""
+    try:
+        processor = re.findall(r"^flags\s*:.*$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)[:1]
+    except OSError:
+        processor = [platform.processor()]
+    source = _SOURCE.read_text(encoding="utf-8")
+    return _hash("\n".join((source, torch.__version__, *_COMPILE, *platform.libc_ver(), *processor)))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _version(compiler: str) -> str | None:
+    """What the compiler says of itself; None if there is none."""
+    try:
+        return _command([compiler, "--version"])
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _build(library: Path, compiler: str) -> None:
+    """Build the library. Processes that do so at the same time each write their own and rename it."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    root = Path(torch.__file__).parent
+    includes = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
+    with tempfile.TemporaryDirectory(dir=library.parent) as name:
+        compiled, linked = Path(name, "cpu.o"), Path(name, "cpu.so")
+        _command([compiler, *_COMPILE, *includes, "-c", str(_SOURCE), "-o", str(compiled)])
+        # Linked without -fopenmp: the OpenMP library must be the one PyTorch brings.
+        torch_libraries = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+        _command([compiler, "-shared", str(compiled), *torch_libraries, "-o", str(linked)])
+        linked.replace(library)
+
+
+def _command(words: list[str]) -> str:
+    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=_BUILD_SECONDS).stdout

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole layers on a CPU with AVX512-BF16, by the op ``svsk::cpu_linear`` of ``cpu.cpp``.
+
+The packed weight is decoded in registers for any number of rows of activations: decoding costs less than it takes an
+ordinary product to read a 16-bit weight.
+
+Run-time tensors; a *block* is 16 outputs (N is padded to whole blocks), a *pair* two neighbouring inputs:
+
+- codes: uint8, [blocks, K / 2, 16]: a byte holds both codes of a pair for one output, the first in the low nibble;
+- scale: [blocks, K / group, 16];
+- U and V: bfloat16 *panels* [pairs, 16, 2]. A V panel is 16 ranks of one column tile. A U panel is one block's rows of
+  one slot (zero for the block's other rows) times the slot's ranks in all column tiles;
+- gain: float32 [V panels, 16];
+- index: int32: the counts of V panels, of numbers z = gain * (V x) per row, and of blocks; per V panel its place in
+  pairs of 16 outputs, the first column and the number of pairs; per V panel 16 places in z or -1; per block the first
+  of its U panels, and their total; per U panel its place, its place in z, and the number of pairs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+
+from svsk_kernels.cpu.build import cpu_ops_obstacle
+from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
+from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup
+
+__all__ = ["CpuKernel", "cpu_ops_obstacle"]
+
+_LANES: Final = 16
+_PAIR: Final = 2 * _LANES  # elements of a panel per pair
+
+
+class CpuKernel:
+    """Runs a layer through ``svsk::cpu_linear``; a :class:`svsk_kernels.layer_kernel.LayerKernel`.
+
+    Args:
+        spec: the layer, bfloat16 or float16.
+
+    Raises:
+        RuntimeError: the op cannot be built or loaded here.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        obstacle = self.obstacle(spec)
+        if obstacle:
+            raise RuntimeError(f"svsk::cpu_linear cannot be used: {obstacle}")
+        self.spec = spec
+        self.names = ("sidecar_u", "sidecar_v", "sidecar_gain", "sidecar_index") if spec.plan else ()
+
+    @staticmethod
+    def obstacle(spec: LayerSpec) -> str | None:
+        """Why the op does not take a layer on this machine; None when it does. The first call may compile it."""
+        if spec.dtype not in (torch.bfloat16, torch.float16):
+            return f"activations are {spec.dtype}, the CPU kernel takes bfloat16 and float16"
+        return cpu_ops_obstacle()
+
+    def prepare(self, layer: Any) -> None:
+        """Rearrange the loaded parameters, see the module; ``sidecar_index`` is added."""
+        tensors = {
+            "weight_packed": _blocks(layer.weight_packed.data.view(torch.uint8)),
+            "weight_scale": _blocks(layer.weight_scale.data),
+        }
+        if self.spec.plan:
+            loaded = (layer.sidecar_u.data, layer.sidecar_v.data, layer.sidecar_gain.data)
+            tensors |= dict(zip(self.names, _prepare_sidecar(self.spec.plan, *loaded), strict=True))
+        replace_parameters(layer, tensors)
+
+    def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x W_hat^T + bias``: [M, N] from [M, K], both of the layer's dtype."""
+        sidecar = [getattr(layer, name) for name in self.names] or [None] * 4
+        y: torch.Tensor = torch.ops.svsk.cpu_linear(
+            x,
+            layer.weight_packed,
+            layer.weight_scale,
+            bias,
+            *sidecar,
+            self.spec.n,
+            self.spec.group_size,
+            self.spec.codebook == "quad8",
+        )
+        return y
+
+
+def _blocks(rows: torch.Tensor) -> torch.Tensor:
+    """[N, C] to contiguous [blocks, C, 16], padded with zeros."""
+    padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % _LANES))
+    return padded.view(-1, _LANES, rows.shape[1]).transpose(1, 2).contiguous()
+
+
+def _panels(rows: torch.Tensor) -> torch.Tensor:
+    """Integers [16 p, C] to bfloat16 panels [p, C / 2, 16, 2], C padded to even."""
+    padded = F.pad(rows, (0, rows.shape[1] % 2)).to(torch.bfloat16)
+    return padded.view(-1, _LANES, padded.shape[1] // 2, 2).permute(0, 2, 1, 3).contiguous()
+
+
+@dataclass
+class _Panels:
+    """Panels of one factor while they are collected. ``entries`` are the index's three numbers per panel."""
+
+    data: list[torch.Tensor] = field(default_factory=list)
+    entries: list[tuple[int, int, int]] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, panels: torch.Tensor, place: int) -> None:
+        pairs = panels.shape[1]
+        for _ in range(panels.shape[0]):
+            self.entries.append((self.size, place, pairs))
+            self.size += pairs
+        self.data.append(panels.flatten())
+
+    @property
+    def flat(self) -> torch.Tensor:
+        return torch.cat(self.data)
+
+
+def _prepare_sidecar(
+    plan: SidecarPlan, u: torch.Tensor, v: torch.Tensor, gain: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, V, gain and index as the op wants them, from the plan's flat tensors."""
+    left, right = _Panels(), _Panels()
+    gains: list[torch.Tensor] = []
+    places: list[torch.Tensor] = []
+    blocks: list[int] = []  # of each U panel
+    u_start = v_start = gain_start = width = 0
+    for bundle in plan.bundles:
+        tiles, total, _ = bundle.v_shape
+        # Place in z of each rank of the first column tile, and by how much it moves per tile.
+        first, step = torch.empty(total, dtype=torch.int32), torch.empty(total, dtype=torch.int32)
+        rank_start = 0
+        for group, row in _slots(bundle):
+            ranks = slice(rank_start, rank_start + group.rank)
+            first[ranks] = torch.arange(width, width + group.rank)
+            step[ranks] = group.rank
+            count = group.rows * tiles * group.rank
+            rows = u.narrow(0, u_start, count).view(group.rows, -1)
+            panels = _panels(F.pad(rows, (0, 0, row % _LANES, -(row + group.rows) % _LANES)))
+            left.add(panels, width)
+            blocks += range(row // _LANES, row // _LANES + panels.shape[0])
+            u_start, rank_start = u_start + count, rank_start + group.rank
+            width += tiles * group.rank + tiles * group.rank % 2
+        factors = v.narrow(0, v_start, bundle.v_numel).view(bundle.v_shape)
+        gains.append(F.pad(gain.narrow(0, gain_start, bundle.gain_numel).view(tiles, total), (0, -total % _LANES)))
+        for tile, (start, stop) in enumerate(pairwise(bundle.bounds)):
+            odd = start % 2  # panels begin at an even column, so that no pair reaches beyond K
+            ranks_by_columns = factors[tile, :, : stop - start]
+            right.add(_panels(F.pad(ranks_by_columns, (odd, 0, 0, -total % _LANES))), start - odd)
+            places.append(F.pad(first + tile * step, (0, -total % _LANES), value=-1))
+        v_start, gain_start = v_start + bundle.v_numel, gain_start + bundle.gain_numel
+    order = sorted(range(len(blocks)), key=blocks.__getitem__)
+    count = -(-plan.n // _LANES)
+    starts = torch.bincount(torch.tensor(blocks), minlength=count).cumsum(0)
+    index = [
+        torch.tensor([len(right.entries), width, count]),
+        torch.tensor(right.entries).flatten(),
+        *places,
+        F.pad(starts, (1, 0)),
+        torch.tensor([left.entries[panel] for panel in order]).flatten(),
+    ]
+    flat_gain = torch.cat([part.flatten() for part in gains])
+    return left.flat, right.flat, flat_gain, torch.cat([part.to(torch.int32) for part in index])
+
+
+def _slots(bundle: Bundle) -> Iterator[tuple[SlotGroup, int]]:
+    """Every slot's group and first row, in the order of the flat tensors."""
+    for group in bundle.groups:
+        for slot in range(group.slots):
+            yield group, group.row_start + slot * group.rows

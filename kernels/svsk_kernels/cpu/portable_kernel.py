@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer by PyTorch's own float32 product: on every processor and device, in every dtype. Twice the base's memory."""
+
+from typing import Any
+
+import torch
+
+from svsk_kernels.codebook import code_values, unpack_nibbles
+from svsk_kernels.cpu import widened_op as widened  # noqa: F401 - registers svsk::widened_linear
+from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
+from svsk_kernels.sidecar_op import prepare_sidecar
+
+__all__ = ["PortableKernel"]
+
+_PARTS = {"int4": 1, "quad8": 8}
+"""A level times this is a whole number that int8 holds."""
+
+
+class PortableKernel:
+    """Runs a layer as int8 levels and float32 factors; a :class:`svsk_kernels.layer_kernel.LayerKernel`.
+
+    Nothing is rounded before the result is: levels, scales and factors are exact in float32.
+
+    Args:
+        spec: the layer.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        self.spec = spec
+        self.plan = spec.plan.encode() if spec.plan else []
+
+    def prepare(self, layer: Any) -> None:
+        """Replace the loaded parameters: ``weight_packed`` by int8 levels [N, K], the others by float32 tensors."""
+        parts = _PARTS[self.spec.codebook]
+        codes = unpack_nibbles(layer.weight_packed.data)
+        tensors = {
+            "weight_packed": (code_values(codes, self.spec.codebook) * parts).to(torch.int8),
+            "weight_scale": layer.weight_scale.data.float() / parts,
+        }
+        if self.spec.plan:
+            loaded = (layer.sidecar_u.data, layer.sidecar_v.data, layer.sidecar_gain.data)
+            names = ("sidecar_u", "sidecar_v", "sidecar_gain")
+            tensors |= dict(zip(names, prepare_sidecar(*loaded, torch.float32), strict=True))
+        replace_parameters(layer, tensors)
+
+    def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x W_hat^T + bias``: [M, N] from [M, K], both of the layer's dtype."""
+        wide = x.float()
+        y: torch.Tensor = torch.ops.svsk.widened_linear(wide, layer.weight_packed, layer.weight_scale)
+        if self.plan:
+            y = y + torch.ops.svsk.sidecar(wide, layer.sidecar_u, layer.sidecar_v, layer.sidecar_gain, self.plan)
+        if bias is not None:
+            y = y + bias
+        return y.to(x.dtype)

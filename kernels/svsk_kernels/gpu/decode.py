@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Few tokens: the packed weight is streamed once, and every code meets the tensor cores as an exact integer.
+
+``acc[BLOCK_N, BLOCK_M] = W x^T``: the weight is the first operand, so that what was unpacked in registers stays there,
+and the tokens are the short side. Products of one plane are scaled in float32 after their matrix product; with 64
+tokens it takes fewer instructions to scale the weights (``SCALE_WEIGHTS``). Where one block of rows per program leaves
+the GPU idle, the columns are split as well: partial sums go to memory, and whichever program of a block arrives last
+adds them in the order of the splits, so that every run gives the same bits.
+
+Checkpoint                                  Run time (repack_base, repack_sidecar)
+weight_packed  int32 [N, K / 8]             words  int16 [padded N, padded K / 4], codes of a word PLANE columns apart
+weight_scale   [N, K / group]               scale  [groups, padded N]
+sidecar_u      int8 [N, B, r]               u      uint8, flat, found through row_table
+"""
+
+import triton
+import triton.language as tl
+
+from svsk_kernels.gpu.primitives import add_sidecar, group_scale, load_columns, unpack_codes
+
+__all__ = ["decode_kernel"]
+
+
+@triton.jit(do_not_specialize=["m"])
+def decode_kernel(
+    # tensors
+    x,  # [M, K] bf16 or fp16, rows x_stride apart
+    words,  # int16 [padded N, padded K / 4]: four codes a word, PLANE columns apart
+    scale,  # [groups, padded N] bf16 or fp16
+    bias,  # [N] bf16 or fp16; not read without HAS_BIAS
+    row_table,  # int32 [3, padded N]: first byte of U, first z column, end of the z columns
+    u,  # uint8, flat: 8-bit factors, or two of 4 bits a byte
+    z,  # [M, z columns] bf16 or fp16: gain * (V x) / u_step, rows z_stride apart
+    z_used,  # uint8 [z columns]: 0 in padding, where z holds anything
+    y,  # [M, N] bf16 or fp16, contiguous
+    partial,  # float32 [SPLIT_K, M, padded N]: sums of each split; not used with SPLIT_K 1
+    counters,  # int32 [blocks of rows * blocks of tokens], zero before and after
+    # sizes
+    m,  # tokens M
+    n,  # outputs N
+    k,  # inputs K
+    n_padded,  # N padded to whole blocks
+    x_stride,  # elements
+    word_stride,  # words
+    z_stride,  # elements: the number of z columns
+    steps,  # runs of STEP words in a row of words
+    steps_per_split,  # turns of the loop of each split
+    # blocks
+    BLOCK_M: tl.constexpr,  # tokens per program
+    BLOCK_N: tl.constexpr,  # outputs per program
+    PLANE: tl.constexpr,  # columns between the four codes of a word
+    STEP: tl.constexpr,  # words per turn of the loop: a divisor of PLANE and of GROUP
+    GROUP: tl.constexpr,  # weights per scale
+    SPLIT_K: tl.constexpr,  # programs that share the columns of a block
+    SCALE_WEIGHTS: tl.constexpr,  # scale weights before the products, not sums after them
+    # what there is
+    SIDECAR_BITS: tl.constexpr,  # of the factors: 8 or 4; 0 means no sidecar
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,  # K needs no padding: columns are loaded without a mask
+    QUAD8: tl.constexpr,  # codebook quad8 instead of int4
+    # how it is computed
+    DTYPE: tl.constexpr,  # of the matrix products
+    ASM: tl.constexpr,  # unpack codes with inline PTX
+    PDL: tl.constexpr,  # z comes from a kernel that may still run
+    STAGES: tl.constexpr,  # turns whose loads are under way
+):
+    """``y[m, n] = x W_hat^T + bias`` for one block of BLOCK_N rows, one split of the columns and BLOCK_M tokens.
+
+    Grid: (padded N / BLOCK_N, SPLIT_K, ceil(M / BLOCK_M)).
+    """
+    # where this program stands; the columns of x beyond M and the outputs beyond N are masked
+    block, split = tl.program_id(0), tl.program_id(1)
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = (offs_m < m)[None, :]
+    word_row = words + offs_n.to(tl.int64)[:, None] * word_stride + tl.arange(0, STEP)[None, :]
+    x_row = x + offs_m.to(tl.int64)[None, :] * x_stride
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    first = split * steps_per_split
+    for step in tl.range(first, tl.minimum(first + steps_per_split, steps), num_stages=STAGES):
+        # the packed weight: each byte is read once in this launch, so it should not push x out of the cache
+        packed = tl.load(word_row + step * STEP, eviction_policy="evict_first")
+        # unpack: or-ing the code into a mantissa and one subtraction, exact integers (or quad8 levels)
+        q0, q1, q2, q3 = unpack_codes(packed, DTYPE, ASM, QUAD8)
+        start = step // (PLANE // STEP) * (4 * PLANE) + step % (PLANE // STEP) * STEP  # first plane's column
+        # the activations of each plane's columns
+        x0 = load_columns(x_row, start, k, mask_m, DTYPE, STEP, EVEN_K)
+        x1 = load_columns(x_row, start + PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
+        x2 = load_columns(x_row, start + 2 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
+        x3 = load_columns(x_row, start + 3 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
+        # multiply, and scale: as few float32 multiplications as planes with different scales allow
+        scales = scale + offs_n
+        s0 = group_scale(scales, start, n_padded, GROUP)
+        if 4 * PLANE <= GROUP:  # the four planes share a scale
+            acc += tl.dot(q3, x3, tl.dot(q2, x2, tl.dot(q1, x1, tl.dot(q0, x0)))) * s0.to(tl.float32)
+        elif 2 * PLANE <= GROUP:
+            s2 = group_scale(scales, start + 2 * PLANE, n_padded, GROUP)
+            acc += tl.dot(q1, x1, tl.dot(q0, x0)) * s0.to(tl.float32)
+            acc += tl.dot(q3, x3, tl.dot(q2, x2)) * s2.to(tl.float32)
+        else:
+            s1 = group_scale(scales, start + PLANE, n_padded, GROUP)
+            s2 = group_scale(scales, start + 2 * PLANE, n_padded, GROUP)
+            s3 = group_scale(scales, start + 3 * PLANE, n_padded, GROUP)
+            if SCALE_WEIGHTS:
+                acc = tl.dot(q0 * s0.to(DTYPE), x0, acc)
+                acc = tl.dot(q1 * s1.to(DTYPE), x1, acc)
+                acc = tl.dot(q2 * s2.to(DTYPE), x2, acc)
+                acc = tl.dot(q3 * s3.to(DTYPE), x3, acc)
+            else:
+                acc += tl.dot(q0, x0) * s0.to(tl.float32)
+                acc += tl.dot(q1, x1) * s1.to(tl.float32)
+                acc += tl.dot(q2, x2) * s2.to(tl.float32)
+                acc += tl.dot(q3, x3) * s3.to(tl.float32)
+    # sidecar and bias count once: the last split adds them
+    if split == SPLIT_K - 1:
+        if SIDECAR_BITS:
+            if PDL:  # z comes from the kernel launched just before; all above ran beside it
+                tl.extra.cuda.gdc_wait()
+            acc = add_sidecar(acc, offs_n, offs_m, m, n_padded, z_stride, row_table, u, z, z_used, SIDECAR_BITS, DTYPE)
+        if HAS_BIAS:
+            acc += tl.load(bias + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[:, None]
+    # to memory: tokens are the rows of y
+    out = tl.trans(acc)
+    mask = (offs_m < m)[:, None] & (offs_n < n)[None, :]
+    y_at = y + offs_m.to(tl.int64)[:, None] * n + offs_n[None, :]
+    if SPLIT_K == 1:
+        tl.store(y_at, out.to(y.dtype.element_ty), mask=mask)
+    else:
+        part_at = partial + offs_m.to(tl.int64)[:, None] * n_padded + offs_n[None, :]
+        size = m.to(tl.int64) * n_padded
+        tl.store(part_at + split * size, out, mask=(offs_m < m)[:, None])
+        tl.debug_barrier()  # every thread's partial sums are written before the count says so
+        counter = counters + tl.program_id(2) * tl.num_programs(0) + block
+        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT_K - 1:
+            total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for index in range(SPLIT_K):
+                # .cg: other programs wrote these, so the first-level cache must not answer
+                total += tl.load(part_at + index * size, mask=(offs_m < m)[:, None], other=0.0, cache_modifier=".cg")
+            tl.store(y_at, total.to(y.dtype.element_ty), mask=mask)
+            tl.atomic_xchg(counter, 0)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""More tokens than decode, fewer than pay for writing the weight out: large blocks, weights scaled in registers.
+
+Each weight is multiplied by its scale once (half an instruction) instead of each partial sum, which decode does because
+it has few of them. Programs are numbered so that those running together share blocks of rows: the packed weight is read
+from memory once, and from the second-level cache for every further block of tokens.
+
+Checkpoint                                  Run time (repack_base, repack_sidecar)
+weight_packed  int32 [N, K / 8]             words  int16 [padded N, padded K / 4], codes of a word PLANE columns apart
+weight_scale   [N, K / group]               scale  [groups, padded N]
+sidecar_u      int8 [N, B, r]               u      uint8, flat, found through row_table
+"""
+
+import triton
+import triton.language as tl
+
+from svsk_kernels.gpu.primitives import add_sidecar, group_scale, load_columns, unpack_codes
+
+__all__ = ["gemm_kernel"]
+
+
+@triton.jit(do_not_specialize=["m"])
+def gemm_kernel(
+    # tensors
+    x,  # [M, K] bf16 or fp16, rows x_stride apart
+    words,  # int16 [padded N, padded K / 4]: four codes a word, PLANE columns apart
+    scale,  # [groups, padded N] bf16 or fp16
+    bias,  # [N] bf16 or fp16; not read without HAS_BIAS
+    row_table,  # int32 [3, padded N]: first byte of U, first z column, end of the z columns
+    u,  # uint8, flat: 8-bit factors, or two of 4 bits a byte
+    z,  # [M, z columns] bf16 or fp16: gain * (V x) / u_step, rows z_stride apart
+    z_used,  # uint8 [z columns]: 0 in padding, where z holds anything
+    y,  # [M, N] bf16 or fp16, contiguous
+    # sizes
+    m,  # tokens M
+    n,  # outputs N
+    k,  # inputs K
+    n_padded,  # N padded to whole blocks
+    x_stride,  # elements
+    word_stride,  # words
+    z_stride,  # elements: the number of z columns
+    steps,  # runs of STEP words in a row of words
+    # blocks
+    BLOCK_M: tl.constexpr,  # tokens per program
+    BLOCK_N: tl.constexpr,  # outputs per program
+    PLANE: tl.constexpr,  # columns between the four codes of a word
+    STEP: tl.constexpr,  # words per turn of the loop: a divisor of PLANE and of GROUP
+    GROUP: tl.constexpr,  # weights per scale
+    # what there is
+    SIDECAR_BITS: tl.constexpr,  # of the factors: 8 or 4; 0 means no sidecar
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,  # K needs no padding: columns are loaded without a mask
+    QUAD8: tl.constexpr,  # codebook quad8 instead of int4
+    # how it is computed
+    DTYPE: tl.constexpr,  # of the matrix products
+    ASM: tl.constexpr,  # unpack codes with inline PTX
+    STAGES: tl.constexpr,  # turns whose loads are under way
+):
+    """``y[m, n] = x W_hat^T + bias`` for one block of BLOCK_N rows and BLOCK_M tokens.
+
+    Grid: (ceil(M / BLOCK_M), padded N / BLOCK_N).
+    """
+    # where this program stands: neighbours in the first dimension share the weight's rows
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = (offs_m < m)[None, :]
+    word_row = words + offs_n.to(tl.int64)[:, None] * word_stride + tl.arange(0, STEP)[None, :]
+    x_row = x + offs_m.to(tl.int64)[None, :] * x_stride
+    scales = scale + offs_n
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        # unpack four planes, exact
+        q0, q1, q2, q3 = unpack_codes(tl.load(word_row + step * STEP), DTYPE, ASM, QUAD8)
+        start = step // (PLANE // STEP) * (4 * PLANE) + step % (PLANE // STEP) * STEP  # first plane's column
+        # the activations of each plane's columns
+        x0 = load_columns(x_row, start, k, mask_m, DTYPE, STEP, EVEN_K)
+        x1 = load_columns(x_row, start + PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
+        x2 = load_columns(x_row, start + 2 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
+        x3 = load_columns(x_row, start + 3 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
+        # scale the weights, multiply: one rounding to DTYPE per weight
+        acc = tl.dot(q0 * group_scale(scales, start, n_padded, GROUP).to(DTYPE), x0, acc)
+        acc = tl.dot(q1 * group_scale(scales, start + PLANE, n_padded, GROUP).to(DTYPE), x1, acc)
+        acc = tl.dot(q2 * group_scale(scales, start + 2 * PLANE, n_padded, GROUP).to(DTYPE), x2, acc)
+        acc = tl.dot(q3 * group_scale(scales, start + 3 * PLANE, n_padded, GROUP).to(DTYPE), x3, acc)
+    # epilogue: U z, bias, and tokens as the rows of y
+    if SIDECAR_BITS:
+        acc = add_sidecar(acc, offs_n, offs_m, m, n_padded, z_stride, row_table, u, z, z_used, SIDECAR_BITS, DTYPE)
+    if HAS_BIAS:
+        acc += tl.load(bias + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[:, None]
+    mask = (offs_m < m)[:, None] & (offs_n < n)[None, :]
+    y_at = y + offs_m.to(tl.int64)[:, None] * n + offs_n[None, :]
+    tl.store(y_at, tl.trans(acc).to(y.dtype.element_ty), mask=mask)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One quantised layer on a GPU: whether the kernels take it, its run-time tensors, and the product.
+
+The product is one custom op, ``torch.ops.svsk.matmul``, so that a compiled graph does not depend on the number of
+tokens: the op chooses the kernel by it. Triton is imported where it is first used; importing this module is cheap.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Final
+
+import torch
+
+from svsk_kernels.gpu.repack_base import pack_base, pack_scale, plane_length
+from svsk_kernels.gpu.repack_sidecar import PlanarSidecar, Tiles, pack_sidecar
+from svsk_kernels.gpu.tuning import Gpu, choice_for, choices_for
+from svsk_kernels.layer_kernel import LayerSpec
+
+__all__ = ["SvskMatmul", "gpu_of"]
+
+_DTYPES: Final = (torch.bfloat16, torch.float16)
+_LEAST_CAPABILITY: Final = 80
+_OLDEST_TRITON: Final = (3, 4)
+_SIDECAR_NAMES: Final = tuple(f"sidecar_{name}" for name in PlanarSidecar.names())  # torch.compile cannot list fields
+
+
+def _encode(spec: LayerSpec) -> list[int]:
+    """The numbers the op needs."""
+    bits, tiles = 0 if spec.plan is None else spec.factor_bits, Tiles.of(spec.plan)
+    quad8 = spec.codebook == "quad8"
+    return [spec.n, spec.k, spec.group_size, int(quad8), bits, int(tiles.long), int(tiles.aligned)]
+
+
+@lru_cache(maxsize=32)
+def gpu_of(device: torch.device) -> Gpu:
+    """What the kernels need to know of a device; the CPU stands for a small GPU in Triton's interpreter."""
+    if device.type != "cuda":
+        return Gpu(name="interpreter", capability=0, processors=4)
+    properties = torch.cuda.get_device_properties(device)
+    capability = 0 if torch.version.hip else properties.major * 10 + properties.minor
+    return Gpu(name=properties.name, capability=capability, processors=properties.multi_processor_count)
+
+
+class SvskMatmul:
+    """The kernels of one layer.
+
+    Args:
+        spec: the layer. With ``factor_bits`` 4 its factors stay packed.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        self.spec, self.code = spec, _encode(spec)
+
+    @staticmethod
+    def can_implement(spec: LayerSpec, device: torch.device) -> tuple[bool, str]:
+        """Whether the kernels take such a layer, and if not, why not."""
+        if spec.dtype not in _DTYPES:
+            return False, f"activations are {spec.dtype}, the kernels take bfloat16 and float16"
+        if spec.group_size not in (32, 64):
+            return False, f"groups of {spec.group_size}, the kernels take 32 and 64"
+        if spec.k % 32:
+            return False, f"{spec.k} columns per rank, the kernels take multiples of 32"
+        try:
+            import triton
+        except ImportError:
+            return False, "Triton is not installed"
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST_TRITON:
+            return False, f"Triton {triton.__version__} is older than {'.'.join(map(str, _OLDEST_TRITON))}"
+        if device.type == "cuda":
+            if torch.version.hip is None and gpu_of(device).capability < _LEAST_CAPABILITY:
+                return False, f"{gpu_of(device).name} is older than compute capability {_LEAST_CAPABILITY / 10}"
+            return True, ""
+        if triton.knobs.runtime.interpret:
+            return True, ""
+        return False, f"Triton has no backend for {device.type}"
+
+    def prepare(
+        self,
+        packed: torch.Tensor,
+        scale: torch.Tensor,
+        u: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
+        gain: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Run-time tensors of a layer, by name; the op reads nothing else.
+
+        Args:
+            packed: int32 [N, K / 8] as in the checkpoint.
+            scale: [N, K / g].
+            u: int8, flat, in the plan's order; None without a sidecar.
+            v: int8, flat, likewise.
+            gain: float32, flat, likewise.
+        """
+        spec = self.spec
+        plane = plane_length(spec.k)
+        tensors = {
+            "words": pack_base(packed, spec.k, plane),
+            "scale": pack_scale(scale.to(spec.dtype), plane, spec.group_size),
+        }
+        if spec.plan is not None:
+            assert u is not None
+            assert v is not None
+            assert gain is not None
+            side = pack_sidecar(spec.plan, spec.k, u, v, gain, spec.factor_bits)
+            tensors |= {name: getattr(side, name.removeprefix("sidecar_")) for name in _SIDECAR_NAMES}
+        return tensors
+
+    def __call__(
+        self, x: torch.Tensor, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``x W_hat^T + bias``.
+
+        Args:
+            x: [M, K] of the layer's dtype.
+            tensors: of :meth:`prepare`.
+            bias: [N] or None.
+
+        Returns:
+            Contiguous [M, N].
+        """
+        side = [tensors[name] for name in _SIDECAR_NAMES] if self.spec.plan is not None else []
+        product: torch.Tensor = torch.ops.svsk.matmul(x, tensors["words"], tensors["scale"], bias, side, self.code)
+        return product
+
+    @torch.no_grad()
+    def warm_up(self, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None = None) -> None:
+        """Compile and run every kernel that any number of tokens may need, once: nothing is compiled afterwards.
+
+        Layers that Triton cannot tell apart are run once per process. Also zeroes the device's counters, whose memory
+        an engine may have put to sleep and taken back.
+        """
+        from svsk_kernels.gpu.launch import counters
+
+        device = tensors["words"].device
+        counters.reset(device)
+        # Triton compiles anew for other dtypes, constants, and sizes or addresses that are no multiples of 16.
+        stored = tuple((name, tuple(part.shape), part.data_ptr() % 16) for name, part in sorted(tensors.items()))
+        signature = (device, self.spec.dtype, tuple(self.code), stored, bias is None)
+        if signature in _warmed:
+            return
+        limits = [choice.max_m for choice in choices_for(gpu_of(device), *self.code[:3]) if choice.max_m is not None]
+        sizes = {1, 16, 17, *limits, *(limit + 1 for limit in limits)}  # shrink's own blocks change at 16
+        for some in (None,) if bias is None else (bias, None):  # row-parallel layers add the bias on one rank only
+            for m in sorted(sizes):
+                self(torch.zeros(m, self.spec.k, dtype=self.spec.dtype, device=device), tensors, some)
+        _warmed.add(signature)
+
+
+_warmed: set[tuple[object, ...]] = set()
+
+
+def _matmul(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    sidecar: Sequence[torch.Tensor],
+    shape: Sequence[int],
+) -> torch.Tensor:
+    from svsk_kernels.gpu.launch import Base, matmul_folded, packed_matmul
+
+    n, k, group_size, quad8, bits, long, aligned = shape
+    if x.shape[0] == 0:
+        return x.new_empty(0, n)
+    if x.stride(-1) != 1 or (x.shape[0] > 1 and x.stride(0) % 16) or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)  # rows that begin off 16 would be copied piece by piece
+    base = Base(words, scale, n, k, plane_length(k), group_size, bool(quad8))
+    side = PlanarSidecar(*sidecar) if bits else None
+    choice = choice_for(choices_for(gpu_of(x.device), n, k, group_size), x.shape[0])
+    if choice.kernel == "fold":
+        return matmul_folded(x, base, side, bits, bias)
+    return packed_matmul(x, base, side, bits, bias, choice, Tiles(bool(long), bool(aligned)))
+
+
+def _matmul_fake(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    sidecar: Sequence[torch.Tensor],
+    shape: Sequence[int],
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], shape[0])
+
+
+_library = torch.library.Library("svsk", "FRAGMENT")
+_library.define("matmul(Tensor x, Tensor words, Tensor scale, Tensor? bias, Tensor[] sidecar, int[] shape) -> Tensor")
+_library.impl("matmul", _matmul, "CompositeExplicitAutograd")
+torch.library.register_fake("svsk::matmul", _matmul_fake, lib=_library)

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device functions the kernels share: codes and factors to floating point, and the sidecar's second half.
+
+``DTYPE`` is the dtype of the matrix products: that of the activations on a GPU, float32 in Triton's interpreter, whose
+bfloat16 arithmetic is wrong. No integer is converted by a conversion instruction (a quarter of the rate or less):
+its bits are put into the mantissa of a power of two that is large enough, which is then subtracted. All results are
+exact. ``ASM`` packs two 16-bit lanes per register with inline PTX; without it the codes go through float16 in plain
+Triton, for AMD (whose vector units have no bfloat16), the interpreter, and as a check.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["add_sidecar", "group_scale", "load_columns", "narrow_factors", "u_step", "unpack_codes", "wide_factors"]
+
+# lop3 0xEA is (a & b) | c. 0x4300 is 128 in bfloat16, whose last bit is worth 1: or-ing u = q + 8 into it gives
+# 128 + u, and a fused multiply-add by one (there is no bfloat16 addition before sm_90) takes 136 off.
+_CODES_BF16: tl.constexpr = tl.constexpr(
+    """{
+    .reg .b32 w1, w2, w3, one, bias;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 bias, 0xC308C308;
+    shr.u32 w1, $4, 4;
+    shr.u32 w2, $4, 8;
+    shr.u32 w3, $4, 12;
+    lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 $1, w1, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 $2, w2, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 $3, w3, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $0, $0, one, bias;
+    fma.rn.bf16x2 $1, $1, one, bias;
+    fma.rn.bf16x2 $2, $2, one, bias;
+    fma.rn.bf16x2 $3, $3, one, bias;
+    }"""
+)
+
+# 0x6400 is 1024 in float16, last bit 1. Odd nibbles stay where they are, 1024 + 16 u, which saves their shifts:
+# times 1/16 less 72 is u - 8.
+_CODES_FP16: tl.constexpr = tl.constexpr(
+    """{
+    .reg .b32 high, bias, sixteenth, bias16;
+    mov.b32 bias, 0x64086408;
+    mov.b32 sixteenth, 0x2C002C00;
+    mov.b32 bias16, 0xD480D480;
+    shr.u32 high, $4, 8;
+    lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $1, $4, 0x00F000F0, 0x64006400, 0xEA;
+    lop3.b32 $2, high, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $3, high, 0x00F000F0, 0x64006400, 0xEA;
+    sub.f16x2 $0, $0, bias;
+    fma.rn.f16x2 $1, $1, sixteenth, bias16;
+    sub.f16x2 $2, $2, bias;
+    fma.rn.f16x2 $3, $3, sixteenth, bias16;
+    }"""
+)
+
+# quad8: c = q (1 + |q| / 8). 1 + |q| / 8 and the product are exact; adding -0 makes a product of the fma.
+_QUAD8_BF16: tl.constexpr = tl.constexpr(
+    """{
+    .reg .b32 size, one, eighth, zero;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 eighth, 0x3E003E00;
+    mov.b32 zero, 0x80008000;
+    and.b32 size, $1, 0x7FFF7FFF;
+    fma.rn.bf16x2 size, size, eighth, one;
+    fma.rn.bf16x2 $0, $1, size, zero;
+    }"""
+)
+
+_QUAD8_FP16: tl.constexpr = tl.constexpr(
+    """{
+    .reg .b32 size, one, eighth;
+    mov.b32 one, 0x3C003C00;
+    mov.b32 eighth, 0x30003000;
+    and.b32 size, $1, 0x7FFF7FFF;
+    fma.rn.f16x2 size, size, eighth, one;
+    mul.rn.f16x2 $0, $1, size;
+    }"""
+)
+
+
+@triton.jit
+def _exact(value, DTYPE: tl.constexpr):
+    """Float16 values that DTYPE can represent, in DTYPE.
+
+    For bfloat16 it is the upper half of the float32: there is nothing to round.
+    """
+    if DTYPE == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True) >> 16
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def _signed(bits, OFFSET: tl.constexpr):
+    """``bits - OFFSET`` as float16, for uint16 bits below 1024."""
+    return (bits | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + OFFSET)
+
+
+@triton.jit
+def _level(bits, DTYPE: tl.constexpr, QUAD8: tl.constexpr):
+    """Level in DTYPE of codes stored as ``q + 8``, uint16."""
+    q = _signed(bits, 8)
+    if QUAD8:
+        q = q * (tl.abs(q) * 0.125 + 1.0)
+    return _exact(q, DTYPE)
+
+
+@triton.jit
+def _quad8(q, DTYPE: tl.constexpr):
+    """Levels of the codebook quad8 for exact codes q of dtype DTYPE, by inline PTX."""
+    if DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(_QUAD8_BF16, "=r,r", [q], dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:  # noqa: RET505 - the branches are compile-time, and their results have different types
+        return tl.inline_asm_elementwise(_QUAD8_FP16, "=r,r", [q], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def unpack_codes(words, DTYPE: tl.constexpr, ASM: tl.constexpr, QUAD8: tl.constexpr):
+    """The four planes of a tile of int16 words, each of its shape: codebook levels, exact in DTYPE."""
+    if ASM:
+        if DTYPE == tl.bfloat16:
+            q0, q1, q2, q3 = tl.inline_asm_elementwise(
+                _CODES_BF16,
+                "=&r,=&r,=&r,=&r,r",
+                [words],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            q0, q1, q2, q3 = tl.inline_asm_elementwise(
+                _CODES_FP16,
+                "=&r,=&r,=&r,=&r,r",
+                [words],
+                dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+                is_pure=True,
+                pack=2,
+            )
+        if QUAD8:
+            q0 = _quad8(q0, DTYPE)
+            q1 = _quad8(q1, DTYPE)
+            q2 = _quad8(q2, DTYPE)
+            q3 = _quad8(q3, DTYPE)
+    else:
+        bits = words.to(tl.uint16, bitcast=True)
+        q0 = _level(bits & 15, DTYPE, QUAD8)
+        q1 = _level((bits >> 4) & 15, DTYPE, QUAD8)
+        q2 = _level((bits >> 8) & 15, DTYPE, QUAD8)
+        q3 = _level(bits >> 12, DTYPE, QUAD8)
+    return q0, q1, q2, q3
+
+
+@triton.jit
+def wide_factors(stored, DTYPE: tl.constexpr):
+    """8-bit factors, given as uint8, in DTYPE: exact."""
+    return _exact(_signed((stored ^ 0x80).to(tl.uint16), 128), DTYPE)
+
+
+@triton.jit
+def narrow_factors(stored, DTYPE: tl.constexpr):
+    """Low and high 4-bit factors of bytes, in DTYPE: exact."""
+    bits = stored.to(tl.uint16)
+    return _exact(_signed(bits & 15, 8), DTYPE), _exact(_signed(bits >> 4, 8), DTYPE)
+
+
+@triton.jit
+def u_step(BITS: tl.constexpr):
+    """Power of two that U is taken in and z over, which keeps z in the range of the layer's outputs (float16)."""
+    return 0.0078125 if BITS == 8 else 0.125
+
+
+@triton.jit
+def group_scale(scale, at, n_padded, GROUP: tl.constexpr):
+    """Scales [BLOCK_N, 1] of the group that column ``at`` lies in."""
+    return tl.load(scale + (at // GROUP).to(tl.int64) * n_padded)[:, None]
+
+
+@triton.jit
+def load_columns(x_row, at, k, mask_m, DTYPE: tl.constexpr, STEP: tl.constexpr, EVEN_K: tl.constexpr):
+    """Activations [STEP, BLOCK_M] of STEP columns from ``at``.
+
+    Zero beyond ``k`` and outside ``mask_m`` [1, BLOCK_M].
+    """
+    columns = at + tl.arange(0, STEP)
+    mask = mask_m if EVEN_K else mask_m & (columns < k)[:, None]
+    return tl.load(x_row + columns[:, None], mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def add_sidecar(
+    acc,  # float32 [BLOCK_N, BLOCK_M]
+    offs_n,  # int32 [BLOCK_N]: outputs
+    offs_m,  # int32 [BLOCK_M]: tokens
+    m,  # tokens M
+    n_padded,  # N padded to whole blocks
+    z_stride,  # the number of z columns
+    row_table,  # int32 [3, padded N]: first byte of U, first z column, end of the z columns
+    u,  # uint8, flat
+    z,  # [M, z columns] bf16 or fp16
+    z_used,  # uint8 [z columns]: 0 in padding
+    BITS: tl.constexpr,  # of the factors: 8 or 4
+    DTYPE: tl.constexpr,  # of the matrix products
+):
+    """``acc + U z`` for a block of rows, [BLOCK_N, BLOCK_M]; the rows may belong to several slots, or to none.
+
+    z holds ``gain * (V x) / u_step(BITS)``, see :mod:`svsk_kernels.gpu.shrink`.
+    """
+    # each row's U and z columns; all three are multiples of 16, which makes wide copies possible
+    at = tl.multiple_of(tl.load(row_table + offs_n), 16)
+    first = tl.multiple_of(tl.load(row_table + n_padded + offs_n), 16)
+    last = tl.multiple_of(tl.load(row_table + 2 * n_padded + offs_n), 16)
+    side = tl.zeros(acc.shape, tl.float32)
+    mask_m = (offs_m < m)[None, :]
+    z_row = z + offs_m.to(tl.int64)[None, :] * z_stride
+    # all z columns that any of these rows takes, 32 at a time; a row's factors are zero outside its own
+    for start in range(tl.min(first), tl.max(last), 32):
+        column = start // 16 * 16  # says so to the compiler
+        if BITS == 8:
+            columns = column + tl.arange(0, 32)
+            inside = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
+            factors = tl.load(u + (at - first)[:, None] + columns[None, :], mask=inside, other=0)
+            valid = tl.load(z_used + columns, mask=columns < z_stride, other=0) != 0
+            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0).to(DTYPE)
+            side = tl.dot(wide_factors(factors, DTYPE), values, side)
+        else:
+            half = tl.arange(0, 16)
+            inside = ((column >= first) & (column < last))[:, None]
+            place = at + (column - first) // 2
+            factors = tl.load(u + tl.multiple_of(place, 16)[:, None] + half[None, :], mask=inside, other=0x88)
+            low, high = narrow_factors(factors, DTYPE)
+            columns = column + half
+            valid = tl.load(z_used + columns) != 0
+            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0).to(DTYPE)
+            side = tl.dot(low, values, side)
+            columns = columns + 16
+            valid = tl.load(z_used + columns) != 0
+            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0).to(DTYPE)
+            side = tl.dot(high, values, side)
+    return acc + side * u_step(BITS)

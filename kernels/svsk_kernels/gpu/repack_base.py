@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base's codes and scales in the order in which the GPU kernels read them, and back.
+
+Codes lie in *planes*: a 16-bit word holds four codes that are ``plane`` columns apart. Block t covers
+``4 * plane`` columns; nibble j of its word p is the code (as ``q + 8``) of column ``(4 * t + j) * plane + p``.
+So a tile of words looks like a tile of a 16-bit matrix to the copy units, and one shift and mask turn it into four
+tiles of codes for four matrix products. Rows are padded to a multiple of :data:`ROW_PAD` with codes of zero, columns to
+whole blocks. Scales are stored group by group, so that a block of rows reads consecutive ones.
+"""
+
+from typing import Final
+
+import torch
+
+from svsk_kernels.tile_grid import ceil_div
+
+__all__ = ["ROW_PAD", "pack_base", "pack_scale", "plane_length", "unpack_base", "unpack_scale"]
+
+ROW_PAD: Final = 128
+"""Rows of the stored base are padded to this: a multiple of every block of rows."""
+
+_UNPACK_ELEMENTS: Final = 1 << 25
+"""Codes unpacked at a time: bounds the memory of repacking."""
+
+
+def plane_length(k: int) -> int:
+    """Columns between the codes of a word, 64, 32 or 16: the longest that pads ``k`` by at most 2%, or by least."""
+    waste = {plane: ceil_div(k, 4 * plane) * 4 * plane - k for plane in (64, 32, 16)}
+    return next((plane for plane, pad in waste.items() if pad <= 0.02 * k), min(waste, key=lambda plane: waste[plane]))
+
+
+def pack_base(packed: torch.Tensor, k: int, plane: int) -> torch.Tensor:
+    """Repack the codes of a checkpoint.
+
+    Args:
+        packed: int32 [N, K / 8], see docs/format.md.
+        k: columns K, a multiple of 8.
+        plane: see :func:`plane_length`.
+
+    Returns:
+        int16 [N padded to ROW_PAD, K padded to 4 * plane, / 4].
+    """
+    n, block = packed.shape[0], 4 * plane
+    width = ceil_div(k, block) * block
+    words = torch.full((ceil_div(n, ROW_PAD) * ROW_PAD, width // 4), 0x8888 - 0x10000, dtype=torch.int16)
+    words = words.to(packed.device)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
+    rows = max(1, _UNPACK_ELEMENTS // width)
+    for start in range(0, n, rows):
+        part = packed[start : start + rows]
+        codes = torch.full((part.shape[0], width), 8, dtype=torch.int32, device=packed.device)
+        codes[:, :k] = ((part.unsqueeze(-1) >> shifts) & 15).flatten(1)
+        planes = codes.view(part.shape[0], -1, 4, plane)
+        word = planes[:, :, 0] | planes[:, :, 1] << 4 | planes[:, :, 2] << 8 | planes[:, :, 3] << 12
+        words[start : start + part.shape[0]] = (
+            torch.where(word >= 0x8000, word - 0x10000, word).flatten(1).to(torch.int16)
+        )
+    return words
+
+
+def unpack_base(words: torch.Tensor, n: int, k: int, plane: int) -> torch.Tensor:
+    """Inverse of :func:`pack_base`: int32 [``n``, ``k`` / 8] in the checkpoint's order."""
+    wide = words[:n].to(torch.int32).view(n, -1, 1, plane)
+    shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=words.device).view(1, 1, 4, 1)
+    codes = ((wide >> shifts) & 15).reshape(n, -1)[:, :k].reshape(n, -1, 8).to(torch.int64)
+    packed = (codes << torch.arange(0, 32, 4, device=words.device)).sum(-1)
+    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+
+
+def pack_scale(scale: torch.Tensor, plane: int, group_size: int) -> torch.Tensor:
+    """Scales [N, K / g] as [groups of the padded columns, padded rows], zero where there is padding."""
+    n, groups = scale.shape
+    block = 4 * plane
+    padded = ceil_div(groups * group_size, block) * block // group_size
+    stored = scale.new_zeros(padded, ceil_div(n, ROW_PAD) * ROW_PAD)
+    stored[:groups, :n] = scale.T
+    return stored
+
+
+def unpack_scale(stored: torch.Tensor, n: int, groups: int) -> torch.Tensor:
+    """Inverse of :func:`pack_scale`: [``n``, ``groups``]."""
+    return stored[:groups, :n].T.contiguous()

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels as a kernel for whole layers."""
+
+import dataclasses
+from typing import Any, Final
+
+import torch
+
+from svsk_kernels.gpu.matmul_op import SvskMatmul
+from svsk_kernels.gpu.repack_sidecar import PlanarSidecar, Tiles
+from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
+
+__all__ = ["TritonKernel"]
+
+# Name of a run-time tensor to that of the layer's parameter.
+_BASE: Final = {"words": "weight_packed", "scale": "weight_scale"}
+_SIDECAR: Final = {f"sidecar_{name}": f"sidecar_{name}" for name in PlanarSidecar.names()}
+
+
+class TritonKernel:
+    """Runs a layer through ``svsk::matmul``; a :class:`svsk_kernels.layer_kernel.LayerKernel`.
+
+    Args:
+        spec: the layer.
+        device: where it runs.
+
+    Raises:
+        ValueError: the kernels do not take such a layer there.
+    """
+
+    def __init__(self, spec: LayerSpec, device: torch.device) -> None:
+        obstacle = self.obstacle(spec, device)
+        if obstacle:
+            raise ValueError(obstacle)
+        self.matmul = SvskMatmul(_packable(spec))
+        self.names = _BASE | (_SIDECAR if spec.plan else {})
+
+    @staticmethod
+    def obstacle(spec: LayerSpec, device: torch.device) -> str | None:
+        """Why the kernels do not take a layer; None when they do."""
+        works, reason = SvskMatmul.can_implement(spec, device)
+        return None if works else reason
+
+    def prepare(self, layer: Any) -> None:
+        """Replace the loaded parameters by run-time tensors, and compile all that any number of rows may need."""
+        sidecar = (None, None, None)
+        if self.matmul.spec.plan is not None:
+            sidecar = (layer.sidecar_u.data, layer.sidecar_v.data, layer.sidecar_gain.data)
+        tensors = self.matmul.prepare(layer.weight_packed.data, layer.weight_scale.data, *sidecar)
+        replace_parameters(layer, {self.names[name]: tensor for name, tensor in tensors.items()})
+        self.matmul.warm_up(tensors, getattr(layer, "bias", None))
+
+    def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x W_hat^T + bias``: [M, N] from [M, K], both of the layer's dtype."""
+        return self.matmul(x, {name: getattr(layer, stored) for name, stored in self.names.items()}, bias)
+
+
+def _packable(spec: LayerSpec) -> LayerSpec:
+    """4-bit factors stay packed only where tiles are aligned: elsewhere the kernels would take too many registers."""
+    return spec if Tiles.of(spec.plan).aligned else dataclasses.replace(spec, factor_bits=8)

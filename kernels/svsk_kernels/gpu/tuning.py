@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel takes how many tokens, and in what blocks: tables measured per GPU, and a rule for the others."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import resources
+from typing import Any, Final, Literal, TypeVar
+
+from svsk_kernels.errors import KernelError
+from svsk_kernels.gpu.repack_base import ROW_PAD, plane_length
+from svsk_kernels.tile_grid import ceil_div
+
+__all__ = [
+    "Choice",
+    "Gpu",
+    "TuningError",
+    "TuningTable",
+    "choice_for",
+    "choices_for",
+    "heuristic_choices",
+    "load_table",
+    "table_name",
+]
+
+_Made = TypeVar("_Made")
+
+MAX_SPLIT_K: Final = 8
+"""More splits cost more in partial sums than they bring in parallelism."""
+
+FOLD_FROM: Final = 1025
+"""Tokens from which writing the weight out and multiplying it as usual is faster, where nothing was measured."""
+
+
+class TuningError(KernelError):
+    """A table of configurations cannot be used. The message names the file and the entry."""
+
+
+_ALLOWED: Final = {
+    "kernel": ("decode", "gemm", "fold"),
+    "block_m": (16, 32, 64, 128, 256),
+    "block_n": (32, 64, 128),
+    "step": (16, 32, 64),
+    "num_warps": (1, 2, 4, 8, 16),
+    "num_stages": tuple(range(1, 9)),
+    "split_k": tuple(range(1, 65)),
+    "pdl": (False, True),
+}
+"""Values of a choice's fields that the kernels can be compiled for."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One kernel with its blocks, for up to ``max_m`` tokens.
+
+    Raises:
+        TuningError: a value that the kernels cannot be compiled for.
+    """
+
+    kernel: Literal["decode", "gemm", "fold"]
+    max_m: int | None = None  # None: any number
+    block_m: int = 16  # tokens of a program
+    block_n: int = 64  # rows of a program
+    step: int = 64  # words of a row per turn of the main loop
+    num_warps: int = 4
+    num_stages: int = 3
+    split_k: int = 1  # parts of the columns (decode only)
+    pdl: bool = False  # start beside the kernel that computes z, where the GPU can (decode only)
+
+    def __post_init__(self) -> None:
+        for name, allowed in _ALLOWED.items():
+            value = getattr(self, name)
+            if value not in allowed or type(value) is not type(allowed[0]):
+                raise TuningError(f"{name} {value!r}: expected one of {allowed}")
+        if self.max_m is not None and (type(self.max_m) is not int or self.max_m < 1):
+            raise TuningError(f"max_m {self.max_m!r}: expected a number of tokens, or null for any")
+        if self.split_k > 1 and self.kernel != "decode":
+            raise TuningError(f"split_k {self.split_k} with kernel {self.kernel}: only decode splits the columns")
+
+    @property
+    def blocks(self) -> dict[str, Any]:
+        """All but for how many tokens, JSON-ready."""
+        return {name: value for name, value in asdict(self).items() if name != "max_m"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Choices of one layer shape, by rising ``max_m``; the last takes any number of tokens.
+
+    Raises:
+        TuningError: the choices leave a number of tokens out, or do not fit the shape.
+    """
+
+    n: int
+    k: int
+    group_size: int
+    choices: tuple[Choice, ...]
+
+    def __post_init__(self) -> None:
+        if self.group_size not in (32, 64):
+            raise TuningError(f"group_size {self.group_size!r}: expected 32 or 64")
+        limits = [choice.max_m for choice in self.choices]
+        rising = [limit for limit in limits[:-1] if limit is not None]
+        if not limits or limits[-1] is not None or len(rising) < len(limits) - 1 or rising != sorted(set(rising)):
+            raise TuningError(f"max_m {limits}: expected rising numbers, and null last")
+        plane = plane_length(self.k)
+        for choice in self.choices:
+            if choice.kernel != "fold" and (plane % choice.step or self.group_size % choice.step):
+                raise TuningError(f"step {choice.step} must divide the plane {plane} and the group {self.group_size}")
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> "Entry":
+        """From an entry of a table's JSON."""
+        return _made(cls, {**raw, "choices": tuple(_made(Choice, choice) for choice in raw.get("choices", ()))})
+
+
+@dataclass(frozen=True)
+class TuningTable:
+    """What was measured on one GPU.
+
+    Raises:
+        TuningError: a schema of another version.
+    """
+
+    device: str
+    triton: str
+    entries: tuple[Entry, ...]
+    schema_version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.schema_version != 1:
+            raise TuningError(f"schema_version {self.schema_version!r}: this package reads 1")
+
+    @classmethod
+    def from_json(cls, text: str) -> "TuningTable":
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            TuningError: it is not JSON, or not a table.
+        """
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise TuningError(f"not JSON ({error})") from error
+        if not isinstance(raw, dict):
+            raise TuningError(f"a {type(raw).__name__}, expected an object")
+        return _made(cls, {**raw, "entries": tuple(map(Entry.of, raw.get("entries", ())))})
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def _made(kind: type[_Made], raw: Mapping[str, Any]) -> _Made:
+    """A dataclass from JSON; a key too many or too few is an error that names it."""
+    try:
+        return kind(**raw)
+    except TypeError as error:
+        raise TuningError(
+            f"{kind.__name__}: {str(error).partition(') ')[2]} (known: {', '.join(kind.__annotations__)})"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the rule needs to know of a GPU."""
+
+    name: str
+    capability: int  # 90 for sm_90; 0 for others than NVIDIA
+    processors: int  # streaming multiprocessors
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory a block may use. Source: CUDA C programming guide, compute capabilities."""
+        kib = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+        return kib.get(self.capability, 64) * 1024
+
+    @property
+    def dependent_launch(self) -> bool:
+        """Whether a kernel may start before the one it depends on has ended."""
+        return self.capability >= 90
+
+
+def table_name(device: str) -> str:
+    """File name of a GPU's table: its name in lower case, other characters than letters and digits as one dash."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
+
+
+@lru_cache(maxsize=32)
+def load_table(device: str) -> TuningTable | None:
+    """The table shipped for a GPU, or None.
+
+    Raises:
+        TuningError: the file is not a valid table.
+    """
+    file = resources.files("svsk_kernels") / "configs" / table_name(device)
+    if not file.is_file():
+        return None
+    try:
+        return TuningTable.from_json(file.read_text(encoding="utf-8"))
+    except TuningError as error:
+        raise TuningError(f"{file}: not a valid table of kernel configurations: {error}") from error
+
+
+def heuristic_choices(gpu: Gpu, n: int, k: int, group_size: int) -> tuple[Choice, ...]:
+    """Choices where nothing was measured.
+
+    Decode fills the GPU twice by splitting the columns, the same way for every number of tokens (not on AMD, where
+    nobody has checked that the partial sums are seen in time); a step of 32 words keeps the activations of 64 and more
+    tokens in shared memory.
+    """
+    plane = plane_length(k)
+    long, short = min(plane, group_size, 64), min(plane, group_size, 32)
+    programs = ceil_div(n, ROW_PAD) * ROW_PAD // 64
+    steps = ceil_div(k, 4 * plane)
+    split_k = max(1, min(ceil_div(2 * gpu.processors, programs), steps // 2, MAX_SPLIT_K)) if gpu.capability else 1
+    split_k = ceil_div(steps, ceil_div(steps, split_k))  # no empty parts
+    pdl = gpu.dependent_launch
+    found = [
+        Choice(kernel="decode", max_m=16, block_m=16, step=long, split_k=split_k, pdl=pdl),
+        Choice(kernel="decode", max_m=32, block_m=32, step=long, split_k=split_k, pdl=pdl),
+        Choice(kernel="decode", max_m=64, block_m=64, step=short, split_k=split_k, pdl=pdl),
+    ]
+    # With 128 tokens Triton 3.6 asks for 544 of sm_100's 512 columns of tensor memory, and then drops the code.
+    tokens = 64 if 100 <= gpu.capability < 120 else 128
+    stages = 3 if gpu.shared_memory > 128 * 1024 else 2
+    found.append(
+        Choice(
+            kernel="gemm", max_m=FOLD_FROM - 1, block_m=tokens, block_n=128, step=short, num_warps=8, num_stages=stages
+        )
+    )
+    return (*found, Choice(kernel="fold"))
+
+
+@lru_cache(maxsize=4096)
+def choices_for(gpu: Gpu, n: int, k: int, group_size: int) -> tuple[Choice, ...]:
+    """Choices for a layer of ``n`` rows and ``k`` columns: measured ones, or those of the rule."""
+    table = load_table(gpu.name)
+    for entry in table.entries if table else ():
+        if (entry.n, entry.k, entry.group_size) == (n, k, group_size):
+            return entry.choices
+    return heuristic_choices(gpu, n, k, group_size)
+
+
+def choice_for(choices: Sequence[Choice], m: int) -> Choice:
+    """The choice that takes ``m`` tokens."""
+    return next(choice for choice in choices if choice.max_m is None or m <= choice.max_m)

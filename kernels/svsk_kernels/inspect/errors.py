@@ -1,8 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The one exception of this package."""
-
-__all__ = ["InspectError"]
-
-
-class InspectError(RuntimeError):
-    """A kernel could not be compiled, or its binary not be read; the message says what to do about it."""

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a kernel for whole layers is: the seam between the vLLM plugin and the devices."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from svsk_kernels.codebook import Codebook
+from svsk_kernels.sidecar_plan import SidecarPlan
+
+__all__ = ["LayerKernel", "LayerSpec", "replace_parameters"]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One (possibly fused and sharded) layer as a process holds it.
+
+    A loaded layer has these parameters, which :meth:`LayerKernel.prepare` reads:
+
+    - ``weight_packed``: int32 [n, k / 8], codes as in the checkpoint;
+    - ``weight_scale``: ``dtype`` [n, k / group_size];
+    - with a plan, ``sidecar_u`` and ``sidecar_v`` int8 and ``sidecar_gain`` float32, flat as
+      :mod:`svsk_kernels.sidecar_plan` says.
+    """
+
+    n: int
+    k: int
+    group_size: int
+    codebook: Codebook
+    dtype: torch.dtype  # of activations, outputs and scales
+    plan: SidecarPlan | None = None  # None: no sidecar
+    factor_bits: Literal[4, 8] = 8  # 4 when no part's factors have more
+
+
+class LayerKernel(Protocol):
+    """Runs a layer. It keeps no tensors: they are the layer's parameters, where a reload finds and replaces them."""
+
+    def prepare(self, layer: torch.nn.Module) -> None:
+        """Replace the loaded parameters by those the kernel runs on."""
+
+    def __call__(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x W_hat^T + bias``: [M, n] from [M, k], both of the layer's dtype, with a prepared layer."""
+
+
+def replace_parameters(layer: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Register the tensors as plain parameters, in place of those of the same names."""
+    for name, tensor in tensors.items():
+        setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))

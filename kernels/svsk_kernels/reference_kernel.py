@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer as its dequantised weight: the plainest way to serve it, to compare kernels with.
+
+It takes the memory of the dense layer in the same dtype: about four times that of the checkpoint at 16 bits, eight
+times in float32.
+"""
+
+from typing import Any
+
+import torch
+
+from svsk_kernels.codebook import code_values, unpack_nibbles
+from svsk_kernels.cpu import widened_op as widened  # noqa: F401 - registers svsk::widened_linear
+from svsk_kernels.cpu.processor import product_dtype
+from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
+from svsk_kernels.sidecar_plan import SidecarPlan
+
+__all__ = ["ReferenceKernel", "dequantize_layer"]
+
+
+class ReferenceKernel:
+    """Runs a layer as an ordinary matrix product; a :class:`svsk_kernels.layer_kernel.LayerKernel`.
+
+    Args:
+        spec: the layer.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        self.spec = spec
+        self.widened = False  # whether products are in float32 although the weight is not
+
+    def prepare(self, layer: Any) -> None:
+        """Replace the loaded parameters by ``weight``, ``W_hat`` rounded once to the layer's dtype."""
+        sidecar = None
+        if self.spec.plan:
+            sidecar = (layer.sidecar_u.data, layer.sidecar_v.data, layer.sidecar_gain.data)
+        weight = dequantize_layer(self.spec, layer.weight_packed.data, layer.weight_scale.data, sidecar)
+        self.widened = product_dtype(self.spec.dtype, weight.device) != self.spec.dtype
+        replace_parameters(layer, {"weight": weight.to(self.spec.dtype)})
+        for name in ("weight_packed", "weight_scale", "sidecar_u", "sidecar_v", "sidecar_gain"):
+            if hasattr(layer, name):
+                delattr(layer, name)
+
+    def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x W_hat^T + bias``: [M, N] from [M, K], both of the layer's dtype."""
+        if not self.widened:
+            return torch.nn.functional.linear(x, layer.weight, bias)
+        y: torch.Tensor = torch.ops.svsk.widened_linear(x, layer.weight)
+        return (y if bias is None else y + bias).to(x.dtype)
+
+
+def dequantize_layer(
+    spec: LayerSpec,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    sidecar: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """``W_hat`` of a loaded layer.
+
+    Args:
+        spec: the layer.
+        packed: int32 [N, K / 8].
+        scale: [N, K / g].
+        sidecar: flat ``u`` and ``v``, int8, and ``gain``, float32, in the plan's order; None for none.
+
+    Returns:
+        float32 [N, K].
+    """
+    levels = code_values(unpack_nibbles(packed), spec.codebook)
+    groups = levels.view(spec.n, -1, spec.group_size) * scale.float().unsqueeze(-1)
+    weight = groups.view(spec.n, spec.k)
+    if spec.plan is not None and sidecar is not None:
+        _add_sidecar(weight, spec.plan, *sidecar)
+    return weight
+
+
+def _add_sidecar(weight: torch.Tensor, plan: SidecarPlan, u: torch.Tensor, v: torch.Tensor, gain: torch.Tensor) -> None:
+    u_start = v_start = gain_start = 0
+    for bundle in plan.bundles:
+        factors = v.narrow(0, v_start, bundle.v_numel).view(bundle.v_shape).float()
+        gains = gain.narrow(0, gain_start, bundle.gain_numel).view(bundle.gain_shape)
+        v_start, gain_start = v_start + bundle.v_numel, gain_start + bundle.gain_numel
+        rank_start = 0
+        for group in bundle.groups:
+            for slot in range(group.slots):
+                ranks = slice(rank_start, rank_start + group.rank)
+                rows = slice(group.row_start + slot * group.rows, group.row_start + (slot + 1) * group.rows)
+                size = group.rows * bundle.num_col_tiles * group.rank
+                left = u.narrow(0, u_start, size).view(group.rows, bundle.num_col_tiles, group.rank).float()
+                for b in range(bundle.num_col_tiles):
+                    columns = slice(bundle.bounds[b], bundle.bounds[b + 1])
+                    right = factors[b, ranks, : columns.stop - columns.start]
+                    weight[rows, columns] += (left[:, b] * gains[b, ranks]) @ right
+                u_start, rank_start = u_start + size, rank_start + group.rank

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing rank, factor bits and group size per matrix under a bit budget.
+
+Every choice for a matrix has a size and a loss, an estimate of what it adds to the KL divergence. The least total loss
+within the budget is sought by Lagrangian relaxation (Shoham and Gersho 1988): at a price per bit each matrix takes the
+choice of least loss plus price, and the price is bisected to the budget. What that leaves unused is then spent, step by
+step, where it gains most per bit.
+"""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+from svsk_kernels.errors import SvskError
+
+__all__ = ["Choice", "allocate"]
+
+_BISECTIONS = 60
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to store a matrix.
+
+    Attributes:
+        group_size: weights per scale.
+        rank: of the sidecar, per tile.
+        factor_bits: bits of a factor.
+        stored_bits: everything stored of the matrix.
+        loss: estimated share of the KL divergence, in a unit common to all matrices.
+    """
+
+    group_size: int
+    rank: int
+    factor_bits: int
+    stored_bits: int
+    loss: float
+
+
+def allocate(
+    choices: Mapping[str, Sequence[Choice]], fused: Mapping[str, Hashable], target_bpw: float, num_weights: int
+) -> dict[str, Choice]:
+    """Pick a choice for every matrix so that the total loss is small and the total size within the budget.
+
+    Args:
+        choices: by matrix name, all that are possible.
+        fused: by matrix name, what it is fused with at run time: matrices of equal value get one group size, because
+            they share one base kernel.
+        target_bpw: bits per weight of all matrices together.
+        num_weights: weights of all matrices together.
+
+    Returns:
+        A choice by matrix name, in the order of ``choices``.
+
+    Raises:
+        SvskError: even the smallest choices exceed the budget.
+    """
+    budget = target_bpw * num_weights
+    sets: dict[Hashable, dict[str, Sequence[Choice]]] = {}
+    for name, options in choices.items():
+        sets.setdefault(fused[name], {})[name] = options
+    smallest = _at_price(sets, math.inf)
+    if _size(smallest) > budget:
+        raise SvskError(
+            f"A target of {target_bpw} bits per weight is less than the {_size(smallest) / num_weights:.4f} that the "
+            "smallest choices allowed take. Raise the target, or allow smaller ranks or larger groups."
+        )
+    # In the unit of the losses: they scale with the inputs, and what is chosen must not.
+    low, high = 0.0, max((c.loss for options in choices.values() for c in options), default=0.0) / budget or 1.0
+    while _size(_at_price(sets, high)) > budget:
+        low, high = high, high * 16
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2 if low else high / 16
+        if _size(_at_price(sets, middle)) > budget:
+            low = middle
+        else:
+            high = middle
+    chosen = _spend(choices, _at_price(sets, high), budget)
+    return {name: chosen[name] for name in choices}
+
+
+def _at_price(sets: Mapping[Hashable, Mapping[str, Sequence[Choice]]], price: float) -> dict[str, Choice]:
+    """Least loss plus price times bits, per set of fused matrices; at an infinite price the fewest bits."""
+
+    def cost(choice: Choice) -> tuple[float, float]:
+        if math.isinf(price):
+            return float(choice.stored_bits), choice.loss
+        return choice.loss + price * choice.stored_bits, float(choice.stored_bits)
+
+    found: dict[str, Choice] = {}
+    for members in sets.values():
+        sizes = sorted({choice.group_size for options in members.values() for choice in options}, reverse=True)
+        picks: list[dict[str, Choice]] = []
+        for size in sizes:
+            fitting = {name: [c for c in options if c.group_size == size] for name, options in members.items()}
+            if all(fitting.values()):
+                picks.append({name: min(options, key=cost) for name, options in fitting.items()})
+        best: dict[str, Choice] = min(
+            picks, key=lambda pick: tuple(map(sum, zip(*map(cost, pick.values()), strict=True)))
+        )
+        found |= best
+    return found
+
+
+def _spend(choices: Mapping[str, Sequence[Choice]], chosen: dict[str, Choice], budget: float) -> dict[str, Choice]:
+    """Take the steps that gain most per bit, within a group size, until none fits the rest of the budget."""
+    rest = budget - _size(chosen)
+    while True:
+        best, rate = None, 0.0
+        for name, options in choices.items():
+            now = chosen[name]
+            for choice in options:
+                more = choice.stored_bits - now.stored_bits
+                if choice.group_size != now.group_size or not 0 < more <= rest:
+                    continue
+                gain = (now.loss - choice.loss) / more
+                if gain > rate:
+                    best, rate = (name, choice), gain
+        if best is None:
+            return chosen
+        name, choice = best
+        rest -= choice.stored_bits - chosen[name].stored_bits
+        chosen = {**chosen, name: choice}
+
+
+def _size(chosen: Mapping[str, Choice]) -> int:
+    return sum(choice.stored_bits for choice in chosen.values())

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the loss of one matrix falls with the bits spent on it."""
+
+from typing import Final
+
+import torch
+
+from svsk_offline.planning.bit_budget import Choice
+from svsk_offline.quantizers.gptq import gptq, initial_scales
+from svsk_offline.quantizers.hessian import ColumnOrder, damped, lower_factor
+from svsk_offline.quantizers.lowrank import truncated_svd
+from svsk_offline.quantizers.rounding import nearest_levels
+from svsk_offline.recipe import AllocationArgs, GptqBase
+from svsk_vllm.format import ConfigGroup, LinearSpec
+
+__all__ = ["choices_of", "scheme_with"]
+
+_KEPT: Final = {8: 1.0, 4: 0.93}
+"""Share of what a sidecar takes off that is left when its factors are rounded."""
+
+_ALTERNATION: Final = 0.8
+"""How much alternating adds: after many rounds the share of the error that is left is that after one round to the power
+1.8. Fitted to matrices of SmolLM2 at ranks 16 to 64 (docs/benchmarks/quality.md)."""
+
+
+def choices_of(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    row_energy: torch.Tensor,
+    spec: LinearSpec,
+    base: GptqBase,
+    allocation: AllocationArgs,
+    rounds: int,
+) -> list[Choice]:
+    """All ways to store a matrix that an allocation may choose from, with their losses.
+
+    The loss is ``1/2 tr(D R H R^T)``, the matrix's share of the KL divergence when the Fisher information is taken
+    apart into the factors H of the input and D of the output (diagonal). The error of the base is measured at the
+    scheme's group size and estimated at others from the error of plain rounding; the share of it that a sidecar of
+    rank r takes off is that of the r largest squared singular values of ``D^1/2 R L``, per tile.
+
+    Args:
+        weight: float32 [N, K].
+        hessian: float32 [K, K], tokens weighted by their squared gradients.
+        row_energy: float32 [N], ``E[g_n^2]``, the diagonal of D.
+        spec: shape, and the scheme without allocation.
+        base: settings of the base.
+        allocation: what may be chosen.
+        rounds: how often base and sidecar will be fitted in turn.
+    """
+    scheme = spec.scheme
+    order = ColumnOrder.of(damped(hessian, base.damping))
+    codebook, dtype = scheme.weights.codebook, spec.scale_dtype
+    scale = initial_scales(base.scales, weight, order.importance, spec.group_size, codebook, dtype)
+    residual = weight - gptq(weight, order, scale, codebook)[1]
+    loss = 0.5 * float(((residual @ hessian) * residual).sum(1) @ row_energy)
+    reference = _rounding_error(weight, scale, order.importance, row_energy, spec)
+    taken = _taken(residual, hessian, row_energy, spec, max(allocation.ranks))
+    power = 1 + _ALTERNATION * (1 - 0.5 ** ((rounds - 1) / 2))
+    found = []
+    for size in allocation.group_sizes:
+        if spec.k % size:
+            continue
+        other = scale
+        if size != spec.group_size:
+            other = initial_scales(base.scales, weight, order.importance, size, codebook, dtype)
+        ratio = _rounding_error(weight, other, order.importance, row_energy, spec) / reference if reference else 0.0
+        for rank in allocation.ranks:
+            for bits in allocation.factor_bits if rank else allocation.factor_bits[:1]:
+                stored = LinearSpec(spec.name, spec.n, spec.k, scheme_with(scheme, size, rank, bits), dtype).stored_bits
+                left = max(1 - _KEPT[bits] * float(taken[:rank].sum()), 0.0)
+                found.append(Choice(size, rank, bits, stored, loss * ratio * left**power))
+    return found
+
+
+def scheme_with(scheme: ConfigGroup, group_size: int, rank: int, factor_bits: int) -> ConfigGroup:
+    """A scheme with some values replaced and checked again, so that what is written can be read."""
+    raw = scheme.model_dump(mode="python")
+    raw["weights"] |= {"group_size": group_size}
+    raw["sidecar"] |= {"rank": rank, "num_bits": factor_bits}
+    return ConfigGroup.model_validate(raw)
+
+
+def _rounding_error(
+    weight: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor, row_energy: torch.Tensor, spec: LinearSpec
+) -> float:
+    """Error of plain rounding, columns weighted by what error feedback cannot make up for."""
+    groups = weight.view(spec.n, scale.shape[1], -1)
+    wide = scale.float().unsqueeze(-1)
+    levels = nearest_levels(torch.where(wide == 0, 0.0, groups / wide), spec.scheme.weights.codebook)
+    error = (groups - levels * wide).square().view(spec.n, spec.k) @ importance
+    return float(error @ row_energy)
+
+
+def _taken(
+    residual: torch.Tensor, hessian: torch.Tensor, row_energy: torch.Tensor, spec: LinearSpec, rank: int
+) -> torch.Tensor:
+    """Float32 [rank]: the share of the error that the i-th rank of all tiles together takes off.
+
+    The share is that of the tiles' own errors ``tr(D_a R_ab H_bb R_ab^T)``. With several column tiles these add up to
+    more than ``tr(D R H R^T)``, because error feedback lets columns make up for one another across tiles.
+    """
+    total = torch.zeros(rank)
+    if not rank:
+        return total
+    own = 0.0
+    grid = spec.grid
+    for b in range(grid.num_col_tiles):
+        columns = grid.col_slice(b)
+        block = hessian[columns, columns]
+        if not bool(block.any()):  # never used: its error is not felt, in whatever unit the others' is
+            continue
+        lower = lower_factor(damped(block, 1e-4)).float()
+        for a in range(grid.num_row_tiles):
+            rows = grid.row_slice(a)
+            felt = (residual[rows, columns] * row_energy[rows].sqrt().unsqueeze(1)) @ lower
+            own += float(felt.square().sum())
+            values = truncated_svd(felt, rank)[1].square().cpu()
+            total[: len(values)] += values
+    return total / own if own else total

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is decided about every linear before any is quantised: its scheme, and what its tokens and rows count.
+
+Without a bit budget and without gradient weights there is nothing to measure. With either, one sweep of the loss's
+gradient over the calibration text gives both (:func:`svsk_offline.calibration.sweep_gradients`).
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from svsk_kernels import has_bf16_products
+from svsk_kernels.errors import SvskError
+from svsk_offline.calibration import CalibrationSet, InputStatistics, OutputGradients, sweep_gradients
+from svsk_offline.planning.bit_budget import Choice, allocate
+from svsk_offline.planning.error_curves import choices_of, scheme_with
+from svsk_offline.planning.serving import vllm_class_of
+from svsk_offline.recipe import GptqBase, HessianFit, Recipe
+from svsk_offline.storage.atomic import write_tensors
+from svsk_offline.storage.dense_model import ModelSource
+from svsk_vllm.format import ConfigGroup, LinearSpec, SvskCheckpointConfig
+
+__all__ = ["Plan", "make_plan", "uniform_schemes"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions per linear, by full name.
+
+    Attributes:
+        schemes: scheme of each linear to quantise.
+        tokens: float32 [samples, tokens], mean 1: how much each token counts in the Hessian. Empty: 1 each.
+        rows: float32 [N], mean 1: how much each output feature counts in the sidecar's fit. Empty: 1 each.
+    """
+
+    schemes: Mapping[str, ConfigGroup]
+    tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def groups(self) -> dict[str, ConfigGroup]:
+        """Config groups that list the linears of each scheme by name, the most frequent scheme first."""
+        members: dict[ConfigGroup, list[str]] = {}
+        for name, scheme in self.schemes.items():
+            members.setdefault(scheme, []).append(name)
+        ordered = sorted(members.items(), key=lambda item: -len(item[1]))
+        return {
+            f"group_{number}": scheme.model_copy(update={"targets": tuple(names)})
+            for number, (scheme, names) in enumerate(ordered)
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the plan to a safetensors file, atomically."""
+        owners: dict[int, str] = {}  # shared weightings are stored once, and are shared again when loaded
+        tokens = {name: owners.setdefault(id(tensor), name) for name, tensor in self.tokens.items()}
+        tensors = {f"{name}:tokens": self.tokens[name] for name in owners.values()}
+        tensors |= {f"{name}:rows": tensor for name, tensor in self.rows.items()}
+        schemes = {name: scheme.model_dump(mode="json") for name, scheme in self.schemes.items()}
+        write_tensors(path, tensors, {"schemes": json.dumps(schemes), "tokens": json.dumps(tokens)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        """Read what :meth:`save` wrote."""
+        tokens: dict[str, torch.Tensor] = {}
+        rows: dict[str, torch.Tensor] = {}
+        with safe_open(path, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 - not a mapping
+                name, _, kind = key.rpartition(":")
+                (tokens if kind == "tokens" else rows)[name] = handle.get_tensor(key)
+            schemes, owners = (json.loads(handle.metadata()[key]) for key in ("schemes", "tokens"))
+        tokens = {name: tokens[owner] for name, owner in owners.items()}
+        return cls({name: ConfigGroup.model_validate(scheme) for name, scheme in schemes.items()}, tokens, rows)
+
+
+def uniform_schemes(
+    source: ModelSource, config: SvskCheckpointConfig, scale_dtype: torch.dtype
+) -> dict[str, ConfigGroup]:
+    """Scheme of each linear of the decoder blocks that a config quantises, by full name.
+
+    Raises:
+        SvskError: a linear's weight is not stored as one matrix of its own.
+        SvskFormatError: a linear does not fit its scheme.
+    """
+    schemes: dict[str, ConfigGroup] = {}
+    for index in range(len(source.blocks[1])):
+        for _, full, linear in source.linears(index):
+            scheme = config.scheme_for(full)
+            if scheme is not None:
+                source.check_quantisable(full)
+                LinearSpec(full, linear.out_features, linear.in_features, scheme, scale_dtype)  # checks it
+                schemes[full] = scheme
+    return schemes
+
+
+def make_plan(
+    source: ModelSource,
+    schemes: Mapping[str, ConfigGroup],
+    recipe: Recipe,
+    calibration: CalibrationSet,
+    device: torch.device,
+    scale_dtype: torch.dtype,
+    scratch: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Plan:
+    """Decide on every linear.
+
+    Args:
+        source: the dense model.
+        schemes: of the linears to quantise, without a bit budget.
+        recipe: how.
+        calibration: text.
+        device: where to compute.
+        scale_dtype: stored dtype of scales.
+        scratch: folder for temporary files.
+        progress: called with the steps done and their total, where anything is measured.
+
+    Raises:
+        SvskError: the budget is less than the smallest choices take, or the gradients are not finite.
+    """
+    if not recipe.needs_gradients:
+        return Plan(schemes)
+    measured = _Measured(source, recipe, schemes, scale_dtype)
+    sweep_gradients(
+        source,
+        calibration.subset(None if recipe.gradients.token_power else recipe.gradients.samples),
+        device,
+        sweep_dtype(device),
+        measured.visit,
+        full=recipe.allocation.target_bpw is not None,
+        seed=recipe.calibration.seed,
+        scratch=scratch,
+        progress=progress,
+    )
+    return measured.plan()
+
+
+def sweep_dtype(device: torch.device) -> torch.dtype:
+    """Dtype in which gradients are taken: bfloat16 where the hardware multiplies it, float32 on other CPUs.
+
+    What is measured are squares over thousands of tokens; rounding does not matter, time does.
+    """
+    if device.type != "cpu":
+        return torch.bfloat16
+    return torch.bfloat16 if has_bf16_products() else torch.float32
+
+
+class _Measured:
+    """Takes in the gradients of one block after the other."""
+
+    def __init__(
+        self, source: ModelSource, recipe: Recipe, schemes: Mapping[str, ConfigGroup], scale_dtype: torch.dtype
+    ) -> None:
+        self.source, self.recipe, self.schemes, self.scale_dtype = source, recipe, schemes, scale_dtype
+        self.tokens: dict[str, torch.Tensor] = {}
+        self.rows: dict[str, torch.Tensor] = {}
+        self.choices: dict[str, list[Choice]] = {}
+
+    def visit(
+        self,
+        index: int,
+        block: nn.Module,
+        gradients: Mapping[str, OutputGradients],
+        statistics: Mapping[str, InputStatistics],
+    ) -> None:
+        """Note what one block's gradients say."""
+        args = self.recipe.gradients
+        for name, full, linear in self.source.linears(index):
+            if full not in self.schemes:
+                continue
+            if name not in gradients:
+                raise SvskError(f"{full}: the model's output does not depend on it. Add it to --ignore.")
+            own = gradients[name]
+            if args.token_power:
+                self.tokens[full] = _relative(own.tokens, args.token_power)
+            if args.row_power:
+                self.rows[full] = _relative(own.rows, args.row_power).cpu()
+            if self.recipe.allocation.target_bpw is not None:
+                base, fit = self.recipe.base, self.recipe.fit
+                assert isinstance(base, GptqBase), "the recipe checks it"
+                assert isinstance(fit, HessianFit), "the recipe checks it"
+                weight = self.source.tensors.read(f"{full}.weight").to(own.rows.device).float()
+                spec = LinearSpec(full, linear.out_features, linear.in_features, self.schemes[full], self.scale_dtype)
+                try:
+                    self.choices[full] = choices_of(
+                        weight, statistics[name].hessian, own.rows, spec, base, self.recipe.allocation, fit.rounds
+                    )
+                except SvskError as error:
+                    raise SvskError(f"{full}: {error}") from error
+        if args.shared:
+            self._share(index)
+
+    def plan(self) -> Plan:
+        """What all blocks together say."""
+        target = self.recipe.allocation.target_bpw
+        if target is None:
+            return Plan(self.schemes, self.tokens, self.rows)
+        weights = sum(self._size(name) for name in self.schemes)
+        fused: dict[str, tuple[str, ...]] = {name: (name,) for name in self.schemes}
+        for members in vllm_class_of(self.source).fused_sets(self.schemes):
+            fused |= dict.fromkeys(members, members)
+        chosen = allocate(self.choices, fused, target, weights)
+        schemes = {
+            name: scheme_with(scheme, pick.group_size, pick.rank, pick.factor_bits)
+            for name, scheme in self.schemes.items()
+            for pick in (chosen[name],)
+        }
+        return Plan(schemes, self.tokens, self.rows)
+
+    def _size(self, name: str) -> int:
+        n, k = self.source.tensors.describe(f"{name}.weight").shape
+        return n * k
+
+    def _share(self, index: int) -> None:
+        """Give linears of one input one token weighting, the mean of theirs."""
+        linears = [full for _, full, _ in self.source.linears(index)]
+        for names in vllm_class_of(self.source).fused_sets(linears):
+            found = [self.tokens[name] for name in names if name in self.tokens]
+            if found:
+                mean = torch.stack(found).mean(0)
+                self.tokens.update(dict.fromkeys(names, mean))
+
+
+def _relative(squares: torch.Tensor, power: float) -> torch.Tensor:
+    """Powers of squared gradients over their mean, float32; 1 where all are zero."""
+    powers = squares.double() ** power
+    mean = powers.mean()
+    return (powers / mean if mean else torch.ones_like(powers)).float()

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM will say of a checkpoint, asked before any work is done for it."""
+
+from collections.abc import Callable, Mapping
+
+from svsk_kernels.errors import SvskError
+from svsk_offline.storage.dense_model import ModelSource
+from svsk_vllm.format import ConfigGroup
+from svsk_vllm.format.architectures import VllmClass, vllm_class
+from svsk_vllm.format.row_order import row_order_problem
+
+__all__ = ["check_servable", "vllm_class_of"]
+
+
+def vllm_class_of(source: ModelSource) -> VllmClass:
+    """What vLLM makes of a model's class."""
+    return vllm_class(source.config_dict, type(source.model).__name__)
+
+
+def check_servable(
+    source: ModelSource,
+    schemes: Mapping[str, ConfigGroup],
+    message: Callable[[str], None] = lambda text: None,
+    *,
+    most: int = 0,
+) -> None:
+    """Refuse schemes that vLLM would refuse, or serve wrong.
+
+    Args:
+        source: the dense model.
+        schemes: of the linears to quantise, by full name.
+        message: told what vLLM may not do with the model's class.
+        most: the largest rank that a linear may yet be given.
+
+    Raises:
+        SvskError: part of what vLLM fuses is not quantised, or its bases differ, or vLLM's loader moves the rows of a
+            linear and not those of its sidecar. Names the linears and what to do.
+    """
+    architecture = vllm_class_of(source)
+    linears = [full for index in range(len(source.blocks[1])) for _, full, _ in source.linears(index)]
+    problems = architecture.fused_problems({linear: schemes.get(linear) for linear in linears})
+    for linear, group in schemes.items():
+        if problem := row_order_problem([architecture.name], linear, max(group.sidecar.rank, most)):
+            problems.append(problem)
+    if problems:
+        more = f" And {len(problems) - 1} more like it." if len(problems) > 1 else ""
+        raise SvskError(problems[0] + more)
+    if note := architecture.note():
+        message(note)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantising one linear layer, and how well it went."""
+
+import time
+
+import torch
+
+from svsk_kernels.errors import SvskError
+from svsk_offline.calibration.input_statistics import InputStatistics
+from svsk_offline.quantizers import channel_importance, fit_diagonal_sidecar, quantize_aa
+from svsk_offline.quantizers.alternating import quantize_alternating
+from svsk_offline.recipe import AaBase, GptqBase, HessianFit, Recipe
+from svsk_offline.storage.layer_report import LayerReport
+from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, dequantize
+
+__all__ = ["quantize_linear", "weighted_error"]
+
+
+def weighted_error(weight: torch.Tensor, approximation: torch.Tensor, second_moment: torch.Tensor) -> float:
+    """``sum_ij d_j (W - W_hat)_ij^2 / sum_ij d_j W_ij^2`` with ``d_j = E[x_j^2]``; 0 for a layer that is never used."""
+    energy = float((weight.square() @ second_moment).sum())
+    return float(((weight - approximation).square() @ second_moment).sum()) / energy if energy else 0.0
+
+
+def quantize_linear(
+    name: str,
+    weight: torch.Tensor,
+    statistics: InputStatistics,
+    recipe: Recipe,
+    scheme: ConfigGroup,
+    scale_dtype: torch.dtype,
+    row_weights: torch.Tensor | None = None,
+) -> tuple[QuantizedLinear, LayerReport]:
+    """Quantise one weight by a recipe.
+
+    Args:
+        name: Hugging Face module name.
+        weight: [N, K], any floating dtype.
+        statistics: of the layer's input; with whole matrices where :attr:`Recipe.needs_hessians` says so.
+        recipe: how.
+        scheme: group size, codebook, sidecar shape.
+        scale_dtype: stored dtype of the scales.
+        row_weights: float32 [N], how much each output feature counts in a Hessian fit; None is 1 each.
+
+    Returns:
+        The quantised linear on the CPU, and its report.
+
+    Raises:
+        SvskFormatError: K is not a multiple of the group size.
+        SvskError: the statistics cannot be used.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise SvskError(f"{name}.weight: holds values that are not finite. The model is damaged; get it again.")
+    started = time.perf_counter()  # after a question that waits for what a GPU was given before
+    weight = weight.float()
+    spec = LinearSpec(name, weight.shape[0], weight.shape[1], scheme, scale_dtype)
+    if isinstance(recipe.base, GptqBase) and isinstance(recipe.fit, HessianFit):
+        sink = recipe.sink_weight(name)
+        linear = quantize_alternating(weight, statistics, spec, recipe.base, recipe.fit, sink, row_weights)
+    else:
+        linear = _quantize_published(weight, statistics.second_moment, spec, recipe)
+    moment = statistics.second_moment
+    base = dequantize(linear, with_sidecar=False)
+    whole = dequantize(linear) if spec.rank else base
+    noise = float((weight - whole).square().sum())
+    report = LayerReport(
+        name=name,
+        shape=(spec.n, spec.k),
+        num_weights=spec.num_weights,
+        stored_bits=spec.stored_bits,
+        base_error=weighted_error(weight, base, moment),
+        error=weighted_error(weight, whole, moment),
+        sqnr_db=10 * float(torch.log10(weight.square().sum() / noise)) if noise else float("inf"),
+        seconds=time.perf_counter() - started,
+    )
+    return _to_cpu(linear), report
+
+
+def _quantize_published(
+    weight: torch.Tensor, moment: torch.Tensor, spec: LinearSpec, recipe: Recipe
+) -> QuantizedLinear:
+    """The original method: activation-aware rounding, then a sidecar under the diagonal weighting."""
+    base, fit = recipe.base, recipe.fit
+    assert isinstance(base, AaBase), "the recipe checks which base goes with which fit"
+    importance = channel_importance(moment, base.alpha, base.importance_clip)
+    codebook = spec.scheme.weights.codebook
+    codes, scale = quantize_aa(weight, importance, spec.group_size, codebook, spec.scale_dtype, base.clip_grid)
+    linear = QuantizedLinear(spec, codes, scale)
+    if not spec.rank:
+        return linear
+    side = fit_diagonal_sidecar(
+        weight - dequantize(linear), moment, spec.grid, spec.rank, spec.factor_bits, fit.ridge, recipe.calibration.seed
+    )
+    return QuantizedLinear(spec, codes, scale, side.u, side.v, side.gain)
+
+
+def _to_cpu(linear: QuantizedLinear) -> QuantizedLinear:
+    def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.cpu()
+
+    return QuantizedLinear(
+        linear.spec, linear.codes.cpu(), linear.scale.cpu(), move(linear.u), move(linear.v), move(linear.gain)
+    )

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a checkpoint that is being written: a shard per decoder block, then everything else."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file
+
+from svsk_kernels.errors import SvskError
+from svsk_offline.storage.atomic import write_json, write_tensors, write_text
+from svsk_offline.storage.dense_model import ModelSource
+from svsk_offline.storage.layer_report import LayerReport
+from svsk_offline.storage.model_card import Origin, model_card
+from svsk_offline.storage.side_files import copy_side_files
+from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, SvskCheckpointConfig, SvskFormatError
+from svsk_vllm.format.config import declared
+from svsk_vllm.format.fingerprint import FINGERPRINT_KEY, shard_fingerprint
+from svsk_vllm.format.seal import schemes_metadata
+from svsk_vllm.format.shards import INDEX_NAME, read_json
+
+__all__ = ["CheckpointWriter"]
+
+_FLOAT32: Final = re.compile(r"(^|\.)(A_log|D|dt_bias|e_score_correction_bias|expert_bias)$")
+"""Parameters that vLLM's classes hold in float32 although transformers' do not say so. All are small vectors."""
+
+
+class CheckpointWriter:
+    """Writes a checkpoint's shards and the files around them.
+
+    Args:
+        folder: where to write, usually a partial folder.
+        notes: folder for what only an interrupted run needs, the reports of finished blocks.
+        source: the dense model.
+        scale_dtype: dtype of unquantised tensors.
+        fingerprint: of the run, for the metadata of every shard.
+    """
+
+    def __init__(
+        self, folder: Path, notes: Path, source: ModelSource, scale_dtype: torch.dtype, fingerprint: str
+    ) -> None:
+        self.folder, self.notes, self.source, self.scale_dtype = folder, notes, source, scale_dtype
+        self.fingerprint = fingerprint
+        self.blocks = source.blocks[1]
+
+    def finished(self, index: int) -> list[LayerReport] | None:
+        """Reports of block ``index`` if its shard, written by a run with these inputs, is there already."""
+        shard = self.shard_path(index + 1)
+        reports = self._reports_path(index)
+        if not shard.exists() or not reports.exists():
+            return None
+        try:
+            if shard_fingerprint(shard) != self.fingerprint:
+                return None
+        except SvskFormatError:  # damaged: it is written again, as another run's is
+            return None
+        return [LayerReport(**row) for row in read_json(reports)["layers"]]
+
+    def write_block(self, index: int, linears: Sequence[QuantizedLinear], reports: Sequence[LayerReport]) -> None:
+        """Write the shard of block ``index``: its quantised linears, and all its other tensors as they are."""
+        tensors: dict[str, torch.Tensor] = {}
+        for linear in linears:
+            tensors |= linear.to_tensors()
+        quantised = {f"{linear.spec.name}.weight" for linear in linears}
+        for name in self.source.block_tensors(index):
+            if name not in quantised:
+                tensors[self.source.map.output_name(name)] = self._dense(name)
+        shard = self.shard_path(index + 1)
+        self._write(shard, tensors)
+        write_json(self._reports_path(index), {"layers": [asdict(report) for report in reports]})
+
+    def read_block(self, index: int, schemes: Mapping[str, ConfigGroup]) -> list[QuantizedLinear]:
+        """The quantised linears of block ``index`` from its shard."""
+        tensors = load_file(self.shard_path(index + 1))
+        found = []
+        for _, full, linear in self.source.linears(index):
+            if full in schemes:
+                spec = LinearSpec(full, linear.out_features, linear.in_features, schemes[full], self.scale_dtype)
+                found.append(QuantizedLinear.from_tensors(spec, tensors))
+        return found
+
+    def finish(self, config: SvskCheckpointConfig, layers: list[LayerReport], say: Callable[[str], None]) -> None:
+        """Write embedding, norm and head, index, configuration, tokenizer and other files, and model card.
+
+        ``say`` is told of files that are left out.
+        """
+        quantised = {layer.name: scheme for layer in layers if (scheme := config.scheme_for(layer.name))}
+        outside = {self.source.map.output_name(name): self._dense(name) for name in self.source.outside_tensors()}
+        self._write(self.shard_path(0), outside, schemes_metadata(quantised))
+        write_json(self.folder / INDEX_NAME, self._index())
+        model = {key: value for key, value in self.source.output_config.items() if key not in ("dtype", "torch_dtype")}
+        model["dtype"] = str(self.scale_dtype).removeprefix("torch.")
+        write_json(self.folder / "config.json", declared(model, config))
+        copy_side_files(self.source.folder, self.folder, say, code=self.source.trust_remote_code)
+        write_text(self.folder / "README.md", model_card(Origin.of(self.source.folder), config, layers))
+
+    def _write(
+        self, shard: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        write_tensors(shard, tensors, {FINGERPRINT_KEY: self.fingerprint, **(metadata or {})})
+
+    def shard_path(self, number: int) -> Path:
+        """Shard of block ``number - 1``; number 0 is everything outside the blocks."""
+        return self.folder / f"model-{number + 1:05d}-of-{len(self.blocks) + 1:05d}.safetensors"
+
+    def _reports_path(self, index: int) -> Path:
+        return self.notes / f"block-{index:05d}.report.json"
+
+    def _index(self) -> Mapping[str, object]:
+        from safetensors import safe_open
+
+        weight_map: dict[str, str] = {}
+        total = 0
+        for number in range(len(self.blocks) + 1):
+            shard = self.shard_path(number)
+            with safe_open(shard, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 - not a mapping
+                    weight_map[name] = shard.name
+                    tensor = handle.get_tensor(name)
+                    total += tensor.numel() * tensor.element_size()
+        return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+    @cached_property
+    def _float32_names(self) -> frozenset[str]:
+        """Tensors that the model's class keeps in float32 in a model of another dtype."""
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        own: Any = self.source.model
+        with init_empty_weights(include_buffers=True):
+            model: Any = AutoModelForCausalLM.from_config(own.config, dtype=self.scale_dtype)
+        kept = {name for name, value in model.state_dict().items() if value.dtype == torch.float32}
+        patterns = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+        names = [name for name in model.state_dict() if any(re.search(rf"\b{p}\b", name) for p in patterns)]
+        return frozenset({*kept, *names, *filter(_FLOAT32.search, model.state_dict())})
+
+    def _dense(self, name: str) -> torch.Tensor:
+        """A tensor that is not quantised: in the dtype that config.json declares, or float32 where the class insists.
+
+        Both loaders would cast it anyway; wider it only takes room. What the class wants in float32 stays as stored.
+        """
+        tensor = self.source.tensors.read(name)
+        if not tensor.is_floating_point() or tensor.dtype == self.scale_dtype:
+            return tensor
+        # The class knows it by the name of the parameter it fills, which need not be that in the folder.
+        if not self._float32_names.isdisjoint((name, *self.source.map.targets(name))):
+            return tensor
+        cast = tensor.to(self.scale_dtype)
+        if not bool(torch.isfinite(cast).all()) and bool(torch.isfinite(tensor).all()):
+            raise SvskError(f"{name}: has values that {self.scale_dtype} cannot hold. Use --dtype bfloat16.")
+        return cast

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tool says of one quantised linear."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["LayerReport"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One line of the tool's output."""
+
+    name: str
+    shape: Sequence[int]  # N, K
+    num_weights: int
+    stored_bits: int
+    base_error: float  # relative weighted error of the base alone
+    error: float  # relative weighted error with the sidecar
+    sqnr_db: float
+    seconds: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over weights."""
+        return self.stored_bits / self.num_weights

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README.md of a checkpoint."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from svsk_offline.storage.layer_report import LayerReport
+from svsk_vllm.format import SvskCheckpointConfig, SvskFormatError
+from svsk_vllm.format.files import open_regular, read_json
+
+__all__ = ["Origin", "model_card"]
+
+_CARRIED: Final = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_MAX_CARD: Final = 1 << 20
+
+_TEMPLATE = """
+# {name}, quantised with SVSK
+
+Stock transformers does not know these weights: `import svsk_vllm.hf` (package `svsk-vllm`) before you load them. vLLM
+serves them where that package is installed.
+
+4-bit weights with a tile-local low-rank sidecar: **{bpw:.3f} bits per weight** over {count} quantised linear layers
+(every stored bit counted). Recipe `{recipe}`, calibrated on `{source}` ({samples} x {seq_len} tokens).
+
+## Use
+
+```
+pip install svsk-vllm
+vllm serve THIS_FOLDER --quantization svsk
+```
+
+With transformers (dequantised when loaded): `import svsk_vllm.hf`, then `AutoModelForCausalLM.from_pretrained(...)`.
+
+## Error by layer kind
+
+Relative error of the weights, weighted by the energy of the input channels, mean over the blocks.
+
+| layer | layers | bits per weight | base alone | with sidecar |
+| --- | --- | --- | --- | --- |
+{rows}
+"""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The dense model a checkpoint is made from.
+
+    Attributes:
+        name: for people.
+        base_model: hub ids, empty where none is known.
+        carried: metadata of its card that holds for the checkpoint too: licence, language, task.
+    """
+
+    name: str
+    base_model: tuple[str, ...]
+    carried: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, folder: Path) -> "Origin":
+        """What a folder says of itself: a hub cache by its path, other folders by their card and config.json."""
+        card = _card_metadata(folder / "README.md")
+        carried = {key: card[key] for key in _CARRIED if card.get(key)}
+        hub_id = _hub_id(folder.absolute())
+        if hub_id:
+            return cls(hub_id, (hub_id,), carried)
+        declared = card.get("base_model")
+        named = [declared] if isinstance(declared, str) else declared if isinstance(declared, list) else []
+        path = read_json(folder / "config.json").get("_name_or_path")
+        known = tuple(name for name in named or [path] if isinstance(name, str) and _ID.fullmatch(name))
+        return cls(folder.resolve().name, known, carried)
+
+
+def _hub_id(folder: Path) -> str | None:
+    """``org/name`` of a folder ``models--org--name/snapshots/REVISION``."""
+    holder = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not holder.startswith("models--"):
+        return None
+    return holder.removeprefix("models--").replace("--", "/")
+
+
+def _card_metadata(path: Path) -> dict[str, Any]:
+    """Metadata of a card; empty where there is none or it cannot be read."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        with open_regular(path) as handle:
+            text = handle.read(_MAX_CARD).decode("utf-8", errors="replace")
+        return dict(vars(ModelCard(text, ignore_metadata_errors=True).data)) if text.startswith("---") else {}
+    except (SvskFormatError, YAMLError, ValueError, TypeError):
+        return {}
+
+
+def model_card(origin: Origin, config: SvskCheckpointConfig, layers: Sequence[LayerReport]) -> str:
+    """Markdown with Hugging Face metadata.
+
+    Args:
+        origin: the original model.
+        config: of the checkpoint.
+        layers: reports of the quantised linears, at least one.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    kinds: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+    rows = []
+    for kind, found in kinds.items():
+        bits = sum(layer.stored_bits for layer in found) / sum(layer.num_weights for layer in found)
+        base = sum(layer.base_error for layer in found) / len(found)
+        error = sum(layer.error for layer in found) / len(found)
+        rows.append(f"| {kind} | {len(found)} | {bits:.3f} | {base:.2e} | {error:.2e} |")
+    calibration = config.producer["calibration"]
+    text = _TEMPLATE.format(
+        name=origin.name,
+        bpw=sum(layer.stored_bits for layer in layers) / sum(layer.num_weights for layer in layers),
+        count=len(layers),
+        recipe=config.producer["recipe"],
+        source=calibration["source"],
+        samples=calibration["samples"],
+        seq_len=calibration["seq_len"],
+        rows="\n".join(rows),
+    )
+    values: dict[str, Any] = {"pipeline_tag": "text-generation", **origin.carried}
+    if origin.base_model:
+        values |= {"base_model": list(origin.base_model), "base_model_relation": "quantized"}
+    data = ModelCardData(library_name="svsk-vllm", tags=["svsk", "quantized", "vllm"], **values)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quantised linear in memory, its stored form, and the float reference of the weight it stands for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from svsk_kernels.codebook import code_values
+from svsk_kernels.naive import PlainLinear
+from svsk_vllm.format import spec as names
+from svsk_vllm.format.errors import SvskFormatError
+from svsk_vllm.format.packing import pack_codes, pack_factors, unpack_codes, unpack_factors
+from svsk_vllm.format.spec import LinearSpec, TensorSpec
+
+__all__ = ["QuantizedLinear", "dequantize", "restored_weight"]
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """Unpacked tensors of a quantised linear. A, B: tile rows and columns of the grid, r: rank, g: group size.
+
+    ``u``, ``v`` and ``gain`` are None when the rank is 0.
+    """
+
+    spec: LinearSpec
+    codes: torch.Tensor  # int8 [N, K], values in [-8, 7]
+    scale: torch.Tensor  # scale dtype [N, K / g]
+    u: torch.Tensor | None = None  # int8 [N, B, r]
+    v: torch.Tensor | None = None  # int8 [A, r, K]
+    gain: torch.Tensor | None = None  # float32 [A, B, r]
+
+    @property
+    def plain(self) -> PlainLinear:
+        """The same tensors without the checkpoint's names, as the kernels' reference takes them."""
+        spec = self.spec
+        codebook, bits = spec.scheme.weights.codebook, spec.scheme.sidecar.num_bits
+        return PlainLinear(self.codes, self.scale, codebook, spec.grid, self.u, self.v, self.gain, bits)
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """Stored tensors by full name, checked against the specification.
+
+        Raises:
+            SvskFormatError: a tensor's dtype, shape or range is not what the scheme asks for.
+        """
+        try:
+            stored = {names.WEIGHT_PACKED: pack_codes(self.codes), names.WEIGHT_SCALE: self.scale}
+            if self.u is not None and self.v is not None and self.gain is not None:
+                bits = self.spec.factor_bits
+                stored[names.SIDECAR_U] = pack_factors(self.u, bits)
+                stored[names.SIDECAR_V] = pack_factors(self.v, bits)
+                stored[names.SIDECAR_GAIN] = self.gain
+        except SvskFormatError as error:
+            raise SvskFormatError(f"{self.spec.name}: {error}") from error
+        problems = tensor_problems(self.spec, stored)
+        if problems:
+            raise SvskFormatError("; ".join(problems))
+        return {f"{self.spec.name}.{suffix}": tensor.contiguous() for suffix, tensor in stored.items()}
+
+    @classmethod
+    def from_tensors(cls, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> "QuantizedLinear":
+        """Unpack stored tensors, given by full name.
+
+        Raises:
+            SvskFormatError: a tensor is missing, or has the wrong dtype or shape.
+        """
+        prefix = f"{spec.name}."
+        stored = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        problems = tensor_problems(spec, stored)
+        if problems:
+            raise SvskFormatError("; ".join(problems))
+        codes = unpack_codes(stored[names.WEIGHT_PACKED], spec.k)
+        if not spec.rank:
+            return cls(spec, codes, stored[names.WEIGHT_SCALE])
+        return cls(
+            spec,
+            codes,
+            stored[names.WEIGHT_SCALE],
+            unpack_factors(stored[names.SIDECAR_U], spec.factor_bits),
+            unpack_factors(stored[names.SIDECAR_V], spec.factor_bits),
+            stored[names.SIDECAR_GAIN],
+        )
+
+
+def tensor_problems(spec: LinearSpec, stored: Mapping[str, torch.Tensor | TensorSpec]) -> list[str]:
+    """What is wrong with the stored tensors of one linear (given by suffix, or their specifications)."""
+    problems = []
+    expected = spec.tensors()
+    for suffix, want in expected.items():
+        tensor = stored.get(suffix)
+        if tensor is None:
+            problems.append(f"{spec.name}.{suffix}: missing, expected {want.dtype} {list(want.shape)}")
+        elif tensor.dtype != want.dtype or tuple(tensor.shape) != want.shape:
+            problems.append(
+                f"{spec.name}.{suffix}: {tensor.dtype} {list(tensor.shape)}, expected {want.dtype} {list(want.shape)}"
+            )
+    problems += [
+        f"{spec.name}.{suffix}: unexpected, the scheme has rank {spec.rank}"
+        for suffix in names.SUFFIXES
+        if suffix in stored and suffix not in expected
+    ]
+    return problems
+
+
+def dequantize(linear: QuantizedLinear, *, with_sidecar: bool = True) -> torch.Tensor:
+    """The weight a quantised linear stands for: ``W_hat`` of docs/format.md, the definition everything is tested on.
+
+    ``W_hat[n, k] = scale[n, k // g] * c(q[n, k]) + sum_i gain[a, b, i] * u[n, b, i] * v[a, i, k]`` with
+    ``a = n // tile_m`` and ``b = k // tile_n``, in float32.
+
+    Args:
+        linear: the quantised linear.
+        with_sidecar: False leaves the second term out.
+
+    Returns:
+        float32 [N, K].
+    """
+    spec = linear.spec
+    values = code_values(linear.codes, spec.scheme.weights.codebook).view(spec.n, -1, spec.group_size)
+    weight = (values * linear.scale.float().unsqueeze(-1)).view(spec.n, spec.k)
+    if not with_sidecar or linear.u is None or linear.v is None or linear.gain is None:
+        return weight
+    for a in range(spec.grid.num_row_tiles):
+        rows = spec.grid.row_slice(a)
+        for b in range(spec.grid.num_col_tiles):
+            cols = spec.grid.col_slice(b)
+            u = linear.u[rows, b].float() * linear.gain[a, b]
+            weight[rows, cols] += u @ linear.v[a, :, cols].float()
+    return weight
+
+
+def restored_weight(linear: QuantizedLinear) -> torch.Tensor:
+    """The weight a dense copy of the model stores: ``W_hat`` rounded once to the model's dtype.
+
+    ``svsk restore`` writes it and the transformers loader loads it, so that both give the same logits bit for bit.
+    A loader that is asked for another dtype casts this tensor, not the float32 ``W_hat``, as it would cast what
+    the restored folder stores.
+
+    Args:
+        linear: the quantised linear; its scales have the model's dtype.
+
+    Returns:
+        [N, K] in the dtype of the scales.
+    """
+    return dequantize(linear).to(linear.spec.scale_dtype)

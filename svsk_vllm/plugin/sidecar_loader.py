@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loaders of a layer's parameters, which count what arrives and refuse what is not as it was stored.
+
+Those of the base pass on to the layer's own. Those of the sidecar copy this rank's tiles to their places in flat
+tensors of exact integers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from svsk_vllm.format import ConfigGroup, SvskFormatError, unpack_factors
+from svsk_vllm.plugin.arrival import loaded_shards, stored_tensor
+from svsk_vllm.plugin.shard_probe import ShardId
+from svsk_vllm.plugin.sidecar_layout import PartLayout, SidecarLayout
+
+__all__ = ["BASE_NAMES", "SIDECAR_DTYPES", "Arrived", "base_loader", "clear_padding", "tile_loader"]
+
+BASE_NAMES = ("weight_packed", "weight_scale")
+"""The base's parameters, loaded by vLLM's own loaders."""
+
+SIDECAR_DTYPES = {"sidecar_u": torch.int8, "sidecar_v": torch.int8, "sidecar_gain": torch.float32}
+"""The loaded parameters, flat in the order of :mod:`svsk_kernels.sidecar_plan`."""
+
+
+class Arrived:
+    """The tensors of a layer that were loaded.
+
+    Args:
+        parts: names of its parts in the checkpoint, by vLLM's shard ids.
+        schemes: their schemes, in the same order.
+    """
+
+    def __init__(self, parts: Mapping[ShardId, str], schemes: Sequence[ConfigGroup]) -> None:
+        self._expected: dict[tuple[ShardId, str], str] = {}
+        for (shard, part), scheme in zip(parts.items(), schemes, strict=True):
+            for name in (*BASE_NAMES, *(SIDECAR_DTYPES if scheme.sidecar.rank else ())):
+                self._expected[shard, name] = f"{part}.{name}"
+        self._seen: set[tuple[ShardId, str]] = set()
+
+    def note(self, name: str, shards: Sequence[ShardId]) -> None:
+        """Parameter ``name`` was loaded for some shards."""
+        self._seen.update((shard, name) for shard in shards)
+
+    def check(self, prefix: str) -> None:
+        """Forget what was loaded, for the next time.
+
+        Raises:
+            SvskFormatError: something was not.
+        """
+        seen, self._seen = self._seen, set()
+        missing = [stored for key, stored in self._expected.items() if key not in seen]
+        if not missing:
+            return
+        if unknown := {shard for shard, _ in seen} - {shard for shard, _ in self._expected}:
+            raise SvskFormatError(_unknown_parts(prefix, unknown))
+        raise SvskFormatError(
+            f"{prefix}: not loaded: {', '.join(missing)}. The checkpoint is incomplete, or does not fit its "
+            "config.json: copy or download the folder again; `svsk validate` lists what is missing."
+        )
+
+
+def _unknown_parts(prefix: str, shards: set[ShardId]) -> str:
+    return (
+        f"{prefix}: vLLM loads it in parts ({', '.join(map(repr, sorted(shards, key=repr)))}), but its model class "
+        "does not say which linears it fuses there (packed_modules_mapping), and none of the usual names is stored. "
+        f"The plugin cannot serve it quantised: put the linears of {prefix} on the ignore list (--ignore)."
+    )
+
+
+def base_loader(
+    prefix: str,
+    name: str,
+    loader: Callable[..., Any],
+    arrived: Arrived,
+    order: torch.Tensor | None,
+    *,
+    keep: bool,
+    whole: bool,
+) -> Callable[..., None]:
+    """Weight loader of ``weight_packed`` or ``weight_scale``: the layer's own, with checks.
+
+    Args:
+        prefix: the layer's name.
+        name: the parameter's.
+        loader: the layer's own loader.
+        arrived: counts.
+        order: stored row of each row that has to arrive, None for the stored order.
+        keep: whether the order is checked.
+        whole: whether a tensor has to arrive as a whole, as it has with a sidecar, which is not split with it.
+    """
+
+    def load(param: torch.Tensor, loaded_weight: torch.Tensor, loaded_shard_id: Any = None) -> None:
+        stored = stored_tensor(loaded_weight, name)
+        if stored is not None:
+            if name == "weight_packed":
+                _require_dtype(stored.name, stored.dtype, torch.int32)
+            if keep and not _same_rows(stored.tensor, loaded_weight, order, whole=whole):
+                raise SvskFormatError(
+                    f"{stored.name}: vLLM's loader for this architecture changes its rows before {prefix} gets them, "
+                    "in a way that the plugin does not know. Put the module on the ignore list (--ignore) when "
+                    "quantising."
+                )
+        loader(param, loaded_weight, *(() if loaded_shard_id is None else (loaded_shard_id,)))
+        arrived.note(name, loaded_shards(loaded_shard_id))
+
+    return load
+
+
+def _same_rows(stored: torch.Tensor, arrived: torch.Tensor, order: torch.Tensor | None, *, whole: bool) -> bool:
+    same_memory = stored.untyped_storage().data_ptr() == arrived.untyped_storage().data_ptr()
+    if same_memory and not whole and arrived.stride() == stored.stride() and arrived.shape[1:] == stored.shape[1:]:
+        return True  # a run of rows
+    if stored.shape != arrived.shape:
+        return False
+    if order is None:
+        start = stored.storage_offset()
+        if same_memory and (arrived.stride(), arrived.storage_offset()) == (stored.stride(), start):
+            return True
+        return torch.equal(stored, arrived)
+    return len(order) == len(stored) and torch.equal(stored[order.to(stored.device)], arrived)
+
+
+def _require_dtype(name: str, found: torch.dtype, want: torch.dtype) -> None:
+    if found != want:
+        raise SvskFormatError(f"{name}: {found}, expected {want}. Run `svsk validate` on the folder.")
+
+
+def tile_loader(
+    prefix: str, name: str, layout: SidecarLayout, input_size: int, arrived: Arrived | None = None
+) -> Callable[..., None]:
+    """Weight loader of one sidecar tensor: copies this rank's tiles to their place in the flat parameter.
+
+    vLLM's reload counts ``copy_`` calls and looks for an argument called ``param``. The closure must not hold the
+    layer, which would keep it alive.
+    """
+    copy = {"sidecar_u": _copy_u, "sidecar_v": _copy_v, "sidecar_gain": _copy_gain}[name]
+
+    def load(param: torch.Tensor, loaded_weight: torch.Tensor, loaded_shard_id: ShardId = None) -> None:
+        part = layout.parts.get(loaded_shard_id)
+        if part is None:
+            if loaded_shard_id is not None and None in layout.parts:
+                raise SvskFormatError(_unknown_parts(prefix, {loaded_shard_id}))
+            raise SvskFormatError(
+                f"{prefix}.{name}: loaded for part {loaded_shard_id!r}, but by config.json there are sidecars for "
+                f"{list(layout.parts)} only. Run `svsk validate` on the folder."
+            )
+        stored = stored_tensor(loaded_weight, name)
+        if stored is not None:
+            packed = name != "sidecar_gain" and part.sidecar.num_bits == 4
+            _require_dtype(stored.name, stored.dtype, torch.uint8 if packed else SIDECAR_DTYPES[name])
+            if not _same_rows(stored.tensor, loaded_weight, None, whole=True):
+                raise SvskFormatError(
+                    f"{stored.name}: vLLM's loader for this architecture changes it before {prefix} gets it. Quantise "
+                    "the module without a sidecar (rank 0), or put it on the ignore list (--ignore)."
+                )
+        if name != "sidecar_gain":
+            if part.sidecar.num_bits == 4 and loaded_weight.dtype == torch.int8:
+                loaded_weight = loaded_weight.view(torch.uint8)  # see arrival.py
+            loaded_weight = unpack_factors(loaded_weight, part.sidecar.num_bits)
+        copy(param.data, loaded_weight, part, f"{prefix}.{name}", input_size)
+        if arrived is not None:
+            arrived.note(name, (loaded_shard_id,))
+
+    return load
+
+
+def _copy_u(data: torch.Tensor, source: torch.Tensor, part: PartLayout, name: str, input_size: int) -> None:
+    """From int8 [N, B, r]."""
+    tiles, rank = part.bundle.num_col_tiles, part.sidecar.rank
+    _require(name, source, (source.shape[0], -(-input_size // part.tile_n), rank))
+    for slot in part.slots:
+        rows = source[slot.source_row : slot.source_row + slot.rows, part.first_tile : part.first_tile + tiles]
+        place = data.narrow(0, slot.u_start, slot.rows * tiles * rank).view(slot.rows, tiles, rank)
+        place.copy_(rows)
+
+
+def _copy_v(data: torch.Tensor, source: torch.Tensor, part: PartLayout, name: str, input_size: int) -> None:
+    """From int8 [A, r, K]."""
+    bundle, rank = part.bundle, part.sidecar.rank
+    _require(name, source, (source.shape[0], rank, input_size))
+    tiles = data.narrow(0, part.v_start, bundle.v_numel).view(bundle.v_shape)
+    for slot in part.slots:
+        for index, (start, stop) in enumerate(pairwise(bundle.bounds)):
+            place = tiles[index, slot.rank_start : slot.rank_start + rank, : stop - start]
+            columns = source[slot.tile, :, part.col_start + start : part.col_start + stop]
+            place.copy_(columns)
+
+
+def _copy_gain(data: torch.Tensor, source: torch.Tensor, part: PartLayout, name: str, input_size: int) -> None:
+    """From float32 [A, B, r]."""
+    shape, rank = part.bundle.gain_shape, part.sidecar.rank
+    _require(name, source, (source.shape[0], -(-input_size // part.tile_n), rank))
+    gains = data.narrow(0, part.gain_start, part.bundle.gain_numel).view(shape)
+    for slot in part.slots:
+        place = gains[:, slot.rank_start : slot.rank_start + rank]
+        place.copy_(source[slot.tile, part.first_tile : part.first_tile + shape[0]])
+
+
+def _require(name: str, source: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(source.shape) != shape:
+        raise SvskFormatError(
+            f"{name}: the checkpoint holds shape {list(source.shape)}, its config.json asks for {list(shape)} "
+            "(4-bit factors unpacked). Run `svsk validate` on the folder."
+        )
+
+
+def clear_padding(v: torch.Tensor, layout: SidecarLayout) -> None:
+    """Zero the columns beyond narrow tiles: a reload starts from uninitialised memory."""
+    start = 0
+    for bundle in layout.plan.bundles:
+        tiles = v.narrow(0, start, bundle.v_numel).view(bundle.v_shape)
+        for index, (first, last) in enumerate(pairwise(bundle.bounds)):
+            tiles[index, :, last - first :].zero_()
+        start += tiles.numel()

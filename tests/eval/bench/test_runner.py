@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``svsk bench`` on tiny models: the report, going on after a kill, and what is refused."""
+
+import fcntl
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svsk_eval.bench.model_folder import bits_per_weight, read_folder
+from svsk_eval.bench.runner import BenchOptions, Candidate, bench, candidate, package_versions
+from svsk_eval.errors import EvalError
+from svsk_eval.report.schema import BenchReport, BenchSettings
+from svsk_vllm.format import Checkpoint
+from tests.support.format_builders import edit_json
+from tests.support.tiny_models import write_dense, write_random_svsk
+
+ROOT = Path(__file__).parents[2]
+TASKS = Path(__file__).parent / "bench_tasks"
+SETTINGS = BenchSettings(
+    tasks=("mini_gen", "mini_mc"), engine="hf", limit=None, seed=1234, gen_kwargs={}, apply_chat_template=False,
+    fewshot_as_multiturn=False, system_instruction=None, model_args={"device": "cpu"}, data="hub",
+    versions=package_versions("hf"),
+)  # fmt: skip
+
+
+def options(work: Path, **changes: Any) -> BenchOptions:
+    base = BenchOptions(
+        work_dir=work, dtype="auto", include_path=TASKS, batch_size=2, consent=False, text=None, command="svsk bench"
+    )
+    return replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Candidate]:
+    folder = tmp_path_factory.mktemp("models")
+    write_random_svsk(write_dense(folder / "dense"), folder / "svsk")
+    return [candidate(f"reference={folder / 'dense'}"), candidate(str(folder / "svsk"))]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def report(models: list[Candidate], work: Path) -> BenchReport:
+    told: list[tuple[str, str, int, int]] = []
+    report = bench(models, SETTINGS, options(work), lambda *message: told.append(message))
+    for label in ("reference", "svsk"):
+        assert (label, "mini_gen", 20, 20) in told
+        assert (label, "mini_mc", 80, 80) in told
+    return report
+
+
+def test_report(report: BenchReport, models: list[Candidate]) -> None:
+    assert [run.label for run in report.models] == ["reference", "svsk"]
+    assert [run.method for run in report.models] == ["none", "svsk"]
+    dense, svsk = report.models
+    source = Checkpoint(Path(models[1].name))
+    specs = source.linears.values()
+    weights = sum(spec.num_weights for spec in specs)
+    assert svsk.bpw == pytest.approx(sum(spec.stored_bits for spec in specs) / weights)
+    assert dense.bpw == 16
+    assert dense.size_bytes == (Path(models[0].name) / "model.safetensors").stat().st_size
+    assert dense.dtype == svsk.dtype == "float32"  # as `svsk eval` takes it on a CPU, although bfloat16 is stored
+    for run in report.models:
+        generated, chosen = run.tasks["mini_gen"], run.tasks["mini_mc"]
+        assert list(run.tasks) == ["mini_gen", "mini_mc"]
+        assert generated.doc_ids == chosen.doc_ids == tuple(range(20))
+        assert generated.primary == "exact_match,none"
+        assert chosen.primary == "acc_norm,none"
+        assert set(chosen.scores) == {"acc,none", "acc_norm,none"}
+        assert chosen.output_tokens is None
+        assert generated.output_tokens is not None
+        assert generated.terminated is not None
+        for tokens, ended in zip(generated.output_tokens, generated.terminated, strict=True):
+            assert ended == 1.0 or tokens == 12
+        assert len(set(generated.item_hashes)) == len(set(chosen.item_hashes)) == 18
+        assert run.generation is not None
+        # Items 18 and 19 have the prompts of 0 and 1, whose answers serve for both.
+        assert run.generation.tokens == sum(generated.output_tokens[:18])
+        assert generated.output_tokens[18:] == generated.output_tokens[:2]
+    assert dense.tasks["mini_mc"].item_hashes == svsk.tasks["mini_mc"].item_hashes
+    assert dense.tasks["mini_gen"].output_tokens != svsk.tasks["mini_gen"].output_tokens
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_finished_run_is_not_run_again(report: BenchReport, models: list[Candidate], work: Path) -> None:
+    before = {
+        path: path.stat().st_mtime_ns for path in work.glob("*/*") if "journal" in path.name or "task" in path.name
+    }
+    assert len(before) == 6
+    told: list[tuple[str, str, int, int]] = []
+    again = bench(models, SETTINGS, options(work), lambda *message: told.append(message))
+    assert told == [("reference", "starting", 0, 0), ("svsk", "starting", 0, 0)]
+    assert again.models == report.models
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.usefixtures("forked")
+def test_fewer_items_are_taken_from_the_same_answers(report: BenchReport, models: list[Candidate], work: Path) -> None:
+    sizes = {path: path.stat().st_size for path in work.glob("*/journal.jsonl")}
+    changed = SETTINGS.model_copy(update={"limit": 5, "tasks": ("mini_mc",)})
+    shorter = bench(models[1:], changed, options(work), lambda *_: None)
+    assert (
+        shorter.models[0].tasks["mini_mc"].scores["acc,none"]
+        == (report.models[1].tasks["mini_mc"].scores["acc,none"][:5])
+    )
+    assert {path: path.stat().st_size for path in sizes} == sizes
+
+
+def lines(journal: Path) -> list[bytes]:
+    return journal.read_bytes().splitlines() if journal.exists() else []
+
+
+@pytest.mark.usefixtures("forked")
+def test_killed_runs_go_on(
+    report: BenchReport, models: list[Candidate], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Recording(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Recording)
+    kept: list[bytes] = []
+    for task, least in (("mini_gen", 3), ("mini_mc", 40)):
+
+        def kill(label: str, what: str, done: int, asked: int, task: str = task, least: int = least) -> None:
+            if (label, what) == ("svsk", task) and done >= least:
+                started[-1].kill()
+
+        with pytest.raises(EvalError, match=r"svsk: its process failed \(ended by SIGKILL"):
+            bench(models[1:], SETTINGS, options(tmp_path), kill)
+        (journal,) = tmp_path.glob("svsk-*/journal.jsonl")
+        found = lines(journal)
+        assert found[: max(len(kept) - 1, 0)] == kept[:-1]
+        assert len(kept) < len(found) < 18 + 18 * 3
+        kept = found
+    last = bench(models[1:], SETTINGS, options(tmp_path), lambda *_: None).models[0]
+    keys = [json.loads(line)["key"] for line in lines(journal)]
+    assert lines(journal)[: len(kept) - 1] == kept[:-1]
+    assert len(keys) == len(set(keys)) == 18 + 18 * 3
+    assert last.tasks == report.models[1].tasks
+
+
+def test_a_worker_does_not_outlive_its_parent(models: list[Candidate], tmp_path: Path) -> None:
+    script = (
+        "import sys; from tests.eval.bench.test_runner import *; "
+        "bench([candidate(sys.argv[1])], SETTINGS, options(Path(sys.argv[2])), lambda *_: None)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script, f"svsk={models[1].name}", str(tmp_path)], cwd=ROOT)
+    end = time.monotonic() + 120
+    while not any(lines(journal) for journal in tmp_path.glob("svsk-*/journal.jsonl")):
+        assert parent.poll() is None, "the run ended before it was to be killed"
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    (journal,) = tmp_path.glob("svsk-*/journal.jsonl")
+    with journal.open("rb") as handle:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:  # the worker still has it
+                assert time.monotonic() < end
+                time.sleep(0.05)
+    assert len(lines(journal)) < 18 + 18 * 3
+
+
+@pytest.mark.usefixtures("forked")
+def test_what_is_refused(models: list[Candidate], tmp_path: Path) -> None:
+    def run(*chosen: Candidate, tasks: tuple[str, ...] = ("mini_mc",), **changes: Any) -> BenchReport:
+        settings = SETTINGS.model_copy(update={"tasks": tasks})
+        return bench(chosen, settings, options(tmp_path / "work", **changes), lambda *_: None)
+
+    with pytest.raises(EvalError, match="svsk: two models have this label"):
+        run(models[0], models[1], models[1])
+    with pytest.raises(EvalError, match=r"reference: --tasks mini_mc,mini_none: lm-eval knows no mini_none\."):
+        run(models[0], tasks=("mini_mc", "mini_none"))
+    with pytest.raises(EvalError, match="mini_code runs code that the model has written, and not in our sandbox"):
+        run(models[0], tasks=("mini_code",))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EvalError, match="empty: not a model folder"):
+        run(Candidate("x", str(tmp_path / "empty")))
+    broken = write_dense(tmp_path / "broken")
+    edit_json(broken / "config.json", lambda config: config.update(hidden_size=64))
+    with pytest.raises(
+        EvalError, match=r"(?s)broken: its process failed \(exit code 1\)\. The end of .*log\.txt:.*size"
+    ):
+        run(candidate(str(broken)))
+    assert candidate("a=b/c") == Candidate("a", "b/c")
+    for text in ("", "=x", "x=", "a= "):
+        with pytest.raises(EvalError, match="expected MODEL or LABEL=MODEL"):
+            candidate(text)
+
+
+def test_bits_of_other_formats(models: list[Candidate], tmp_path: Path) -> None:
+    dense, svsk = (read_folder(Path(one.name)) for one in models)
+    assert bits_per_weight(dense, [dense, dense]) == [None, None]
+    other = read_folder(write_dense(tmp_path / "other", seed=1))
+    assert other.fingerprint != dense.fingerprint
+    bits = bits_per_weight(dense, [dense, svsk, other])
+    assert bits[0] == bits[2] == 16
+    gguf = tmp_path / "gguf"
+    gguf.mkdir()
+    (gguf / "config.json").write_text("{}")
+    (gguf / "model.gguf").write_bytes(b"GGUF")
+    assert bits_per_weight(dense, [dense, svsk, read_folder(gguf)])[2] is None

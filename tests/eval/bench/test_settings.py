@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``svsk bench``: repeats that are sampled, chat templates, and whose answers are whose."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from svsk_eval.bench.fingerprint import environment_settings, source_hash
+from svsk_eval.bench.runner import Candidate, bench, candidate
+from svsk_eval.errors import EvalError
+from svsk_kernels.errors import SvskError
+from svsk_offline.storage.locks import LOCK_NAME, locked
+from tests.eval.bench.test_runner import SETTINGS, options
+from tests.support.tiny_models import write_dense
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+ONE = SETTINGS.model_copy(update={"tasks": ("mini_gen",), "limit": 3})
+
+pytestmark = pytest.mark.usefixtures("forked")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dense(tmp_path_factory.mktemp("models") / "dense")
+
+
+def test_sampled_repeats_and_the_same_model_twice(dense: Path, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"tasks": ("mini_sampled",), "limit": 4})
+    pair = [candidate(f"once={dense}"), candidate(f"twice={dense}")]
+    report = bench(pair, settings, options(tmp_path, batch_size=3), lambda *_: None)
+    journals = sorted(tmp_path.glob("*-answers-*/journal.jsonl"))
+    assert len(journals) == 2  # a model against itself shows what chance does: its answers are drawn twice
+    kept = [[json.loads(line)["answer"] for line in path.read_text().splitlines()] for path in journals]
+    for run, answers in zip(report.models, kept, strict=True):
+        task = run.tasks["mini_sampled"]
+        assert len(answers) == 4 * 2
+        assert len({answer["text"] for answer in answers}) > 4
+        assert task.output_tokens is not None
+        assert sum(task.output_tokens) * 2 == sum(answer["tokens"] for answer in answers)
+        assert task.terminated is not None
+        assert sum(task.terminated) * 2 == sum(answer["stopped"] for answer in answers)
+    # The draws depend on the seed and the request, so the same run again is the same run.
+    again = bench(pair[:1], settings, options(tmp_path / "again", batch_size=3), lambda *_: None)
+    assert again.models[0].tasks == report.models[0].tasks
+
+
+def test_answers_belong_to_a_model_and_not_to_its_label(dense: Path, tmp_path: Path) -> None:
+    bench([candidate(f"a={dense}")], ONE, options(tmp_path), lambda *_: None)
+    (journal,) = tmp_path.glob("a-answers-*/journal.jsonl")
+    before = journal.read_bytes()
+    bench([candidate(f"b={dense}")], ONE, options(tmp_path), lambda *_: None)
+    assert [path.parent.name[0] for path in tmp_path.glob("*/journal.jsonl")] == ["a"]
+    assert journal.read_bytes() == before
+
+
+def test_chat_templates(dense: Path, tmp_path: Path) -> None:
+    chat = ONE.model_copy(
+        update={"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "Be brief."}
+    )
+    folders = [shutil.copytree(dense, tmp_path / name) for name in ("one", "same", "other")]
+    for folder, template in zip(folders, (TEMPLATE, TEMPLATE, TEMPLATE.replace("[", "<")), strict=True):
+        (folder / "chat_template.jinja").write_text(template)
+    one, same, other = (candidate(str(folder)) for folder in folders)
+    report = bench([one, same], chat, options(tmp_path / "work"), lambda *_: None)
+    plain = bench([one], ONE, options(tmp_path / "work"), lambda *_: None)
+    hashes = [run.tasks["mini_gen"].item_hashes for run in (*report.models, *plain.models)]
+    assert hashes[0] == hashes[1]
+    assert hashes[0] != hashes[2]
+    with pytest.raises(EvalError, match=r"other.*chat template"):
+        bench([one, other], chat, options(tmp_path / "work"), lambda *_: None)
+
+
+def test_the_variable_of_lm_eval_is_no_consent(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"task_id": "HumanEval/0", "prompt": "def one():\n", "entry_point": "one"}
+    row |= {"canonical_solution": "    return 1\n", "test": "def check(candidate):\n    assert candidate() == 1\n"}
+    (tmp_path / "HumanEval.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setenv("SVSK_DATA", str(tmp_path))
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    settings = SETTINGS.model_copy(update={"tasks": ("svsk_humaneval",)})
+    with pytest.raises(EvalError, match=r"svsk_humaneval runs code .* add --confirm-run-unsafe-code"):
+        bench([candidate(str(dense))], settings, options(tmp_path / "work"), lambda *_: None)
+
+
+def test_one_run_at_a_time(dense: Path, tmp_path: Path) -> None:
+    with locked(tmp_path / LOCK_NAME, tmp_path), pytest.raises(SvskError, match="another run is under way there"):
+        bench([candidate(str(dense))], ONE, options(tmp_path), lambda *_: None)
+
+
+def test_a_folder_may_have_an_equals_sign(tmp_path: Path) -> None:
+    folder = tmp_path / "lr=0.1"
+    folder.mkdir()
+    assert candidate(str(folder)) == Candidate("lr=0.1", str(folder))
+    assert candidate(f"x={folder}") == Candidate("x", str(folder))
+
+
+def test_sources_and_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    first = source_hash([tmp_path])
+    (tmp_path / "notes.txt").write_text("not a source")
+    assert source_hash([tmp_path]) == first
+    (tmp_path / "b.yaml").write_text("task: b\n")
+    second = source_hash([tmp_path])
+    (tmp_path / "a.py").write_text("x = 2\n")
+    assert len({first, second, source_hash([tmp_path])}) == 3
+    monkeypatch.setenv("SVSK_KERNEL", "reference")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    found = environment_settings()
+    assert found["SVSK_KERNEL"] == "reference"
+    assert "VLLM_LOGGING_LEVEL" not in found
+
+
+def test_other_task_files_are_other_scores(dense: Path, tmp_path: Path) -> None:
+    tasks = shutil.copytree(options(tmp_path).include_path or Path(), tmp_path / "tasks")
+    settings = ONE.model_copy(update={"tasks": ("mini_gen",)})
+    here = replace(options(tmp_path / "work"), include_path=tasks)
+    first = bench([candidate(str(dense))], settings, here, lambda *_: None).models[0].tasks["mini_gen"]
+    journal = next((tmp_path / "work").glob("*/journal.jsonl")).read_bytes()
+    # What the metric sees changes, the prompts do not: the answers stay, the scores are new.
+    yaml = tasks / "mini_gen.yaml"
+    yaml.write_text(yaml.read_text().replace('doc_to_target: "{{answer}}"', 'doc_to_target: "{{answer}}0"'))
+    second = bench([candidate(str(dense))], settings, here, lambda *_: None).models[0].tasks["mini_gen"]
+    assert next((tmp_path / "work").glob("*/journal.jsonl")).read_bytes() == journal
+    assert second.item_hashes != first.item_hashes

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of layers on a CPU runs and reports every candidate."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import svsk_kernel_tools.bench.cpu as bench
+from svsk_kernels import cpu_ops_obstacle
+
+
+@pytest.mark.skipif(cpu_ops_obstacle() is not None, reason="the op for this processor cannot be built")
+def test_benchmark_reports_every_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "SHAPES", {"o": (608, 1088)})
+    document, table = tmp_path / "bench.json", tmp_path / "bench.md"
+    arguments = ["--shapes", "o", "--rows", "1,3", "--seconds", "0", "--json", str(document), "--markdown", str(table)]
+    done = CliRunner().invoke(bench.app, arguments)
+    assert done.exit_code == 0, done.output
+    found = json.loads(document.read_text())["microseconds"]["o"]
+    assert list(found) == ["1", "3"]
+    for times in found.values():
+        assert {"linear", "int4_base", "int4_tiles", "int4_whole", "quad8_base", "quad8_tiles", "quad8_whole"} <= set(
+            times
+        )
+        assert min(times.values()) > 0
+    lines = table.read_text().splitlines()
+    assert len(lines) == 4
+    assert {line.count("|") for line in lines} == {len(bench._HEADINGS) + 1}
+
+
+def test_ratios_of_the_table() -> None:
+    times = {
+        "linear": 30.0,
+        "w4a16": 40.0,
+        "int4_base": 10.0,
+        "int4_tiles": 12.0,
+        "int4_whole": 11.0,
+        "quad8_tiles": 13.0,
+    }
+    assert bench.table_rows({"o": {1: times}}) == [
+        ["o", "1", "30", "40", "10", "12", "11", "13", "0.20", "0.10", "3.33x", "2.50x"]
+    ]
+
+
+def test_unknown_shape_is_refused() -> None:
+    done = CliRunner().invoke(bench.app, ["--shapes", "head"])
+    assert done.exit_code == 2
+    assert "expected some of" in done.output

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels as they are launched, compiled for every target: registers, memory, instructions."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("triton")
+
+from svsk_kernel_tools.binary import Arch, compile_case, failures, limits_for, read_facts
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+
+from svsk_kernel_tools.binary.cases import cases
+from tests.support.arches import EVERY_ARCH
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing that an earlier run compiled may answer for this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton-cache")))
+        yield
+
+
+@pytest.mark.parametrize("arch", EVERY_ARCH)
+def test_every_kernel_passes_every_check(arch: Arch) -> None:
+    found = cases(arch)
+    assert {case.name.split("-")[0] for case in found} >= {
+        "decode16",
+        "decode32",
+        "decode64",
+        "gemm",
+        "shrink16",
+        "fold",
+        "feedback",
+    }
+    failed = {case.name: failures(read_facts(compile_case(case, arch)), case, limits_for(arch)) for case in found}
+    assert {name: sentences for name, sentences in failed.items() if sentences} == {}
+
+
+@pytest.mark.parametrize("arch", [90, 100, 120])
+def test_decode_waits_for_z_only_where_kernels_may_overlap(arch: Arch) -> None:
+    for case in cases(arch):
+        if case.name in ("decode16-g64", "shrink16-8"):
+            ptx = compile_case(case, arch).asm["ptx"]
+            wanted = "griddepcontrol.wait" if case.name.startswith("decode") else "griddepcontrol.launch_dependents"
+            assert wanted in ptx
+            assert case.name.startswith("shrink") == ("griddepcontrol.wait" not in ptx)
+
+
+def test_older_gpus_do_not_overlap_kernels() -> None:
+    assert all("griddepcontrol" not in str(compile_case(case, 80).asm["ptx"]) for case in cases(80)[:2])

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dequantised layer against the format's own definition of the weight."""
+
+import pytest
+import torch
+
+from svsk_kernel_tools.stack_linears import stack_linears
+from svsk_kernels import LayerSpec, ReferenceKernel
+from svsk_kernels.reference_kernel import dequantize_layer
+from svsk_vllm.format import LinearSpec, dequantize, pack_codes
+from tests.support.format_builders import make_group, random_linear
+from tests.support.layers import loaded_layer
+
+
+@pytest.mark.parametrize("codebook", ["int4", "quad8"])
+def test_fused_layer_is_its_linears_stacked(codebook: str) -> None:
+    shapes = ((70, 6, 32, 0), (40, 0, 0, 0), (33, 4, 16, 40))
+    linears = [
+        random_linear(
+            LinearSpec("m", n, 96, make_group(rank=rank, tile_m=tm, tile_n=tn, group_size=32, codebook=codebook)), n
+        )
+        for n, rank, tm, tn in shapes
+    ]
+    fused = stack_linears([linear.plain for linear in linears])
+    assert torch.equal(fused.packed, torch.cat([pack_codes(linear.codes) for linear in linears]))
+    spec = LayerSpec(143, 96, 32, codebook, torch.bfloat16, fused.plan)
+    found = dequantize_layer(spec, fused.packed, fused.scale, (fused.u, fused.v, fused.gain))
+    torch.testing.assert_close(found, torch.cat([dequantize(linear) for linear in linears]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_kernel_multiplies_by_the_rounded_weight(rank: int) -> None:
+    source = random_linear(LinearSpec("m", 40, 64, make_group(rank=rank, tile_m=16, tile_n=24)), 0)
+    spec, layer = loaded_layer(source, torch.bfloat16)
+    kernel = ReferenceKernel(spec)
+    kernel.prepare(layer)
+    x, bias = torch.randn(3, 64).bfloat16(), torch.randn(40).bfloat16()
+    wanted = torch.nn.functional.linear(x, dequantize(source).bfloat16(), bias)
+    torch.testing.assert_close(kernel(layer, x, bias), wanted, rtol=2e-2, atol=2e-2)
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]

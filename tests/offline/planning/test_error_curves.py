@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Estimated losses of the ways to store a matrix, against what quantising it really gives."""
+
+import pytest
+import torch
+
+from svsk_offline.planning.error_curves import choices_of
+from svsk_offline.quantizers.alternating import output_error, quantize_alternating
+from svsk_offline.recipe import AllocationArgs, GptqBase, HessianFit
+from svsk_vllm.format import LinearSpec, dequantize
+from tests.offline.quantizers.test_hessian_quantizers import statistics
+from tests.offline.quantizers.test_quantizers import weight
+from tests.support.format_builders import make_group
+
+
+@pytest.mark.parametrize(("tile_m", "tile_n"), [(0, 0), (20, 0), (32, 40)])
+def test_losses_fall_as_they_do_in_fact(tile_m: int, tile_n: int) -> None:
+    """With several column tiles too, whose own errors add up to more than the whole."""
+    w, found = weight(48, 192), statistics(192)
+    rows = 0.5 + torch.rand(48, generator=torch.Generator().manual_seed(0))
+    group = make_group(tile_m=tile_m, tile_n=tile_n, num_bits=4)
+    spec = LinearSpec("m", 48, 192, group)
+    ranks = (0, 2, 4, 8)
+    choices = choices_of(w, found.hessian, rows, spec, GptqBase(), AllocationArgs(ranks=ranks), rounds=1)
+    assert {(c.group_size, c.rank) for c in choices} == {(g, r) for g in (64, 32) for r in ranks}
+    for size in (64, 32):
+        losses = [c.loss for c in choices if c.group_size == size]
+        bits = [c.stored_bits for c in choices if c.group_size == size]
+        assert losses == sorted(losses, reverse=True)
+        assert bits == sorted(bits)
+        for choice in (c for c in choices if c.group_size == size):
+            own = make_group(tile_m=tile_m, tile_n=tile_n, num_bits=4, rank=choice.rank, group_size=size)
+            stored = LinearSpec("m", 48, 192, own)
+            linear = quantize_alternating(w, found, stored, GptqBase(), HessianFit(rounds=1), row_weights=rows)
+            real = 0.5 * output_error(w - dequantize(linear), found.hessian, rows)
+            assert 0.5 < choice.loss / real < 2
+            assert choice.stored_bits == stored.stored_bits

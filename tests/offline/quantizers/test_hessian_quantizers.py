@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Error feedback, scale search, polish, the Hessian-fitted sidecar and their alternation."""
+
+import pytest
+import torch
+
+from svsk_kernels.errors import SvskError
+from svsk_offline.calibration import InputStatistics
+from svsk_offline.quantizers import quantize_aa, quantize_rtn
+from svsk_offline.quantizers.alternating import output_error, quantize_alternating
+from svsk_offline.quantizers.error_feedback import Levels, round_with_feedback
+from svsk_offline.quantizers.gptq import gptq, initial_scales, level_values, polish, refit_scales, search_scales
+from svsk_offline.quantizers.hessian import ColumnOrder, damped, inverse_root
+from svsk_offline.quantizers.hessian_sidecar import HessianSidecar, column_tiles, sidecar_weight
+from svsk_offline.quantizers.rounding import nearest_codes
+from svsk_offline.recipe import GptqBase, HessianFit
+from svsk_vllm.format import Codebook, LinearSpec, TileGrid, codebook_levels, dequantize
+from tests.offline.quantizers.test_quantizers import CODEBOOKS, GRID, values_of, weight
+from tests.support.format_builders import make_group
+
+
+def inputs(k: int, tokens: int = 600, seed: int = 0) -> torch.Tensor:
+    """Correlated inputs with a few channels ten times as large, [1, tokens, k]."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(tokens, k, generator=generator) @ torch.randn(k, k, generator=generator) / k**0.5
+    mixed[:, :: k // 4] *= 10
+    return mixed.unsqueeze(0)
+
+
+def statistics(k: int, tokens: int = 600, seed: int = 0) -> InputStatistics:
+    found = InputStatistics(k, torch.device("cpu"), full=True)
+    found.add(inputs(k, tokens, seed))
+    return found
+
+
+def test_statistics_are_those_of_the_inputs() -> None:
+    x = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
+    full = InputStatistics(8, torch.device("cpu"), full=True, first=True)
+    diagonal = InputStatistics(8, torch.device("cpu"), full=False)
+    for part in x.split([1, 3, 2]):  # chunk by chunk
+        full.add(part)
+        diagonal.add(part)
+    rows = x.flatten(0, 1)
+    torch.testing.assert_close(full.hessian, rows.T @ rows / 30)
+    torch.testing.assert_close(full.first_hessian, x[:, 0].T @ x[:, 0] / 6)
+    torch.testing.assert_close(full.second_moment, rows.square().mean(0))
+    torch.testing.assert_close(diagonal.second_moment, rows.square().mean(0))
+    with pytest.raises(ValueError, match="full=True"):
+        _ = diagonal.hessian
+    with pytest.raises(ValueError, match="first=True"):
+        _ = diagonal.first_hessian
+
+
+def test_inverse_root_and_damping() -> None:
+    hessian = damped(statistics(32).hessian, 0.01)
+    root = inverse_root(hessian)
+    assert torch.equal(root, root.triu())
+    torch.testing.assert_close(root.T @ root @ hessian, torch.eye(32), rtol=1e-3, atol=1e-3)
+    singular = torch.ones(16, 16)
+    assert torch.isfinite(inverse_root(singular)).all()
+    dead = damped(torch.zeros(4, 4), 0.01)
+    assert torch.equal(dead, torch.eye(4))
+    with pytest.raises(SvskError, match="not finite"):
+        inverse_root(torch.full((4, 4), torch.inf))
+
+
+@pytest.mark.parametrize("k", [5, 128, 200])
+def test_feedback_equals_the_textbook_recursion(k: int) -> None:
+    """The blocked procedure against one column at a time with the inverse Hessian updated by elimination."""
+    hessian = damped(statistics(k).hessian, 0.05).double().float()
+    order = ColumnOrder.of(hessian)
+    target = torch.randn(7, k, generator=torch.Generator().manual_seed(1))
+    tenths = torch.full((1, 7), 0.1)
+    rounded = round_with_feedback(target.T.contiguous(), order, tenths, Levels(-1000, 1000)) / 10
+    work, inverse = target.double().clone(), torch.linalg.inv(hessian.double())
+    expected = torch.empty(k, 7, dtype=torch.float64)
+    for j in order.order.tolist():
+        expected[j] = (work[:, j] * 10).round() / 10
+        error = (work[:, j] - expected[j]) / inverse[j, j]
+        work -= error.unsqueeze(1) * inverse[j]
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+        inverse[j, j] = 1.0
+    agreement = float((rounded.double() - expected).abs().lt(1e-6).double().mean())
+    assert agreement > 0.99  # a tie may fall the other way in float32
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [32, 64])
+def test_each_step_lowers_the_error(codebook: Codebook, dtype: torch.dtype, group: int) -> None:
+    w = weight(48, 192)
+    found = statistics(192)
+    order = ColumnOrder.of(damped(found.hessian, 0.01))
+    codes, rtn_scale = quantize_rtn(w, group, codebook, dtype)
+    rtn = output_error(w - values_of(codes, rtn_scale, group, codebook), order.hessian)
+    scale = search_scales(w, order.importance, group, codebook, dtype)
+    assert scale.dtype == dtype
+    levels, values = gptq(w, order, scale, codebook)
+    assert set(levels.unique().tolist()) <= set(codebook_levels(codebook).tolist())
+    fed_back = output_error(w - values, order.hessian)
+    polished = polish(w, order.hessian, levels.clone(), scale, codebook, 2)
+    value = values_of(nearest_codes(polished, codebook), scale, group, codebook)
+    assert output_error(w - value, order.hessian) <= fed_back < 0.6 * rtn
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_refitted_scales_are_the_least_squares_ones(codebook: Codebook) -> None:
+    """They find the scales a weight was made with, never raise a row's error, and leave unused groups alone."""
+    k, group, n = 96, 32, 20
+    hessian = damped(statistics(k).hessian, 0.01)
+    generator = torch.Generator().manual_seed(1)
+    grid = codebook_levels(codebook)
+    levels = grid[torch.randint(0, 16, (n, k), generator=generator)]
+    scale = (0.01 + torch.rand(n, k // group, generator=generator)).bfloat16()
+    made = level_values(levels, scale)
+    start = (scale.float() * 1.3).bfloat16()
+    assert torch.equal(refit_scales(made, hessian, levels, start), scale)
+    assert torch.equal(refit_scales(made, hessian, levels, scale), scale)
+    levels[:, group : 2 * group] = 0
+    noisy = made + 0.1 * torch.randn(n, k, generator=generator)
+    found = refit_scales(noisy, hessian, levels, start)
+    assert torch.isfinite(found).all()
+    for row in range(n):
+        before, after = (
+            output_error((noisy - level_values(levels, s))[row : row + 1], hessian) for s in (start, found)
+        )
+        assert after <= before * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_searched_scales_are_no_worse_than_clipped_ones(codebook: Codebook) -> None:
+    """Under plain rounding with the same weights; least squares and both signs can only help."""
+    w, importance = weight(40, 128), torch.rand(128, generator=torch.Generator().manual_seed(0)) + 0.1
+
+    def rounded(scale: torch.Tensor) -> torch.Tensor:
+        return values_of(nearest_codes(w / scale.float().repeat_interleave(64, 1), codebook), scale, 64, codebook)
+
+    searched = rounded(initial_scales("search", w, importance, 64, codebook, torch.bfloat16))
+    plain = rounded(initial_scales("absmax", w, importance, 64, codebook, torch.bfloat16))
+    codes, clipped_scale = quantize_aa(w, importance, 64, codebook, torch.bfloat16, GRID)
+    clipped = values_of(codes, clipped_scale, 64, codebook)
+
+    def error(values: torch.Tensor) -> float:
+        return float(((w - values).square() * importance).sum())
+
+    assert error(searched) < 0.95 * error(clipped)
+    assert error(clipped) < error(plain)
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize(("tile_m", "tile_n"), [(0, 0), (20, 0), (16, 40), (512, 30)])
+def test_hessian_sidecar_lowers_the_error_and_ranks_help(num_bits: int, tile_m: int, tile_n: int) -> None:
+    found = statistics(96)
+    residual = weight(50, 96, 5) * 0.1
+    grid = TileGrid(50, 96, tile_m, tile_n)
+    tiles = column_tiles(found.hessian, grid, 1e-4)
+    errors = [output_error(residual, found.hessian)]
+    for rank in (2, 8):
+        side = HessianSidecar(tiles, grid, rank, num_bits).fit(residual)
+        assert int(side.u.abs().max()) <= (8 if num_bits == 4 else 127)
+        assert int(side.v.min()) >= (-8 if num_bits == 4 else -127)
+        errors.append(output_error(residual - sidecar_weight(side, grid), found.hessian))
+    # In tiles this small, 4-bit rounding of the strongest factors can outweigh what further ranks add.
+    assert errors[0] > errors[1] > (errors[2] if num_bits == 8 else 0)
+    assert errors[2] < 0.1 * errors[0]
+
+
+def test_tiles_larger_than_the_matrix() -> None:
+    w, hessian = weight(40, 96), statistics(96).hessian
+    fits = []
+    for tile_m, tile_n in ((0, 0), (100_000, 5_000)):
+        grid = TileGrid(40, 96, tile_m, tile_n)
+        fits.append(HessianSidecar(column_tiles(hessian, grid, 1e-4), grid, 4, 4).fit(w))
+    assert torch.equal(fits[0].u, fits[1].u)
+    assert torch.equal(fits[0].gain, fits[1].gain)
+
+
+def test_column_tiles_cooperate() -> None:
+    """Each tile on its own is the first sweep; further sweeps use the correlation between tiles and never hurt much."""
+    found, residual = statistics(512, 3000), weight(128, 512, 1) * 0.1
+    grid = TileGrid(128, 512, 0, 100)
+    sidecar = HessianSidecar(column_tiles(found.hessian, grid, 1e-4), grid, 8, 8)
+    errors = [
+        output_error(residual - sidecar_weight(sidecar.fit(residual, sweeps), grid), found.hessian)
+        for sweeps in (1, 2, 3)
+    ]
+    assert errors[0] < 0.05 * output_error(residual, found.hessian)
+    assert errors[1] < 0.95 * errors[0]
+    assert errors[2] < 1.01 * errors[1]
+
+
+def test_hessian_sidecar_is_near_the_best_of_its_rank() -> None:
+    """On one tile: the truncated SVD of R L is the optimum without rounding."""
+    found, residual = statistics(64), weight(40, 64, 2)
+    grid = TileGrid(40, 64, 0, 0)
+    side = HessianSidecar(column_tiles(found.hessian, grid, 1e-4), grid, 8, 8).fit(residual)
+    reached = output_error(residual - sidecar_weight(side, grid), found.hessian)
+    lower = torch.linalg.cholesky(damped(found.hessian, 1e-4).double())
+    best = float(torch.linalg.svdvals(residual.double() @ lower)[8:].square().sum())
+    assert best * 0.99 < reached < best * 1.1
+
+
+@pytest.mark.parametrize("rank", [0, 6])
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_alternation(rank: int, codebook: Codebook) -> None:
+    w, found = weight(48, 128), statistics(128)
+    group = make_group(rank=rank, tile_m=20, tile_n=72, num_bits=4, codebook=codebook)
+    spec = LinearSpec("m", 48, 128, group)
+    errors = []
+    for rounds in (1, 4):
+        linear = quantize_alternating(w, found, spec, GptqBase(), HessianFit(rounds=rounds))
+        linear.to_tensors()  # raises when a tensor does not follow the format
+        errors.append(output_error(w - dequantize(linear), found.hessian))
+    assert errors[1] <= errors[0]
+    if rank:
+        bare = LinearSpec("m", 48, 128, make_group(codebook=codebook))
+        base = quantize_alternating(w, found, bare, GptqBase(), HessianFit())
+        assert errors[1] <= errors[0] < output_error(w - dequantize(base), found.hessian)
+
+
+@pytest.mark.parametrize("rank", [0, 6])
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_closing_rounds_lower_the_error(rank: int, codebook: Codebook) -> None:
+    w, found = weight(48, 128), statistics(128)
+    spec = LinearSpec("m", 48, 128, make_group(rank=rank, tile_m=0, tile_n=0, num_bits=4, codebook=codebook))
+    errors = []
+    for polish_rounds in (0, 1, 4):
+        linear = quantize_alternating(w, found, spec, GptqBase(polish=polish_rounds), HessianFit(rounds=2))
+        errors.append(output_error(w - dequantize(linear), found.hessian))
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_row_weights_move_the_error_to_rows_that_count_less() -> None:
+    w, found = weight(48, 128), statistics(128)
+    spec = LinearSpec("m", 48, 128, make_group(rank=6, tile_m=0, tile_n=0, num_bits=4))
+    rows = torch.where(torch.arange(48) < 8, 100.0, 1.0)
+    shares = []
+    for weights in (None, rows):
+        linear = quantize_alternating(w, found, spec, GptqBase(), HessianFit(rounds=2), row_weights=weights)
+        residual = w - dequantize(linear)
+        shares.append(output_error(residual[:8], found.hessian) / output_error(residual, found.hessian))
+    assert shares[1] < 0.8 * shares[0]
+
+
+def test_sink_weight_moves_the_error_away_from_the_first_token() -> None:
+    w = weight(48, 128)
+    x = inputs(128, 400).view(4, 100, 128)
+    x[:, 0] = torch.randn(128, generator=torch.Generator().manual_seed(9)) * 3
+    found = InputStatistics(128, torch.device("cpu"), full=True, first=True)
+    found.add(x)
+    spec = LinearSpec("m", 48, 128, make_group())
+    errors = []
+    for sink in (0.0, 10.0):
+        residual = w - dequantize(quantize_alternating(w, found, spec, GptqBase(), HessianFit(), sink))
+        errors.append(output_error(residual, found.first_hessian))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_unused_channels_and_layers() -> None:
+    """Channels that are always zero, and an input that is always zero, give finite results."""
+    x = inputs(64)
+    x[..., 5:20] = 0
+    for data in (x, torch.zeros_like(x)):
+        found = InputStatistics(64, torch.device("cpu"), full=True)
+        found.add(data)
+        spec = LinearSpec("m", 32, 64, make_group(rank=4, tile_m=0, tile_n=0))
+        linear = quantize_alternating(weight(32, 64), found, spec, GptqBase(), HessianFit())
+        assert torch.isfinite(dequantize(linear)).all()

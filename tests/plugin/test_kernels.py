@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel a layer gets, and the arithmetic of the one that goes through vLLM's kernel."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import vllm.model_executor.parameter as vllm_parameter
+from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
+from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
+
+import svsk_kernels.cpu.cpu_kernel as cpu
+import svsk_vllm.plugin.kernel_choice as choice
+from svsk_kernels import (
+    CpuKernel,
+    LayerSpec,
+    PortableKernel,
+    ReferenceKernel,
+    TritonKernel,
+    cpu_ops_obstacle,
+    has_avx512,
+    naive_matmul,
+)
+from svsk_vllm.format import Codebook, LinearSpec, SvskFormatError, code_values
+from svsk_vllm.plugin.kernel_choice import choose_kernel
+from svsk_vllm.plugin.split_kernel import SplitKernel, split_codes
+from tests.support.format_builders import make_group, random_linear
+from tests.support.layers import loaded_layer
+
+CPU = torch.device("cpu")
+SPEC = LayerSpec(64, 128, 64, "quad8", torch.bfloat16)
+needs_avx512 = pytest.mark.skipif(not has_avx512(), reason="vLLM's 4-bit kernel for CPUs needs AVX-512")
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(vllm_parameter, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(vllm_parameter, "get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.delenv("SVSK_KERNEL", raising=False)
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")  # with AMX it would round activations to 8 bits
+    choice._warned.clear()
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+def test_quad8_levels_are_two_codes() -> None:
+    codes = torch.arange(-8, 8, dtype=torch.int8)
+    high, low = split_codes(codes)
+    assert torch.equal((16 * high.double() + low) / 8, code_values(codes, "quad8", torch.float64))
+    for part in (high, low):
+        assert part.min() >= -8
+        assert part.max() <= 7
+
+
+@needs_avx512
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("codebook", ["int4", "quad8"])
+@pytest.mark.parametrize("size", [1.0, 2.0**-12], ids=["ordinary scales", "scales of which an eighth is subnormal"])
+def test_separate_kernel_equals_reference(codebook: Codebook, dtype: torch.dtype, bound: float, size: float) -> None:
+    group = make_group(rank=5, tile_m=40, tile_n=72, codebook=codebook)
+    source = random_linear(LinearSpec("m", 96, 128, group, dtype), 0)
+    source = type(source)(source.spec, source.codes, (source.scale * size), source.u, source.v, source.gain * size)
+    spec, layer = loaded_layer(source, dtype)
+    as_loaded(layer)
+    kernel = SplitKernel("m", spec, (96, 128), CPU)
+    kernel.prepare(layer)
+    x = torch.randn(7, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bias = torch.randn(96, generator=torch.Generator().manual_seed(1)).to(dtype) * size
+    expected = naive_matmul(x, source.plain, bias)
+    assert float((kernel(layer, x, bias).double() - expected).norm() / expected.norm()) < bound
+
+
+@needs_avx512
+def test_scale_that_cannot_be_doubled_is_refused() -> None:
+    source = random_linear(LinearSpec("m", 32, 64, make_group(rank=0, codebook="quad8"), torch.float16), 0)
+    spec, layer = loaded_layer(source, torch.float16)
+    as_loaded(layer)
+    layer.weight_scale.data[3, 0] = 40000.0
+    with pytest.raises(SvskFormatError, match=r"m.weight_scale: twice the largest .*--dtype bfloat16"):
+        SplitKernel("m", spec, (32, 64), CPU).prepare(layer)
+
+
+def as_loaded(layer: Any) -> None:
+    """The classes of parameters the linear method registers, which vLLM's kernels ask for."""
+    layout: dict[str, Any] = {"input_dim": 1, "output_dim": 0, "weight_loader": print}
+    packed = PackedvLLMParameter(data=layer.weight_packed.data, packed_dim=1, packed_factor=8, **layout)
+    scale = GroupQuantScaleParameter(data=layer.weight_scale.data, **layout)
+    del layer.weight_packed, layer.weight_scale
+    layer.bias = None
+    layer.register_parameter("weight_packed", packed)
+    layer.register_parameter("weight_scale", scale)
+
+
+@pytest.mark.skipif(cpu_ops_obstacle() is not None, reason="the op for this processor cannot be built")
+def test_cpu_layers_get_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(choose_kernel("m", SPEC, (64, 128), CPU), CpuKernel)
+    monkeypatch.setenv("SVSK_KERNEL", "split")
+    assert isinstance(choose_kernel("m", SPEC, (64, 128), CPU), SplitKernel)
+    monkeypatch.setenv("SVSK_KERNEL", "reference")
+    assert isinstance(choose_kernel("m", SPEC, (64, 128), CPU), ReferenceKernel)
+
+
+def test_other_devices_get_the_triton_kernels_or_hear_why_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(TritonKernel, "obstacle", staticmethod(lambda *_: None))
+    assert isinstance(choose_kernel("m", SPEC, (64, 128), gpu), TritonKernel)
+    monkeypatch.setattr(
+        TritonKernel, "obstacle", staticmethod(lambda *_: "the GPU is older than compute capability 8.0")
+    )
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(choose_kernel("m", SPEC, (64, 128), gpu), SplitKernel)
+    assert "slower: the GPU is older than compute capability 8.0. SVSK_KERNEL chooses another." in caplog.text
+
+
+def test_compiled_graphs_are_kept_apart_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = set()
+    for wanted in ("portable", "reference"):
+        monkeypatch.setenv("SVSK_KERNEL", wanted)
+        with set_current_vllm_config(VllmConfig(additional_config={"mine": 1})):
+            choose_kernel("m", SPEC, (64, 128), CPU)
+            hashes.add(get_current_vllm_config().compute_hash())
+            assert get_current_vllm_config().additional_config["mine"] == 1
+    assert len(hashes) == 2
+
+
+@needs_avx512
+def test_an_obstacle_is_reported_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(cpu, "cpu_ops_obstacle", lambda: "there is no compiler")
+    with caplog.at_level(logging.WARNING):
+        for rows in (64, 96):
+            kernel = choose_kernel("m", dataclasses.replace(SPEC, n=rows), (rows, 128), CPU)
+            assert isinstance(kernel, SplitKernel)
+    assert [record.getMessage() for record in caplog.records] == [
+        "SVSK layers run on CPUWNA16LinearKernel and a sidecar apart, which is slower: there is no compiler. "
+        "SVSK_KERNEL chooses another."
+    ]
+    monkeypatch.setenv("SVSK_KERNEL", "fused")
+    with pytest.raises(SvskFormatError, match=r"m: SVSK_KERNEL=fused, but there is no compiler\. Unset it"):
+        choose_kernel("m", SPEC, (64, 128), CPU)
+    monkeypatch.setenv("SVSK_KERNEL", "fast")
+    expected = "SVSK_KERNEL=fast: expected one of auto, fused, split, portable, reference"
+    with pytest.raises(SvskFormatError, match=expected):
+        choose_kernel("m", SPEC, (64, 128), CPU)
+
+
+def test_a_processor_without_avx512_is_served_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SVSK_CPU_FEATURES", "avx2")
+    with caplog.at_level(logging.WARNING):
+        for rows in (64, 96):
+            kernel = choose_kernel("m", dataclasses.replace(SPEC, n=rows), (rows, 128), CPU)
+            assert isinstance(kernel, PortableKernel)
+    assert [record.getMessage() for record in caplog.records] == [
+        "SVSK layers run on float32 products with int8 levels, which is slower: the processor has no AVX512-BF16. "
+        "vLLM's CPUWNA16LinearKernel cannot run: the processor has no AVX-512. Serve with --dtype float32: this "
+        "processor multiplies in no other. SVSK_KERNEL chooses another."
+    ]
+    monkeypatch.setenv("SVSK_KERNEL", "split")
+    with pytest.raises(SvskFormatError, match=r"m: vLLM's CPUWNA16LinearKernel cannot run: .*no AVX-512\. Unset"):
+        choose_kernel("m", SPEC, (64, 128), CPU)
+
+
+class Kernel:
+    """A kernel of vLLM whose product is what a test says."""
+
+    product: Callable[..., torch.Tensor]
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def process_weights_after_loading(self, layer: object) -> None:
+        pass
+
+    def apply_weights(self, layer: object, x: torch.Tensor, bias: None) -> torch.Tensor:
+        return type(self).product(x)
+
+
+def test_an_operator_that_is_missing_or_wrong_is_found_before_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As vLLM's own kernel is on processors for which its operator was not compiled."""
+    monkeypatch.setattr(cpu, "cpu_ops_obstacle", lambda: "there is no compiler")
+
+    def missing(x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.ops._C.gemm_that_nobody_compiled(x)
+        return result
+
+    for product, reason in (
+        (missing, "no attribute 'gemm_that_nobody_compiled'"),
+        (lambda x: x.new_zeros(x.shape[0], 64), "a product in torch.bfloat16 is off by 100%"),
+    ):
+        named = type("OtherKernel", (Kernel,), {"product": staticmethod(product)})
+        monkeypatch.setattr(split_kernel, "choose_mp_linear_kernel", lambda config, named=named: named)
+        caplog.clear()
+        choice._warned.clear()
+        with caplog.at_level(logging.WARNING):
+            assert isinstance(choose_kernel("m", SPEC, (64, 128), CPU), PortableKernel)
+        assert "vLLM's OtherKernel cannot run: " in caplog.text
+        assert reason in caplog.text
+
+
+def test_float32_is_served_everywhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    exact = dataclasses.replace(SPEC, dtype=torch.float32)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(choose_kernel("m", exact, (64, 128), CPU), PortableKernel)
+    assert "activations are torch.float32, the CPU kernel takes bfloat16 and float16. " in caplog.text
+    assert "--dtype" not in caplog.text
+
+    def none(config: object) -> None:
+        raise ValueError("no kernel\n takes it")
+
+    monkeypatch.setattr(split_kernel, "choose_mp_linear_kernel", none)
+    gpu = torch.device("cuda")
+    assert isinstance(choose_kernel("m", exact, (64, 128), gpu), PortableKernel)
+    monkeypatch.setattr(TritonKernel, "obstacle", staticmethod(lambda *_: "the GPU is too old"))
+    with pytest.raises(SvskFormatError, match=r"no 4-bit kernel of vLLM takes .*\(no kernel takes it\)\. Change"):
+        choose_kernel("m", SPEC, (64, 128), gpu)  # there an error is worth more than a model at a tenth of its speed
+
+
+def test_portable_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("SVSK_KERNEL", "portable")
+    monkeypatch.setattr(choice, "has_bf16_products", lambda: True)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(choose_kernel("m", SPEC, (64, 128), CPU), PortableKernel)
+    assert not caplog.records

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lm-eval's vllm model with a journal answers as lm-eval's own does, on the same engine, and asks nothing twice."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.serving.conftest import ROOT, serving_environment
+from tests.support.tiny_models import write_dense, write_random_svsk
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from lm_eval.api.instance import Instance
+from lm_eval.models.vllm_causallms import VLLM
+from svsk_eval.bench.engines import vllm_model
+from svsk_eval.bench.journal import Journal
+
+prompts = ["The rate", "of stones", "in a tin", "The rate", "is here and " * 20, "not"]
+greedy = {"until": ["e", "\\n"], "max_gen_toks": 16, "do_sample": False}
+short = {"until": [], "max_gen_toks": 3, "do_sample": False}
+silent = {"until": [], "max_gen_toks": 3}
+sampled = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+pairs = [("The rate", " of"), ("The rate", " in a tin"), ("of", " stones"), ("The rate", " of"), ("", "tin")]
+
+def generations(settings):
+    return [Instance("generate_until", {}, (prompt, settings), i) for i, prompt in enumerate(prompts)]
+
+def plain(answers):
+    return [[float(value), bool(greedy)] for value, greedy in answers]
+
+likely = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+rolling = [Instance("loglikelihood_rolling", {}, ("The rate of stones in a tin",), 0)]
+counts = []
+arguments = {"pretrained": sys.argv[1], "dtype": "float16", "max_model_len": 256, "enforce_eager": True}
+journal = Journal(Path(sys.argv[2]))
+model = vllm_model({"seed": 1234, "batch_size": "auto", **arguments}, journal, lambda *count: counts.append(count))
+inner = model._loglikelihood_tokens
+found = {"texts": [model.generate_until(generations(settings)) for settings in (greedy, short)]}
+found["likely"], found["rolling"] = plain(model.loglikelihood(likely)), model.loglikelihood_rolling(rolling)
+found["own_texts"] = [VLLM.generate_until(model, generations(settings)) for settings in (greedy, short)]
+model._loglikelihood_tokens = lambda *a, **k: VLLM._loglikelihood_tokens(model, *a, **k)
+found["own_likely"], found["own_rolling"] = plain(model.loglikelihood(likely)), model.loglikelihood_rolling(rolling)
+model._loglikelihood_tokens = inner
+found["sampled"] = model.generate_until(generations(sampled))
+found["silent"] = model.generate_until(generations(silent))
+answers = model.generated([request.args for request in generations(short)])
+found["endings"] = [[answer.tokens, answer.stopped] for answer in answers]
+found["before"] = len(journal), counts[-1], model.clock.tokens
+journal.close()
+again = Journal(Path(sys.argv[2]))
+model.attach(again, lambda *count: None)
+model.model.llm_engine.add_request = None  # nothing may be asked
+found["again"] = [model.generate_until(generations(settings)) for settings in (greedy, short, sampled)]
+found["again_likely"] = plain(model.loglikelihood(likely))
+again.close()
+Path(sys.argv[2]).unlink()
+del model.model.llm_engine.add_request
+model.attach(Journal(Path(sys.argv[2])), lambda *count: None)
+backwards = model.generate_until(generations(sampled)[::-1])
+found["backwards"] = backwards[::-1]
+print("FOUND" + json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("bench")
+    model = write_random_svsk(write_dense(folder / "dense"), folder / "svsk")
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(model), str(folder / "journal.jsonl")],
+        env=serving_environment(), cwd=ROOT, capture_output=True, text=True, timeout=600,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+    answer: dict[str, Any] = json.loads(done.stdout.partition("FOUND")[2])
+    return answer
+
+
+def test_answers_are_lm_evals_own(found: dict[str, Any]) -> None:
+    assert found["texts"] == found["own_texts"]
+    assert len(set(found["texts"][0])) > 2
+    assert [greedy for _, greedy in found["likely"]] == [greedy for _, greedy in found["own_likely"]]
+    values, own = ([value for value, _ in found[key]] for key in ("likely", "own_likely"))
+    assert values == pytest.approx(own, abs=1e-3)
+    assert found["rolling"] == pytest.approx(found["own_rolling"], abs=1e-3)
+    assert found["rolling"][0] < -1
+
+
+def test_nothing_is_asked_twice(found: dict[str, Any]) -> None:
+    assert found["again"][:2] == found["texts"]
+    assert found["again"][2] == found["sampled"]
+    assert found["again_likely"] == found["likely"]
+    # Five different prompts in three settings, all six when sampling, four different pairs, one window of a text.
+    assert found["before"][0] == 5 * 3 + 6 + 4 + 1
+
+
+def test_settings_that_say_nothing_are_greedy(found: dict[str, Any]) -> None:
+    assert found["silent"] == found["texts"][1]
+
+
+def test_endings(found: dict[str, Any]) -> None:
+    for tokens, stopped in found["endings"]:
+        assert 1 <= tokens <= 3
+        assert stopped or tokens == 3
+
+
+def test_a_sampled_answer_depends_on_its_own_request_only(found: dict[str, Any]) -> None:
+    assert len(set(found["sampled"])) > 3
+    # The two equal prompts exchange their numbers, and with them their answers.
+    order = [0, 1, 2, 3, 4, 5]
+    order[0], order[3] = 3, 0
+    assert found["backwards"] == [found["sampled"][index] for index in order]
