@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write requirements-cpu.txt, the pinned packages of `make setup`, with `uv pip compile`; `make lock` calls it.
+"""Write requirements-cpu.txt, the pinned packages of `make setup`, with `uv pip compile`.
 
-The list is made for the oldest Python, and must come out the same for the others. Versions in the list stay as they are
-where they can; ``--upgrade`` and ``--upgrade-package NAME`` are passed on to uv. Needs uv on PATH and the CPU builds of
-torch for every Python: from PyTorch's index, or from the folder or page that UV_FIND_LINKS names.
+`make lock` calls it.
+
+The list is made for the oldest Python, and must come out the same for the others. Versions in the
+list stay as they are where they can; ``--upgrade`` and ``--upgrade-package NAME`` are passed on to
+uv. Needs uv on PATH and the CPU builds of torch for every Python: from PyTorch's index, or from the
+folder or page that UV_FIND_LINKS names.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ HEAD = """\
 """
 
 
-def compile_command(uv: str, python: str, excludes: Path, output: Path, extra: Sequence[str]) -> list[str]:
+def compile_command(
+    uv: str, python: str, excludes: Path, output: Path, extra: Sequence[str]
+) -> list[str]:
     """Return uv's command line for one Python version, such as "3.12"."""
     command = [uv, "pip", "compile", "pyproject.toml", "--quiet", "--no-header", "--no-annotate"]
     command += [word for name in ("cpu", "eval", "dev") for word in ("--extra", name)]
@@ -60,8 +65,12 @@ def main(extra: Sequence[str]) -> int:
         before = CPU_LOCK
         for python in (".".join(map(str, version)) for version in PYTHONS["cpu"]):
             output = Path(folder, f"{python}.txt")
-            shutil.copy(before, output)  # what uv finds in its output are the versions that it prefers
-            command = compile_command(uv, python, excludes, output, extra if before == CPU_LOCK else [])
+            shutil.copy(
+                before, output
+            )  # what uv finds in its output are the versions that it prefers
+            command = compile_command(
+                uv, python, excludes, output, extra if before == CPU_LOCK else []
+            )
             if status := subprocess.run(command, cwd=ROOT, check=False).returncode:
                 return status
             found[python] = read_pins(output)
@@ -69,7 +78,10 @@ def main(extra: Sequence[str]) -> int:
         oldest, *others = found
         for python in others:
             if differing := sorted(found[oldest].items() ^ found[python].items()):
-                print(f"The lists for Python {oldest} and {python} differ: {differing}", file=sys.stderr)
+                print(
+                    f"The lists for Python {oldest} and {python} differ: {differing}",
+                    file=sys.stderr,
+                )
                 return 1
         CPU_LOCK.write_text(HEAD + "".join(f"{pin}\n" for pin in found[oldest].values()))
     return 0

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A package of another version in a folder of its own, in front of what an environment holds.
 
-``pip install --target FOLDER --no-deps`` takes seconds where an environment takes minutes. What the package then needs
-in another version than the environment has is put into the same folder, until nothing is missing.
+``pip install --target FOLDER --no-deps`` takes seconds where an environment takes minutes. What the
+package then needs in another version than the environment has is put into the same folder, until
+nothing is missing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
 NEVER_IN_FRONT = {"torch", "setuptools", "torchvision", "torchaudio", "torchcodec"}
-"""Stay as the environment has them: the first decides what runs at all, the others are absent or do not matter."""
+"""Stay as the environment has them.
+
+The first decides what runs at all, the others are absent or do not matter.
+"""
 
 ROUNDS = 10
 
@@ -35,7 +39,11 @@ class OverlayError(Exception):
 def requirements(project: Mapping[str, object]) -> dict[str, SpecifierSet]:
     """Bounds by normalised name from the table ``project`` of a pyproject.toml, its extras included."""
     extras = project["optional-dependencies"]
-    lines = [project["dependencies"], *extras.values()] if isinstance(extras, dict) else [project["dependencies"]]
+    lines = (
+        [project["dependencies"], *extras.values()]
+        if isinstance(extras, dict)
+        else [project["dependencies"]]
+    )
     wanted = [Requirement(line) for some in lines if isinstance(some, list) for line in some]
     return {normalised(requirement.name): requirement.specifier for requirement in wanted}
 
@@ -50,7 +58,9 @@ def released(package: str, python: Path) -> list[Version]:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     found = re.search(r"Available versions: (.*)", result.stdout)
     if found is None:
-        raise OverlayError(f"pip index versions {package}: {(result.stderr or result.stdout).strip()[-300:]}")
+        raise OverlayError(
+            f"pip index versions {package}: {(result.stderr or result.stdout).strip()[-300:]}"
+        )
     return sorted(Version(word.strip()) for word in found.group(1).split(","))
 
 
@@ -82,7 +92,9 @@ def unmet(folder: Path, environment: Mapping[str, str]) -> list[Requirement]:
             applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
             # Both builds of torch will do where "+cpu" is asked for.
             found = [have[name], f"{Version(have[name]).public}+cpu"] if name in have else []
-            if applies and not any(requirement.specifier.contains(version, prereleases=True) for version in found):
+            if applies and not any(
+                requirement.specifier.contains(version, prereleases=True) for version in found
+            ):
                 wanted.append(requirement)
     return wanted
 
@@ -96,23 +108,38 @@ def build(package: str, version: Version, folder: Path, python: Path) -> list[st
     Raises:
         OverlayError: pip fails, or the package does not run with the environment's torch.
     """
-    here = {normalised(dist.name): dist.version for dist in importlib.metadata.distributions() if dist.name}
+    here = {
+        normalised(dist.name): dist.version
+        for dist in importlib.metadata.distributions()
+        if dist.name
+    }
     _install(f"{package}=={version}", folder, python)
     for _ in range(ROUNDS):
         wanted = unmet(folder, here)
         torch = [requirement for requirement in wanted if requirement.name == "torch"]
         if torch:
             raise OverlayError(
-                f"{package} {version} needs {torch[0]}, and torch {here.get('torch', '(none)')} is there"
+                f"{package} {version} needs {torch[0]}, and torch {here.get('torch', '(none)')} is"
+                " there"
             )
-        wanted = [requirement for requirement in wanted if normalised(requirement.name) not in NEVER_IN_FRONT]
+        wanted = [
+            requirement
+            for requirement in wanted
+            if normalised(requirement.name) not in NEVER_IN_FRONT
+        ]
         if not wanted:
             break
         for requirement in wanted:
             _install(f"{requirement.name}{requirement.specifier}", folder, python)
     else:
-        raise OverlayError(f"{package} {version}: its needs do not settle: {', '.join(map(str, wanted))}")
-    others = {name: dist.version for name, dist in distributions(folder).items() if name != normalised(package)}
+        raise OverlayError(
+            f"{package} {version}: its needs do not settle: {', '.join(map(str, wanted))}"
+        )
+    others = {
+        name: dist.version
+        for name, dist in distributions(folder).items()
+        if name != normalised(package)
+    }
     write_vllm_shim(folder)
     return [f"{name} {others[name]}" for name in sorted(others)]
 

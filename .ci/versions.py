@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Try the oldest and the newest version that pyproject.toml allows of what the project stands on; `.ci/run --all`.
+"""Try the oldest and the newest version that pyproject.toml allows of what the project stands on.
 
-Each version is put in front of the project's environment, in a folder of its own, and the tests that it could break run
-with it. Further Pythons, where they are installed, get an environment each, of 8 GB. Last come the tests marked
-``slow``. The table in docs/versions.md gets a row for each; the exit status is 1 if a test failed or a version could
-not be tried.
+`.ci/run --all`.
+
+Each version is put in front of the project's environment, in a folder of its own, and the tests
+that it could break run with it. Further Pythons, where they are installed, get an environment each,
+of 8 GB. Last come the tests marked ``slow``. The table in docs/versions.md gets a row for each; the
+exit status is 1 if a test failed or a version could not be tried.
 """
 
 from __future__ import annotations
@@ -90,7 +92,9 @@ class Row:
     @classmethod
     def parse(cls, line: str) -> Row:
         """The row of a line of Markdown."""
-        what, which, version, extra, tests, passed, failed, skipped, date = line.strip("| \n").split(" | ")
+        what, which, version, extra, tests, passed, failed, skipped, date = line.strip(
+            "| \n"
+        ).split(" | ")
         return cls(what, which, version, extra, tests, int(passed), int(failed), int(skipped), date)
 
 
@@ -110,24 +114,38 @@ class Trial:
 def trials() -> list[Trial]:
     """Everything to be tried, in the order of the table."""
     packages = [Trial(package, which) for package in PACKAGES for which in ("oldest", "newest")]
-    return [*packages, *(Trial("Python", version) for version in OTHER_PYTHONS), Trial("slow tests", "pinned")]
+    return [
+        *packages,
+        *(Trial("Python", version) for version in OTHER_PYTHONS),
+        Trial("slow tests", "pinned"),
+    ]
 
 
 def find_pythons(folders: Sequence[Path]) -> dict[str, Path]:
-    """Interpreters of the other Pythons by version: on PATH, else among pyenv's versions in these folders."""
+    """Interpreters of the other Pythons by version.
+
+    On PATH, else among pyenv's versions in these folders.
+    """
     found = {}
     for version in OTHER_PYTHONS:
         on_path = shutil.which(f"python{version}")
         candidates = [Path(on_path)] if on_path else []
-        candidates += [path for folder in folders for path in sorted(folder.glob(f"{version}.*/bin/python"))]
+        candidates += [
+            path for folder in folders for path in sorted(folder.glob(f"{version}.*/bin/python"))
+        ]
         for candidate in candidates:
-            if subprocess.run([candidate, "-c", ""], capture_output=True, check=False).returncode == 0:
+            if (
+                subprocess.run([candidate, "-c", ""], capture_output=True, check=False).returncode
+                == 0
+            ):
                 found[version] = candidate
                 break
     return found
 
 
-def run_tests(python: Path, tests: Sequence[str], front: Path | None, report: Path, *options: str) -> tuple[int, ...]:
+def run_tests(
+    python: Path, tests: Sequence[str], front: Path | None, report: Path, *options: str
+) -> tuple[int, ...]:
     """Run tests with a folder in front of the environment, and return how many passed, failed and were skipped.
 
     A run that ends before it has a report counts as one failure.
@@ -138,7 +156,17 @@ def run_tests(python: Path, tests: Sequence[str], front: Path | None, report: Pa
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([*path, *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *options, *tests]
+    command = [
+        str(python),
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+        *options,
+        *tests,
+    ]
     status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     if not report.is_file():
         return 0, 1, 0
@@ -154,9 +182,13 @@ def check_in_front(python: Path, package: str, version: str, front: Path) -> Non
     """Raise OverlayError unless the environment sees this version with the folder in front."""
     code = f"import importlib.metadata as m; print(m.version({package!r}))"
     environment = {**os.environ, "PYTHONPATH": str(front)}
-    result = subprocess.run([str(python), "-c", code], env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [str(python), "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     if result.stdout.strip() != version:
-        raise overlay.OverlayError(f"{package} {version} is not what Python finds: {result.stdout or result.stderr}")
+        raise overlay.OverlayError(
+            f"{package} {version} is not what Python finds: {result.stdout or result.stderr}"
+        )
 
 
 def try_package(trial: Trial, work: Path) -> Row:
@@ -170,7 +202,10 @@ def try_package(trial: Trial, work: Path) -> Row:
     versions = overlay.released(trial.what, PYTHON)
     oldest, newest = overlay.bounds(trial.what, allowed, versions)
     if trial.which == "newest" and versions[-1] > newest:
-        print(f"{trial.what} {versions[-1]} is out and not allowed yet: try it, and raise the bound if it passes.")
+        print(
+            f"{trial.what} {versions[-1]} is out and not allowed yet: try it, and raise the bound"
+            " if it passes."
+        )
     version = oldest if trial.which == "oldest" else newest
     front = work / "front"
     others = overlay.build(trial.what, version, front, PYTHON)
@@ -208,27 +243,49 @@ def try_slow(trial: Trial, work: Path) -> Row:
     return row(trial, "-", [], ("tests",), counts)
 
 
-def row(trial: Trial, version: str, others: Sequence[str], tests: Sequence[str], counts: Sequence[int]) -> Row:
+def row(
+    trial: Trial, version: str, others: Sequence[str], tests: Sequence[str], counts: Sequence[int]
+) -> Row:
     """The row of a trial that was run."""
     short = ", ".join(test.removeprefix("tests/").removesuffix(".py") for test in tests)
     passed, failed, skipped = counts
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    return Row(trial.what, trial.which, version, ", ".join(others) or "-", short, passed, failed, skipped, today)
+    return Row(
+        trial.what,
+        trial.which,
+        version,
+        ", ".join(others) or "-",
+        short,
+        passed,
+        failed,
+        skipped,
+        today,
+    )
 
 
 def write_table(rows: Sequence[Row], table: Path) -> None:
-    """Put rows into the table, in place of those of the same trial; the others stay if they are still to be tried."""
+    """Put rows into the table, in place of those of the same trial.
+
+    The others stay if they are still to be tried.
+    """
     kept = {}
     if table.is_file():
         lines = table.read_text(encoding="utf-8").splitlines()[len(HEAD.splitlines()) :]
         kept = {(old.what, old.which): old for old in map(Row.parse, filter(None, lines))}
     kept.update({(new.what, new.which): new for new in rows})
     order = [(trial.what, trial.which) for trial in trials()]
-    table.write_text(HEAD + "".join(f"{kept[key].line()}\n" for key in order if key in kept), encoding="utf-8")
+    table.write_text(
+        HEAD + "".join(f"{kept[key].line()}\n" for key in order if key in kept), encoding="utf-8"
+    )
 
 
-def run_all(chosen: Sequence[Trial], pythons: Mapping[str, Path], work: Path | None) -> Iterator[Row | str]:
-    """Run trials one after the other; a row each, or why there is none. What was installed for one is removed again."""
+def run_all(
+    chosen: Sequence[Trial], pythons: Mapping[str, Path], work: Path | None
+) -> Iterator[Row | str]:
+    """Run trials one after the other.
+
+    A row each, or why there is none. What was installed for one is removed again.
+    """
     for trial in chosen:
         print(f"== {trial.what}, {trial.which}", flush=True)
         with tempfile.TemporaryDirectory(dir=work, prefix="svsk-versions-") as folder:
@@ -248,8 +305,12 @@ def run_all(chosen: Sequence[Trial], pythons: Mapping[str, Path], work: Path | N
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[trial.name for trial in trials()])
-    parser.add_argument("--work", type=Path, help="folder for the packages that are tried (default: /tmp)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", choices=[trial.name for trial in trials()]
+    )
+    parser.add_argument(
+        "--work", type=Path, help="folder for the packages that are tried (default: /tmp)"
+    )
     given = parser.parse_args(arguments)
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
     chosen = [trial for trial in trials() if not given.only or trial.name in given.only]
@@ -262,7 +323,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_table([result], TABLE)
             print(result.line(), flush=True)
             bad |= bool(result.failed)
-    print(*notes, TABLE.read_text(encoding="utf-8") if TABLE.is_file() else "Nothing was tried.", sep="\n")
+    print(
+        *notes,
+        TABLE.read_text(encoding="utf-8") if TABLE.is_file() else "Nothing was tried.",
+        sep="\n",
+    )
     return int(bad)
 
 

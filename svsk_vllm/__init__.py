@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SVSK (Structured Vector Sidecar): 4-bit weights with a tile-local low-rank sidecar, served by vLLM.
+"""SVSK (Structured Vector Sidecar).
 
-Importing this package is cheap: vllm, triton, transformers and torch are only imported by the parts that need them.
+4-bit weights with a tile-local low-rank sidecar, served by vLLM.
+
+Importing this package is cheap: vllm, triton, transformers and torch are only imported by the parts
+that need them.
 """
 
 from svsk_vllm.version import __version__
@@ -12,7 +15,8 @@ __all__ = ["__version__", "register"]
 def register() -> None:
     """Register the ``svsk`` quantisation method with vLLM (entry point of the group ``vllm.general_plugins``).
 
-    vLLM calls it in every process it starts (API server, engine core, workers); calling it again does nothing.
+    vLLM calls it in every process it starts (API server, engine core, workers); calling it again
+    does nothing.
     """
     from svsk_vllm.plugin import register_with_vllm
 

@@ -6,4 +6,7 @@ from typing import Final
 __version__: Final = "0.1.0"
 
 FORMAT_VERSION: Final = "1.0"
-"""Version this package writes, ``major.minor``. A reader accepts every minor version of a major one it knows."""
+"""Version this package writes, ``major.minor``.
+
+A reader accepts every minor version of a major one it knows.
+"""

@@ -3,9 +3,10 @@
 
     python .ci/gpu/bundle.py .gpu
 
-downloads the wheels that ``requirements.txt`` beside this file pins, leaves out what a Hopper GPU does not need of
-them, compresses them better, and cuts the whole into parts of a size that can travel. Every part is a folder of its
-own, which also holds the manifest; ``install.py`` puts them together again on the machine.
+downloads the wheels that ``requirements.txt`` beside this file pins, leaves out what a Hopper GPU
+does not need of them, compresses them better, and cuts the whole into parts of a size that can
+travel. Every part is a folder of its own, which also holds the manifest; ``install.py`` puts them
+together again on the machine.
 """
 
 from __future__ import annotations
@@ -38,14 +39,19 @@ PLATFORMS: Final = (
     *("manylinux1_x86_64", "manylinux2010_x86_64", "manylinux2014_x86_64"),
     *(f"manylinux_2_{minor}_x86_64" for minor in range(5, 40)),
 )
-"""Wheels for these run where the C library is glibc 2.39 or later; pip matches every name exactly."""
+"""Wheels for these run where the C library is glibc 2.39 or later.
+
+Pip matches every name exactly.
+"""
 
 DROPPED: Final[dict[str, tuple[str, ...]]] = {
     "vllm": (
-        "vllm/vllm_flash_attn/_vllm_fa2_C*",  # FlashAttention 2: vLLM takes version 3 on a GPU of capability 9.0
+        # FlashAttention 2: vLLM takes version 3 on a GPU of capability 9.0
+        "vllm/vllm_flash_attn/_vllm_fa2_C*",
         "vllm/_moe_C*",  # kernels of mixtures of experts; vLLM imports them where they are
         "vllm/vllm-rs",  # an HTTP front end that has to be asked for
-        "vllm/third_party/deep_gemm/*",  # products of 8-bit floats, compiled on the spot; vLLM does without
+        # products of 8-bit floats, compiled on the spot; vLLM does without
+        "vllm/third_party/deep_gemm/*",
         "vllm/third_party/fmha_sm100/*",  # attention on a GPU of capability 10.0
     )
 }
@@ -71,16 +77,34 @@ def download(requirements: Path, folder: Path) -> list[Path]:
         The wheels in the order of their names.
 
     Raises:
-        BundleError: a line is no pin, pip fails, or the folder holds another set of wheels afterwards.
+        BundleError: a line is no pin, pip fails, or the folder holds another set of wheels
+            afterwards.
     """
     pins = _read_pins(requirements)
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
     command += ["--only-binary=:all:", "--implementation", "cp", "--python-version", PYTHON]
     command += [word for platform in PLATFORMS for word in ("--platform", platform)]
     # pip looks into the folder too: a second run downloads what is missing.
-    command += ["--find-links", str(folder), "--dest", str(folder), "--requirement", str(requirements)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    command += [
+        "--find-links",
+        str(folder),
+        "--dest",
+        str(folder),
+        "--requirement",
+        str(requirements),
+    ]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     if done.returncode:
         tail = "\n".join(f"  | {line}" for line in done.stdout.strip().splitlines()[-15:])
         raise BundleError(f"pip download failed (exit status {done.returncode}):\n{tail}")
@@ -89,7 +113,9 @@ def download(requirements: Path, folder: Path) -> list[Path]:
     if found != sorted(pins.items()):
         odd = sorted(set(found) ^ set(pins.items()))
         names = ", ".join(f"{name} {version}" for name, version in odd)
-        raise BundleError(f"{folder} does not hold what {requirements.name} pins, once each: {names}. Empty it.")
+        raise BundleError(
+            f"{folder} does not hold what {requirements.name} pins, once each: {names}. Empty it."
+        )
     return wheels
 
 
@@ -121,7 +147,8 @@ def _name_and_version(wheel: Path) -> tuple[str, str]:
 def slim(wheel: Path, out: Path, dropped: Sequence[str] = ()) -> list[str]:
     """Write a wheel again, compressed by LZMA and without some of its members.
 
-    pip installs it as it does any other; what the manifest RECORD says of the other members still holds.
+    pip installs it as it does any other; what the manifest RECORD says of the other members still
+    holds.
 
     Args:
         wheel: the wheel.
@@ -132,16 +159,23 @@ def slim(wheel: Path, out: Path, dropped: Sequence[str] = ()) -> list[str]:
         Names of the members left out.
 
     Raises:
-        BundleError: a pattern matches no member, or the wheel's RECORD does not list a member with its hash.
+        BundleError: a pattern matches no member, or the wheel's RECORD does not list a member with
+            its hash.
     """
     left_out: list[str] = []
     partial = out.with_name(f"{out.name}.partial")
-    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(partial, "w", zipfile.ZIP_LZMA) as target:
+    with (
+        zipfile.ZipFile(wheel) as source,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_LZMA) as target,
+    ):
         names = [info.filename for info in source.infolist()]
         for pattern in dropped:
             matched = fnmatch.filter(names, pattern)
             if not matched:
-                raise BundleError(f"{wheel.name}: no member is called {pattern}. Mend the list DROPPED in {__file__}.")
+                raise BundleError(
+                    f"{wheel.name}: no member is called {pattern}. Mend the list DROPPED in"
+                    f" {__file__}."
+                )
             left_out += matched
         for info in source.infolist():
             if info.filename in left_out:
@@ -160,7 +194,9 @@ def _shorter_record(record: bytes, left_out: set[str]) -> bytes:
     """RECORD without some members."""
     text = io.StringIO()
     rows = csv.reader(record.decode("utf-8").splitlines())
-    csv.writer(text, lineterminator="\n").writerows(row for row in rows if row and row[0] not in left_out)
+    csv.writer(text, lineterminator="\n").writerows(
+        row for row in rows if row and row[0] not in left_out
+    )
     return text.getvalue().encode()
 
 
@@ -169,15 +205,29 @@ def _check_record(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         members = {info.filename for info in archive.infolist() if not info.is_dir()}
         (record,) = [name for name in members if re.fullmatch(r"[^/]+\.dist-info/RECORD", name)]
-        hashes = {row[0]: row[1] for row in csv.reader(archive.read(record).decode("utf-8").splitlines()) if row}
+        hashes = {
+            row[0]: row[1]
+            for row in csv.reader(archive.read(record).decode("utf-8").splitlines())
+            if row
+        }
         for name in sorted(members - {record}):
             if name.endswith((".dist-info/RECORD.jws", ".dist-info/RECORD.p7s")):
                 continue
-            digest = base64.urlsafe_b64encode(hashlib.sha256(archive.read(name)).digest()).rstrip(b"=").decode()
+            digest = (
+                base64.urlsafe_b64encode(hashlib.sha256(archive.read(name)).digest())
+                .rstrip(b"=")
+                .decode()
+            )
             if hashes.get(name) != f"sha256={digest}":
-                raise BundleError(f"{wheel.name}: RECORD says {hashes.get(name)!r} of {name}, found sha256={digest}.")
+                raise BundleError(
+                    f"{wheel.name}: RECORD says {hashes.get(name)!r} of {name}, found"
+                    f" sha256={digest}."
+                )
     if gone := set(hashes) - members:
-        raise BundleError(f"{wheel.name}: RECORD lists {', '.join(sorted(gone)[:5])}, which the wheel does not hold.")
+        raise BundleError(
+            f"{wheel.name}: RECORD lists {', '.join(sorted(gone)[:5])}, which the wheel does not"
+            " hold."
+        )
 
 
 def bundle(wheels: Sequence[Path], out: Path, part_bytes: int) -> list[Path]:
@@ -199,8 +249,12 @@ def bundle(wheels: Sequence[Path], out: Path, part_bytes: int) -> list[Path]:
         parts.append(out / f"part-{number}")
         parts[-1].mkdir(parents=True)
         (parts[-1] / DATA).write_bytes(data)
-        described.append({"name": parts[-1].name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()})
-    listed = [{"name": path.name, "size": path.stat().st_size, "sha256": _sha256(path)} for path in wheels]
+        described.append(
+            {"name": parts[-1].name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        )
+    listed = [
+        {"name": path.name, "size": path.stat().st_size, "sha256": _sha256(path)} for path in wheels
+    ]
     text = json.dumps({"parts": described, "wheels": listed}, indent=1) + "\n"
     for part in parts:
         (part / MANIFEST).write_text(text, encoding="utf-8")
@@ -231,10 +285,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def run(
     out: Annotated[Path, typer.Argument(help="Folder for the parts; git should ignore it.")],
-    part_mb: Annotated[int, typer.Option(min=1, help="Most megabytes (10^6 bytes) of a part.")] = 56,
+    part_mb: Annotated[
+        int, typer.Option(min=1, help="Most megabytes (10^6 bytes) of a part.")
+    ] = 56,
     requirements: Annotated[Path, typer.Option(help="The pinned wheels.")] = REQUIREMENTS,
     wheels: Annotated[
-        Path | None, typer.Option(help="Keep the downloaded wheels there, and take them from there.")
+        Path | None,
+        typer.Option(help="Keep the downloaded wheels there, and take them from there."),
     ] = None,
 ) -> None:
     """Download, slim and cut the wheels."""

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Import what vLLM 0.26 imports to serve a dense model on a Hopper GPU, and print what was found; install.py calls it.
+"""Import what vLLM 0.26 imports to serve a dense model on a Hopper GPU, and print what was found.
 
-Many of these modules are imported late, inside of functions: an engine would fail on them after minutes.
+Install.py calls it.
+
+Many of these modules are imported late, inside of functions: an engine would fail on them after
+minutes.
 """
 
 from __future__ import annotations
@@ -47,7 +50,16 @@ MODULES = (
     "vllm.entrypoints.cli.serve",
 )
 
-DISTRIBUTIONS = ("vllm", "svsk-vllm", "torch", "triton", "transformers", "compressed-tensors", "pydantic", "numpy")
+DISTRIBUTIONS = (
+    "vllm",
+    "svsk-vllm",
+    "torch",
+    "triton",
+    "transformers",
+    "compressed-tensors",
+    "pydantic",
+    "numpy",
+)
 
 
 def failures(modules: tuple[str, ...]) -> dict[str, str]:
@@ -75,10 +87,15 @@ def _kernels() -> list[str]:
     if not current_platform.is_cuda():
         print("no GPU: vLLM's kernels are there, whether they run was not tried")
         return []
-    device, capability = current_platform.get_device_name(), current_platform.get_device_capability()
+    device, capability = (
+        current_platform.get_device_name(),
+        current_platform.get_device_capability(),
+    )
     print(f"{device}, capability {capability}")
     if capability.major != 9:
-        return [f"compute capability {capability}: without FlashAttention 2 the bundle is for 9.0 only"]
+        return [
+            f"compute capability {capability}: without FlashAttention 2 the bundle is for 9.0 only"
+        ]
     return []
 
 
@@ -86,14 +103,22 @@ def main() -> int:
     """Print versions and failures; 1 if there are any."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     start = time.monotonic()
-    versions = {dist.metadata["Name"]: dist.version for dist in reversed(list(metadata.distributions()))}
-    print(", ".join(f"{name} {versions.get(name, 'is not there')}" for name in DISTRIBUTIONS), flush=True)
+    versions = {
+        dist.metadata["Name"]: dist.version for dist in reversed(list(metadata.distributions()))
+    }
+    print(
+        ", ".join(f"{name} {versions.get(name, 'is not there')}" for name in DISTRIBUTIONS),
+        flush=True,
+    )
     plugins = [entry.value for entry in metadata.entry_points(group="vllm.general_plugins")]
     print(f"plugins of vLLM: {', '.join(plugins) or 'none'}", flush=True)
     wrong = [f"{name}: {reason}" for name, reason in failures(MODULES).items()] or _kernels()
     for line in wrong:
         print(f"FAILED {line}")
-    print(f"{len(MODULES)} modules in {time.monotonic() - start:.0f} s: {'FAILED' if wrong else 'all imported'}")
+    print(
+        f"{len(MODULES)} modules in {time.monotonic() - start:.0f} s:"
+        f" {'FAILED' if wrong else 'all imported'}"
+    )
     return int(bool(wrong))
 
 

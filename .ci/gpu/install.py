@@ -3,9 +3,10 @@
 
     python3 .ci/gpu/install.py --store ~/svsk-parts --target ~/svsk-site --project . .gpu/part-*
 
-checks the parts that are there and keeps them in the store; a part may come with each call, or all with one. Once the
-store has all parts, the wheels are put together, checked, and installed into the target folder, and what vLLM imports
-on a GPU is imported. Exit status 2 says that parts are missing. Needs the standard library and pip only.
+checks the parts that are there and keeps them in the store; a part may come with each call, or all
+with one. Once the store has all parts, the wheels are put together, checked, and installed into the
+target folder, and what vLLM imports on a GPU is imported. Exit status 2 says that parts are
+missing. Needs the standard library and pip only.
 """
 
 from __future__ import annotations
@@ -30,13 +31,23 @@ STAMP = "svsk-gpu-stamp"
 MISSING = 2
 CHECK = Path(__file__).resolve().with_name("check.py")
 
-PIP = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-index", "--no-deps"]
+PIP = [
+    "-m",
+    "pip",
+    "install",
+    "--quiet",
+    "--disable-pip-version-check",
+    "--no-input",
+    "--no-index",
+    "--no-deps",
+]
 PIP += ["--no-compile", "--no-cache-dir", "--no-warn-script-location"]
 
 PYTHON = (3, 12)
 
 SETTINGS = {
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # on by default, and vLLM 0.26 imports flashinfer without a question
+    # on by default, and vLLM 0.26 imports flashinfer without a question
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_HOST_IP": "127.0.0.1",  # else vLLM asks the network for an address
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -59,16 +70,21 @@ def collect(folders: Sequence[Path], store: Path) -> tuple[dict[str, Any], list[
         The manifest, and the names of the parts that the store lacks.
 
     Raises:
-        InstallError: a folder is no part, its data are not those of the manifest, or parts are of different bundles.
+        InstallError: a folder is no part, its data are not those of the manifest, or parts are of
+            different bundles.
     """
     store.mkdir(parents=True, exist_ok=True)
     kept = store / MANIFEST
     texts = {folder: _read(folder / MANIFEST) for folder in folders}
     if len(set(texts.values())) > 1:
-        raise InstallError(f"{', '.join(map(str, folders))}: the manifests differ. Bring parts of one bundle.")
+        raise InstallError(
+            f"{', '.join(map(str, folders))}: the manifests differ. Bring parts of one bundle."
+        )
     text = next(iter(texts.values())) if texts else _read(kept)
     if not kept.is_file() and any(store.iterdir()):
-        raise InstallError(f"{store} is not empty and was not made by this script. Name another --store.")
+        raise InstallError(
+            f"{store} is not empty and was not made by this script. Name another --store."
+        )
     if not kept.is_file() or kept.read_text(encoding="utf-8") != text:
         for part in json.loads(_read(kept))["parts"] if kept.is_file() else ():
             (store / part["name"]).unlink(missing_ok=True)
@@ -77,7 +93,9 @@ def collect(folders: Sequence[Path], store: Path) -> tuple[dict[str, Any], list[
     expected = {part["name"]: part for part in manifest["parts"]}
     for folder in folders:
         if folder.name not in expected:
-            raise InstallError(f"{folder}: the manifest has no part of this name, but {', '.join(expected)}.")
+            raise InstallError(
+                f"{folder}: the manifest has no part of this name, but {', '.join(expected)}."
+            )
         data = (folder / DATA).read_bytes()
         _require(f"{folder / DATA}", data, expected[folder.name])
         _write(store / folder.name, data)
@@ -88,7 +106,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InstallError(f"{path} does not exist. Name the folders of parts that bundle.py wrote.") from None
+        raise InstallError(
+            f"{path} does not exist. Name the folders of parts that bundle.py wrote."
+        ) from None
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -103,8 +123,8 @@ def _require(what: str, data: bytes, described: dict[str, Any]) -> None:
     digest = hashlib.sha256(data).hexdigest()
     if (len(data), digest) != (described["size"], described["sha256"]):
         raise InstallError(
-            f"{what}: {len(data)} bytes with sha256 {digest}, expected {described['size']} with {described['sha256']}. "
-            "Bring it again."
+            f"{what}: {len(data)} bytes with sha256 {digest}, expected {described['size']} with"
+            f" {described['sha256']}. Bring it again."
         )
 
 
@@ -144,12 +164,14 @@ def install(wheels: Sequence[Path], target: Path, project: Path | None, stamp: s
 
     Args:
         wheels: with all they need among themselves and on the machine.
-        target: folder for PYTHONPATH; replaced unless its stamp says that it holds these wheels already.
+        target: folder for PYTHONPATH; replaced unless its stamp says that it holds these wheels
+            already.
         project: source tree of svsk-vllm, installed in any case.
         stamp: what the target's stamp says when the wheels are installed.
 
     Returns:
-        The folders for PYTHONPATH. The project's comes last: it is there for its metadata and commands.
+        The folders for PYTHONPATH. The project's comes last: it is there for its metadata and
+        commands.
 
     Raises:
         InstallError: pip fails, or the target is a folder that was not made by this function.
@@ -157,7 +179,9 @@ def install(wheels: Sequence[Path], target: Path, project: Path | None, stamp: s
     mark = target / STAMP
     if not (mark.is_file() and mark.read_text(encoding="utf-8") == stamp):
         if target.exists() and any(target.iterdir()) and not mark.is_file():
-            raise InstallError(f"{target} is not empty and was not made by this script. Name another --target.")
+            raise InstallError(
+                f"{target} is not empty and was not made by this script. Name another --target."
+            )
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
         mark.write_text("unfinished\n", encoding="utf-8")
@@ -165,7 +189,8 @@ def install(wheels: Sequence[Path], target: Path, project: Path | None, stamp: s
         mark.write_text(stamp, encoding="utf-8")
     if project is None:
         return [target]
-    # Its metadata carry the entry point by which vLLM finds the plugin. In one folder its commands replace vLLM's.
+    # Its metadata carry the entry point by which vLLM finds the plugin. In one folder its commands
+    # replace vLLM's.
     beside = target.with_name(f"{target.name}.project")
     _pip(["--no-build-isolation", str(project)], beside, str(project))
     return [target, beside]
@@ -174,7 +199,9 @@ def install(wheels: Sequence[Path], target: Path, project: Path | None, stamp: s
 def _pip(arguments: Sequence[str], target: Path, what: str) -> None:
     start = time.monotonic()
     command = [sys.executable, *PIP, "--upgrade", "--target", str(target), *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     if done.returncode:
         tail = "\n".join(f"  | {line}" for line in done.stdout.strip().splitlines()[-15:])
         raise InstallError(f"pip could not install {what} (exit status {done.returncode}):\n{tail}")
@@ -184,21 +211,41 @@ def _pip(arguments: Sequence[str], target: Path, what: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("parts", type=Path, nargs="*", help="folders of parts that came with this call")
-    parser.add_argument("--store", type=Path, required=True, help="folder that keeps parts between calls")
-    parser.add_argument("--target", type=Path, required=True, help="folder to install into, for PYTHONPATH")
-    parser.add_argument("--project", type=Path, help="source tree of svsk-vllm, to be installed as well")
+    parser.add_argument(
+        "parts", type=Path, nargs="*", help="folders of parts that came with this call"
+    )
+    parser.add_argument(
+        "--store", type=Path, required=True, help="folder that keeps parts between calls"
+    )
+    parser.add_argument(
+        "--target", type=Path, required=True, help="folder to install into, for PYTHONPATH"
+    )
+    parser.add_argument(
+        "--project", type=Path, help="source tree of svsk-vllm, to be installed as well"
+    )
     parser.add_argument("--no-check", action="store_true", help="do not import anything afterwards")
     given = parser.parse_args(arguments)
     try:
         if sys.version_info[:2] != PYTHON:
-            raise InstallError(f"The wheels are for Python {PYTHON[0]}.{PYTHON[1]}, and this is {sys.version}.")
+            raise InstallError(
+                f"The wheels are for Python {PYTHON[0]}.{PYTHON[1]}, and this is {sys.version}."
+            )
         manifest, missing = collect(given.parts, given.store)
         if missing:
-            print(f"{given.store} lacks {', '.join(missing)} of {len(manifest['parts'])} parts. Bring them as well.")
+            print(
+                f"{given.store} lacks {', '.join(missing)} of {len(manifest['parts'])} parts. Bring"
+                " them as well."
+            )
             return MISSING
-        wheels = reassemble(manifest, given.store, given.target.with_name(f"{given.target.name}.wheels"))
-        folders = install(wheels, given.target.resolve(), given.project, json.dumps(manifest, sort_keys=True) + "\n")
+        wheels = reassemble(
+            manifest, given.store, given.target.with_name(f"{given.target.name}.wheels")
+        )
+        folders = install(
+            wheels,
+            given.target.resolve(),
+            given.project,
+            json.dumps(manifest, sort_keys=True) + "\n",
+        )
     except InstallError as error:
         print(f"\nNot installed. {error}", file=sys.stderr)
         return 1

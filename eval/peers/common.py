@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts in the peers' own environments share: the job they are given and the result they hand back.
+"""What the scripts in the peers' own environments share.
+
+The job they are given and the result they hand back.
 
 Imports only the standard library, torch and safetensors, which every peer's environment has.
 """
@@ -39,7 +41,10 @@ _LINEAR = re.compile(r"^model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|do
 
 
 class PeerError(ValueError):
-    """A peer cannot be run as asked, or gave something unexpected; the message says what, where and what to do."""
+    """A peer cannot be run as asked, or gave something unexpected.
+
+    The message says what, where and what to do.
+    """
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,14 @@ class StoredLinear:
 class Result:
     """What a peer's script hands back; ``tensors`` go to a file of their own."""
 
-    seconds: float  # calibration, quantisation and saving the checkpoint; GGUF: without writing the dense GGUF
+    # calibration, quantisation and saving the checkpoint; GGUF: without writing the dense GGUF
+    seconds: float
     settings: dict[str, Any]
     versions: dict[str, str]
     linears: dict[str, StoredLinear]  # name of the weight -> how it is stored
-    tensors: dict[str, torch.Tensor] = field(repr=False)  # float32; the linears, and whatever else must follow them
+    tensors: dict[str, torch.Tensor] = field(
+        repr=False
+    )  # float32; the linears, and whatever else must follow them
     notes: list[str] = field(default_factory=list)
     calibrated: bool = True  # whether it used the calibration tokens
 
@@ -111,8 +119,14 @@ def load_tokens(path: str | Path) -> torch.Tensor:
     """
     tokens = load_file(path).get("tokens")
     if tokens is None or tokens.dtype != torch.int64 or tokens.ndim != 2:
-        found = "no tensor `tokens`" if tokens is None else f"`tokens` {tokens.dtype} {list(tokens.shape)}"
-        raise PeerError(f"{path}: holds {found}, expected int64 [samples, seq_len]. Let run.py write it.")
+        found = (
+            "no tensor `tokens`"
+            if tokens is None
+            else f"`tokens` {tokens.dtype} {list(tokens.shape)}"
+        )
+        raise PeerError(
+            f"{path}: holds {found}, expected int64 [samples, seq_len]. Let run.py write it."
+        )
     return tokens
 
 
@@ -124,7 +138,10 @@ def load_folder(folder: str | Path) -> dict[str, torch.Tensor]:
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
-        raise PeerError(f"{folder}: holds no .safetensors file. Name a Hugging Face folder with safetensors weights.")
+        raise PeerError(
+            f"{folder}: holds no .safetensors file. Name a Hugging Face folder with safetensors"
+            " weights."
+        )
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
@@ -146,7 +163,10 @@ def stored_bits(tensors: Mapping[str, torch.Tensor], module: str, parts: tuple[s
     found = [tensors[f"{module}.{part}"] for part in parts if f"{module}.{part}" in tensors]
     if not found:
         has = sorted(name for name in tensors if name.startswith(f"{module}."))
-        raise PeerError(f"{module}: the checkpoint stores {has or 'nothing'} of it, expected some of {list(parts)}.")
+        raise PeerError(
+            f"{module}: the checkpoint stores {has or 'nothing'} of it, expected some of"
+            f" {list(parts)}."
+        )
     return sum(8 * tensor.numel() * tensor.element_size() for tensor in found)
 
 
@@ -165,7 +185,9 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 def versions(*packages: str) -> dict[str, str]:
     """Installed versions of Python and of packages."""
-    return {"python": ".".join(map(str, sys.version_info[:3]))} | {name: metadata.version(name) for name in packages}
+    return {"python": ".".join(map(str, sys.version_info[:3]))} | {
+        name: metadata.version(name) for name in packages
+    }
 
 
 def run_job(quantise: Callable[[Job], Result]) -> None:
@@ -175,7 +197,10 @@ def run_job(quantise: Callable[[Job], Result]) -> None:
     started = time.monotonic()
     result = quantise(job)
     work = Path(job.work)
-    save_file({name: tensor.float().contiguous() for name, tensor in result.tensors.items()}, work / WEIGHTS)
+    save_file(
+        {name: tensor.float().contiguous() for name, tensor in result.tensors.items()},
+        work / WEIGHTS,
+    )
     record = {
         "seconds": round(result.seconds, 1),
         "seconds_with_dequantisation": round(time.monotonic() - started, 1),

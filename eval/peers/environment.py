@@ -21,7 +21,8 @@ def environment_python(source: Path, env_dir: Path) -> Path:
     """Python of a peer's environment, which is made or remade if it is not what the requirements say.
 
     Args:
-        source: the peer's folder, with ``requirements.txt`` and, for packages of npm, ``package.json``.
+        source: the peer's folder, with ``requirements.txt`` and, for packages of npm,
+            ``package.json``.
         env_dir: folder for all environments.
 
     Returns:
@@ -40,16 +41,31 @@ def environment_python(source: Path, env_dir: Path) -> Path:
     if stamp.exists() and stamp.read_text(encoding="utf-8").strip() == wanted.hexdigest():
         return python
     if folder.exists() and not (folder / "pyvenv.cfg").exists():
-        raise PeerError(f"{folder}: exists and is not a virtual environment. Give another --env-dir.")
+        raise PeerError(
+            f"{folder}: exists and is not a virtual environment. Give another --env-dir."
+        )
     shutil.rmtree(folder, ignore_errors=True)
     run_shown([sys.executable, "-m", "venv", str(folder)], f"Making {folder}")
-    run_shown([str(python), "-m", "pip", "install", "--quiet", "-r", str(requirements)], f"Installing {requirements}")
+    run_shown(
+        [str(python), "-m", "pip", "install", "--quiet", "-r", str(requirements)],
+        f"Installing {requirements}",
+    )
     if packages.exists():
         if shutil.which("npm") is None:
-            raise PeerError(f"{packages}: npm is needed to install it and is not on the PATH. Install Node.js.")
+            raise PeerError(
+                f"{packages}: npm is needed to install it and is not on the PATH. Install Node.js."
+            )
         shutil.copy(packages, folder / packages.name)
         # The packages hold their shared libraries as they are: no script of theirs has to run.
-        command = ["npm", "install", "--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund"]
+        command = [
+            "npm",
+            "install",
+            "--prefix",
+            str(folder),
+            "--ignore-scripts",
+            "--no-audit",
+            "--no-fund",
+        ]
         run_shown(command, f"Installing {packages}")
     stamp.write_text(wanted.hexdigest() + "\n", encoding="utf-8")
     return python
@@ -64,10 +80,14 @@ def check_pinned(requirements: Path) -> None:
     try:
         lines = requirements.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise PeerError(f"{requirements}: cannot read the peer's requirements ({error.strerror}).") from error
+        raise PeerError(
+            f"{requirements}: cannot read the peer's requirements ({error.strerror})."
+        ) from error
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.startswith("#") and not _PIN.match(line.strip()):
-            raise PeerError(f"{requirements}, line {number}: {line!r} is not pinned. Write name==version.")
+            raise PeerError(
+                f"{requirements}, line {number}: {line!r} is not pinned. Write name==version."
+            )
 
 
 def run_shown(command: Sequence[str], what: str, environment: dict[str, str] | None = None) -> None:
@@ -79,4 +99,6 @@ def run_shown(command: Sequence[str], what: str, environment: dict[str, str] | N
     print(f"{what} ...", flush=True)
     done = subprocess.run(command, env=environment, check=False)
     if done.returncode:
-        raise PeerError(f"{what} failed with exit status {done.returncode}; its own message is above.")
+        raise PeerError(
+            f"{what} failed with exit status {done.returncode}; its own message is above."
+        )

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantise a model with another project's quantiser, and write what its checkpoint stands for as a dense folder.
 
-    PYTHONPATH=eval python -m peers.run gptq smollm2-reference smollm2-gptq --calibration wiki.valid.txt
-    svsk eval smollm2-gptq --reference smollm2-reference --text wiki.test.raw
+    PYTHONPATH=eval python -m peers.run gptq smollm2-reference smollm2-gptq --calibration
+    wiki.valid.txt svsk eval smollm2-gptq --reference smollm2-reference --text wiki.test.raw
 
-Every peer runs from its own package in its own environment, sees the same calibration tokens as ``svsk quantize``, and
-is scored from float32 weights, so that no difference of kernels enters. Only the seven linears of each decoder block
-differ from the reference (with AWQ also the norms before them, which carry its scales): embeddings and output head are
-the reference's even where a peer quantises them. ``peer.json`` in the folder says what was done, with what, for how
-long, and how many bits the peer's checkpoint stores for those linears.
+Every peer runs from its own package in its own environment, sees the same calibration tokens as
+``svsk quantize``, and is scored from float32 weights, so that no difference of kernels enters. Only
+the seven linears of each decoder block differ from the reference (with AWQ also the norms before
+them, which carry its scales): embeddings and output head are the reference's even where a peer
+quantises them. ``peer.json`` in the folder says what was done, with what, for how long, and how
+many bits the peer's checkpoint stores for those linears.
 """
 
 import collections
@@ -37,9 +38,16 @@ HERE = Path(__file__).resolve().parent
 RECORD = "peer.json"
 GROUP_SIZES = (128, 64, 32)
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt",
-    "added_tokens.json", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -55,20 +63,36 @@ class Peer:
 PEERS = {
     "gptq": Peer("llm_compressor", "llm-compressor GPTQ", {"scheme": "W4A16", "dtype": "bfloat16"}),
     "awq": Peer(
-        "llm_compressor", "llm-compressor AWQ", {"scheme": "W4A16_ASYM", "dtype": "bfloat16", "duo_scaling": "both"}
+        "llm_compressor",
+        "llm-compressor AWQ",
+        {"scheme": "W4A16_ASYM", "dtype": "bfloat16", "duo_scaling": "both"},
     ),
-    "auto-round": Peer("auto_round", "auto-round", {"scheme": "W4A16", "iters": 200, "lr": None, "batch_size": 8}),
+    "auto-round": Peer(
+        "auto_round", "auto-round", {"scheme": "W4A16", "iters": 200, "lr": None, "batch_size": 8}
+    ),
     "auto-round-light": Peer(
-        "auto_round", "auto-round, its light recipe", {"scheme": "W4A16", "iters": 50, "lr": 5e-3, "batch_size": 8}
+        "auto_round",
+        "auto-round, its light recipe",
+        {"scheme": "W4A16", "iters": 50, "lr": 5e-3, "batch_size": 8},
     ),
-    "gguf": Peer("gguf", "llama.cpp Q4_K_M", {"file_type": "Q4_K_M", "imatrix": False}, grouped=False),
+    "gguf": Peer(
+        "gguf", "llama.cpp Q4_K_M", {"file_type": "Q4_K_M", "imatrix": False}, grouped=False
+    ),
     "gguf-imatrix": Peer(
-        "gguf", "llama.cpp Q4_K_M, importance matrix", {"file_type": "Q4_K_M", "imatrix": True}, grouped=False
+        "gguf",
+        "llama.cpp Q4_K_M, importance matrix",
+        {"file_type": "Q4_K_M", "imatrix": True},
+        grouped=False,
     ),
     "gguf-iq4-nl": Peer(
-        "gguf", "llama.cpp IQ4_NL, importance matrix", {"file_type": "IQ4_NL", "imatrix": True}, grouped=False
+        "gguf",
+        "llama.cpp IQ4_NL, importance matrix",
+        {"file_type": "IQ4_NL", "imatrix": True},
+        grouped=False,
     ),
-    "gguf-f32": Peer("gguf", "GGUF in float32, a check of the conversion", {"file_type": "F32"}, grouped=False),
+    "gguf-f32": Peer(
+        "gguf", "GGUF in float32, a check of the conversion", {"file_type": "F32"}, grouped=False
+    ),
 }
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -80,23 +104,33 @@ def main(
     model: Annotated[Path, typer.Argument(help="Hugging Face folder of the reference.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     calibration: Annotated[str, typer.Option(help="Text, as for `svsk quantize`.")],
-    samples: Annotated[int, typer.Option(help="Calibration samples; by default those of the recipe best.")] = (
-        load_recipe("best").calibration.samples
-    ),
+    samples: Annotated[
+        int, typer.Option(help="Calibration samples; by default those of the recipe best.")
+    ] = (load_recipe("best").calibration.samples),
     seq_len: Annotated[int, typer.Option(help="Tokens of a sample.")] = 512,
     seed: Annotated[int, typer.Option(help="Of the draw of samples, and the peer's.")] = 0,
     group_size: Annotated[
-        int | None, typer.Option(help="Weights per scale; by default the largest of 128, 64, 32 that divides all.")
+        int | None,
+        typer.Option(
+            help="Weights per scale; by default the largest of 128, 64, 32 that divides all."
+        ),
     ] = None,
-    env_dir: Annotated[Path, typer.Option(help="Where the peers' environments are.")] = Path(".venv-peers"),
+    env_dir: Annotated[Path, typer.Option(help="Where the peers' environments are.")] = Path(
+        ".venv-peers"
+    ),
 ) -> None:
     """Quantise MODEL with PEER and write its dequantised weights to OUT."""
     try:
-        record = compare_peer(peer, model, out, calibration, samples, seq_len, seed, group_size, env_dir)
+        record = compare_peer(
+            peer, model, out, calibration, samples, seq_len, seed, group_size, env_dir
+        )
     except (PeerError, SvskError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(f"{out}: {record['title']}, {record['bits_per_weight']:.4f} bits per weight, {record['seconds']:.1f} s")
+    typer.echo(
+        f"{out}: {record['title']}, {record['bits_per_weight']:.4f} bits per weight,"
+        f" {record['seconds']:.1f} s"
+    )
 
 
 def compare_peer(
@@ -137,7 +171,9 @@ def compare_peer(
     reference = load_folder(model)
     shapes = {name: tuple(reference[name].shape) for name in block_linears(reference)}
     size = choose_group_size(shapes, group_size) if PEERS[peer].grouped else 0
-    tokens = load_calibration(calibration, AutoTokenizer.from_pretrained(model), samples, seq_len, seed)
+    tokens = load_calibration(
+        calibration, AutoTokenizer.from_pretrained(model), samples, seq_len, seed
+    )
     python = environment_python(HERE / PEERS[peer].folder, env_dir.resolve())
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f"{out.name}.partial"
@@ -146,9 +182,15 @@ def compare_peer(
         work = Path(scratch)
         save_tokens(work / "tokens.safetensors", tokens.tokens)
         job = Job(
-            peer, str(model.resolve()), str(work / "tokens.safetensors"), str(work), str(python.parent.parent), size,
-            seed, PEERS[peer].settings,
-        )  # fmt: skip
+            peer,
+            str(model.resolve()),
+            str(work / "tokens.safetensors"),
+            str(work),
+            str(python.parent.parent),
+            size,
+            seed,
+            PEERS[peer].settings,
+        )
         run_script(python, PEERS[peer].folder, job)
         result = json.loads((work / RESULT).read_text(encoding="utf-8"))
         write_dense(model, reference, load_weights(work / WEIGHTS), partial)
@@ -173,7 +215,10 @@ def choose_group_size(shapes: dict[str, tuple[int, ...]], asked: int | None) -> 
         if size > 0 and all(width % size == 0 for width in widths):
             return size
     tried = ", ".join(map(str, GROUP_SIZES)) if asked is None else str(asked)
-    raise PeerError(f"Input features {widths} are not all multiples of a group size of {tried}. Give --group-size.")
+    raise PeerError(
+        f"Input features {widths} are not all multiples of a group size of {tried}. Give"
+        " --group-size."
+    )
 
 
 def run_script(python: Path, folder: str, job: Job) -> None:
@@ -181,9 +226,17 @@ def run_script(python: Path, folder: str, job: Job) -> None:
     file = Path(job.work) / "job.json"
     file.write_text(json.dumps(asdict(job)), encoding="utf-8")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    environment |= {"PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment |= {
+        "PYTHONPATH": str(HERE.parent),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+    }
     environment |= {"TOKENIZERS_PARALLELISM": "false"}
-    run_shown([str(python), "-m", f"peers.{folder}.quantize", str(file)], f"Quantising with {job.peer}", environment)
+    run_shown(
+        [str(python), "-m", f"peers.{folder}.quantize", str(file)],
+        f"Quantising with {job.peer}",
+        environment,
+    )
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -193,11 +246,16 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
         PeerError: it wrote none.
     """
     if not path.exists():
-        raise PeerError(f"{path}: the peer's script ended well but did not write it. This is a defect of the script.")
+        raise PeerError(
+            f"{path}: the peer's script ended well but did not write it. This is a defect of the"
+            " script."
+        )
     return load_file(path)
 
 
-def write_dense(model: Path, reference: dict[str, torch.Tensor], new: dict[str, torch.Tensor], out: Path) -> None:
+def write_dense(
+    model: Path, reference: dict[str, torch.Tensor], new: dict[str, torch.Tensor], out: Path
+) -> None:
     """Write the reference in float32 with some tensors replaced.
 
     Args:
@@ -207,15 +265,20 @@ def write_dense(model: Path, reference: dict[str, torch.Tensor], new: dict[str, 
         out: folder to make.
 
     Raises:
-        PeerError: a replacement is unknown, of another shape or not finite; or a linear of a block has none.
+        PeerError: a replacement is unknown, of another shape or not finite; or a linear of a block
+            has none.
     """
     missing = [name for name in block_linears(reference) if name not in new]
     if missing:
-        raise PeerError(f"{missing[0]}: the peer gave no weight for it and {len(missing) - 1} others.")
+        raise PeerError(
+            f"{missing[0]}: the peer gave no weight for it and {len(missing) - 1} others."
+        )
     for name, tensor in new.items():
         if name not in reference or tensor.shape != reference[name].shape:
             wanted = list(reference[name].shape) if name in reference else "no such tensor"
-            raise PeerError(f"{name}: the peer gave {list(tensor.shape)}, the reference has {wanted}.")
+            raise PeerError(
+                f"{name}: the peer gave {list(tensor.shape)}, the reference has {wanted}."
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise PeerError(f"{name}: the peer gave values that are not finite.")
     out.mkdir()
@@ -230,8 +293,13 @@ def write_dense(model: Path, reference: dict[str, torch.Tensor], new: dict[str, 
             shutil.copyfile(model / name, out / name)
 
 
-def summarise(peer: str, job: Job, result: dict[str, Any], tokens: CalibrationSet, model: Path) -> dict[str, Any]:
-    """What ``peer.json`` says of a run: bits per weight are over the linears of the decoder blocks."""
+def summarise(
+    peer: str, job: Job, result: dict[str, Any], tokens: CalibrationSet, model: Path
+) -> dict[str, Any]:
+    """What ``peer.json`` says of a run.
+
+    Bits per weight are over the linears of the decoder blocks.
+    """
     linears = result["linears"]
     weights = sum(stored["weights"] for stored in linears.values())
     types: dict[str, dict[str, float]] = {}

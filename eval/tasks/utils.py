@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the task files here name with ``!function utils.NAME``. lm-eval imports this file by its path."""
+"""What the task files here name with ``!function utils.NAME``.
+
+lm-eval imports this file by its path.
+"""
 
 from svsk_eval.task_data import (
     arc_challenge,

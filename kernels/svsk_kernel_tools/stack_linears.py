@@ -16,7 +16,10 @@ __all__ = ["StackedLinear", "pack_words", "stack_linears"]
 
 @dataclass(frozen=True)
 class StackedLinear:
-    """A layer as loaders leave it, before a kernel repacks it; factors and gains flat, in the plan's order."""
+    """A layer as loaders leave it, before a kernel repacks it.
+
+    Factors and gains flat, in the plan's order.
+    """
 
     packed: torch.Tensor  # int32 [N, K / 8]
     scale: torch.Tensor  # [N, K / g]
@@ -48,7 +51,11 @@ def stack_linears(linears: Sequence[PlainLinear]) -> StackedLinear:
     """
     first = linears[0]
     for number, linear in enumerate(linears):
-        if (linear.grid.k, linear.group_size, linear.codebook) != (first.grid.k, first.group_size, first.codebook):
+        if (linear.grid.k, linear.group_size, linear.codebook) != (
+            first.grid.k,
+            first.group_size,
+            first.codebook,
+        ):
             raise ValueError(f"Linears {number} and 0 differ in columns, group size or codebook.")
     bundles: dict[tuple[int, ...], _Members] = {}
     row = 0
@@ -67,7 +74,9 @@ def stack_linears(linears: Sequence[PlainLinear]) -> StackedLinear:
     return StackedLinear(
         packed,
         scale,
-        SidecarPlan(row, tuple(Bundle(bounds, tuple(found.groups)) for bounds, found in bundles.items())),
+        SidecarPlan(
+            row, tuple(Bundle(bounds, tuple(found.groups)) for bounds, found in bundles.items())
+        ),
         torch.cat([piece for found in members for piece in found.u]),
         torch.cat([torch.cat(found.v, dim=1).flatten() for found in members]),
         torch.cat([torch.cat(found.gain, dim=1).flatten() for found in members]),
@@ -77,7 +86,9 @@ def stack_linears(linears: Sequence[PlainLinear]) -> StackedLinear:
 
 def pack_words(codes: torch.Tensor) -> torch.Tensor:
     """Codes int8 [N, K] as int32 [N, K / 8], as ``svsk_vllm.format.pack_codes`` does, which needs another library."""
-    packed = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int32, device=codes.device)
+    packed = torch.zeros(
+        codes.shape[0], codes.shape[1] // 8, dtype=torch.int32, device=codes.device
+    )
     for place in range(8):
         packed |= (codes[:, place::8].to(torch.int32) + 8) << (4 * place)
     return packed
@@ -91,7 +102,9 @@ def _add_slots(members: _Members, linear: PlainLinear, bounds: tuple[int, ...], 
     rank, grid = linear.rank, linear.grid
     for a in range(grid.num_row_tiles):
         rows = grid.row_slice(a)
-        tiles = linear.v.new_zeros(len(bounds) - 1, rank, max(stop - start for start, stop in pairwise(bounds)))
+        tiles = linear.v.new_zeros(
+            len(bounds) - 1, rank, max(stop - start for start, stop in pairwise(bounds))
+        )
         for b, (start, stop) in enumerate(pairwise(bounds)):
             tiles[b, :, : stop - start] = linear.v[a, :, start:stop]
         members.groups.append(SlotGroup(1, rows.stop - rows.start, rank, row + rows.start))

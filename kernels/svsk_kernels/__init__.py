@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic of SVSK layers: a plain reference, kernels for whole layers, and the sidecar alone as a custom op."""
+"""Arithmetic of SVSK layers.
+
+A plain reference, kernels for whole layers, and the sidecar alone as a custom op.
+"""
 
 from svsk_kernels.cpu.cpu_kernel import CpuKernel, cpu_ops_obstacle
 from svsk_kernels.cpu.portable_kernel import PortableKernel
-from svsk_kernels.cpu.processor import has_avx512, has_bf16_products, product_dtype, simulated_features
+from svsk_kernels.cpu.processor import (
+    has_avx512,
+    has_bf16_products,
+    product_dtype,
+    simulated_features,
+)
 from svsk_kernels.gpu.triton_kernel import TritonKernel
 from svsk_kernels.layer_kernel import LayerKernel, LayerSpec, replace_parameters
 from svsk_kernels.naive import naive_matmul

@@ -5,7 +5,15 @@ from typing import Final, Literal, get_args
 
 import torch
 
-__all__ = ["CODEBOOKS", "CODE_MAX", "CODE_MIN", "Codebook", "code_values", "codebook_levels", "unpack_nibbles"]
+__all__ = [
+    "CODEBOOKS",
+    "CODE_MAX",
+    "CODE_MIN",
+    "Codebook",
+    "code_values",
+    "codebook_levels",
+    "unpack_nibbles",
+]
 
 Codebook = Literal["int4", "quad8"]
 CODEBOOKS: Final[tuple[str, ...]] = get_args(Codebook)
@@ -14,7 +22,9 @@ CODE_MIN: Final = -8
 CODE_MAX: Final = 7
 
 
-def code_values(codes: torch.Tensor, codebook: Codebook, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def code_values(
+    codes: torch.Tensor, codebook: Codebook, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Value of each code in units of its scale: ``c(q)`` in docs/format.md.
 
     Args:

@@ -5,7 +5,10 @@ __all__ = ["KernelError", "SvskError"]
 
 
 class SvskError(Exception):
-    """Something a user asked for cannot be done; the message says what, why, and what to do about it."""
+    """Something a user asked for cannot be done.
+
+    The message says what, why, and what to do about it.
+    """
 
 
 class KernelError(SvskError, ValueError):

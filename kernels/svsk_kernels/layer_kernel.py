@@ -35,13 +35,21 @@ class LayerSpec:
 
 
 class LayerKernel(Protocol):
-    """Runs a layer. It keeps no tensors: they are the layer's parameters, where a reload finds and replaces them."""
+    """Runs a layer.
+
+    It keeps no tensors: they are the layer's parameters, where a reload finds and replaces them.
+    """
 
     def prepare(self, layer: torch.nn.Module) -> None:
         """Replace the loaded parameters by those the kernel runs on."""
 
-    def __call__(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """``x W_hat^T + bias``: [M, n] from [M, k], both of the layer's dtype, with a prepared layer."""
+    def __call__(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``x W_hat^T + bias``.
+
+        [M, n] from [M, k], both of the layer's dtype, with a prepared layer.
+        """
 
 
 def replace_parameters(layer: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

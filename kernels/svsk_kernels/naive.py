@@ -64,7 +64,9 @@ def naive_sidecar(x: torch.Tensor, linear: PlainLinear) -> torch.Tensor:
     return y
 
 
-def naive_matmul(x: torch.Tensor, linear: PlainLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
+def naive_matmul(
+    x: torch.Tensor, linear: PlainLinear, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """``y = x W_hat^T + bias`` in float64.
 
     Args:
@@ -76,7 +78,9 @@ def naive_matmul(x: torch.Tensor, linear: PlainLinear, bias: torch.Tensor | None
         float64 [M, N].
     """
     n, k = linear.codes.shape
-    levels = code_values(linear.codes, linear.codebook, torch.float64).view(n, -1, linear.group_size)
+    levels = code_values(linear.codes, linear.codebook, torch.float64).view(
+        n, -1, linear.group_size
+    )
     base = (levels * linear.scale.double().unsqueeze(-1)).view(n, k)
     y = x.double() @ base.T + naive_sidecar(x, linear)
     return y if bias is None else y + bias.double()

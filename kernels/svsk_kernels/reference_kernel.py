@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer as its dequantised weight: the plainest way to serve it, to compare kernels with.
 
-It takes the memory of the dense layer in the same dtype: about four times that of the checkpoint at 16 bits, eight
-times in float32.
+It takes the memory of the dense layer in the same dtype: about four times that of the checkpoint at
+16 bits, eight times in float32.
 """
 
 from typing import Any
@@ -34,7 +34,9 @@ class ReferenceKernel:
         sidecar = None
         if self.spec.plan:
             sidecar = (layer.sidecar_u.data, layer.sidecar_v.data, layer.sidecar_gain.data)
-        weight = dequantize_layer(self.spec, layer.weight_packed.data, layer.weight_scale.data, sidecar)
+        weight = dequantize_layer(
+            self.spec, layer.weight_packed.data, layer.weight_scale.data, sidecar
+        )
         self.widened = product_dtype(self.spec.dtype, weight.device) != self.spec.dtype
         replace_parameters(layer, {"weight": weight.to(self.spec.dtype)})
         for name in ("weight_packed", "weight_scale", "sidecar_u", "sidecar_v", "sidecar_gain"):
@@ -61,7 +63,8 @@ def dequantize_layer(
         spec: the layer.
         packed: int32 [N, K / 8].
         scale: [N, K / g].
-        sidecar: flat ``u`` and ``v``, int8, and ``gain``, float32, in the plan's order; None for none.
+        sidecar: flat ``u`` and ``v``, int8, and ``gain``, float32, in the plan's order; None for
+            none.
 
     Returns:
         float32 [N, K].
@@ -74,7 +77,9 @@ def dequantize_layer(
     return weight
 
 
-def _add_sidecar(weight: torch.Tensor, plan: SidecarPlan, u: torch.Tensor, v: torch.Tensor, gain: torch.Tensor) -> None:
+def _add_sidecar(
+    weight: torch.Tensor, plan: SidecarPlan, u: torch.Tensor, v: torch.Tensor, gain: torch.Tensor
+) -> None:
     u_start = v_start = gain_start = 0
     for bundle in plan.bundles:
         factors = v.narrow(0, v_start, bundle.v_numel).view(bundle.v_shape).float()
@@ -84,9 +89,15 @@ def _add_sidecar(weight: torch.Tensor, plan: SidecarPlan, u: torch.Tensor, v: to
         for group in bundle.groups:
             for slot in range(group.slots):
                 ranks = slice(rank_start, rank_start + group.rank)
-                rows = slice(group.row_start + slot * group.rows, group.row_start + (slot + 1) * group.rows)
+                rows = slice(
+                    group.row_start + slot * group.rows, group.row_start + (slot + 1) * group.rows
+                )
                 size = group.rows * bundle.num_col_tiles * group.rank
-                left = u.narrow(0, u_start, size).view(group.rows, bundle.num_col_tiles, group.rank).float()
+                left = (
+                    u.narrow(0, u_start, size)
+                    .view(group.rows, bundle.num_col_tiles, group.rank)
+                    .float()
+                )
                 for b in range(bundle.num_col_tiles):
                     columns = slice(bundle.bounds[b], bundle.bounds[b + 1])
                     right = factors[b, ranks, : columns.stop - columns.start]

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sidecar of a layer as one custom op, ``torch.ops.svsk.sidecar``: two batched matrix products over the tiles.
+"""The sidecar of a layer as one custom op, ``torch.ops.svsk.sidecar``.
 
-``z_b = (x_b V_b^T) * gain_b`` for every column tile b, then per row tile ``y = [z_1 ... z_B] [U_1 ... U_B]^T``. No
-intermediate is larger than M x B x R.
+Two batched matrix products over the tiles.
+
+``z_b = (x_b V_b^T) * gain_b`` for every column tile b, then per row tile ``y = [z_1 ... z_B] [U_1
+... U_B]^T``. No intermediate is larger than M x B x R.
 """
 
 from collections.abc import Sequence
@@ -18,8 +20,9 @@ __all__ = ["prepare_sidecar", "sidecar_matmul"]
 _FACTOR_STEP: Final = 2.0**-7
 """Run-time factors are the stored integers times this, and gains are divided by its square.
 
-A power of two keeps the integers exact in bfloat16 and float16, brings x V into the range of an ordinary linear's
-output (float16 would overflow on integers), and gains of 1e-7 out of the range where float16 products vanish.
+A power of two keeps the integers exact in bfloat16 and float16, brings x V into the range of an
+ordinary linear's output (float16 would overflow on integers), and gains of 1e-7 out of the range
+where float16 products vanish.
 """
 
 
@@ -45,7 +48,8 @@ def sidecar_matmul(
 ) -> torch.Tensor:
     """Sidecar part of a layer's output.
 
-    Products accumulate in float32; ``z`` is scaled by the gain in float32 and rounded to the factors' dtype.
+    Products accumulate in float32; ``z`` is scaled by the gain in float32 and rounded to the
+    factors' dtype.
 
     Args:
         x: [M, K], bfloat16, float16 or float32.
@@ -80,7 +84,9 @@ def sidecar_matmul(
             size = rows * b * group.rank
             right = u.narrow(0, u_start, size).view(group.slots, group.rows, b * group.rank)
             out = torch.bmm(left, right.transpose(1, 2))  # [slots, M, rows]
-            y[:, group.row_start : group.row_start + rows].view(m, group.slots, group.rows).copy_(out.transpose(0, 1))
+            y[:, group.row_start : group.row_start + rows].view(m, group.slots, group.rows).copy_(
+                out.transpose(0, 1)
+            )
             offset += ranks
             u_start += size
     return y

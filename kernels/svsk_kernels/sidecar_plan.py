@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the sidecars of one (possibly fused and sharded) layer lie in its run-time tensors.
 
-A *slot* is the part of one row of tiles that this layer holds: some consecutive output rows that share a V. Slots of
-one height and rank that follow each other form a group, so that they multiply as one batch. Slots whose columns are
-cut at the same places form a bundle; a fused layer has one bundle unless its parts have different ``tile_n``.
+A *slot* is the part of one row of tiles that this layer holds: some consecutive output rows that
+share a V. Slots of one height and rank that follow each other form a group, so that they multiply
+as one batch. Slots whose columns are cut at the same places form a bundle; a fused layer has one
+bundle unless its parts have different ``tile_n``.
 
 Run-time tensors are flat, bundle after bundle, group after group:
 
-- ``v``: per bundle [B, R, width], B column tiles, R the sum of its slots' ranks, width the widest column tile;
-  columns beyond a tile's own width are zero;
+- ``v``: per bundle [B, R, width], B column tiles, R the sum of its slots' ranks, width the widest
+  column tile; columns beyond a tile's own width are zero;
 - ``gain``: per bundle [B, R];
 - ``u``: per group [slots, rows, B * rank].
 """
@@ -33,7 +34,10 @@ class SlotGroup:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Groups that share their column tiles. ``bounds`` are the B + 1 edges of the tiles, from 0 to K."""
+    """Groups that share their column tiles.
+
+    ``bounds`` are the B + 1 edges of the tiles, from 0 to K.
+    """
 
     bounds: tuple[int, ...]
     groups: tuple[SlotGroup, ...]
@@ -89,7 +93,10 @@ class SidecarPlan:
     @cached_property
     def covers_all_rows(self) -> bool:
         """Whether every output row belongs to a slot."""
-        return sum(group.slots * group.rows for bundle in self.bundles for group in bundle.groups) == self.n
+        return (
+            sum(group.slots * group.rows for bundle in self.bundles for group in bundle.groups)
+            == self.n
+        )
 
     @cached_property
     def u_numel(self) -> int:

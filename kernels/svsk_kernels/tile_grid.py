@@ -17,8 +17,9 @@ def ceil_div(a: int, b: int) -> int:
 class TileGrid:
     """Tiles of a weight of ``n`` rows (outputs) and ``k`` columns (inputs).
 
-    Tile (a, b) covers rows ``a * tile_m`` to ``(a + 1) * tile_m`` and columns ``b * tile_n`` to ``(b + 1) * tile_n``,
-    cut off at the edges of the weight. A tile size of 0 stands for the whole dimension.
+    Tile (a, b) covers rows ``a * tile_m`` to ``(a + 1) * tile_m`` and columns ``b * tile_n`` to
+    ``(b + 1) * tile_n``, cut off at the edges of the weight. A tile size of 0 stands for the whole
+    dimension.
 
     Raises:
         KernelError: a dimension is not positive, or a tile size is negative.
@@ -31,10 +32,13 @@ class TileGrid:
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.k < 1:
-            raise KernelError(f"A weight of shape [{self.n}, {self.k}] has no tiles: both sizes must be positive.")
+            raise KernelError(
+                f"A weight of shape [{self.n}, {self.k}] has no tiles: both sizes must be positive."
+            )
         if self.tile_m < 0 or self.tile_n < 0:
             raise KernelError(
-                f"Tile size {self.tile_m} x {self.tile_n}: expected integers >= 0 (0 = the whole dimension)."
+                f"Tile size {self.tile_m} x {self.tile_n}: expected integers >= 0 (0 = the whole"
+                " dimension)."
             )
 
     @property

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The offline tool: from dense Hugging Face folders to SVSK checkpoints. ``svsk_offline.quantize`` is its function."""
+"""The offline tool.
+
+From dense Hugging Face folders to SVSK checkpoints. ``svsk_offline.quantize`` is its function.
+"""
 
 from typing import TYPE_CHECKING, Any
 

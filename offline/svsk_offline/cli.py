@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of the offline tool. Heavy packages are imported by the subcommand that needs them."""
+"""The commands of the offline tool.
+
+Heavy packages are imported by the subcommand that needs them.
+"""
 
 import json
 from pathlib import Path
@@ -41,7 +44,9 @@ class Commands(typer.core.TyperGroup):
     """
 
     continues: ClassVar[dict[str, str]] = {
-        "quantize": "Start it again with the same arguments to go on after the last finished block.",
+        "quantize": (
+            "Start it again with the same arguments to go on after the last finished block."
+        ),
     }
 
     def invoke(self, ctx: Any) -> Any:
@@ -50,9 +55,13 @@ class Commands(typer.core.TyperGroup):
 
 
 app = typer.Typer(
-    name="svsk", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="svsk",
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-)  # fmt: skip
+)
 _errors = Console(stderr=True, soft_wrap=True)
 
 
@@ -72,9 +81,14 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")
+    ] = False,
 ) -> None:
-    """Quantise language models to SVSK checkpoints; inspect, check, restore, evaluate and run them."""
+    """Quantise language models to SVSK checkpoints.
+
+    Inspect, check, restore, evaluate and run them.
+    """
 
 
 @app.command()
@@ -83,15 +97,20 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     recipe: Annotated[str, typer.Option(help="Name (see `svsk recipes`) or YAML file.")] = "best",
     target_bpw: Annotated[
-        float | None, typer.Option(help="Bits per weight; rank and group size are then chosen per matrix.")
+        float | None,
+        typer.Option(help="Bits per weight; rank and group size are then chosen per matrix."),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Sidecar rank per tile, 0 for none.")] = None,
     tile_m: TileM = None,
     tile_n: TileN = None,
-    factor_bits: Annotated[int | None, typer.Option(help="Bits of a sidecar factor, 8 or 4.")] = None,
+    factor_bits: Annotated[
+        int | None, typer.Option(help="Bits of a sidecar factor, 8 or 4.")
+    ] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights per scale, 32 or 64.")] = None,
     codebook: CodebookName = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Module to leave alone: name or re:pattern.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Module to leave alone: name or re:pattern.")
+    ] = None,
     calibration: CalibrationText = "python",
     chat_template: ChatTemplate = False,
     samples: Samples = None,
@@ -100,7 +119,8 @@ def quantize(
     sequential: Annotated[
         bool | None,
         typer.Option(
-            "--sequential/--parallel", help="Calibrate each block on the outputs of the quantised ones before."
+            "--sequential/--parallel",
+            help="Calibrate each block on the outputs of the quantised ones before.",
         ),
     ] = None,
     device: Device = "auto",
@@ -112,7 +132,9 @@ def quantize(
 
     Example: `svsk quantize Qwen/Qwen3-4B qwen3-4b-svsk --calibration text.txt --target-bpw 4.5`
     """
-    check_output(out, overwrite=overwrite, source=model)  # what takes no time comes before imports that do
+    check_output(
+        out, overwrite=overwrite, source=model
+    )  # what takes no time comes before imports that do
     calibration_path(calibration)
     from svsk_offline.console import quantize_with_progress
     from svsk_offline.recipe import load_recipe
@@ -121,24 +143,36 @@ def quantize(
         {
             "weights": {"group_size": group_size, "codebook": codebook},
             "sidecar": {"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": factor_bits},
-            "calibration": {"samples": samples, "seq_len": seq_len, "seed": seed, "sequential": sequential},
+            "calibration": {
+                "samples": samples,
+                "seq_len": seq_len,
+                "seed": seed,
+                "sequential": sequential,
+            },
             "allocation": {"target_bpw": target_bpw, "group_sizes": group_size and (group_size,)},
             "ignore": tuple(ignore or ()),
         }
     )
     if chosen.allocation.target_bpw is not None and (rank is not None or factor_bits is not None):
         raise SvskError(
-            f"Under a target of {chosen.allocation.target_bpw} bits per weight ranks and factor bits are chosen: "
-            "leave --rank and --factor-bits out."
+            f"Under a target of {chosen.allocation.target_bpw} bits per weight ranks and factor"
+            " bits are chosen: leave --rank and --factor-bits out."
         )
     if chosen.allocation.target_bpw is None and not chosen.sidecar.rank:
         tiles = {"--tile-m": tile_m, "--tile-n": tile_n, "--factor-bits": factor_bits}
         check_effect(tiles, "at rank 0, which has no sidecar")
     quantize_with_progress(
-        console, model, out, chosen,
-        calibration=calibration, chat_template=chat_template, device=device, dtype=dtype, overwrite=overwrite,
+        console,
+        model,
+        out,
+        chosen,
+        calibration=calibration,
+        chat_template=chat_template,
+        device=device,
+        dtype=dtype,
+        overwrite=overwrite,
         trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    )
 
 
 @app.command()
@@ -164,7 +198,10 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")],
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
-    """Show what a checkpoint holds: bits per weight with every stored bit counted, sizes, recipe, producer."""
+    """Show what a checkpoint holds.
+
+    Bits per weight with every stored bit counted, sizes, recipe, producer.
+    """
     from svsk_offline.storage.inspection import inspect_checkpoint, print_inspection
 
     found = inspect_checkpoint(folder)
@@ -176,9 +213,13 @@ def inspect(
 
 @app.command()
 def validate(
-    folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")], trust_remote_code: TrustRemoteCode = False
+    folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")],
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Check a checkpoint's structure and numbers; list every problem and exit with 1 if there is one."""
+    """Check a checkpoint's structure and numbers.
+
+    List every problem and exit with 1 if there is one.
+    """
     from svsk_offline.storage.inspection import serving_note, validate_against_architecture
 
     problems = validate_against_architecture(

@@ -33,13 +33,18 @@ TileM = Annotated[int | None, typer.Option(help="Rows of a tile, 0 for all.")]
 TileN = Annotated[int | None, typer.Option(help="Columns of a tile, 0 for all.")]
 CodebookName = Annotated[str | None, typer.Option(help="int4 or quad8.")]
 CalibrationText = Annotated[
-    str, typer.Option(help="File (text, JSON lines or list, parquet), dataset name[:config]:split, or python.")
+    str,
+    typer.Option(
+        help="File (text, JSON lines or list, parquet), dataset name[:config]:split, or python."
+    ),
 ]
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Render Q/A rows as chat.")]
 Samples = Annotated[int | None, typer.Option(help="Calibration samples.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens per sample.")]
 Seed = Annotated[int | None, typer.Option(help="Of the draw of samples.")]
-StoredDtype = Annotated[str, typer.Option(help="Of scales and dense tensors: auto, bfloat16, float16.")]
+StoredDtype = Annotated[
+    str, typer.Option(help="Of scales and dense tensors: auto, bfloat16, float16.")
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python files that come with the model.")
 ]

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from svsk_offline.pipeline import Progress as Callbacks
 from svsk_offline.pipeline import QuantizationResult, quantize
@@ -31,8 +38,12 @@ def quantize_with_progress(
     """Run :func:`svsk_offline.pipeline.quantize` with a progress bar, a line per matrix and a summary."""
     started = time.perf_counter()
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("blocks", total=None)
 
@@ -47,9 +58,9 @@ def quantize_with_progress(
         result = quantize(model, out, recipe, progress=callbacks, **options)
     seconds = time.perf_counter() - started
     console.print(
-        f"wrote {result.folder}: {len(result.layers)} matrices, {result.bits_per_weight:.4f} bits per weight, "
-        f"{seconds:.1f} s ({statistics.median(result.block_seconds):.2f} s per block), "
-        f"peak memory {peak_memory_gib():.2f} GiB",
+        f"wrote {result.folder}: {len(result.layers)} matrices, {result.bits_per_weight:.4f} bits"
+        f" per weight, {seconds:.1f} s ({statistics.median(result.block_seconds):.2f} s per block),"
+        f" peak memory {peak_memory_gib():.2f} GiB",
         highlight=False,
     )
     return result
@@ -58,6 +69,7 @@ def quantize_with_progress(
 def _layer_line(report: LayerReport) -> str:
     n, k = report.shape
     return (
-        f"{report.name:<44} {n:>6} x {k:<6} {report.bits_per_weight:6.3f} bpw  "
-        f"error {report.base_error:.2e} -> {report.error:.2e}  sqnr {report.sqnr_db:5.1f} dB  {report.seconds:5.2f} s"
+        f"{report.name:<44} {n:>6} x {k:<6} {report.bits_per_weight:6.3f} bpw  error"
+        f" {report.base_error:.2e} -> {report.error:.2e}  sqnr {report.sqnr_db:5.1f} dB "
+        f" {report.seconds:5.2f} s"
     )

@@ -28,9 +28,14 @@ __all__ = ["Stopped", "plain_endings"]
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
 _EXITS: Final = (
-    typer.Exit, typer.Abort, *(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"),
-)  # fmt: skip
-"""How typer ends a command itself. The last is for wrong arguments: click's class, or typer's copy of it."""
+    typer.Exit,
+    typer.Abort,
+    *(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"),
+)
+"""How typer ends a command itself.
+
+The last is for wrong arguments: click's class, or typer's copy of it.
+"""
 _DEBUG: Final = "SVSK_DEBUG"
 
 
@@ -43,16 +48,19 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def plain_endings(say: Callable[[str], None], continues: Callable[[], str | None] = lambda: None) -> Iterator[None]:
+def plain_endings(
+    say: Callable[[str], None], continues: Callable[[], str | None] = lambda: None
+) -> Iterator[None]:
     """Turn whatever ends the block into one line and an exit status.
 
-    Status 1: the request, the disk, the memory, or a bug of this program, whose traceback is then in a file that the
-    line names; with ``SVSK_DEBUG`` in the environment it is shown instead. 130: Ctrl-C. 143, 129: SIGTERM, SIGHUP.
+    Status 1: the request, the disk, the memory, or a bug of this program, whose traceback is then
+    in a file that the line names; with ``SVSK_DEBUG`` in the environment it is shown instead. 130:
+    Ctrl-C. 143, 129: SIGTERM, SIGHUP.
 
     Args:
         say: prints a line for the user.
-        continues: what becomes of a run that is started again after it was stopped, a sentence; None if it keeps
-            nothing. Asked at the end.
+        continues: what becomes of a run that is started again after it was stopped, a sentence;
+            None if it keeps nothing. Asked at the end.
 
     Raises:
         SystemExit: the block did not end well.
@@ -62,7 +70,8 @@ def plain_endings(say: Callable[[str], None], continues: Callable[[], str | None
         with _signals_raise():
             yield
             if sys.stdout is not None:
-                sys.stdout.flush()  # a full disk or a closed pipe shows now rather than after the last handler
+                # a full disk or a closed pipe shows now rather than after the last handler
+                sys.stdout.flush()
     except KeyboardInterrupt:
         say(" ".join(filter(None, ("stopped by Ctrl-C.", continues()))))
         raise SystemExit(128 + signal.SIGINT) from None
@@ -84,7 +93,9 @@ def _line(error: Exception, continues: str | None) -> str:
     """What to say of an error."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         where = f"{error.filename}: " if error.filename else ""
-        return " ".join(filter(None, (f"{where}no room ({error.strerror}). Make room for it.", continues)))
+        return " ".join(
+            filter(None, (f"{where}no room ({error.strerror}). Make room for it.", continues))
+        )
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename}: no such file or folder. Was it removed while the program ran?"
     if isinstance(error, OSError) and error.errno and error.filename:
@@ -97,17 +108,24 @@ def _line(error: Exception, continues: str | None) -> str:
         return str(error)
     if type(error).__name__ == "AcceleratorError":  # torch's, of the device and its driver
         return f"the device failed ({_one_line(error)})."
-    return f"{type(error).__name__}: {_one_line(error)}. This is a bug in svsk {__version__}: {_report(error)}"
+    return (
+        f"{type(error).__name__}: {_one_line(error)}. This is a bug in svsk {__version__}:"
+        f" {_report(error)}"
+    )
 
 
 def _is_memory(error: Exception) -> bool:
     """Whether memory ran out, on the device or not."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # the latter is torch's
+    if (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    ):  # the latter is torch's
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "not enough memory" in text
+    )
 
 
 def _one_line(error: BaseException) -> str:
@@ -119,8 +137,13 @@ def _report(error: Exception) -> str:
     where = _tracker()
     to = f" at {where}" if where else ""
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="svsk-", suffix=".log", delete=False, encoding="utf-8") as log:
-            log.write(f"svsk {__version__}, Python {platform.python_version()}, {platform.platform()}\n{sys.argv}\n\n")
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="svsk-", suffix=".log", delete=False, encoding="utf-8"
+        ) as log:
+            log.write(
+                f"svsk {__version__}, Python {platform.python_version()},"
+                f" {platform.platform()}\n{sys.argv}\n\n"
+            )
             log.writelines(traceback.format_exception(error))
     except OSError:
         return f"please report it{to} with what it prints when {_DEBUG}=1 is set."

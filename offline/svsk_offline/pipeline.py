@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantising a model: one decoder block at a time, from a dense folder to an SVSK checkpoint.
 
-Shards are written per block into a folder in ``OUT.partial``, which becomes ``OUT`` when everything is there. A run
-that was interrupted continues after the last finished block when it is started again with the same inputs, and writes
-the same bytes: the hidden states are computed again, blocks with a shard are not quantised again. A lock keeps a second
-run away from ``OUT``.
+Shards are written per block into a folder in ``OUT.partial``, which becomes ``OUT`` when everything
+is there. A run that was interrupted continues after the last finished block when it is started
+again with the same inputs, and writes the same bytes: the hidden states are computed again, blocks
+with a shard are not quantised again. A lock keeps a second run away from ``OUT``.
 """
 
 import hashlib
@@ -19,7 +19,13 @@ import torch
 from torch import nn
 
 from svsk_kernels.errors import SvskError
-from svsk_offline.calibration import DEFAULT_SOURCE, BlockRunner, CalibrationSet, InputStatistics, load_calibration
+from svsk_offline.calibration import (
+    DEFAULT_SOURCE,
+    BlockRunner,
+    CalibrationSet,
+    InputStatistics,
+    load_calibration,
+)
 from svsk_offline.calibration.limits import check_length, check_token_ids
 from svsk_offline.calibration.sources import check_source
 from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
@@ -37,7 +43,14 @@ from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
 from svsk_vllm.format.shards import read_json
 from svsk_vllm.version import __version__
 
-__all__ = ["Progress", "QuantizationResult", "check_takes", "load_texts", "quantize", "resolve_device"]
+__all__ = [
+    "Progress",
+    "QuantizationResult",
+    "check_takes",
+    "load_texts",
+    "quantize",
+    "resolve_device",
+]
 
 _STATE_NAME: Final = "svsk-state.json"
 _PLAN_NAME: Final = "svsk-plan.safetensors"
@@ -64,7 +77,9 @@ class QuantizationResult:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits of all quantised linears over their weights."""
-        return sum(layer.stored_bits for layer in self.layers) / sum(layer.num_weights for layer in self.layers)
+        return sum(layer.stored_bits for layer in self.layers) / sum(
+            layer.num_weights for layer in self.layers
+        )
 
 
 def quantize(
@@ -86,8 +101,8 @@ def quantize(
         model: folder or hub name.
         out: folder to write.
         recipe: a recipe, or the name or file of one.
-        calibration: text source, see :func:`svsk_offline.calibration.load_calibration`; or samples drawn already, which
-            then stand in for the recipe's.
+        calibration: text source, see :func:`svsk_offline.calibration.load_calibration`; or samples
+            drawn already, which then stand in for the recipe's.
         chat_template: render question and answer rows as chat messages.
         device: ``auto``, ``cpu``, ``cuda`` ...
         dtype: dtype of scales and unquantised tensors, ``auto`` for the model's own.
@@ -120,7 +135,9 @@ def quantize(
         def texts() -> CalibrationSet:
             drawn = calibration
             if not isinstance(drawn, CalibrationSet):
-                progress.message(f"Calibration text: {drawn}, {args.samples} samples of {args.seq_len} tokens")
+                progress.message(
+                    f"Calibration text: {drawn}, {args.samples} samples of {args.seq_len} tokens"
+                )
                 drawn = load_texts(source, drawn, args.samples, args, chat_template)
             check_takes(source, drawn)
             return drawn
@@ -173,7 +190,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SvskError(f"--device {name}: not usable here ({str(error).splitlines()[0]}).") from error
+        raise SvskError(
+            f"--device {name}: not usable here ({str(error).splitlines()[0]})."
+        ) from error
     return device
 
 
@@ -212,7 +231,11 @@ class _Run:
         plan = self._plan()
         planned = time.perf_counter() - started
         writer = CheckpointWriter(
-            result, self.folder.path, self.source, self.scale_dtype, self.config.producer[FINGERPRINT_KEY]
+            result,
+            self.folder.path,
+            self.source,
+            self.scale_dtype,
+            self.config.producer[FINGERPRINT_KEY],
         )
         layers, seconds = self._write_blocks(writer, plan)
         if self.recipe.allocation.target_bpw is not None:
@@ -222,8 +245,16 @@ class _Run:
         return QuantizationResult(out, layers, seconds, planned)
 
     def _fingerprint(self) -> str:
-        """What tells the shards of this run from those of others; the same for a run with the same inputs."""
-        inputs = [self.config.to_dict(), self.source.content_sample(), self.device.type, str(self.scale_dtype)]
+        """What tells the shards of this run from those of others.
+
+        The same for a run with the same inputs.
+        """
+        inputs = [
+            self.config.to_dict(),
+            self.source.content_sample(),
+            self.device.type,
+            str(self.scale_dtype),
+        ]
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def _uniform_config(self, calibration: Mapping[str, Any]) -> SvskCheckpointConfig:
@@ -237,9 +268,12 @@ class _Run:
             "recipe_values": recipe.model_dump(mode="json", exclude={"name", "description"}),
             "calibration": dict(calibration),
         }
-        # Linears outside the decoder blocks (an output head, say) stay as they are, so the config must say so.
+        # Linears outside the decoder blocks (an output head, say) stay as they are, so the config
+        # must say so.
         ignore = dict.fromkeys((*recipe.ignore, *self.source.other_linears()))
-        return SvskCheckpointConfig(config_groups={"group_0": group}, ignore=tuple(ignore), producer=producer)
+        return SvskCheckpointConfig(
+            config_groups={"group_0": group}, ignore=tuple(ignore), producer=producer
+        )
 
     def _linear_names(self) -> Iterator[str]:
         for index in range(len(self.blocks)):
@@ -248,7 +282,10 @@ class _Run:
     def _check_targets(self) -> None:
         """Refuse before any work what would fail in the middle."""
         if all(self.config.scheme_for(name) is None for name in self._linear_names()):
-            raise SvskError(f"{self.source.folder}: every linear layer is on the ignore list; nothing to quantise.")
+            raise SvskError(
+                f"{self.source.folder}: every linear layer is on the ignore list; nothing to"
+                " quantise."
+            )
         self.schemes = uniform_schemes(self.source, self.config, self.scale_dtype)
         budget = self.recipe.allocation
         most = 0 if budget.target_bpw is None else max(budget.ranks)
@@ -258,12 +295,15 @@ class _Run:
             k = self.source.tensors.describe(f"{name}.weight").shape[1]
             if all(k % size for size in sizes):
                 raise SvskError(
-                    f"{name}: K = {k} input features is a multiple of none of allocation.group_sizes {sizes}. Add 32, "
-                    "or add the module to --ignore."
+                    f"{name}: K = {k} input features is a multiple of none of"
+                    f" allocation.group_sizes {sizes}. Add 32, or add the module to --ignore."
                 )
 
     def _claim(self, overwrite: bool) -> Path:
-        """Note what this run is, or check that the unfinished one found is the same; the folder of the result."""
+        """Note what this run is, or check that the unfinished one found is the same.
+
+        The folder of the result.
+        """
         identity = {
             **self.source.identity(),
             "device": self.device.type,
@@ -274,16 +314,21 @@ class _Run:
         partial = self.folder.path
         state = partial / _STATE_NAME
         # A run that is killed while it writes its state leaves a temporary file and nothing else.
-        unknown = not state.exists() and partial.exists() and any(p.suffix != ".tmp" for p in partial.iterdir())
+        unknown = (
+            not state.exists()
+            and partial.exists()
+            and any(p.suffix != ".tmp" for p in partial.iterdir())
+        )
         if unknown:
             raise SvskError(
-                f"{partial}: holds something that is not an unfinished run. It is not deleted: move it away."
+                f"{partial}: holds something that is not an unfinished run. It is not deleted: move"
+                " it away."
             )
         if state.exists() and read_json(state) != identity:
             if not overwrite:
                 raise SvskError(
-                    f"{partial} holds an unfinished run of another model, recipe, calibration or device. "
-                    "Delete it, or pass --overwrite."
+                    f"{partial} holds an unfinished run of another model, recipe, calibration or"
+                    " device. Delete it, or pass --overwrite."
                 )
             self.folder.discard()
         partial.mkdir(parents=True, exist_ok=True)
@@ -298,15 +343,25 @@ class _Run:
         if self.recipe.needs_gradients:
             self.progress.message("Measuring how much the predictions feel each matrix")
         plan = make_plan(
-            self.source, self.schemes, self.recipe, self.texts, self.device, self.scale_dtype, self.folder.path,
+            self.source,
+            self.schemes,
+            self.recipe,
+            self.texts,
+            self.device,
+            self.scale_dtype,
+            self.folder.path,
             progress=self.progress.block,
-        )  # fmt: skip
+        )
         plan.save(path)
         return plan
 
-    def _write_blocks(self, writer: CheckpointWriter, plan: Plan) -> tuple[list[LayerReport], list[float]]:
+    def _write_blocks(
+        self, writer: CheckpointWriter, plan: Plan
+    ) -> tuple[list[LayerReport], list[float]]:
         compute = _compute_dtype(self.device)
-        runner = BlockRunner(self.source, self.texts, self.device, compute, scratch=self.folder.path)
+        runner = BlockRunner(
+            self.source, self.texts, self.device, compute, scratch=self.folder.path
+        )
         sequential = self.recipe.calibration.sequential
         layers: list[LayerReport] = []
         seconds: list[float] = []
@@ -332,7 +387,9 @@ class _Run:
                     self.progress.message(f"Block {index}: finished by an earlier run")
                     runner.advance(index, block)
                 if sequential:
-                    _put_weights(block, {full: name for name, full, _ in self.source.linears(index)}, linears)
+                    _put_weights(
+                        block, {full: name for name, full, _ in self.source.linears(index)}, linears
+                    )
                     runner.advance(index, block)
                 self.source.unload(block)
                 layers += reports
@@ -344,15 +401,22 @@ class _Run:
 
     def _sink_names(self, index: int) -> frozenset[str]:
         """Linears below a block whose first tokens count more."""
-        return frozenset(name for name, full, _ in self.source.linears(index) if self.recipe.sink_weight(full))
+        return frozenset(
+            name for name, full, _ in self.source.linears(index) if self.recipe.sink_weight(full)
+        )
 
     def _token_weights(self, plan: Plan, index: int) -> dict[str, torch.Tensor] | None:
-        """Token weights by the names below a block; linears that are not quantised share the first one's."""
+        """Token weights by the names below a block.
+
+        Linears that are not quantised share the first one's.
+        """
         if not plan.tokens:
             return None
         names = {name: full for name, full, _ in self.source.linears(index)}
         known = {name: plan.tokens[full] for name, full in names.items() if full in plan.tokens}
-        return {name: known.get(name, next(iter(known.values()))) for name in names} if known else None
+        return (
+            {name: known.get(name, next(iter(known.values()))) for name in names} if known else None
+        )
 
     def _quantize_block(
         self, index: int, statistics: dict[str, InputStatistics], plan: Plan
@@ -363,14 +427,22 @@ class _Run:
             if scheme is None:
                 continue
             if name not in statistics:
-                raise SvskError(f"{full}: saw no calibration token, so it cannot be quantised. Add it to --ignore.")
+                raise SvskError(
+                    f"{full}: saw no calibration token, so it cannot be quantised. Add it to"
+                    " --ignore."
+                )
             weight = self.source.tensors.read(f"{full}.weight").to(self.device)
             rows = plan.rows.get(full)
             try:
                 linear, report = quantize_linear(
-                    full, weight, statistics[name], self.recipe, scheme, self.scale_dtype,
+                    full,
+                    weight,
+                    statistics[name],
+                    self.recipe,
+                    scheme,
+                    self.scale_dtype,
                     None if rows is None else rows.to(self.device),
-                )  # fmt: skip
+                )
             except SvskError as error:
                 raise error if full in str(error) else SvskError(f"{full}: {error}") from error
             linears.append(linear)
@@ -379,8 +451,13 @@ class _Run:
         return linears, reports
 
 
-def _put_weights(block: nn.Module, names: Mapping[str, str], linears: list[QuantizedLinear]) -> None:
-    """Replace the weights of a loaded block by what was stored of them; ``names`` are those below the block."""
+def _put_weights(
+    block: nn.Module, names: Mapping[str, str], linears: list[QuantizedLinear]
+) -> None:
+    """Replace the weights of a loaded block by what was stored of them.
+
+    ``names`` are those below the block.
+    """
     for linear in linears:
         weight = block.get_parameter(f"{names[linear.spec.name]}.weight")
         weight.data = dequantize(linear).to(weight.device, weight.dtype)

@@ -26,13 +26,26 @@ __all__ = [
     "check_text",
 ]
 
-_TEXT_SUFFIXES: Final = (".csv", ".gz", ".json", ".jsonl", ".log", ".md", ".ndjson", ".parquet", ".text", ".txt")
+_TEXT_SUFFIXES: Final = (
+    ".csv",
+    ".gz",
+    ".json",
+    ".jsonl",
+    ".log",
+    ".md",
+    ".ndjson",
+    ".parquet",
+    ".text",
+    ".txt",
+)
 
 _LARGEST_CONFIG: Final = 1 << 24
 """Bytes of a config.json that is looked at."""
 
 
-def check_output(out: Path, *, overwrite: bool, dense: bool = False, source: str | Path | None = None) -> None:
+def check_output(
+    out: Path, *, overwrite: bool, dense: bool = False, source: str | Path | None = None
+) -> None:
     """Refuse a folder to write that exists, or that may not be replaced.
 
     Args:
@@ -47,18 +60,24 @@ def check_output(out: Path, *, overwrite: bool, dense: bool = False, source: str
     if source is not None and Path(source).is_dir():
         folder, own = Path(source).resolve(), out.resolve()
         if own == folder or own in folder.parents or folder in own.parents:
-            raise SvskError(f"{out}: overlaps the model it is made from, {source}. Choose another folder.")
+            raise SvskError(
+                f"{out}: overlaps the model it is made from, {source}. Choose another folder."
+            )
     if out.exists() or out.is_symlink():
         if not out.is_dir():
             raise SvskError(
-                f"{out}: is a file, expected a folder to write. Choose another name; a file is never replaced."
+                f"{out}: is a file, expected a folder to write. Choose another name; a file is"
+                " never replaced."
             )
         if not overwrite:
-            raise SvskError(f"{out} exists. Choose another folder, or pass --overwrite to replace it.")
+            raise SvskError(
+                f"{out} exists. Choose another folder, or pass --overwrite to replace it."
+            )
         if any(out.iterdir()) and not _is_ours(out, dense):
             kind = "a model" if dense else "an SVSK checkpoint"
             raise SvskError(
-                f"{out}: holds something that is not {kind}, so --overwrite does not delete it. Choose another folder."
+                f"{out}: holds something that is not {kind}, so --overwrite does not delete it."
+                " Choose another folder."
             )
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir():
@@ -78,7 +97,9 @@ def _is_ours(folder: Path, dense: bool) -> bool:
     if not isinstance(config, dict):
         return False
     method = config.get("quantization_config")
-    return (isinstance(method, dict) and method.get("quant_method") == "svsk") or (dense and "model_type" in config)
+    return (isinstance(method, dict) and method.get("quant_method") == "svsk") or (
+        dense and "model_type" in config
+    )
 
 
 def calibration_path(name: str) -> Path | None:
@@ -152,7 +173,9 @@ def check_effect(given: Mapping[str, Any], why: str) -> None:
     """
     named = [option for option, value in given.items() if value is not None]
     if named:
-        raise SvskError(f"{', '.join(named)}: no effect {why}. Leave {'it' if len(named) == 1 else 'them'} out.")
+        raise SvskError(
+            f"{', '.join(named)}: no effect {why}. Leave {'it' if len(named) == 1 else 'them'} out."
+        )
 
 
 def check_recipe(
@@ -160,8 +183,8 @@ def check_recipe(
 ) -> None:
     """Refuse entries of a recipe that match none of a model's linear layers.
 
-    What the shipped recipes say for all models (``ignore: [lm_head]``, the names of the sink's targets) need not fit
-    this one: of the sink a message tells that it has no effect.
+    What the shipped recipes say for all models (``ignore: [lm_head]``, the names of the sink's
+    targets) need not fit this one: of the sink a message tells that it has no effect.
 
     Args:
         recipe: the recipe, with what the user added.
@@ -177,7 +200,9 @@ def check_recipe(
     usual = Recipe.model_fields["ignore"].default
     for entry in recipe.ignore:
         if entry not in usual and not any(matches(name, (entry,)) for name in linears):
-            raise SvskError(f"--ignore {entry}: matches no linear layer of the model{_nearest(entry, linears)}.")
+            raise SvskError(
+                f"--ignore {entry}: matches no linear layer of the model{_nearest(entry, linears)}."
+            )
     sink = recipe.sink
     if not sink.weight or any(matches(name, sink.targets) for name in linears):
         return
@@ -185,8 +210,8 @@ def check_recipe(
         message(f"No linear matches sink.targets {sink.targets}: the sink weight has no effect.")
         return
     raise SvskError(
-        f"sink.targets {list(sink.targets)}: none matches a linear layer of the model, so sink.weight {sink.weight} "
-        "has no effect. Name its layers, or leave the sink out."
+        f"sink.targets {list(sink.targets)}: none matches a linear layer of the model, so"
+        f" sink.weight {sink.weight} has no effect. Name its layers, or leave the sink out."
     )
 
 
@@ -197,10 +222,15 @@ def _nearest(entry: str, linears: Collection[str]) -> str:
     if below:
         pattern = entry.replace(".", r"\.")
         return f", which has {len(below)} below it: name them, or give 're:{pattern}\\..*'"
-    ends = [name for name in names if name.rpartition(".")[2] == entry or name.endswith(f".{entry}")]
+    ends = [
+        name for name in names if name.rpartition(".")[2] == entry or name.endswith(f".{entry}")
+    ]
     if ends:
         pattern = entry.replace(".", r"\.")
-        return f", but the end of {len(ends)} such as {ends[0]}: name them whole, or give 're:.*\\.{pattern}$'"
+        return (
+            f", but the end of {len(ends)} such as {ends[0]}: name them whole, or give"
+            f" 're:.*\\.{pattern}$'"
+        )
     close = difflib.get_close_matches(entry, names, 1)
     found = close or names[:1]
     return f" (there is {found[0]})" if found else ""

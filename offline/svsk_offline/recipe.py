@@ -43,13 +43,17 @@ class AaBase(_Strict):
     method: Literal["aa"] = "aa"
     alpha: float = Field(default=0.5, ge=0, le=2)
     importance_clip: tuple[float, float] = (0.25, 4.0)
-    clip_grid: tuple[float, ...] = Field(default=(1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), min_length=1)
+    clip_grid: tuple[float, ...] = Field(
+        default=(1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), min_length=1
+    )
 
     @field_validator("clip_grid")
     @classmethod
     def _starts_at_one(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if 1.0 not in value or any(not 0 < clip <= 1 for clip in value):
-            raise ValueError(f"expected factors in (0, 1] with 1.0 among them (plain rounding), got {value}")
+            raise ValueError(
+                f"expected factors in (0, 1] with 1.0 among them (plain rounding), got {value}"
+            )
         return value
 
 
@@ -64,9 +68,13 @@ class GptqBase(_Strict):
     """Error feedback under the Hessian of the input (GPTQ with static groups, activation order)."""
 
     method: Literal["gptq"] = "gptq"
-    scales: Literal["search", "absmax"] = "search"  # the least weighted error, or each group's largest magnitude
+    scales: Literal["search", "absmax"] = (
+        "search"  # the least weighted error, or each group's largest magnitude
+    )
     damping: float = Field(default=0.01, gt=0)  # relative to the mean of the Hessian's diagonal
-    polish: int = Field(default=0, ge=0)  # rounds at the end that refit all scales together and move single codes
+    polish: int = Field(
+        default=0, ge=0
+    )  # rounds at the end that refit all scales together and move single codes
 
 
 class HessianFit(_Strict):
@@ -74,13 +82,16 @@ class HessianFit(_Strict):
 
     method: Literal["hessian"] = "hessian"
     ridge: float = Field(default=1e-4, gt=0)
-    rounds: int = Field(default=3, ge=1)  # of base and sidecar, each fitted from scratch to what the other leaves
+    rounds: int = Field(
+        default=3, ge=1
+    )  # of base and sidecar, each fitted from scratch to what the other leaves
 
 
 class SinkArgs(_Strict):
     """Extra weight of the first token in the Hessians of the modules named.
 
-    Every later token attends to the first one (the attention sink), so its error is felt coherently everywhere.
+    Every later token attends to the first one (the attention sink), so its error is felt coherently
+    everywhere.
     """
 
     weight: float = Field(default=0.0, ge=0)
@@ -90,22 +101,39 @@ class SinkArgs(_Strict):
 class GradientArgs(_Strict):
     """Weights from the gradient of the model's own loss, one more pass over the calibration text, there and back.
 
-    A token counts in a linear's Hessian in proportion to ``|g_t| ** (2 token_power)``, g_t the gradient of the linear's
-    output at that token; a row of the weight counts in the sidecar's fit in proportion to ``E[g_tn^2] ** row_power``.
-    0 is off: all count the same.
+    A token counts in a linear's Hessian in proportion to ``|g_t| ** (2 token_power)``, g_t the
+    gradient of the linear's output at that token; a row of the weight counts in the sidecar's fit
+    in proportion to ``E[g_tn^2] ** row_power``. 0 is off: all count the same.
     """
 
     token_power: float = Field(default=0.0, ge=0, le=1)
     row_power: float = Field(default=0.0, ge=0, le=1)
     shared: bool = False  # one weighting for all linears of one input: fewer Hessians
-    samples: int | None = Field(default=None, ge=1)  # calibration samples to measure with; all where token_power is on
+    samples: int | None = Field(
+        default=None, ge=1
+    )  # calibration samples to measure with; all where token_power is on
 
 
 class AllocationArgs(_Strict):
-    """Rank, factor bits and group size per matrix under a bit budget; without a target all are as the recipe says."""
+    """Rank, factor bits and group size per matrix under a bit budget.
+
+    Without a target all are as the recipe says.
+    """
 
     target_bpw: float | None = Field(default=None, gt=4, le=8)
-    ranks: tuple[Annotated[int, Field(ge=0, le=MAX_RANK)], ...] = (0, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128)
+    ranks: tuple[Annotated[int, Field(ge=0, le=MAX_RANK)], ...] = (
+        0,
+        8,
+        16,
+        24,
+        32,
+        40,
+        48,
+        64,
+        80,
+        96,
+        128,
+    )
     factor_bits: tuple[Literal[4, 8], ...] = (4,)
     group_sizes: tuple[Literal[32, 64], ...] = (64, 32)
 
@@ -159,7 +187,10 @@ class Recipe(_Strict):
         return self
 
     def sink_weight(self, name: str) -> float:
-        """Extra weight of the first token in the Hessian of the linear ``name``; 0 where it has none."""
+        """Extra weight of the first token in the Hessian of the linear ``name``.
+
+        0 where it has none.
+        """
         return self.sink.weight if matches(name, self.sink.targets) else 0.0
 
     @property
@@ -177,7 +208,8 @@ class Recipe(_Strict):
         """A copy with some values replaced and checked again; None leaves a value as it is.
 
         Args:
-            changes: section name to a mapping of key to value, or ``ignore`` to more ignore entries.
+            changes: section name to a mapping of key to value, or ``ignore`` to more ignore
+                entries.
         """
         raw = self.model_dump(mode="python")
         for section, values in changes.items():
@@ -210,7 +242,9 @@ def _parse(raw: Any, source: str) -> Recipe:
 def recipe_names() -> list[str]:
     """Names of the recipes shipped with the package."""
     folder = resources.files("svsk_offline") / "recipes"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    return sorted(
+        item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")
+    )
 
 
 def load_recipe(name: str) -> Recipe:
@@ -222,12 +256,19 @@ def load_recipe(name: str) -> Recipe:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.exists():
-            raise SvskError(f"Recipe {path}: no such file. Shipped recipes: {', '.join(recipe_names())}.")
+            raise SvskError(
+                f"Recipe {path}: no such file. Shipped recipes: {', '.join(recipe_names())}."
+            )
         text = path.read_text(encoding="utf-8")
     elif name in recipe_names():
-        text = (resources.files("svsk_offline") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+        text = (resources.files("svsk_offline") / "recipes" / f"{name}.yaml").read_text(
+            encoding="utf-8"
+        )
     else:
-        raise SvskError(f"Recipe {name!r} is not one of {', '.join(recipe_names())}, nor a file ending in .yaml.")
+        raise SvskError(
+            f"Recipe {name!r} is not one of {', '.join(recipe_names())}, nor a file ending in"
+            " .yaml."
+        )
     try:
         return _parse(yaml.safe_load(text), f"recipe {name}")
     except yaml.YAMLError as error:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint folder against the architecture its config.json names: what `svsk validate` says and every loader asks.
+"""A checkpoint folder against the architecture its config.json names.
 
-The architecture is built without memory for its weights, and never by code from the folder unless that is allowed.
+What `svsk validate` says and every loader asks.
+
+The architecture is built without memory for its weights, and never by code from the folder unless
+that is allowed.
 """
 
 import re
@@ -21,13 +24,22 @@ __all__ = ["checkpoint_problems", "require_sound"]
 
 _MAX_COUNT: Final = 100_000
 """Of layers, heads, labels and all else that is counted out one by one."""
-_LARGE: Final = re.compile(r"size|position|length|theta|base|window|vocab|token|dim|period|seed|max|context|(^|_)ids?$")
-"""Keys of numbers that may be larger: sizes and positions cost nothing without memory for the weights."""
+_LARGE: Final = re.compile(
+    r"size|position|length|theta|base|window|vocab|token|dim|period|seed|max|context|(^|_)ids?$"
+)
+"""Keys of numbers that may be larger.
+
+Sizes and positions cost nothing without memory for the weights.
+"""
 _MAX_SHOWN: Final = 5
 
 
-def checkpoint_problems(folder: Path, *, trust_remote_code: bool = False, serving: bool = True) -> list[str]:
-    """Everything that is wrong with a checkpoint folder, one line each; see :func:`validate_checkpoint`.
+def checkpoint_problems(
+    folder: Path, *, trust_remote_code: bool = False, serving: bool = True
+) -> list[str]:
+    """Everything that is wrong with a checkpoint folder, one line each.
+
+    See :func:`validate_checkpoint`.
 
     Args:
         folder: the checkpoint.
@@ -42,41 +54,55 @@ def checkpoint_problems(folder: Path, *, trust_remote_code: bool = False, servin
     except SvskFormatError as error:
         found = validate_checkpoint(folder, serving=serving)
         return found if str(error) in found else [*found, str(error)]
-    return validate_checkpoint(folder, architecture=describe_architecture(model, stored), serving=serving)
+    return validate_checkpoint(
+        folder, architecture=describe_architecture(model, stored), serving=serving
+    )
 
 
 def require_sound(folder: Path, hf_config: Any) -> None:
     """Refuse to load a folder that `svsk validate` calls damaged.
 
-    A folder is looked at once in a process, until a file of it changes: an engine asks several times.
+    A folder is looked at once in a process, until a file of it changes: an engine asks several
+    times.
 
     Args:
         folder: the checkpoint.
-        hf_config: the config object that the loader made of its config.json. A class from the folder's own code says
-            that the user allowed it; one that is not of transformers, that only the loader knows the architecture.
+        hf_config: the config object that the loader made of its config.json. A class from the
+            folder's own code says that the user allowed it; one that is not of transformers, that
+            only the loader knows the architecture.
 
     Raises:
         SvskFormatError: names the first few problems.
     """
     try:
-        files = tuple(sorted((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()))
+        files = tuple(
+            sorted(
+                (path.name, path.stat().st_mtime_ns, path.stat().st_size)
+                for path in folder.iterdir()
+            )
+        )
     except OSError as error:
         raise SvskFormatError(f"{folder}: cannot be read ({error}).") from error
     module = type(hf_config).__module__
     own_code, known = module.startswith("transformers_modules."), module.startswith("transformers.")
-    with torch.device("cpu"), _one_thread():  # transformers asks while it builds a model on another device
+    with (
+        torch.device("cpu"),
+        _one_thread(),
+    ):  # transformers asks while it builds a model on another device
         problems = _problems_of(folder.absolute(), files, own_code, own_code or known)
     if problems:
         more = f" And {len(problems) - _MAX_SHOWN} more: `svsk validate {folder}`."
-        raise SvskFormatError(" ".join(problems[:_MAX_SHOWN]) + (more if len(problems) > _MAX_SHOWN else ""))
+        raise SvskFormatError(
+            " ".join(problems[:_MAX_SHOWN]) + (more if len(problems) > _MAX_SHOWN else "")
+        )
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Compute on one thread.
 
-    vLLM asks before it forks its engine, and a fork of a process whose pool of threads has been used waits for those
-    threads for ever.
+    vLLM asks before it forks its engine, and a fork of a process whose pool of threads has been
+    used waits for those threads for ever.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -87,7 +113,9 @@ def _one_thread() -> Iterator[None]:
 
 
 @lru_cache(maxsize=4)
-def _problems_of(folder: Path, files: tuple[tuple[str, int, int], ...], own_code: bool, known: bool) -> tuple[str, ...]:
+def _problems_of(
+    folder: Path, files: tuple[tuple[str, int, int], ...], own_code: bool, known: bool
+) -> tuple[str, ...]:
     if not known:
         return tuple(validate_checkpoint(folder, serving=False))
     return tuple(checkpoint_problems(folder, trust_remote_code=own_code, serving=False))
@@ -98,7 +126,8 @@ def build_architecture(folder: Path, stored: int, *, trust_remote_code: bool = F
 
     Args:
         folder: holds config.json.
-        stored: how many tensors the folder holds; a model of far more parameters is not built to its end.
+        stored: how many tensors the folder holds; a model of far more parameters is not built to
+            its end.
         trust_remote_code: run Python files of the folder.
 
     Raises:
@@ -107,7 +136,9 @@ def build_architecture(folder: Path, stored: int, *, trust_remote_code: bool = F
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"), _at_most_parameters(2 * stored + 1000):
@@ -118,7 +149,8 @@ def build_architecture(folder: Path, stored: int, *, trust_remote_code: bool = F
     except Exception as error:  # whatever a hostile config.json makes of transformers
         if not trust_remote_code and "auto_map" in read_json(folder / "config.json"):
             raise SvskFormatError(
-                f"{folder}: its architecture is Python code in the folder, which runs only with --trust-remote-code."
+                f"{folder}: its architecture is Python code in the folder, which runs only with"
+                " --trust-remote-code."
             ) from error
         raise SvskFormatError(
             f"{folder}: transformers cannot build the architecture that config.json describes "
@@ -129,7 +161,9 @@ def build_architecture(folder: Path, stored: int, *, trust_remote_code: bool = F
 
 def describe_architecture(model: Any, stored: list[str]) -> Architecture:
     """Parameters of a model, and which of them transformers fills from each stored tensor, by its own rules."""
-    from svsk_vllm.architecture.parameter_names import parameter_names  # imports transformers: seconds
+    from svsk_vllm.architecture.parameter_names import (
+        parameter_names,
+    )  # imports transformers: seconds
 
     parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
@@ -139,20 +173,26 @@ def describe_architecture(model: Any, stored: list[str]) -> Architecture:
         found = parameter_names(model, None, names)
         whole = any(name.startswith(prefix) for name in names)
         return {
-            name: ((name,), True)
-            if _only_prefixed(name, found[name].targets[0], prefix, whole)
-            else (found[name].targets, found[name].pattern is None)
+            name: (
+                ((name,), True)
+                if _only_prefixed(name, found[name].targets[0], prefix, whole)
+                else (found[name].targets, found[name].pattern is None)
+            )
             for name in names
         }
 
     prefix = f"{model.base_model_prefix}."
-    linears = frozenset(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    linears = frozenset(
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    )
     return Architecture(
         required=parameters,
         optional={name: shape for name, shape in everything.items() if name not in parameters},
         linears=linears,
         tied=dict(tied),
-        floating=frozenset(name for name, value in model.state_dict().items() if value.is_floating_point()),
+        floating=frozenset(
+            name for name, value in model.state_dict().items() if value.is_floating_point()
+        ),
         ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
         targets=targets,
     )
@@ -176,8 +216,8 @@ def _at_most_parameters(limit: int) -> Iterator[None]:
         count += 1
         if count > limit:
             raise SvskFormatError(
-                f"config.json describes a model of more than {limit} parameters, the folder holds far fewer. One of "
-                "them is damaged: copy or download the folder again."
+                f"config.json describes a model of more than {limit} parameters, the folder holds"
+                " far fewer. One of them is damaged: copy or download the folder again."
             )
 
     handle = torch.nn.modules.module.register_module_parameter_registration_hook(registered)
@@ -188,7 +228,9 @@ def _at_most_parameters(limit: int) -> Iterator[None]:
 
 
 def _check_numbers(folder: Path, config: Any, key: str = "") -> None:
-    """Refuse counts that transformers would try to reach: a config of 1e9 layers lists the type of each.
+    """Refuse counts that transformers would try to reach.
+
+    A config of 1e9 layers lists the type of each.
 
     Raises:
         SvskFormatError: names the key and the number.
@@ -202,7 +244,9 @@ def _check_numbers(folder: Path, config: Any, key: str = "") -> None:
             _check_numbers(folder, value, key)
     elif isinstance(config, int) and abs(config) > _MAX_COUNT:
         last = key.rpartition(".")[2]
-        if not _LARGE.search(last) or (abs(config) >= 2**31 and "theta" not in last and "base" not in last):
+        if not _LARGE.search(last) or (
+            abs(config) >= 2**31 and "theta" not in last and "base" not in last
+        ):
             raise SvskFormatError(
                 f"{folder / 'config.json'}: {key} is {str(config)[:20]}, too large for any model. "
                 "Copy or download the file again."

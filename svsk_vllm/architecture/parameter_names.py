@@ -35,7 +35,9 @@ def parameter_names(model: Any, quantizer: Any, stored: Iterable[str]) -> dict[s
     mapping = get_model_conversion_mapping(model, None, quantizer)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    targets_of = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
+    targets_of = {
+        pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns
+    }
     parameters, prefix = model.state_dict(), model.base_model_prefix
     names = {}
     for name in stored:

@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SVSK checkpoint format, version 1 (docs/format.md): schema, geometry, packing, reading and checking."""
+"""The SVSK checkpoint format, version 1 (docs/format.md).
 
-from svsk_kernels.codebook import CODE_MAX, CODE_MIN, CODEBOOKS, Codebook, code_values, codebook_levels
+Schema, geometry, packing, reading and checking.
+"""
+
+from svsk_kernels.codebook import (
+    CODE_MAX,
+    CODE_MIN,
+    CODEBOOKS,
+    Codebook,
+    code_values,
+    codebook_levels,
+)
 from svsk_kernels.tile_grid import TileGrid, ceil_div
 from svsk_vllm.format.checkpoint import Checkpoint
 from svsk_vllm.format.config import ConfigGroup, SidecarArgs, SvskCheckpointConfig, WeightArgs

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM makes of an architecture, known without vLLM: which linears it fuses, and so must be quantised alike.
+"""What vLLM makes of an architecture, known without vLLM.
 
-``architectures.json`` says so for the version of vLLM it was made from (``svsk_vllm.plugin.architectures`` makes it).
+Which linears it fuses, and so must be quantised alike.
+
+``architectures.json`` says so for the version of vLLM it was made from
+(``svsk_vllm.plugin.architectures`` makes it).
 """
 
 import json
@@ -27,10 +30,11 @@ class VllmClass:
 
     Attributes:
         name: of the class; empty when config.json names none.
-        support: ``native``: vLLM has a class of its own. ``transformers``: it serves transformers' class through its
-            backend for them. ``removed``: it had a class once. ``unknown``: it has none; its backend for transformers'
-            classes may do.
-        fused: sets of two or more linears that become one layer in vLLM, by the ends of their names.
+        support: ``native``: vLLM has a class of its own. ``transformers``: it serves transformers'
+            class through its backend for them. ``removed``: it had a class once. ``unknown``: it
+            has none; its backend for transformers' classes may do.
+        fused: sets of two or more linears that become one layer in vLLM, by the ends of their
+            names.
         vllm: the version of vLLM that this was read from.
         last: of a removed class, the last version of vLLM that had it.
     """
@@ -48,7 +52,8 @@ class VllmClass:
             names: full names of the linears of a model.
 
         Returns:
-            Sets of two or more names, each set and the list in the order of ``names``. No name is in two sets.
+            Sets of two or more names, each set and the list in the order of ``names``. No name is
+            in two sets.
         """
         names = list(names)
         sets: dict[tuple[str, ...], set[str]] = {}
@@ -79,26 +84,37 @@ class VllmClass:
             left = [name for name in members if name not in chosen]
             if chosen and left:
                 problems.append(
-                    f"{', '.join(members)}: vLLM fuses them into one layer ({self.name}), but {_listed(left)} not "
-                    f"quantised while {_listed(list(chosen))}. Put all of them on the ignore list, or none."
+                    f"{', '.join(members)}: vLLM fuses them into one layer ({self.name}), but"
+                    f" {_listed(left)} not quantised while {_listed(list(chosen))}. Put all of them"
+                    " on the ignore list, or none."
                 )
             bases = {scheme.weights for scheme in chosen.values()}
             if len(bases) > 1:
-                told = ", ".join(f"{n}: {s.weights.codebook} g{s.weights.group_size}" for n, s in chosen.items())
+                told = ", ".join(
+                    f"{n}: {s.weights.codebook} g{s.weights.group_size}" for n, s in chosen.items()
+                )
                 problems.append(
-                    f"{', '.join(chosen)}: vLLM fuses them into one layer ({self.name}), but their bases differ "
-                    f"({told}). Give them one group size and one codebook; ranks and tiles may differ."
+                    f"{', '.join(chosen)}: vLLM fuses them into one layer ({self.name}), but their"
+                    f" bases differ ({told}). Give them one group size and one codebook; ranks and"
+                    " tiles may differ."
                 )
         return problems
 
     def note(self) -> str | None:
-        """What a user should know before relying on vLLM for this model, in one line; None: nothing."""
+        """What a user should know before relying on vLLM for this model, in one line.
+
+        None: nothing.
+        """
         if self.support == "removed":
-            return f"{self.name}: vLLM {self.last} was the last to serve it. transformers can use the checkpoint."
+            return (
+                f"{self.name}: vLLM {self.last} was the last to serve it. transformers can use the"
+                " checkpoint."
+            )
         if self.support == "unknown":
             return (
-                f"{self.name or 'config.json names no architecture'}: vLLM {self.vllm} has no class for it. It may "
-                "serve it through its backend for transformers' classes, or not at all."
+                f"{self.name or 'config.json names no architecture'}: vLLM {self.vllm} has no class"
+                " for it. It may serve it through its backend for transformers' classes, or not at"
+                " all."
             )
         return None
 
@@ -117,7 +133,9 @@ def vllm_class(hf_config: Mapping[str, Any], default: str = "") -> VllmClass:
     entry = table["classes"].get(name)
     if entry is not None:
         fused = tuple(tuple(parts) for parts in entry["fused"].values() if len(parts) > 1)
-        return VllmClass(name, "transformers" if entry.get("transformers") else "native", fused, table["vllm"])
+        return VllmClass(
+            name, "transformers" if entry.get("transformers") else "native", fused, table["vllm"]
+        )
     last = table["removed"].get(name, "")
     return VllmClass(name, "removed" if last else "unknown", _USUAL, table["vllm"], last)
 
@@ -125,7 +143,9 @@ def vllm_class(hf_config: Mapping[str, Any], default: str = "") -> VllmClass:
 def serving_problems(checkpoint: Checkpoint) -> list[str]:
     """What vLLM would refuse, or serve wrong, of a checkpoint of this class with these schemes, one line each."""
     schemes: dict[str, ConfigGroup | None] = {}
-    for module in dict.fromkeys(parts[0] for name in checkpoint.tensors.names if (parts := split_suffix(name))):
+    for module in dict.fromkeys(
+        parts[0] for name in checkpoint.tensors.names if (parts := split_suffix(name))
+    ):
         try:
             scheme = checkpoint.config.scheme_for(module)
         except SvskFormatError:  # reported with the linear, as is the lack of a scheme
@@ -133,7 +153,11 @@ def serving_problems(checkpoint: Checkpoint) -> list[str]:
         if scheme is not None:
             schemes[module] = scheme
     found = vllm_class(checkpoint.hf_config)
-    rows = (row_order_problem([found.name], name, group.sidecar.rank) for name, group in schemes.items() if group)
+    rows = (
+        row_order_problem([found.name], name, group.sidecar.rank)
+        for name, group in schemes.items()
+        if group
+    )
     problems = [problem for problem in rows if problem]
     for name in checkpoint.dense_names:
         if name.endswith(".weight"):
@@ -146,7 +170,9 @@ def _table() -> dict[str, Any]:
     """``architectures.json``, its groups by the name of the class."""
     text = files("svsk_vllm.format").joinpath("architectures.json").read_text(encoding="utf-8")
     table: dict[str, Any] = json.loads(text)
-    table["classes"] = {name: group for group in table.pop("groups") for name in group["architectures"]}
+    table["classes"] = {
+        name: group for group in table.pop("groups") for name in group["architectures"]
+    }
     return table
 
 

@@ -27,7 +27,8 @@ class Checkpoint:
     """An SVSK checkpoint on disk; tensors are read when asked for.
 
     Args:
-        folder: a Hugging Face folder whose config.json has a ``quantization_config`` of method ``svsk``.
+        folder: a Hugging Face folder whose config.json has a ``quantization_config`` of method
+            ``svsk``.
 
     Raises:
         SvskFormatError: the folder is not an SVSK checkpoint this package can read.
@@ -60,7 +61,8 @@ class Checkpoint:
         """Specification of every quantised linear by module name, in the order of the index.
 
         Raises:
-            SvskFormatError: a stored linear has no scheme in the config, or a shape no scheme can have.
+            SvskFormatError: a stored linear has no scheme in the config, or a shape no scheme can
+                have.
         """
         specs = {}
         for name in self.tensors.names:
@@ -79,7 +81,11 @@ class Checkpoint:
         spec = self.linears[module]
         return QuantizedLinear.from_tensors(
             spec,
-            {name: self.tensors.read(name) for suffix in SUFFIXES if (name := f"{module}.{suffix}") in self.tensors},
+            {
+                name: self.tensors.read(name)
+                for suffix in SUFFIXES
+                if (name := f"{module}.{suffix}") in self.tensors
+            },
         )
 
     def iter_linears(self) -> Iterator[tuple[str, QuantizedLinear]]:
@@ -99,17 +105,25 @@ class Checkpoint:
         packed = self.tensors.describe(f"{module}.{WEIGHT_PACKED}")
         if len(packed.shape) != 2 or 0 in packed.shape:
             raise SvskFormatError(
-                f"{module}.{WEIGHT_PACKED}: shape {list(packed.shape)}, expected a matrix of one row or more."
+                f"{module}.{WEIGHT_PACKED}: shape {list(packed.shape)}, expected a matrix of one"
+                " row or more."
             )
         scheme = self.config.scheme_for(module)
         if scheme is None:
-            why = "is on the ignore list" if self.config.is_ignored(module) else "matches no config group"
-            raise SvskFormatError(f"{module}: stored quantised, but {why} in config.json. Correct the config.")
+            why = (
+                "is on the ignore list"
+                if self.config.is_ignored(module)
+                else "matches no config group"
+            )
+            raise SvskFormatError(
+                f"{module}: stored quantised, but {why} in config.json. Correct the config."
+            )
         k, group = packed.shape[1] * 8, scheme.weights.group_size
         if k % group:
             raise SvskFormatError(
-                f"{module}.{WEIGHT_PACKED}: shape {list(packed.shape)} holds K = {k} input features, not a multiple of "
-                f"the group size {group} that config.json gives it. Correct the config, or quantise the model again."
+                f"{module}.{WEIGHT_PACKED}: shape {list(packed.shape)} holds K = {k} input"
+                f" features, not a multiple of the group size {group} that config.json gives it."
+                " Correct the config, or quantise the model again."
             )
         scale = f"{module}.{WEIGHT_SCALE}"
         dtype = self.tensors.describe(scale).dtype if scale in self.tensors else None
@@ -127,7 +141,11 @@ def parse_quantization_config(folder: Path, hf_config: dict[str, Any]) -> SvskCh
     source = f"{folder / 'config.json'}: quantization_config"
     raw = hf_config.get("quantization_config")
     if not isinstance(raw, dict):
-        raise SvskFormatError(f"{source}: missing. This is not a quantised checkpoint; run `svsk quantize` first.")
+        raise SvskFormatError(
+            f"{source}: missing. This is not a quantised checkpoint; run `svsk quantize` first."
+        )
     if raw.get("quant_method") != "svsk":
-        raise SvskFormatError(f"{source}: quant_method {raw.get('quant_method')!r}, expected 'svsk'.")
+        raise SvskFormatError(
+            f"{source}: quant_method {raw.get('quant_method')!r}, expected 'svsk'."
+        )
     return SvskCheckpointConfig.from_dict(raw, source)

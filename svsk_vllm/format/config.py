@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``quantization_config`` of an SVSK checkpoint: schema, and which scheme a module gets.
 
-Targets and ignore entries are matched as compressed-tensors matches them: a module name, a class name (``Linear``),
-or ``re:`` and a regular expression that must match from the start of the module name.
+Targets and ignore entries are matched as compressed-tensors matches them: a module name, a class
+name (``Linear``), or ``re:`` and a regular expression that must match from the start of the module
+name.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from svsk_kernels.codebook import Codebook
 from svsk_vllm.format.errors import SvskFormatError
@@ -37,13 +46,14 @@ _SHOWN_CHARACTERS = 100
 
 STOCK_LOADER_KEY = "transformers_weights"
 STOCK_LOADER_NOTE = (
-    "SVSK checkpoint. Run `import svsk_vllm.hf` before from_pretrained() (pip install svsk-vllm), serve it with vLLM "
-    "and svsk-vllm installed, or write a dense folder with `svsk restore`."
+    "SVSK checkpoint. Run `import svsk_vllm.hf` before from_pretrained() (pip install svsk-vllm),"
+    " serve it with vLLM and svsk-vllm installed, or write a dense folder with `svsk restore`."
 )
 """What config.json says under the key where transformers looks for the name of the weights' file.
 
-transformers without ``svsk_vllm.hf`` skips a quantisation method that it does not know, with a warning, and leaves
-every quantised linear at random values. A name that is no safetensors file makes it stop and show the name instead.
+transformers without ``svsk_vllm.hf`` skips a quantisation method that it does not know, with a
+warning, and leaves every quantised linear at random values. A name that is no safetensors file
+makes it stop and show the name instead.
 """
 
 
@@ -61,7 +71,10 @@ def _valid_pattern(entry: str) -> str:
         except re.error as error:
             raise ValueError(f"not a valid regular expression ({error})") from error
         if re.search(r"\)[*+{]", entry) or len(re.findall(r"[*+{]", entry)) > _MAX_REPEATS:
-            raise ValueError(f"a repeated group, or more than {_MAX_REPEATS} repeats: matching could take for ever")
+            raise ValueError(
+                f"a repeated group, or more than {_MAX_REPEATS} repeats: matching could take for"
+                " ever"
+            )
     return entry
 
 
@@ -93,7 +106,10 @@ class WeightArgs(_Strict):
 
 
 class SidecarArgs(_Strict):
-    """The low-rank sidecar of a weight. Rank 0 means none; tile sizes of 0 mean the whole dimension."""
+    """The low-rank sidecar of a weight.
+
+    Rank 0 means none; tile sizes of 0 mean the whole dimension.
+    """
 
     rank: int = Field(default=0, ge=0, le=MAX_RANK, strict=True)
     tile_m: int = Field(default=512, ge=0, strict=True)
@@ -103,7 +119,10 @@ class SidecarArgs(_Strict):
     @model_validator(mode="after")
     def _even_axes(self) -> "SidecarArgs":
         if self.num_bits == 4 and self.rank % 2:
-            raise ValueError(f"rank {self.rank} with num_bits 4: the rank must be even (two factors share a byte)")
+            raise ValueError(
+                f"rank {self.rank} with num_bits 4: the rank must be even (two factors share a"
+                " byte)"
+            )
         return self
 
 
@@ -116,32 +135,43 @@ class ConfigGroup(_Strict):
 
 
 class SvskCheckpointConfig(_Strict):
-    """``quantization_config`` in config.json. ``producer`` is information only and may hold anything."""
+    """``quantization_config`` in config.json.
+
+    ``producer`` is information only and may hold anything.
+    """
 
     quant_method: Literal["svsk"] = "svsk"
     format: Literal["svsk"] = "svsk"
     version: str = FORMAT_VERSION
-    config_groups: dict[Annotated[str, AfterValidator(_printable)], ConfigGroup] = Field(min_length=1)
+    config_groups: dict[Annotated[str, AfterValidator(_printable)], ConfigGroup] = Field(
+        min_length=1
+    )
     ignore: tuple[Target, ...] = ()
     producer: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "quantization_config") -> "SvskCheckpointConfig":
+    def from_dict(
+        cls, raw: Mapping[str, Any], source: str = "quantization_config"
+    ) -> "SvskCheckpointConfig":
         """Parse and check ``raw``, naming ``source`` in errors.
 
         Raises:
-            SvskFormatError: unknown key, wrong value, or a major version this package does not read.
+            SvskFormatError: unknown key, wrong value, or a major version this package does not
+                read.
         """
         _check_version(raw.get("version"), source)
         try:
             return cls.model_validate(dict(raw))
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(map(_key, item['loc'])) or 'top level'}: "
-                f"{'unknown key' if item['type'] == 'extra_forbidden' else item['msg']} (got {_shown(item['input'])})"
+                f"{'.'.join(map(_key, item['loc'])) or 'top level'}:"
+                f" {'unknown key' if item['type'] == 'extra_forbidden' else item['msg']} (got"
+                f" {_shown(item['input'])})"
                 for item in error.errors()
             )
-            raise SvskFormatError(f"{source}: {problems}. docs/format.md lists the keys and values.") from error
+            raise SvskFormatError(
+                f"{source}: {problems}. docs/format.md lists the keys and values."
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON-ready dictionary that goes into config.json."""
@@ -151,14 +181,16 @@ class SvskCheckpointConfig(_Strict):
         """A copy with the module names of all targets and ignore entries translated.
 
         Args:
-            rename: maps a list of names; class names and patterns are passed through it too, as compressed-tensors
-                does in vLLM.
+            rename: maps a list of names; class names and patterns are passed through it too, as
+                compressed-tensors does in vLLM.
         """
         groups = {
             key: group.model_copy(update={"targets": tuple(rename(list(group.targets)))})
             for key, group in self.config_groups.items()
         }
-        return self.model_copy(update={"config_groups": groups, "ignore": tuple(rename(list(self.ignore)))})
+        return self.model_copy(
+            update={"config_groups": groups, "ignore": tuple(rename(list(self.ignore)))}
+        )
 
     def is_ignored(self, name: str) -> bool:
         """Whether an ignore entry matches the linear module ``name`` (Hugging Face name)."""
@@ -167,11 +199,13 @@ class SvskCheckpointConfig(_Strict):
     def scheme_for(self, name: str, *, by_class: bool = True) -> ConfigGroup | None:
         """The group that quantises the linear module ``name``, None when it is ignored or not targeted.
 
-        Where several groups match, an exact name wins over a regular expression and that over a class name.
+        Where several groups match, an exact name wins over a regular expression and that over a
+        class name.
 
         Args:
             name: Hugging Face module name, for example ``model.layers.0.self_attn.q_proj``.
-            by_class: whether a class name matches. Not for an output head, which no class name means.
+            by_class: whether a class name matches. Not for an output head, which no class name
+                means.
 
         Raises:
             SvskFormatError: two groups match equally well.
@@ -180,7 +214,9 @@ class SvskCheckpointConfig(_Strict):
             return None
         best: dict[int, list[str]] = {}
         for key, group in self.config_groups.items():
-            ranks = [rank for target in group.targets if (rank := _specificity(name, target)) is not None]
+            ranks = [
+                rank for target in group.targets if (rank := _specificity(name, target)) is not None
+            ]
             if ranks and (by_class or min(ranks) < _BY_CLASS):
                 best.setdefault(min(ranks), []).append(key)
         if not best:
@@ -188,7 +224,8 @@ class SvskCheckpointConfig(_Strict):
         keys = best[min(best)]
         if len(keys) > 1:
             raise SvskFormatError(
-                f"{name}: config groups {', '.join(keys)} match equally well. Make one target more specific."
+                f"{name}: config groups {', '.join(keys)} match equally well. Make one target more"
+                " specific."
             )
         return self.config_groups[keys[0]]
 
@@ -196,12 +233,20 @@ class SvskCheckpointConfig(_Strict):
 def declared(hf_config: Mapping[str, Any], quantization: SvskCheckpointConfig) -> dict[str, Any]:
     """The config.json of a checkpoint, from that of the dense model."""
     dense = undeclared(hf_config)
-    return {**dense, STOCK_LOADER_KEY: STOCK_LOADER_NOTE, "quantization_config": quantization.to_dict()}
+    return {
+        **dense,
+        STOCK_LOADER_KEY: STOCK_LOADER_NOTE,
+        "quantization_config": quantization.to_dict(),
+    }
 
 
 def undeclared(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the dense model, from that of a checkpoint."""
-    return {key: value for key, value in hf_config.items() if key not in (STOCK_LOADER_KEY, "quantization_config")}
+    return {
+        key: value
+        for key, value in hf_config.items()
+        if key not in (STOCK_LOADER_KEY, "quantization_config")
+    }
 
 
 def _key(part: Any) -> str:
@@ -235,11 +280,13 @@ def _check_version(version: Any, source: str) -> None:
         or version.count(".") != 1
     ):
         raise SvskFormatError(
-            f'{source}: version {version!r}: expected a string "major.minor" such as "{FORMAT_VERSION}".'
+            f'{source}: version {version!r}: expected a string "major.minor" such as'
+            f' "{FORMAT_VERSION}".'
         )
     if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
         raise SvskFormatError(
-            f"{source}: format version {version} is not readable by svsk-vllm {__version__}, which reads version "
-            f"{FORMAT_VERSION.split('.')[0]}.x. Install the release of svsk-vllm that wrote the checkpoint "
-            "(producer.svsk in config.json names it), or quantise the model again."
+            f"{source}: format version {version} is not readable by svsk-vllm {__version__}, which"
+            f" reads version {FORMAT_VERSION.split('.')[0]}.x. Install the release of svsk-vllm"
+            " that wrote the checkpoint (producer.svsk in config.json names it), or quantise the"
+            " model again."
         )

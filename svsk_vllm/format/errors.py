@@ -9,5 +9,6 @@ __all__ = ["SvskError", "SvskFormatError"]
 class SvskFormatError(SvskError, ValueError):
     """A checkpoint, a tensor or a configuration does not follow the SVSK format.
 
-    The message names the file, tensor or key, the value found, what was expected, and what to do about it.
+    The message names the file, tensor or key, the value found, what was expected, and what to do
+    about it.
     """

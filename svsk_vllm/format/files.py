@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening files of a folder that somebody else made: regular files only, JSON of bounded size, safetensors by name.
+"""Opening files of a folder that somebody else made.
 
-A FIFO or a device in place of a file would hang a reader, a large or deeply nested JSON file would fill its memory.
+Regular files only, JSON of bounded size, safetensors by name.
+
+A FIFO or a device in place of a file would hang a reader, a large or deeply nested JSON file would
+fill its memory.
 """
 
 import json
@@ -20,9 +23,15 @@ from svsk_vllm.format.errors import SvskFormatError
 __all__ = ["MAX_INDEX_BYTES", "copy_regular", "open_regular", "open_safetensors", "read_json"]
 
 MAX_JSON_BYTES: Final = 16 * 2**20
-"""Of a config.json. One that names each of 50,000 linears (256 experts in 60 layers) in its groups has 4 MB."""
+"""Of a config.json.
+
+One that names each of 50,000 linears (256 experts in 60 layers) in its groups has 4 MB.
+"""
 MAX_INDEX_BYTES: Final = 64 * 2**20
-"""Of an index. Five tensors for each of 50,000 linears are 250,000 entries of about 100 bytes: 25 MB."""
+"""Of an index.
+
+Five tensors for each of 50,000 linears are 250,000 entries of about 100 bytes: 25 MB.
+"""
 _MAX_VALUES: Final = 1_500_000
 """Values in a JSON file: a small one takes 2 bytes there and 100 in memory."""
 _MAX_DEPTH: Final = 50
@@ -38,12 +47,18 @@ def require_regular(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:
-        raise SvskFormatError(f"{path}: cannot be opened, no such file. Is {path.parent} a model folder?") from error
+        raise SvskFormatError(
+            f"{path}: cannot be opened, no such file. Is {path.parent} a model folder?"
+        ) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL or half a surrogate pair in the name
         raise SvskFormatError(f"{str(path)!r}: cannot be opened ({error}).") from error
     if not stat.S_ISREG(mode):
-        kind = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device")
-        raise SvskFormatError(f"{path}: is a {kind}, expected a regular file. Copy or download the folder again.")
+        kind = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}.get(
+            stat.S_IFMT(mode), "device"
+        )
+        raise SvskFormatError(
+            f"{path}: is a {kind}, expected a regular file. Copy or download the folder again."
+        )
 
 
 @contextmanager
@@ -61,7 +76,9 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         raise SvskFormatError(f"{path}: cannot be opened ({error.strerror}).") from error
     with os.fdopen(descriptor, "rb") as handle:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise SvskFormatError(f"{path}: changed while it was opened. Copy or download the folder again.")
+            raise SvskFormatError(
+                f"{path}: changed while it was opened. Copy or download the folder again."
+            )
         yield handle
 
 
@@ -85,13 +102,15 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
         max_bytes: a larger file is refused.
 
     Raises:
-        SvskFormatError: the file is missing, is no regular file, is too large or too deeply nested, is not JSON, or
-            does not hold an object.
+        SvskFormatError: the file is missing, is no regular file, is too large or too deeply nested,
+            is not JSON, or does not hold an object.
     """
     with open_regular(path) as handle:
         size = os.fstat(handle.fileno()).st_size
         if size > max_bytes:
-            raise SvskFormatError(f"{path}: {size:,} bytes, expected at most {max_bytes:,}. This is no such file.")
+            raise SvskFormatError(
+                f"{path}: {size:,} bytes, expected at most {max_bytes:,}. This is no such file."
+            )
         try:
             raw = handle.read(size)
         except OSError as error:
@@ -102,9 +121,13 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
         value = json.loads(raw.decode("utf-8"))
         depth = _depth(value)
     except RecursionError as error:
-        raise SvskFormatError(f"{path}: nested too deeply. Copy or write the file again.") from error
+        raise SvskFormatError(
+            f"{path}: nested too deeply. Copy or write the file again."
+        ) from error
     except ValueError as error:  # not JSON, not UTF-8, or a number of thousands of digits
-        raise SvskFormatError(f"{path}: not valid JSON ({error}). Copy or write the file again.") from error
+        raise SvskFormatError(
+            f"{path}: not valid JSON ({error}). Copy or write the file again."
+        ) from error
     if not isinstance(value, dict):
         raise SvskFormatError(f"{path}: holds a {type(value).__name__}, expected a JSON object.")
     if depth > _MAX_DEPTH:
@@ -117,7 +140,9 @@ def _depth(value: Any) -> int:
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, dict | list)]:
         depth += 1
-        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+        level = [
+            child for item in level for child in (item.values() if isinstance(item, dict) else item)
+        ]
     return depth
 
 
@@ -133,7 +158,9 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 
 
 def safe_handle(path: Path) -> Any:
-    """A ``safe_open`` handle that stays open; for :func:`open_safetensors` where it is used at once.
+    """A ``safe_open`` handle that stays open.
+
+    For :func:`open_safetensors` where it is used at once.
 
     Raises:
         SvskFormatError: it is not a regular file, or not a whole safetensors file.
@@ -148,4 +175,6 @@ def _as_format_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise SvskFormatError(f"{path}: cannot be opened ({error}). Copy or download the file again.") from error
+        raise SvskFormatError(
+            f"{path}: cannot be opened ({error}). Copy or download the file again."
+        ) from error

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which run wrote a shard: shards of two runs in one folder fit by name and shape, and are a model of neither."""
+"""Which run wrote a shard.
+
+Shards of two runs in one folder fit by name and shape, and are a model of neither.
+"""
 
 from pathlib import Path
 from typing import Any, Final
@@ -27,9 +30,12 @@ def shard_fingerprint(path: Path) -> str | None:
 
 
 def fingerprint_problems(checkpoint: Checkpoint) -> list[str]:
-    """What is wrong with a folder whose shards, or whose config and shards, are of different runs; at most one line.
+    """What is wrong with a folder whose shards, or whose config and shards, are of different runs.
 
-    A config.json that names no run goes with shards of any one run. Shards that cannot be opened are left out.
+    At most one line.
+
+    A config.json that names no run goes with shards of any one run. Shards that cannot be opened
+    are left out.
     """
     found: dict[str | None, list[str]] = {}
     for shard in sorted({checkpoint.tensors.shard_of(name) for name in checkpoint.tensors.names}):
@@ -41,11 +47,15 @@ def fingerprint_problems(checkpoint: Checkpoint) -> list[str]:
     if len(found) > 1:
         runs = "; ".join(f"{_shown(run)} has {_few(shards)}" for run, shards in found.items())
         what = f"shards of {len(found)} runs: {runs}"
-    elif declared is not None and found and declared not in [*found]:  # JSON may hold anything there
+    elif (
+        declared is not None and found and declared not in [*found]
+    ):  # JSON may hold anything there
         what = f"config.json of {_shown(declared)}, shards of {_shown(next(iter(found)))}"
     else:
         return []
-    return [f"{checkpoint.folder}: {what}. Copy or download the whole folder again, or quantise again."]
+    return [
+        f"{checkpoint.folder}: {what}. Copy or download the whole folder again, or quantise again."
+    ]
 
 
 def _shown(run: Any) -> str:

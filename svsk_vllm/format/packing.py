@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packing of codes and sidecar factors.
 
-Codes use compressed-tensors' ``pack-quantized`` layout, by its own functions. They are imported inside the functions
-because importing compressed-tensors imports transformers, which takes seconds.
+Codes use compressed-tensors' ``pack-quantized`` layout, by its own functions. They are imported
+inside the functions because importing compressed-tensors imports transformers, which takes seconds.
 """
 
 import torch
@@ -28,14 +28,18 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
         SvskFormatError: wrong dtype or shape, or a value out of range.
     """
     if codes.dtype != torch.int8 or codes.ndim != 2:
-        raise SvskFormatError(f"Codes: expected an int8 matrix, got {codes.dtype} of shape {list(codes.shape)}.")
+        raise SvskFormatError(
+            f"Codes: expected an int8 matrix, got {codes.dtype} of shape {list(codes.shape)}."
+        )
     if codes.shape[1] % _CODES_PER_WORD:
         raise SvskFormatError(
-            f"Codes of shape {list(codes.shape)}: K = {codes.shape[1]} is not a multiple of {_CODES_PER_WORD}."
+            f"Codes of shape {list(codes.shape)}: K = {codes.shape[1]} is not a multiple of"
+            f" {_CODES_PER_WORD}."
         )
     if codes.numel() and (int(codes.min()) < CODE_MIN or int(codes.max()) > CODE_MAX):
         raise SvskFormatError(
-            f"Codes span {int(codes.min())} to {int(codes.max())}: expected {CODE_MIN} to {CODE_MAX}."
+            f"Codes span {int(codes.min())} to {int(codes.max())}: expected {CODE_MIN} to"
+            f" {CODE_MAX}."
         )
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
@@ -51,11 +55,13 @@ def unpack_codes(packed: torch.Tensor, k: int) -> torch.Tensor:
     """
     if packed.dtype != torch.int32 or packed.ndim != 2:
         raise SvskFormatError(
-            f"Packed codes: expected an int32 matrix, got {packed.dtype} of shape {list(packed.shape)}."
+            f"Packed codes: expected an int32 matrix, got {packed.dtype} of shape"
+            f" {list(packed.shape)}."
         )
     if packed.shape[1] * _CODES_PER_WORD != k:
         raise SvskFormatError(
-            f"Packed codes of shape {list(packed.shape)} hold {packed.shape[1] * 8} columns, not {k}."
+            f"Packed codes of shape {list(packed.shape)} hold {packed.shape[1] * 8} columns, not"
+            f" {k}."
         )
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
@@ -67,16 +73,17 @@ def pack_factors(factors: torch.Tensor, num_bits: int) -> torch.Tensor:
     """Pack sidecar factors to what is stored.
 
     Args:
-        factors: int8, any shape. ``num_bits`` 8: values in [-128, 127], returned as they are. ``num_bits`` 4: values
-            in [-8, 7] and an even last axis.
+        factors: int8, any shape. ``num_bits`` 8: values in [-128, 127], returned as they are.
+            ``num_bits`` 4: values in [-8, 7] and an even last axis.
         num_bits: 8 or 4.
 
     Returns:
-        int8 of the same shape, or uint8 with the last axis halved: two factors per byte, low nibble first, each
-        stored as value + 8.
+        int8 of the same shape, or uint8 with the last axis halved: two factors per byte, low nibble
+        first, each stored as value + 8.
 
     Raises:
-        SvskFormatError: wrong dtype, odd last axis, a value out of range, or another number of bits.
+        SvskFormatError: wrong dtype, odd last axis, a value out of range, or another number of
+            bits.
     """
     if factors.dtype != torch.int8:
         raise SvskFormatError(f"Sidecar factors: expected int8, got {factors.dtype}.")
@@ -84,7 +91,9 @@ def pack_factors(factors: torch.Tensor, num_bits: int) -> torch.Tensor:
         return factors
     _require_factor_bits(num_bits)
     if factors.shape[-1] % 2:
-        raise SvskFormatError(f"4-bit sidecar factors of shape {list(factors.shape)}: the last axis must be even.")
+        raise SvskFormatError(
+            f"4-bit sidecar factors of shape {list(factors.shape)}: the last axis must be even."
+        )
     if factors.numel() and (int(factors.min()) < CODE_MIN or int(factors.max()) > CODE_MAX):
         raise SvskFormatError(
             f"4-bit sidecar factors span {int(factors.min())} to {int(factors.max())}: "

@@ -18,7 +18,9 @@ __all__ = ["QuantizedLinear", "dequantize", "restored_weight"]
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """Unpacked tensors of a quantised linear. A, B: tile rows and columns of the grid, r: rank, g: group size.
+    """Unpacked tensors of a quantised linear.
+
+    A, B: tile rows and columns of the grid, r: rank, g: group size.
 
     ``u``, ``v`` and ``gain`` are None when the rank is 0.
     """
@@ -35,7 +37,9 @@ class QuantizedLinear:
         """The same tensors without the checkpoint's names, as the kernels' reference takes them."""
         spec = self.spec
         codebook, bits = spec.scheme.weights.codebook, spec.scheme.sidecar.num_bits
-        return PlainLinear(self.codes, self.scale, codebook, spec.grid, self.u, self.v, self.gain, bits)
+        return PlainLinear(
+            self.codes, self.scale, codebook, spec.grid, self.u, self.v, self.gain, bits
+        )
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """Stored tensors by full name, checked against the specification.
@@ -55,17 +59,25 @@ class QuantizedLinear:
         problems = tensor_problems(self.spec, stored)
         if problems:
             raise SvskFormatError("; ".join(problems))
-        return {f"{self.spec.name}.{suffix}": tensor.contiguous() for suffix, tensor in stored.items()}
+        return {
+            f"{self.spec.name}.{suffix}": tensor.contiguous() for suffix, tensor in stored.items()
+        }
 
     @classmethod
-    def from_tensors(cls, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]) -> "QuantizedLinear":
+    def from_tensors(
+        cls, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]
+    ) -> "QuantizedLinear":
         """Unpack stored tensors, given by full name.
 
         Raises:
             SvskFormatError: a tensor is missing, or has the wrong dtype or shape.
         """
         prefix = f"{spec.name}."
-        stored = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        stored = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
         problems = tensor_problems(spec, stored)
         if problems:
             raise SvskFormatError("; ".join(problems))
@@ -89,10 +101,13 @@ def tensor_problems(spec: LinearSpec, stored: Mapping[str, torch.Tensor | Tensor
     for suffix, want in expected.items():
         tensor = stored.get(suffix)
         if tensor is None:
-            problems.append(f"{spec.name}.{suffix}: missing, expected {want.dtype} {list(want.shape)}")
+            problems.append(
+                f"{spec.name}.{suffix}: missing, expected {want.dtype} {list(want.shape)}"
+            )
         elif tensor.dtype != want.dtype or tuple(tensor.shape) != want.shape:
             problems.append(
-                f"{spec.name}.{suffix}: {tensor.dtype} {list(tensor.shape)}, expected {want.dtype} {list(want.shape)}"
+                f"{spec.name}.{suffix}: {tensor.dtype} {list(tensor.shape)}, expected {want.dtype}"
+                f" {list(want.shape)}"
             )
     problems += [
         f"{spec.name}.{suffix}: unexpected, the scheme has rank {spec.rank}"
@@ -103,10 +118,12 @@ def tensor_problems(spec: LinearSpec, stored: Mapping[str, torch.Tensor | Tensor
 
 
 def dequantize(linear: QuantizedLinear, *, with_sidecar: bool = True) -> torch.Tensor:
-    """The weight a quantised linear stands for: ``W_hat`` of docs/format.md, the definition everything is tested on.
+    """The weight a quantised linear stands for.
 
-    ``W_hat[n, k] = scale[n, k // g] * c(q[n, k]) + sum_i gain[a, b, i] * u[n, b, i] * v[a, i, k]`` with
-    ``a = n // tile_m`` and ``b = k // tile_n``, in float32.
+    ``W_hat`` of docs/format.md, the definition everything is tested on.
+
+    ``W_hat[n, k] = scale[n, k // g] * c(q[n, k]) + sum_i gain[a, b, i] * u[n, b, i] * v[a, i, k]``
+    with ``a = n // tile_m`` and ``b = k // tile_n``, in float32.
 
     Args:
         linear: the quantised linear.
@@ -116,7 +133,9 @@ def dequantize(linear: QuantizedLinear, *, with_sidecar: bool = True) -> torch.T
         float32 [N, K].
     """
     spec = linear.spec
-    values = code_values(linear.codes, spec.scheme.weights.codebook).view(spec.n, -1, spec.group_size)
+    values = code_values(linear.codes, spec.scheme.weights.codebook).view(
+        spec.n, -1, spec.group_size
+    )
     weight = (values * linear.scale.float().unsqueeze(-1)).view(spec.n, spec.k)
     if not with_sidecar or linear.u is None or linear.v is None or linear.gain is None:
         return weight
@@ -132,9 +151,9 @@ def dequantize(linear: QuantizedLinear, *, with_sidecar: bool = True) -> torch.T
 def restored_weight(linear: QuantizedLinear) -> torch.Tensor:
     """The weight a dense copy of the model stores: ``W_hat`` rounded once to the model's dtype.
 
-    ``svsk restore`` writes it and the transformers loader loads it, so that both give the same logits bit for bit.
-    A loader that is asked for another dtype casts this tensor, not the float32 ``W_hat``, as it would cast what
-    the restored folder stores.
+    ``svsk restore`` writes it and the transformers loader loads it, so that both give the same
+    logits bit for bit. A loader that is asked for another dtype casts this tensor, not the float32
+    ``W_hat``, as it would cast what the restored folder stores.
 
     Args:
         linear: the quantised linear; its scales have the model's dtype.

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Architectures whose vLLM loaders change the rows of a weight by its name, and what the plugin serves of them.
 
-A loader that moves rows (one fused tensor interleaved by heads, rotary halves) does so for the names and parameters it
-knows. It leaves a sidecar behind, whose rows then belong to other rows of the base. So each of these architectures
-either has its order followed by the plugin, or is served without a sidecar, or not at all. The plugin besides compares
-the rows that arrive with those stored, so that a loader that is not listed here is refused and never served wrong.
+A loader that moves rows (one fused tensor interleaved by heads, rotary halves) does so for the
+names and parameters it knows. It leaves a sidecar behind, whose rows then belong to other rows of
+the base. So each of these architectures either has its order followed by the plugin, or is served
+without a sidecar, or not at all. The plugin besides compares the rows that arrive with those
+stored, so that a loader that is not listed here is refused and never served wrong.
 
-Read in vLLM 0.32 (``load_weights`` of every model) and, where a version is named, in those before it.
+Read in vLLM 0.32 (``load_weights`` of every model) and, where a version is named, in those before
+it.
 """
 
 import re
@@ -28,7 +30,8 @@ class RowOrder:
         modules: regular expression that is searched in the module's name.
         served: what the plugin serves of these modules.
         reason: what vLLM's loader does with them.
-        only_before_032: whether vLLM 0.32 has given the class up and runs transformers' own, which keeps the order.
+        only_before_032: whether vLLM 0.32 has given the class up and runs transformers' own, which
+            keeps the order.
     """
 
     modules: str
@@ -44,12 +47,20 @@ _FALCON = RowOrder(_QKV, "any rank", _BY_HEADS)
 _FUSED_BY_NAME = RowOrder(_QKV, "rank 0", f"{_BY_HEADS}, and cannot regroup those of a sidecar")
 _FUSED_UNTIL_032 = replace(_FUSED_BY_NAME, only_before_032=True)
 _LLAMA4 = RowOrder(
-    _QK, "rank 0", "vLLM's loader regroups the rows of q_proj and k_proj for rotary embedding, but not a sidecar's"
+    _QK,
+    "rank 0",
+    "vLLM's loader regroups the rows of q_proj and k_proj for rotary embedding, but not a"
+    " sidecar's",
 )
 _K2_HORIZON = RowOrder(
-    _QK, "no rank", "vLLM's loader regroups the rows of q_proj and k_proj for rotary embedding in dense weights only"
+    _QK,
+    "no rank",
+    "vLLM's loader regroups the rows of q_proj and k_proj for rotary embedding in dense weights"
+    " only",
 )
-_TELECHAT2 = RowOrder(r"(^|\.)key_value$", "no rank", "vLLM's loader splits key_value by heads, in dense weights only")
+_TELECHAT2 = RowOrder(
+    r"(^|\.)key_value$", "no rank", "vLLM's loader splits key_value by heads, in dense weights only"
+)
 
 ROW_ORDERS: Final[Mapping[str, RowOrder]] = MappingProxyType(
     {
@@ -70,15 +81,17 @@ ROW_ORDERS: Final[Mapping[str, RowOrder]] = MappingProxyType(
 """By the names in ``architectures`` of config.json."""
 
 
-def row_order_problem(architectures: Iterable[str], module: str, rank: int, *, own_class: bool = False) -> str | None:
+def row_order_problem(
+    architectures: Iterable[str], module: str, rank: int, *, own_class: bool = False
+) -> str | None:
     """Why a quantised module would be served wrong for the order of its rows, with the remedy, or None.
 
     Args:
         architectures: ``architectures`` of config.json.
         module: name of the linear, as stored or as vLLM calls it.
         rank: rank of its sidecar, 0 for none.
-        own_class: whether the vLLM at hand has a class of its own for the architecture, which is known while serving.
-            Otherwise vLLM 0.32 is meant, which has none for some.
+        own_class: whether the vLLM at hand has a class of its own for the architecture, which is
+            known while serving. Otherwise vLLM 0.32 is meant, which has none for some.
     """
     for architecture in architectures:
         order = ROW_ORDERS.get(architecture)
@@ -87,10 +100,13 @@ def row_order_problem(architectures: Iterable[str], module: str, rank: int, *, o
         if order.only_before_032 and not own_class:
             continue
         if order.served == "no rank":
-            return f"{module}: {architecture}: {order.reason}. Put it on the ignore list (--ignore) when quantising."
+            return (
+                f"{module}: {architecture}: {order.reason}. Put it on the ignore list (--ignore)"
+                " when quantising."
+            )
         if order.served == "rank 0" and rank:
             return (
-                f"{module}: a sidecar of rank {rank}, but {architecture}: {order.reason}. Quantise this module "
-                "without a sidecar (rank 0), or put it on the ignore list (--ignore)."
+                f"{module}: a sidecar of rank {rank}, but {architecture}: {order.reason}. Quantise"
+                " this module without a sidecar (rank 0), or put it on the ignore list (--ignore)."
             )
     return None

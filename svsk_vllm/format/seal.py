@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether config.json still gives each weight the scheme that it was written with.
 
-A codebook or a tile size that somebody edits changes no shape: the weights would be read as other numbers.
+A codebook or a tile size that somebody edits changes no shape: the weights would be read as other
+numbers.
 """
 
 import hashlib
@@ -24,12 +25,15 @@ def schemes_metadata(schemes: Mapping[str, ConfigGroup]) -> dict[str, str]:
 
 
 def scheme_problems(checkpoint: Checkpoint) -> list[str]:
-    """Shards that were written under other schemes than those of config.json. Older shards do not say."""
+    """Shards that were written under other schemes than those of config.json.
+
+    Older shards do not say.
+    """
     schemes = {name: spec.scheme for name, spec in checkpoint.linears.items()}
     digest = _digest(schemes)
     return [
-        f"{checkpoint.folder / shard}: its weights were written with other codebooks, group sizes or tiles than "
-        "config.json gives. Put back the config.json that was written with them."
+        f"{checkpoint.folder / shard}: its weights were written with other codebooks, group sizes"
+        " or tiles than config.json gives. Put back the config.json that was written with them."
         for shard in checkpoint.tensors.shards
         if checkpoint.tensors.metadata(shard).get(SCHEMES_KEY, digest) != digest
     ]
@@ -39,6 +43,10 @@ def _digest(schemes: Mapping[str, ConfigGroup]) -> str:
     rows: list[Any] = []
     for name, scheme in sorted(schemes.items()):
         # Defaults are left out: a later version's key, left at its default, means the same weights.
-        sidecar = scheme.sidecar.model_dump(mode="json", exclude_defaults=True) if scheme.sidecar.rank else {}
+        sidecar = (
+            scheme.sidecar.model_dump(mode="json", exclude_defaults=True)
+            if scheme.sidecar.rank
+            else {}
+        )
         rows.append([name, scheme.weights.model_dump(mode="json", exclude_defaults=True), sidecar])
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()

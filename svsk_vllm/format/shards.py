@@ -13,7 +13,14 @@ from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.files import MAX_INDEX_BYTES, read_json, safe_handle
 from svsk_vllm.format.spec import TensorSpec
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "STORED_DTYPES", "ShardedReader", "read_json", "read_weight_map"]
+__all__ = [
+    "INDEX_NAME",
+    "SINGLE_NAME",
+    "STORED_DTYPES",
+    "ShardedReader",
+    "read_json",
+    "read_weight_map",
+]
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
@@ -64,7 +71,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
             or Path(shard).name != shard
         ):
             raise SvskFormatError(
-                f"{index}: {name} is in {shard!r}, expected the name of a .safetensors file beside it."
+                f"{index}: {name} is in {shard!r}, expected the name of a .safetensors file"
+                " beside it."
             )
     return weight_map
 
@@ -77,7 +85,9 @@ def require_printable(path: Path, names: Iterable[str]) -> None:
     """
     for name in names:
         if not name.isprintable():
-            raise SvskFormatError(f"{path}: tensor {name!r}: expected a name of printable characters.")
+            raise SvskFormatError(
+                f"{path}: tensor {name!r}: expected a name of printable characters."
+            )
 
 
 def described(path: Path, name: str, view: Any) -> TensorSpec:
@@ -89,7 +99,9 @@ def described(path: Path, name: str, view: Any) -> TensorSpec:
     code, shape = view.get_dtype(), tuple(view.get_shape())
     dtype = STORED_DTYPES.get(code)
     if dtype is None or max(shape, default=0) > _MAX_DIMENSION:
-        raise SvskFormatError(f"{path}: {name} has dtype {code} and shape {list(shape)}, which cannot be read.")
+        raise SvskFormatError(
+            f"{path}: {name} has dtype {code} and shape {list(shape)}, which cannot be read."
+        )
     return TensorSpec(dtype, shape)
 
 
@@ -97,10 +109,10 @@ class ShardedReader:
     """Tensors of a model folder by name, each read when asked for.
 
     Args:
-        folder: holds ``model.safetensors``, or shards and ``model.safetensors.index.json``. Of both, the single file
-            counts, as it does for transformers.
-        by_headers: let the index only name the files, as transformers does, and open all of them at once to see which
-            tensors they hold; of two with one name the later file's counts.
+        folder: holds ``model.safetensors``, or shards and ``model.safetensors.index.json``. Of
+            both, the single file counts, as it does for transformers.
+        by_headers: let the index only name the files, as transformers does, and open all of them at
+            once to see which tensors they hold; of two with one name the later file's counts.
 
     Raises:
         SvskFormatError: neither is there, the index is damaged, or a shard cannot be opened.
@@ -122,8 +134,8 @@ class ShardedReader:
                 require_printable(index, self._shard_of)
         else:
             raise SvskFormatError(
-                f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME}. Only safetensors are read: convert other weights "
-                "with save_pretrained() of transformers."
+                f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME}. Only safetensors are read:"
+                " convert other weights with save_pretrained() of transformers."
             )
 
     @property
@@ -154,7 +166,11 @@ class ShardedReader:
     def describe(self, name: str) -> TensorSpec:
         """Dtype and shape of a tensor, without reading its data."""
         with self._errors(name):
-            return described(self.folder / self.shard_of(name), name, self._open(self.shard_of(name)).get_slice(name))
+            return described(
+                self.folder / self.shard_of(name),
+                name,
+                self._open(self.shard_of(name)).get_slice(name),
+            )
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor to the CPU."""
@@ -169,8 +185,16 @@ class ShardedReader:
             yield
         except SvskFormatError:
             raise
-        # The first where the file lacks the tensor, the others where torch has no such dtype or no such shape.
-        except (SafetensorError, AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        # The first where the file lacks the tensor, the others where torch has no such dtype or no
+        # such shape.
+        except (
+            SafetensorError,
+            AttributeError,
+            OverflowError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise SvskFormatError(f"{self.folder / shard}: cannot read {name}: {error}.") from error
 
     def _open(self, shard: str) -> Any:

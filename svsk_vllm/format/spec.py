@@ -40,8 +40,8 @@ class LinearSpec:
     """A quantised linear: its name, shape [n, k] = [out, in], and scheme.
 
     Raises:
-        SvskFormatError: a dimension is not positive, ``k`` is not a multiple of the group size, or the scale dtype is
-            not a float of 16 or 32 bits. The message names the module.
+        SvskFormatError: a dimension is not positive, ``k`` is not a multiple of the group size, or
+            the scale dtype is not a float of 16 or 32 bits. The message names the module.
     """
 
     name: str
@@ -52,16 +52,20 @@ class LinearSpec:
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.k < 1:
-            raise SvskFormatError(f"{self.name}: weight of shape [{self.n}, {self.k}]: both sizes must be positive.")
+            raise SvskFormatError(
+                f"{self.name}: weight of shape [{self.n}, {self.k}]: both sizes must be positive."
+            )
         group = self.scheme.weights.group_size
         if self.k % group:
             hint = "use group_size 32, or " if group == 64 and self.k % 32 == 0 else ""
             raise SvskFormatError(
-                f"{self.name}: K = {self.k} input features is not a multiple of the group size {group}; "
-                f"{hint}add the module to the ignore list."
+                f"{self.name}: K = {self.k} input features is not a multiple of the group size"
+                f" {group}; {hint}add the module to the ignore list."
             )
         if self.scale_dtype not in SCALE_DTYPES:
-            raise SvskFormatError(f"{self.name}: scales of {self.scale_dtype}: expected one of {SCALE_DTYPES}.")
+            raise SvskFormatError(
+                f"{self.name}: scales of {self.scale_dtype}: expected one of {SCALE_DTYPES}."
+            )
 
     @property
     def grid(self) -> TileGrid:
@@ -94,7 +98,9 @@ class LinearSpec:
             dtype, per_byte = (torch.int8, 1) if self.factor_bits == 8 else (torch.uint8, 2)
             specs[SIDECAR_U] = TensorSpec(dtype, (self.n, grid.num_col_tiles, r // per_byte))
             specs[SIDECAR_V] = TensorSpec(dtype, (grid.num_row_tiles, r, self.k // per_byte))
-            specs[SIDECAR_GAIN] = TensorSpec(torch.float32, (grid.num_row_tiles, grid.num_col_tiles, r))
+            specs[SIDECAR_GAIN] = TensorSpec(
+                torch.float32, (grid.num_row_tiles, grid.num_col_tiles, r)
+            )
         return specs
 
     @property

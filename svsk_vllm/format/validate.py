@@ -24,7 +24,14 @@ from svsk_vllm.format.shards import (
     read_weight_map,
     require_printable,
 )
-from svsk_vllm.format.spec import SIDECAR_GAIN, SUFFIXES, WEIGHT_PACKED, WEIGHT_SCALE, LinearSpec, TensorSpec
+from svsk_vllm.format.spec import (
+    SIDECAR_GAIN,
+    SUFFIXES,
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    LinearSpec,
+    TensorSpec,
+)
 from svsk_vllm.format.values import finite_problems, weight_problems
 
 __all__ = ["Architecture", "validate_checkpoint"]
@@ -43,11 +50,14 @@ class Architecture:
     Attributes:
         required: shape by name of every parameter, tied ones once.
         optional: shape by name of what may be stored as well: other ends of ties, buffers.
-        linears: names of the linear modules. One that the config quantises must not be stored as it was.
+        linears: names of the linear modules. One that the config quantises must not be stored as it
+            was.
         tied: parameter by the name of the parameter tied to it, for values stored twice.
-        floating: names of what holds floating numbers, which integers stored in their place would be taken for.
+        floating: names of what holds floating numbers, which integers stored in their place would
+            be taken for.
         ignored: patterns of names that the model's class does not want although they are stored.
-        targets: which parameters each stored name fills, and whether as it is: models rename and fuse what is stored.
+        targets: which parameters each stored name fills, and whether as it is: models rename and
+            fuse what is stored.
     """
 
     required: Mapping[str, tuple[int, ...]]
@@ -66,12 +76,14 @@ def validate_checkpoint(
 
     Args:
         folder: the checkpoint.
-        architecture: the unquantised model. With it, missing and foreign tensors of the whole model are found too, not
-            only those of quantised linears, and linears that the config quantises and the folder holds unquantised.
+        architecture: the unquantised model. With it, missing and foreign tensors of the whole model
+            are found too, not only those of quantised linears, and linears that the config
+            quantises and the folder holds unquantised.
         serving: ask also whether vLLM can serve it, which is no damage to the folder.
 
     Returns:
-        One line per problem, naming the file or tensor, what was found and what was expected. Empty: none was found.
+        One line per problem, naming the file or tensor, what was found and what was expected.
+            Empty: none was found.
     """
     folder = Path(folder)
     problems: list[str] = []
@@ -101,7 +113,10 @@ def validate_checkpoint(
 
 
 def _shard_problems(folder: Path) -> tuple[list[str], set[str]]:
-    """Index against shards: damaged files, tensors listed but absent, and the reverse; and what cannot be read."""
+    """Index against shards.
+
+    Damaged files, tensors listed but absent, and the reverse; and what cannot be read.
+    """
     index_path = folder / INDEX_NAME
     shards_there = {path.name for path in folder.glob("*.safetensors")}
     if not index_path.exists():
@@ -127,16 +142,25 @@ def _shard_problems(folder: Path) -> tuple[list[str], set[str]]:
             continue
         total += path.stat().st_size
         problems += [
-            f"{index_path}: lists {name} in {shard}, which does not hold it." for name in sorted(listed - held)
+            f"{index_path}: lists {name} in {shard}, which does not hold it."
+            for name in sorted(listed - held)
         ]
-        problems += [f"{path}: holds {name}, which the index does not list there." for name in sorted(held - listed)]
+        problems += [
+            f"{path}: holds {name}, which the index does not list there."
+            for name in sorted(held - listed)
+        ]
         unreadable |= listed - held
     metadata = read_json(index_path, MAX_INDEX_BYTES).get("metadata")
     if not isinstance(metadata, dict):  # transformers reads it
-        return [*problems, f'{index_path}: no "metadata" object. Copy or write the file again.'], unreadable
+        return [
+            *problems,
+            f'{index_path}: no "metadata" object. Copy or write the file again.',
+        ], unreadable
     declared = metadata.get("total_size")
     if not problems and isinstance(declared, int) and declared > total:
-        problems.append(f"{index_path}: metadata.total_size {declared} exceeds the {total} bytes of the shards.")
+        problems.append(
+            f"{index_path}: metadata.total_size {declared} exceeds the {total} bytes of the shards."
+        )
     return problems, unreadable
 
 
@@ -150,14 +174,19 @@ def _linear_problems(checkpoint: Checkpoint, unreadable: set[str]) -> list[str]:
         if any(f"{module}.{suffix}" in unreadable for suffix in suffixes):
             continue  # reported with its shard
         if WEIGHT_PACKED not in suffixes:
-            problems.append(f"{module}.{WEIGHT_PACKED}: missing, but {', '.join(sorted(suffixes))} is there.")
+            problems.append(
+                f"{module}.{WEIGHT_PACKED}: missing, but {', '.join(sorted(suffixes))} is there."
+            )
             continue
         try:
             problems += _one_linear(checkpoint, checkpoint.linear_spec(module), suffixes)
         except SvskFormatError as error:
             problems.append(str(error))
     if not stored:
-        problems.append(f"{checkpoint.folder}: no quantised linear, although config.json declares quant_method svsk.")
+        problems.append(
+            f"{checkpoint.folder}: no quantised linear, although config.json declares quant_method"
+            " svsk."
+        )
     return problems
 
 
@@ -170,13 +199,21 @@ def _one_linear(checkpoint: Checkpoint, spec: LinearSpec, suffixes: set[str]) ->
     # A scale of any other dtype than the specification's is in the list already.
     stored = found[WEIGHT_SCALE].dtype if WEIGHT_SCALE in found else None
     if model_dtype is not None and stored == spec.scale_dtype != model_dtype:
-        problems.append(f"{spec.name}.{WEIGHT_SCALE}: {stored}, expected the model's dtype {model_dtype}.")
+        problems.append(
+            f"{spec.name}.{WEIGHT_SCALE}: {stored}, expected the model's dtype {model_dtype}."
+        )
     if problems:
-        values = [f"{spec.name}.{suffix}" for suffix in (WEIGHT_SCALE, SIDECAR_GAIN) if suffix in found]
-        return problems + [p for name in values for p in finite_problems(name, checkpoint.tensors.read(name))]
+        values = [
+            f"{spec.name}.{suffix}" for suffix in (WEIGHT_SCALE, SIDECAR_GAIN) if suffix in found
+        ]
+        return problems + [
+            p for name in values for p in finite_problems(name, checkpoint.tensors.read(name))
+        ]
     scale = checkpoint.tensors.read(f"{spec.name}.{WEIGHT_SCALE}")
     gain = checkpoint.tensors.read(f"{spec.name}.{SIDECAR_GAIN}") if spec.rank else None
-    return weight_problems(spec, scale, gain, spec.scale_dtype, lambda: checkpoint.read_linear(spec.name))
+    return weight_problems(
+        spec, scale, gain, spec.scale_dtype, lambda: checkpoint.read_linear(spec.name)
+    )
 
 
 def _stored_suffixes(checkpoint: Checkpoint) -> dict[str, set[str]]:
@@ -212,7 +249,9 @@ def _target_problems(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _architecture_problems(checkpoint: Checkpoint, model: Architecture, unreadable: set[str]) -> list[str]:
+def _architecture_problems(
+    checkpoint: Checkpoint, model: Architecture, unreadable: set[str]
+) -> list[str]:
     problems = []
     dense, modules = checkpoint.dense_names, sorted(_stored_suffixes(checkpoint))
     targets = model.targets([*dense, *(f"{module}.weight" for module in modules)])
@@ -237,10 +276,14 @@ def _architecture_problems(checkpoint: Checkpoint, model: Architecture, unreadab
         found, as_it_is = targets[f"{module}.weight"]
         packed = f"{module}.{WEIGHT_PACKED}"
         if found[0] not in known:
-            problems.append(f"{module}: stored quantised, but the architecture has no {module}.weight.")
+            problems.append(
+                f"{module}: stored quantised, but the architecture has no {module}.weight."
+            )
         elif as_it_is and packed in checkpoint.tensors:  # its absence is reported with the linear
             problems += _shape_problems(checkpoint, packed, known[found[0]], unreadable)
-    return problems + _tie_problems(checkpoint, model, {found[0]: name for name, (found, _) in targets.items()})
+    return problems + _tie_problems(
+        checkpoint, model, {found[0]: name for name, (found, _) in targets.items()}
+    )
 
 
 def _integer_problems(checkpoint: Checkpoint, name: str) -> list[str]:
@@ -248,24 +291,42 @@ def _integer_problems(checkpoint: Checkpoint, name: str) -> list[str]:
         dtype = checkpoint.tensors.describe(name).dtype
     except SvskFormatError:
         return []  # reported where it is read
-    return [] if dtype.is_floating_point else [f"{name}: {dtype}, the architecture expects floating numbers."]
+    return (
+        []
+        if dtype.is_floating_point
+        else [f"{name}: {dtype}, the architecture expects floating numbers."]
+    )
 
 
-def _dense_linear_problems(checkpoint: Checkpoint, model: Architecture, name: str, target: str) -> list[str]:
-    """A linear that is stored as it was although the config quantises it; a tied head is part of the embedding."""
+def _dense_linear_problems(
+    checkpoint: Checkpoint, model: Architecture, name: str, target: str
+) -> list[str]:
+    """A linear that is stored as it was although the config quantises it.
+
+    A tied head is part of the embedding.
+    """
     module = name.removesuffix(".weight")
     if target.removesuffix(".weight") not in model.linears or not name.endswith(".weight"):
         return []
     if target in model.tied or checkpoint.config.scheme_for(module) is None:
         return []
-    return [f"{name}: stored as it was, but config.json quantises {module}. Add it to the ignore list, or quantise it."]
+    return [
+        f"{name}: stored as it was, but config.json quantises {module}. Add it to the ignore list,"
+        " or quantise it."
+    ]
 
 
-def _tie_problems(checkpoint: Checkpoint, model: Architecture, stored: Mapping[str, str]) -> list[str]:
+def _tie_problems(
+    checkpoint: Checkpoint, model: Architecture, stored: Mapping[str, str]
+) -> list[str]:
     """Both ends of a tie stored with different values: a loader would drop one of them."""
     problems = []
     for other, first in model.tied.items():
-        names = [stored[name] for name in (first, other) if name in stored and stored[name] in checkpoint.tensors]
+        names = [
+            stored[name]
+            for name in (first, other)
+            if name in stored and stored[name] in checkpoint.tensors
+        ]
         if len(names) < 2:
             continue
         try:
@@ -274,12 +335,15 @@ def _tie_problems(checkpoint: Checkpoint, model: Architecture, stored: Mapping[s
             continue  # reported with its shard
         if not torch.equal(*values):
             problems.append(
-                f"{names[1]}: differs from {names[0]}, to which config.json ties it. Remove one, or the tie."
+                f"{names[1]}: differs from {names[0]}, to which config.json ties it. Remove one, or"
+                " the tie."
             )
     return problems
 
 
-def _shape_problems(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], unreadable: set[str]) -> list[str]:
+def _shape_problems(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], unreadable: set[str]
+) -> list[str]:
     """A stored tensor against the architecture's shape; packed codes count eight columns a word."""
     if name in unreadable:
         return []

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether what the loaders compute is finite: scales and gains may each be, and their products not."""
+"""Whether what the loaders compute is finite.
+
+Scales and gains may each be, and their products not.
+"""
 
 from collections.abc import Callable
 from typing import Final
@@ -35,7 +38,10 @@ def finite_problems(name: str, tensor: torch.Tensor, dtype: torch.dtype | None =
     if bad := int((~torch.isfinite(wide)).sum()):
         return [f"{name}: {bad} of {tensor.numel()} values are not finite."]
     if dtype is not None and not torch.isfinite(wide.abs().max().to(dtype)):
-        return [f"{name}: a value of {float(wide.abs().max()):.3g}, beyond what the model's {dtype} can hold."]
+        return [
+            f"{name}: a value of {float(wide.abs().max()):.3g}, beyond what the model's {dtype} can"
+            " hold."
+        ]
     return []
 
 
@@ -48,8 +54,8 @@ def weight_problems(
 ) -> list[str]:
     """Whether ``W_hat`` is finite, in float32 on the way and in the model's dtype at the end.
 
-    Bounds decide for any sane checkpoint, whose weights are nowhere near the limits; the weight itself is computed only
-    where they do not.
+    Bounds decide for any sane checkpoint, whose weights are nowhere near the limits; the weight
+    itself is computed only where they do not.
 
     Args:
         spec: the linear.
@@ -66,11 +72,21 @@ def weight_problems(
         return problems
     level = float(codebook_levels(spec.scheme.weights.codebook).abs().max())
     base = float(scale.abs().max().double()) * level
-    side = float(gain.double().abs().sum(-1).max()) * _FACTOR_PRODUCT if gain is not None and gain.numel() else 0.0
-    culprit, value = (WEIGHT_SCALE, base / level) if base >= side else (SIDECAR_GAIN, side / _FACTOR_PRODUCT)
+    side = (
+        float(gain.double().abs().sum(-1).max()) * _FACTOR_PRODUCT
+        if gain is not None and gain.numel()
+        else 0.0
+    )
+    culprit, value = (
+        (WEIGHT_SCALE, base / level) if base >= side else (SIDECAR_GAIN, side / _FACTOR_PRODUCT)
+    )
     what = f"{name}.{culprit}: values that add up to {value:.3g} give weights beyond what"
     if base + side > _FLOAT32_MAX:
         return [f"{what} float32 can hold. The file is damaged: copy or download it again."]
-    if base + side > torch.finfo(dtype).max and not torch.isfinite(dequantize(read()).abs().max().to(dtype)):
-        return [f"{what} the model's {dtype} can hold. The file is damaged: copy or download it again."]
+    if base + side > torch.finfo(dtype).max and not torch.isfinite(
+        dequantize(read()).abs().max().to(dtype)
+    ):
+        return [
+            f"{what} the model's {dtype} can hold. The file is damaged: copy or download it again."
+        ]
     return []

@@ -2,14 +2,16 @@
 """Loading SVSK checkpoints with transformers, dequantised.
 
 Importing this module registers the quantisation method ``svsk`` with transformers; from then on
-``AutoModelForCausalLM.from_pretrained(CHECKPOINT)`` gives the dense model that ``svsk restore`` writes, bit for bit:
-each weight is ``W_hat``, computed in float32, rounded to the checkpoint's dtype, then cast to the dtype asked for.
-It is the reference for quality and for other implementations, not a way to save memory or time.
+``AutoModelForCausalLM.from_pretrained(CHECKPOINT)`` gives the dense model that ``svsk restore``
+writes, bit for bit: each weight is ``W_hat``, computed in float32, rounded to the checkpoint's
+dtype, then cast to the dtype asked for. It is the reference for quality and for other
+implementations, not a way to save memory or time.
 
-No module of the model is replaced. A weight converter collects the stored tensors of each quantised linear while
-transformers loads, and yields the ``weight`` of a plain ``torch.nn.Linear``, so device maps, offloading and
-``save_pretrained`` see an ordinary model. What the checkpoint stores is compared with its config and with the model
-before anything is loaded, because transformers only warns about weights that it leaves at random values.
+No module of the model is replaced. A weight converter collects the stored tensors of each quantised
+linear while transformers loads, and yields the ``weight`` of a plain ``torch.nn.Linear``, so device
+maps, offloading and ``save_pretrained`` see an ordinary model. What the checkpoint stores is
+compared with its config and with the model before anything is loaded, because transformers only
+warns about weights that it leaves at random values.
 """
 
 from collections.abc import Mapping
@@ -29,7 +31,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from svsk_vllm.architecture.folder_check import require_sound
 from svsk_vllm.architecture.parameter_names import parameter_names
-from svsk_vllm.format import LinearSpec, QuantizedLinear, SvskCheckpointConfig, SvskFormatError, restored_weight
+from svsk_vllm.format import (
+    LinearSpec,
+    QuantizedLinear,
+    SvskCheckpointConfig,
+    SvskFormatError,
+    restored_weight,
+)
 from svsk_vllm.format.config import STOCK_LOADER_KEY
 from svsk_vllm.hf.matching import (
     SUFFIX_OF_PATTERN,
@@ -59,7 +67,8 @@ class SvskHfConfig(QuantizationConfigMixin):
     def __init__(self, /, **kwargs: Any) -> None:
         self.checkpoint = SvskCheckpointConfig.from_dict(kwargs)
         self.quant_method = METHOD
-        # Tells transformers to forget this config once the model is loaded: what it holds then is dense.
+        # Tells transformers to forget this config once the model is loaded: what it holds then is
+        # dense.
         self.dequantize = True
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +81,8 @@ class SvskHfQuantizer(HfQuantizer):
 
     Args:
         quantization_config: the checkpoint's config.
-        **kwargs: passed on by transformers; ``pre_quantized`` is False for a model that is not an SVSK checkpoint.
+        **kwargs: passed on by transformers; ``pre_quantized`` is False for a model that is not an
+            SVSK checkpoint.
 
     Raises:
         SvskFormatError: the model is not an SVSK checkpoint: transformers cannot make one.
@@ -82,7 +92,9 @@ class SvskHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: SvskHfConfig, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
-            raise SvskFormatError("transformers cannot quantise a model to SVSK. Run `svsk quantize` on its folder.")
+            raise SvskFormatError(
+                "transformers cannot quantise a model to SVSK. Run `svsk quantize` on its folder."
+            )
         super().__init__(quantization_config, **kwargs)
         self._dequantize_linear = _DequantizeLinear()
         self._dtypes: dict[str, torch.dtype] = {}
@@ -90,12 +102,21 @@ class SvskHfQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """The converter from the stored tensors of a linear to its weight."""
-        return [WeightConverter(list(SUFFIX_OF_PATTERN), [".weight"], operations=[self._dequantize_linear])]
+        return [
+            WeightConverter(
+                list(SUFFIX_OF_PATTERN), [".weight"], operations=[self._dequantize_linear]
+            )
+        ]
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Dtype to which transformers casts a stored tensor as it reads it; None for the stored one, as ours need it.
+    def get_new_dtype(
+        self, converter: Any, param: Any, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
+        """Dtype to which transformers casts a stored tensor as it reads it.
 
-        Called from transformers 5.21 on. Earlier versions keep the stored dtype of every tensor that a converter takes.
+        None for the stored one, as ours need it.
+
+        Called from transformers 5.21 on. Earlier versions keep the stored dtype of every tensor
+        that a converter takes.
         """
         if self._dequantize_linear in getattr(converter, "operations", ()):
             return None
@@ -103,7 +124,10 @@ class SvskHfQuantizer(HfQuantizer):
         return inherited
 
     def update_tp_plan(self, config: Any) -> Any:
-        """Called by transformers up to 5.20 with the config before it looks for files; see :meth:`_take_config`."""
+        """Called by transformers up to 5.20 with the config before it looks for files.
+
+        See :meth:`_take_config`.
+        """
         return self._take_config(config)
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -111,17 +135,21 @@ class SvskHfQuantizer(HfQuantizer):
         return self._take_config(config)
 
     def _take_config(self, config: Any) -> Any:
-        """Check the folder, and take the note to other loaders out of the config; see ``STOCK_LOADER_NOTE``.
+        """Check the folder, and take the note to other loaders out of the config.
 
-        A quantiser is given the config here before the model is built and before transformers looks for the files,
-        which it does by the name in the note. Some versions call both methods.
+        See ``STOCK_LOADER_NOTE``.
+
+        A quantiser is given the config here before the model is built and before transformers looks
+        for the files, which it does by the name in the note. Some versions call both methods.
 
         Raises:
             SvskFormatError: the checkpoint is not what `svsk validate` calls valid.
         """
         if not self._sound:
             name = getattr(config, "_name_or_path", "")
-            if name and (Path(name) / "config.json").is_file():  # not a hub id, nor a config that somebody made
+            if (
+                name and (Path(name) / "config.json").is_file()
+            ):  # not a hub id, nor a config that somebody made
                 require_sound(Path(name), config)
             self._sound = True
         if hasattr(config, STOCK_LOADER_KEY):
@@ -134,7 +162,8 @@ class SvskHfQuantizer(HfQuantizer):
         """Compare what is stored with the config and the model, and note what each weight is made from.
 
         Raises:
-            SvskFormatError: something is missing, contradicts the config, or does not fit the model.
+            SvskFormatError: something is missing, contradicts the config, or does not fit the
+                model.
         """
         config: SvskCheckpointConfig = self.quantization_config.checkpoint
         stored = read_headers(checkpoint_files)
@@ -148,22 +177,24 @@ class SvskHfQuantizer(HfQuantizer):
         """Leave an ordinary dense model behind.
 
         Raises:
-            SvskFormatError: transformers loaded a weight from something else than its quantised form.
+            SvskFormatError: transformers loaded a weight from something else than its quantised
+                form.
         """
         skipped = self._dequantize_linear.specs.keys() - self._dequantize_linear.done
         if skipped:
             raise SvskFormatError(
-                f"{listed(sorted(skipped))}: stored quantised but not loaded by this version of transformers, "
-                f"perhaps because of `key_mapping`. {USE_RESTORE}"
+                f"{listed(sorted(skipped))}: stored quantised but not loaded by this version of"
+                f" transformers, perhaps because of `key_mapping`. {USE_RESTORE}"
             )
-        # Saving applies the conversions of loading backwards; this one has no inverse and what is there is dense.
+        # Saving applies the conversions of loading backwards; this one has no inverse and what is
+        # there is dense.
         model._weight_conversions = [
             conversion
             for conversion in getattr(model, "_weight_conversions", None) or []
             if self._dequantize_linear not in getattr(conversion, "operations", [])
         ]
-        # With a quantiser, transformers leaves tensors whose name changed in the dtype they are stored in: ours, and
-        # dense ones as well (a dropped "model." is enough).
+        # With a quantiser, transformers leaves tensors whose name changed in the dtype they are
+        # stored in: ours, and dense ones as well (a dropped "model." is enough).
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             wanted = self._dtypes.get(name, tensor.dtype)
             if tensor.dtype != wanted and tensor.device.type != "meta":
@@ -172,7 +203,10 @@ class SvskHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """False: the weights are those of a quantised model, and training would not keep them so."""
+        """False.
+
+        The weights are those of a quantised model, and training would not keep them so.
+        """
         return False
 
     def is_serializable(self) -> bool:
@@ -193,7 +227,8 @@ class _DequantizeLinear(ConversionOps):
         self.done: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_DequantizeLinear":
-        # transformers copies the converter for every tensor of the checkpoint; all of them share this state.
+        # transformers copies the converter for every tensor of the checkpoint; all of them share
+        # this state.
         return self
 
     def convert(
@@ -207,7 +242,8 @@ class _DequantizeLinear(ConversionOps):
     ) -> dict[str, torch.Tensor]:
         """Called by transformers with the tensors of one linear by source pattern.
 
-        ``W_hat`` is computed on the CPU whatever the device, so that it does not depend on the device.
+        ``W_hat`` is computed on the CPU whatever the device, so that it does not depend on the
+        device.
         """
         spec = self.specs[full_layer_name]
         stored, device = {}, torch.device("cpu")
@@ -216,7 +252,8 @@ class _DequantizeLinear(ConversionOps):
             stored[f"{spec.name}.{SUFFIX_OF_PATTERN[pattern]}"] = tensor.cpu()
         weight = restored_weight(QuantizedLinear.from_tensors(spec, stored))
         self.done.add(full_layer_name)
-        # The full name, not the target pattern: transformers would look for the pattern anywhere in the name.
+        # The full name, not the target pattern: transformers would look for the pattern anywhere in
+        # the name.
         return {full_layer_name: weight.to(device)}
 
 

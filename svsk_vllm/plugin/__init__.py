@@ -7,7 +7,10 @@ _registered = False
 
 
 def register_with_vllm() -> None:
-    """Make vLLM know ``--quantization svsk`` and checkpoints whose config.json says so. Idempotent."""
+    """Make vLLM know ``--quantization svsk`` and checkpoints whose config.json says so.
+
+    Idempotent.
+    """
     global _registered
     if _registered:
         return

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes ``svsk_vllm/format/architectures.json``: what vLLM fuses, per architecture of its registry.
+"""Writes ``svsk_vllm/format/architectures.json``.
+
+What vLLM fuses, per architecture of its registry.
 
     python -m svsk_vllm.plugin.architectures [--write]
 
-The table is read from the source of the installed vLLM, not from its classes: a third of them cannot be imported where
-an optional package (torchvision, say) is missing, and what the table says must not depend on that. The tests compare it
-with the classes that can be imported. Without ``--write`` the command says whether the table is up to date.
+The table is read from the source of the installed vLLM, not from its classes: a third of them
+cannot be imported where an optional package (torchvision, say) is missing, and what the table says
+must not depend on that. The tests compare it with the classes that can be imported. Without
+``--write`` the command says whether the table is up to date.
 
 What is fused, a class says in ``packed_modules_mapping``, which it may complete while it is built
-(``self.packed_modules_mapping["fused_qkv_a_proj"] = [...]``); where it says nothing, its mapper of names
-(``orig_to_new_stacked``) or its loader (``stacked_params_mapping``) does. Conditions are not looked at: a set of which
-a model has only one linear, or none, asks nothing of it.
+(``self.packed_modules_mapping["fused_qkv_a_proj"] = [...]``); where it says nothing, its mapper of
+names (``orig_to_new_stacked``) or its loader (``stacked_params_mapping``) does. Conditions are not
+looked at: a set of which a model has only one linear, or none, asks nothing of it.
 """
 
 import argparse
@@ -34,9 +37,14 @@ _TEXT: Final = "_TEXT_GENERATION_MODELS"
 _BACKEND: Final = "_TRANSFORMERS_SUPPORTED_MODELS"
 _REGISTRIES: Final = (_TEXT, "_MULTIMODAL_MODELS", _BACKEND)
 _REMOVED: Final = "_PREVIOUSLY_SUPPORTED_MODELS"
-_USUAL: Final = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+_USUAL: Final = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
 """What is assumed where the class does not tell: the backend for transformers' classes finds what reads one input by
-tracing, and a multimodal class hands its text to another class, which the configuration of the model chooses."""
+tracing, and a multimodal class hands its text to another class, which the configuration of the
+model chooses.
+"""
 
 Fused = dict[str, list[str]]
 """Parts by the name of the layer that vLLM makes of them."""
@@ -62,7 +70,11 @@ class _Module:
             if isinstance(node, ast.ImportFrom):
                 package = self.name.split(".")
                 up = node.level - self.is_package if node.level else len(package)
-                base = [*package[: len(package) - up], *filter(None, [node.module])] if node.level else [node.module]
+                base = (
+                    [*package[: len(package) - up], *filter(None, [node.module])]
+                    if node.level
+                    else [node.module]
+                )
                 for alias in node.names:
                     place = (".".join(map(str, base)), alias.name)
                     found.setdefault(alias.asname or alias.name, []).append(place)
@@ -96,7 +108,9 @@ class _Sources:
             paths = [stem.with_suffix(".py"), stem / "__init__.py"] if parts[0] == "vllm" else []
             path = next((path for path in paths if path.is_file()), None)
             tree = ast.parse(path.read_text(encoding="utf-8")) if path else None
-            self._modules[name] = _Module(name, tree, path.name == "__init__.py") if path and tree else None
+            self._modules[name] = (
+                _Module(name, tree, path.name == "__init__.py") if path and tree else None
+            )
         return self._modules[name]
 
     def find(self, module: str, name: str) -> _Class | None:
@@ -115,8 +129,14 @@ class _Sources:
         for base in owner.node.bases:
             if isinstance(base, ast.Name) and (found := self.find(owner.module.name, base.id)):
                 order += self.lineage(found)
-        kept = {(cls.module.name, cls.node.name): index for index, cls in enumerate(order)}  # its last place
-        return [order[i] for i in sorted(kept.values()) if not order[i].module.name.endswith(".interfaces")]
+        kept = {
+            (cls.module.name, cls.node.name): index for index, cls in enumerate(order)
+        }  # its last place
+        return [
+            order[i]
+            for i in sorted(kept.values())
+            if not order[i].module.name.endswith(".interfaces")
+        ]
 
     def attribute(self, owner: _Class, name: str) -> Any:
         """Value of a class attribute; None where there is none, or it is computed."""
@@ -156,7 +176,9 @@ class _Sources:
         """A ``WeightsMapper`` as one dictionary: of its entries only those that stack."""
         if not (isinstance(node.func, ast.Name) and node.func.id == "WeightsMapper"):
             return None
-        stacked = next((word.value for word in node.keywords if word.arg == "orig_to_new_stacked"), None)
+        stacked = next(
+            (word.value for word in node.keywords if word.arg == "orig_to_new_stacked"), None
+        )
         return {} if stacked is None else self.value(owner, stacked)
 
 
@@ -178,12 +200,17 @@ def read_table() -> dict[str, Any]:
             fused = {} if table == _BACKEND else _fused(sources, _full_name(module), name)
             entry: dict[str, Any] = {"transformers": True} if table == _BACKEND else {}
             entry["fused"] = dict(sorted((fused if table == _TEXT else _USUAL | fused).items()))
-            groups.setdefault(json.dumps(entry), {**entry, "architectures": []})["architectures"].append(architecture)
+            groups.setdefault(json.dumps(entry), {**entry, "architectures": []})[
+                "architectures"
+            ].append(architecture)
     for entry in groups.values():
         entry["architectures"].sort()
     return {
         "vllm": _version(),
-        "groups": sorted(groups.values(), key=lambda entry: (-len(entry["architectures"]), entry["architectures"])),
+        "groups": sorted(
+            groups.values(),
+            key=lambda entry: (-len(entry["architectures"]), entry["architectures"]),
+        ),
         "removed": dict(sorted(_literal(registry, _REMOVED).items())),
     }
 
@@ -202,7 +229,9 @@ def _fused(sources: _Sources, module: str, name: str) -> Fused:
     """What a model class fuses."""
     owner = sources.find(module, name)
     if owner is None:
-        raise LookupError(f"{module}: no class {name}. vLLM's registry has changed; this reader must follow.")
+        raise LookupError(
+            f"{module}: no class {name}. vLLM's registry has changed; this reader must follow."
+        )
     fused: Fused = dict(sources.attribute(owner, "packed_modules_mapping") or {})
     for cls in sources.lineage(owner):
         fused |= dict(_completed(cls.node))
@@ -220,9 +249,14 @@ def _last_names(parts: list[str]) -> set[str]:
 def _completed(node: ast.ClassDef) -> Iterator[tuple[str, list[str]]]:
     """Entries that a class adds to ``self.packed_modules_mapping`` while it is built."""
     for inner in ast.walk(node):
-        if not (isinstance(inner, ast.Assign) and isinstance(target := inner.targets[0], ast.Subscript)):
+        if not (
+            isinstance(inner, ast.Assign) and isinstance(target := inner.targets[0], ast.Subscript)
+        ):
             continue
-        if isinstance(target.value, ast.Attribute) and target.value.attr == "packed_modules_mapping":
+        if (
+            isinstance(target.value, ast.Attribute)
+            and target.value.attr == "packed_modules_mapping"
+        ):
             yield ast.literal_eval(target.slice), ast.literal_eval(inner.value)
 
 
@@ -233,9 +267,14 @@ def _stacked(sources: _Sources, owner: _Class) -> Fused:
     pairs += [(target[0], part) for part, target in mapper.items() if isinstance(target, list)]
     for cls in sources.lineage(owner):
         for node in ast.walk(cls.module.tree):
-            if isinstance(node, ast.Assign) and _name_of(node.targets[0]) == "stacked_params_mapping":
+            if (
+                isinstance(node, ast.Assign)
+                and _name_of(node.targets[0]) == "stacked_params_mapping"
+            ):
                 rows = sources.value(cls, node.value) or []
-                pairs += [(row[0], row[1]) for row in rows if isinstance(row, list) and len(row) == 3]
+                pairs += [
+                    (row[0], row[1]) for row in rows if isinstance(row, list) and len(row) == 3
+                ]
     fused: Fused = {}
     for target, part in pairs:
         parts = fused.setdefault(target.strip("."), [])
@@ -261,7 +300,9 @@ def _name_of(node: ast.expr) -> str | None:
 def _literal(registry: _Module, name: str) -> dict[str, Any]:
     value = registry.assigned(name)
     if value is None:
-        raise LookupError(f"{registry.name}: no {name}. vLLM's registry has changed; this reader must follow.")
+        raise LookupError(
+            f"{registry.name}: no {name}. vLLM's registry has changed; this reader must follow."
+        )
     table: dict[str, Any] = ast.literal_eval(value)
     return table
 
@@ -287,7 +328,10 @@ def main() -> int:
     stored = json.loads(TABLE.read_text(encoding="utf-8"))
     if stored == table:
         return 0
-    sys.stderr.write(f"{TABLE}: made from vLLM {stored['vllm']}, installed is {table['vllm']}: run with --write.\n")
+    sys.stderr.write(
+        f"{TABLE}: made from vLLM {stored['vllm']}, installed is {table['vllm']}: run with"
+        " --write.\n"
+    )
     return 1
 
 

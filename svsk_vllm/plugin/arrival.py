@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What arrives at the layers while vLLM loads a checkpoint, and whether it is complete and as it was stored.
 
-vLLM looks for parameters that nothing was loaded into, but not in quantised models, and it lets a model's own
-``load_weights`` change tensors by their names. A quantisation method sees neither. So torch's registration hook, which
-tells who becomes whose parent, finds the models that hold layers of ours, and their ``load_weights`` is observed: the
-stored tensors as they enter it, and at its end every parameter of the model.
+vLLM looks for parameters that nothing was loaded into, but not in quantised models, and it lets a
+model's own ``load_weights`` change tensors by their names. A quantisation method sees neither. So
+torch's registration hook, which tells who becomes whose parent, finds the models that hold layers
+of ours, and their ``load_weights`` is observed: the stored tensors as they enter it, and at its end
+every parameter of the model.
 """
 
 import weakref
@@ -18,7 +19,15 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from svsk_vllm.format import SvskFormatError
 
-__all__ = ["LinearRecord", "ShardId", "Stored", "expect", "loaded_shards", "record_loads", "stored_tensor"]
+__all__ = [
+    "LinearRecord",
+    "ShardId",
+    "Stored",
+    "expect",
+    "loaded_shards",
+    "record_loads",
+    "stored_tensor",
+]
 
 ShardId = str | int | None
 Loader = Callable[..., Any]
@@ -26,7 +35,10 @@ Loader = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as vLLM read it from the checkpoint; 4-bit factors go on as int8, ``dtype`` is the stored one."""
+    """A tensor as vLLM read it from the checkpoint.
+
+    4-bit factors go on as int8, ``dtype`` is the stored one.
+    """
 
     name: str
     tensor: torch.Tensor
@@ -56,7 +68,9 @@ class LinearRecord:
 
 
 _records: "weakref.WeakKeyDictionary[torch.nn.Module, LinearRecord]" = weakref.WeakKeyDictionary()
-_holders: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()  # modules that hold a linear of ours
+_holders: "weakref.WeakSet[torch.nn.Module]" = (
+    weakref.WeakSet()
+)  # modules that hold a linear of ours
 _loaded_once: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
 _streams: list["_Stream"] = []  # that of the outermost load_weights in progress, if any
 _hooks: list[Any] = []
@@ -91,7 +105,9 @@ def _recording(layer: Any, loader: str) -> Loader:
             for name, parameter in layer.named_parameters(recurse=False):
                 if parameter is param:
                     record.seen.setdefault(name, set()).update(loaded_shards(loaded_shard_id))
-        return own(layer, param, loaded_weight, *(() if loaded_shard_id is None else (loaded_shard_id,)))
+        return own(
+            layer, param, loaded_weight, *(() if loaded_shard_id is None else (loaded_shard_id,))
+        )
 
     return load
 
@@ -102,7 +118,9 @@ def loaded_shards(shard: Any) -> tuple[ShardId, ...]:
 
 
 def stored_tensor(arrived: torch.Tensor, suffix: str) -> Stored | None:
-    """The stored tensor that a loader was given, or given a part or a copy of. None when no first load is observed.
+    """The stored tensor that a loader was given, or given a part or a copy of.
+
+    None when no first load is observed.
 
     Args:
         arrived: what the layer's loader got.
@@ -119,11 +137,14 @@ class _Stream:
         self._current: Stored | None = None
         self._alive: dict[int, tuple[str, weakref.ref[torch.Tensor], torch.dtype]] = {}
 
-    def watch(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def watch(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
             dtype = tensor.dtype
             if dtype == torch.uint8 and name.endswith((".sidecar_u", ".sidecar_v")):
-                # The parameter holds unpacked factors: vLLM would warn of another dtype for each tensor.
+                # The parameter holds unpacked factors: vLLM would warn of another dtype for each
+                # tensor.
                 tensor = tensor.view(torch.int8)
             self._current = Stored(name, tensor, dtype)
             self._alive[tensor.untyped_storage().data_ptr()] = (name, weakref.ref(tensor), dtype)
@@ -134,14 +155,21 @@ class _Stream:
         if not self._first:
             return None
         storage = arrived.untyped_storage().data_ptr()
-        if self._current is not None and self._current.tensor.untyped_storage().data_ptr() == storage:
+        if (
+            self._current is not None
+            and self._current.tensor.untyped_storage().data_ptr() == storage
+        ):
             return self._current
         if storage in self._alive:
             name, held, dtype = self._alive[storage]
             if (tensor := held()) is not None:
                 return Stored(name, tensor, dtype)
         # A copy. A model that collects tensors before it passes them on is not followed here.
-        return self._current if self._current is not None and self._current.name.endswith(f".{suffix}") else None
+        return (
+            self._current
+            if self._current is not None and self._current.name.endswith(f".{suffix}")
+            else None
+        )
 
 
 def _note_parent(module: torch.nn.Module, _: str, submodule: torch.nn.Module | None) -> None:
@@ -153,7 +181,10 @@ def _note_parent(module: torch.nn.Module, _: str, submodule: torch.nn.Module | N
 
 
 def _observed(module: torch.nn.Module) -> Loader:
-    """The module's ``load_weights``, observed when it is the outermost one. Does not hold the module."""
+    """The module's ``load_weights``, observed when it is the outermost one.
+
+    Does not hold the module.
+    """
     held = weakref.ref(module)
 
     def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
@@ -186,9 +217,14 @@ def _check_complete(model: torch.nn.Module, loaded: set[str] | None) -> None:
 
     Args:
         model: the whole model.
-        loaded: names of parameters that its ``load_weights`` says it filled, None where it does not say.
+        loaded: names of parameters that its ``load_weights`` says it filled, None where it does not
+            say.
     """
-    records = {name: record for name, module in model.named_modules() if (record := _records.get(module)) is not None}
+    records = {
+        name: record
+        for name, module in model.named_modules()
+        if (record := _records.get(module)) is not None
+    }
     if not any(record.counted for record in records.values()):
         return
     missing = []
@@ -199,25 +235,40 @@ def _check_complete(model: torch.nn.Module, loaded: set[str] | None) -> None:
         if record is not None:
             if last not in record.skip:
                 missing += _missing_shards(name, record, last, loaded)
-        elif loaded is not None and name not in loaded and not _made_up(model, owner, parameter, tied):
+        elif (
+            loaded is not None
+            and name not in loaded
+            and not _made_up(model, owner, parameter, tied)
+        ):
             missing.append(name)
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        shown = ", ".join(missing[:5]) + (
+            f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        )
         raise SvskFormatError(
-            f"The checkpoint lacks what vLLM loads into {shown}. Copy or download the folder again; `svsk validate` "
-            "lists what is missing."
+            f"The checkpoint lacks what vLLM loads into {shown}. Copy or download the folder again;"
+            " `svsk validate` lists what is missing."
         )
 
 
-def _missing_shards(name: str, record: LinearRecord, parameter: str, loaded: set[str] | None) -> list[str]:
+def _missing_shards(
+    name: str, record: LinearRecord, parameter: str, loaded: set[str] | None
+) -> list[str]:
     lacks = record.lacks(parameter)
     if not record.seen.get(parameter) and (loaded is None or name in loaded):
         return []  # filled by a loader of its own, which is the model's business
-    return [name if shard is None else f"{name} (part {shard!r})" for shard in record.shards if shard in lacks]
+    return [
+        name if shard is None else f"{name} (part {shard!r})"
+        for shard in record.shards
+        if shard in lacks
+    ]
 
 
 def _made_up(model: torch.nn.Module, owner: str, parameter: torch.Tensor, tied: bool) -> bool:
-    """Parameters that a checkpoint need not hold: those of the KV cache, empty ones, a tied head."""
+    """Parameters that a checkpoint need not hold.
+
+    Those of the KV cache, empty ones, a tied head.
+    """
     from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 

@@ -32,13 +32,16 @@ _logger = logging.getLogger("vllm.svsk")  # vLLM shows what is logged below its 
 _warned: set[str] = set()  # kernels that a warning has been logged about
 
 
-def choose_kernel(prefix: str, spec: LayerSpec, full_shape: tuple[int, int], device: torch.device) -> LayerKernel:
+def choose_kernel(
+    prefix: str, spec: LayerSpec, full_shape: tuple[int, int], device: torch.device
+) -> LayerKernel:
     """The device's own kernel, or another that was asked for.
 
-    The environment variable ``SVSK_KERNEL`` decides: ``fused`` is base and sidecar in one, ``split`` the base through
-    vLLM's own 4-bit kernel and the sidecar after it, ``portable`` PyTorch's float32 product with int8 levels,
-    ``reference`` the dequantised weight. ``auto``, the default, is the first of fused, split and portable that can run;
-    portable only on a CPU or in float32, because elsewhere it would cost more than an error does.
+    The environment variable ``SVSK_KERNEL`` decides: ``fused`` is base and sidecar in one,
+    ``split`` the base through vLLM's own 4-bit kernel and the sidecar after it, ``portable``
+    PyTorch's float32 product with int8 levels, ``reference`` the dequantised weight. ``auto``, the
+    default, is the first of fused, split and portable that can run; portable only on a CPU or in
+    float32, because elsewhere it would cost more than an error does.
 
     Args:
         prefix: the layer's name, for errors.
@@ -47,14 +50,16 @@ def choose_kernel(prefix: str, spec: LayerSpec, full_shape: tuple[int, int], dev
         device: where the layer runs.
 
     Raises:
-        SvskFormatError: no kernel takes the layer, or not the one asked for, or the variable has another value.
+        SvskFormatError: no kernel takes the layer, or not the one asked for, or the variable has
+            another value.
     """
     wanted = os.environ.get(_VARIABLE, "auto")
     if wanted not in _CHOICES:
         raise SvskFormatError(f"{_VARIABLE}={wanted}: expected one of {', '.join(_CHOICES)}.")
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
-        # The system permits AMX to a process that asks, as oneDNN does for a dense model. Attention of vLLM does not,
-        # and without a product of oneDNN before it the process ended with an illegal instruction.
+        # The system permits AMX to a process that asks, as oneDNN does for a dense model. Attention
+        # of vLLM does not, and without a product of oneDNN before it the process ended with an
+        # illegal instruction.
         torch.cpu._init_amx()
     kernel = _choose(wanted, prefix, spec, full_shape, device)
     _tell_compiler(kernel)
@@ -69,12 +74,18 @@ def _choose(
         return ReferenceKernel(spec)
     obstacles: list[str] = []
     if wanted in ("auto", "fused"):
-        obstacle = CpuKernel.obstacle(spec) if device.type == "cpu" else TritonKernel.obstacle(spec, device)
+        obstacle = (
+            CpuKernel.obstacle(spec)
+            if device.type == "cpu"
+            else TritonKernel.obstacle(spec, device)
+        )
         if not obstacle:
             _note(spec.n, spec.k, f"the {'CPU' if device.type == 'cpu' else 'Triton'} kernel")
             return CpuKernel(spec) if device.type == "cpu" else TritonKernel(spec, device)
         if wanted == "fused":
-            raise SvskFormatError(f"{prefix}: {_VARIABLE}=fused, but {obstacle}. Unset it, or set it to portable.")
+            raise SvskFormatError(
+                f"{prefix}: {_VARIABLE}=fused, but {obstacle}. Unset it, or set it to portable."
+            )
         obstacles.append(obstacle)
     if wanted != "portable":
         try:
@@ -86,12 +97,21 @@ def _choose(
         else:
             _note(spec.n, spec.k, f"{type(kernel.base).__name__} and a sidecar apart", *obstacles)
             return kernel
-    _note(spec.n, spec.k, "float32 products with int8 levels", *obstacles, *_slow_dtype(spec.dtype, device))
+    _note(
+        spec.n,
+        spec.k,
+        "float32 products with int8 levels",
+        *obstacles,
+        *_slow_dtype(spec.dtype, device),
+    )
     return PortableKernel(spec)
 
 
 def _tell_compiler(kernel: LayerKernel) -> None:
-    """Make the kernel part of what vLLM keys its compiled graphs by: they call its op with its own tensors."""
+    """Make the kernel part of what vLLM keys its compiled graphs by.
+
+    They call its op with its own tensors.
+    """
     extra = get_current_vllm_config().additional_config
     if isinstance(extra, dict):
         extra[_KEY] = sorted({*extra.get(_KEY, ()), *_kernel_names(kernel)})
@@ -105,13 +125,21 @@ def _kernel_names(kernel: LayerKernel) -> list[str]:
 
 
 def _note(n: int, k: int, kernel: str, *obstacles: str) -> None:
-    """Log what layers of a shape run on: once, and once for all shapes where it is not what one would want."""
+    """Log what layers of a shape run on.
+
+    Once, and once for all shapes where it is not what one would want.
+    """
     if not obstacles:
         _tell(n, k, kernel)
     elif kernel not in _warned:
         _warned.add(kernel)
         reasons = " ".join(f"{text.rstrip('.')}." for text in obstacles)
-        _logger.warning("SVSK layers run on %s, which is slower: %s %s chooses another.", kernel, reasons, _VARIABLE)
+        _logger.warning(
+            "SVSK layers run on %s, which is slower: %s %s chooses another.",
+            kernel,
+            reasons,
+            _VARIABLE,
+        )
 
 
 @lru_cache(maxsize=1024)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serving a quantised linear: what vLLM asks of a linear method. A kernel of the device does the arithmetic."""
+"""Serving a quantised linear.
+
+What vLLM asks of a linear method. A kernel of the device does the arithmetic.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,14 +15,25 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.parameter import BasevLLMParameter, GroupQuantScaleParameter, PackedvLLMParameter
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+)
 
 from svsk_kernels import LayerSpec
 from svsk_vllm.format import ConfigGroup, LinearSpec, SvskFormatError
 from svsk_vllm.plugin.kernel_choice import choose_kernel
 from svsk_vllm.plugin.shard_probe import ShardId, probe_columns, probe_rows
 from svsk_vllm.plugin.sidecar_layout import SidecarLayout, build_layout
-from svsk_vllm.plugin.sidecar_loader import BASE_NAMES, SIDECAR_DTYPES, Arrived, base_loader, clear_padding, tile_loader
+from svsk_vllm.plugin.sidecar_loader import (
+    BASE_NAMES,
+    SIDECAR_DTYPES,
+    Arrived,
+    base_loader,
+    clear_padding,
+    tile_loader,
+)
 
 __all__ = ["PARAMETERS", "Origin", "SvskLinearMethod", "fused_sizes"]
 
@@ -35,9 +49,10 @@ class Origin:
     Attributes:
         names: the parts' names in the checkpoint.
         stored: what is stored of them, None where that is not known before loading.
-        row_order: for the number of rows of an unfused layer, the stored row of each row that the model's loader hands
-            on, None where the order is kept.
-        known_order: False where the model's loader moves rows in an order that is not known, for bases alone.
+        row_order: for the number of rows of an unfused layer, the stored row of each row that the
+            model's loader hands on, None where the order is kept.
+        known_order: False where the model's loader moves rows in an order that is not known, for
+            bases alone.
         counted: whether the parameters have to be loaded at all: not where vLLM makes weights up.
     """
 
@@ -63,15 +78,19 @@ class SvskLinearMethod(LinearMethodBase):
     """
 
     def __init__(
-        self, prefix: str, parts: Sequence[str], schemes: Sequence[ConfigGroup], origin: Origin | None = None
+        self,
+        prefix: str,
+        parts: Sequence[str],
+        schemes: Sequence[ConfigGroup],
+        origin: Origin | None = None,
     ) -> None:
         self.prefix, self.parts, self.schemes = prefix, list(parts), list(schemes)
         self.origin = origin or Origin(tuple(parts))
         self.weights = schemes[0].weights
         if any(scheme.weights != self.weights for scheme in schemes):
             raise SvskFormatError(
-                f"{prefix}: vLLM fuses {', '.join(parts)}, whose group sizes or codebooks differ. Quantise them with "
-                "the same ones; ranks and tiles may differ."
+                f"{prefix}: vLLM fuses {', '.join(parts)}, whose group sizes or codebooks differ."
+                " Quantise them with the same ones; ranks and tiles may differ."
             )
 
     def create_weights(
@@ -87,14 +106,16 @@ class SvskLinearMethod(LinearMethodBase):
         """Register the layer's parameters and choose its kernel.
 
         Raises:
-            SvskFormatError: the shard's columns do not fit the groups, or no kernel takes the layer.
+            SvskFormatError: the shard's columns do not fit the groups, or no kernel takes the
+                layer.
         """
         loader = extra["weight_loader"]
         n, k, group = sum(output_partition_sizes), input_size_per_partition, self.weights.group_size
         if k % group:
             raise SvskFormatError(
-                f"{self.prefix}: each rank gets {k} of {input_size} input features, not a multiple of the group size "
-                f"{group}. Lower tensor_parallel_size, or quantise with --group-size 32 if {k} is a multiple of 32."
+                f"{self.prefix}: each rank gets {k} of {input_size} input features, not a multiple"
+                f" of the group size {group}. Lower tensor_parallel_size, or quantise with"
+                f" --group-size 32 if {k} is a multiple of 32."
             )
         self.input_size, self.params_dtype = input_size, params_dtype
         self._check_sizes(layer, input_size, output_size)
@@ -117,7 +138,10 @@ class SvskLinearMethod(LinearMethodBase):
         layer.register_parameter(
             "weight_scale",
             GroupQuantScaleParameter(
-                data=scale, input_dim=1, output_dim=0, weight_loader=self._base_loader(loader, "weight_scale", order)
+                data=scale,
+                input_dim=1,
+                output_dim=0,
+                weight_loader=self._base_loader(loader, "weight_scale", order),
             ),
         )
         tp = (layer.tp_rank, layer.tp_size)
@@ -132,7 +156,9 @@ class SvskLinearMethod(LinearMethodBase):
         if self.layout:
             self._register_sidecar(layer, self.layout)
         plan = self.layout.plan if self.layout else None
-        bits: Literal[4, 8] = 4 if all(s.sidecar.num_bits == 4 for s in self.schemes if s.sidecar.rank) else 8
+        bits: Literal[4, 8] = (
+            4 if all(s.sidecar.num_bits == 4 for s in self.schemes if s.sidecar.rank) else 8
+        )
         spec = LayerSpec(n, k, group, self.weights.codebook, params_dtype, plan, bits)
         self.kernel = choose_kernel(self.prefix, spec, (output_size, input_size), packed.device)
 
@@ -169,36 +195,52 @@ class SvskLinearMethod(LinearMethodBase):
             return [None]
         if isinstance(layer, QKVParallelLinear) and len(self.parts) == 3:
             return ["q", "k", "v"]
-        if isinstance(layer, MergedColumnParallelLinear) and len(self.parts) == len(layer.output_sizes):
+        if isinstance(layer, MergedColumnParallelLinear) and len(self.parts) == len(
+            layer.output_sizes
+        ):
             return list(range(len(self.parts)))
         raise SvskFormatError(
-            f"{self.prefix}: vLLM fuses {', '.join(self.parts)} into a {type(layer).__name__}, which the plugin does "
-            "not know. Put these modules on the ignore list when quantising."
+            f"{self.prefix}: vLLM fuses {', '.join(self.parts)} into a {type(layer).__name__},"
+            " which the plugin does not know. Put these modules on the ignore list when"
+            " quantising."
         )
 
     def _check_sizes(self, layer: Any, input_size: int, output_size: int) -> None:
-        """Refuse tensors of other sizes than the layer's: vLLM's loaders take the first rows of a larger one."""
+        """Refuse tensors of other sizes than the layer's.
+
+        VLLM's loaders take the first rows of a larger one.
+        """
         if self.origin.stored is None:
             return
         sizes = fused_sizes(layer) or [output_size]
-        wanted = sizes if len(sizes) == len(self.parts) else [sum(sizes)] if len(self.parts) == 1 else []
+        wanted = (
+            sizes if len(sizes) == len(self.parts) else [sum(sizes)] if len(self.parts) == 1 else []
+        )
         for spec, want in zip(self.origin.stored, wanted, strict=False):
-            # Layers of merged columns may repeat groups of rows on each rank, and then have more than are stored.
+            # Layers of merged columns may repeat groups of rows on each rank, and then have more
+            # than are stored.
             repeats = isinstance(layer, MergedColumnParallelLinear) and spec.n < want
             if spec.k != input_size or (spec.n != want and not repeats):
                 raise SvskFormatError(
-                    f"{spec.name}.weight_packed: holds a weight of {spec.n} x {spec.k}, config.json asks for {want} x "
-                    f"{input_size}. The folder mixes files of two models: copy or quantise it again."
+                    f"{spec.name}.weight_packed: holds a weight of {spec.n} x {spec.k}, config.json"
+                    f" asks for {want} x {input_size}. The folder mixes files of two models: copy"
+                    " or quantise it again."
                 )
 
     def _base_loader(self, loader: Any, name: str, order: torch.Tensor | None) -> Any:
         keep = self.origin.known_order
         has_sidecar = any(scheme.sidecar.rank for scheme in self.schemes)
-        return base_loader(self.prefix, name, loader, self.arrived, order, keep=keep, whole=has_sidecar)
+        return base_loader(
+            self.prefix, name, loader, self.arrived, order, keep=keep, whole=has_sidecar
+        )
 
     def _register_sidecar(self, layer: Any, layout: SidecarLayout) -> None:
         plan = layout.plan
-        sizes = {"sidecar_u": plan.u_numel, "sidecar_v": plan.v_numel, "sidecar_gain": plan.gain_numel}
+        sizes = {
+            "sidecar_u": plan.u_numel,
+            "sidecar_v": plan.v_numel,
+            "sidecar_gain": plan.gain_numel,
+        }
         for name, dtype in SIDECAR_DTYPES.items():
             loader = tile_loader(self.prefix, name, layout, self.input_size, self.arrived)
             data = torch.zeros(sizes[name], dtype=dtype)
@@ -213,7 +255,11 @@ def fused_sizes(layer: Any) -> list[int] | None:
     if isinstance(layer, QKVParallelLinear):
         value_size = getattr(layer, "v_head_size", layer.head_size)
         kv_heads = layer.total_num_kv_heads
-        return [layer.total_num_heads * layer.head_size, kv_heads * layer.head_size, kv_heads * value_size]
+        return [
+            layer.total_num_heads * layer.head_size,
+            kv_heads * layer.head_size,
+            kv_heads * value_size,
+        ]
     return list(layer.output_sizes) if isinstance(layer, MergedColumnParallelLinear) else None
 
 
@@ -227,6 +273,7 @@ def _check_finite(prefix: str, layer: Any) -> None:
         tensor = getattr(layer, name, None)
         if tensor is not None and (bad := int((~torch.isfinite(tensor)).sum())):
             raise SvskFormatError(
-                f"{prefix}.{name}: {bad} of {tensor.numel()} values are not finite in {tensor.dtype}. `svsk validate` "
-                "tells whether the checkpoint is damaged; if not, serve it in its own dtype."
+                f"{prefix}.{name}: {bad} of {tensor.numel()} values are not finite in"
+                f" {tensor.dtype}. `svsk validate` tells whether the checkpoint is damaged; if not,"
+                " serve it in its own dtype."
             )

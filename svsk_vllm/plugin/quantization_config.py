@@ -16,11 +16,23 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     UnquantizedLinearMethod,
 )
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 
 from svsk_vllm.architecture.folder_check import require_sound
-from svsk_vllm.format import SUFFIXES, ConfigGroup, LinearSpec, SvskCheckpointConfig, SvskFormatError
+from svsk_vllm.format import (
+    SUFFIXES,
+    ConfigGroup,
+    LinearSpec,
+    SvskCheckpointConfig,
+    SvskFormatError,
+)
 from svsk_vllm.format.row_order import ROW_ORDERS, row_order_problem
 from svsk_vllm.plugin.arrival import LinearRecord, ShardId, expect, record_loads
 from svsk_vllm.plugin.linear_method import PARAMETERS, Origin, SvskLinearMethod
@@ -34,7 +46,10 @@ _MADE_UP = ("dummy",)
 """Load formats that read no weights."""
 _STATES = ("sharded_state", "runai_streamer_sharded")
 """Load formats that read what vLLM saved, not checkpoints."""
-_USUAL_PARTS = {QKVParallelLinear: ("q_proj", "k_proj", "v_proj"), MergedColumnParallelLinear: ("gate_proj", "up_proj")}
+_USUAL_PARTS = {
+    QKVParallelLinear: ("q_proj", "k_proj", "v_proj"),
+    MergedColumnParallelLinear: ("gate_proj", "up_proj"),
+}
 """Of fused layers whose model class does not name them."""
 
 
@@ -52,13 +67,15 @@ class SvskConfig(QuantizationConfig):
         super().__init__()
         if checkpoint is None:
             raise SvskFormatError(
-                "--quantization svsk: the model's config.json has no quantization_config, so its weights are not "
-                "quantised. Run `svsk quantize MODEL OUT` and serve OUT, or leave --quantization out."
+                "--quantization svsk: the model's config.json has no quantization_config, so its"
+                " weights are not quantised. Run `svsk quantize MODEL OUT` and serve OUT, or leave"
+                " --quantization out."
             )
         if getattr(envs, "VLLM_BATCH_INVARIANT", False):
             raise SvskFormatError(
-                "VLLM_BATCH_INVARIANT=1: the kernels for svsk checkpoints choose their blocks by the number of tokens "
-                "in a batch, so an answer's last bits depend on it. Unset the variable, or serve the dense model."
+                "VLLM_BATCH_INVARIANT=1: the kernels for svsk checkpoints choose their blocks by"
+                " the number of tokens in a batch, so an answer's last bits depend on it. Unset the"
+                " variable, or serve the dense model."
             )
         self.checkpoint = checkpoint
         self._renames: list[Rename] = []
@@ -103,23 +120,29 @@ class SvskConfig(QuantizationConfig):
             return None
         if user_quant not in (None, "svsk"):
             raise SvskFormatError(
-                f"--quantization {user_quant}: the checkpoint is quantised by svsk already. Leave the option out or "
-                f"say --quantization svsk, or serve the dense model with --quantization {user_quant}."
+                f"--quantization {user_quant}: the checkpoint is quantised by svsk already. Leave"
+                " the option out or say --quantization svsk, or serve the dense model with"
+                f" --quantization {user_quant}."
             )
         return "svsk"
 
-    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
         """Refuse a folder that `svsk validate` would refuse, before vLLM builds its model.
 
-        Of a model from the hub nothing but config.json is here yet, and a folder of config.json alone is loaded with
-        random weights. What a sharded-state folder holds are parameters of vLLM's own.
+        Of a model from the hub nothing but config.json is here yet, and a folder of config.json
+        alone is loaded with random weights. What a sharded-state folder holds are parameters of
+        vLLM's own.
 
         Raises:
             SvskFormatError: names what is wrong.
         """
         self._model, self._hf_config, self._revision = model_name, hf_config, revision
         folder = Path(model_name)
-        if folder.is_dir() and any(not _RANKS_STATE.match(path.name) for path in folder.glob("*.safetensors")):
+        if folder.is_dir() and any(
+            not _RANKS_STATE.match(path.name) for path in folder.glob("*.safetensors")
+        ):
             require_sound(folder, hf_config)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -131,14 +154,14 @@ class SvskConfig(QuantizationConfig):
         """Method for one layer.
 
         Raises:
-            SvskFormatError: parts of a fused layer disagree, tensors are missing, or the layer is quantised in a way
-                that is not served.
+            SvskFormatError: parts of a fused layer disagree, tensors are missing, or the layer is
+                quantised in a way that is not served.
         """
         load_format = str(get_current_vllm_config().load_config.load_format)
         if load_format in _STATES:
             raise SvskFormatError(
-                f"--load-format {load_format} reads states that vLLM saved, which it cannot do for svsk. Serve the "
-                "checkpoint itself, without --load-format."
+                f"--load-format {load_format} reads states that vLLM saved, which it cannot do for"
+                " svsk. Serve the checkpoint itself, without --load-format."
             )
         counted = load_format not in _MADE_UP
         if not isinstance(layer, LinearBase):
@@ -154,8 +177,8 @@ class SvskConfig(QuantizationConfig):
         if len(chosen) < len(parts):
             left_out = [name for name, scheme in schemes.items() if scheme is None]
             raise SvskFormatError(
-                f"{prefix}: vLLM fuses {', '.join(parts)}, but {', '.join(left_out)} is not quantised. Ignore all of "
-                "them or none when quantising."
+                f"{prefix}: vLLM fuses {', '.join(parts)}, but {', '.join(left_out)} is not"
+                " quantised. Ignore all of them or none when quantising."
             )
         expect(layer, LinearRecord(_shards(layer), PARAMETERS, counted))
         return SvskLinearMethod(prefix, parts, chosen, self._origin(parts, chosen, counted=counted))
@@ -164,7 +187,10 @@ class SvskConfig(QuantizationConfig):
     def stored(self) -> StoredModules:
         """The stored modules; none are known where no safetensors can be looked into."""
         if self._stored is None:
-            known = self._model is not None and str(get_current_vllm_config().load_config.load_format) not in _MADE_UP
+            known = (
+                self._model is not None
+                and str(get_current_vllm_config().load_config.load_format) not in _MADE_UP
+            )
             tensors = read_headers(str(self._model), self._revision) if known else {}
             self._stored = StoredModules(tensors, self._renames)
         return self._stored
@@ -173,24 +199,35 @@ class SvskConfig(QuantizationConfig):
         """Embeddings, output heads and experts are served as vLLM does, so none of theirs may be quantised."""
         if isinstance(layer, VocabParallelEmbedding):
             own = self.stored.find(prefix)
-            targeted = isinstance(layer, ParallelLMHead) and (own is not None or not self.stored.tensors)
+            targeted = isinstance(layer, ParallelLMHead) and (
+                own is not None or not self.stored.tensors
+            )
             names = [own or prefix] if self._is_quantized(own, prefix if targeted else None) else []
             kind = "output heads" if isinstance(layer, ParallelLMHead) else "embeddings"
-        elif any("Experts" in cls.__name__ or "FusedMoE" in cls.__name__ for cls in type(layer).__mro__):
-            names, kind = [name for name in self.stored.below(prefix) if self._is_quantized(name, None)], "experts"
+        elif any(
+            "Experts" in cls.__name__ or "FusedMoE" in cls.__name__ for cls in type(layer).__mro__
+        ):
+            names, kind = (
+                [name for name in self.stored.below(prefix) if self._is_quantized(name, None)],
+                "experts",
+            )
         else:
             return
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise SvskFormatError(
-                f"{names[0]}{more}: quantised {kind} are not served. Quantise the model with --ignore {names[0]}."
+                f"{names[0]}{more}: quantised {kind} are not served. Quantise the model with"
+                f" --ignore {names[0]}."
             )
 
     def _is_quantized(self, own: str | None, targeted: str | None) -> bool:
         """Whether a stored module is, or one that is looked for among the targets by its name."""
         if own is not None and self.stored.suffixes(own) & set(SUFFIXES):
             return True
-        return targeted is not None and self._renamed().scheme_for(own or targeted, by_class=False) is not None
+        return (
+            targeted is not None
+            and self._renamed().scheme_for(own or targeted, by_class=False) is not None
+        )
 
     def _parts(self, layer: torch.nn.Module, prefix: str) -> list[str]:
         """Names in vLLM's model of the checkpoint's linears that make up the layer ``prefix``."""
@@ -202,7 +239,11 @@ class SvskConfig(QuantizationConfig):
         if last in self.packed_modules_mapping:
             parts = beside(self.packed_modules_mapping[last])
             # What vLLM fuses may be stored fused, as GLM-4's gate_up_proj.
-            fused = len(parts) > 1 and not any(map(self.stored.find, parts)) and self.stored.find(prefix)
+            fused = (
+                len(parts) > 1
+                and not any(map(self.stored.find, parts))
+                and self.stored.find(prefix)
+            )
             return [prefix] if fused else parts
         if not self.stored.find(prefix):
             for kind, usual in _USUAL_PARTS.items():
@@ -213,8 +254,8 @@ class SvskConfig(QuantizationConfig):
     def _scheme(self, name: str) -> ConfigGroup | None:
         """The scheme of a linear of vLLM's model, by its stored name where it has one.
 
-        A linear that only a class name targets and that is stored as it was is not quantised: vLLM has linears where
-        transformers has other modules.
+        A linear that only a class name targets and that is stored as it was is not quantised: vLLM
+        has linears where transformers has other modules.
         """
         own = self.stored.find(name)
         if own is None:
@@ -222,15 +263,19 @@ class SvskConfig(QuantizationConfig):
         scheme = self.checkpoint.scheme_for(own)
         held = self.stored.suffixes(own)
         if "weight" in held and held & set(SUFFIXES):
-            raise SvskFormatError(f"{own}: stored both dense (.weight) and quantised. Remove one from the folder.")
+            raise SvskFormatError(
+                f"{own}: stored both dense (.weight) and quantised. Remove one from the folder."
+            )
         if held & set(SUFFIXES):
             if scheme is None:
-                raise SvskFormatError(f"{own}: stored quantised, but config.json does not quantise it. Correct it.")
+                raise SvskFormatError(
+                    f"{own}: stored quantised, but config.json does not quantise it. Correct it."
+                )
         elif "weight" in held and scheme is not None:
             if self.checkpoint.scheme_for(own, by_class=False) is not None:
                 raise SvskFormatError(
-                    f"{own}.weight: stored as it was, but config.json quantises {own}. Add it to the ignore list, or "
-                    "quantise it."
+                    f"{own}.weight: stored as it was, but config.json quantises {own}. Add it to"
+                    " the ignore list, or quantise it."
                 )
             return None
         return scheme
@@ -256,7 +301,9 @@ class SvskConfig(QuantizationConfig):
         architectures, hf_config = self._architectures()
         names = tuple(self.stored.find(part) or self._from_siblings(part) for part in parts)
         for name, scheme in zip(names, schemes, strict=True):
-            if problem := row_order_problem(architectures, name, scheme.sidecar.rank, own_class=True):
+            if problem := row_order_problem(
+                architectures, name, scheme.sidecar.rank, own_class=True
+            ):
                 raise SvskFormatError(problem)
         moved = next((arch for arch in architectures if arch in ROW_ORDERS), None)
         return Origin(
@@ -275,11 +322,14 @@ class SvskConfig(QuantizationConfig):
             return [], hf_config  # loads what is stored
         return list(getattr(hf_config, "architectures", None) or ()), hf_config
 
-    def _stored_specs(self, names: tuple[str, ...], schemes: list[ConfigGroup]) -> tuple[LinearSpec, ...] | None:
+    def _stored_specs(
+        self, names: tuple[str, ...], schemes: list[ConfigGroup]
+    ) -> tuple[LinearSpec, ...] | None:
         """Specifications of the stored parts, from the headers.
 
         Raises:
-            SvskFormatError: a tensor is missing, or has another dtype or shape than the scheme asks for.
+            SvskFormatError: a tensor is missing, or has another dtype or shape than the scheme asks
+                for.
         """
         tensors = self.stored.tensors
         if not any(f"{name}.{suffix}" in tensors for name in names for suffix in SUFFIXES):
@@ -289,10 +339,12 @@ class SvskConfig(QuantizationConfig):
             packed = tensors.get(f"{name}.weight_packed")
             scale = tensors.get(f"{name}.weight_scale")
             if packed is None or scale is None or len(packed.shape) != 2:
-                lacking = "weight_packed" if packed is None or len(packed.shape) != 2 else "weight_scale"
+                lacking = (
+                    "weight_packed" if packed is None or len(packed.shape) != 2 else "weight_scale"
+                )
                 raise SvskFormatError(
-                    f"{name}.{lacking}: missing or no matrix. The checkpoint is incomplete: copy or download the "
-                    "folder again; `svsk validate` lists what is missing."
+                    f"{name}.{lacking}: missing or no matrix. The checkpoint is incomplete: copy or"
+                    " download the folder again; `svsk validate` lists what is missing."
                 )
             spec = LinearSpec(name, packed.shape[0], packed.shape[1] * 8, scheme, scale.dtype)
             for suffix, want in spec.tensors().items():
@@ -300,15 +352,18 @@ class SvskConfig(QuantizationConfig):
                 if found != want:
                     state = f"{found.dtype} {list(found.shape)}" if found else "missing"
                     raise SvskFormatError(
-                        f"{name}.{suffix}: {state}, expected {want.dtype} {list(want.shape)}. Copy or download the "
-                        "folder again; `svsk validate` lists what is wrong."
+                        f"{name}.{suffix}: {state}, expected {want.dtype} {list(want.shape)}. Copy"
+                        " or download the folder again; `svsk validate` lists what is wrong."
                     )
             specs.append(spec)
         return tuple(specs)
 
 
 def _rename_entries(rename: Rename, entries: list[str]) -> list[str]:
-    """Translate exact names. vLLM's rules for prefixes end with a dot, so a name is given one to go on with."""
+    """Translate exact names.
+
+    vLLM's rules for prefixes end with a dot, so a name is given one to go on with.
+    """
     renamed = []
     for entry in entries:
         if entry.startswith("re:"):
@@ -323,4 +378,8 @@ def _shards(layer: torch.nn.Module) -> tuple[ShardId, ...]:
     """The shard ids that vLLM loads the parts of a linear with."""
     if isinstance(layer, QKVParallelLinear):
         return ("q", "k", "v")
-    return tuple(range(len(layer.output_sizes))) if isinstance(layer, MergedColumnParallelLinear) else (None,)
+    return (
+        tuple(range(len(layer.output_sizes)))
+        if isinstance(layer, MergedColumnParallelLinear)
+        else (None,)
+    )

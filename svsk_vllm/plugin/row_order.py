@@ -11,13 +11,18 @@ from svsk_vllm.format.row_order import ROW_ORDERS
 __all__ = ["stored_row_order"]
 
 _FALCON = ("FalconForCausalLM", "RWForCausalLM")
-_stand_ins: list[torch.nn.Module] = []  # vLLM remembers models by id(), which must not be given to another one
+_stand_ins: list[
+    torch.nn.Module
+] = []  # vLLM remembers models by id(), which must not be given to another one
 
 
-def stored_row_order(architecture: str, hf_config: Any, module: str, rows: int) -> torch.Tensor | None:
+def stored_row_order(
+    architecture: str, hf_config: Any, module: str, rows: int
+) -> torch.Tensor | None:
     """Stored row of each row that vLLM's model hands to the layer's loader.
 
-    Row numbers are loaded by the model's own code, in a stand-in of one parameter, so that the order is vLLM's.
+    Row numbers are loaded by the model's own code, in a stand-in of one parameter, so that the
+    order is vLLM's.
 
     Args:
         architecture: as in config.json.
@@ -39,7 +44,9 @@ def stored_row_order(architecture: str, hf_config: Any, module: str, rows: int) 
     stand_in = FalconModel.__new__(FalconModel)
     torch.nn.Module.__init__(stand_in)
     stand_in.config = hf_config
-    probe = torch.nn.Parameter(torch.zeros(rows, dtype=torch.int64, device="cpu"), requires_grad=False)
+    probe = torch.nn.Parameter(
+        torch.zeros(rows, dtype=torch.int64, device="cpu"), requires_grad=False
+    )
     probe.output_dim = 0  # type: ignore[attr-defined]
     probe.weight_loader = lambda _, loaded: arrived.append(loaded)  # type: ignore[attr-defined]
     stand_in.query_key_value = torch.nn.Module()
@@ -49,7 +56,9 @@ def stored_row_order(architecture: str, hf_config: Any, module: str, rows: int) 
     try:
         FalconModel.load_weights(stand_in, [("query_key_value.weight_packed", numbers)])
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-        raise SvskFormatError(f"{module}: {_changed(architecture)} ({type(error).__name__}: {error}).") from error
+        raise SvskFormatError(
+            f"{module}: {_changed(architecture)} ({type(error).__name__}: {error})."
+        ) from error
     if len(arrived) != 1 or not torch.equal(arrived[0].sort().values, numbers):
         raise SvskFormatError(f"{module}: {_changed(architecture)}.")
     return arrived[0]
@@ -57,6 +66,7 @@ def stored_row_order(architecture: str, hf_config: Any, module: str, rows: int) 
 
 def _changed(architecture: str) -> str:
     return (
-        f"{ROW_ORDERS[architecture].reason}, in a way that this version of the plugin does not know. Serve it with the "
-        "vLLM it was tested with, or put the module on the ignore list (--ignore) when quantising"
+        f"{ROW_ORDERS[architecture].reason}, in a way that this version of the plugin does not"
+        " know. Serve it with the vLLM it was tested with, or put the module on the ignore list"
+        " (--ignore) when quantising"
     )

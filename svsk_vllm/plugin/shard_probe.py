@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows and columns of the checkpoint a vLLM layer holds: its own loader is asked with ``arange`` probes."""
+"""Which rows and columns of the checkpoint a vLLM layer holds.
+
+Its own loader is asked with ``arange`` probes.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,15 +38,24 @@ def probe_rows(
 
 
 def probe_columns(
-    loader: Callable[..., Any], source_columns: int, columns: int, tp: tuple[int, int], shard: ShardId
+    loader: Callable[..., Any],
+    source_columns: int,
+    columns: int,
+    tp: tuple[int, int],
+    shard: ShardId,
 ) -> torch.Tensor:
-    """Checkpoint column of each column of the layer, int64 [columns]; arguments as in :func:`probe_rows`."""
+    """Checkpoint column of each column of the layer, int64 [columns].
+
+    Arguments as in :func:`probe_rows`.
+    """
     data = torch.full((columns,), -1, dtype=torch.int64, device="cpu")
     parameter = RowvLLMParameter(data=data, input_dim=0, weight_loader=loader)
     return _probe(loader, parameter, source_columns, tp, shard)
 
 
-def _probe(loader: Loader, parameter: Any, size: int, tp: tuple[int, int], shard: ShardId) -> torch.Tensor:
+def _probe(
+    loader: Loader, parameter: Any, size: int, tp: tuple[int, int], shard: ShardId
+) -> torch.Tensor:
     parameter.tp_rank, parameter.tp_size = tp
     arguments = () if shard is None else (shard,)
     loader(parameter, torch.arange(size, device="cpu"), *arguments)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows and columns of the checkpoint a vLLM layer holds, and how its sidecar is laid out.
 
-vLLM's loaders divide tensors by sizes, which drops the last tile of a sidecar wherever a shard does not end on a tile.
-So the layer's own loader is asked instead: it loads ``arange`` probes, and what arrives says which checkpoint rows and
-columns belong where (fused layers, tensor parallelism and replicated KV heads included). A V slot or a column of U
-slots that a shard boundary cuts is then held by both ranks.
+vLLM's loaders divide tensors by sizes, which drops the last tile of a sidecar wherever a shard does
+not end on a tile. So the layer's own loader is asked instead: it loads ``arange`` probes, and what
+arrives says which checkpoint rows and columns belong where (fused layers, tensor parallelism and
+replicated KV heads included). A V slot or a column of U slots that a shard boundary cuts is then
+held by both ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -99,9 +100,12 @@ def build_layout(
             continue
         columns = columns_of(shard)
         start, count = int(columns[0]), len(columns)
-        if start < 0 or bool((columns.diff() != 1).any()):  # probes are on the CPU, and an arange here need not be
+        if start < 0 or bool(
+            (columns.diff() != 1).any()
+        ):  # probes are on the CPU, and an arange here need not be
             raise SvskFormatError(
-                f"{prefix}: vLLM loads columns that do not follow each other; a sidecar needs a run of them."
+                f"{prefix}: vLLM loads columns that do not follow each other; a sidecar needs a run"
+                " of them."
             )
         tile_n = scheme.sidecar.tile_n or source_columns
         runs = _runs(rows_of(shard), scheme.sidecar.tile_m or torch.iinfo(torch.int64).max)
@@ -126,7 +130,13 @@ def build_layout(
         bundle = Bundle(bounds, tuple(groups))
         for member, placed in zip(members, slots, strict=True):
             parts[member.shard] = PartLayout(
-                member.sidecar, member.tile_n, member.col_start, bundle, v_start, gain_start, tuple(placed)
+                member.sidecar,
+                member.tile_n,
+                member.col_start,
+                bundle,
+                v_start,
+                gain_start,
+                tuple(placed),
             )
         built.append(bundle)
         v_start += bundle.v_numel
@@ -162,7 +172,11 @@ def _append(groups: list[SlotGroup], slot: SlotGroup) -> None:
     """Join a slot to the last group if it continues it, or start a group."""
     if groups:
         last = groups[-1]
-        if (last.rows, last.rank, last.row_start + last.slots * last.rows) == (slot.rows, slot.rank, slot.row_start):
+        if (last.rows, last.rank, last.row_start + last.slots * last.rows) == (
+            slot.rows,
+            slot.rank,
+            slot.row_start,
+        ):
             groups[-1] = SlotGroup(last.slots + 1, last.rows, last.rank, last.row_start)
             return
     groups.append(slot)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loaders of a layer's parameters, which count what arrives and refuse what is not as it was stored.
 
-Those of the base pass on to the layer's own. Those of the sidecar copy this rank's tiles to their places in flat
-tensors of exact integers.
+Those of the base pass on to the layer's own. Those of the sidecar copy this rank's tiles to their
+places in flat tensors of exact integers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,16 +57,18 @@ class Arrived:
         if unknown := {shard for shard, _ in seen} - {shard for shard, _ in self._expected}:
             raise SvskFormatError(_unknown_parts(prefix, unknown))
         raise SvskFormatError(
-            f"{prefix}: not loaded: {', '.join(missing)}. The checkpoint is incomplete, or does not fit its "
-            "config.json: copy or download the folder again; `svsk validate` lists what is missing."
+            f"{prefix}: not loaded: {', '.join(missing)}. The checkpoint is incomplete, or does not"
+            " fit its config.json: copy or download the folder again; `svsk validate` lists what"
+            " is missing."
         )
 
 
 def _unknown_parts(prefix: str, shards: set[ShardId]) -> str:
     return (
-        f"{prefix}: vLLM loads it in parts ({', '.join(map(repr, sorted(shards, key=repr)))}), but its model class "
-        "does not say which linears it fuses there (packed_modules_mapping), and none of the usual names is stored. "
-        f"The plugin cannot serve it quantised: put the linears of {prefix} on the ignore list (--ignore)."
+        f"{prefix}: vLLM loads it in parts ({', '.join(map(repr, sorted(shards, key=repr)))}), but"
+        " its model class does not say which linears it fuses there (packed_modules_mapping), and"
+        " none of the usual names is stored. The plugin cannot serve it quantised: put the linears"
+        f" of {prefix} on the ignore list (--ignore)."
     )
 
 
@@ -89,7 +91,8 @@ def base_loader(
         arrived: counts.
         order: stored row of each row that has to arrive, None for the stored order.
         keep: whether the order is checked.
-        whole: whether a tensor has to arrive as a whole, as it has with a sidecar, which is not split with it.
+        whole: whether a tensor has to arrive as a whole, as it has with a sidecar, which is not
+            split with it.
     """
 
     def load(param: torch.Tensor, loaded_weight: torch.Tensor, loaded_shard_id: Any = None) -> None:
@@ -99,9 +102,9 @@ def base_loader(
                 _require_dtype(stored.name, stored.dtype, torch.int32)
             if keep and not _same_rows(stored.tensor, loaded_weight, order, whole=whole):
                 raise SvskFormatError(
-                    f"{stored.name}: vLLM's loader for this architecture changes its rows before {prefix} gets them, "
-                    "in a way that the plugin does not know. Put the module on the ignore list (--ignore) when "
-                    "quantising."
+                    f"{stored.name}: vLLM's loader for this architecture changes its rows before"
+                    f" {prefix} gets them, in a way that the plugin does not know. Put the module"
+                    " on the ignore list (--ignore) when quantising."
                 )
         loader(param, loaded_weight, *(() if loaded_shard_id is None else (loaded_shard_id,)))
         arrived.note(name, loaded_shards(loaded_shard_id))
@@ -109,9 +112,16 @@ def base_loader(
     return load
 
 
-def _same_rows(stored: torch.Tensor, arrived: torch.Tensor, order: torch.Tensor | None, *, whole: bool) -> bool:
+def _same_rows(
+    stored: torch.Tensor, arrived: torch.Tensor, order: torch.Tensor | None, *, whole: bool
+) -> bool:
     same_memory = stored.untyped_storage().data_ptr() == arrived.untyped_storage().data_ptr()
-    if same_memory and not whole and arrived.stride() == stored.stride() and arrived.shape[1:] == stored.shape[1:]:
+    if (
+        same_memory
+        and not whole
+        and arrived.stride() == stored.stride()
+        and arrived.shape[1:] == stored.shape[1:]
+    ):
         return True  # a run of rows
     if stored.shape != arrived.shape:
         return False
@@ -125,36 +135,45 @@ def _same_rows(stored: torch.Tensor, arrived: torch.Tensor, order: torch.Tensor 
 
 def _require_dtype(name: str, found: torch.dtype, want: torch.dtype) -> None:
     if found != want:
-        raise SvskFormatError(f"{name}: {found}, expected {want}. Run `svsk validate` on the folder.")
+        raise SvskFormatError(
+            f"{name}: {found}, expected {want}. Run `svsk validate` on the folder."
+        )
 
 
 def tile_loader(
     prefix: str, name: str, layout: SidecarLayout, input_size: int, arrived: Arrived | None = None
 ) -> Callable[..., None]:
-    """Weight loader of one sidecar tensor: copies this rank's tiles to their place in the flat parameter.
+    """Weight loader of one sidecar tensor.
 
-    vLLM's reload counts ``copy_`` calls and looks for an argument called ``param``. The closure must not hold the
-    layer, which would keep it alive.
+    Copies this rank's tiles to their place in the flat parameter.
+
+    vLLM's reload counts ``copy_`` calls and looks for an argument called ``param``. The closure
+    must not hold the layer, which would keep it alive.
     """
     copy = {"sidecar_u": _copy_u, "sidecar_v": _copy_v, "sidecar_gain": _copy_gain}[name]
 
-    def load(param: torch.Tensor, loaded_weight: torch.Tensor, loaded_shard_id: ShardId = None) -> None:
+    def load(
+        param: torch.Tensor, loaded_weight: torch.Tensor, loaded_shard_id: ShardId = None
+    ) -> None:
         part = layout.parts.get(loaded_shard_id)
         if part is None:
             if loaded_shard_id is not None and None in layout.parts:
                 raise SvskFormatError(_unknown_parts(prefix, {loaded_shard_id}))
             raise SvskFormatError(
-                f"{prefix}.{name}: loaded for part {loaded_shard_id!r}, but by config.json there are sidecars for "
-                f"{list(layout.parts)} only. Run `svsk validate` on the folder."
+                f"{prefix}.{name}: loaded for part {loaded_shard_id!r}, but by config.json there"
+                f" are sidecars for {list(layout.parts)} only. Run `svsk validate` on the folder."
             )
         stored = stored_tensor(loaded_weight, name)
         if stored is not None:
             packed = name != "sidecar_gain" and part.sidecar.num_bits == 4
-            _require_dtype(stored.name, stored.dtype, torch.uint8 if packed else SIDECAR_DTYPES[name])
+            _require_dtype(
+                stored.name, stored.dtype, torch.uint8 if packed else SIDECAR_DTYPES[name]
+            )
             if not _same_rows(stored.tensor, loaded_weight, None, whole=True):
                 raise SvskFormatError(
-                    f"{stored.name}: vLLM's loader for this architecture changes it before {prefix} gets it. Quantise "
-                    "the module without a sidecar (rank 0), or put it on the ignore list (--ignore)."
+                    f"{stored.name}: vLLM's loader for this architecture changes it before {prefix}"
+                    " gets it. Quantise the module without a sidecar (rank 0), or put it on the"
+                    " ignore list (--ignore)."
                 )
         if name != "sidecar_gain":
             if part.sidecar.num_bits == 4 and loaded_weight.dtype == torch.int8:
@@ -167,17 +186,23 @@ def tile_loader(
     return load
 
 
-def _copy_u(data: torch.Tensor, source: torch.Tensor, part: PartLayout, name: str, input_size: int) -> None:
+def _copy_u(
+    data: torch.Tensor, source: torch.Tensor, part: PartLayout, name: str, input_size: int
+) -> None:
     """From int8 [N, B, r]."""
     tiles, rank = part.bundle.num_col_tiles, part.sidecar.rank
     _require(name, source, (source.shape[0], -(-input_size // part.tile_n), rank))
     for slot in part.slots:
-        rows = source[slot.source_row : slot.source_row + slot.rows, part.first_tile : part.first_tile + tiles]
+        rows = source[
+            slot.source_row : slot.source_row + slot.rows, part.first_tile : part.first_tile + tiles
+        ]
         place = data.narrow(0, slot.u_start, slot.rows * tiles * rank).view(slot.rows, tiles, rank)
         place.copy_(rows)
 
 
-def _copy_v(data: torch.Tensor, source: torch.Tensor, part: PartLayout, name: str, input_size: int) -> None:
+def _copy_v(
+    data: torch.Tensor, source: torch.Tensor, part: PartLayout, name: str, input_size: int
+) -> None:
     """From int8 [A, r, K]."""
     bundle, rank = part.bundle, part.sidecar.rank
     _require(name, source, (source.shape[0], rank, input_size))
@@ -189,7 +214,9 @@ def _copy_v(data: torch.Tensor, source: torch.Tensor, part: PartLayout, name: st
             place.copy_(columns)
 
 
-def _copy_gain(data: torch.Tensor, source: torch.Tensor, part: PartLayout, name: str, input_size: int) -> None:
+def _copy_gain(
+    data: torch.Tensor, source: torch.Tensor, part: PartLayout, name: str, input_size: int
+) -> None:
     """From float32 [A, B, r]."""
     shape, rank = part.bundle.gain_shape, part.sidecar.rank
     _require(name, source, (source.shape[0], -(-input_size // part.tile_n), rank))
@@ -202,8 +229,8 @@ def _copy_gain(data: torch.Tensor, source: torch.Tensor, part: PartLayout, name:
 def _require(name: str, source: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tuple(source.shape) != shape:
         raise SvskFormatError(
-            f"{name}: the checkpoint holds shape {list(source.shape)}, its config.json asks for {list(shape)} "
-            "(4-bit factors unpacked). Run `svsk validate` on the folder."
+            f"{name}: the checkpoint holds shape {list(source.shape)}, its config.json asks for"
+            f" {list(shape)} (4-bit factors unpacked). Run `svsk validate` on the folder."
         )
 
 

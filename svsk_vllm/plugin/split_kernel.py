@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers through vLLM's own kernel for 4-bit weights and ``svsk::sidecar``: on every device, exact, not the fastest.
+"""Layers through vLLM's own kernel for 4-bit weights and ``svsk::sidecar``.
 
-vLLM's kernels know evenly spaced levels only. A quad8 level c is (16 high + low) / 8 with two ordinary codes, so such a
-layer is multiplied as one of twice the inputs: weights [high | low], activations [x | x / 16], all scales doubled. In
-bfloat16 that is exact; in float16, x / 16 rounds only where it is subnormal, to 2**-25, and counts a sixteenth.
+On every device, exact, not the fastest.
+
+vLLM's kernels know evenly spaced levels only. A quad8 level c is (16 high + low) / 8 with two
+ordinary codes, so such a layer is multiplied as one of twice the inputs: weights [high | low],
+activations [x | x / 16], all scales doubled. In bfloat16 that is exact; in float16, x / 16 rounds
+only where it is subnormal, to 2**-25, and counts a sixteenth.
 """
 
 import dataclasses
@@ -16,7 +19,14 @@ from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_li
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
 from vllm.scalar_type import scalar_types
 
-from svsk_kernels import LayerSpec, has_avx512, prepare_sidecar, product_dtype, replace_parameters, simulated_features
+from svsk_kernels import (
+    LayerSpec,
+    has_avx512,
+    prepare_sidecar,
+    product_dtype,
+    replace_parameters,
+    simulated_features,
+)
 from svsk_vllm.format import SvskFormatError, code_values, pack_codes, unpack_codes
 
 __all__ = ["NoBaseKernelError", "SplitKernel", "split_codes"]
@@ -26,7 +36,10 @@ _TRIAL_BOUND = 0.1
 
 
 class NoBaseKernelError(SvskFormatError):
-    """No kernel of vLLM runs the base of a layer; ``reason`` says why, without the layer's name and the remedy."""
+    """No kernel of vLLM runs the base of a layer.
+
+    ``reason`` says why, without the layer's name and the remedy.
+    """
 
     def __init__(self, prefix: str, reason: str, remedy: str) -> None:
         super().__init__(f"{prefix}: {reason}. {remedy}")
@@ -43,10 +56,13 @@ class SplitKernel:
         device: where the layer runs.
 
     Raises:
-        NoBaseKernelError: no kernel of vLLM takes the base, or on a CPU the one that does cannot run.
+        NoBaseKernelError: no kernel of vLLM takes the base, or on a CPU the one that does cannot
+            run.
     """
 
-    def __init__(self, prefix: str, spec: LayerSpec, full_shape: tuple[int, int], device: torch.device) -> None:
+    def __init__(
+        self, prefix: str, spec: LayerSpec, full_shape: tuple[int, int], device: torch.device
+    ) -> None:
         self.prefix, self.spec = prefix, spec
         self.plan = spec.plan.encode() if spec.plan else []
         self.factors = product_dtype(spec.dtype, device)
@@ -60,14 +76,20 @@ class SplitKernel:
         if self.spec.plan:
             loaded = (layer.sidecar_u.data, layer.sidecar_v.data, layer.sidecar_gain.data)
             names = ("sidecar_u", "sidecar_v", "sidecar_gain")
-            replace_parameters(layer, dict(zip(names, prepare_sidecar(*loaded, self.factors), strict=True)))
+            replace_parameters(
+                layer, dict(zip(names, prepare_sidecar(*loaded, self.factors), strict=True))
+            )
 
     def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x W_hat^T + bias``: [M, N] from [M, K], both of the layer's dtype."""
         doubled = torch.cat((x, x / 16), dim=1) if self.spec.codebook == "quad8" else x
-        y: torch.Tensor = self.base.apply_weights(layer, doubled, bias)  # some kernels want the bias themselves
+        y: torch.Tensor = self.base.apply_weights(
+            layer, doubled, bias
+        )  # some kernels want the bias themselves
         if self.plan:
-            y = y + torch.ops.svsk.sidecar(x, layer.sidecar_u, layer.sidecar_v, layer.sidecar_gain, self.plan)
+            y = y + torch.ops.svsk.sidecar(
+                x, layer.sidecar_u, layer.sidecar_v, layer.sidecar_gain, self.plan
+            )
         return y
 
     def _split_base(self, layer: Any) -> None:
@@ -76,8 +98,8 @@ class SplitKernel:
         scale = layer.weight_scale.data * 2
         if not torch.isfinite(scale).all():
             raise SvskFormatError(
-                f"{self.prefix}.weight_scale: twice the largest scale is not finite in {self.spec.dtype}. "
-                "Serve the model with --dtype bfloat16."
+                f"{self.prefix}.weight_scale: twice the largest scale is not finite in"
+                f" {self.spec.dtype}. Serve the model with --dtype bfloat16."
             )
         _set_base(layer, pack_codes(torch.cat(codes, dim=1)), torch.cat((scale, scale), dim=1))
 
@@ -107,7 +129,9 @@ def _never_loaded(*_: Any) -> None:
     raise AssertionError("a prepared parameter is not loaded into")
 
 
-def _vllm_kernel(prefix: str, spec: LayerSpec, full_shape: tuple[int, int], device: torch.device) -> Any:
+def _vllm_kernel(
+    prefix: str, spec: LayerSpec, full_shape: tuple[int, int], device: torch.device
+) -> Any:
     """VLLM's mixed-precision kernel for the base; vLLM's shapes are [in, out]."""
     times = 2 if spec.codebook == "quad8" else 1
     values: dict[str, Any] = {
@@ -125,12 +149,15 @@ def _vllm_kernel(prefix: str, spec: LayerSpec, full_shape: tuple[int, int], devi
     except ValueError as error:
         raise NoBaseKernelError(
             prefix,
-            f"no 4-bit kernel of vLLM takes {spec.n} x {spec.k} weights per rank ({_one_line(error)})",
+            f"no 4-bit kernel of vLLM takes {spec.n} x {spec.k} weights per rank"
+            f" ({_one_line(error)})",
             "Change tensor_parallel_size, or put the module on the ignore list when quantising.",
         ) from error
     if device.type == "cpu" and (obstacle := _cpu_obstacle(kernel, config)):
         raise NoBaseKernelError(
-            prefix, f"vLLM's {kernel.__name__} cannot run: {obstacle}", "Unset SVSK_KERNEL, or set it to portable."
+            prefix,
+            f"vLLM's {kernel.__name__} cannot run: {obstacle}",
+            "Unset SVSK_KERNEL, or set it to portable.",
         )
     return _instance(kernel, config)
 
@@ -154,11 +181,13 @@ def _instance(kernel: type, config: MPLinearLayerConfig) -> Any:
 def _cpu_obstacle(kernel: type, config: MPLinearLayerConfig) -> str | None:
     """Why a kernel that says it takes a layer cannot run on this processor; None when it can.
 
-    VLLM compiles some of its operators for some processors and dtypes only, and asks for them at the first product.
+    VLLM compiles some of its operators for some processors and dtypes only, and asks for them at
+    the first product.
     """
     if simulated_features() == "avx2":
         return "the processor has no AVX-512"
-    # The system permits AMX to a process that asks for it; vLLM's kernel does not ask, and the process would end.
+    # The system permits AMX to a process that asks for it; vLLM's kernel does not ask, and the
+    # process would end.
     if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
         return "the system does not permit AMX"
     return _failed_trial(kernel, config.act_type, config.group_size)
@@ -168,8 +197,18 @@ def _cpu_obstacle(kernel: type, config: MPLinearLayerConfig) -> str | None:
 def _failed_trial(kernel: type, dtype: torch.dtype, group_size: int) -> str | None:
     """What is wrong with one product of a small layer; None if nothing is."""
     n, k = 64, 4 * group_size
-    shape = {"full_weight_shape": (k, n), "partition_weight_shape": (k, n), "group_size": group_size}
-    values = {"weight_type": scalar_types.uint4b8, "act_type": dtype, "zero_points": False, "has_g_idx": False, **shape}
+    shape = {
+        "full_weight_shape": (k, n),
+        "partition_weight_shape": (k, n),
+        "group_size": group_size,
+    }
+    values = {
+        "weight_type": scalar_types.uint4b8,
+        "act_type": dtype,
+        "zero_points": False,
+        "has_g_idx": False,
+        **shape,
+    }
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=generator, device="cpu")
     scale = torch.full((n, k // group_size), 2.0**-6, dtype=dtype, device="cpu")

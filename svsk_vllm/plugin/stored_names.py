@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the checkpoint holds, under the names that vLLM's model gives it.
 
-vLLM renames modules (``hf_to_vllm_mapper``), puts prefixes before them (drafts, towers) and fuses linears, while the
-targets and ignore entries of a checkpoint name its own modules. So a layer is looked up among the stored tensors
-first, and targets and patterns are then matched with the name that is stored.
+vLLM renames modules (``hf_to_vllm_mapper``), puts prefixes before them (drafts, towers) and fuses
+linears, while the targets and ignore entries of a checkpoint name its own modules. So a layer is
+looked up among the stored tensors first, and targets and patterns are then matched with the name
+that is stored.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +21,9 @@ Rename = Callable[[list[str]], list[str]]
 
 
 def read_headers(model: str, revision: str | None) -> dict[str, TensorSpec]:
-    """Dtype and shape of every tensor of a model, by name; empty where there are no safetensors to look into.
+    """Dtype and shape of every tensor of a model, by name.
+
+    Empty where there are no safetensors to look into.
 
     Args:
         model: a folder, or a name on the Hugging Face hub.
@@ -68,10 +71,13 @@ class StoredModules:
     def find(self, name: str) -> str | None:
         """The stored name of a module of vLLM's model, None when it holds no tensor of its own.
 
-        A first part that begins no stored name (``draft_model.``, an empty one before a dot) is vLLM's own and is left
-        out. If then nothing has the name, the only one that ends with it is taken.
+        A first part that begins no stored name (``draft_model.``, an empty one before a dot) is
+        vLLM's own and is left out. If then nothing has the name, the only one that ends with it is
+        taken.
         """
-        while "." in name and name not in self._own_name and name.partition(".")[0] not in self._roots:
+        while (
+            "." in name and name not in self._own_name and name.partition(".")[0] not in self._roots
+        ):
             name = name.partition(".")[2]
         if name in self._own_name:
             return self._own_name[name]
@@ -84,4 +90,8 @@ class StoredModules:
 
     def below(self, name: str) -> list[str]:
         """Stored names of the modules at or below a module of vLLM's model."""
-        return [own for known, own in self._own_name.items() if known == name or known.startswith(f"{name}.")]
+        return [
+            own
+            for known, own in self._own_name.items()
+            if known == name or known.startswith(f"{name}.")
+        ]

@@ -13,7 +13,9 @@ from svsk_eval import demo
 from svsk_eval.errors import EvalError
 
 
-@pytest.mark.parametrize(("features", "dtype"), [("avx2", "float32"), ("avx512", "float32"), ("", "auto")])
+@pytest.mark.parametrize(
+    ("features", "dtype"), [("avx2", "float32"), ("avx512", "float32"), ("", "auto")]
+)
 def test_both_models_are_served_in_a_dtype_that_is_fast(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, features: str, dtype: str
 ) -> None:
@@ -41,10 +43,13 @@ def test_what_vllm_says_when_it_cannot_serve_is_one_line_and_a_log(
 ) -> None:
     printed = "Traceback (most recent call last):\n  ...\nValueError: no room\n\n"
     monkeypatch.setattr(
-        demo.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, stderr=printed)
+        demo.subprocess,
+        "run",
+        lambda command, **_: subprocess.CompletedProcess(command, 1, stderr=printed),
     )
     with pytest.raises(
-        EvalError, match=r"could not serve .*dense: ValueError: no room \(all it printed is in .*\.log\)"
+        EvalError,
+        match=r"could not serve .*dense: ValueError: no room \(all it printed is in .*\.log\)",
     ):
         demo.answer_both(tmp_path / "dense", tmp_path / "svsk", 4)
     assert (tmp_path / "dense-vllm.log").read_text() == printed

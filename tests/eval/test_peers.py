@@ -20,7 +20,9 @@ common: Any = importlib.import_module("peers.common")
 environment: Any = importlib.import_module("peers.environment")
 run: Any = importlib.import_module("peers.run")
 
-LINEARS = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+LINEARS = [f"self_attn.{part}_proj" for part in "qkvo"] + [
+    f"mlp.{part}_proj" for part in ("gate", "up", "down")
+]
 REQUIREMENTS = sorted((EVAL / "peers").glob("*/requirements.txt"))
 
 
@@ -38,7 +40,13 @@ def reference() -> dict[str, torch.Tensor]:
 
 class TestLinears:
     def test_only_the_seven_of_each_block(self) -> None:
-        names = [*block(0), "model.layers.0.input_layernorm.weight", *block(1), "lm_head.weight", "model.norm.weight"]
+        names = [
+            *block(0),
+            "model.layers.0.input_layernorm.weight",
+            *block(1),
+            "lm_head.weight",
+            "model.norm.weight",
+        ]
         assert common.block_linears(dict.fromkeys(names)) == block(0) + block(1)
 
     @pytest.mark.parametrize("names", [[], ["lm_head.weight"], [*block(0), *block(1)[:6]]])
@@ -61,7 +69,9 @@ class TestBits:
         assert common.stored_bits(tensors, "a", parts) / (32 * 128) == 4 + 16 / 64
 
     def test_names_what_it_found(self) -> None:
-        with pytest.raises(common.PeerError, match=r"b: the checkpoint stores \['b.weight'\] of it, expected some"):
+        with pytest.raises(
+            common.PeerError, match=r"b: the checkpoint stores \['b.weight'\] of it, expected some"
+        ):
             common.stored_bits({"b.weight": torch.zeros(1)}, "b", ("qweight",))
 
     def test_nibbles(self) -> None:
@@ -79,9 +89,14 @@ class TestTokens:
 
     @pytest.mark.parametrize(
         ("tensors", "found"),
-        [({"x": torch.zeros(1)}, "no tensor"), ({"tokens": torch.zeros(2, 3)}, r"torch.float32 \[2, 3\]")],
+        [
+            ({"x": torch.zeros(1)}, "no tensor"),
+            ({"tokens": torch.zeros(2, 3)}, r"torch.float32 \[2, 3\]"),
+        ],
     )
-    def test_refuses_other_files(self, tmp_path: Path, tensors: dict[str, torch.Tensor], found: str) -> None:
+    def test_refuses_other_files(
+        self, tmp_path: Path, tensors: dict[str, torch.Tensor], found: str
+    ) -> None:
         save_file(tensors, tmp_path / "t.safetensors")
         with pytest.raises(common.PeerError, match=found):
             common.load_tokens(tmp_path / "t.safetensors")
@@ -102,10 +117,14 @@ class TestEnvironment:
     def test_names_the_line_that_is_not(self, tmp_path: Path, line: str) -> None:
         path = tmp_path / "requirements.txt"
         path.write_text(f"# pins\nnumpy==2.0.0\n{line}\n", encoding="utf-8")
-        with pytest.raises(environment.PeerError, match=r"requirements.txt, line 3: .* is not pinned"):
+        with pytest.raises(
+            environment.PeerError, match=r"requirements.txt, line 3: .* is not pinned"
+        ):
             environment.check_pinned(path)
 
-    def test_is_made_once_and_again_when_a_pin_changes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_is_made_once_and_again_when_a_pin_changes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         source, ran = tmp_path / "peer", []
 
         def pretend(command: list[str], _what: str) -> None:
@@ -152,7 +171,9 @@ class TestDense:
     def write(self, folder: Path, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         model = folder / "model"
         model.mkdir()
-        (model / "config.json").write_text('{"dtype": "bfloat16", "model_type": "llama"}', encoding="utf-8")
+        (model / "config.json").write_text(
+            '{"dtype": "bfloat16", "model_type": "llama"}', encoding="utf-8"
+        )
         (model / "tokenizer.json").write_text("{}", encoding="utf-8")
         run.write_dense(model, reference(), new, folder / "out")
         written: dict[str, torch.Tensor] = common.load_folder(folder / "out")
@@ -173,10 +194,19 @@ class TestDense:
         new = {name: torch.randn(8, 64) for name in block(0)}
         for number, (wrong, said) in enumerate(
             (
-                ({name: new[name] for name in block(0)[1:]}, "q_proj.weight: the peer gave no weight"),
+                (
+                    {name: new[name] for name in block(0)[1:]},
+                    "q_proj.weight: the peer gave no weight",
+                ),
                 (new | {"x": torch.zeros(1)}, "x: the peer gave .* no such tensor"),
-                (new | {block(0)[2]: torch.zeros(8, 32)}, r"v_proj.weight: .*\[8, 32\], the reference has \[8, 64\]"),
-                (new | {block(0)[3]: torch.full((8, 64), float("nan"))}, "o_proj.weight: .* not finite"),
+                (
+                    new | {block(0)[2]: torch.zeros(8, 32)},
+                    r"v_proj.weight: .*\[8, 32\], the reference has \[8, 64\]",
+                ),
+                (
+                    new | {block(0)[3]: torch.full((8, 64), float("nan"))},
+                    "o_proj.weight: .* not finite",
+                ),
             )
         ):
             (tmp_path / str(number)).mkdir()
@@ -200,7 +230,12 @@ def test_summary_counts_types() -> None:
     tokens = SimpleNamespace(describe=lambda: {"source": "text"})
     record = run.summarise("gguf", job, result, tokens, Path("folder", "name"))
     assert record["bits_per_weight"] == pytest.approx((6 * 5.5 + 4.5) / 7, abs=1e-6)
-    assert record["types"]["Q4_K"] == {"tensors": 1, "weights": 512, "bits": 2304, "bits_per_weight": 4.5}
+    assert record["types"]["Q4_K"] == {
+        "tensors": 1,
+        "weights": 512,
+        "bits": 2304,
+        "bits_per_weight": 4.5,
+    }
     assert record["types_by_linear"]["down_proj"] == {"Q4_K": 1}
     assert record["group_size"] is None
     assert record["calibration"] == {"source": "text", "seed": 3}
@@ -218,15 +253,34 @@ class TestGguf:
     def test_heads_are_permuted_and_back(self, convert: Any) -> None:
         weight = torch.arange(2 * 6 * 3).view(12, 3)
         permuted = convert.interleave_heads(weight, 2)
-        assert permuted[:, 0].div(3, rounding_mode="floor").tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+        assert permuted[:, 0].div(3, rounding_mode="floor").tolist() == [
+            0,
+            3,
+            1,
+            4,
+            2,
+            5,
+            6,
+            9,
+            7,
+            10,
+            8,
+            11,
+        ]
         assert torch.equal(convert.uninterleave_heads(permuted, 2), weight)
 
     def test_round_trip(self, convert: Any, tmp_path: Path) -> None:
         config = {
-            "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 16,
+            "model_type": "llama",
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": 16,
             "max_position_embeddings": 32,
-        }  # fmt: skip
+        }
         (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
         tensors = reference()
         convert.to_gguf(str(tmp_path), tensors, tmp_path / "m.gguf")
@@ -237,9 +291,14 @@ class TestGguf:
 
     @pytest.mark.parametrize(
         ("changed", "said"),
-        [({"model_type": "qwen2"}, "'qwen2'"), ({"rope_scaling": {"rope_type": "llama3"}}, "'llama3'")],
+        [
+            ({"model_type": "qwen2"}, "'qwen2'"),
+            ({"rope_scaling": {"rope_type": "llama3"}}, "'llama3'"),
+        ],
     )
-    def test_refuses_other_models(self, convert: Any, tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+    def test_refuses_other_models(
+        self, convert: Any, tmp_path: Path, changed: dict[str, Any], said: str
+    ) -> None:
         keys = dict.fromkeys(convert._NEEDED, 1) | {"model_type": "llama"} | changed
         (tmp_path / "config.json").write_text(json.dumps(keys), encoding="utf-8")
         with pytest.raises(common.PeerError, match=said):

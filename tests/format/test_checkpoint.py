@@ -102,9 +102,18 @@ def test_is_svsk(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda config: config.pop("quantization_config"), ["quantization_config: missing", "svsk quantize"]),
-        (lambda config: config["quantization_config"].update(quant_method="gptq"), ["'gptq'", "expected 'svsk'"]),
-        (lambda config: config["quantization_config"].pop("quant_method"), ["None", "expected 'svsk'"]),
+        (
+            lambda config: config.pop("quantization_config"),
+            ["quantization_config: missing", "svsk quantize"],
+        ),
+        (
+            lambda config: config["quantization_config"].update(quant_method="gptq"),
+            ["'gptq'", "expected 'svsk'"],
+        ),
+        (
+            lambda config: config["quantization_config"].pop("quant_method"),
+            ["None", "expected 'svsk'"],
+        ),
         (lambda config: config["quantization_config"].update(version="2.0"), ["version 2.0"]),
         (lambda config: config["quantization_config"].update(bits=4), ["bits: unknown key"]),
     ],
@@ -121,10 +130,17 @@ def test_refuses_the_config_and_names_the_file(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), (b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON"), (b"[1]", "holds a list")],
+    [
+        (None, "no such file"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[1]", "holds a list"),
+    ],
 )
 @pytest.mark.parametrize("file", ["config.json", INDEX])
-def test_refuses_damaged_json(tmp_path: Path, file: str, content: bytes | None, message: str) -> None:
+def test_refuses_damaged_json(
+    tmp_path: Path, file: str, content: bytes | None, message: str
+) -> None:
     build_small_checkpoint(tmp_path, shards=2)
     if content is None:
         (tmp_path / file).unlink()
@@ -137,7 +153,9 @@ def test_refuses_damaged_json(tmp_path: Path, file: str, content: bytes | None, 
     assert file in str(caught.value)
 
 
-@pytest.mark.parametrize("shard", ["../other.safetensors", "sub/a.safetensors", "weights.bin", 3, None])
+@pytest.mark.parametrize(
+    "shard", ["../other.safetensors", "sub/a.safetensors", "weights.bin", 3, None]
+)
 def test_an_index_reaches_only_safetensors_beside_it(tmp_path: Path, shard: object) -> None:
     build_small_checkpoint(tmp_path, shards=2)
     edit_json(tmp_path / INDEX, lambda index: index["weight_map"].update({"lm_head.weight": shard}))
@@ -150,11 +168,15 @@ def test_an_index_reaches_only_safetensors_beside_it(tmp_path: Path, shard: obje
 def test_a_linear_without_a_scheme_is_refused(tmp_path: Path) -> None:
     small = build_small_checkpoint(tmp_path)
     small.edit_config(lambda config: config["quantization_config"].update(ignore=["re:.*q_proj"]))
-    with pytest.raises(SvskFormatError, match=f"{Q_PROJ}: stored quantised, but is on the ignore list"):
+    with pytest.raises(
+        SvskFormatError, match=f"{Q_PROJ}: stored quantised, but is on the ignore list"
+    ):
         _ = Checkpoint(tmp_path).linears
     small.edit_config(lambda config: config["quantization_config"].update(ignore=[]))
     small.edit_config(lambda config: config["quantization_config"]["config_groups"].pop("base"))
-    with pytest.raises(SvskFormatError, match=f"{Q_PROJ}: stored quantised, but matches no config group"):
+    with pytest.raises(
+        SvskFormatError, match=f"{Q_PROJ}: stored quantised, but matches no config group"
+    ):
         _ = Checkpoint(tmp_path).linears
 
 
@@ -178,7 +200,16 @@ def test_a_missing_tensor_is_refused_when_its_linear_is_read(tmp_path: Path) -> 
 
 def test_reader_describes_every_dtype_a_dense_tensor_may_have(tmp_path: Path) -> None:
     floats = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64]
-    integers = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.bool]
+    integers = [
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.uint16,
+        torch.uint32,
+        torch.bool,
+    ]
     eights = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu]
     tensors = {str(dtype): torch.zeros(2, 3, dtype=dtype) for dtype in floats + integers}
     tensors |= {str(dtype): torch.zeros(2, 3, dtype=torch.uint8).view(dtype) for dtype in eights}
@@ -192,8 +223,12 @@ def test_reader_describes_every_dtype_a_dense_tensor_may_have(tmp_path: Path) ->
         assert reader.read(name).dtype == tensor.dtype
 
 
-@pytest.mark.parametrize("act", [ShardedReader.describe, ShardedReader.read, ShardedReader.shard_of])
-def test_reader_names_a_tensor_that_is_not_there(tmp_path: Path, act: Callable[[ShardedReader, str], object]) -> None:
+@pytest.mark.parametrize(
+    "act", [ShardedReader.describe, ShardedReader.read, ShardedReader.shard_of]
+)
+def test_reader_names_a_tensor_that_is_not_there(
+    tmp_path: Path, act: Callable[[ShardedReader, str], object]
+) -> None:
     build_small_checkpoint(tmp_path)
     with pytest.raises(SvskFormatError, match=r"no tensor model\.nothing") as caught:
         act(ShardedReader(tmp_path), "model.nothing")
@@ -206,7 +241,9 @@ def test_reader_names_a_tensor_that_its_shard_lacks(
 ) -> None:
     small = build_small_checkpoint(tmp_path, shards=2)
     shard = small.file_of("lm_head.weight")
-    edit_json(tmp_path / INDEX, lambda index: index["weight_map"].update({"model.nothing": shard.name}))
+    edit_json(
+        tmp_path / INDEX, lambda index: index["weight_map"].update({"model.nothing": shard.name})
+    )
     with pytest.raises(SvskFormatError, match=r"cannot read model\.nothing") as caught:
         act(ShardedReader(tmp_path), "model.nothing")
     assert str(shard) in str(caught.value)

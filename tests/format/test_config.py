@@ -48,9 +48,17 @@ def group_0(raw: Raw) -> Raw:
     return group
 
 
-def make_config(targets: dict[str, list[str]], ignore: tuple[str, ...] = ()) -> SvskCheckpointConfig:
-    """A config with one group per entry of ``targets``; each has another rank, which tells them apart."""
-    groups = {key: make_group(targets=entries, rank=rank) for rank, (key, entries) in enumerate(targets.items())}
+def make_config(
+    targets: dict[str, list[str]], ignore: tuple[str, ...] = ()
+) -> SvskCheckpointConfig:
+    """A config with one group per entry of ``targets``.
+
+    Each has another rank, which tells them apart.
+    """
+    groups = {
+        key: make_group(targets=entries, rank=rank)
+        for rank, (key, entries) in enumerate(targets.items())
+    }
     return SvskCheckpointConfig(config_groups=groups, ignore=ignore)
 
 
@@ -61,11 +69,16 @@ def test_round_trip_through_json() -> None:
 
 
 def test_defaults() -> None:
-    config = SvskCheckpointConfig.from_dict({"version": "1.0", "config_groups": {"a": {"targets": ["Linear"]}}})
+    config = SvskCheckpointConfig.from_dict(
+        {"version": "1.0", "config_groups": {"a": {"targets": ["Linear"]}}}
+    )
     assert config.to_dict() == {
         **EXAMPLE,
         "config_groups": {
-            "a": {**group_0(EXAMPLE), "sidecar": {"rank": 0, "tile_m": 512, "tile_n": 1024, "num_bits": 8}}
+            "a": {
+                **group_0(EXAMPLE),
+                "sidecar": {"rank": 0, "tile_m": 512, "tile_n": 1024, "num_bits": 8},
+            }
         },
         "ignore": [],
         "producer": {},
@@ -73,27 +86,57 @@ def test_defaults() -> None:
 
 
 def test_writes_the_current_version() -> None:
-    assert SvskCheckpointConfig(config_groups={"a": make_group()}).to_dict()["version"] == FORMAT_VERSION
+    assert (
+        SvskCheckpointConfig(config_groups={"a": make_group()}).to_dict()["version"]
+        == FORMAT_VERSION
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda raw: raw.update(colour="red"), ["colour", "unknown key", "red"]),
-        (lambda raw: group_0(raw).update(wieghts={}), ["config_groups.group_0.wieghts", "unknown key"]),
-        (lambda raw: group_0(raw)["weights"].update(zero_point=1), ["group_0.weights.zero_point", "unknown key"]),
-        (lambda raw: group_0(raw)["sidecar"].update(tile_k=1), ["group_0.sidecar.tile_k", "unknown key"]),
-        (lambda raw: group_0(raw)["weights"].update(group_size=128), ["weights.group_size", "(32, 64)", "128"]),
-        (lambda raw: group_0(raw)["weights"].update(group_size="64"), ["weights.group_size", "'64'"]),
+        (
+            lambda raw: group_0(raw).update(wieghts={}),
+            ["config_groups.group_0.wieghts", "unknown key"],
+        ),
+        (
+            lambda raw: group_0(raw)["weights"].update(zero_point=1),
+            ["group_0.weights.zero_point", "unknown key"],
+        ),
+        (
+            lambda raw: group_0(raw)["sidecar"].update(tile_k=1),
+            ["group_0.sidecar.tile_k", "unknown key"],
+        ),
+        (
+            lambda raw: group_0(raw)["weights"].update(group_size=128),
+            ["weights.group_size", "(32, 64)", "128"],
+        ),
+        (
+            lambda raw: group_0(raw)["weights"].update(group_size="64"),
+            ["weights.group_size", "'64'"],
+        ),
         (lambda raw: group_0(raw)["weights"].update(num_bits=8), ["weights.num_bits", "8"]),
-        (lambda raw: group_0(raw)["weights"].update(symmetric=False), ["weights.symmetric", "False"]),
+        (
+            lambda raw: group_0(raw)["weights"].update(symmetric=False),
+            ["weights.symmetric", "False"],
+        ),
         (lambda raw: group_0(raw)["weights"].update(type="float"), ["weights.type", "float"]),
-        (lambda raw: group_0(raw)["weights"].update(strategy="channel"), ["weights.strategy", "channel"]),
-        (lambda raw: group_0(raw)["weights"].update(codebook="nf4"), ["weights.codebook", "quad8", "nf4"]),
+        (
+            lambda raw: group_0(raw)["weights"].update(strategy="channel"),
+            ["weights.strategy", "channel"],
+        ),
+        (
+            lambda raw: group_0(raw)["weights"].update(codebook="nf4"),
+            ["weights.codebook", "quad8", "nf4"],
+        ),
         (lambda raw: group_0(raw)["sidecar"].update(rank=129), ["sidecar.rank", "128", "129"]),
         (lambda raw: group_0(raw)["sidecar"].update(rank=-1), ["sidecar.rank", "-1"]),
         (lambda raw: group_0(raw)["sidecar"].update(rank=True), ["sidecar.rank", "True"]),
-        (lambda raw: group_0(raw)["sidecar"].update(rank=3, num_bits=4), ["group_0.sidecar", "rank 3", "must be even"]),
+        (
+            lambda raw: group_0(raw)["sidecar"].update(rank=3, num_bits=4),
+            ["group_0.sidecar", "rank 3", "must be even"],
+        ),
         (lambda raw: group_0(raw)["sidecar"].update(num_bits=6), ["sidecar.num_bits", "6"]),
         (lambda raw: group_0(raw)["sidecar"].update(tile_m=-1), ["sidecar.tile_m", "-1"]),
         (lambda raw: group_0(raw)["sidecar"].update(tile_n=1.5), ["sidecar.tile_n", "1.5"]),
@@ -123,7 +166,9 @@ def test_every_schema_error_is_in_the_message() -> None:
         group_0(raw)["weights"]["group_size"] = 128
         group_0(raw)["sidecar"]["rank"] = 129
 
-    with pytest.raises(SvskFormatError, match=r"(?s)(?=.*colour)(?=.*group_size)(?=.*sidecar\.rank)"):
+    with pytest.raises(
+        SvskFormatError, match=r"(?s)(?=.*colour)(?=.*group_size)(?=.*sidecar\.rank)"
+    ):
         SvskCheckpointConfig.from_dict(changed(change))
 
 
@@ -137,7 +182,13 @@ def test_every_minor_version_is_read(version: str) -> None:
 def test_other_major_versions_are_refused(version: str) -> None:
     with pytest.raises(SvskFormatError) as caught:
         SvskCheckpointConfig.from_dict({**EXAMPLE, "version": version}, "here")
-    for word in ["here", f"version {version}", f"svsk-vllm {__version__}", "version 1.x", "producer.svsk"]:
+    for word in [
+        "here",
+        f"version {version}",
+        f"svsk-vllm {__version__}",
+        "version 1.x",
+        "producer.svsk",
+    ]:
         assert word in str(caught.value)
 
 

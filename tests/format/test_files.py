@@ -90,7 +90,11 @@ def test_json_that_is_too_much(tmp_path: Path, content: bytes, message: str) -> 
 
 def test_json_within_the_limits(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    names = [f"model.layers.{layer}.mlp.experts.{expert}.gate_proj" for layer in range(60) for expert in range(256)]
+    names = [
+        f"model.layers.{layer}.mlp.experts.{expert}.gate_proj"
+        for layer in range(60)
+        for expert in range(256)
+    ]
     value = {
         "targets": names,
         "time_step_limit": [0.0, float("inf")],

@@ -15,10 +15,14 @@ from tests.support.independent_decoder import decode, read_folder
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_the_page_and_the_package_give_the_same_weights(tmp_path: Path, shards: int, dtype: torch.dtype) -> None:
+def test_the_page_and_the_package_give_the_same_weights(
+    tmp_path: Path, shards: int, dtype: torch.dtype
+) -> None:
     small = build_small_checkpoint(tmp_path, shards, dtype)
     config, tensors = read_folder(tmp_path)
-    modules = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
+    modules = [
+        name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")
+    ]
     assert set(modules) == set(small.linears)
     checkpoint = Checkpoint(tmp_path)
     for name in modules:
@@ -41,4 +45,6 @@ def test_keys_that_are_left_out_have_the_defaults_of_the_page(tmp_path: Path) ->
 
     small.edit_config(shorten)
     assert torch.equal(dequantize(Checkpoint(tmp_path).read_linear(base)), full)
-    np.testing.assert_allclose(full.double().numpy(), decode(*read_folder(tmp_path), base), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        full.double().numpy(), decode(*read_folder(tmp_path), base), rtol=1e-5, atol=1e-6
+    )

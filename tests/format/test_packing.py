@@ -43,7 +43,13 @@ def test_packed_codes_are_read_by_three_decoders(codes: np.ndarray) -> None:
 
 
 @property_test
-@given(hnp.arrays(np.int32, st.tuples(st.integers(1, 4), st.integers(1, 6)), elements=st.integers(-(2**31), 2**31 - 1)))
+@given(
+    hnp.arrays(
+        np.int32,
+        st.tuples(st.integers(1, 4), st.integers(1, 6)),
+        elements=st.integers(-(2**31), 2**31 - 1),
+    )
+)
 def test_every_word_is_a_valid_code_word(words: np.ndarray) -> None:
     codes = unpack_codes(torch.from_numpy(words), words.shape[1] * 8)
     assert codes.dtype == torch.int8
@@ -89,7 +95,13 @@ def test_unpack_codes_refuses(packed: torch.Tensor, k: int, message: str) -> Non
 
 
 @property_test
-@given(hnp.arrays(np.int8, hnp.array_shapes(min_dims=1, max_dims=3, max_side=6), elements=st.integers(-128, 127)))
+@given(
+    hnp.arrays(
+        np.int8,
+        hnp.array_shapes(min_dims=1, max_dims=3, max_side=6),
+        elements=st.integers(-128, 127),
+    )
+)
 def test_eight_bit_factors_are_stored_as_they_are(factors: np.ndarray) -> None:
     stored = pack_factors(torch.from_numpy(factors), 8)
     assert stored.dtype == torch.int8
@@ -118,7 +130,9 @@ def test_four_bit_factors_low_nibble_first(factors: np.ndarray) -> None:
 def test_every_byte_is_a_valid_pair_of_four_bit_factors() -> None:
     stored = torch.arange(256, dtype=torch.uint8)
     factors = unpack_factors(stored, 4)
-    assert factors.tolist() == [nibble - 8 for byte in range(256) for nibble in (byte & 15, byte >> 4)]
+    assert factors.tolist() == [
+        nibble - 8 for byte in range(256) for nibble in (byte & 15, byte >> 4)
+    ]
     assert torch.equal(pack_factors(factors, 4), stored)
 
 

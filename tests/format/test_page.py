@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/format.md says is what the package does: its example, key table, worked examples and numbers."""
+"""What docs/format.md says is what the package does.
+
+Its example, key table, worked examples and numbers.
+"""
 
 import json
 import re
@@ -30,7 +33,9 @@ PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="ut
 def key_table() -> dict[str, str]:
     """Key and default, as printed, of every row of the two key tables."""
     section = PAGE.split("## 2.")[1].split("## 3.")[0]
-    rows = re.findall(r"^\| `([a-z_.]+)` \| [^|]+ \| ([^|]+) \| .+ \|$", section, flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([a-z_.]+)` \| [^|]+ \| ([^|]+) \| .+ \|$", section, flags=re.MULTILINE
+    )
     return {key: default.strip(" `") for key, default in rows}
 
 
@@ -52,7 +57,8 @@ def test_the_key_tables_are_the_schema() -> None:
     table = key_table()
     assert set(table) == set(schema)
     for key, printed in table.items():
-        # a folder must declare the method and the version, although a config made in Python need not
+        # a folder must declare the method and the version, although a config made in Python need
+        # not
         if schema[key].is_required() or key in ("quant_method", "version"):
             assert printed == "required", key
         else:
@@ -94,7 +100,9 @@ def test_the_levels_of_quad8() -> None:
     ],
 )
 def test_the_bits_per_weight(row: str, rank: int, tile_m: int, tile_n: int, bits: int) -> None:
-    spec = LinearSpec("linear", 2048, 4096, make_group(rank=rank, tile_m=tile_m, tile_n=tile_n, num_bits=bits))
+    spec = LinearSpec(
+        "linear", 2048, 4096, make_group(rank=rank, tile_m=tile_m, tile_n=tile_n, num_bits=bits)
+    )
     formula = 4 + 16 / 64 + bits * rank * (1 / tile_n + 1 / tile_m) + 32 * rank / (tile_m * tile_n)
     assert spec.bits_per_weight == formula
     (printed,) = re.findall(rf"^\| {re.escape(row)} \| ([0-9. +]+) \|$", PAGE, flags=re.MULTILINE)

@@ -10,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svsk_vllm.format import Codebook, LinearSpec, QuantizedLinear, SvskFormatError, dequantize, restored_weight
+from svsk_vllm.format import (
+    Codebook,
+    LinearSpec,
+    QuantizedLinear,
+    SvskFormatError,
+    dequantize,
+    restored_weight,
+)
 from tests.support.format_builders import make_group, property_test, random_linear
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -50,12 +57,21 @@ def assert_reference_is_exact(linear: QuantizedLinear) -> None:
 @pytest.mark.parametrize(("group_size", "k"), [(32, 96), (64, 128)])
 @pytest.mark.parametrize(
     ("tile_m", "tile_n"),
-    [(5, 40), (512, 1024), (0, 0), (1, 33), (4, 0), (0, 48)],  # smaller, larger, whole; off the group and byte grid
+    [
+        (5, 40),
+        (512, 1024),
+        (0, 0),
+        (1, 33),
+        (4, 0),
+        (0, 48),
+    ],  # smaller, larger, whole; off the group and byte grid
 )
 def test_dequantize_with_int8_factors(
     rank: int, codebook: Codebook, group_size: int, k: int, tile_m: int, tile_n: int
 ) -> None:
-    scheme = make_group(group_size=group_size, codebook=codebook, rank=rank, tile_m=tile_m, tile_n=tile_n)
+    scheme = make_group(
+        group_size=group_size, codebook=codebook, rank=rank, tile_m=tile_m, tile_n=tile_n
+    )
     assert_reference_is_exact(random_linear(LinearSpec(NAME, 13, k, scheme), seed=rank))
 
 
@@ -82,10 +98,20 @@ def test_dequantize_with_four_bit_factors(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    scheme = make_group(group_size=group_size, codebook=codebook, rank=rank, tile_m=tile_m, tile_n=tile_n, num_bits=4)
+    scheme = make_group(
+        group_size=group_size,
+        codebook=codebook,
+        rank=rank,
+        tile_m=tile_m,
+        tile_n=tile_n,
+        num_bits=4,
+    )
     linear = random_linear(LinearSpec(NAME, n, groups * group_size, scheme, dtype), seed)
     assert_reference_is_exact(linear)
-    assert torch.equal(dequantize(QuantizedLinear.from_tensors(linear.spec, linear.to_tensors())), dequantize(linear))
+    assert torch.equal(
+        dequantize(QuantizedLinear.from_tensors(linear.spec, linear.to_tensors())),
+        dequantize(linear),
+    )
 
 
 def ragged_linear() -> QuantizedLinear:
@@ -95,13 +121,17 @@ def ragged_linear() -> QuantizedLinear:
 def test_dequantize_without_the_sidecar() -> None:
     linear = ragged_linear()
     expected = naive_weight(linear, with_sidecar=False)
-    torch.testing.assert_close(dequantize(linear, with_sidecar=False).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        dequantize(linear, with_sidecar=False).double(), expected, rtol=1e-5, atol=1e-6
+    )
     assert not torch.allclose(dequantize(linear).double(), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_restored_weight_is_rounded_once(dtype: torch.dtype) -> None:
-    linear = random_linear(LinearSpec(NAME, 13, 128, make_group(rank=4, tile_m=5, tile_n=48), dtype))
+    linear = random_linear(
+        LinearSpec(NAME, 13, 128, make_group(rank=4, tile_m=5, tile_n=48), dtype)
+    )
     restored = restored_weight(linear)
     assert restored.dtype == dtype
     assert torch.equal(restored, dequantize(linear).to(dtype))
@@ -132,7 +162,9 @@ def test_dequantize_of_views_that_are_not_contiguous() -> None:
 def test_stored_and_read_back_is_bit_identical(bits: int, rank: int) -> None:
     scheme = make_group(rank=rank, tile_m=5, tile_n=48, num_bits=bits)
     linear = random_linear(LinearSpec(NAME, 13, 128, scheme))
-    others = {"model.norm.weight": torch.ones(3)}  # what does not belong to the linear is passed over
+    others = {
+        "model.norm.weight": torch.ones(3)
+    }  # what does not belong to the linear is passed over
     back = QuantizedLinear.from_tensors(linear.spec, linear.to_tensors() | others)
     for field in ("codes", "scale", "u", "v", "gain"):
         ours, read = getattr(linear, field), getattr(back, field)
@@ -150,12 +182,21 @@ Damage = Callable[[QuantizedLinear], QuantizedLinear]
         (lambda x: replace(x, codes=x.codes[:, :60]), ["K = 60 is not a multiple of 8"]),
         (lambda x: replace(x, codes=x.codes + 1), ["span -7 to 8"]),
         (lambda x: replace(x, codes=x.codes.int()), ["torch.int32"]),
-        (lambda x: replace(x, scale=x.scale.float()), ["weight_scale", "torch.float32", "torch.bfloat16"]),
+        (
+            lambda x: replace(x, scale=x.scale.float()),
+            ["weight_scale", "torch.float32", "torch.bfloat16"],
+        ),
         (lambda x: replace(x, scale=x.scale[:, :1]), ["weight_scale", "[13, 1]", "[13, 2]"]),
         (lambda x: replace(x, u=x.u[..., :3]), ["sidecar_u", "[13, 3, 3]", "[13, 3, 4]"]),
         (lambda x: replace(x, v=x.v.float()), ["torch.float32"]),
-        (lambda x: replace(x, gain=x.gain.half()), ["sidecar_gain", "torch.float16", "torch.float32"]),
-        (lambda x: replace(x, u=None, v=None, gain=None), ["sidecar_u: missing", "sidecar_v: missing", "sidecar_gain"]),
+        (
+            lambda x: replace(x, gain=x.gain.half()),
+            ["sidecar_gain", "torch.float16", "torch.float32"],
+        ),
+        (
+            lambda x: replace(x, u=None, v=None, gain=None),
+            ["sidecar_u: missing", "sidecar_v: missing", "sidecar_gain"],
+        ),
         (
             lambda x: replace(x, spec=LinearSpec(NAME, 13, 128, make_group())),
             ["sidecar_u: unexpected, the scheme has rank 0", "sidecar_v", "sidecar_gain"],
@@ -177,4 +218,6 @@ def test_reading_names_every_wrong_tensor() -> None:
     with pytest.raises(SvskFormatError) as caught:
         QuantizedLinear.from_tensors(linear.spec, tensors)
     assert f"{NAME}.sidecar_u: missing, expected torch.int8 [13, 3, 4]" in str(caught.value)
-    assert f"{NAME}.sidecar_gain: torch.float16 [3, 3, 4], expected torch.float32 [3, 3, 4]" in str(caught.value)
+    assert f"{NAME}.sidecar_gain: torch.float16 [3, 3, 4], expected torch.float32 [3, 3, 4]" in str(
+        caught.value
+    )

@@ -23,7 +23,9 @@ QKV = "transformer.h.0.self_attention.query_key_value"
         ("GPTNeoXForCausalLM", "gpt_neox.layers.0.attention.query_key_value", 4, None),
     ],
 )
-def test_what_is_served_of_moved_rows(architecture: str, module: str, rank: int, message: str | None) -> None:
+def test_what_is_served_of_moved_rows(
+    architecture: str, module: str, rank: int, message: str | None
+) -> None:
     problem = row_order_problem([architecture], module, rank)
     if message is None:
         assert problem is None

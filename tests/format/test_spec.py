@@ -31,7 +31,9 @@ def test_a_base_alone_stores_codes_and_scales() -> None:
 def test_a_sidecar_stores_three_more(
     bits: int, factor_dtype: torch.dtype, u_shape: tuple[int, ...], v_shape: tuple[int, ...]
 ) -> None:
-    spec = LinearSpec(NAME, 1000, 2560, make_group(rank=16, num_bits=bits, group_size=32), torch.float16)
+    spec = LinearSpec(
+        NAME, 1000, 2560, make_group(rank=16, num_bits=bits, group_size=32), torch.float16
+    )
     assert stored(spec) == {
         "weight_packed": (torch.int32, (1000, 320)),
         "weight_scale": (torch.float16, (1000, 80)),
@@ -55,16 +57,24 @@ def test_a_sidecar_stores_three_more(
 def test_specification_fits_what_is_stored(
     n: int, groups: int, group_size: int, half_rank: int, tile_m: int, tile_n: int, bits: int
 ) -> None:
-    scheme = make_group(group_size=group_size, rank=2 * half_rank, tile_m=tile_m, tile_n=tile_n, num_bits=bits)
+    scheme = make_group(
+        group_size=group_size, rank=2 * half_rank, tile_m=tile_m, tile_n=tile_n, num_bits=bits
+    )
     spec = LinearSpec(NAME, n, groups * group_size, scheme)
     tensors = random_linear(spec).to_tensors()
-    found = {name.removeprefix(f"{NAME}."): (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    found = {
+        name.removeprefix(f"{NAME}."): (t.dtype, tuple(t.shape)) for name, t in tensors.items()
+    }
     assert found == stored(spec)
-    assert spec.stored_bits == sum(8 * len(t.contiguous().view(torch.uint8).flatten()) for t in tensors.values())
+    assert spec.stored_bits == sum(
+        8 * len(t.contiguous().view(torch.uint8).flatten()) for t in tensors.values()
+    )
     assert spec.bits_per_weight == spec.stored_bits / (n * groups * group_size)
 
 
-def bits_per_weight(rank: int, tile_m: int, tile_n: int, factor_bits: int, n: int = 5120, k: int = 5120) -> float:
+def bits_per_weight(
+    rank: int, tile_m: int, tile_n: int, factor_bits: int, n: int = 5120, k: int = 5120
+) -> float:
     scheme = make_group(rank=rank, tile_m=tile_m, tile_n=tile_n, num_bits=factor_bits)
     return LinearSpec(NAME, n, k, scheme).bits_per_weight
 
@@ -92,7 +102,10 @@ def test_bits_per_weight_of_a_sidecar(
 
 def test_ragged_tiles_cost_a_whole_slot() -> None:
     # 5120 = 2 * 2048 + 1024: U has three slots per row where two and a half would be in proportion
-    assert bits_per_weight(16, 1024, 2048, 8) == 4.25 + 16 * 8 * (3 / 5120 + 5 / 5120) + 32 * 16 * 15 / 5120**2
+    assert (
+        bits_per_weight(16, 1024, 2048, 8)
+        == 4.25 + 16 * 8 * (3 / 5120 + 5 / 5120) + 32 * 16 * 15 / 5120**2
+    )
 
 
 @pytest.mark.parametrize(

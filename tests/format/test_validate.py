@@ -68,7 +68,9 @@ def missing(name: str, shape: str) -> Case:
     return Case(f"no {name}", lambda small: small.remove(name), ((f"{name}: missing", shape),))
 
 
-def replaced(title: str, name: str, change: Callable[[torch.Tensor], torch.Tensor], *words: str) -> Case:
+def replaced(
+    title: str, name: str, change: Callable[[torch.Tensor], torch.Tensor], *words: str
+) -> Case:
     return Case(f"{title} {name}", lambda small: small.replace(name, change), ((name, *words),))
 
 
@@ -78,25 +80,88 @@ TENSORS = [
     missing(f"{DOWN_PROJ}.sidecar_u", "torch.int8 [20, 2, 3]"),
     missing(f"{DOWN_PROJ}.sidecar_v", "torch.int8 [2, 3, 192]"),
     missing(f"{O_PROJ}.sidecar_gain", "torch.float32 [3, 3, 2]"),
-    replaced("dtype of", f"{Q_PROJ}.weight_packed", torch.Tensor.long, "torch.int64", "expected torch.int32 [24, 16]"),
-    replaced("dtype of", f"{Q_PROJ}.weight_scale", torch.Tensor.int, "torch.int32", "expected torch.bfloat16 [24, 2]"),
-    replaced("dtype of", f"{DOWN_PROJ}.sidecar_u", torch.Tensor.byte, "torch.uint8", "expected torch.int8 [20, 2, 3]"),
-    replaced("dtype of", f"{O_PROJ}.sidecar_v", torch.Tensor.char, "torch.int8", "expected torch.uint8 [3, 2, 48]"),
-    replaced("dtype of", f"{O_PROJ}.sidecar_gain", torch.Tensor.half, "torch.float16", "expected torch.float32"),
-    replaced("shape of", f"{Q_PROJ}.weight_packed", lambda t: t[:, :9], "[24, 9]", "K = 72", "group size 64"),
-    replaced("axes of", f"{Q_PROJ}.weight_packed", torch.Tensor.flatten, "[384]", "expected a matrix"),
-    replaced("no rows in", f"{DOWN_PROJ}.weight_packed", lambda t: t[:0], "[0, 24]", "one row or more"),
-    replaced("shape of", f"{Q_PROJ}.weight_scale", lambda t: t[:, :1], "[24, 1]", "expected torch.bfloat16 [24, 2]"),
-    replaced("shape of", f"{DOWN_PROJ}.sidecar_u", lambda t: t[..., :2], "[20, 2, 2]", "[20, 2, 3]"),
+    replaced(
+        "dtype of",
+        f"{Q_PROJ}.weight_packed",
+        torch.Tensor.long,
+        "torch.int64",
+        "expected torch.int32 [24, 16]",
+    ),
+    replaced(
+        "dtype of",
+        f"{Q_PROJ}.weight_scale",
+        torch.Tensor.int,
+        "torch.int32",
+        "expected torch.bfloat16 [24, 2]",
+    ),
+    replaced(
+        "dtype of",
+        f"{DOWN_PROJ}.sidecar_u",
+        torch.Tensor.byte,
+        "torch.uint8",
+        "expected torch.int8 [20, 2, 3]",
+    ),
+    replaced(
+        "dtype of",
+        f"{O_PROJ}.sidecar_v",
+        torch.Tensor.char,
+        "torch.int8",
+        "expected torch.uint8 [3, 2, 48]",
+    ),
+    replaced(
+        "dtype of",
+        f"{O_PROJ}.sidecar_gain",
+        torch.Tensor.half,
+        "torch.float16",
+        "expected torch.float32",
+    ),
+    replaced(
+        "shape of",
+        f"{Q_PROJ}.weight_packed",
+        lambda t: t[:, :9],
+        "[24, 9]",
+        "K = 72",
+        "group size 64",
+    ),
+    replaced(
+        "axes of", f"{Q_PROJ}.weight_packed", torch.Tensor.flatten, "[384]", "expected a matrix"
+    ),
+    replaced(
+        "no rows in", f"{DOWN_PROJ}.weight_packed", lambda t: t[:0], "[0, 24]", "one row or more"
+    ),
+    replaced(
+        "shape of",
+        f"{Q_PROJ}.weight_scale",
+        lambda t: t[:, :1],
+        "[24, 1]",
+        "expected torch.bfloat16 [24, 2]",
+    ),
+    replaced(
+        "shape of", f"{DOWN_PROJ}.sidecar_u", lambda t: t[..., :2], "[20, 2, 2]", "[20, 2, 3]"
+    ),
     replaced("shape of", f"{DOWN_PROJ}.sidecar_v", lambda t: t.mT, "[2, 192, 3]", "[2, 3, 192]"),
     replaced("shape of", f"{DOWN_PROJ}.sidecar_gain", lambda t: t[:1], "[1, 2, 3]", "[2, 2, 3]"),
-    replaced("NaN in", f"{Q_PROJ}.weight_scale", with_value(5, float("nan")), "1 of 48 values are not finite"),
-    replaced("inf in", f"{DOWN_PROJ}.sidecar_gain", with_value(0, float("inf")), "1 of 12 values are not finite"),
+    replaced(
+        "NaN in",
+        f"{Q_PROJ}.weight_scale",
+        with_value(5, float("nan")),
+        "1 of 48 values are not finite",
+    ),
+    replaced(
+        "inf in",
+        f"{DOWN_PROJ}.sidecar_gain",
+        with_value(0, float("inf")),
+        "1 of 12 values are not finite",
+    ),
     replaced("NaN in", EMBED, with_value(7, float("nan")), "1 of 1200 values are not finite"),
-    replaced("-inf in", f"{O_PROJ}.bias", with_value(0, float("-inf")), "1 of 33 values are not finite"),
+    replaced(
+        "-inf in", f"{O_PROJ}.bias", with_value(0, float("-inf")), "1 of 33 values are not finite"
+    ),
     Case(
         "sidecar tensor of nothing",
-        lambda small: small.add("model.layers.9.mlp.up_proj.sidecar_u", torch.zeros(2, 1, 1).char(), beside=EMBED),
+        lambda small: small.add(
+            "model.layers.9.mlp.up_proj.sidecar_u", torch.zeros(2, 1, 1).char(), beside=EMBED
+        ),
         (("model.layers.9.mlp.up_proj.weight_packed: missing", "sidecar_u is there"),),
     ),
     Case(
@@ -145,7 +210,9 @@ FILES = [
     ),
     Case(
         "total_size too large",
-        lambda small: edit_json(small.folder / INDEX, lambda index: index["metadata"].update(total_size=10**9)),
+        lambda small: edit_json(
+            small.folder / INDEX, lambda index: index["metadata"].update(total_size=10**9)
+        ),
         ((INDEX, "total_size 1000000000 exceeds"),),
     ),
     Case(
@@ -162,9 +229,21 @@ CONFIG = [
         lambda small: small.edit_config(lambda config: config.pop("quantization_config")),
         (("config.json", "quantization_config: missing"),),
     ),
-    Case("no config.json", lambda small: (small.folder / "config.json").unlink(), (("config.json", "no such file"),)),
-    Case("unknown key", edit_quantization(lambda q: q.update(colour=1)), (("config.json", "colour: unknown key"),)),
-    Case("major version", edit_quantization(lambda q: q.update(version="2.0")), (("config.json", "version 2.0"),)),
+    Case(
+        "no config.json",
+        lambda small: (small.folder / "config.json").unlink(),
+        (("config.json", "no such file"),),
+    ),
+    Case(
+        "unknown key",
+        edit_quantization(lambda q: q.update(colour=1)),
+        (("config.json", "colour: unknown key"),),
+    ),
+    Case(
+        "major version",
+        edit_quantization(lambda q: q.update(version="2.0")),
+        (("config.json", "version 2.0"),),
+    ),
     Case(
         "ignored but quantised",
         edit_quantization(lambda q: q.update(ignore=["lm_head", Q_PROJ])),
@@ -182,7 +261,9 @@ CONFIG = [
     ),
     Case(
         "target that is not there",
-        edit_quantization(lambda q: q["config_groups"]["mlp"]["targets"].append("model.layers.7.mlp.down_proj")),
+        edit_quantization(
+            lambda q: q["config_groups"]["mlp"]["targets"].append("model.layers.7.mlp.down_proj")
+        ),
         (("config.json", "mlp names model.layers.7.mlp.down_proj", "not stored quantised"),),
     ),
     Case(
@@ -193,7 +274,10 @@ CONFIG = [
     Case(
         "scale dtype against the model's",
         lambda small: small.edit_config(lambda config: config.update(dtype="float16")),
-        tuple((f"{m}.weight_scale: torch.bfloat16", "torch.float16") for m in (Q_PROJ, O_PROJ, DOWN_PROJ)),
+        tuple(
+            (f"{m}.weight_scale: torch.bfloat16", "torch.float16")
+            for m in (Q_PROJ, O_PROJ, DOWN_PROJ)
+        ),
     ),
 ]
 
@@ -223,7 +307,9 @@ ARCHITECTURE = [
 
 def assert_lines(problems: list[str], expected: tuple[tuple[str, ...], ...]) -> None:
     for words in expected:
-        assert [p for p in problems if all(word in p for word in words)], f"no line with {words} in {problems}"
+        assert [p for p in problems if all(word in p for word in words)], (
+            f"no line with {words} in {problems}"
+        )
 
 
 def names_of(cases: list[Case]) -> list[str]:
@@ -232,7 +318,9 @@ def names_of(cases: list[Case]) -> list[str]:
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_sound_checkpoint_has_no_problems(tmp_path: Path, shards: int, dtype: torch.dtype) -> None:
+def test_a_sound_checkpoint_has_no_problems(
+    tmp_path: Path, shards: int, dtype: torch.dtype
+) -> None:
     small = build_small_checkpoint(tmp_path, shards, dtype)
     assert validate_checkpoint(tmp_path) == []
     assert validate_checkpoint(str(tmp_path), Architecture(small.dense_shapes)) == []
@@ -267,7 +355,9 @@ def test_damage_is_found_with_an_architecture_too(tmp_path: Path, case: Case) ->
 
 def test_a_linear_the_architecture_lacks(tmp_path: Path) -> None:
     small = build_small_checkpoint(tmp_path)
-    shapes = {name: shape for name, shape in small.dense_shapes.items() if name != f"{Q_PROJ}.weight"}
+    shapes = {
+        name: shape for name, shape in small.dense_shapes.items() if name != f"{Q_PROJ}.weight"
+    }
     assert validate_checkpoint(tmp_path, Architecture(shapes)) == [
         f"{Q_PROJ}: stored quantised, but the architecture has no {Q_PROJ}.weight."
     ]
@@ -314,7 +404,9 @@ def test_a_lost_tensor_does_not_hide_damage_in_other_linears(tmp_path: Path) -> 
     small.remove(lost)
     edit_weight_map(lambda files: files.update({lost: shard.name}))(small)
     problems = validate_checkpoint(tmp_path)
-    assert_lines(problems, ((f"lists {lost}", shard.name), (f"{DOWN_PROJ}.weight_scale", "not finite")))
+    assert_lines(
+        problems, ((f"lists {lost}", shard.name), (f"{DOWN_PROJ}.weight_scale", "not finite"))
+    )
     assert len(problems) == 2
 
 
@@ -350,7 +442,9 @@ def test_a_checkpoint_with_nothing_quantised(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    assert_lines(validate_checkpoint(tmp_path / "nowhere"), (("nowhere", "config.json", "no such file"),))
+    assert_lines(
+        validate_checkpoint(tmp_path / "nowhere"), (("nowhere", "config.json", "no such file"),)
+    )
 
 
 def test_large_and_odd_dense_tensors_are_no_problem(tmp_path: Path) -> None:
@@ -366,17 +460,45 @@ def test_large_and_odd_dense_tensors_are_no_problem(tmp_path: Path) -> None:
     shapes = small.dense_shapes | {name: tuple(tensor.shape) for name, tensor in odd.items()}
     assert validate_checkpoint(tmp_path, Architecture(shapes)) == []
     save_file(
-        load_file(tmp_path / SINGLE) | {"fp8": torch.tensor([float("nan")]).to(torch.float8_e4m3fn)}, tmp_path / SINGLE
+        load_file(tmp_path / SINGLE)
+        | {"fp8": torch.tensor([float("nan")]).to(torch.float8_e4m3fn)},
+        tmp_path / SINGLE,
     )
-    assert_lines(validate_checkpoint(tmp_path, Architecture(shapes)), (("fp8", "1 of 1 values are not finite"),))
+    assert_lines(
+        validate_checkpoint(tmp_path, Architecture(shapes)),
+        (("fp8", "1 of 1 values are not finite"),),
+    )
 
 
 BEYOND = [
-    replaced("beyond the dtype:", "model.norm.weight", with_value(3, 7e4), "7e+04", "torch.float16"),
-    replaced("products beyond the dtype:", f"{Q_PROJ}.weight_scale", with_value(5, 3e4), "beyond", "torch.float16"),
-    replaced("products beyond float32:", f"{DOWN_PROJ}.sidecar_gain", with_value(0, 1e38), "beyond what float32"),
-    replaced("beyond, negative:", f"{DOWN_PROJ}.sidecar_gain", with_value(0, -9e34), "beyond what float32"),
-    replaced("beyond the dtype with the sidecar:", f"{DOWN_PROJ}.sidecar_gain", with_value(0, 30.0), "torch.float16"),
+    replaced(
+        "beyond the dtype:", "model.norm.weight", with_value(3, 7e4), "7e+04", "torch.float16"
+    ),
+    replaced(
+        "products beyond the dtype:",
+        f"{Q_PROJ}.weight_scale",
+        with_value(5, 3e4),
+        "beyond",
+        "torch.float16",
+    ),
+    replaced(
+        "products beyond float32:",
+        f"{DOWN_PROJ}.sidecar_gain",
+        with_value(0, 1e38),
+        "beyond what float32",
+    ),
+    replaced(
+        "beyond, negative:",
+        f"{DOWN_PROJ}.sidecar_gain",
+        with_value(0, -9e34),
+        "beyond what float32",
+    ),
+    replaced(
+        "beyond the dtype with the sidecar:",
+        f"{DOWN_PROJ}.sidecar_gain",
+        with_value(0, 30.0),
+        "torch.float16",
+    ),
 ]
 
 
@@ -394,17 +516,26 @@ def test_products_beyond_a_wider_dtype(tmp_path: Path, dtype: torch.dtype) -> No
     """1e38 is a number in both, 13 times as much in neither."""
     small = build_small_checkpoint(tmp_path, dtype=dtype)
     small.replace(f"{O_PROJ}.weight_scale", with_value(0, 1e38))
-    assert_lines(validate_checkpoint(tmp_path), ((f"{O_PROJ}.weight_scale", "beyond what float32"),))
+    assert_lines(
+        validate_checkpoint(tmp_path), ((f"{O_PROJ}.weight_scale", "beyond what float32"),)
+    )
     small.replace(f"{O_PROJ}.weight_scale", with_value(0, 1e36))
     assert validate_checkpoint(tmp_path) == []
 
 
 def test_a_bound_that_no_weight_reaches_is_no_problem(tmp_path: Path) -> None:
-    """In float16 a scale of 8,000 takes code 8, not 7, beyond the largest number: the weight itself decides."""
+    """In float16 a scale of 8,000 takes code 8, not 7, beyond the largest number.
+
+    The weight itself decides.
+    """
     small = build_small_checkpoint(tmp_path, dtype=torch.float16)
     small.replace(f"{Q_PROJ}.weight_scale", lambda scale: torch.full_like(scale, 8190.0))
     assert validate_checkpoint(tmp_path) != []
-    small.replace(f"{Q_PROJ}.weight_packed", torch.zeros_like)  # every code is -8, 65,520: rounds to infinity
+    small.replace(
+        f"{Q_PROJ}.weight_packed", torch.zeros_like
+    )  # every code is -8, 65,520: rounds to infinity
     assert validate_checkpoint(tmp_path) != []
-    small.replace(f"{Q_PROJ}.weight_packed", lambda packed: torch.full_like(packed, 0x11111111))  # every code is -7
+    small.replace(
+        f"{Q_PROJ}.weight_packed", lambda packed: torch.full_like(packed, 0x11111111)
+    )  # every code is -7
     assert validate_checkpoint(tmp_path) == []

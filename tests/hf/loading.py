@@ -15,7 +15,13 @@ from tests.support.tiny_models import Family
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 MOE = Family(
-    "qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "tie_word_embeddings": False}
+    "qwen3_moe",
+    {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "tie_word_embeddings": False,
+    },
 )
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What transformers must not load silently wrong: every damage and contradiction is an error that names the tensor."""
+"""What transformers must not load silently wrong.
+
+Every damage and contradiction is an error that names the tensor.
+"""
 
 import json
 import shutil
@@ -25,7 +28,9 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
     path.write_text(json.dumps(config), encoding="utf-8")
 
 
-@pytest.mark.parametrize("suffix", ["weight_packed", "weight_scale", "sidecar_u", "sidecar_v", "sidecar_gain", "bias"])
+@pytest.mark.parametrize(
+    "suffix", ["weight_packed", "weight_scale", "sidecar_u", "sidecar_v", "sidecar_gain", "bias"]
+)
 def test_missing_tensor(broken: Path, suffix: str) -> None:
     edit_tensors(broken, lambda tensors: tensors.pop(f"{Q_PROJ}.{suffix}"))
     with pytest.raises(SvskFormatError, match=rf"{Q_PROJ}\.{suffix}"):
@@ -49,10 +54,16 @@ def test_missing_linear(broken: Path) -> None:
         (f"{Q_PROJ}.weight_packed", lambda tensor: tensor.long(), "torch.int64"),
         (f"{Q_PROJ}.weight_packed", lambda tensor: tensor.flatten(), "expected a matrix"),
         (f"{Q_PROJ}.sidecar_u", lambda tensor: tensor[:, :, :2].contiguous(), r"\[128, 2, 2\]"),
-        ("model.norm.weight", lambda tensor: tensor[:64].contiguous(), r"\[64\], the architecture expects \[128\]"),
+        (
+            "model.norm.weight",
+            lambda tensor: tensor[:64].contiguous(),
+            r"\[64\], the architecture expects \[128\]",
+        ),
     ],
 )
-def test_wrong_tensor(broken: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
+def test_wrong_tensor(
+    broken: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
     edit_tensors(broken, lambda tensors: tensors.update({name: change(tensors[name])}))
     with pytest.raises(SvskFormatError, match=rf"{name}.*{message}"):
         load(broken)
@@ -60,13 +71,20 @@ def test_wrong_tensor(broken: Path, name: str, change: Callable[[torch.Tensor], 
 
 def test_linear_of_another_shape(folders: MakeFolders, broken: Path) -> None:
     other = load_file(folders("mistral", torch.bfloat16).svsk / "model.safetensors")
-    edit_tensors(broken, lambda tensors: tensors.update({k: v for k, v in other.items() if k.startswith(Q_PROJ)}))
-    with pytest.raises(SvskFormatError, match=r"q_proj\.weight_packed: holds \[128, 192\], .* expects \[128, 128\]"):
+    edit_tensors(
+        broken,
+        lambda tensors: tensors.update({k: v for k, v in other.items() if k.startswith(Q_PROJ)}),
+    )
+    with pytest.raises(
+        SvskFormatError, match=r"q_proj\.weight_packed: holds \[128, 192\], .* expects \[128, 128\]"
+    ):
         load(broken)
 
 
 def test_linear_stored_both_ways(broken: Path) -> None:
-    edit_tensors(broken, lambda tensors: tensors.update({f"{Q_PROJ}.weight": torch.zeros(128, 128)}))
+    edit_tensors(
+        broken, lambda tensors: tensors.update({f"{Q_PROJ}.weight": torch.zeros(128, 128)})
+    )
     with pytest.raises(SvskFormatError, match=rf"{Q_PROJ}: stored both dense"):
         load(broken)
 
@@ -80,18 +98,25 @@ def test_targeted_head_stored_dense(broken: Path) -> None:
 def test_quantised_head_of_a_tied_model(folders: MakeFolders, tmp_path: Path) -> None:
     dense = Path(shutil.copytree(folders("llama", torch.bfloat16).dense, tmp_path / "dense"))
     edit_tensors(
-        dense, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+        dense,
+        lambda tensors: tensors.update(
+            {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+        ),
     )
     svsk = write_random_svsk(
         dense, tmp_path / "svsk", linears=["lm_head"], schemes={"one": scheme("lm_head")}, ignore=()
     )
-    with pytest.raises(SvskFormatError, match=r"lm_head: stored quantised, but lm_head\.weight is tied"):
+    with pytest.raises(
+        SvskFormatError, match=r"lm_head: stored quantised, but lm_head\.weight is tied"
+    ):
         load(svsk)
 
 
 def test_ignored_linear_stored_quantised(broken: Path) -> None:
     edit_config(broken, lambda config: config.update(ignore=["lm_head", Q_PROJ]))
-    with pytest.raises(SvskFormatError, match=rf"{Q_PROJ}: stored quantised, but is on the ignore list"):
+    with pytest.raises(
+        SvskFormatError, match=rf"{Q_PROJ}: stored quantised, but is on the ignore list"
+    ):
         load(broken)
 
 
@@ -106,7 +131,9 @@ def test_config_of_a_dense_folder(qwen2: Folders, tmp_path: Path) -> None:
     ("change", "message"),
     [({"version": "2.0"}, "format version 2.0 is not readable"), ({"color": "red"}, "color")],
 )
-def test_config_this_package_does_not_read(broken: Path, change: dict[str, str], message: str) -> None:
+def test_config_this_package_does_not_read(
+    broken: Path, change: dict[str, str], message: str
+) -> None:
     edit_config(broken, lambda config: config.update(change))
     with pytest.raises(SvskFormatError, match=message):
         load(broken)
@@ -114,10 +141,16 @@ def test_config_this_package_does_not_read(broken: Path, change: dict[str, str],
 
 def test_fused_experts(tmp_path: Path) -> None:
     dense = write_dense(tmp_path / "dense", MOE)
-    experts = {name.removesuffix(".weight") for name in ShardedReader(dense).names if ".experts." in name}
+    experts = {
+        name.removesuffix(".weight") for name in ShardedReader(dense).names if ".experts." in name
+    }
     assert len(experts) == 2 * 4 * 3
-    svsk = write_random_svsk(dense, tmp_path / "svsk", linears=experts, schemes={"experts": scheme("re:.*experts.*")})
-    with pytest.raises(SvskFormatError, match=r"experts\.gate_up_proj: transformers fuses .* `svsk restore`"):
+    svsk = write_random_svsk(
+        dense, tmp_path / "svsk", linears=experts, schemes={"experts": scheme("re:.*experts.*")}
+    )
+    with pytest.raises(
+        SvskFormatError, match=r"experts\.gate_up_proj: transformers fuses .* `svsk restore`"
+    ):
         load(svsk)
 
 
@@ -125,14 +158,18 @@ def test_weight_that_is_not_a_linears(tmp_path: Path) -> None:
     # GPT-2 keeps its weights transposed, in a class of its own.
     dense = write_dense(tmp_path / "dense", Family("gpt2"))
     name = "transformer.h.0.attn.c_attn"
-    svsk = write_random_svsk(dense, tmp_path / "svsk", linears=[name], schemes={"one": scheme(name)})
+    svsk = write_random_svsk(
+        dense, tmp_path / "svsk", linears=[name], schemes={"one": scheme(name)}
+    )
     with pytest.raises(SvskFormatError, match=rf"{name}: stored quantised, .* Conv1D"):
         load(svsk)
 
 
 def test_weights_that_are_not_in_files(qwen2: Folders) -> None:
     with pytest.raises(SvskFormatError, match="loaded from its files"):
-        Qwen2ForCausalLM.from_pretrained(None, config=AutoConfig.from_pretrained(qwen2.svsk), state_dict={})
+        Qwen2ForCausalLM.from_pretrained(
+            None, config=AutoConfig.from_pretrained(qwen2.svsk), state_dict={}
+        )
 
 
 def test_tensors_that_the_caller_renames_to_another_linear(qwen2: Folders) -> None:

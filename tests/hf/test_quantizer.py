@@ -20,7 +20,16 @@ from transformers.quantizers.auto import (
 
 from svsk_vllm.format import Checkpoint, ShardedReader, dequantize, restored_weight
 from svsk_vllm.hf.quantizer import SvskHfConfig, SvskHfQuantizer, register_with_transformers
-from tests.hf.loading import MOE, Q_PROJ, Folders, MakeFolders, assert_same, edit_tensors, load, logits
+from tests.hf.loading import (
+    MOE,
+    Q_PROJ,
+    Folders,
+    MakeFolders,
+    assert_same,
+    edit_tensors,
+    load,
+    logits,
+)
 from tests.support.tiny_models import (
     FAMILIES,
     default_schemes,
@@ -39,7 +48,9 @@ def run_python(code: str) -> str:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_the_restored_model(folders: MakeFolders, family: str, dtype: torch.dtype) -> None:
+def test_logits_are_those_of_the_restored_model(
+    folders: MakeFolders, family: str, dtype: torch.dtype
+) -> None:
     made = folders(family, torch.bfloat16)
     model, reference = load(made.svsk, dtype=dtype), load(made.restored, dtype=dtype)
     assert_same(model, reference)
@@ -82,7 +93,9 @@ def test_generate(qwen2: Folders) -> None:
     inputs = tokenizer("the cat sat on the hat", return_tensors="pt")
     model, reference = load(qwen2.svsk), load(qwen2.restored)
     tokens = model.generate(**inputs, do_sample=False, min_new_tokens=16, max_new_tokens=16)
-    assert torch.equal(tokens, reference.generate(**inputs, do_sample=False, min_new_tokens=16, max_new_tokens=16))
+    assert torch.equal(
+        tokens, reference.generate(**inputs, do_sample=False, min_new_tokens=16, max_new_tokens=16)
+    )
     assert tokens.shape[1] == inputs.input_ids.shape[1] + 16
     assert len(set(tokens[0, -16:].tolist())) > 4
     assert tokenizer.decode(tokens[0]).startswith("the cat sat on the hat")
@@ -101,7 +114,9 @@ def test_tied_embedding_stays_tied(folders: MakeFolders) -> None:
     made = folders("llama", torch.bfloat16)
     model = load(made.svsk)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert torch.equal(model.lm_head.weight, ShardedReader(made.dense).read("model.embed_tokens.weight"))
+    assert torch.equal(
+        model.lm_head.weight, ShardedReader(made.dense).read("model.embed_tokens.weight")
+    )
 
 
 def test_targeted_head_tied_to_the_embedding(folders: MakeFolders, tmp_path: Path) -> None:
@@ -109,7 +124,9 @@ def test_targeted_head_tied_to_the_embedding(folders: MakeFolders, tmp_path: Pat
     assert_same(load(write_random_svsk(made.dense, tmp_path, ignore=())), load(made.restored))
 
 
-def test_targeted_head_tied_to_the_embedding_and_stored_again(folders: MakeFolders, tmp_path: Path) -> None:
+def test_targeted_head_tied_to_the_embedding_and_stored_again(
+    folders: MakeFolders, tmp_path: Path
+) -> None:
     made = folders("llama", torch.bfloat16)
     svsk = write_random_svsk(made.dense, tmp_path, ignore=())
     embedding = ShardedReader(made.dense).read("model.embed_tokens.weight")
@@ -119,7 +136,11 @@ def test_targeted_head_tied_to_the_embedding_and_stored_again(folders: MakeFolde
 
 def test_the_loaded_model_is_an_ordinary_one(qwen2: Folders) -> None:
     model = load(qwen2.svsk)
-    assert all(type(module) is torch.nn.Linear for name, module in model.named_modules() if name.endswith("_proj"))
+    assert all(
+        type(module) is torch.nn.Linear
+        for name, module in model.named_modules()
+        if name.endswith("_proj")
+    )
     assert not hasattr(model.config, "quantization_config")
     assert not getattr(model, "is_quantized", False)
     assert not model.training
@@ -143,8 +164,12 @@ def test_loading_options(qwen2: Folders, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_offloading_to_disk(qwen2: Folders, tmp_path: Path, dtype: torch.dtype) -> None:
     device_map = {"model.layers.1": "disk", "model.layers.0": "cpu"}
-    device_map |= dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
-    model = load(qwen2.svsk, dtype=dtype, device_map=device_map, offload_folder=tmp_path / "offload")
+    device_map |= dict.fromkeys(
+        ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
+    )
+    model = load(
+        qwen2.svsk, dtype=dtype, device_map=device_map, offload_folder=tmp_path / "offload"
+    )
     assert model.model.layers[1].mlp.up_proj.weight.device.type == "meta"
     assert torch.equal(logits(model), logits(load(qwen2.restored, dtype=dtype)))
 
@@ -167,12 +192,17 @@ def test_hub_id(qwen2: Folders, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_model_without_head(qwen2: Folders, dtype: torch.dtype) -> None:
-    # Names lose their "model." here, which makes transformers forget the requested dtype of what it renames.
-    model, reference = (AutoModel.from_pretrained(path, dtype=dtype) for path in (qwen2.svsk, qwen2.restored))
+    # Names lose their "model." here, which makes transformers forget the requested dtype of what it
+    # renames.
+    model, reference = (
+        AutoModel.from_pretrained(path, dtype=dtype) for path in (qwen2.svsk, qwen2.restored)
+    )
     assert_same(model, reference)
 
 
-def test_modules_that_the_class_keeps_in_float32(folders: MakeFolders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_that_the_class_keeps_in_float32(
+    folders: MakeFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["o_proj"])
     made = folders("llama", torch.bfloat16)
     model = load(made.svsk)
@@ -181,11 +211,18 @@ def test_modules_that_the_class_keeps_in_float32(folders: MakeFolders, monkeypat
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_save_pretrained_writes_a_dense_folder(folders: MakeFolders, family: str, tmp_path: Path) -> None:
+def test_save_pretrained_writes_a_dense_folder(
+    folders: MakeFolders, family: str, tmp_path: Path
+) -> None:
     made = folders(family, torch.bfloat16)
     load(made.svsk).save_pretrained(tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    saved, restored = load_file(tmp_path / "model.safetensors"), load_file(made.restored / "model.safetensors")
+    assert "quantization_config" not in json.loads(
+        (tmp_path / "config.json").read_text(encoding="utf-8")
+    )
+    saved, restored = (
+        load_file(tmp_path / "model.safetensors"),
+        load_file(made.restored / "model.safetensors"),
+    )
     assert saved.keys() == restored.keys()
     assert all(torch.equal(saved[name], restored[name]) for name in restored)
     assert_same(load(tmp_path), load(made.restored))
@@ -193,7 +230,9 @@ def test_save_pretrained_writes_a_dense_folder(folders: MakeFolders, family: str
 
 def test_dense_experts_beside_quantised_attention(tmp_path: Path) -> None:
     dense = write_dense(tmp_path / "dense", MOE)
-    svsk = write_random_svsk(dense, tmp_path / "svsk", schemes={"attention": scheme("re:.*self_attn.*", rank=2)})
+    svsk = write_random_svsk(
+        dense, tmp_path / "svsk", schemes={"attention": scheme("re:.*self_attn.*", rank=2)}
+    )
     restored = write_restored(svsk, tmp_path / "restored")
     for dtype in (torch.bfloat16, torch.float32):
         assert_same(load(svsk, dtype=dtype), load(restored, dtype=dtype))
@@ -201,7 +240,9 @@ def test_dense_experts_beside_quantised_attention(tmp_path: Path) -> None:
 
 def test_config_passed_by_the_caller(qwen2: Folders) -> None:
     # lm-eval hands the checkpoint's own config back.
-    raw = json.loads((qwen2.svsk / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    raw = json.loads((qwen2.svsk / "config.json").read_text(encoding="utf-8"))[
+        "quantization_config"
+    ]
     config = AutoQuantizationConfig.from_dict(raw)
     assert config.to_dict() == {**raw, "producer": {}}
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
@@ -221,7 +262,10 @@ def test_importing_twice() -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("svsk_vllm", ["vllm", "triton", "transformers", "torch", "compressed_tensors", "pydantic"]),
+        (
+            "svsk_vllm",
+            ["vllm", "triton", "transformers", "torch", "compressed_tensors", "pydantic"],
+        ),
         ("svsk_vllm.hf", ["vllm", "triton", "compressed_tensors"]),
     ],
 )
@@ -233,6 +277,14 @@ def test_what_an_import_imports(module: str, absent: list[str]) -> None:
 def test_default_schemes_cover_what_they_claim(qwen2: Folders) -> None:
     linears = Checkpoint(qwen2.svsk).linears
     ranks = {name.rpartition(".")[2]: spec.rank for name, spec in linears.items()}
-    assert ranks == {"q_proj": 4, "k_proj": 1, "v_proj": 0, "o_proj": 8, "gate_proj": 2, "up_proj": 6, "down_proj": 3}
+    assert ranks == {
+        "q_proj": 4,
+        "k_proj": 1,
+        "v_proj": 0,
+        "o_proj": 8,
+        "gate_proj": 2,
+        "up_proj": 6,
+        "down_proj": 3,
+    }
     assert len(linears) == 2 * len(default_schemes())
     assert all(spec.n % 32 == 0 and spec.k % 64 == 0 for spec in linears.values())

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tools that know nothing of SVSK do with a checkpoint: stop and say what to do. No model of random weights."""
+"""What tools that know nothing of SVSK do with a checkpoint.
+
+Stop and say what to do. No model of random weights.
+"""
 
 import json
 import os
@@ -33,9 +36,14 @@ assert not any(name.startswith("svsk") for name in sys.modules)
 def run(*command: str, **environment: str) -> tuple[int, str]:
     """Exit code and all that was printed."""
     done = subprocess.run(
-        [sys.executable, *command], env={**os.environ, "HF_HUB_OFFLINE": "1", **environment}, check=False, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-    )  # fmt: skip
+        [sys.executable, *command],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        check=False,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+    )
     return done.returncode, done.stdout
 
 
@@ -51,11 +59,24 @@ def test_transformers_stops(qwen2: Folders, tmp_path: Path, shards: int) -> None
 def test_lm_eval_stops(qwen2: Folders) -> None:
     pytest.importorskip("lm_eval")
     code, printed = run(
-        "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={qwen2.svsk}", "--device", "cpu",
-        "--tasks", "svsk_smoke", "--include_path", str(Path(__file__).parents[2] / "eval" / "tasks"),
-    )  # fmt: skip
+        "-m",
+        "lm_eval",
+        "run",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={qwen2.svsk}",
+        "--device",
+        "cpu",
+        "--tasks",
+        "svsk_smoke",
+        "--include_path",
+        str(Path(__file__).parents[2] / "eval" / "tasks"),
+    )
     assert code != 0
-    assert "Unknown quantization type, got svsk" in printed  # it asks for the method before it asks for the weights
+    assert (
+        "Unknown quantization type, got svsk" in printed
+    )  # it asks for the method before it asks for the weights
 
 
 def test_vllm_without_the_plugin_stops(qwen2: Folders) -> None:
@@ -75,11 +96,15 @@ def test_a_checkpoint_without_the_note_loads_as_before(broken: Path, qwen2: Fold
     assert_same(load(broken), load(qwen2.restored))
 
 
-def test_what_leaves_the_format_leaves_the_note(folders: MakeFolders, qwen2: Folders, tmp_path: Path) -> None:
+def test_what_leaves_the_format_leaves_the_note(
+    folders: MakeFolders, qwen2: Folders, tmp_path: Path
+) -> None:
     load(qwen2.svsk).save_pretrained(tmp_path / "saved")
     restore(qwen2.svsk, tmp_path / "restored")
     for name in ("saved", "restored"):
-        assert STOCK_LOADER_KEY not in json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+        assert STOCK_LOADER_KEY not in json.loads(
+            (tmp_path / name / "config.json").read_text(encoding="utf-8")
+        )
         code, printed = run("-c", ASK_TRANSFORMERS, str(tmp_path / name))
         assert code == 0, printed
         assert "stopped:" not in printed

@@ -13,7 +13,8 @@ from svsk_kernels.gpu.matmul_op import SvskMatmul
 from svsk_vllm.format import LinearSpec
 from tests.support.format_builders import make_group, random_linear
 
-# Triton's interpreter truncates where it converts float32 to bfloat16, which doubles the error of rounding.
+# Triton's interpreter truncates where it converts float32 to bfloat16, which doubles the error of
+# rounding.
 BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
@@ -25,7 +26,10 @@ class Layer(BenchLayer):
 
 
 def make_layer(k: int, dtype: torch.dtype, *parts: dict[str, Any], **common: Any) -> Layer:
-    """A layer of fused linears; each part gives ``n`` and arguments of ``make_group``, ``common`` those of all."""
+    """A layer of fused linears.
+
+    Each part gives ``n`` and arguments of ``make_group``, ``common`` those of all.
+    """
     linears = []
     for seed, part in enumerate(parts):
         arguments = {**common, **part}
@@ -34,9 +38,22 @@ def make_layer(k: int, dtype: torch.dtype, *parts: dict[str, Any], **common: Any
         linears.append(linear.plain)
     fused = stack_linears(linears)
     first = linears[0]
-    spec = LayerSpec(fused.packed.shape[0], k, first.group_size, first.codebook, dtype, fused.plan, fused.num_bits)
+    spec = LayerSpec(
+        fused.packed.shape[0],
+        k,
+        first.group_size,
+        first.codebook,
+        dtype,
+        fused.plan,
+        fused.num_bits,
+    )
     matmul = SvskMatmul(spec)
-    return Layer(tuple(linears), matmul, matmul.prepare(fused.packed, fused.scale, fused.u, fused.v, fused.gain), fused)
+    return Layer(
+        tuple(linears),
+        matmul,
+        matmul.prepare(fused.packed, fused.scale, fused.u, fused.v, fused.gain),
+        fused,
+    )
 
 
 def activations(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:

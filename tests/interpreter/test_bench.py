@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark without a GPU: its checks in the interpreter, its arithmetic, timing and tuning with a fake timer."""
+"""The benchmark without a GPU.
+
+Its checks in the interpreter, its arithmetic, timing and tuning with a fake timer.
+"""
 
 import itertools
 import json
@@ -24,9 +27,25 @@ from svsk_kernel_tools.bench.grid import kernels_for
 from svsk_kernel_tools.bench.layers import BenchLayer, Part, layer_of_shape, random_layer
 from svsk_kernel_tools.bench.report import Report, markdown
 from svsk_kernel_tools.bench.runner import FAILED, FINISHED, UNFINISHED, Settings
-from svsk_kernel_tools.bench.shapes import SHAPES, VARIANTS, Shape, Variant, bytes_dense, bytes_needed, find_shapes
+from svsk_kernel_tools.bench.shapes import (
+    SHAPES,
+    VARIANTS,
+    Shape,
+    Variant,
+    bytes_dense,
+    bytes_needed,
+    find_shapes,
+)
 from svsk_kernel_tools.bench.split import SplitLayer
-from svsk_kernel_tools.bench.timing import Budget, Call, Sampler, Stats, copies_needed, launches_needed, measure
+from svsk_kernel_tools.bench.timing import (
+    Budget,
+    Call,
+    Sampler,
+    Stats,
+    copies_needed,
+    launches_needed,
+    measure,
+)
 from svsk_kernels.gpu.tuning import Choice, Gpu, TuningTable, heuristic_choices, table_name
 from svsk_kernels.naive import naive_matmul
 
@@ -70,20 +89,25 @@ def quiet() -> Console:
 def test_bench_needs_few_libraries() -> None:
     modules = "runner, __main__, split, tune"
     code = (
-        "import sys\n"
-        "class No:\n"
-        "    def find_spec(self, name, *rest):\n"
-        "        if name.split('.')[0] in ('vllm', 'compressed_tensors', 'transformers', 'accelerate', 'scipy'):\n"
-        "            raise ImportError(name)\n"
-        "sys.meta_path.insert(0, No())\n"
-        f"from svsk_kernel_tools.bench import {modules}\n"
+        "import sys\nclass No:\n    def find_spec(self, name, *rest):\n        if"
+        " name.split('.')[0] in ('vllm', 'compressed_tensors', 'transformers', 'accelerate',"
+        " 'scipy'):\n            raise ImportError(name)\nsys.meta_path.insert(0, No())\nfrom"
+        f" svsk_kernel_tools.bench import {modules}\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_command_line_checks_in_the_interpreter(tmp_path: Path) -> None:
     file = tmp_path / "out" / "bench.json"
-    arguments = ["--device", "cpu", "--quick", "--json", str(file), "--markdown", str(tmp_path / "bench.md")]
+    arguments = [
+        "--device",
+        "cpu",
+        "--quick",
+        "--json",
+        str(file),
+        "--markdown",
+        str(tmp_path / "bench.md"),
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == FINISHED, result.output
     assert "need a GPU" in result.output
@@ -94,7 +118,12 @@ def test_command_line_checks_in_the_interpreter(tmp_path: Path) -> None:
     assert written["machine"]["triton"]
     assert "checks: 24 of 24 passed" in (tmp_path / "bench.md").read_text()
     assert CliRunner().invoke(app, ["--device", "tpu9", "--json", str(file)]).exit_code == 2
-    assert CliRunner().invoke(app, ["--device", "cpu", "--shape", "nope", "--json", str(file)]).exit_code == 2
+    assert (
+        CliRunner()
+        .invoke(app, ["--device", "cpu", "--shape", "nope", "--json", str(file)])
+        .exit_code
+        == 2
+    )
 
 
 def test_failed_checks_are_reported_and_fail_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +134,9 @@ def test_failed_checks_are_reported_and_fail_the_run(monkeypatch: pytest.MonkeyP
     report = Report(None, MACHINE)
     assert runner.check(report, CPU, cases_for(True, True), Budget(None), quiet()) == FAILED
     problems = [problem for record in report.of_kind("check") for problem in record["problems"]]
-    assert len({record["group"] for record in report.of_kind("check")}) == len(cases_for(True, True))
+    assert len({record["group"] for record in report.of_kind("check")}) == len(
+        cases_for(True, True)
+    )
     assert any("were not written" in problem for problem in problems)
     assert "failed: " in markdown(report)
 
@@ -145,7 +176,10 @@ def test_an_exhausted_budget_stops_before_the_next_step() -> None:
     ticks = iter([0.0, 5.0, 11.0])
     budget = Budget(10, lambda: next(ticks))
     assert (budget.spent, budget.spent) == (False, True)
-    assert runner.check(Report(None, MACHINE), CPU, cases_for(True, True), Budget(0), quiet()) == UNFINISHED
+    assert (
+        runner.check(Report(None, MACHINE), CPU, cases_for(True, True), Budget(0), quiet())
+        == UNFINISHED
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
@@ -157,15 +191,19 @@ def test_bytes_are_those_of_the_tensors(variant: Variant) -> None:
     if linear.u is not None and linear.v is not None and linear.gain is not None:
         stored += (linear.u.numel() + linear.v.numel()) * variant.bits // 8 + linear.gain.nbytes
     assert bytes_needed(shape, variant, 0) == stored
-    assert bytes_needed(shape, variant, 3) - stored == bytes_dense(shape, 3) - bytes_dense(shape, 0) == 3 * 3072 * 2
+    assert (
+        bytes_needed(shape, variant, 3) - stored
+        == bytes_dense(shape, 3) - bytes_dense(shape, 0)
+        == 3 * 3072 * 2
+    )
 
 
 def test_bytes_of_a_known_shape() -> None:
     """6144 x 2560: 8.36 MB of base and 0.79 MB of sidecar."""
     assert bytes_needed(SHAPES[0], VARIANTS[1], 0) == pytest.approx(8.36e6, rel=1e-3)
-    assert bytes_needed(SHAPES[0], VARIANTS[0], 0) - bytes_needed(SHAPES[0], VARIANTS[1], 0) == pytest.approx(
-        0.79e6, rel=5e-3
-    )
+    assert bytes_needed(SHAPES[0], VARIANTS[0], 0) - bytes_needed(
+        SHAPES[0], VARIANTS[1], 0
+    ) == pytest.approx(0.79e6, rel=5e-3)
 
 
 def test_find_shapes() -> None:
@@ -178,9 +216,17 @@ def test_cases_on_a_gpu(quick: bool) -> None:
     found = cases_for(False, quick)
     assert len({case.name for case in found}) == len(found)
     assert set(cases._QUICK) <= {case.name for case in found}
-    ran = [(case, m, choice) for case in found for m in case.tokens for choice in checked_choices(case, H100, m)]
+    ran = [
+        (case, m, choice)
+        for case in found
+        for m in case.tokens
+        for choice in checked_choices(case, H100, m)
+    ]
     assert {choice.kernel for *_, choice in ran} == {"decode", "gemm", "fold"}
-    assert any(choice.split_k > 1 and choice.pdl and case.name == "tiles longer than a job" for case, _, choice in ran)
+    assert any(
+        choice.split_k > 1 and choice.pdl and case.name == "tiles longer than a job"
+        for case, _, choice in ran
+    )
     assert {shape.n for shape in SHAPES[: 2 if quick else 8]} <= {case.n for case in found}
 
 
@@ -223,7 +269,9 @@ def test_the_report_is_whole_after_every_step_and_goes_on(tmp_path: Path) -> Non
     file = tmp_path / "bench.json"
     report = Report(file, MACHINE)
     for number in range(3):
-        report.add([{"kind": "check", "group": f"check/{number}", "problems": ["bad"] * (number == 2)}])
+        report.add(
+            [{"kind": "check", "group": f"check/{number}", "problems": ["bad"] * (number == 2)}]
+        )
         assert len(json.loads(file.read_text())["records"]) == number + 1
     assert not list(tmp_path.glob("*.partial"))
     resumed = Report(file, MACHINE, resume=True)
@@ -240,11 +288,16 @@ def test_timing_with_a_fake_timer(tmp_path: Path) -> None:
     report = Report(tmp_path / "bench.json", MACHINE)
     settings, timer = Settings(device="cpu", quick=True, tokens=(1, 16)), FakeTimer()
     shapes = [TINY]
-    assert runner.time_shapes(report, shapes, CPU, timer, settings, Budget(None), quiet()) == FINISHED
+    assert (
+        runner.time_shapes(report, shapes, CPU, timer, settings, Budget(None), quiet()) == FINISHED
+    )
     records = json.loads((tmp_path / "bench.json").read_text())["records"]
     timed = [record for record in records if record["kind"] == "time"]
     assert {record["m"] for record in timed} == {1, 16}
-    assert {record["variant"] for record in timed} == {"bf16", *(variant.label for variant in VARIANTS)}
+    assert {record["variant"] for record in timed} == {
+        "bf16",
+        *(variant.label for variant in VARIANTS),
+    }
     cublas = next(record for record in timed if record["kernel"] == "cublas" and record["m"] == 1)
     usual = next(record for record in timed if record["dispatched"] and record["m"] == 1)
     base = next(r for r in timed if r["dispatched"] and r["m"] == 1 and r["variant"] == "int4-r0")
@@ -266,7 +319,10 @@ def test_what_fails_is_reported_and_the_others_are_timed(monkeypatch: pytest.Mon
 
     report, settings = Report(None, MACHINE), Settings(device="cpu", quick=True, tokens=(1,))
     monkeypatch.setattr(BenchLayer, "run", broken)
-    assert runner.time_shapes(report, [TINY], CPU, FakeTimer(), settings, Budget(None), quiet()) == FINISHED
+    assert (
+        runner.time_shapes(report, [TINY], CPU, FakeTimer(), settings, Budget(None), quiet())
+        == FINISHED
+    )
     assert [record["kernel"] for record in report.of_kind("time") if "us" in record] == ["cublas"]
     assert "failed: RuntimeError: out of / shared memory" in markdown(report)
 
@@ -278,7 +334,10 @@ def test_choices_tried_are_valid_and_contain_the_rule(m: int) -> None:
         assert len(set(tried)) == len(tried) <= 50
         rule = replace(forced_choice(tried[0].kernel, H100, shape.n, shape.k, 64, m), max_m=None)
         assert rule in tried
-        for choice in (*tried, *tune.refined([c for c in tried if c.kernel == "decode"][:2], shape.k, H100)):
+        for choice in (
+            *tried,
+            *tune.refined([c for c in tried if c.kernel == "decode"][:2], shape.k, H100),
+        ):
             TuningTable.from_json(json.dumps(table_of(shape, choice)))
     sm_100 = Gpu(name="B200", capability=100, processors=148)
     assert max(choice.block_m for choice in tune.trial_choices(sm_100, 6144, 2560, 64, 512)) == 64
@@ -298,7 +357,10 @@ def test_refined_choices_split_otherwise() -> None:
 
 def test_select_splits_alike_and_finds_the_crossover() -> None:
     one, two = Choice(kernel="decode", split_k=1), Choice(kernel="decode", split_k=2)
-    wide, wide_one = Choice(kernel="decode", split_k=2, block_m=32), Choice(kernel="decode", split_k=1, block_m=32)
+    wide, wide_one = (
+        Choice(kernel="decode", split_k=2, block_m=32),
+        Choice(kernel="decode", split_k=1, block_m=32),
+    )
     gemm, fold = Choice(kernel="gemm", block_m=128), Choice(kernel="fold")
     found = tune.select(
         {
@@ -321,7 +383,9 @@ def test_select_splits_alike_and_finds_the_crossover() -> None:
         tune.select({16: {}})
 
 
-def test_tuning_writes_a_table_that_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_writes_a_table_that_is_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(runner, "BUCKETS", (16, None))
     monkeypatch.setattr(tune, "_LAST_TOKENS", 20)
     few = [Choice(kernel="decode", block_n=rows, step=32) for rows in (32, 64)]
@@ -330,10 +394,18 @@ def test_tuning_writes_a_table_that_is_read_back(tmp_path: Path, monkeypatch: py
     settings = Settings(device="cpu", configs=tmp_path / "configs")
     layers = {"half": torch.float16}
     original = runner.layer_of_shape
-    monkeypatch.setattr(runner, "layer_of_shape", lambda s, v, _, d: original(s, v, layers["half"], d))
-    assert runner.tune_shapes(report, [TINY], CPU, FakeTimer(), settings, Budget(None), quiet()) == FINISHED
+    monkeypatch.setattr(
+        runner, "layer_of_shape", lambda s, v, _, d: original(s, v, layers["half"], d)
+    )
+    assert (
+        runner.tune_shapes(report, [TINY], CPU, FakeTimer(), settings, Budget(None), quiet())
+        == FINISHED
+    )
     other = Shape("other", 32, 128)
-    assert runner.tune_shapes(report, [other], CPU, FakeTimer(), settings, Budget(None), quiet()) == FINISHED
+    assert (
+        runner.tune_shapes(report, [other], CPU, FakeTimer(), settings, Budget(None), quiet())
+        == FINISHED
+    )
     table = TuningTable.from_json((tmp_path / "configs" / table_name("interpreter")).read_text())
     assert [(entry.n, entry.k) for entry in table.entries] == [(64, 128), (32, 128)]
     assert table.device == "interpreter"
@@ -370,7 +442,9 @@ def test_spills_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("n", "bits"), [(64, 8), (100, 8), (100, 4), (20, 8)])
-def test_split_adds_the_sidecar_to_another_base(n: int, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_adds_the_sidecar_to_another_base(
+    n: int, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Row tiles of 32: whole ones, a ragged last one, and one that is cut."""
     layer = random_layer(256, torch.float16, CPU, [Part(n, 8, bits, 32, 128)])
     base = replace(layer.linears[0], u=None, v=None, gain=None)

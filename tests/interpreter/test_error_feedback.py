@@ -25,7 +25,10 @@ def reference(
     levels: torch.Tensor,
     values: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Levels, errors, and how far each ratio was from the border between two levels; one matrix, float64."""
+    """Levels, errors, and how far each ratio was from the border between two levels.
+
+    One matrix, float64.
+    """
     work, found, errors, margin = work.clone(), *(torch.zeros_like(work) for _ in range(3))
     borders = (levels[1:] + levels[:-1]) / 2
     for i in range(work.shape[0]):
@@ -63,10 +66,19 @@ def make(batch: int, count: int, n: int, seed: int) -> dict[str, torch.Tensor]:
     ],
 )
 @pytest.mark.parametrize("descent", [False, True])
-def test_every_column_is_the_loop(batch: int, count: int, n: int, grid: tuple[int, int, bool], descent: bool) -> None:
-    """Up to the first column of a row whose ratio float32 cannot tell from a border; from there on rows may differ."""
+def test_every_column_is_the_loop(
+    batch: int, count: int, n: int, grid: tuple[int, int, bool], descent: bool
+) -> None:
+    """Up to the first column of a row whose ratio float32 cannot tell from a border.
+
+    From there on rows may differ.
+    """
     given = make(batch, count, n, count)
-    values = torch.randn(batch, count, n, generator=torch.Generator().manual_seed(9)) if descent else None
+    values = (
+        torch.randn(batch, count, n, generator=torch.Generator().manual_seed(9))
+        if descent
+        else None
+    )
     found, errors = feedback_block(*given.values(), *grid, values)
     compared = 0
     for a in range(batch):
@@ -77,14 +89,18 @@ def test_every_column_is_the_loop(batch: int, count: int, n: int, grid: tuple[in
         clear = (margin > 1e-4).cumprod(0).bool()
         compared += int(clear.sum())
         assert torch.equal(found[a].double()[clear], wanted[clear])
-        torch.testing.assert_close(errors[a].double()[clear], wanted_errors[clear], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            errors[a].double()[clear], wanted_errors[clear], rtol=1e-4, atol=1e-4
+        )
     assert compared > 0.8 * found.numel()
 
 
 def test_halves_go_to_the_even_code_as_torch_rounds() -> None:
     ratio = torch.arange(-21, 21).float().div(2).view(1, 1, -1)
     one = torch.ones(1, 1)
-    found, errors = feedback_block(ratio, one.unsqueeze(0), one, torch.ones_like(ratio), -8, 7, False)
+    found, errors = feedback_block(
+        ratio, one.unsqueeze(0), one, torch.ones_like(ratio), -8, 7, False
+    )
     assert torch.equal(found, ratio.round().clamp(-8, 7))
     assert torch.equal(errors, ratio - found)
 
@@ -101,18 +117,26 @@ def test_scales_may_be_expanded() -> None:
     given = make(2, 16, 24, 3)
     scale = given["scale"][:, :1, :]
     expanded = feedback_block(*list(given.values())[:3], scale.expand(2, 16, 24), -8, 7, False)
-    whole = feedback_block(*list(given.values())[:3], scale.expand(2, 16, 24).contiguous(), -8, 7, False)
+    whole = feedback_block(
+        *list(given.values())[:3], scale.expand(2, 16, 24).contiguous(), -8, 7, False
+    )
     assert all(map(torch.equal, expanded, whole))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pivots": torch.ones(1, 3)}, r"pivots: expected float32 \[1, 4\], got torch.float32 \[1, 3\]"),
+        (
+            {"pivots": torch.ones(1, 3)},
+            r"pivots: expected float32 \[1, 4\], got torch.float32 \[1, 3\]",
+        ),
         ({"work": torch.ones(1, 4, 8).double()}, "work: expected float32"),
         ({"scale": torch.ones(1, 8, 4).mT}, "contiguous"),
         (
-            {name: torch.ones(1, 129, size) for name, size in (("work", 8), ("coupling", 129), ("scale", 8))}
+            {
+                name: torch.ones(1, 129, size)
+                for name, size in (("work", 8), ("coupling", 129), ("scale", 8))
+            }
             | {"pivots": torch.ones(1, 129)},
             "129 columns, expected 1 to 128",
         ),
@@ -126,6 +150,12 @@ def test_wrong_tensors(change: dict[str, torch.Tensor], message: str) -> None:
 
 def test_nothing_to_round() -> None:
     levels, errors = feedback_block(
-        torch.ones(1, 4, 0), torch.ones(1, 4, 4), torch.ones(1, 4), torch.ones(1, 4, 0), -8, 7, False
+        torch.ones(1, 4, 0),
+        torch.ones(1, 4, 4),
+        torch.ones(1, 4),
+        torch.ones(1, 4, 0),
+        -8,
+        7,
+        False,
     )
     assert levels.shape == errors.shape == (1, 4, 0)

@@ -30,7 +30,9 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("m", [1, 16, 17, 40, 65, 130])
 def test_op_takes_any_number_of_tokens(m: int) -> None:
-    layer = make_layer(256, torch.float16, {"n": 70, "rank": 8}, {"n": 30, "rank": 16, "tile_n": 128})
+    layer = make_layer(
+        256, torch.float16, {"n": 70, "rank": 8}, {"n": 30, "rank": 16, "tile_n": 128}
+    )
     x, bias = activations(m, 256, torch.float16), torch.randn(100).half()
     found = layer.matmul(x, layer.tensors, bias)
     assert relative_error(found, layer.expected(x) + bias.double()) < BOUNDS[torch.float16]
@@ -41,10 +43,15 @@ def test_op_folds_large_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     choices_for.cache_clear()
     layer = make_layer(160, torch.float16, {"n": 70, "rank": 8}, group_size=32)
     used = []
-    monkeypatch.setattr("svsk_kernels.gpu.launch.fold_kernel", _Spy(used, "svsk_kernels.gpu.launch"))
+    monkeypatch.setattr(
+        "svsk_kernels.gpu.launch.fold_kernel", _Spy(used, "svsk_kernels.gpu.launch")
+    )
     for m in (65, 66):
         x = activations(m, 160, torch.float16)
-        assert relative_error(layer.matmul(x, layer.tensors), layer.expected(x)) < BOUNDS[torch.float16]
+        assert (
+            relative_error(layer.matmul(x, layer.tensors), layer.expected(x))
+            < BOUNDS[torch.float16]
+        )
         assert len(used) == m - 65
     choices_for.cache_clear()
 
@@ -68,7 +75,9 @@ def test_op_and_its_fake_agree() -> None:
     assert relative_error(layer.matmul(x, layer.tensors), layer.expected(x)) < BOUNDS[torch.float16]
     side = [value for name, value in layer.tensors.items() if name.startswith("sidecar_")]
     arguments = (x, layer.tensors["words"], layer.tensors["scale"], None, side, layer.matmul.code)
-    torch.library.opcheck(torch.ops.svsk.matmul.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.svsk.matmul.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
     assert layer.matmul(x[:0], layer.tensors).shape == (0, 40)
 
 
@@ -104,7 +113,9 @@ def test_refusals_say_why() -> None:
         assert reason in why
 
 
-@pytest.mark.parametrize(("n", "k"), [(6144, 2560), (2560, 9728), (19456, 2560), (1280, 8192), (960, 576), (64, 32)])
+@pytest.mark.parametrize(
+    ("n", "k"), [(6144, 2560), (2560, 9728), (19456, 2560), (1280, 8192), (960, 576), (64, 32)]
+)
 @pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("gpu", [H100, A10], ids=lambda gpu: gpu.name)
 def test_rule_gives_valid_choices(gpu: Gpu, n: int, k: int, group_size: int) -> None:
@@ -124,7 +135,10 @@ def test_few_rows_are_split_and_many_are_not() -> None:
 
 
 def test_measured_tables_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    choices = [{"kernel": "decode", "max_m": 8, "block_m": 16, "step": 32, "split_k": 2}, {"kernel": "fold"}]
+    choices = [
+        {"kernel": "decode", "max_m": 8, "block_m": 16, "step": 32, "split_k": 2},
+        {"kernel": "fold"},
+    ]
     table = {
         "device": H100.name,
         "triton": "3.6.0",
@@ -141,7 +155,9 @@ def test_measured_tables_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         tuning.load_table.cache_clear()
         table["entries"][0]["choices"][0]["step"] = 24
         (tmp_path / "configs" / table_name(H100.name)).write_text(json.dumps(table))
-        with pytest.raises(TuningError, match=r"(?s)nvidia-h100-80gb-hbm3\.json.*step 24: expected one of"):
+        with pytest.raises(
+            TuningError, match=r"(?s)nvidia-h100-80gb-hbm3\.json.*step 24: expected one of"
+        ):
             tuning.load_table(H100.name)
     finally:
         tuning.load_table.cache_clear()
@@ -152,7 +168,14 @@ def test_measured_tables_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("choices", "message"),
     [
         ([{"kernel": "decode", "max_m": 16}], "rising numbers, and null last"),
-        ([{"kernel": "decode", "max_m": 32}, {"kernel": "gemm", "max_m": 16}, {"kernel": "fold"}], "rising numbers"),
+        (
+            [
+                {"kernel": "decode", "max_m": 32},
+                {"kernel": "gemm", "max_m": 16},
+                {"kernel": "fold"},
+            ],
+            "rising numbers",
+        ),
         ([{"kernel": "decode", "step": 64}], "must divide the plane 16"),
         ([{"kernel": "gemm", "split_k": 2, "step": 16}], "only decode splits"),
         ([{"kernel": "decode", "step": 16, "block": 1}], "unexpected keyword argument .block."),

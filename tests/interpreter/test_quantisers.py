@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantiser with its kernel, as on a GPU, against the quantiser with its loop: the same calls, the same results."""
+"""The quantiser with its kernel, as on a GPU, against the quantiser with its loop.
+
+The same calls, the same results.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +18,9 @@ from svsk_vllm.format import Codebook, TileGrid
 
 
 def hessian(k: int) -> torch.Tensor:
-    x = torch.randn(4 * k, k, generator=torch.Generator().manual_seed(k)) @ torch.diag(0.2 + torch.rand(k))
+    x = torch.randn(4 * k, k, generator=torch.Generator().manual_seed(k)) @ torch.diag(
+        0.2 + torch.rand(k)
+    )
     return x.T @ x / len(x)
 
 
@@ -46,7 +51,9 @@ def test_base_and_polish(both: Any, n: int, k: int, codebook: Codebook) -> None:
     scale = initial_scales("search", w, order.importance, 32, codebook, torch.bfloat16)
     (levels, values), (found, found_values) = both(lambda: gptq(w, order, scale, codebook))
     assert float((levels == found).float().mean()) > 0.98  # a near tie changes the rest of its row
-    assert error(w - found_values, order.hessian) == pytest.approx(error(w - values, order.hessian), rel=0.02)
+    assert error(w - found_values, order.hessian) == pytest.approx(
+        error(w - values, order.hessian), rel=0.02
+    )
     looped, launched = both(lambda: polish(w, order.hessian, levels.clone(), scale, codebook))
     assert float((looped == launched).float().mean()) > 0.98
 
@@ -59,5 +66,7 @@ def test_sidecar(both: Any, n: int, k: int, tile: int, rank: int, bits: int) -> 
     sidecar = HessianSidecar(column_tiles(moment, grid, 1e-4), grid, rank, bits)
     residual = weight(n, k)
     looped, launched = both(lambda: sidecar_weight(sidecar.fit(residual), grid))
-    assert error(residual - launched, moment) == pytest.approx(error(residual - looped, moment), rel=0.02)
+    assert error(residual - launched, moment) == pytest.approx(
+        error(residual - looped, moment), rel=0.02
+    )
     assert error(residual - launched, moment) < error(residual, moment)

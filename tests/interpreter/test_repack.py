@@ -6,17 +6,45 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svsk_kernels.gpu.repack_base import ROW_PAD, pack_base, pack_scale, plane_length, unpack_base, unpack_scale
-from svsk_kernels.gpu.repack_sidecar import MAX_JOB_COLUMNS, V_ROWS, Tiles, pack_sidecar, unpack_sidecar
+from svsk_kernels.gpu.repack_base import (
+    ROW_PAD,
+    pack_base,
+    pack_scale,
+    plane_length,
+    unpack_base,
+    unpack_scale,
+)
+from svsk_kernels.gpu.repack_sidecar import (
+    MAX_JOB_COLUMNS,
+    V_ROWS,
+    Tiles,
+    pack_sidecar,
+    unpack_sidecar,
+)
 from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup
 from tests.interpreter.layers import make_layer
 from tests.support.format_builders import property_test
 
-QKV = ({"n": 96, "rank": 8, "tile_m": 48}, {"n": 40, "rank": 0}, {"n": 32, "rank": 24, "tile_m": 20, "tile_n": 56})
+QKV = (
+    {"n": 96, "rank": 8, "tile_m": 48},
+    {"n": 40, "rank": 0},
+    {"n": 32, "rank": 24, "tile_m": 20, "tile_n": 56},
+)
 
 
 @pytest.mark.parametrize(
-    ("k", "plane"), [(2560, 64), (256, 64), (576, 16), (896, 32), (1152, 32), (64, 16), (32, 16), (96, 32), (28704, 64)]
+    ("k", "plane"),
+    [
+        (2560, 64),
+        (256, 64),
+        (576, 16),
+        (896, 32),
+        (1152, 32),
+        (64, 16),
+        (32, 16),
+        (96, 32),
+        (28704, 64),
+    ],
 )
 def test_planes_are_as_long_as_padding_allows(k: int, plane: int) -> None:
     assert plane_length(k) == plane
@@ -27,13 +55,17 @@ def test_planes_are_as_long_as_padding_allows(k: int, plane: int) -> None:
 def test_base_follows_its_definition_and_comes_back(n: int, blocks: int, seed: int) -> None:
     k = 32 * blocks
     generator = torch.Generator().manual_seed(seed)
-    packed = torch.randint(-(1 << 31), 1 << 31, (n, k // 8), generator=generator, dtype=torch.int64).to(torch.int32)
+    packed = torch.randint(
+        -(1 << 31), 1 << 31, (n, k // 8), generator=generator, dtype=torch.int64
+    ).to(torch.int32)
     plane = plane_length(k)
     words = pack_base(packed, k, plane)
     assert words.shape[0] % ROW_PAD == 0
     assert words.dtype == torch.int16
     assert torch.equal(unpack_base(words, n, k, plane), packed)
-    codes = ((packed.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15).flatten(1) - 8
+    codes = ((packed.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15).flatten(
+        1
+    ) - 8
     row = int(torch.randint(0, n, (1,), generator=generator))
     for column in torch.randint(0, k, (16,), generator=generator).tolist():
         block, within = divmod(column, 4 * plane)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launchers and benchmark on a simulated GPU, the kernels in the interpreter: every tensor is where it must be.
+"""Launchers and benchmark on a simulated GPU, the kernels in the interpreter.
+
+Every tensor is where it must be.
 
 What a GPU alone can do (graphs, streams, events) is left out.
 """
@@ -47,7 +49,9 @@ class OnGpuOnly:
         def run(*args: Any, **options: Any) -> Any:
             for number, arg in enumerate(args):
                 if isinstance(arg, torch.Tensor) and not on_gpu(arg):
-                    raise ValueError(f"{self.name}: pointer argument {number} cannot be accessed from Triton")
+                    raise ValueError(
+                        f"{self.name}: pointer argument {number} cannot be accessed from Triton"
+                    )
             self.launched.append(self.name)
             return self.kernel[grid](*args, **options)
 
@@ -80,12 +84,18 @@ def test_checks_pass(monkeypatch: pytest.MonkeyPatch, launched: list[str], case:
 
 def test_a_layer_is_the_same_on_both_devices(launched: list[str]) -> None:
     parts = [Part(40, 16, 4, 24, 128), Part(10), Part(24, 8, 8, 16, 96)]
-    ours, theirs = (random_layer(256, torch.float16, device, parts, codebook="quad8") for device in (GPU, CPU))
+    ours, theirs = (
+        random_layer(256, torch.float16, device, parts, codebook="quad8") for device in (GPU, CPU)
+    )
     assert all(map(on_gpu, ours.copy().tensors.values()))
-    assert all(torch.equal(ours.tensors[name].cpu(), tensor) for name, tensor in theirs.tensors.items())
+    assert all(
+        torch.equal(ours.tensors[name].cpu(), tensor) for name, tensor in theirs.tensors.items()
+    )
 
 
-def test_warm_up_launches_everything_once(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
+def test_warm_up_launches_everything_once(
+    monkeypatch: pytest.MonkeyPatch, launched: list[str]
+) -> None:
     monkeypatch.setattr(dispatch, "choices_for", lambda *_: choices)
     gpu = dispatch.gpu_of(GPU)
     assert (gpu.name, gpu.capability, gpu.processors) == (GPU_NAME, 90, 132)
@@ -93,7 +103,9 @@ def test_warm_up_launches_everything_once(monkeypatch: pytest.MonkeyPatch, launc
         replace(choice, max_m=limit)
         for choice, limit in zip(choices_for(gpu, 96, 128, 64)[-3:], (8, 16, None), strict=True)
     ]
-    linear = random_linear(LinearSpec("m", 96, 128, make_group(rank=5, tile_m=40, tile_n=72), torch.float16), 0)
+    linear = random_linear(
+        LinearSpec("m", 96, 128, make_group(rank=5, tile_m=40, tile_n=72), torch.float16), 0
+    )
     spec, layer = loaded_layer(linear, torch.float16)
     layer.bias = torch.nn.Parameter(torch.arange(96).half(), requires_grad=False)
     layer.to("cuda")
@@ -120,14 +132,22 @@ def test_timings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: list
     monkeypatch.setattr(runner, "vllm_missing", lambda: None)
     weights: list[torch.Tensor] = []
 
-    def tensors(codes: torch.Tensor, scale: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
+    def tensors(
+        codes: torch.Tensor, scale: torch.Tensor, group_size: int
+    ) -> dict[str, torch.Tensor]:
         weights.append((codes.unflatten(1, (-1, group_size)) * scale.unsqueeze(-1)).flatten(1))
         return {"weight": weights[-1], "workspace": torch.zeros(1, device=codes.device)}
 
     monkeypatch.setattr(split, "_marlin_tensors", tensors)
     monkeypatch.setattr(split, "_marlin", lambda x, base, n, k: x @ base["weight"].T)
-    report, settings = Report(tmp_path / "bench.json", MACHINE), Settings(quick=True, tokens=(1, 17))
-    assert runner.time_shapes(report, [TINY], GPU, FakeTimer(), settings, Budget(None), quiet()) == FINISHED
+    report, settings = (
+        Report(tmp_path / "bench.json", MACHINE),
+        Settings(quick=True, tokens=(1, 17)),
+    )
+    assert (
+        runner.time_shapes(report, [TINY], GPU, FakeTimer(), settings, Budget(None), quiet())
+        == FINISHED
+    )
     records = list(report.of_kind("time"))
     assert [record for record in records if "error" in record] == []
     assert sum(record["kernel"] == "split" for record in records) == 2 * 3
@@ -139,7 +159,9 @@ def test_split_layer(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> No
     layer = random_layer(256, torch.float16, GPU, [Part(100, 8, 4, 32, 128)])
     linear = layer.linears[0]
     base = replace(linear, u=None, v=None, gain=None)
-    monkeypatch.setattr(split, "_marlin_tensors", lambda *_: {"workspace": torch.zeros(1, device=GPU)})
+    monkeypatch.setattr(
+        split, "_marlin_tensors", lambda *_: {"workspace": torch.zeros(1, device=GPU)}
+    )
     monkeypatch.setattr(split, "_marlin", lambda x, *_: naive_matmul(x, base).half())
     made = SplitLayer.checked(layer)
     assert isinstance(made, SplitLayer), made
@@ -150,12 +172,23 @@ def test_split_layer(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> No
 def test_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
     monkeypatch.setattr(runner, "BUCKETS", (16, None))
     monkeypatch.setattr(tune, "_LAST_TOKENS", 20)
-    few = [Choice(kernel="decode", block_n=64, step=32, split_k=2), Choice(kernel="gemm", block_m=32, step=32)]
+    few = [
+        Choice(kernel="decode", block_n=64, step=32, split_k=2),
+        Choice(kernel="gemm", block_m=32, step=32),
+    ]
     monkeypatch.setattr(tune, "trial_choices", lambda *_: [*few, Choice(kernel="fold")])
-    monkeypatch.setattr(runner, "layer_of_shape", lambda s, v, _, d: layer_of_shape(s, v, torch.float16, d))
-    report, settings = Report(tmp_path / "bench.json", MACHINE), Settings(configs=tmp_path / "configs")
+    monkeypatch.setattr(
+        runner, "layer_of_shape", lambda s, v, _, d: layer_of_shape(s, v, torch.float16, d)
+    )
+    report, settings = (
+        Report(tmp_path / "bench.json", MACHINE),
+        Settings(configs=tmp_path / "configs"),
+    )
     shape = Shape("tiny", 64, 512)
-    assert runner.tune_shapes(report, [shape], GPU, FakeTimer(), settings, Budget(None), quiet()) == FINISHED
+    assert (
+        runner.tune_shapes(report, [shape], GPU, FakeTimer(), settings, Budget(None), quiet())
+        == FINISHED
+    )
     assert [record for record in report.of_kind("tune") if "error" in record] == []
     table = TuningTable.from_json((tmp_path / "configs" / table_name(GPU_NAME)).read_text())
     assert table.device == GPU_NAME

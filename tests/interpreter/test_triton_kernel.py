@@ -16,10 +16,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("rank", "tile_n", "bits", "packed_bits"), [(0, 0, 8, 8), (8, 0, 4, 4), (8, 40, 4, 8), (5, 64, 8, 8)]
+    ("rank", "tile_n", "bits", "packed_bits"),
+    [(0, 0, 8, 8), (8, 0, 4, 4), (8, 40, 4, 8), (5, 64, 8, 8)],
 )
 def test_loaded_layer(rank: int, tile_n: int, bits: int, packed_bits: int) -> None:
-    """4-bit factors are packed again only where tiles are aligned; the same parameters can be loaded and run twice."""
+    """4-bit factors are packed again only where tiles are aligned.
+
+    The same parameters can be loaded and run twice.
+    """
     group = make_group(rank=rank, tile_m=48, tile_n=tile_n, num_bits=bits)
     source = random_linear(LinearSpec("m", 100, 128, group, torch.float16), 0)
     x, bias = activations(3, 128, torch.float16), torch.randn(100).half()
@@ -43,7 +47,9 @@ def test_layer_compiles_to_one_op_for_any_number_of_tokens(rank: int) -> None:
     kernel = TritonKernel(spec, CPU)
     kernel.prepare(layer)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: kernel(layer, x, None), backend="eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda x: kernel(layer, x, None), backend="eager", fullgraph=True, dynamic=True
+    )
     for m in (2, 5):
         x = activations(m, 64, torch.float16)
         assert torch.equal(compiled(x), kernel(layer, x, None))

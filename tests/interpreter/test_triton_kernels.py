@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels in Triton's interpreter, against the reference in float64.
 
-The interpreter computes in float32 here (its bfloat16 arithmetic is wrong); inline PTX it cannot run at all, so the
-plain-Triton unpacking is what these tests see. ``python -m svsk_kernel_tools.bench`` compares the two on a GPU.
+The interpreter computes in float32 here (its bfloat16 arithmetic is wrong); inline PTX it cannot
+run at all, so the plain-Triton unpacking is what these tests see. ``python -m
+svsk_kernel_tools.bench`` compares the two on a GPU.
 """
 
 import itertools
@@ -29,7 +30,9 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-def layer_of(shape: dict[str, Any], codebook: Codebook, num_bits: int, dtype: torch.dtype = torch.float16) -> Layer:
+def layer_of(
+    shape: dict[str, Any], codebook: Codebook, num_bits: int, dtype: torch.dtype = torch.float16
+) -> Layer:
     arguments = {key: value for key, value in shape.items() if key not in ("m", "k")}
     return make_layer(shape["k"], dtype, arguments, codebook=codebook, num_bits=num_bits)
 
@@ -39,22 +42,34 @@ def choice(kernel: str, layer: Layer, **blocks: Any) -> Choice:
     return Choice(kernel=kernel, step=step, **blocks)
 
 
-def run(layer: Layer, x: torch.Tensor, chosen: Choice, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return packed_matmul(x, layer.base, layer.sidecar, layer.fused.num_bits, bias, chosen, layer.tiles)
+def run(
+    layer: Layer, x: torch.Tensor, chosen: Choice, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    return packed_matmul(
+        x, layer.base, layer.sidecar, layer.fused.num_bits, bias, chosen, layer.tiles
+    )
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(str(value) for value in shape.values()))
+@pytest.mark.parametrize(
+    "shape", SHAPES, ids=lambda shape: "-".join(str(value) for value in shape.values())
+)
 @pytest.mark.parametrize("num_bits", [4, 8])
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("kernel", ["decode", "gemm", "fold"])
-def test_kernel_equals_reference(kernel: str, codebook: Codebook, num_bits: int, shape: dict[str, Any]) -> None:
+def test_kernel_equals_reference(
+    kernel: str, codebook: Codebook, num_bits: int, shape: dict[str, Any]
+) -> None:
     layer = layer_of(shape, codebook, num_bits)
     x = activations(shape["m"], shape["k"], torch.float16)
     if kernel == "fold":
         found = matmul_folded(x, layer.base, layer.sidecar, layer.fused.num_bits, None)
     else:
         block_m = next(size for size in (16, 32, 64, 128) if size >= min(shape["m"], 64))
-        found = run(layer, x, choice(kernel, layer, block_m=block_m, block_n=64 if kernel == "decode" else 128))
+        found = run(
+            layer,
+            x,
+            choice(kernel, layer, block_m=block_m, block_n=64 if kernel == "decode" else 128),
+        )
     assert found.dtype == torch.float16
     assert relative_error(found, layer.expected(x)) < BOUNDS[torch.float16]
 
@@ -74,7 +89,10 @@ def test_bfloat16(kernel: str) -> None:
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("kernel", ["decode", "gemm", "fold"])
 def test_parts_of_a_fused_layer_differ(kernel: str, mixed: bool) -> None:
-    """Ranks, tiles and factor bits of their own; one part without a sidecar; blocks of rows across part boundaries."""
+    """Ranks, tiles and factor bits of their own.
+
+    One part without a sidecar; blocks of rows across part boundaries.
+    """
     parts = (
         {"n": 100, "rank": 8, "tile_m": 48, "tile_n": 0, "num_bits": 4},
         {"n": 30, "rank": 0},
@@ -109,7 +127,9 @@ def test_split_columns_add_up_and_leave_the_counters_zero(split: int, rank: int)
 
 @pytest.mark.parametrize("num_bits", [4, 8])
 def test_tiles_longer_than_a_job(num_bits: int) -> None:
-    layer = make_layer(4352, torch.float16, {"n": 40, "rank": 20, "tile_m": 0, "tile_n": 0}, num_bits=num_bits)
+    layer = make_layer(
+        4352, torch.float16, {"n": 40, "rank": 20, "tile_m": 0, "tile_n": 0}, num_bits=num_bits
+    )
     assert layer.tiles.long
     x = activations(18, 4352, torch.float16)
     found = run(layer, x, choice("decode", layer, block_m=32))
@@ -124,7 +144,9 @@ def test_kernels_that_run_side_by_side_count_apart() -> None:
     assert own.data_ptr() + own.nbytes <= other.data_ptr()
 
 
-def test_more_jobs_than_counters_and_counters_of_any_content(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_jobs_than_counters_and_counters_of_any_content(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     layer = make_layer(4352, torch.float16, {"n": 40, "rank": 4, "tile_m": 0, "tile_n": 0})
     x = activations(2, 4352, torch.float16)
     monkeypatch.setattr("svsk_kernels.gpu.launch._COUNTERS", 2)
@@ -153,16 +175,23 @@ def test_z_is_gain_times_v_x() -> None:
 
 def test_input_need_not_be_contiguous_and_padding_is_not_read() -> None:
     """What lies around x in memory must not matter, not even where it is not finite."""
-    layer = make_layer(288, torch.float16, {"n": 50, "rank": 8, "tile_m": 16, "tile_n": 40}, group_size=32)
+    layer = make_layer(
+        288, torch.float16, {"n": 50, "rank": 8, "tile_m": 16, "tile_n": 40}, group_size=32
+    )
     wide = torch.full((4, 500), float("nan"), dtype=torch.float16)
     wide[:, :288] = activations(4, 288, torch.float16)
     x = wide[:, :288]
-    assert relative_error(run(layer, x, choice("decode", layer)), layer.expected(x)) < BOUNDS[torch.float16]
+    assert (
+        relative_error(run(layer, x, choice("decode", layer)), layer.expected(x))
+        < BOUNDS[torch.float16]
+    )
 
 
 @pytest.mark.parametrize("num_bits", [4, 8])
 def test_fold_writes_any_rows_rounded_once(num_bits: int) -> None:
-    layer = make_layer(320, torch.bfloat16, {"n": 200, "rank": 8, "tile_m": 48, "tile_n": 96}, num_bits=num_bits)
+    layer = make_layer(
+        320, torch.bfloat16, {"n": 200, "rank": 8, "tile_m": 48, "tile_n": 96}, num_bits=num_bits
+    )
     whole = naive_matmul(torch.eye(320), layer.linears[0]).T
     for rows in (slice(0, 200), slice(64, 200), slice(128, 192)):
         found = fold(layer.base, layer.sidecar, layer.fused.num_bits, torch.bfloat16, rows)
@@ -176,12 +205,17 @@ def test_folding_in_slices_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     for some in (bias, None):
         whole = matmul_folded(x, layer.base, layer.sidecar, 8, some)
         monkeypatch.setattr("svsk_kernels.gpu.launch._FOLD_BYTES", 256 * 2 * 64)
-        torch.testing.assert_close(matmul_folded(x, layer.base, layer.sidecar, 8, some), whole, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            matmul_folded(x, layer.base, layer.sidecar, 8, some), whole, rtol=1e-3, atol=1e-3
+        )
         monkeypatch.undo()
 
 
 def test_small_and_large_values_survive_float16() -> None:
-    """z is kept in the range of the outputs: products of integer factors alone would overflow or vanish."""
+    """z is kept in the range of the outputs.
+
+    Products of integer factors alone would overflow or vanish.
+    """
     for size in (1e-3, 300.0):
         layer = make_layer(256, torch.float16, {"n": 64, "rank": 16, "tile_n": 0})
         x = activations(2, 256, torch.float16) * size
@@ -191,5 +225,7 @@ def test_small_and_large_values_survive_float16() -> None:
 
 
 def test_fused_linears_must_share_columns_groups_and_codebook() -> None:
-    with pytest.raises(ValueError, match=r"Linears 1 and 0 differ in columns, group size or codebook"):
+    with pytest.raises(
+        ValueError, match=r"Linears 1 and 0 differ in columns, group size or codebook"
+    ):
         make_layer(64, torch.float16, {"n": 8, "group_size": 32}, {"n": 8, "group_size": 64})

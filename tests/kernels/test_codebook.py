@@ -32,11 +32,15 @@ def test_levels(codebook: Codebook) -> None:
 @pytest.mark.parametrize("codebook", get_args(Codebook))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("code_dtype", [torch.int8, torch.int32, torch.float32])
-def test_values_are_exact_in_every_dtype(codebook: Codebook, dtype: torch.dtype, code_dtype: torch.dtype) -> None:
+def test_values_are_exact_in_every_dtype(
+    codebook: Codebook, dtype: torch.dtype, code_dtype: torch.dtype
+) -> None:
     values = code_values(torch.tensor(CODES, dtype=code_dtype).view(4, 4), codebook, dtype)
     assert values.dtype == dtype
     assert values.shape == (4, 4)
-    assert [Fraction(value) for value in values.double().flatten().tolist()] == exact_levels(codebook)
+    assert [Fraction(value) for value in values.double().flatten().tolist()] == exact_levels(
+        codebook
+    )
 
 
 def test_quad8_times_eight_fits_int8() -> None:

@@ -17,7 +17,13 @@ def test_fused_layer_is_its_linears_stacked(codebook: str) -> None:
     shapes = ((70, 6, 32, 0), (40, 0, 0, 0), (33, 4, 16, 40))
     linears = [
         random_linear(
-            LinearSpec("m", n, 96, make_group(rank=rank, tile_m=tm, tile_n=tn, group_size=32, codebook=codebook)), n
+            LinearSpec(
+                "m",
+                n,
+                96,
+                make_group(rank=rank, tile_m=tm, tile_n=tn, group_size=32, codebook=codebook),
+            ),
+            n,
         )
         for n, rank, tm, tn in shapes
     ]
@@ -25,7 +31,9 @@ def test_fused_layer_is_its_linears_stacked(codebook: str) -> None:
     assert torch.equal(fused.packed, torch.cat([pack_codes(linear.codes) for linear in linears]))
     spec = LayerSpec(143, 96, 32, codebook, torch.bfloat16, fused.plan)
     found = dequantize_layer(spec, fused.packed, fused.scale, (fused.u, fused.v, fused.gain))
-    torch.testing.assert_close(found, torch.cat([dequantize(linear) for linear in linears]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        found, torch.cat([dequantize(linear) for linear in linears]), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 4])

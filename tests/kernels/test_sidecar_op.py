@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sidecar op and the layout of a layer's shards, against the reference in float64.
 
-The layout code is the plugin's, but it needs nothing of vLLM here: rows and columns are given instead of probed.
+The layout code is the plugin's, but it needs nothing of vLLM here: rows and columns are given
+instead of probed.
 """
 
 import itertools
@@ -26,7 +27,9 @@ from tests.support.format_builders import make_group, property_test, random_line
 from tests.support.layers import loaded_sidecar
 
 
-def linear(n: int, k: int, rank: int, tile_m: int, tile_n: int, seed: int = 0, num_bits: int = 8) -> QuantizedLinear:
+def linear(
+    n: int, k: int, rank: int, tile_m: int, tile_n: int, seed: int = 0, num_bits: int = 8
+) -> QuantizedLinear:
     group = make_group(rank=rank, tile_m=tile_m, tile_n=tile_n, group_size=32, num_bits=num_bits)
     return random_linear(LinearSpec("m.proj", n, k, group), seed)
 
@@ -76,7 +79,9 @@ def test_large_float16_activations_do_not_overflow() -> None:
     u, v, gain, plan = runtime_tensors(layer, product_dtype(torch.float16, x.device))
     assert torch.isfinite(sidecar_matmul(x * 1e-2, u, v, gain, plan.encode())).all()
     assert layer.v is not None
-    assert float((x.float() @ layer.v[0].float().T).abs().max()) > 65504  # plain integers would overflow
+    assert (
+        float((x.float() @ layer.v[0].float().T).abs().max()) > 65504
+    )  # plain integers would overflow
 
 
 def test_rows_without_sidecar_are_zero_and_bundles_add_up() -> None:
@@ -87,7 +92,9 @@ def test_rows_without_sidecar_are_zero_and_bundles_add_up() -> None:
     moved = Bundle(plan2.bundles[0].bounds, (SlotGroup(1, 6, 3, 10),))
     plan = SidecarPlan(16, (plan1.bundles[0], moved))
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
-    y = sidecar_matmul(x, torch.cat([u1, u2]), torch.cat([v1, v2]), torch.cat([g1, g2]), plan.encode()).double()
+    y = sidecar_matmul(
+        x, torch.cat([u1, u2]), torch.cat([v1, v2]), torch.cat([g1, g2]), plan.encode()
+    ).double()
     torch.testing.assert_close(y[:, :8], naive_sidecar(x, first.plain), rtol=1e-5, atol=1e-5)
     assert not y[:, 8:10].any()
     torch.testing.assert_close(y[:, 10:], naive_sidecar(x, second.plain), rtol=1e-5, atol=1e-5)
@@ -100,7 +107,9 @@ def test_fake_has_the_strides_of_the_real_op(m: int) -> None:
     x = torch.randn(m, 96)
     real = torch.ops.svsk.sidecar(x, u, v, gain, plan.encode())
     with torch._subclasses.FakeTensorMode() as mode:
-        fake = torch.ops.svsk.sidecar(*(mode.from_tensor(t) for t in (x, u, v, gain)), plan.encode())
+        fake = torch.ops.svsk.sidecar(
+            *(mode.from_tensor(t) for t in (x, u, v, gain)), plan.encode()
+        )
     assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
@@ -109,7 +118,9 @@ def test_op_passes_torch_checks_and_compiles() -> None:
     u, v, gain, plan = runtime_tensors(layer, torch.float32)
     x = torch.randn(6, 64)
     torch.library.opcheck(torch.ops.svsk.sidecar.default, (x, u, v, gain, plan.encode()))
-    compiled = torch.compile(lambda a: torch.ops.svsk.sidecar(a, u, v, gain, plan.encode()) * 2, dynamic=True)
+    compiled = torch.compile(
+        lambda a: torch.ops.svsk.sidecar(a, u, v, gain, plan.encode()) * 2, dynamic=True
+    )
     torch.testing.assert_close(compiled(x), sidecar_matmul(x, u, v, gain, plan.encode()) * 2)
 
 
@@ -118,7 +129,8 @@ def test_non_contiguous_activations() -> None:
     u, v, gain, plan = runtime_tensors(layer, torch.float32)
     x = torch.randn(64, 5).T
     torch.testing.assert_close(
-        sidecar_matmul(x, u, v, gain, plan.encode()), sidecar_matmul(x.contiguous(), u, v, gain, plan.encode())
+        sidecar_matmul(x, u, v, gain, plan.encode()),
+        sidecar_matmul(x.contiguous(), u, v, gain, plan.encode()),
     )
 
 
@@ -128,16 +140,24 @@ def test_non_contiguous_activations() -> None:
     bundles=st.lists(
         st.tuples(
             st.lists(st.integers(1, 300), min_size=1, max_size=4),
-            st.lists(st.tuples(st.integers(1, 9), st.integers(1, 64), st.integers(1, 128)), min_size=1, max_size=4),
+            st.lists(
+                st.tuples(st.integers(1, 9), st.integers(1, 64), st.integers(1, 128)),
+                min_size=1,
+                max_size=4,
+            ),
         ),
         max_size=3,
     ),
 )
-def test_plan_survives_encoding(n: int, bundles: list[tuple[list[int], list[tuple[int, int, int]]]]) -> None:
+def test_plan_survives_encoding(
+    n: int, bundles: list[tuple[list[int], list[tuple[int, int, int]]]]
+) -> None:
     plan = SidecarPlan(
         n,
         tuple(
-            Bundle((0, *itertools.accumulate(widths)), tuple(SlotGroup(*group, 0) for group in groups))
+            Bundle(
+                (0, *itertools.accumulate(widths)), tuple(SlotGroup(*group, 0) for group in groups)
+            )
             for widths, groups in bundles
         ),
     )

@@ -33,7 +33,9 @@ def test_every_element_is_in_exactly_one_tile(n: int, k: int, tile_m: int, tile_
 
 @property_test
 @given(sizes, sizes, tile_sizes, tile_sizes)
-def test_slices_stay_inside_and_only_the_last_is_ragged(n: int, k: int, tile_m: int, tile_n: int) -> None:
+def test_slices_stay_inside_and_only_the_last_is_ragged(
+    n: int, k: int, tile_m: int, tile_n: int
+) -> None:
     grid = TileGrid(n, k, tile_m, tile_n)
     rows = [grid.row_slice(a) for a in range(grid.num_row_tiles)]
     cols = [grid.col_slice(b) for b in range(grid.num_col_tiles)]
@@ -45,7 +47,12 @@ def test_slices_stay_inside_and_only_the_last_is_ragged(n: int, k: int, tile_m: 
 @pytest.mark.parametrize(
     ("shape", "tiles", "grid_shape", "last"),
     [
-        ((1000, 2560), (512, 1024), (2, 3), (slice(512, 1000), slice(2048, 2560))),  # the example of docs/format.md
+        (
+            (1000, 2560),
+            (512, 1024),
+            (2, 3),
+            (slice(512, 1000), slice(2048, 2560)),
+        ),  # the example of docs/format.md
         ((1024, 2048), (512, 1024), (2, 2), (slice(512, 1024), slice(1024, 2048))),
         ((1000, 2560), (0, 0), (1, 1), (slice(0, 1000), slice(0, 2560))),
         ((1000, 2560), (4096, 4096), (1, 1), (slice(0, 1000), slice(0, 2560))),
@@ -53,7 +60,10 @@ def test_slices_stay_inside_and_only_the_last_is_ragged(n: int, k: int, tile_m: 
     ],
 )
 def test_examples(
-    shape: tuple[int, int], tiles: tuple[int, int], grid_shape: tuple[int, int], last: tuple[slice, slice]
+    shape: tuple[int, int],
+    tiles: tuple[int, int],
+    grid_shape: tuple[int, int],
+    last: tuple[slice, slice],
 ) -> None:
     grid = TileGrid(*shape, *tiles)
     a, b = grid.num_row_tiles, grid.num_col_tiles

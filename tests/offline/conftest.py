@@ -25,5 +25,8 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_recipe() -> Recipe:
     """The published recipe on a handful of short samples, with tiles that fit nothing."""
     return load_recipe("published").override(
-        {"calibration": {"samples": 4, "seq_len": 32}, "sidecar": {"rank": 4, "tile_m": 48, "tile_n": 96}}
+        {
+            "calibration": {"samples": 4, "seq_len": 32},
+            "sidecar": {"rank": 4, "tile_m": 48, "tile_n": 96},
+        }
     )

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``svsk`` command, end to end on a tiny model: exit codes, output, errors without tracebacks."""
+"""The ``svsk`` command, end to end on a tiny model.
+
+Exit codes, output, errors without tracebacks.
+"""
 
 import json
 import math
@@ -18,14 +21,27 @@ SMALL = ["--samples", "4", "--seq-len", "32"]
 
 
 def svsk(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], catch_exceptions=False
+    )
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     out = tmp_path_factory.mktemp("cli") / "out"
     result = svsk(
-        "quantize", tiny_llama, out, "--recipe", "published", "--rank", 4, "--tile-m", 48, "--tile-n", 96, *SMALL
+        "quantize",
+        tiny_llama,
+        out,
+        "--recipe",
+        "published",
+        "--rank",
+        4,
+        "--tile-m",
+        48,
+        "--tile-n",
+        96,
+        *SMALL,
     )
     assert result.exit_code == 0, result.output
     assert "model.layers.1.mlp.down_proj" in result.output
@@ -36,7 +52,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Pa
 
 def test_version_and_help() -> None:
     assert __version__ in svsk("--version").output
-    for command in ("quantize", "inspect", "validate", "restore", "eval", "compare", "generate", "recipes"):
+    for command in (
+        "quantize",
+        "inspect",
+        "validate",
+        "restore",
+        "eval",
+        "compare",
+        "generate",
+        "recipes",
+    ):
         assert command in svsk("--help").output
         assert svsk(command, "--help").exit_code == 0
 
@@ -70,21 +95,39 @@ def test_validate(checkpoint: Path, tmp_path: Path) -> None:
 
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint, broken)
-    edit_json(broken / "config.json", lambda config: config["quantization_config"].update(ignore=["re:.*q_proj"]))
+    edit_json(
+        broken / "config.json",
+        lambda config: config["quantization_config"].update(ignore=["re:.*q_proj"]),
+    )
     bad = svsk("validate", broken)
     assert bad.exit_code == 1
     for index in (0, 1):
         assert f"model.layers.{index}.self_attn.q_proj" in bad.output
 
 
-def test_eval_of_a_checkpoint_and_of_its_restored_model(checkpoint: Path, tiny_llama: Path, tmp_path: Path) -> None:
+def test_eval_of_a_checkpoint_and_of_its_restored_model(
+    checkpoint: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 40)
+    text.write_text(
+        "It was a bright cold day in April, and the clocks were striking thirteen. " * 40
+    )
     assert svsk("restore", checkpoint, tmp_path / "dense").exit_code == 0
     figures = []
     for model in (checkpoint, tmp_path / "dense"):
         target = tmp_path / "scores.json"
-        options = ["--reference", tiny_llama, "--text", text, "--chunks", 4, "--seq-len", 64, "--json", target]
+        options = [
+            "--reference",
+            tiny_llama,
+            "--text",
+            text,
+            "--chunks",
+            4,
+            "--seq-len",
+            64,
+            "--json",
+            target,
+        ]
         result = svsk("eval", model, *options)
         assert result.exit_code == 0, result.output
         figures.append(json.loads(target.read_text()))
@@ -103,7 +146,10 @@ def test_generate_with_transformers(checkpoint: Path, tmp_path: Path) -> None:
     result = svsk("generate", checkpoint, *prompts, "--engine", "hf", "--max-tokens", 5)
     assert result.exit_code == 0, result.output
     svsk("restore", checkpoint, tmp_path / "dense")
-    assert svsk("generate", tmp_path / "dense", *prompts, "--engine", "hf", "--max-tokens", 5).output == result.output
+    assert (
+        svsk("generate", tmp_path / "dense", *prompts, "--engine", "hf", "--max-tokens", 5).output
+        == result.output
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,8 +161,14 @@ def test_generate_with_transformers(checkpoint: Path, tmp_path: Path) -> None:
         (["quantize", "MODEL", "out", "--rank", "129"], "sidecar.rank"),
         (["quantize", "MODEL", "out", "--rank", "3", "--factor-bits", "4"], "must be even"),
         (["quantize", "MODEL", "out", "--group-size", "100"], "group_size"),
-        (["quantize", "MODEL", "out", "--target-bpw", "4.5", "--rank", "8"], "leave --rank and --factor-bits out"),
-        (["quantize", "MODEL", "out", "--target-bpw", "4.5", "--recipe", "published"], "without gradients"),
+        (
+            ["quantize", "MODEL", "out", "--target-bpw", "4.5", "--rank", "8"],
+            "leave --rank and --factor-bits out",
+        ),
+        (
+            ["quantize", "MODEL", "out", "--target-bpw", "4.5", "--recipe", "published"],
+            "without gradients",
+        ),
         (["quantize", "MODEL", "out", "--target-bpw", "3"], "allocation.target_bpw"),
         (["quantize", "MODEL", "out", "--codebook", "nf4"], "codebook"),
         (["quantize", "MODEL", "out", "--calibration", "missing.txt"], "no such file"),
@@ -125,8 +177,14 @@ def test_generate_with_transformers(checkpoint: Path, tmp_path: Path) -> None:
         (["inspect", "no[/b]such"], "no[/b]such"),
         (["eval", "MODEL", "--text", "missing.txt"], "--text missing.txt: no such file"),
         (["eval", "MODEL", "--text", "."], "--text .: is not a regular file"),
-        (["quantize", "MODEL", "out", "--rank", "0", "--tile-m", "64"], "--tile-m: no effect at rank 0"),
-        (["quantize", "MODEL", "out", "--ignore", "re:.*typo"], "--ignore re:.*typo: matches no linear layer"),
+        (
+            ["quantize", "MODEL", "out", "--rank", "0", "--tile-m", "64"],
+            "--tile-m: no effect at rank 0",
+        ),
+        (
+            ["quantize", "MODEL", "out", "--ignore", "re:.*typo"],
+            "--ignore re:.*typo: matches no linear layer",
+        ),
         (["quantize", "MODEL", "MODEL/config.json", "--overwrite"], "overlaps the model"),
         (["quantize", "MODEL", "out", "--chat-template"], "--chat-template has no effect"),
         (["quantize", "MODEL", "out", "--samples", "0"], "calibration.samples"),
@@ -136,19 +194,38 @@ def test_generate_with_transformers(checkpoint: Path, tmp_path: Path) -> None:
         (["tune", "MODEL", "out.json"], "expected a name ending in .yaml"),
         (["tune", "MODEL", "out.yaml", "--calibration", "missing.txt"], "no such file"),
         (["tune", "MODEL", "out.yaml", "--device", "nonsense"], "--device nonsense"),
-        (["bench", "MODEL", "--reference", "MODEL", "--html", "nowhere/x.html"], "its folder does not exist"),
         (
-            ["eval", "MODEL", "--text", "MODEL/config.json", "--chunks", "1", "--device", "nonsense"],
+            ["bench", "MODEL", "--reference", "MODEL", "--html", "nowhere/x.html"],
+            "its folder does not exist",
+        ),
+        (
+            [
+                "eval",
+                "MODEL",
+                "--text",
+                "MODEL/config.json",
+                "--chunks",
+                "1",
+                "--device",
+                "nonsense",
+            ],
             "--device nonsense",
         ),
-        (["eval", "MODEL", "--text", "missing.txt", "--json", "nowhere/x.json"], "its folder does not exist"),
+        (
+            ["eval", "MODEL", "--text", "missing.txt", "--json", "nowhere/x.json"],
+            "its folder does not exist",
+        ),
         (["quantize", "MODEL", "MODEL", "--overwrite"], "overlaps the model"),
         (["quantize", "MODEL", "out", "--calibration", "."], "is a folder"),
         (["generate", "MODEL", "--prompt", "a", "--engine", "tgi"], "expected one of vllm, hf"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_one(
-    arguments: list[str], message: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = svsk(*(argument.replace("MODEL", str(tiny_llama)) for argument in arguments))
@@ -160,18 +237,44 @@ def test_errors_are_one_line_and_exit_code_one(
 
 def test_codebooks_and_factor_widths(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ["--codebook", "quad8", "--factor-bits", 4, "--rank", 6, "--group-size", 32, "--ignore", "re:.*mlp"]
+    options = [
+        "--codebook",
+        "quad8",
+        "--factor-bits",
+        4,
+        "--rank",
+        6,
+        "--group-size",
+        32,
+        "--ignore",
+        "re:.*mlp",
+    ]
     assert svsk("quantize", tiny_llama, out, *options, *SMALL).exit_code == 0
     assert svsk("validate", out).exit_code == 0
     schemes = {spec.scheme.model_dump_json() for spec in Checkpoint(out).linears.values()}
     assert len(schemes) == 1
     spec = Checkpoint(out).linears["model.layers.0.self_attn.q_proj"]
-    assert (spec.scheme.weights.codebook, spec.factor_bits, spec.rank, spec.group_size) == ("quad8", 4, 6, 32)
+    assert (spec.scheme.weights.codebook, spec.factor_bits, spec.rank, spec.group_size) == (
+        "quad8",
+        4,
+        6,
+        32,
+    )
 
 
 def test_bit_budget_and_sequential_calibration(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ["--recipe", "fast", "--target-bpw", 4.6, "--tile-m", 0, "--tile-n", 0, "--sequential"]
+    options = [
+        "--recipe",
+        "fast",
+        "--target-bpw",
+        4.6,
+        "--tile-m",
+        0,
+        "--tile-n",
+        0,
+        "--sequential",
+    ]
     assert svsk("quantize", tiny_llama, out, *options, *SMALL).exit_code == 0
     assert svsk("validate", out).exit_code == 0
     found = json.loads(svsk("inspect", out, "--json").output)

@@ -22,11 +22,26 @@ from svsk_offline.recipe import Recipe
 from svsk_offline.storage.layer_report import LayerReport
 from tests.offline.folders import folder_bytes
 
-SMALL = ["--recipe", "published", "--rank", 4, "--tile-m", 48, "--tile-n", 96, "--samples", 4, "--seq-len", 32]
+SMALL = [
+    "--recipe",
+    "published",
+    "--rank",
+    4,
+    "--tile-m",
+    48,
+    "--tile-n",
+    96,
+    "--samples",
+    4,
+    "--seq-len",
+    32,
+]
 
 
 def svsk(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], catch_exceptions=False
+    )
 
 
 def raiser(error: BaseException) -> Callable[..., None]:
@@ -39,11 +54,23 @@ def raiser(error: BaseException) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 1, "/x/y: no room (No space left on device)"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "/x/y"), 1, "/x/y: no such file or folder"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+            1,
+            "/x/y: no room (No space left on device)",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", "/x/y"),
+            1,
+            "/x/y: no such file or folder",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 1, "/x/y: Permission denied."),
         (OSError("cannot load\nthe tokenizer"), 1, "cannot load the tokenizer"),
-        (MemoryError("Unable to allocate 9 TiB"), 1, "not enough memory (Unable to allocate 9 TiB)"),
+        (
+            MemoryError("Unable to allocate 9 TiB"),
+            1,
+            "not enough memory (Unable to allocate 9 TiB)",
+        ),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "not enough memory (CUDA out of memory)"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "not enough memory"),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C. Start it again"),
@@ -52,7 +79,12 @@ def raiser(error: BaseException) -> Callable[..., None]:
     ],
 )
 def test_what_stops_a_run_is_one_line(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, line: str
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    status: int,
+    line: str,
 ) -> None:
     monkeypatch.setattr(svsk_offline.pipeline, "load_calibration", raiser(error))
     result = svsk("quantize", tiny_llama, tmp_path / "out", *SMALL)
@@ -62,10 +94,14 @@ def test_what_stops_a_run_is_one_line(
     assert list(tmp_path.iterdir()) == []  # no lock stays
 
 
-def test_a_bug_says_where_to_report_it_and_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_says_where_to_report_it_and_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setattr("svsk_offline.storage.inspection.inspect_checkpoint", raiser(KeyError("weights")))
+    monkeypatch.setattr(
+        "svsk_offline.storage.inspection.inspect_checkpoint", raiser(KeyError("weights"))
+    )
     result = svsk("inspect", tmp_path)
     assert result.exit_code == 1
     (log,) = tmp_path.glob("svsk-*.log")
@@ -81,7 +117,9 @@ def test_a_bug_says_where_to_report_it_and_keeps_its_traceback(tmp_path: Path, m
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_unwind(number: signal.Signals) -> None:
-    signal.signal(number, signal.SIG_DFL)  # the tests themselves may run where it is ignored, as under nohup
+    signal.signal(
+        number, signal.SIG_DFL
+    )  # the tests themselves may run where it is ignored, as under nohup
     lines: list[str] = []
     unwound = []
 
@@ -118,13 +156,19 @@ def test_wrong_arguments_are_not_taken_for_a_bug() -> None:
 
 @pytest.mark.parametrize(
     ("redirection", "status", "stderr"),
-    [("| true", 1, ""), (">&- <&-", 0, ""), ("> /dev/full", 1, "error: no room (No space left on device)")],
+    [
+        ("| true", 1, ""),
+        (">&- <&-", 0, ""),
+        ("> /dev/full", 1, "error: no room (No space left on device)"),
+    ],
 )
 def test_standard_streams(redirection: str, status: int, stderr: str) -> None:
     """Nobody reads the output, it is closed, or its disk is full."""
     if "/dev/full" in redirection and not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
-    command = f"set -o pipefail; (sleep 0.1; {sys.executable} -m svsk_eval.cli recipes) {redirection}"
+    command = (
+        f"set -o pipefail; (sleep 0.1; {sys.executable} -m svsk_eval.cli recipes) {redirection}"
+    )
     done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == status
     assert done.stderr.startswith(stderr)
@@ -132,9 +176,14 @@ def test_standard_streams(redirection: str, status: int, stderr: str) -> None:
 
 
 def test_full_disk_then_room_again(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
-    """A limit on the size of files stands in for the full disk; the run goes on to the same bytes."""
+    """A limit on the size of files stands in for the full disk.
+
+    The run goes on to the same bytes.
+    """
     quantize(tiny_llama, tmp_path / "whole", tiny_recipe)
-    shards = sorted((tmp_path / "whole").glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    shards = sorted(
+        (tmp_path / "whole").glob("*.safetensors"), key=lambda path: path.stat().st_size
+    )
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (shards[-1].stat().st_size - 1, before[1]))
     try:
@@ -142,16 +191,22 @@ def test_full_disk_then_room_again(tmp_path: Path, tiny_llama: Path, tiny_recipe
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert result.exit_code == 1
-    assert ".safetensors: no room (File too large). Make room for it. Start it again" in result.stderr
+    assert (
+        ".safetensors: no room (File too large). Make room for it. Start it again" in result.stderr
+    )
     assert len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.rglob("*.tmp"))
     quantize(tiny_llama, tmp_path / "out", tiny_recipe)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
-def test_output_folder_removed_under_the_run(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+def test_output_folder_removed_under_the_run(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
     def remove(report: LayerReport) -> None:
-        subprocess.run(["rm", "-r", tmp_path / "out.partial"], check=False, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            ["rm", "-r", tmp_path / "out.partial"], check=False, stderr=subprocess.DEVNULL
+        )
 
     with pytest.raises(FileNotFoundError) as lost:
         quantize(tiny_llama, tmp_path / "out", tiny_recipe, progress=Progress(layer=remove))

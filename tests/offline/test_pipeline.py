@@ -27,16 +27,26 @@ from tests.support.tiny_models import FAMILIES, write_dense
 
 
 @pytest.mark.parametrize("recipe", ["fast", "best"])
-def test_hessian_recipes(tmp_path: Path, tiny_qwen2: Path, tiny_recipe: Recipe, recipe: str) -> None:
-    """The other recipes on the same inputs: valid, repeatable, and closer to the outputs than ``published``."""
-    changes = {"calibration": {"samples": 8, "seq_len": 64}, "sidecar": {"rank": 4, "tile_m": 48, "tile_n": 96}}
+def test_hessian_recipes(
+    tmp_path: Path, tiny_qwen2: Path, tiny_recipe: Recipe, recipe: str
+) -> None:
+    """The other recipes on the same inputs.
+
+    Valid, repeatable, and closer to the outputs than ``published``.
+    """
+    changes = {
+        "calibration": {"samples": 8, "seq_len": 64},
+        "sidecar": {"rank": 4, "tile_m": 48, "tile_n": 96},
+    }
     chosen = load_recipe(recipe).override(changes)
     ours = quantize(tiny_qwen2, tmp_path / "a", chosen)
     quantize(tiny_qwen2, tmp_path / "b", chosen)
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
     assert validate_against_architecture(tmp_path / "a") == []
     quantize(tiny_qwen2, tmp_path / "published", tiny_recipe.override(changes))
-    tokens = ModelSource(tiny_qwen2).tokenizer("The statement consists of the keyword. " * 8, return_tensors="pt")
+    tokens = ModelSource(tiny_qwen2).tokenizer(
+        "The statement consists of the keyword. " * 8, return_tensors="pt"
+    )
     dense: Any = AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=torch.float32)
     divergence = []
     for folder in ("a", "published"):
@@ -76,7 +86,9 @@ def test_checkpoint_is_valid_and_close_to_the_model(
     for name, linear in checkpoint.iter_linears():
         assert linear.scale.dtype == dtype
         weight = source.read(f"{name}.weight").float()
-        base = weighted_error(weight, dequantize(linear, with_sidecar=False), torch.ones(weight.shape[1]))
+        base = weighted_error(
+            weight, dequantize(linear, with_sidecar=False), torch.ones(weight.shape[1])
+        )
         assert base < 0.02
     for layer in result.layers:
         assert layer.error < layer.base_error
@@ -86,16 +98,22 @@ def test_checkpoint_is_valid_and_close_to_the_model(
     assert stored == set(source.names)
 
 
-def test_reports_are_those_of_what_is_stored(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+def test_reports_are_those_of_what_is_stored(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
     """The reported errors, bits and SQNR belong to the written tensors and to the inputs the layer really sees."""
     result = quantize(tiny_llama, tmp_path / "out", tiny_recipe)
     inputs: dict[str, torch.Tensor] = {}
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     source = ModelSource(tiny_llama)
     args = tiny_recipe.calibration
-    tokens = load_calibration("python", source.tokenizer, args.samples, args.seq_len, args.seed).tokens
+    tokens = load_calibration(
+        "python", source.tokenizer, args.samples, args.seq_len, args.seed
+    ).tokens
     for name, module in linear_modules(model):
-        module.register_forward_pre_hook(lambda _, given, name=name: inputs.__setitem__(name, given[0].flatten(0, 1)))
+        module.register_forward_pre_hook(
+            lambda _, given, name=name: inputs.__setitem__(name, given[0].flatten(0, 1))
+        )
     with torch.no_grad():
         model(tokens)
     checkpoint = Checkpoint(tmp_path / "out")
@@ -103,17 +121,25 @@ def test_reports_are_those_of_what_is_stored(tmp_path: Path, tiny_llama: Path, t
         linear = checkpoint.read_linear(layer.name)
         weight = ShardedReader(tiny_llama).read(f"{layer.name}.weight").float()
         moment = inputs[layer.name].square().mean(0)
-        assert layer.error == pytest.approx(weighted_error(weight, dequantize(linear), moment), rel=1e-3)
+        assert layer.error == pytest.approx(
+            weighted_error(weight, dequantize(linear), moment), rel=1e-3
+        )
         noise = (weight - dequantize(linear)).square().sum()
-        assert layer.sqnr_db == pytest.approx(float(10 * torch.log10(weight.square().sum() / noise)), rel=1e-4)
+        assert layer.sqnr_db == pytest.approx(
+            float(10 * torch.log10(weight.square().sum() / noise)), rel=1e-4
+        )
         tensors = linear.to_tensors().values()
-        assert layer.stored_bits == sum(tensor.numel() * tensor.element_size() * 8 for tensor in tensors)
+        assert layer.stored_bits == sum(
+            tensor.numel() * tensor.element_size() * 8 for tensor in tensors
+        )
     found = inspect_checkpoint(tmp_path / "out")
     assert found["bits_per_weight"] == pytest.approx(result.bits_per_weight)
     assert sum(row["count"] for row in found["groups"]) == 14
 
 
-def test_same_command_gives_the_same_bytes(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+def test_same_command_gives_the_same_bytes(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
     quantize(tiny_llama, tmp_path / "a", tiny_recipe)
     quantize(tiny_llama, tmp_path / "b", tiny_recipe)
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
@@ -122,7 +148,9 @@ def test_same_command_gives_the_same_bytes(tmp_path: Path, tiny_llama: Path, tin
     assert folder_bytes(tmp_path / "a") != folder_bytes(tmp_path / "c")
 
 
-def test_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+def test_interrupted_run_continues_to_the_same_bytes(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
     quantize(tiny_llama, tmp_path / "whole", tiny_recipe)
 
     class Killed(BaseException):
@@ -138,7 +166,10 @@ def test_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, tiny_llama:
     assert (tmp_path / "out.partial").exists()
     redone: list[str] = []
     again = quantize(
-        tiny_llama, tmp_path / "out", tiny_recipe, progress=Progress(layer=lambda report: redone.append(report.name))
+        tiny_llama,
+        tmp_path / "out",
+        tiny_recipe,
+        progress=Progress(layer=lambda report: redone.append(report.name)),
     )
     assert {name.split(".")[2] for name in redone} == {"1"}
     assert len(again.layers) == 14
@@ -146,7 +177,9 @@ def test_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, tiny_llama:
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_unfinished_run_with_other_inputs_is_refused(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+def test_unfinished_run_with_other_inputs_is_refused(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
     def stop(report: LayerReport) -> None:
         raise KeyboardInterrupt
 
@@ -159,7 +192,9 @@ def test_unfinished_run_with_other_inputs_is_refused(tmp_path: Path, tiny_llama:
     assert {spec.rank for spec in Checkpoint(tmp_path / "out").linears.values()} == {2}
 
 
-def test_existing_output_is_kept_unless_told(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+def test_existing_output_is_kept_unless_told(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
     (tmp_path / "out").mkdir()
     quantize(tiny_llama, tmp_path / "out", tiny_recipe, overwrite=True)
     (tmp_path / "out" / "note").write_text("x")
@@ -171,7 +206,9 @@ def test_existing_output_is_kept_unless_told(tmp_path: Path, tiny_llama: Path, t
     assert validate_against_architecture(tmp_path / "out") == []
 
 
-def test_restore_gives_what_transformers_loads(tmp_path: Path, tiny_qwen2: Path, tiny_recipe: Recipe) -> None:
+def test_restore_gives_what_transformers_loads(
+    tmp_path: Path, tiny_qwen2: Path, tiny_recipe: Recipe
+) -> None:
     quantize(tiny_qwen2, tmp_path / "out", tiny_recipe)
     restore(tmp_path / "out", tmp_path / "dense")
     restored: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
@@ -185,14 +222,19 @@ def test_restore_gives_what_transformers_loads(tmp_path: Path, tiny_qwen2: Path,
 
 
 def test_ignored_modules_stay_dense(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
-    recipe = tiny_recipe.override({"ignore": (r"re:.*\.down_proj$", "model.layers.0.self_attn.o_proj")})
+    recipe = tiny_recipe.override(
+        {"ignore": (r"re:.*\.down_proj$", "model.layers.0.self_attn.o_proj")}
+    )
     quantize(tiny_llama, tmp_path / "out", recipe)
     checkpoint = Checkpoint(tmp_path / "out")
     assert len(checkpoint.linears) == 11
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(checkpoint.read_dense(name), ShardedReader(tiny_llama).read(name))
     assert validate_against_architecture(tmp_path / "out") == []
-    edit_json(tmp_path / "out" / "config.json", lambda config: config["quantization_config"].update(ignore=["lm_head"]))
+    edit_json(
+        tmp_path / "out" / "config.json",
+        lambda config: config["quantization_config"].update(ignore=["lm_head"]),
+    )
     problems = validate_against_architecture(tmp_path / "out")
     assert len(problems) == 3
     assert all("stored as it was, but config.json quantises" in problem for problem in problems)
@@ -206,14 +248,18 @@ def test_everything_ignored(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recip
 def test_input_features_that_do_not_fit_the_groups(tmp_path: Path, tiny_recipe: Recipe) -> None:
     settings = {**FAMILIES["llama"].settings, "hidden_size": 96, "intermediate_size": 128}
     dense = write_dense(tmp_path / "dense", type(FAMILIES["llama"])("llama", settings))
-    with pytest.raises(SvskFormatError, match=r"q_proj: K = 96 .* group size 64; use group_size 32"):
+    with pytest.raises(
+        SvskFormatError, match=r"q_proj: K = 96 .* group size 64; use group_size 32"
+    ):
         quantize(dense, tmp_path / "out", tiny_recipe)
     assert not (tmp_path / "out.partial").exists()
     quantize(dense, tmp_path / "out", tiny_recipe.override({"weights": {"group_size": 32}}))
     assert validate_against_architecture(tmp_path / "out") == []
 
 
-def test_output_must_not_overlap_the_model(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+def test_output_must_not_overlap_the_model(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
     for out in (model, model / "inside", tmp_path):
@@ -239,7 +285,9 @@ def test_changed_weights_are_not_mixed_into_an_unfinished_run(
         quantize(model, tmp_path / "out", tiny_recipe)
 
 
-def test_second_copy_of_a_tied_head_is_left_out(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+def test_second_copy_of_a_tied_head_is_left_out(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
     tensors = load_file(model / "model.safetensors")
@@ -250,7 +298,9 @@ def test_second_copy_of_a_tied_head_is_left_out(tmp_path: Path, tiny_llama: Path
     assert validate_against_architecture(tmp_path / "out") == []
 
 
-def test_tensors_the_model_class_does_not_know(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+def test_tensors_the_model_class_does_not_know(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
     tensors = load_file(model / "model.safetensors")
@@ -260,25 +310,38 @@ def test_tensors_the_model_class_does_not_know(tmp_path: Path, tiny_llama: Path,
         quantize(model, tmp_path / "out", tiny_recipe)
 
 
-def test_dense_tensors_are_in_the_declared_dtype(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+def test_dense_tensors_are_in_the_declared_dtype(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
     """Float32 tensors under a bfloat16 config take twice the room and are loaded as bfloat16 anyway."""
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
-    tensors = {name: tensor.float() for name, tensor in load_file(model / "model.safetensors").items()}
+    tensors = {
+        name: tensor.float() for name, tensor in load_file(model / "model.safetensors").items()
+    }
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     for dtype in ("bfloat16", "float16"):
-        quantize(model, tmp_path / dtype, tiny_recipe, dtype="auto" if dtype == "bfloat16" else dtype)
+        quantize(
+            model, tmp_path / dtype, tiny_recipe, dtype="auto" if dtype == "bfloat16" else dtype
+        )
         checkpoint = Checkpoint(tmp_path / dtype)
         stored = {name: checkpoint.read_dense(name) for name in checkpoint.dense_names}
         assert len(stored) > 3
-        assert all(torch.equal(value, tensors[name].to(getattr(torch, dtype))) for name, value in stored.items())
+        assert all(
+            torch.equal(value, tensors[name].to(getattr(torch, dtype)))
+            for name, value in stored.items()
+        )
         assert {value.dtype for value in stored.values()} == {getattr(torch, dtype)}
         assert validate_against_architecture(tmp_path / dtype) == []
 
 
 @pytest.mark.parametrize("dropped", ["", "model."])
 def test_what_the_class_wants_in_float32_stays(
-    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, dropped: str
+    tmp_path: Path,
+    tiny_llama: Path,
+    tiny_recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    dropped: str,
 ) -> None:
     """Also under names of the folder that are not those of the class."""
     model = tmp_path / "model"
@@ -294,13 +357,17 @@ def test_what_the_class_wants_in_float32_stays(
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_damaged_weights_are_named(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe, rank: int) -> None:
+def test_damaged_weights_are_named(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe, rank: int
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SvskError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: holds values that are not finite"):
+    with pytest.raises(
+        SvskError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: holds values that are not finite"
+    ):
         quantize(model, tmp_path / "out", tiny_recipe.override({"sidecar": {"rank": rank}}))
 
 
@@ -324,13 +391,18 @@ def test_quantised_model_is_refused(tmp_path: Path, tiny_llama: Path, tiny_recip
         quantize(tmp_path / "out", tmp_path / "again", tiny_recipe)
 
 
-def test_missing_and_misshapen_tensors_of_the_model(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+def test_missing_and_misshapen_tensors_of_the_model(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(tiny_llama, broken)
     edit_json(broken / "config.json", lambda config: config.update(num_hidden_layers=3))
     with pytest.raises(SvskError, match=r"no tensor model\.layers\.2\."):
         quantize(broken, tmp_path / "out", tiny_recipe)
-    edit_json(broken / "config.json", lambda config: config.update(num_hidden_layers=2, intermediate_size=256))
+    edit_json(
+        broken / "config.json",
+        lambda config: config.update(num_hidden_layers=2, intermediate_size=256),
+    )
     with pytest.raises(SvskError, match="expected"):
         quantize(broken, tmp_path / "out2", tiny_recipe)
 
@@ -352,7 +424,13 @@ def test_hidden_states_on_disk_are_the_same(tmp_path: Path, tiny_llama: Path) ->
     outputs = []
     for limit in (1 << 30, 0):
         runner = BlockRunner(
-            source, texts, torch.device("cpu"), torch.float32, memory_limit=limit, batch_tokens=64, scratch=tmp_path
+            source,
+            texts,
+            torch.device("cpu"),
+            torch.float32,
+            memory_limit=limit,
+            batch_tokens=64,
+            scratch=tmp_path,
         )
         assert runner.on_disk == (limit == 0)
         for index, block in enumerate(blocks):

@@ -16,7 +16,9 @@ from svsk_offline.preflight import check_effect, check_output, check_recipe, che
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.restore import restore
 
-LINEARS = [f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")] + ["lm_head"]
+LINEARS = [
+    f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")
+] + ["lm_head"]
 
 
 @pytest.fixture
@@ -35,20 +37,28 @@ def no_text(monkeypatch: pytest.MonkeyPatch) -> None:
         ("re:.*k_proj$", ""),
         ("model.layers.0.mlp.gate_proj", r" \(there is model\.layers\.0\.mlp\.up_proj\)"),
         ("model.layers.1", r"has 2 below it: name them, or give 're:model\\\.layers\\\.1\\\.\.\*'"),
-        ("up_proj", r"the end of 2 such as model\.layers\.0\.mlp\.up_proj: .* 're:\.\*\\\.up_proj\$'"),
+        (
+            "up_proj",
+            r"the end of 2 such as model\.layers\.0\.mlp\.up_proj: .* 're:\.\*\\\.up_proj\$'",
+        ),
     ],
 )
 def test_entries_to_ignore_that_match_nothing(entry: str, hint: str) -> None:
     recipe = load_recipe("fast").override({"ignore": (entry,)})
     with pytest.raises(
-        SvskError, match=rf"^--ignore {entry.replace('*', '[*]').replace('$', '[$]')}: matches no .*{hint}"
+        SvskError,
+        match=rf"^--ignore {entry.replace('*', '[*]').replace('$', '[$]')}: matches no .*{hint}",
     ):
         check_recipe(recipe, LINEARS)
 
 
 def test_what_recipes_say_for_all_models_need_not_fit_one() -> None:
     told: list[str] = []
-    check_recipe(load_recipe("fast").override({"ignore": ("re:.*up_proj",)}), ["transformer.h.0.up_proj"], told.append)
+    check_recipe(
+        load_recipe("fast").override({"ignore": ("re:.*up_proj",)}),
+        ["transformer.h.0.up_proj"],
+        told.append,
+    )
     assert len(told) == 1
     assert "the sink weight has no effect" in told[0]
     check_recipe(load_recipe("fast"), LINEARS, told.append)
@@ -65,12 +75,18 @@ def test_a_sink_of_the_users_own_without_targets() -> None:
 
 def test_options_without_effect_are_named() -> None:
     check_effect({"--tile-m": None, "--tile-n": None}, "at rank 0")
-    with pytest.raises(SvskError, match=r"^--tile-m, --tile-n: no effect at rank 0\. Leave them out"):
+    with pytest.raises(
+        SvskError, match=r"^--tile-m, --tile-n: no effect at rank 0\. Leave them out"
+    ):
         check_effect({"--tile-m": 0, "--tile-n": 8, "--factor-bits": None}, "at rank 0")
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.usefixtures("no_text")
@@ -88,14 +104,21 @@ def test_a_file_or_a_folder_of_something_else_is_never_replaced(
     for name, message in (
         ("file", "is a file, expected a folder to write"),
         ("broken", "is a file, expected a folder to write"),
-        ("photos", "not an SVSK checkpoint, so --overwrite does not delete it" if overwrite else "pass --overwrite"),
+        (
+            "photos",
+            "not an SVSK checkpoint, so --overwrite does not delete it"
+            if overwrite
+            else "pass --overwrite",
+        ),
         ("other", "not an SVSK checkpoint" if overwrite else "pass --overwrite"),
         ("file/out", "file is a file, so no folder can be made below it"),
     ):
         with pytest.raises(SvskError, match=message):
             quantize(tiny_llama, tmp_path / name, tiny_recipe, overwrite=overwrite)
     for name in ("file", "photos"):
-        with pytest.raises(SvskError, match="file, expected a folder" if name == "file" else "overwrite"):
+        with pytest.raises(
+            SvskError, match="file, expected a folder" if name == "file" else "overwrite"
+        ):
             restore(tmp_path / "nothing", tmp_path / name, overwrite=overwrite)
     assert tree(tmp_path) == before
 
@@ -106,7 +129,9 @@ def test_a_folder_in_the_place_of_the_unfinished_run_is_never_deleted(
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "one").write_text("precious")
     for overwrite in (False, True):
-        with pytest.raises(SvskError, match=r"out\.partial: holds something that is not an unfinished run"):
+        with pytest.raises(
+            SvskError, match=r"out\.partial: holds something that is not an unfinished run"
+        ):
             quantize(tiny_llama, tmp_path / "out", tiny_recipe, overwrite=overwrite)
     assert (tmp_path / "out.partial" / "one").read_text() == "precious"
 
@@ -116,7 +141,9 @@ def test_what_may_be_replaced(tmp_path: Path) -> None:
     check_output(tmp_path, overwrite=True)  # empty
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     check_output(tmp_path, overwrite=True, dense=True)
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "svsk"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"quantization_config": {"quant_method": "svsk"}})
+    )
     check_output(tmp_path, overwrite=True)
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(SvskError, match="something that is not a model"):
@@ -124,10 +151,15 @@ def test_what_may_be_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_text")
-def test_a_run_refuses_before_it_draws_text(tiny_llama: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+def test_a_run_refuses_before_it_draws_text(
+    tiny_llama: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
     out, told = tmp_path / "out", Progress()
     for options, message in (
-        ({"recipe": tiny_recipe.override({"ignore": ("re:.*typo",)})}, "--ignore re:.*typo: matches no linear layer"),
+        (
+            {"recipe": tiny_recipe.override({"ignore": ("re:.*typo",)})},
+            "--ignore re:.*typo: matches no linear layer",
+        ),
         ({"calibration": "missing.txt"}, "missing.txt: no such file"),
         ({"chat_template": True}, "--chat-template has no effect"),
         ({"device": "nonsense"}, "--device nonsense: not usable here"),

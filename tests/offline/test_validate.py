@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`svsk validate`, `inspect` and `restore` on folders that somebody else made: no code runs, nothing grows."""
+"""`svsk validate`, `inspect` and `restore` on folders that somebody else made.
+
+No code runs, nothing grows.
+"""
 
 import json
 import resource
@@ -48,8 +51,9 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def test_no_code_of_the_folder_runs(folder: Path, tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     (folder / "own.py").write_text(
-        f"open({str(ran)!r}, 'w')\nfrom transformers import LlamaConfig, {LLAMA}\n"
-        f"class OwnConfig(LlamaConfig):\n    model_type = 'own'\nclass Own({LLAMA}):\n    config_class = OwnConfig\n"
+        f"open({str(ran)!r}, 'w')\nfrom transformers import LlamaConfig, {LLAMA}\nclass"
+        f" OwnConfig(LlamaConfig):\n    model_type = 'own'\nclass Own({LLAMA}):\n    config_class ="
+        " OwnConfig\n"
     )
     maps = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
     edit(folder, lambda config: config.update(model_type="own", auto_map=maps))
@@ -80,7 +84,9 @@ def test_no_code_of_the_folder_runs(folder: Path, tmp_path: Path) -> None:
         ("model_type", "nothing", "cannot build the architecture"),
     ],
 )
-def test_a_config_that_describes_another_model(folder: Path, key: str, value: Any, message: str) -> None:
+def test_a_config_that_describes_another_model(
+    folder: Path, key: str, value: Any, message: str
+) -> None:
     edit(folder, lambda config: config.update({key: value}))
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     problems = checkpoint_problems(folder)
@@ -113,7 +119,12 @@ def test_a_codebook_that_somebody_edits(folder: Path, tmp_path: Path) -> None:
 
 
 def test_targets_that_mean_the_same(folder: Path) -> None:
-    edit(folder, lambda config: config["quantization_config"].update(ignore=["lm_head", "re:.*no_such_layer"]))
+    edit(
+        folder,
+        lambda config: config["quantization_config"].update(
+            ignore=["lm_head", "re:.*no_such_layer"]
+        ),
+    )
     assert checkpoint_problems(folder, serving=False) == []
 
 
@@ -134,7 +145,9 @@ def test_what_a_folder_says_of_itself_is_shown_as_it_is(folder: Path) -> None:
     assert "\x1b[2J" not in found.output
 
 
-def test_loaders_check_a_folder_on_one_thread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loaders_check_a_folder_on_one_thread(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process whose pool of threads has been used hangs when vLLM forks its engine from it."""
     threads, checked = [], architecture.validate_checkpoint
 

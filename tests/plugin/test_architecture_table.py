@@ -45,10 +45,14 @@ def test_classes_that_can_be_imported_say_the_same() -> None:
         mapper = getattr(cls, "hf_to_vllm_mapper", None)
         stacked: dict[str, set[str]] = {}
         for part, (target, _) in (getattr(mapper, "orig_to_new_stacked", None) or {}).items():
-            if target.rpartition(".")[2] not in declared:  # Phi3's mapper is Llama's, its folders hold one tensor
+            if (
+                target.rpartition(".")[2] not in declared
+            ):  # Phi3's mapper is Llama's, its folders hold one tensor
                 stacked.setdefault(target, set()).add(part.rpartition(".")[2])
         for parts in stacked.values():
-            if len(parts) > 1 and not any(parts <= {part.rpartition(".")[2] for part in other} for other in found):
+            if len(parts) > 1 and not any(
+                parts <= {part.rpartition(".")[2] for part in other} for other in found
+            ):
                 wrong[architecture] = sorted(parts)
     assert wrong == {}
     assert compared > 80

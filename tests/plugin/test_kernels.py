@@ -25,6 +25,7 @@ from svsk_kernels import (
     naive_matmul,
 )
 from svsk_vllm.format import Codebook, LinearSpec, SvskFormatError, code_values
+from svsk_vllm.plugin import split_kernel
 from svsk_vllm.plugin.kernel_choice import choose_kernel
 from svsk_vllm.plugin.split_kernel import SplitKernel, split_codes
 from tests.support.format_builders import make_group, random_linear
@@ -32,7 +33,9 @@ from tests.support.layers import loaded_layer
 
 CPU = torch.device("cpu")
 SPEC = LayerSpec(64, 128, 64, "quad8", torch.bfloat16)
-needs_avx512 = pytest.mark.skipif(not has_avx512(), reason="vLLM's 4-bit kernel for CPUs needs AVX-512")
+needs_avx512 = pytest.mark.skipif(
+    not has_avx512(), reason="vLLM's 4-bit kernel for CPUs needs AVX-512"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +61,17 @@ def test_quad8_levels_are_two_codes() -> None:
 @needs_avx512
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("codebook", ["int4", "quad8"])
-@pytest.mark.parametrize("size", [1.0, 2.0**-12], ids=["ordinary scales", "scales of which an eighth is subnormal"])
-def test_separate_kernel_equals_reference(codebook: Codebook, dtype: torch.dtype, bound: float, size: float) -> None:
+@pytest.mark.parametrize(
+    "size", [1.0, 2.0**-12], ids=["ordinary scales", "scales of which an eighth is subnormal"]
+)
+def test_separate_kernel_equals_reference(
+    codebook: Codebook, dtype: torch.dtype, bound: float, size: float
+) -> None:
     group = make_group(rank=5, tile_m=40, tile_n=72, codebook=codebook)
     source = random_linear(LinearSpec("m", 96, 128, group, dtype), 0)
-    source = type(source)(source.spec, source.codes, (source.scale * size), source.u, source.v, source.gain * size)
+    source = type(source)(
+        source.spec, source.codes, (source.scale * size), source.u, source.v, source.gain * size
+    )
     spec, layer = loaded_layer(source, dtype)
     as_loaded(layer)
     kernel = SplitKernel("m", spec, (96, 128), CPU)
@@ -75,18 +84,24 @@ def test_separate_kernel_equals_reference(codebook: Codebook, dtype: torch.dtype
 
 @needs_avx512
 def test_scale_that_cannot_be_doubled_is_refused() -> None:
-    source = random_linear(LinearSpec("m", 32, 64, make_group(rank=0, codebook="quad8"), torch.float16), 0)
+    source = random_linear(
+        LinearSpec("m", 32, 64, make_group(rank=0, codebook="quad8"), torch.float16), 0
+    )
     spec, layer = loaded_layer(source, torch.float16)
     as_loaded(layer)
     layer.weight_scale.data[3, 0] = 40000.0
-    with pytest.raises(SvskFormatError, match=r"m.weight_scale: twice the largest .*--dtype bfloat16"):
+    with pytest.raises(
+        SvskFormatError, match=r"m.weight_scale: twice the largest .*--dtype bfloat16"
+    ):
         SplitKernel("m", spec, (32, 64), CPU).prepare(layer)
 
 
 def as_loaded(layer: Any) -> None:
     """The classes of parameters the linear method registers, which vLLM's kernels ask for."""
     layout: dict[str, Any] = {"input_dim": 1, "output_dim": 0, "weight_loader": print}
-    packed = PackedvLLMParameter(data=layer.weight_packed.data, packed_dim=1, packed_factor=8, **layout)
+    packed = PackedvLLMParameter(
+        data=layer.weight_packed.data, packed_dim=1, packed_factor=8, **layout
+    )
     scale = GroupQuantScaleParameter(data=layer.weight_scale.data, **layout)
     del layer.weight_packed, layer.weight_scale
     layer.bias = None
@@ -94,7 +109,9 @@ def as_loaded(layer: Any) -> None:
     layer.register_parameter("weight_scale", scale)
 
 
-@pytest.mark.skipif(cpu_ops_obstacle() is not None, reason="the op for this processor cannot be built")
+@pytest.mark.skipif(
+    cpu_ops_obstacle() is not None, reason="the op for this processor cannot be built"
+)
 def test_cpu_layers_get_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(choose_kernel("m", SPEC, (64, 128), CPU), CpuKernel)
     monkeypatch.setenv("SVSK_KERNEL", "split")
@@ -110,11 +127,16 @@ def test_other_devices_get_the_triton_kernels_or_hear_why_not(
     monkeypatch.setattr(TritonKernel, "obstacle", staticmethod(lambda *_: None))
     assert isinstance(choose_kernel("m", SPEC, (64, 128), gpu), TritonKernel)
     monkeypatch.setattr(
-        TritonKernel, "obstacle", staticmethod(lambda *_: "the GPU is older than compute capability 8.0")
+        TritonKernel,
+        "obstacle",
+        staticmethod(lambda *_: "the GPU is older than compute capability 8.0"),
     )
     with caplog.at_level(logging.WARNING):
         assert isinstance(choose_kernel("m", SPEC, (64, 128), gpu), SplitKernel)
-    assert "slower: the GPU is older than compute capability 8.0. SVSK_KERNEL chooses another." in caplog.text
+    assert (
+        "slower: the GPU is older than compute capability 8.0. SVSK_KERNEL chooses another."
+        in caplog.text
+    )
 
 
 def test_compiled_graphs_are_kept_apart_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,18 +151,22 @@ def test_compiled_graphs_are_kept_apart_by_kernel(monkeypatch: pytest.MonkeyPatc
 
 
 @needs_avx512
-def test_an_obstacle_is_reported_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_obstacle_is_reported_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(cpu, "cpu_ops_obstacle", lambda: "there is no compiler")
     with caplog.at_level(logging.WARNING):
         for rows in (64, 96):
             kernel = choose_kernel("m", dataclasses.replace(SPEC, n=rows), (rows, 128), CPU)
             assert isinstance(kernel, SplitKernel)
     assert [record.getMessage() for record in caplog.records] == [
-        "SVSK layers run on CPUWNA16LinearKernel and a sidecar apart, which is slower: there is no compiler. "
-        "SVSK_KERNEL chooses another."
+        "SVSK layers run on CPUWNA16LinearKernel and a sidecar apart, which is slower: there is no"
+        " compiler. SVSK_KERNEL chooses another."
     ]
     monkeypatch.setenv("SVSK_KERNEL", "fused")
-    with pytest.raises(SvskFormatError, match=r"m: SVSK_KERNEL=fused, but there is no compiler\. Unset it"):
+    with pytest.raises(
+        SvskFormatError, match=r"m: SVSK_KERNEL=fused, but there is no compiler\. Unset it"
+    ):
         choose_kernel("m", SPEC, (64, 128), CPU)
     monkeypatch.setenv("SVSK_KERNEL", "fast")
     expected = "SVSK_KERNEL=fast: expected one of auto, fused, split, portable, reference"
@@ -157,12 +183,15 @@ def test_a_processor_without_avx512_is_served_with_one_warning(
             kernel = choose_kernel("m", dataclasses.replace(SPEC, n=rows), (rows, 128), CPU)
             assert isinstance(kernel, PortableKernel)
     assert [record.getMessage() for record in caplog.records] == [
-        "SVSK layers run on float32 products with int8 levels, which is slower: the processor has no AVX512-BF16. "
-        "vLLM's CPUWNA16LinearKernel cannot run: the processor has no AVX-512. Serve with --dtype float32: this "
-        "processor multiplies in no other. SVSK_KERNEL chooses another."
+        "SVSK layers run on float32 products with int8 levels, which is slower: the processor has"
+        " no AVX512-BF16. vLLM's CPUWNA16LinearKernel cannot run: the processor has no AVX-512."
+        " Serve with --dtype float32: this processor multiplies in no other. SVSK_KERNEL chooses"
+        " another."
     ]
     monkeypatch.setenv("SVSK_KERNEL", "split")
-    with pytest.raises(SvskFormatError, match=r"m: vLLM's CPUWNA16LinearKernel cannot run: .*no AVX-512\. Unset"):
+    with pytest.raises(
+        SvskFormatError, match=r"m: vLLM's CPUWNA16LinearKernel cannot run: .*no AVX-512\. Unset"
+    ):
         choose_kernel("m", SPEC, (64, 128), CPU)
 
 
@@ -196,7 +225,9 @@ def test_an_operator_that_is_missing_or_wrong_is_found_before_it_is_needed(
         (lambda x: x.new_zeros(x.shape[0], 64), "a product in torch.bfloat16 is off by 100%"),
     ):
         named = type("OtherKernel", (Kernel,), {"product": staticmethod(product)})
-        monkeypatch.setattr(split_kernel, "choose_mp_linear_kernel", lambda config, named=named: named)
+        monkeypatch.setattr(
+            split_kernel, "choose_mp_linear_kernel", lambda config, named=named: named
+        )
         caplog.clear()
         choice._warned.clear()
         with caplog.at_level(logging.WARNING):
@@ -205,11 +236,15 @@ def test_an_operator_that_is_missing_or_wrong_is_found_before_it_is_needed(
         assert reason in caplog.text
 
 
-def test_float32_is_served_everywhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_float32_is_served_everywhere(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     exact = dataclasses.replace(SPEC, dtype=torch.float32)
     with caplog.at_level(logging.WARNING):
         assert isinstance(choose_kernel("m", exact, (64, 128), CPU), PortableKernel)
-    assert "activations are torch.float32, the CPU kernel takes bfloat16 and float16. " in caplog.text
+    assert (
+        "activations are torch.float32, the CPU kernel takes bfloat16 and float16. " in caplog.text
+    )
     assert "--dtype" not in caplog.text
 
     def none(config: object) -> None:
@@ -219,11 +254,17 @@ def test_float32_is_served_everywhere(monkeypatch: pytest.MonkeyPatch, caplog: p
     gpu = torch.device("cuda")
     assert isinstance(choose_kernel("m", exact, (64, 128), gpu), PortableKernel)
     monkeypatch.setattr(TritonKernel, "obstacle", staticmethod(lambda *_: "the GPU is too old"))
-    with pytest.raises(SvskFormatError, match=r"no 4-bit kernel of vLLM takes .*\(no kernel takes it\)\. Change"):
-        choose_kernel("m", SPEC, (64, 128), gpu)  # there an error is worth more than a model at a tenth of its speed
+    with pytest.raises(
+        SvskFormatError, match=r"no 4-bit kernel of vLLM takes .*\(no kernel takes it\)\. Change"
+    ):
+        choose_kernel(
+            "m", SPEC, (64, 128), gpu
+        )  # there an error is worth more than a model at a tenth of its speed
 
 
-def test_portable_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_portable_can_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("SVSK_KERNEL", "portable")
     monkeypatch.setattr(choice, "has_bf16_products", lambda: True)
     with caplog.at_level(logging.WARNING):

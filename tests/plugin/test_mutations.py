@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Damaged checkpoints against `svsk validate`, the transformers loader and the plugin.
 
-What a loader takes, validate calls valid, and it has the numbers that docs/format.md gives, read by a decoder of its
-own; whatever is refused is refused in words of ours, within seconds and without much memory.
+What a loader takes, validate calls valid, and it has the numbers that docs/format.md gives, read by
+a decoder of its own; whatever is refused is refused in words of ours, within seconds and without
+much memory.
 """
 
 import os
@@ -32,7 +33,9 @@ from tests.support.tiny_models import FAMILIES, Family, write_dense, write_rando
 SECONDS = 30
 KIBIBYTES = 2**20
 EXAMPLES = 2000 if os.environ.get(ALL_TESTS) == "1" else 150
-MODEL = Family("qwen2", {**FAMILIES["qwen2"].settings, "num_hidden_layers": 1, "intermediate_size": 192})
+MODEL = Family(
+    "qwen2", {**FAMILIES["qwen2"].settings, "num_hidden_layers": 1, "intermediate_size": 192}
+)
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 Weights = dict[str, torch.Tensor]
@@ -62,7 +65,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 def vllm_loader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loader]:
     """Loads a folder as the engine's worker does, and gives the weights by their names in the checkpoint."""
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
 
@@ -71,9 +78,13 @@ def vllm_loader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loader]:
 
     def load(folder: Path) -> Weights:
         arguments = EngineArgs(
-            model=str(folder), enforce_eager=True, max_model_len=64, dtype="bfloat16", skip_tokenizer_init=True,
+            model=str(folder),
+            enforce_eager=True,
+            max_model_len=64,
+            dtype="bfloat16",
+            skip_tokenizer_init=True,
             disable_log_stats=True,
-        )  # fmt: skip
+        )
         config = arguments.create_engine_config()
         with set_current_vllm_config(config):
             if not torch.distributed.is_initialized():
@@ -83,7 +94,9 @@ def vllm_loader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loader]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SVSK_KERNEL", "reference")
-        patch.setattr(torch.accelerator, "empty_cache", lambda: None)  # as vLLM's worker does on a CPU
+        patch.setattr(
+            torch.accelerator, "empty_cache", lambda: None
+        )  # as vLLM's worker does on a CPU
         yield load
         if torch.distributed.is_initialized():
             cleanup_dist_env_and_memory()
@@ -102,7 +115,9 @@ def unfused(model: Any, config: Any) -> Weights:
         parent, _, layer = module.rpartition(".")
         if layer in FUSED:
             parts = parameter.data.split(rows[layer])
-            found |= {f"{parent}.{part}.{last}": t for part, t in zip(FUSED[layer], parts, strict=True)}
+            found |= {
+                f"{parent}.{part}.{last}": t for part, t in zip(FUSED[layer], parts, strict=True)
+            }
         else:
             found[name] = parameter.data[: config.vocab_size]
     return found
@@ -117,14 +132,23 @@ def load_with_transformers(folder: Path) -> Weights:
 def decoded(folder: Path) -> Weights:
     """The weights a folder stands for, float64, by the decoder that was written from docs/format.md."""
     config, tensors = read_folder(folder)
-    modules = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
+    modules = [
+        name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")
+    ]
     weights = {f"{name}.weight": torch.tensor(decode(config, tensors, name)) for name in modules}
-    dense = {name: value for name, value in tensors.items() if name.rpartition(".")[0] not in modules or "bias" in name}
+    dense = {
+        name: value
+        for name, value in tensors.items()
+        if name.rpartition(".")[0] not in modules or "bias" in name
+    }
     return weights | {name: torch.tensor(value).double() for name, value in dense.items()}
 
 
 def attempt(load: Loader, folder: Path, before_us: Callable[[Path], object]) -> Weights | None:
-    """What a loader loads, or None where it refuses; another error than ours only where it never came to us."""
+    """What a loader loads, or None where it refuses.
+
+    Another error than ours only where it never came to us.
+    """
     try:
         return load(folder)
     except SvskFormatError:
@@ -148,7 +172,11 @@ def never_ours(before_us: Callable[[Path], object], folder: Path) -> bool:
         declared = read_json(folder / "config.json").get("quantization_config")
     except Exception:
         return True
-    return not isinstance(declared, dict) or declared.get("quant_method") != "svsk" or "load_in_4bit" in declared
+    return (
+        not isinstance(declared, dict)
+        or declared.get("quant_method") != "svsk"
+        or "load_in_4bit" in declared
+    )
 
 
 def stock_config(folder: Path) -> None:
@@ -166,7 +194,9 @@ def stock_engine_config(folder: Path) -> None:
 def assert_close(found: Weights, expected: Weights, who: str) -> None:
     for name, tensor in expected.items():
         if name in found:
-            torch.testing.assert_close(found[name].double(), tensor, rtol=2**-7, atol=1e-6, msg=f"{who}: {name}")
+            torch.testing.assert_close(
+                found[name].double(), tensor, rtol=2**-7, atol=1e-6, msg=f"{who}: {name}"
+            )
     assert found.keys() <= expected.keys() | {"lm_head.weight"}, who
 
 
@@ -191,7 +221,9 @@ def examine(mutation: Mutation, folders: Folders, load_with_vllm: Loader) -> Non
         assert loaded[who] is None or not refused, f"{who} takes what validate refuses: {refused}"
     assert max(times) < SECONDS
     taken = [who for who, weights in loaded.items() if weights is not None]
-    folders.counts[f"{mutation.kind}: {'refused' if problems else 'valid, taken by ' + ' and '.join(taken)}"] += 1
+    folders.counts[
+        f"{mutation.kind}: {'refused' if problems else 'valid, taken by ' + ' and '.join(taken)}"
+    ] += 1
     if not taken:
         return
     expected = decoded(folders.work if mutation.changes_values else folders.sound)
@@ -210,18 +242,27 @@ def test_a_sound_checkpoint_is_taken_by_all(folders: Folders, vllm_loader: Loade
 
 
 @pytest.mark.timeout(3600)
-def test_mutations(folders: Folders, vllm_loader: Loader, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mutations(
+    folders: Folders, vllm_loader: Loader, capsys: pytest.CaptureFixture[str]
+) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     @settings(
-        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, report_multiple_bugs=True,
-        suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink),
-    )  # fmt: skip
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        report_multiple_bugs=True,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+    )
     @given(mutations)
     def examine_one(mutation: Mutation) -> None:
         examine(mutation, folders, vllm_loader)
 
     examine_one()
     with capsys.disabled():
-        print("", *(f"{count:5} {what}" for what, count in sorted(folders.counts.items())), sep="\n")
+        print(
+            "", *(f"{count:5} {what}" for what, count in sorted(folders.counts.items())), sep="\n"
+        )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < KIBIBYTES

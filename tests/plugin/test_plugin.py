@@ -16,7 +16,14 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 import svsk_vllm
 from svsk_kernels import prepare_sidecar, sidecar_matmul
 from svsk_kernels.naive import naive_sidecar
-from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, SvskFormatError, TensorSpec, pack_factors
+from svsk_vllm.format import (
+    ConfigGroup,
+    LinearSpec,
+    QuantizedLinear,
+    SvskFormatError,
+    TensorSpec,
+    pack_factors,
+)
 from svsk_vllm.plugin.arrival import LinearRecord, expect
 from svsk_vllm.plugin.linear_method import SvskLinearMethod
 from svsk_vllm.plugin.quantization_config import SvskConfig
@@ -57,8 +64,14 @@ def test_entry_point_is_installed() -> None:
 
 
 def test_checkpoints_are_claimed_by_their_method_only() -> None:
-    assert SvskConfig.override_quantization_method({"quant_method": "svsk"}, None, hf_config=None) == "svsk"
-    assert SvskConfig.override_quantization_method({"quant_method": "gptq"}, "svsk", hf_config=None) is None
+    assert (
+        SvskConfig.override_quantization_method({"quant_method": "svsk"}, None, hf_config=None)
+        == "svsk"
+    )
+    assert (
+        SvskConfig.override_quantization_method({"quant_method": "gptq"}, "svsk", hf_config=None)
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,7 +79,10 @@ def test_checkpoints_are_claimed_by_their_method_only() -> None:
     [
         ({"version": "2.0"}, "version 2.0 is not readable"),
         ({"config_groups": {"g": {"targets": ["Linear"], "extra": 1}}}, "extra"),
-        ({"config_groups": {"g": {"targets": ["Linear"], "weights": {"group_size": 128}}}}, "group_size"),
+        (
+            {"config_groups": {"g": {"targets": ["Linear"], "weights": {"group_size": 128}}}},
+            "group_size",
+        ),
     ],
 )
 def test_bad_configuration_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -82,8 +98,12 @@ def test_fused_parts_with_different_bases_are_refused() -> None:
 
 def test_shard_that_cuts_a_group_is_refused_with_the_remedy() -> None:
     method = SvskLinearMethod("model.layers.0.mlp.down_proj", ["down_proj"], [make_group()])
-    with pytest.raises(SvskFormatError, match=r"down_proj: each rank gets 160 of 320 .*--group-size 32"):
-        method.create_weights(torch.nn.Module(), 160, [64], 320, 64, torch.bfloat16, weight_loader=print)
+    with pytest.raises(
+        SvskFormatError, match=r"down_proj: each rank gets 160 of 320 .*--group-size 32"
+    ):
+        method.create_weights(
+            torch.nn.Module(), 160, [64], 320, 64, torch.bfloat16, weight_loader=print
+        )
 
 
 class _Linear(torch.nn.Module):
@@ -106,7 +126,9 @@ def test_methods_by_layer(linear_layer: torch.nn.Module) -> None:
     config.packed_modules_mapping = QKV
     method = config.get_quant_method(linear_layer, "model.layers.0.self_attn.qkv_proj")
     assert isinstance(method, SvskLinearMethod)
-    assert method.parts == [f"model.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+    assert method.parts == [
+        f"model.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")
+    ]
     ignored = config.get_quant_method(linear_layer, "model.layers.0.mlp.down_proj")
     assert isinstance(ignored, UnquantizedLinearMethod)
     assert config.get_quant_method(torch.nn.Identity(), "model.norm") is None
@@ -126,7 +148,9 @@ def test_exact_names_are_translated_and_patterns_are_not(linear_layer: torch.nn.
     config = SvskConfig.from_config(quantization_config(ignore=ignored))
     config.apply_vllm_mapper(Mapper())
     name = "language_model.model.layers.0.mlp."
-    assert isinstance(config.get_quant_method(linear_layer, f"{name}up_proj"), UnquantizedLinearMethod)
+    assert isinstance(
+        config.get_quant_method(linear_layer, f"{name}up_proj"), UnquantizedLinearMethod
+    )
     assert isinstance(config.get_quant_method(linear_layer, f"{name}down_proj"), SvskLinearMethod)
 
 
@@ -149,7 +173,9 @@ def test_stored_names_survive_prefixes_and_translation() -> None:
     assert stored.suffixes(own) == {"weight_packed", "weight_scale"}
 
 
-def with_headers(config: SvskConfig, monkeypatch: pytest.MonkeyPatch, headers: dict[str, TensorSpec]) -> None:
+def with_headers(
+    config: SvskConfig, monkeypatch: pytest.MonkeyPatch, headers: dict[str, TensorSpec]
+) -> None:
     import svsk_vllm.plugin.quantization_config as module
 
     monkeypatch.setattr(module, "read_headers", lambda model, revision: headers)
@@ -181,7 +207,9 @@ def test_missing_tensor_is_named_before_loading(
 
 
 def test_other_quantization_methods_are_refused() -> None:
-    with pytest.raises(SvskFormatError, match="--quantization fp8: the checkpoint is quantised by svsk already"):
+    with pytest.raises(
+        SvskFormatError, match="--quantization fp8: the checkpoint is quantised by svsk already"
+    ):
         SvskConfig.override_quantization_method({"quant_method": "svsk"}, "fp8")
     with pytest.raises(SvskFormatError, match=r"no quantization_config.*svsk quantize"):
         SvskConfig()
@@ -200,7 +228,9 @@ def test_what_did_not_arrive_is_named_and_counts_start_anew() -> None:
             arrived.note(name, ("q", "k"))
         arrived.note("sidecar_u", ("q",))
         arrived.note("sidecar_v", ("q",))
-        with pytest.raises(SvskFormatError, match=r"m\.qkv_proj: not loaded: m\.q_proj\.sidecar_gain\."):
+        with pytest.raises(
+            SvskFormatError, match=r"m\.qkv_proj: not loaded: m\.q_proj\.sidecar_gain\."
+        ):
             arrived.check("m.qkv_proj")
 
 
@@ -217,27 +247,45 @@ def test_falcon_rows_are_followed(settings: dict[str, Any]) -> None:
     from transformers import FalconConfig
 
     config = FalconConfig(hidden_size=32, num_attention_heads=4, **settings)
-    groups = {False: 4, True: 1}[config.multi_query] if not config.new_decoder_architecture else config.num_kv_heads
+    groups = (
+        {False: 4, True: 1}[config.multi_query]
+        if not config.new_decoder_architecture
+        else config.num_kv_heads
+    )
     rows = torch.arange((4 + 2 * groups) * 8).view(groups, 4 // groups + 2, 8)
     expected = torch.cat([rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()])
-    found = stored_row_order("FalconForCausalLM", config, "h.0.self_attention.query_key_value", len(expected))
+    found = stored_row_order(
+        "FalconForCausalLM", config, "h.0.self_attention.query_key_value", len(expected)
+    )
     assert found is not None
     assert torch.equal(found, expected)
-    assert stored_row_order("LlamaForCausalLM", config, "model.layers.0.self_attn.q_proj", 8) is None
+    assert (
+        stored_row_order("LlamaForCausalLM", config, "model.layers.0.self_attn.q_proj", 8) is None
+    )
 
 
 class _Fused(torch.nn.Module):
     """A model whose loader moves rows, splits, or passes on what it is given."""
 
-    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor], order: torch.Tensor | None) -> None:
+    def __init__(
+        self, change: Callable[[torch.Tensor], torch.Tensor], order: torch.Tensor | None
+    ) -> None:
         super().__init__()
         self.change, self.config = change, None
         self.layer = torch.nn.Module()
-        self.layer.weight_packed = torch.nn.Parameter(torch.zeros(8, 2, dtype=torch.int32), requires_grad=False)
+        self.layer.weight_packed = torch.nn.Parameter(
+            torch.zeros(8, 2, dtype=torch.int32), requires_grad=False
+        )
         self.layer.norm = torch.nn.Parameter(torch.zeros(2))
         self.arrived = Arrived({None: "layer"}, [make_group(rank=0)])
         self.load = base_loader(
-            "layer", "weight_packed", lambda param, w: param.data.copy_(w), self.arrived, order, keep=True, whole=True
+            "layer",
+            "weight_packed",
+            lambda param, w: param.data.copy_(w),
+            self.arrived,
+            order,
+            keep=True,
+            whole=True,
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -249,7 +297,9 @@ class _Fused(torch.nn.Module):
         return loaded
 
 
-def observed_model(change: Callable[[torch.Tensor], torch.Tensor], order: torch.Tensor | None = None) -> Any:
+def observed_model(
+    change: Callable[[torch.Tensor], torch.Tensor], order: torch.Tensor | None = None
+) -> Any:
     model = _Fused(change, order)
     layer = model._modules.pop("layer")
     assert layer is not None
@@ -272,13 +322,17 @@ WORDS = torch.arange(16, dtype=torch.int32).view(8, 2)
         (lambda t: t[:4].repeat(2, 1), None, False),
     ],
 )
-def test_rows_that_a_model_moves_are_noticed(change: Any, order: torch.Tensor | None, right: bool) -> None:
+def test_rows_that_a_model_moves_are_noticed(
+    change: Any, order: torch.Tensor | None, right: bool
+) -> None:
     model = observed_model(change, order)
     weights = [("layer.weight_packed", WORDS.clone()), ("layer.norm", torch.ones(2))]
     if right:
         assert model.load_weights(iter(weights)) == {name for name, _ in weights}
     else:
-        with pytest.raises(SvskFormatError, match=r"layer\.weight_packed: vLLM's loader .* changes its rows"):
+        with pytest.raises(
+            SvskFormatError, match=r"layer\.weight_packed: vLLM's loader .* changes its rows"
+        ):
             model.load_weights(iter(weights))
 
 
@@ -295,7 +349,8 @@ def load_sharded(
     """Run-time tensors and plan of one rank of a fused column-parallel, or of a row-parallel, layer."""
     k = linears[0].spec.k
     shards: list[tuple[ShardId, ConfigGroup]] = [
-        (index if len(linears) > 1 else None, linear.spec.scheme) for index, linear in enumerate(linears)
+        (index if len(linears) > 1 else None, linear.spec.scheme)
+        for index, linear in enumerate(linears)
     ]
     counts = [linear.spec.n // (1 if by_columns else size) for linear in linears]
     starts = [0, *itertools.accumulate(counts)]
@@ -316,7 +371,8 @@ def load_sharded(
         return None
     sizes = (layout.plan.u_numel, layout.plan.v_numel, layout.plan.gain_numel)
     tensors = {
-        name: torch.zeros(size, dtype=dtype) for (name, dtype), size in zip(SIDECAR_DTYPES.items(), sizes, strict=True)
+        name: torch.zeros(size, dtype=dtype)
+        for (name, dtype), size in zip(SIDECAR_DTYPES.items(), sizes, strict=True)
     }
     for (shard, _), linear in zip(shards, linears, strict=True):
         if linear.u is None or linear.v is None or linear.gain is None:
@@ -344,16 +400,29 @@ part = st.tuples(
 
 
 @property_test
-@given(parts=st.lists(part, min_size=1, max_size=3), size=st.sampled_from([1, 2, 4]), by_columns=st.booleans())
+@given(
+    parts=st.lists(part, min_size=1, max_size=3),
+    size=st.sampled_from([1, 2, 4]),
+    by_columns=st.booleans(),
+)
 def test_ranks_add_up_to_the_whole_layer(
     parts: list[tuple[int, int, int, int, int]], size: int, by_columns: bool
 ) -> None:
-    """Any tiles against any shard boundary: outputs side by side, or partial outputs summed, are the reference's."""
+    """Any tiles against any shard boundary.
+
+    Outputs side by side, or partial outputs summed, are the reference's.
+    """
     parts = parts[:1] if by_columns else parts
     k = 128
     linears = [
         random_linear(
-            LinearSpec(f"p{index}", n, k, make_group(rank=r, tile_m=m, tile_n=t, num_bits=bits, group_size=32)), index
+            LinearSpec(
+                f"p{index}",
+                n,
+                k,
+                make_group(rank=r, tile_m=m, tile_n=t, num_bits=bits, group_size=32),
+            ),
+            index,
         )
         for index, (n, r, m, t, bits) in enumerate(parts)
     ]
@@ -367,23 +436,33 @@ def test_ranks_add_up_to_the_whole_layer(
             return
         u, v, gain, plan = loaded
         own = x[:, rank * k // size : (rank + 1) * k // size] if by_columns else x
-        pieces.append(sidecar_matmul(own, *prepare_sidecar(u, v, gain, own.dtype), plan.tolist()).double())
+        pieces.append(
+            sidecar_matmul(own, *prepare_sidecar(u, v, gain, own.dtype), plan.tolist()).double()
+        )
     if by_columns:
         actual = torch.stack(pieces).sum(0)
     else:  # each rank holds its share of every part
         counts = [linear.spec.n // size for linear in linears]
         split = [piece.split(counts, 1) for piece in pieces]
-        actual = torch.cat([torch.cat([s[index] for s in split], 1) for index in range(len(linears))], 1)
+        actual = torch.cat(
+            [torch.cat([s[index] for s in split], 1) for index in range(len(linears))], 1
+        )
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_loader_names_what_does_not_fit() -> None:
-    linear = random_linear(LinearSpec("p", 32, 64, make_group(rank=4, tile_m=16, tile_n=32, group_size=32)))
+    linear = random_linear(
+        LinearSpec("p", 32, 64, make_group(rank=4, tile_m=16, tile_n=32, group_size=32))
+    )
     shards: list[tuple[ShardId, ConfigGroup]] = [(None, linear.spec.scheme)]
-    layout = build_layout("layer", shards, lambda _: torch.arange(32), lambda _: torch.arange(64), 64, 32)
+    layout = build_layout(
+        "layer", shards, lambda _: torch.arange(32), lambda _: torch.arange(64), 64, 32
+    )
     assert layout is not None
     gain = torch.nn.Parameter(torch.zeros(layout.plan.gain_numel), requires_grad=False)
-    with pytest.raises(SvskFormatError, match=r"layer\.sidecar_gain: the checkpoint holds shape \[2, 2, 5\]"):
+    with pytest.raises(
+        SvskFormatError, match=r"layer\.sidecar_gain: the checkpoint holds shape \[2, 2, 5\]"
+    ):
         tile_loader("layer", "sidecar_gain", layout, 64)(gain, torch.zeros(2, 2, 5))
     with pytest.raises(SvskFormatError, match=r"loads it in parts \('q'\).*packed_modules_mapping"):
         tile_loader("layer", "sidecar_gain", layout, 64)(gain, torch.zeros(2, 2, 4), "q")
@@ -392,12 +471,19 @@ def test_loader_names_what_does_not_fit() -> None:
 def test_scattered_columns_are_refused() -> None:
     shards: list[tuple[ShardId, ConfigGroup]] = [(None, make_group(rank=4, group_size=32))]
     with pytest.raises(SvskFormatError, match="columns that do not follow each other"):
-        build_layout("layer", shards, lambda _: torch.arange(8), lambda _: torch.arange(64).flip(0), 64, 8)
+        build_layout(
+            "layer", shards, lambda _: torch.arange(8), lambda _: torch.arange(64).flip(0), 64, 8
+        )
 
 
 def test_probes_stay_on_the_cpu_whatever_the_default_device() -> None:
-    """The engine builds a model with the accelerator as the default device; meta stands for one here."""
-    shards: list[tuple[ShardId, ConfigGroup]] = [(None, make_group(rank=4, tile_m=16, tile_n=32, group_size=32))]
+    """The engine builds a model with the accelerator as the default device.
+
+    Meta stands for one here.
+    """
+    shards: list[tuple[ShardId, ConfigGroup]] = [
+        (None, make_group(rank=4, tile_m=16, tile_n=32, group_size=32))
+    ]
     rows, columns = torch.arange(32), torch.arange(64)
     with torch.device("meta"):
         layout = build_layout("layer", shards, lambda _: rows, lambda _: columns, 64, 32)

@@ -53,7 +53,9 @@ def serving_environment(tensor_parallel_size: int = 1) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     if tensor_parallel_size > 1:
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(tensor_parallel_size))
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
+            str(rank) for rank in range(tensor_parallel_size)
+        )
     return environment
 
 
@@ -63,7 +65,13 @@ Fork = Callable[[Path, Mapping[str, str]], int]
 
 def start_vllm(folder: Path, environment: Mapping[str, str]) -> int:
     """Run the job in a folder in a process from the start, which several ranks need, and return the exit code."""
-    command = [sys.executable, "-m", "tests.serving.worker", str(folder / "job.json"), str(folder / "answer.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.serving.worker",
+        str(folder / "job.json"),
+        str(folder / "answer.json"),
+    ]
     with (folder / "log").open("w") as log:
         return subprocess.run(
             command, env=environment, cwd=ROOT, stdout=log, stderr=log, timeout=SECONDS, check=False
@@ -73,17 +81,25 @@ def start_vllm(folder: Path, environment: Mapping[str, str]) -> int:
 @pytest.fixture(scope="package")
 def fork_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
     """Runs the job in a folder in a fork of a process that has imported vLLM, and returns the exit code."""
-    if torch.cuda.is_available():  # what is imported before the fork is a CPU's, and takes torch.cuda's streams away
+    if (
+        torch.cuda.is_available()
+    ):  # what is imported before the fork is a CPU's, and takes torch.cuda's streams away
         yield start_vllm
         return
     log = tmp_path_factory.mktemp("vllm-server") / "log"
     with (
         log.open("w") as sink,
         subprocess.Popen(
-            [sys.executable, "-m", "tests.serving.worker"], env=serving_environment(), cwd=ROOT, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=sink, text=True, start_new_session=True,
+            [sys.executable, "-m", "tests.serving.worker"],
+            env=serving_environment(),
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=sink,
+            text=True,
+            start_new_session=True,
         ) as server,
-    ):  # fmt: skip
+    ):
         assert server.stdin is not None
         assert server.stdout is not None
 
@@ -95,7 +111,9 @@ def fork_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
             if not select.select([server.stdout], [], [], SECONDS)[0]:
                 raise TimeoutError(f"{folder}: no answer in {SECONDS} s")
             if not (line := server.stdout.readline()):
-                raise RuntimeError(f"the process that is forked has ended:\n{log.read_text()[-6000:]}")
+                raise RuntimeError(
+                    f"the process that is forked has ended:\n{log.read_text()[-6000:]}"
+                )
             return int(line)
 
         try:
@@ -147,7 +165,9 @@ def run_vllm(tmp_path_factory: pytest.TempPathFactory, fork_vllm: Fork) -> Run:
         # What is forked has vLLM's operators for this processor already.
         code = (fork_vllm if tp == 1 and not features else start_vllm)(folder, environment)
         if code:
-            raise RuntimeError(f"{folder}: exit code {code}\n{(folder / 'log').read_text()[-8000:]}")
+            raise RuntimeError(
+                f"{folder}: exit code {code}\n{(folder / 'log').read_text()[-8000:]}"
+            )
         answer: dict[str, Any] = json.loads((folder / "answer.json").read_text())
         answer["log"] = (folder / "log").read_text()
         return answer
@@ -191,12 +211,14 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
 
 
 @pytest.fixture(scope="session")
-def smollm2_pair(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Callable[[str], Pair]:
+def smollm2_pair(
+    tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path
+) -> Callable[[str], Pair]:
     """SmolLM2 quantised on little text with tiles of 256 x 200, and restored, by dtype of the checkpoint.
 
-    The dtype matters: a restored bfloat16 folder has rounded weights, which serving it in float16 does not undo. In
-    bfloat16 it is the recipe ``best`` in a single round, ranks and group sizes chosen under a bit budget; in float16
-    ``published``.
+    The dtype matters: a restored bfloat16 folder has rounded weights, which serving it in float16
+    does not undo. In bfloat16 it is the recipe ``best`` in a single round, ranks and group sizes
+    chosen under a bit budget; in float16 ``published``.
     """
     made: dict[str, Pair] = {}
 
@@ -204,9 +226,16 @@ def smollm2_pair(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) ->
         if dtype not in made:
             folder = tmp_path_factory.mktemp("smollm2-pair")
             tiles = {"rank": 16, "tile_m": 256, "tile_n": 200}
-            changes: dict[str, Any] = {"calibration": {"samples": 16, "seq_len": 256}, "sidecar": tiles}
+            changes: dict[str, Any] = {
+                "calibration": {"samples": 16, "seq_len": 256},
+                "sidecar": tiles,
+            }
             if dtype == "bfloat16":
-                changes |= {"allocation": {"target_bpw": 5.0}, "fit": {"rounds": 1}, "base": {"polish": 0}}
+                changes |= {
+                    "allocation": {"target_bpw": 5.0},
+                    "fit": {"rounds": 1},
+                    "base": {"polish": 0},
+                }
             recipe = load_recipe("best" if dtype == "bfloat16" else "published").override(changes)
             quantize(smollm2_dir, folder / "svsk", recipe, dtype=dtype)
             if dtype == "bfloat16":

@@ -72,9 +72,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     model = write_random_svsk(write_dense(folder / "dense"), folder / "svsk")
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(model), str(folder / "journal.jsonl")],
-        env=serving_environment(), cwd=ROOT, capture_output=True, text=True, timeout=600,
+        env=serving_environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-6000:]
     answer: dict[str, Any] = json.loads(done.stdout.partition("FOUND")[2])
     return answer
@@ -83,7 +87,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_answers_are_lm_evals_own(found: dict[str, Any]) -> None:
     assert found["texts"] == found["own_texts"]
     assert len(set(found["texts"][0])) > 2
-    assert [greedy for _, greedy in found["likely"]] == [greedy for _, greedy in found["own_likely"]]
+    assert [greedy for _, greedy in found["likely"]] == [
+        greedy for _, greedy in found["own_likely"]
+    ]
     values, own = ([value for value, _ in found[key]] for key in ("likely", "own_likely"))
     assert values == pytest.approx(own, abs=1e-3)
     assert found["rolling"] == pytest.approx(found["own_rolling"], abs=1e-3)
@@ -94,7 +100,8 @@ def test_nothing_is_asked_twice(found: dict[str, Any]) -> None:
     assert found["again"][:2] == found["texts"]
     assert found["again"][2] == found["sampled"]
     assert found["again_likely"] == found["likely"]
-    # Five different prompts in three settings, all six when sampling, four different pairs, one window of a text.
+    # Five different prompts in three settings, all six when sampling, four different pairs, one
+    # window of a text.
     assert found["before"][0] == 5 * 3 + 6 + 4 + 1
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``svsk eval --engine vllm``: the served checkpoint scores as transformers scores the dense model it stands for.
+"""``svsk eval --engine vllm``.
 
-The two compute in bfloat16 with other kernels: single tokens differ by some hundredths of a nat either way, the mean
-over a text must not.
+The served checkpoint scores as transformers scores the dense model it stands for.
+
+The two compute in bfloat16 with other kernels: single tokens differ by some hundredths of a nat
+either way, the mean over a text must not.
 """
 
 import inspect
@@ -43,10 +45,15 @@ def letters(tmp_path: Path) -> Path:
 
 
 def test_tiny_model_against_its_restored_self(tiny_pair: Any, letters: Path) -> None:
-    """Two engines: the checkpoint on the device's own kernel, and the dense model as its reference."""
+    """Two engines.
+
+    The checkpoint on the device's own kernel, and the dense model as its reference.
+    """
     pair = tiny_pair("llama", torch.bfloat16)
     options = {"chunks": 5, "seq_len": 256}
-    served = evaluate_served(pair.svsk, pair.restored, letters, **options, engine_args={"enforce_eager": True})
+    served = evaluate_served(
+        pair.svsk, pair.restored, letters, **options, engine_args={"enforce_eager": True}
+    )
     dense = evaluate(pair.restored, None, letters, **options, dtype="bfloat16")
     assert abs(served.nll - dense.nll) < BOUND
     assert served.per_chunk.nll == pytest.approx(dense.per_chunk.nll, abs=2 * BOUND)
@@ -59,7 +66,10 @@ def test_tiny_model_against_its_restored_self(tiny_pair: Any, letters: Path) -> 
     assert dense.inputs is not None
     assert served.inputs.text_fingerprint == dense.inputs.text_fingerprint
     fast = served_dtype("auto")  # not the checkpoint's on every processor
-    assert (served.inputs.dtype, served.inputs.engine) == ("bfloat16" if fast == "auto" else fast, "vllm")
+    assert (served.inputs.dtype, served.inputs.engine) == (
+        "bfloat16" if fast == "auto" else fast,
+        "vllm",
+    )
     assert served.inputs.engine_settings is not None
     if cpu_ops_obstacle() is None:
         assert served.inputs.engine_settings["svsk_kernels"] == ["CpuKernel"]
@@ -71,8 +81,17 @@ def test_the_command_serves_with_the_kernel_that_is_asked_for(
     pair = tiny_pair("llama", torch.bfloat16)
     monkeypatch.setenv("SVSK_KERNEL", "reference")
     options = ["--text", str(letters), "--chunks", "5", "--seq-len", "256", "--dtype", "bfloat16"]
-    engine = ["--engine", "vllm", "--engine-arg", "enforce_eager=true", "--json", str(tmp_path / "served.json")]
-    result = CliRunner().invoke(app, ["eval", str(pair.svsk), *options, *engine], catch_exceptions=False)
+    engine = [
+        "--engine",
+        "vllm",
+        "--engine-arg",
+        "enforce_eager=true",
+        "--json",
+        str(tmp_path / "served.json"),
+    ]
+    result = CliRunner().invoke(
+        app, ["eval", str(pair.svsk), *options, *engine], catch_exceptions=False
+    )
     assert result.exit_code == 0, result.output
     assert "in bfloat16; SVSK kernels: ReferenceKernel" in result.output
     served = json.loads((tmp_path / "served.json").read_text())
@@ -82,8 +101,12 @@ def test_the_command_serves_with_the_kernel_that_is_asked_for(
 
 def test_what_vllm_refuses_is_in_the_error(tiny_pair: Any) -> None:
     pair = tiny_pair("llama", torch.bfloat16)
-    with pytest.raises(EvalError, match=r"(?s)svsk: vLLM could not score it \(exit code 1\).*no_such_argument"):
-        served_scores(pair.svsk, torch.ones(1, 8, dtype=torch.int64), engine_args={"no_such_argument": 1})
+    with pytest.raises(
+        EvalError, match=r"(?s)svsk: vLLM could not score it \(exit code 1\).*no_such_argument"
+    ):
+        served_scores(
+            pair.svsk, torch.ones(1, 8, dtype=torch.int64), engine_args={"no_such_argument": 1}
+        )
 
 
 def test_smollm2(smollm2_pair: Any, tmp_path: Path) -> None:

@@ -29,12 +29,28 @@ def free_port() -> int:
 def server(model: Path, log: Path) -> Iterator[str]:
     """A running server, yielded as its base URL once it is healthy."""
     url = f"http://127.0.0.1:{(port := free_port())}"
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--quantization", "svsk"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "svsk", "--enforce-eager"]
+    command = [
+        str(Path(sys.executable).parent / "vllm"),
+        "serve",
+        str(model),
+        "--quantization",
+        "svsk",
+    ]
+    command += [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--served-model-name",
+        "svsk",
+        "--enforce-eager",
+    ]
     command += ["--max-model-len", "512"]
     with (
         log.open("w") as sink,
-        subprocess.Popen(command, env=serving_environment(), stdout=sink, stderr=subprocess.STDOUT) as process,
+        subprocess.Popen(
+            command, env=serving_environment(), stdout=sink, stderr=subprocess.STDOUT
+        ) as process,
     ):
         try:
             deadline = time.monotonic() + START_SECONDS
@@ -54,10 +70,19 @@ def server(model: Path, log: Path) -> Iterator[str]:
 
 def test_generate_command(tiny_pair: Any) -> None:
     """``svsk generate`` through vLLM, prompts in one batch."""
-    command = [str(Path(sys.executable).parent / "svsk"), "generate", str(tiny_pair("llama", torch.bfloat16).svsk)]
+    command = [
+        str(Path(sys.executable).parent / "svsk"),
+        "generate",
+        str(tiny_pair("llama", torch.bfloat16).svsk),
+    ]
     command += ["--prompt", "one two three", "--prompt", "four", "--max-tokens", "4"]
     done = subprocess.run(
-        command, env=serving_environment(), capture_output=True, text=True, timeout=START_SECONDS, check=False
+        command,
+        env=serving_environment(),
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "one two three" in done.stdout

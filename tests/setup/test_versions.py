@@ -31,14 +31,24 @@ def add(folder: Path, name: str, version: str, *needs: str) -> None:
     """A distribution without code."""
     info = folder / f"{name}-{version}.dist-info"
     info.mkdir(parents=True)
-    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {n}" for n in needs)]
+    lines = [
+        "Metadata-Version: 2.1",
+        f"Name: {name}",
+        f"Version: {version}",
+        *(f"Requires-Dist: {n}" for n in needs),
+    ]
     (info / "METADATA").write_text("\n".join(lines) + "\n")
 
 
 def test_bounds_are_the_ends_of_what_is_allowed(versions: ModuleType) -> None:
     released = [Version(text) for text in ("0.9", "1.0", "1.1", "1.2rc1", "2.0")]
-    assert versions.overlay.bounds("a", SpecifierSet(">=1.0,<2"), released) == (Version("1.0"), Version("1.1"))
-    with pytest.raises(versions.overlay.OverlayError, match=r"a: no released version is within >=3"):
+    assert versions.overlay.bounds("a", SpecifierSet(">=1.0,<2"), released) == (
+        Version("1.0"),
+        Version("1.1"),
+    )
+    with pytest.raises(
+        versions.overlay.OverlayError, match=r"a: no released version is within >=3"
+    ):
         versions.overlay.bounds("a", SpecifierSet(">=3"), released)
 
 
@@ -75,10 +85,14 @@ def test_an_overlay_is_asked_before_the_environment(versions: ModuleType, tmp_pa
     assert versions.overlay.unmet(tmp_path, {"b-b": "3.0"}) == []
 
 
-def test_an_overlay_that_python_does_not_find_is_refused(versions: ModuleType, tmp_path: Path) -> None:
+def test_an_overlay_that_python_does_not_find_is_refused(
+    versions: ModuleType, tmp_path: Path
+) -> None:
     add(tmp_path, "svsk_front_test", "1.5")
     versions.check_in_front(Path(sys.executable), "svsk_front_test", "1.5", tmp_path)
-    with pytest.raises(versions.overlay.OverlayError, match=r"svsk_front_test 1\.6 is not what Python finds: 1\.5"):
+    with pytest.raises(
+        versions.overlay.OverlayError, match=r"svsk_front_test 1\.6 is not what Python finds: 1\.5"
+    ):
         versions.check_in_front(Path(sys.executable), "svsk_front_test", "1.6", tmp_path)
 
 
@@ -100,7 +114,11 @@ def test_tests_are_counted_and_see_the_folder_in_front(
     file, python = str(tests / "test_it.py"), Path(sys.executable)
     assert versions.run_tests(python, [file], front, tmp_path / "1.xml") == (1, 1, 1)
     assert versions.run_tests(python, [file, "-k", "right"], front, tmp_path / "2.xml") == (1, 0, 0)
-    assert versions.run_tests(python, [str(tests / "absent.py")], front, tmp_path / "3.xml") == (0, 1, 0), "none ran"
+    assert versions.run_tests(python, [str(tests / "absent.py")], front, tmp_path / "3.xml") == (
+        0,
+        1,
+        0,
+    ), "none ran"
 
 
 def test_a_row_replaces_the_one_of_its_trial(versions: ModuleType, tmp_path: Path) -> None:
@@ -113,17 +131,26 @@ def test_a_row_replaces_the_one_of_its_trial(versions: ModuleType, tmp_path: Pat
     versions.write_table([new], table)
     lines = table.read_text().removeprefix(versions.HEAD).splitlines()
     assert [versions.Row.parse(line).version for line in lines] == ["2.0", "-"]
-    assert lines[0].startswith(f"| {first.what} | oldest | 2.0 | - | hf, vllm/test_plugin | 4 | 1 | 0 | 2")
+    assert lines[0].startswith(
+        f"| {first.what} | oldest | 2.0 | - | hf, vllm/test_plugin | 4 | 1 | 0 | 2"
+    )
 
 
 def test_the_slow_tests_count_as_all_other_trials_do(versions: ModuleType) -> None:
     names = [trial.name for trial in versions.trials()]
     assert names[-1] == "slow tests:pinned"
-    assert len(names) == len(set(names)) == 2 * len(versions.PACKAGES) + len(versions.OTHER_PYTHONS) + 1
+    assert (
+        len(names)
+        == len(set(names))
+        == 2 * len(versions.PACKAGES) + len(versions.OTHER_PYTHONS) + 1
+    )
 
 
 def test_a_version_that_cannot_be_had_fails_the_run(
-    versions: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    versions: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refuse(*_: object) -> None:
         raise versions.overlay.OverlayError("pip index versions: no network")

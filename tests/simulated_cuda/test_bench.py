@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels' benchmark on a simulated GPU as far as it goes without launching: device, report, vLLM's Marlin.
+"""The kernels' benchmark on a simulated GPU as far as it goes without launching.
+
+Device, report, vLLM's Marlin.
 
 The launches are in ``tests/interpreter/test_simulated_cuda.py``.
 """
@@ -36,7 +38,9 @@ def test_the_machine_is_described() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_marlin_gets_all_its_tensors_on_the_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_marlin_gets_all_its_tensors_on_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
     calls: list[dict[str, Any]] = []
 
     def repack(**arguments: Any) -> torch.Tensor:
@@ -60,6 +64,8 @@ def test_marlin_gets_all_its_tensors_on_the_gpu(monkeypatch: pytest.MonkeyPatch,
         made = SplitLayer.checked(layer)
         assert isinstance(made, SplitLayer), made
         assert all(map(on_gpu, (*made.base.values(), *made.copy().base.values())))
-        tensors = [value for call in calls for value in call.values() if isinstance(value, torch.Tensor)]
+        tensors = [
+            value for call in calls for value in call.values() if isinstance(value, torch.Tensor)
+        ]
         assert len(tensors) >= 5
         assert all(map(on_gpu, tensors))

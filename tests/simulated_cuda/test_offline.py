@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``svsk quantize`` and the models it writes, on a simulated GPU: no devices are mixed, and the bits are the CPU's."""
+"""``svsk quantize`` and the models it writes, on a simulated GPU.
+
+No devices are mixed, and the bits are the CPU's.
+"""
 
 import json
 from collections.abc import Mapping
@@ -54,14 +57,20 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks run in float32 on a CPU and in bfloat16 on a GPU; here in that everywhere, to compare the results."""
+    """Blocks run in float32 on a CPU and in bfloat16 on a GPU.
+
+    Here in that everywhere, to compare the results.
+    """
     monkeypatch.setattr(pipeline, "_compute_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(plan, "sweep_dtype", lambda device: torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
 def loop_for_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel that rounds a block of columns cannot be launched here; its own tests compare it with this loop."""
+    """The kernel that rounds a block of columns cannot be launched here.
+
+    Its own tests compare it with this loop.
+    """
 
     def loop(
         work: torch.Tensor,
@@ -82,7 +91,10 @@ def loop_for_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def exact_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU singular vectors are iterated; with as many to spare as these tiles have columns, they are exact."""
+    """On a GPU singular vectors are iterated.
+
+    With as many to spare as these tiles have columns, they are exact.
+    """
     monkeypatch.setattr(lowrank, "_OVERSAMPLING", 64)
 
 
@@ -92,8 +104,14 @@ def small_model(folder: Path, family: str = "llama", **settings: Any) -> Path:
 
 
 def small_recipe(name: str, **changes: Any) -> Recipe:
-    """A recipe on a handful of short samples, with tiles that fit nothing; ``changes`` by section."""
-    small = {"calibration": {"samples": 4, "seq_len": 24}, "sidecar": {"rank": 4, "tile_m": 48, "tile_n": 48}}
+    """A recipe on a handful of short samples, with tiles that fit nothing.
+
+    ``changes`` by section.
+    """
+    small = {
+        "calibration": {"samples": 4, "seq_len": 24},
+        "sidecar": {"rank": 4, "tile_m": 48, "tile_n": 48},
+    }
     for section, values in changes.items():
         small[section] = values if section == "ignore" else {**small.get(section, {}), **values}
     return load_recipe(name).override(small)
@@ -103,7 +121,10 @@ def without_fingerprint(folder: Path) -> dict[str, bytes]:
     """Contents of a checkpoint but for what names its run, of which the kind of device is a part."""
     producer = json.loads((folder / "config.json").read_text())["quantization_config"]["producer"]
     fingerprint = producer["svsk_fingerprint"].encode()
-    return {name: data.replace(fingerprint, bytes(len(fingerprint))) for name, data in folder_bytes(folder).items()}
+    return {
+        name: data.replace(fingerprint, bytes(len(fingerprint)))
+        for name, data in folder_bytes(folder).items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -113,15 +134,27 @@ def without_fingerprint(folder: Path) -> dict[str, bytes]:
         (
             "qwen2",
             "published",
-            {"weights": {"codebook": "quad8", "group_size": 32}, "calibration": {"sequential": True}},
+            {
+                "weights": {"codebook": "quad8", "group_size": 32},
+                "calibration": {"sequential": True},
+            },
         ),
         ("qwen2", "fast", {}),
         ("llama", "fast", {"base": {"polish": 1, "scales": "absmax"}, "sidecar": {"rank": 0}}),
-        ("qwen3", "best", {"fit": {"rounds": 2}, "calibration": {"sequential": True}, "ignore": FEW}),
+        (
+            "qwen3",
+            "best",
+            {"fit": {"rounds": 2}, "calibration": {"sequential": True}, "ignore": FEW},
+        ),
         (
             "mistral",
             "best",
-            {"ignore": FEW, "weights": {"codebook": "quad8"}, "fit": {"rounds": 1}, "allocation": BUDGET},
+            {
+                "ignore": FEW,
+                "weights": {"codebook": "quad8"},
+                "fit": {"rounds": 1},
+                "allocation": BUDGET,
+            },
         ),
         (
             "llama",
@@ -134,7 +167,9 @@ def without_fingerprint(folder: Path) -> dict[str, bytes]:
 def test_quantize_gives_the_bytes_of_a_cpu(
     tmp_path: Path, family: str, recipe: str, changes: Mapping[str, Any]
 ) -> None:
-    dense = small_model(tmp_path / "dense", family, num_hidden_layers=2 if recipe == "published" else 1)
+    dense = small_model(
+        tmp_path / "dense", family, num_hidden_layers=2 if recipe == "published" else 1
+    )
     chosen = small_recipe(recipe, **changes)
     on_cpu = quantize(dense, tmp_path / "cpu", chosen, device="cpu")
     with simulated_cuda():
@@ -155,7 +190,9 @@ def test_blocks_run_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(pipeline, "quantize_linear", spy)
     dense = small_model(tmp_path / "dense", num_hidden_layers=1)
     with simulated_cuda():
-        quantize(dense, tmp_path / "out", small_recipe("fast", sidecar={"rank": 0}))  # device="auto"
+        quantize(
+            dense, tmp_path / "out", small_recipe("fast", sidecar={"rank": 0})
+        )  # device="auto"
         with pytest.raises(SvskError, match="--device cuda:1: not usable here"):
             quantize(dense, tmp_path / "other", "fast", device="cuda:1")
     assert seen == [(GPU, GPU)] * 7
@@ -192,12 +229,17 @@ def test_randomised_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowrank, "_EXACT_LIMIT", 8)
     monkeypatch.setattr(lowrank, "_OVERSAMPLING", 2)
     matrices = torch.randn(2, 48, 32, generator=torch.Generator().manual_seed(0))
-    expected = [*lowrank.truncated_svd(matrices[0], 4), lowrank.leading_right_vectors(matrices, 4, exact=False)]
+    expected = [
+        *lowrank.truncated_svd(matrices[0], 4),
+        lowrank.leading_right_vectors(matrices, 4, exact=False),
+    ]
     with simulated_cuda():
         there = matrices.cuda()
         found = [*lowrank.truncated_svd(there[0], 4), lowrank.leading_right_vectors(there, 4)]
         assert [tensor.device for tensor in found] == [GPU] * 4
-        assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(found, expected, strict=True))
+        assert all(
+            torch.equal(ours.cpu(), theirs) for ours, theirs in zip(found, expected, strict=True)
+        )
 
 
 def test_hidden_states_in_a_file(tmp_path: Path) -> None:
@@ -206,7 +248,9 @@ def test_hidden_states_in_a_file(tmp_path: Path) -> None:
     outputs = []
     with simulated_cuda():
         for device, limit in ((GPU, 0), (GPU, 1 << 30), (torch.device("cpu"), 0)):
-            runner = BlockRunner(source, texts, device, torch.float32, memory_limit=limit, scratch=tmp_path)
+            runner = BlockRunner(
+                source, texts, device, torch.float32, memory_limit=limit, scratch=tmp_path
+            )
             assert runner.hidden.device.type == "cpu"
             name, blocks = source.blocks
             source.load(blocks[0], f"{name}.0.", torch.float32, device)
@@ -220,7 +264,10 @@ def test_hidden_states_in_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_scores_of_a_checkpoint_against_its_source(tmp_path: Path, family: str) -> None:
-    """``svsk eval`` with the engine hf; the checkpoint is dequantised by the transformers loader."""
+    """``svsk eval`` with the engine hf.
+
+    The checkpoint is dequantised by the transformers loader.
+    """
     dense = write_dense(tmp_path / "dense", family)
     svsk = write_random_svsk(dense, tmp_path / "svsk")
     restored = restore(svsk, tmp_path / "restored")
@@ -244,7 +291,9 @@ def test_transformers_loads_a_checkpoint_straight_to_the_gpu(tmp_path: Path) -> 
     expected = AutoModelForCausalLM.from_pretrained(svsk, dtype=torch.float32).state_dict()
     with simulated_cuda():
         for device_map in ("cuda", {"": 0}):
-            model: Any = AutoModelForCausalLM.from_pretrained(svsk, dtype=torch.float32, device_map=device_map)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                svsk, dtype=torch.float32, device_map=device_map
+            )
             assert {tensor.device for tensor in (*model.parameters(), *model.buffers())} == {GPU}
             for name, tensor in model.state_dict().items():
                 assert torch.equal(tensor.cpu(), expected[name]), name
@@ -256,8 +305,14 @@ def test_tasks_with_transformers(tmp_path: Path) -> None:
     svsk = write_random_svsk(write_dense(tmp_path / "dense"), tmp_path / "svsk")
     greedy = {"until": ["e"], "max_gen_toks": 8, "do_sample": False}
     prompts = ["The rate", "of stones", "in a tin"]
-    written = [Instance("generate_until", {}, (prompt, greedy), index) for index, prompt in enumerate(prompts)]
-    rated = [Instance("loglikelihood", {}, (prompt, " is here"), index) for index, prompt in enumerate(prompts)]
+    written = [
+        Instance("generate_until", {}, (prompt, greedy), index)
+        for index, prompt in enumerate(prompts)
+    ]
+    rated = [
+        Instance("loglikelihood", {}, (prompt, " is here"), index)
+        for index, prompt in enumerate(prompts)
+    ]
 
     def answers(device: str) -> tuple[Any, Any]:
         arguments = {"pretrained": str(svsk), "dtype": "float32", "batch_size": 2, "device": device}
@@ -273,7 +328,12 @@ def test_tasks_with_transformers(tmp_path: Path) -> None:
 
 
 def test_random_model_drawn_on_the_gpu(tmp_path: Path) -> None:
-    changes = {"num_hidden_layers": 1, "vocab_size": 320, "hidden_size": 128, "intermediate_size": 128}
+    changes = {
+        "num_hidden_layers": 1,
+        "vocab_size": 320,
+        "hidden_size": 128,
+        "intermediate_size": 128,
+    }
     for kind in VARIANTS:
         with simulated_cuda():
             write_random_model(tmp_path / kind, "qwen3-4b", kind, changes, device="cuda")

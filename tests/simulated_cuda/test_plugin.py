@@ -15,31 +15,49 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 import svsk_kernels.gpu.launch as launch
 import svsk_vllm.plugin.kernel_choice as choice
-from svsk_kernels import LayerSpec, ReferenceKernel, TritonKernel, naive_matmul, replace_parameters, sidecar_matmul
+from svsk_kernels import (
+    LayerSpec,
+    ReferenceKernel,
+    TritonKernel,
+    naive_matmul,
+    replace_parameters,
+    sidecar_matmul,
+)
 from svsk_kernels.gpu import matmul_op as dispatch
 from svsk_kernels.gpu.repack_base import unpack_base, unpack_scale
 from svsk_kernels.gpu.repack_sidecar import PlanarSidecar, unpack_sidecar
 from svsk_kernels.reference_kernel import dequantize_layer
 from svsk_vllm.format import Codebook, ConfigGroup, LinearSpec, QuantizedLinear, unpack_codes
+from svsk_vllm.plugin import split_kernel
 from svsk_vllm.plugin.quantization_config import SvskConfig
 from svsk_vllm.plugin.split_kernel import SplitKernel
 from tests.support.format_builders import make_group, random_linear
 from tests.support.simulated_cuda import on_gpu, simulated_cuda
 
 GPU = torch.device("cuda", 0)
-KERNELS = {torch.ops.svsk.matmul.default: dispatch._matmul, torch.ops.svsk.sidecar.default: sidecar_matmul}
+KERNELS = {
+    torch.ops.svsk.matmul.default: dispatch._matmul,
+    torch.ops.svsk.sidecar.default: sidecar_matmul,
+}
 K = 256
 NAMES = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 Make = Callable[[SvskConfig], torch.nn.Module]
 
 
 def column(config: SvskConfig) -> torch.nn.Module:
-    return vllm_linear.ColumnParallelLinear(K, 96, quant_config=config, prefix="m.fc1", params_dtype=torch.bfloat16)
+    return vllm_linear.ColumnParallelLinear(
+        K, 96, quant_config=config, prefix="m.fc1", params_dtype=torch.bfloat16
+    )
 
 
 def merged(config: SvskConfig) -> torch.nn.Module:
     return vllm_linear.MergedColumnParallelLinear(
-        K, [96, 160], bias=False, quant_config=config, prefix="m.gate_up_proj", params_dtype=torch.bfloat16
+        K,
+        [96, 160],
+        bias=False,
+        quant_config=config,
+        prefix="m.gate_up_proj",
+        params_dtype=torch.bfloat16,
     )
 
 
@@ -65,10 +83,14 @@ LAYERS: dict[str, tuple[Make, list[tuple[int, int, int]]]] = {  # rows, rank and
 
 
 @pytest.fixture(params=[(0, 1), (1, 2)], ids=["whole", "second of two ranks"])
-def rank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
+def rank(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[int, int]]:
     for module in (vllm_linear, vllm_parameter):
         monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: request.param[0])
-        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: request.param[1])
+        monkeypatch.setattr(
+            module, "get_tensor_model_parallel_world_size", lambda: request.param[1]
+        )
     monkeypatch.setattr(dispatch, "_warmed", set())
     with set_current_vllm_config(VllmConfig()):
         yield request.param
@@ -78,18 +100,26 @@ def parts_of(kind: str, codebook: Codebook) -> list[QuantizedLinear]:
     prefix = {"column": "fc1", "row": "down_proj", "qkv": "qkv_proj"}.get(kind, "gate_up_proj")
     names = NAMES.get(prefix, [prefix])
     return [
-        random_linear(LinearSpec(f"m.{name}", n, K, _group(rank, bits, codebook), torch.bfloat16), number)
+        random_linear(
+            LinearSpec(f"m.{name}", n, K, _group(rank, bits, codebook), torch.bfloat16), number
+        )
         for number, (name, (n, rank, bits)) in enumerate(zip(names, LAYERS[kind][1], strict=True))
     ]
 
 
 def _group(rank: int, bits: int, codebook: Codebook) -> ConfigGroup:
-    return make_group(rank=rank, num_bits=bits, tile_m=48, tile_n=80 if rank == 6 else 96, codebook=codebook)
+    return make_group(
+        rank=rank, num_bits=bits, tile_m=48, tile_n=80 if rank == 6 else 96, codebook=codebook
+    )
 
 
 def config_of(linears: Sequence[QuantizedLinear]) -> SvskConfig:
     groups = {
-        f"g{number}": linear.spec.scheme.model_copy(update={"targets": (linear.spec.name,)}).model_dump(mode="json")
+        f"g{number}": (
+            linear.spec.scheme.model_copy(update={"targets": (linear.spec.name,)}).model_dump(
+                mode="json"
+            )
+        )
         for number, linear in enumerate(linears)
     }
     config = SvskConfig.from_config(
@@ -100,7 +130,10 @@ def config_of(linears: Sequence[QuantizedLinear]) -> SvskConfig:
 
 
 def build(kind: str, linears: Sequence[QuantizedLinear], device: torch.device) -> Any:
-    """A layer as the engine leaves it: made under the default device, loaded outside of it from CPU tensors."""
+    """A layer as the engine leaves it.
+
+    Made under the default device, loaded outside of it from CPU tensors.
+    """
     with torch.device(device):
         layer: Any = LAYERS[kind][0](config_of(linears))
     shards: list[Any] = {"qkv": ["q", "k", "v"], "column": [None], "row": [None]}.get(kind, [0, 1])
@@ -126,7 +159,9 @@ def output(layer: Any, device: torch.device) -> torch.Tensor:
     return y.cpu()
 
 
-def expected_output(kind: str, linears: Sequence[QuantizedLinear], layer: Any, rank: tuple[int, int]) -> torch.Tensor:
+def expected_output(
+    kind: str, linears: Sequence[QuantizedLinear], layer: Any, rank: tuple[int, int]
+) -> torch.Tensor:
     """What this rank's part of the layer computes, in float64."""
     number, size = rank
     x = torch.randn(
@@ -137,29 +172,57 @@ def expected_output(kind: str, linears: Sequence[QuantizedLinear], layer: Any, r
         wide.unflatten(1, (size, -1))[:, number] = x
         y = naive_matmul(wide, linears[0])
     else:
-        y = torch.cat([naive_matmul(x, linear.plain).unflatten(1, (size, -1))[:, number] for linear in linears], 1)
+        y = torch.cat(
+            [
+                naive_matmul(x, linear.plain).unflatten(1, (size, -1))[:, number]
+                for linear in linears
+            ],
+            1,
+        )
     bias = getattr(layer, "bias", None)
     return y if bias is None else y + bias.detach().cpu().double()
 
 
 class Products:
-    """Stands for the launchers: multiplies by the weight that the tensors on their device stand for."""
+    """Stands for the launchers.
+
+    Multiplies by the weight that the tensors on their device stand for.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.spec: LayerSpec | None = None
         self.kernels: list[str] = []
-        monkeypatch.setattr(launch, "packed_matmul", lambda x, base, side, bits, bias, chosen, tiles: self(
-            chosen.kernel, x, base, side, bits, bias))  # fmt: skip
-        monkeypatch.setattr(launch, "matmul_folded", lambda x, base, side, bits, bias: self(
-            "fold", x, base, side, bits, bias))  # fmt: skip
+        monkeypatch.setattr(
+            launch,
+            "packed_matmul",
+            lambda x, base, side, bits, bias, chosen, tiles: self(
+                chosen.kernel, x, base, side, bits, bias
+            ),
+        )
+        monkeypatch.setattr(
+            launch,
+            "matmul_folded",
+            lambda x, base, side, bits, bias: self("fold", x, base, side, bits, bias),
+        )
 
     def __call__(
-        self, kernel: str, x: torch.Tensor, base: launch.Base, side: PlanarSidecar | None, bits: int, bias: Any
+        self,
+        kernel: str,
+        x: torch.Tensor,
+        base: launch.Base,
+        side: PlanarSidecar | None,
+        bits: int,
+        bias: Any,
     ) -> torch.Tensor:
         assert self.spec is not None
         self.kernels.append(kernel)
         stored = [] if side is None else [getattr(side, name) for name in side.names()]
-        devices = {x.device, base.words.device, base.scale.device, *(tensor.device for tensor in stored)}
+        devices = {
+            x.device,
+            base.words.device,
+            base.scale.device,
+            *(tensor.device for tensor in stored),
+        }
         assert devices == {x.device}
         counters = launch.counters.get(x.device)
         assert counters.device == x.device
@@ -167,8 +230,14 @@ class Products:
         spec = self.spec
         packed = unpack_base(base.words, base.n, base.k, base.plane)
         scale = unpack_scale(base.scale, base.n, base.k // base.group_size)
-        factors = None if side is None or spec.plan is None else unpack_sidecar(side, spec.plan, base.k, bits)
-        return torch.nn.functional.linear(x, dequantize_layer(spec, packed, scale, factors).to(x.dtype), bias)
+        factors = (
+            None
+            if side is None or spec.plan is None
+            else unpack_sidecar(side, spec.plan, base.k, bits)
+        )
+        return torch.nn.functional.linear(
+            x, dequantize_layer(spec, packed, scale, factors).to(x.dtype), bias
+        )
 
 
 class BaseProduct:
@@ -176,7 +245,9 @@ class BaseProduct:
 
     def process_weights_after_loading(self, layer: Any) -> None:
         codes = unpack_codes(layer.weight_packed.data, layer.weight_packed.shape[1] * 8)
-        groups = codes.unflatten(1, (layer.weight_scale.shape[1], -1)) * layer.weight_scale.data.float().unsqueeze(-1)
+        groups = codes.unflatten(
+            1, (layer.weight_scale.shape[1], -1)
+        ) * layer.weight_scale.data.float().unsqueeze(-1)
         replace_parameters(layer, {"weight_packed": groups.flatten(1)})
 
     def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -186,12 +257,16 @@ class BaseProduct:
 
 @pytest.mark.parametrize("codebook", ["int4", "quad8"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_fused_layers(monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int], kind: str, codebook: Codebook) -> None:
+def test_fused_layers(
+    monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int], kind: str, codebook: Codebook
+) -> None:
     products = Products(monkeypatch)
     monkeypatch.setenv("SVSK_KERNEL", "fused")
     linears = parts_of(kind, codebook)
 
-    def run(device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
+    def run(
+        device: torch.device,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
         layer = build(kind, linears, device)
         assert isinstance(layer.quant_method.kernel, TritonKernel)
         products.spec = layer.quant_method.kernel.matmul.spec
@@ -226,15 +301,23 @@ class OnCpu(TritonKernel):
 @pytest.mark.parametrize("kernel", ["split", "reference"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_other_kernels(
-    monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int], kind: str, kernel: str, codebook: Codebook
+    monkeypatch: pytest.MonkeyPatch,
+    rank: tuple[int, int],
+    kind: str,
+    kernel: str,
+    codebook: Codebook,
 ) -> None:
     """The layer as its dequantised weight, and in two parts."""
     monkeypatch.setenv("SVSK_KERNEL", kernel)
-    monkeypatch.setattr(split_kernel, "_vllm_kernel", lambda prefix, spec, shape, device: BaseProduct())
+    monkeypatch.setattr(
+        split_kernel, "_vllm_kernel", lambda prefix, spec, shape, device: BaseProduct()
+    )
     linears = parts_of(kind, codebook)
     with simulated_cuda(KERNELS):
         layer = build(kind, linears, GPU)
-        assert isinstance(layer.quant_method.kernel, SplitKernel if kernel == "split" else ReferenceKernel)
+        assert isinstance(
+            layer.quant_method.kernel, SplitKernel if kernel == "split" else ReferenceKernel
+        )
         reference = expected_output(kind, linears, layer, rank)
         layer.quant_method.process_weights_after_loading(layer)
         assert all(map(on_gpu, layer.parameters()))
@@ -242,7 +325,9 @@ def test_other_kernels(
     assert float((found.double() - reference).norm() / reference.norm()) < 5e-3
 
 
-def test_reload_under_the_default_device(monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int]) -> None:
+def test_reload_under_the_default_device(
+    monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int]
+) -> None:
     """vLLM makes, loads and processes a layer anew under the device when weights are reloaded."""
     products = Products(monkeypatch)
     linears = parts_of("qkv", "int4")

@@ -51,7 +51,9 @@ MIXED: list[Callable[[torch.Tensor], Any]] = [
 
 
 @pytest.mark.parametrize("mix", MIXED, ids=range(len(MIXED)))
-def test_operands_on_two_devices_are_refused(x: torch.Tensor, mix: Callable[[torch.Tensor], Any]) -> None:
+def test_operands_on_two_devices_are_refused(
+    x: torch.Tensor, mix: Callable[[torch.Tensor], Any]
+) -> None:
     with pytest.raises(RuntimeError, match="on the same device"):
         mix(x)
 
@@ -150,15 +152,21 @@ def test_where_tensors_are_made(x: torch.Tensor) -> None:
 def test_default_device(gpu: None) -> None:
     with torch.device("cuda"):
         layer = torch.nn.Linear(3, 2)
-        assert {tensor.device for tensor in (torch.tensor([1]), torch.rand(2), layer.weight)} == {GPU}
+        assert {tensor.device for tensor in (torch.tensor([1]), torch.rand(2), layer.weight)} == {
+            GPU
+        }
         assert torch.zeros(1, device="cpu").device.type == "cpu"
-        with pytest.raises(RuntimeError, match="Expected a 'cuda' device type for generator but found 'cpu'"):
+        with pytest.raises(
+            RuntimeError, match="Expected a 'cuda' device type for generator but found 'cpu'"
+        ):
             torch.rand(2, generator=torch.Generator())
     assert torch.zeros(1).device.type == "cpu"
 
 
 def test_modules_move_and_keep_their_ties(gpu: None) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 4, bias=False), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4)
+    )
     model[2].weight = model[0].weight
     inputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     expected = model.eval()(inputs)

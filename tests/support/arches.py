@@ -11,4 +11,6 @@ _RARE: Final = (86, 89, "gfx942")
 """Compiled with all tests only: sm_86 and sm_89 differ from sm_80 in limits alone, and nobody serves
 on gfx942 yet. Each takes half a minute of a core and more."""
 
-EVERY_ARCH: Final = [pytest.param(arch, marks=pytest.mark.slow if arch in _RARE else ()) for arch in ARCHES]
+EVERY_ARCH: Final = [
+    pytest.param(arch, marks=pytest.mark.slow if arch in _RARE else ()) for arch in ARCHES
+]

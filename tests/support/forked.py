@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of this interpreter that need not import torch, transformers and lm-eval: copies of one that has.
+"""Processes of this interpreter that need not import torch, transformers and lm-eval.
+
+Copies of one that has.
 
 Importing them takes longer than everything that a tiny model does afterwards. A server, ``python -m
-tests.support.forked SOCKET``, imports them once and forks at each start. The process is one of its own all the same: it
-has its memory, its files, its environment and its end, and runs the project's own modules, which the server has not
-imported, from the start.
+tests.support.forked SOCKET``, imports them once and forks at each start. The process is one of its
+own all the same: it has its memory, its files, its environment and its end, and runs the project's
+own modules, which the server has not imported, from the start.
 """
 
 import fcntl
@@ -53,7 +55,9 @@ class ForkServer:
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             command = [sys.executable, "-m", "tests.support.forked", str(theirs.fileno())]
             with theirs:
-                self._process = _POPEN(command, cwd=ROOT, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+                self._process = _POPEN(
+                    command, cwd=ROOT, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+                )
         socket.send_fds(self._socket, [json.dumps(order).encode()], list(files))
         answer = self._socket.recv(16)
         assert answer, "the process that is forked has ended; see above"
@@ -77,7 +81,9 @@ class ForkedPopen(subprocess.Popen[bytes]):
     _status = -1
     """Read end of a pipe that brings the exit code; -1 if the process is no fork."""
 
-    def __init__(self, args: Sequence[str], *, env: Mapping[str, str] | None = None, **options: Any) -> None:
+    def __init__(
+        self, args: Sequence[str], *, env: Mapping[str, str] | None = None, **options: Any
+    ) -> None:
         if list(args[:2]) != [sys.executable, "-m"] or args[2] not in MODULES:
             super().__init__(args, env=env, **options)
             return
@@ -85,7 +91,13 @@ class ForkedPopen(subprocess.Popen[bytes]):
         passed = list(options.pop("pass_fds", ()))
         assert not options, f"ForkedPopen does not know {options}"
         assert stdin in (subprocess.PIPE, subprocess.DEVNULL)
-        self.args, self.returncode, self.stdin, self.stdout, self.stderr = args, None, None, None, None
+        self.args, self.returncode, self.stdin, self.stdout, self.stderr = (
+            args,
+            None,
+            None,
+            None,
+            None,
+        )
         read, write = os.pipe()
         if stdin == subprocess.PIPE:
             theirs, ours = os.pipe()
@@ -93,10 +105,17 @@ class ForkedPopen(subprocess.Popen[bytes]):
         else:
             theirs = os.open(os.devnull, os.O_RDONLY)
         environment = dict(os.environ if env is None else env)
-        order = {"arguments": list(args[2:]), "environment": environment, "folder": str(Path.cwd()), "path": sys.path}
+        order = {
+            "arguments": list(args[2:]),
+            "environment": environment,
+            "folder": str(Path.cwd()),
+            "path": sys.path,
+        }
         order |= {"numbers": [0, 1, 2, *passed]}
         try:
-            self.pid = _server.fork(order, [write, theirs, stdout.fileno(), stderr.fileno(), *passed])
+            self.pid = _server.fork(
+                order, [write, theirs, stdout.fileno(), stderr.fileno(), *passed]
+            )
         except BaseException:
             os.close(read)
             raise
@@ -142,11 +161,17 @@ def stop_server() -> None:
 
 
 def serve(number: int) -> None:
-    """The server: fork at each order that comes through a socket, and report exit codes, until the socket is closed."""
+    """The server.
+
+    Fork at each order that comes through a socket, and report exit codes, until the socket is
+    closed.
+    """
     for name in IMPORTED:
         importlib.import_module(name)
     orders = socket.socket(fileno=number)
-    running: dict[int, tuple[int, int]] = {}  # process and pipe for its exit code, by a descriptor of the process
+    running: dict[
+        int, tuple[int, int]
+    ] = {}  # process and pipe for its exit code, by a descriptor of the process
     while True:
         ready = select.select([orders, *running], [], [])[0]
         for ended in (one for one in ready if one is not orders):
@@ -160,7 +185,11 @@ def serve(number: int) -> None:
                 return
             status, *files = files
             if not (pid := os.fork()):
-                for other in (number, status, *(one for pair in running.items() for one in (pair[0], pair[1][1]))):
+                for other in (
+                    number,
+                    status,
+                    *(one for pair in running.items() for one in (pair[0], pair[1][1])),
+                ):
                     os.close(other)
                 run(json.loads(text), files)
             for file in files:
@@ -170,7 +199,10 @@ def serve(number: int) -> None:
 
 
 def run(order: dict[str, Any], files: Sequence[int]) -> None:
-    """The rest of a forked process: ``python -m`` with the arguments, the environment and the files of an order."""
+    """The rest of a forked process.
+
+    ``python -m`` with the arguments, the environment and the files of an order.
+    """
     code = 1
     try:
         received = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, _FREE) for file in files]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random quantised linears, and small checkpoints on disk, at the level of the format: no model, no quantiser."""
+"""Random quantised linears, and small checkpoints on disk, at the level of the format.
+
+No model, no quantiser.
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +45,9 @@ def make_group(
     return ConfigGroup(
         targets=tuple(targets),
         weights=WeightArgs(group_size=group_size, codebook=codebook),
-        sidecar=SidecarArgs.model_validate({"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": num_bits}),
+        sidecar=SidecarArgs.model_validate(
+            {"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": num_bits}
+        ),
     )
 
 
@@ -57,7 +62,9 @@ def random_linear(spec: LinearSpec, seed: int = 0) -> QuantizedLinear:
         return torch.randint(low, high, shape, generator=generator, dtype=torch.int8)
 
     codes = integers(-8, 8, spec.n, spec.k)
-    scale = (torch.randn(spec.n, spec.k // spec.group_size, generator=generator) * 0.02).to(spec.scale_dtype)
+    scale = (torch.randn(spec.n, spec.k // spec.group_size, generator=generator) * 0.02).to(
+        spec.scale_dtype
+    )
     if not spec.rank:
         return QuantizedLinear(spec, codes, scale)
     rows, cols, r = spec.grid.num_row_tiles, spec.grid.num_col_tiles, spec.rank
@@ -87,7 +94,8 @@ def write_checkpoint(
         folder: made when missing.
         config: goes into config.json.
         tensors: every tensor by name.
-        shards: 1 for ``model.safetensors``, more for that many shards (tensors dealt in turn) and an index.
+        shards: 1 for ``model.safetensors``, more for that many shards (tensors dealt in turn) and
+            an index.
         hf_config: other keys of config.json, ``{"dtype": "bfloat16"}`` by default.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,8 +107,12 @@ def write_checkpoint(
     files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
     weight_map = {name: files[i % shards] for i, name in enumerate(tensors)}
     for file in files:
-        save_file({name: tensors[name] for name, its in weight_map.items() if its == file}, folder / file)
-    write_json(folder / INDEX, {"metadata": {"total_size": total_bytes(tensors)}, "weight_map": weight_map})
+        save_file(
+            {name: tensors[name] for name, its in weight_map.items() if its == file}, folder / file
+        )
+    write_json(
+        folder / INDEX, {"metadata": {"total_size": total_bytes(tensors)}, "weight_map": weight_map}
+    )
 
 
 def total_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -124,8 +136,9 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 class SmallCheckpoint:
     """A checkpoint of three quantised linears and four dense tensors, and what was put into it.
 
-    ``q_proj``: base only, int4, K of 128. ``o_proj``: 4-bit factors of rank 2, quad8, groups of 32, K of 96, a bias.
-    ``down_proj``: int8 factors of rank 3, ragged tiles in both directions, in a group that names it.
+    ``q_proj``: base only, int4, K of 128. ``o_proj``: 4-bit factors of rank 2, quad8, groups of 32,
+    K of 96, a bias. ``down_proj``: int8 factors of rank 3, ragged tiles in both directions, in a
+    group that names it.
     """
 
     folder: Path
@@ -137,7 +150,10 @@ class SmallCheckpoint:
     def dense_shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameters of the unquantised architecture."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.dense.items()}
-        return shapes | {f"{name}.weight": (linear.spec.n, linear.spec.k) for name, linear in self.linears.items()}
+        return shapes | {
+            f"{name}.weight": (linear.spec.n, linear.spec.k)
+            for name, linear in self.linears.items()
+        }
 
     def file_of(self, tensor: str) -> Path:
         """The safetensors file that holds a tensor."""
@@ -168,7 +184,9 @@ class SmallCheckpoint:
         """Add a tensor to the file that holds ``beside``, and to the index where there is one."""
         path = self.file_of(beside)
         if to_index and (self.folder / INDEX).exists():
-            edit_json(self.folder / INDEX, lambda index: index["weight_map"].update({name: path.name}))
+            edit_json(
+                self.folder / INDEX, lambda index: index["weight_map"].update({name: path.name})
+            )
         self._save({**load_file(path), name: tensor}, path)
 
     def _save(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -184,13 +202,21 @@ O_PROJ = "model.layers.0.self_attn.o_proj"
 DOWN_PROJ = "model.layers.0.mlp.down_proj"
 
 
-def build_small_checkpoint(folder: Path, shards: int = 1, dtype: torch.dtype = torch.bfloat16) -> SmallCheckpoint:
+def build_small_checkpoint(
+    folder: Path, shards: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> SmallCheckpoint:
     """Write a :class:`SmallCheckpoint` of a model of dtype ``dtype``."""
     config = SvskCheckpointConfig(
         config_groups={
             "base": make_group(),
             "attention": make_group(
-                targets=["re:.*o_proj$"], group_size=32, codebook="quad8", rank=2, tile_m=16, tile_n=40, num_bits=4
+                targets=["re:.*o_proj$"],
+                group_size=32,
+                codebook="quad8",
+                rank=2,
+                tile_m=16,
+                tile_n=40,
+                num_bits=4,
             ),
             "mlp": make_group(targets=[DOWN_PROJ], rank=3, tile_m=16, tile_n=100),
         },

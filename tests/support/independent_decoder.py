@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A second decoder, written from docs/format.md alone with numpy and the bytes of the files.
 
-It shares no code with svsk_vllm.format, so that a mistake there, or in the page, shows as a difference.
+It shares no code with svsk_vllm.format, so that a mistake there, or in the page, shows as a
+difference.
 """
 
 import json
@@ -18,7 +19,24 @@ Array = npt.NDArray[Any]
 NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I8": "i1", "U8": "u1"}
 WEIGHT_DEFAULTS = {"group_size": 64, "codebook": "int4"}
 SIDECAR_DEFAULTS = {"rank": 0, "tile_m": 512, "tile_n": 1024, "num_bits": 8}
-QUAD8 = [-16, -13.125, -10.5, -8.125, -6, -4.125, -2.5, -1.125, 0, 1.125, 2.5, 4.125, 6, 8.125, 10.5, 13.125]
+QUAD8 = [
+    -16,
+    -13.125,
+    -10.5,
+    -8.125,
+    -6,
+    -4.125,
+    -2.5,
+    -1.125,
+    0,
+    1.125,
+    2.5,
+    4.125,
+    6,
+    8.125,
+    10.5,
+    13.125,
+]
 LEVELS = {"int4": np.arange(-8.0, 8.0), "quad8": np.array(QUAD8)}
 
 
@@ -58,14 +76,21 @@ def match(name: str, entries: list[str]) -> int | None:
 
 def scheme_of(config: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     assert match(name, config.get("ignore", [])) is None
-    matches = [(kind, g) for g in config["config_groups"].values() if (kind := match(name, g["targets"])) is not None]
+    matches = [
+        (kind, g)
+        for g in config["config_groups"].values()
+        if (kind := match(name, g["targets"])) is not None
+    ]
     best = min(kind for kind, _ in matches)
     (group,) = [group for kind, group in matches if kind == best]
     return WEIGHT_DEFAULTS | group.get("weights", {}), SIDECAR_DEFAULTS | group.get("sidecar", {})
 
 
 def nibbles(stored: Array, per_element: int) -> Array:
-    """Section 5: nibble j of an element is entry ``per_element * index + j`` along the last axis, minus 8."""
+    """Section 5.
+
+    Nibble j of an element is entry ``per_element * index + j`` along the last axis, minus 8.
+    """
     unsigned = stored.astype(np.int64) & 0xFFFFFFFF
     parts = np.stack([unsigned >> 4 * j & 15 for j in range(per_element)], axis=-1)
     codes: Array = parts.reshape(*stored.shape[:-1], -1) - 8

@@ -9,7 +9,9 @@ from svsk_kernels import Bundle, LayerSpec, SidecarPlan, SlotGroup, replace_para
 from svsk_vllm.format import QuantizedLinear, pack_codes
 
 
-def loaded_sidecar(linear: QuantizedLinear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SidecarPlan]:
+def loaded_sidecar(
+    linear: QuantizedLinear,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SidecarPlan]:
     """Loaded U, V and gain of a whole, unfused layer, and its plan."""
     assert linear.u is not None
     assert linear.v is not None
@@ -35,7 +37,9 @@ def loaded_layer(linear: QuantizedLinear, dtype: torch.dtype) -> tuple[LayerSpec
     """A layer after loading, before a kernel has prepared it."""
     spec = linear.spec
     layer = torch.nn.Module()
-    replace_parameters(layer, {"weight_packed": pack_codes(linear.codes), "weight_scale": linear.scale.to(dtype)})
+    replace_parameters(
+        layer, {"weight_packed": pack_codes(linear.codes), "weight_scale": linear.scale.to(dtype)}
+    )
     plan = None
     if spec.rank:
         u, v, gain, plan = loaded_sidecar(linear)

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damage to a checkpoint folder: what downloads, disks, hands and enemies do to it, drawn by hypothesis.
+"""Damage to a checkpoint folder.
 
-A mutation is a kind and a few integers that choose the tensor, the file, the key and the value, modulo what there is.
+What downloads, disks, hands and enemies do to it, drawn by hypothesis.
+
+A mutation is a kind and a few integers that choose the tensor, the file, the key and the value,
+modulo what there is.
 """
 
 import json
@@ -30,22 +33,76 @@ DTYPES = (
     torch.int32,
     torch.int64,
 )
-VALUES = (float("nan"), float("inf"), float("-inf"), 1e38, -1e38, 3e38, 1e30, 7e4, -0.0, 0.0, 1e-45, 2.0)
+VALUES = (
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    1e38,
+    -1e38,
+    3e38,
+    1e30,
+    7e4,
+    -0.0,
+    0.0,
+    1e-45,
+    2.0,
+)
 SHAPES: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
     lambda t: t[:-1],
     lambda t: t[..., :-1],
     lambda t: t.flatten(),
-    lambda t: t.mT if t.ndim > 1 and t.shape[-1] != t.shape[-2] else t.unsqueeze(0),  # a square one keeps its shape
+    lambda t: (
+        t.mT if t.ndim > 1 and t.shape[-1] != t.shape[-2] else t.unsqueeze(0)
+    ),  # a square one keeps its shape
     lambda t: t[:0],
     lambda t: t.unsqueeze(0),
     lambda t: torch.cat([t, t]),
     lambda t: t.reshape(-1)[0],
 )
 JSON_VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 3, 32, 48, 64, 128, 10**6, 10**9, 10**12, 10**30, -(10**12), 0.5, 1e308, float("nan"),
-    float("inf"), "", "svsk", "float16", "bfloat16", "int4", "quad8", "\x1b[2J", "\ud800", "a\0b", "re:(a+)+$", "re:[",
-    "Linear", "../x.safetensors", [], {}, [None], [[]], {"a": 1}, ["Linear"], "1.0", "2.0", "x" * 10**5,
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    3,
+    32,
+    48,
+    64,
+    128,
+    10**6,
+    10**9,
+    10**12,
+    10**30,
+    -(10**12),
+    0.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "svsk",
+    "float16",
+    "bfloat16",
+    "int4",
+    "quad8",
+    "\x1b[2J",
+    "\ud800",
+    "a\0b",
+    "re:(a+)+$",
+    "re:[",
+    "Linear",
+    "../x.safetensors",
+    [],
+    {},
+    [None],
+    [[]],
+    {"a": 1},
+    ["Linear"],
+    "1.0",
+    "2.0",
+    "x" * 10**5,
+)
 
 
 @dataclass(frozen=True)
@@ -98,16 +155,27 @@ def _remove(folder: Path, other: Path, m: Mutation) -> None:
 def _rename(folder: Path, other: Path, m: Mutation) -> None:
     endings = ("x", ".weight", ".q_scale", "_orig", ".sidecar_u", "\x1b[1m")
     kept = (lambda name: name, lambda name: name.rpartition(".")[0] or name)
-    to = (lambda name: kept[m.c % 2](name) + endings[m.b % len(endings)], lambda name: "model." + name)[m.c // 2 % 2]
+    to = (
+        lambda name: kept[m.c % 2](name) + endings[m.b % len(endings)],
+        lambda name: "model." + name,
+    )[m.c // 2 % 2]
     _edit(folder, m, lambda tensors, name: tensors.update({to(name): tensors.pop(name)}))
 
 
 def _retype(folder: Path, other: Path, m: Mutation) -> None:
-    _edit(folder, m, lambda tensors, name: tensors.update({name: tensors[name].to(DTYPES[m.b % len(DTYPES)])}))
+    _edit(
+        folder,
+        m,
+        lambda tensors, name: tensors.update({name: tensors[name].to(DTYPES[m.b % len(DTYPES)])}),
+    )
 
 
 def _reshape(folder: Path, other: Path, m: Mutation) -> None:
-    _edit(folder, m, lambda tensors, name: tensors.update({name: SHAPES[m.b % len(SHAPES)](tensors[name])}))
+    _edit(
+        folder,
+        m,
+        lambda tensors, name: tensors.update({name: SHAPES[m.b % len(SHAPES)](tensors[name])}),
+    )
 
 
 def _value(folder: Path, other: Path, m: Mutation) -> None:
@@ -130,7 +198,12 @@ def _swap_names(folder: Path, other: Path, m: Mutation) -> None:
 
 
 def _add(folder: Path, other: Path, m: Mutation) -> None:
-    names = ("lm_head.weight_packed", "model.layers.9.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight", "x")
+    names = (
+        "lm_head.weight_packed",
+        "model.layers.9.mlp.up_proj.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "x",
+    )
     extra = (torch.zeros(2), torch.zeros(2, 2, dtype=torch.int8), torch.zeros(0, 3))[m.c % 3]
     _edit(folder, m, lambda tensors, name: tensors.update({names[m.b % len(names)]: extra}))
 
@@ -156,13 +229,20 @@ def _append(folder: Path, other: Path, m: Mutation) -> None:
 
 def _delete(folder: Path, other: Path, m: Mutation) -> None:
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
-    needed = [path for path in files if path.suffix == ".safetensors" or path.name in ("config.json", INDEX)]
+    needed = [
+        path
+        for path in files
+        if path.suffix == ".safetensors" or path.name in ("config.json", INDEX)
+    ]
     needed[m.a % len(needed)].unlink()
 
 
 def _swap_shards(folder: Path, other: Path, m: Mutation) -> None:
     shards = shards_of(folder)
-    first, second = shards[m.a % len(shards)], shards[(m.a + 1 + m.b % (len(shards) - 1)) % len(shards)]
+    first, second = (
+        shards[m.a % len(shards)],
+        shards[(m.a + 1 + m.b % (len(shards) - 1)) % len(shards)],
+    )
     first.rename(folder / "kept")
     second.rename(first)
     (folder / "kept").rename(second)
@@ -195,7 +275,13 @@ def _no_file(folder: Path, other: Path, m: Mutation) -> None:
 
 def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where a JSON value can be altered."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     found = [] if path == () else [path]
     return found + [deeper for key, child in items for deeper in _paths(child, (*path, key))]
 

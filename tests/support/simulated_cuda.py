@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """A CUDA device that is not there: finds operations that mix devices on a machine with a CPU only.
 
-Inside :func:`simulated_cuda` a tensor is "on the GPU" when its storage carries a mark. Its memory, and all arithmetic,
-is the CPU's, so results are those of a CPU run bit for bit. Two modes keep up the appearance:
+Inside :func:`simulated_cuda` a tensor is "on the GPU" when its storage carries a mark. Its memory,
+and all arithmetic, is the CPU's, so results are those of a CPU run bit for bit. Two modes keep up
+the appearance:
 
-- a dispatch mode sees every operation below autograd. It refuses what PyTorch refuses (tensors of several devices, but
-  for scalars, indices and copies), turns ``device="cuda"`` into ``"cpu"`` and marks what an operation allocates;
+- a dispatch mode sees every operation below autograd. It refuses what PyTorch refuses (tensors of
+  several devices, but for scalars, indices and copies), turns ``device="cuda"`` into ``"cpu"`` and
+  marks what an operation allocates;
 - a function mode answers what Python asks of a tensor (``device``, ``to``, ``cpu``, ``numpy`` ...).
 
-The dispatch mode poses as the one of fake tensors, which PyTorch does not initialise CUDA under. Marks live on
-storages and not in a tensor subclass, because vLLM's parameters are tensor subclasses of their own.
+The dispatch mode poses as the one of fake tensors, which PyTorch does not initialise CUDA under.
+Marks live on storages and not in a tensor subclass, because vLLM's parameters are tensor subclasses
+of their own.
 
-What cannot be simulated raises: other GPUs than the first, streams, events and graphs, gradients through copies
-between devices, sparse tensors. Two limits to know: a Python function of torch that makes tensors on ``x.device``
-sees the CPU there, and so may raise where a GPU would not; operators of other libraries are checked, but not entered
-unless they are among ``kernels``.
+What cannot be simulated raises: other GPUs than the first, streams, events and graphs, gradients
+through copies between devices, sparse tensors. Two limits to know: a Python function of torch that
+makes tensors on ``x.device`` sees the CPU there, and so may raise where a GPU would not; operators
+of other libraries are checked, but not entered unless they are among ``kernels``.
 """
 
 import contextlib
@@ -64,7 +67,9 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     """Whether a tensor is on the simulated GPU."""
     with torch._C.DisableTorchFunction():
         if tensor.layout is not torch.strided:
-            raise NotImplementedError(f"A tensor of layout {tensor.layout} cannot be simulated on a GPU.")
+            raise NotImplementedError(
+                f"A tensor of layout {tensor.layout} cannot be simulated on a GPU."
+            )
         return not tensor.is_meta and getattr(torch.Tensor.untyped_storage(tensor), _MARK, False)
 
 
@@ -126,7 +131,9 @@ class _Operations(TorchDispatchMode):
         return result
 
 
-def _operands_on_gpu(func: Any, args: Any, kwargs: Mapping[str, Any], operands: list[torch.Tensor]) -> bool:
+def _operands_on_gpu(
+    func: Any, args: Any, kwargs: Mapping[str, Any], operands: list[torch.Tensor]
+) -> bool:
     """Whether an operation runs on the GPU.
 
     Raises:
@@ -135,11 +142,18 @@ def _operands_on_gpu(func: Any, args: Any, kwargs: Mapping[str, Any], operands: 
     places = [on_gpu(tensor) for tensor in operands]
     if func in _COPIES or all(places) or not any(places):
         return places[0] if places else False
-    scalars_allowed = torch.Tag.pointwise in func.tags or func in (_aten.fill_.Tensor, _aten.masked_fill_.Tensor)
+    scalars_allowed = torch.Tag.pointwise in func.tags or func in (
+        _aten.fill_.Tensor,
+        _aten.masked_fill_.Tensor,
+    )
     indices: set[int] = set()
     if func in _INDEXING:
         if not on_gpu(args[0]):
-            _refuse(func, operands, "indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+            _refuse(
+                func,
+                operands,
+                "indices should be either on cpu or on the same device as the indexed tensor (cpu)",
+            )
         indices, scalars_allowed = {id(tensor) for tensor in _tensors(args[1])}, True
     written = {id(tensor) for tensor in _written(func, args, kwargs)}
     for tensor, gpu in zip(operands, places, strict=True):
@@ -151,8 +165,12 @@ def _operands_on_gpu(func: Any, args: Any, kwargs: Mapping[str, Any], operands: 
 
 def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """Operands that an operation writes to."""
-    named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
-    writes = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    named = {
+        argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)
+    } | kwargs
+    writes = {
+        a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
+    }
     return _tensors([value for name, value in named.items() if name in writes])
 
 
@@ -174,12 +192,17 @@ class _Questions(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not isinstance(result, torch.Tensor):
             return result
-        if kwargs.get("device") is not None:  # what is asked for, not what a like-function's argument has
+        if (
+            kwargs.get("device") is not None
+        ):  # what is asked for, not what a like-function's argument has
             _mark(result, _is_gpu(kwargs["device"]))
         generator = kwargs.get("generator")
         if generator is not None and (generator.device.type == "cuda") != on_gpu(result):
             wanted = "cuda" if on_gpu(result) else "cpu"
-            raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{generator.device.type}'")
+            raise RuntimeError(
+                f"Expected a '{wanted}' device type for generator but found"
+                f" '{generator.device.type}'"
+            )
         return result
 
 
@@ -188,12 +211,17 @@ def _move(tensor: torch.Tensor, gpu: bool, copy: bool, **options: Any) -> torch.
     if on_gpu(tensor) == gpu and tensor.device.type != "meta":
         return tensor.to(copy=copy, **options) if copy or options else tensor
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError("Gradients through a copy between devices cannot be simulated. Use detach().")
+        raise NotImplementedError(
+            "Gradients through a copy between devices cannot be simulated. Use detach()."
+        )
     return _mark(tensor.to(device=_CPU, copy=True, **options), gpu)
 
 
 def _to(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    tensor, rest = args[0], tuple(torch.device("cuda", arg) if type(arg) is int else arg for arg in args[1:])
+    tensor, rest = (
+        args[0],
+        tuple(torch.device("cuda", arg) if type(arg) is int else arg for arg in args[1:]),
+    )
     other = rest[0] if rest and isinstance(rest[0], torch.Tensor) else kwargs.get("other")
     copy = kwargs.get("copy", False)
     if other is not None:
@@ -207,7 +235,9 @@ def _to(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
         return func(*args, **kwargs)
     options = {"dtype": dtype, "memory_format": kwargs.get("memory_format", memory_format)}
     gpu = on_gpu(tensor) if device is None else _is_gpu(device)
-    return _move(tensor, gpu, copy, **{key: value for key, value in options.items() if value is not None})
+    return _move(
+        tensor, gpu, copy, **{key: value for key, value in options.items() if value is not None}
+    )
 
 
 def _to_numpy(func: Any, args: Any, kwargs: Any) -> Any:
@@ -221,17 +251,28 @@ def _to_numpy(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _from_data(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
     """``torch.tensor``, ``as_tensor`` and ``asarray``, which also copy tensors."""
-    data, device = args[0] if args else kwargs["data"], kwargs.get("device") or torch.utils._device.CURRENT_DEVICE
+    data, device = (
+        args[0] if args else kwargs["data"],
+        kwargs.get("device") or torch.utils._device.CURRENT_DEVICE,
+    )
     if device is not None and torch.device(device).type == "meta":
         return func(*args, **kwargs)
     if isinstance(data, torch.Tensor):
         gpu = on_gpu(data) if device is None else _is_gpu(device)
         dtype = {} if kwargs.get("dtype") is None else {"dtype": kwargs["dtype"]}
-        return _move(data.detach() if func is torch.tensor else data, gpu, func is torch.tensor, **dtype)
+        return _move(
+            data.detach() if func is torch.tensor else data, gpu, func is torch.tensor, **dtype
+        )
     if any(map(on_gpu, _tensors(data))):
-        raise NotImplementedError(f"{func.__name__} of a nest of GPU tensors is not simulated. Use torch.stack.")
+        raise NotImplementedError(
+            f"{func.__name__} of a nest of GPU tensors is not simulated. Use torch.stack."
+        )
     made = func(*args, **{**kwargs, "device": _CPU})
-    return _move(made.detach(), True, True).requires_grad_(made.requires_grad) if device and _is_gpu(device) else made
+    return (
+        _move(made.detach(), True, True).requires_grad_(made.requires_grad)
+        if device and _is_gpu(device)
+        else made
+    )
 
 
 def _new_tensor(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
@@ -240,16 +281,23 @@ def _new_tensor(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
 
 
 def _gradients(func: Any, args: Any, kwargs: Any) -> Any:
-    outputs, given = _tensors(args[0]), _tensors(args[2] if len(args) > 2 else kwargs.get("grad_outputs"))
+    outputs, given = (
+        _tensors(args[0]),
+        _tensors(args[2] if len(args) > 2 else kwargs.get("grad_outputs")),
+    )
     for output, gradient in zip(outputs, given, strict=False):
         if on_gpu(output) != on_gpu(gradient):
-            raise RuntimeError("Expected grad_outputs on the device of the outputs, but got tensors of two devices")
+            raise RuntimeError(
+                "Expected grad_outputs on the device of the outputs, but got tensors of two devices"
+            )
     return func(*args, **kwargs)
 
 
 def _not_simulated(func: Any, args: Any, kwargs: Any) -> Any:
     if any(map(on_gpu, _tensors((args, kwargs)))):
-        raise NotImplementedError(f"{func.__name__} of a tensor on the simulated GPU is not simulated.")
+        raise NotImplementedError(
+            f"{func.__name__} of a tensor on the simulated GPU is not simulated."
+        )
     return func(*args, **kwargs)
 
 
@@ -277,7 +325,10 @@ _ANSWERS: Final[dict[Any, Callable[[Any, Any, Any], Any]]] = {
     torch.device: lambda func, args, kwargs: (
         func("cuda", *args) if args and type(args[0]) is int else func(*args, **kwargs)
     ),
-    **dict.fromkeys((_T.new, _T.type, _T.__dlpack__, _T.__reduce_ex__, _T.share_memory_, _T.set_), _not_simulated),
+    **dict.fromkeys(
+        (_T.new, _T.type, _T.__dlpack__, _T.__reduce_ex__, _T.share_memory_, _T.set_),
+        _not_simulated,
+    ),
 }
 
 
@@ -342,8 +393,8 @@ def simulated_cuda(kernels: Mapping[Any, Callable[..., Any]] | None = None) -> I
     Tensors on it lose their device when the context ends: use none of them afterwards.
 
     Args:
-        kernels: by overload of an operator (``torch.ops.library.name.default``), the Python function that it runs;
-            inside that function devices are simulated as well.
+        kernels: by overload of an operator (``torch.ops.library.name.default``), the Python
+            function that it runs; inside that function devices are simulated as well.
 
     Raises:
         RuntimeError: there is a real GPU, or a simulated one already.
@@ -351,7 +402,9 @@ def simulated_cuda(kernels: Mapping[Any, Callable[..., Any]] | None = None) -> I
     if torch.cuda.is_available():
         raise RuntimeError("A GPU is there, or simulated already: nothing to simulate.")
     only_lift = torch._C._only_lift_cpu_tensors()
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") ends in a copy that a mode sees
+    torch._C._set_only_lift_cpu_tensors(
+        True
+    )  # torch.tensor(..., device="cuda") ends in a copy that a mode sees
     try:
         with (
             mock.patch.multiple(torch.cuda, **_patches()),

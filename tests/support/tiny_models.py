@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny Hugging Face models and SVSK checkpoints of them, for tests of everything that loads a whole model.
 
-``write_dense`` makes a random model folder, ``write_random_svsk`` an SVSK checkpoint of it, and ``write_restored`` the
-dense folder the checkpoint stands for, which is what a loader is compared with. None of them uses the offline tool.
+``write_dense`` makes a random model folder, ``write_random_svsk`` an SVSK checkpoint of it, and
+``write_restored`` the dense folder the checkpoint stands for, which is what a loader is compared
+with. None of them uses the offline tool.
 
-The shapes are awkward on purpose: K is a multiple of 64 but tiles of 48 x 96 fit neither N nor K, and q/k/v and
-gate/up differ in rank. N is a multiple of 32, which vLLM's 4-bit kernel for the CPU wants.
+The shapes are awkward on purpose: K is a multiple of 64 but tiles of 48 x 96 fit neither N nor K,
+and q/k/v and gate/up differ in rank. N is a multiple of 32, which vLLM's 4-bit kernel for the CPU
+wants.
 """
 
 import json
@@ -92,17 +94,26 @@ MORE_FAMILIES: Final[dict[str, Family]] = {
     "starcoder2": Family("starcoder2", {"tie_word_embeddings": True, "sliding_window": None}),
     # Soft caps, scaled embeddings, layers that look at a window of the past.
     "gemma2": Family("gemma2", {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32}),
-    "gemma3": Family("gemma3_text", {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32}),
+    "gemma3": Family(
+        "gemma3_text", {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32}
+    ),
     # Multipliers of embeddings, residuals, attention and logits.
     "granite": Family(
         "granite",
-        {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0},
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.0,
+        },
     ),
     # Attention and MLP read one norm; tied head with scaled logits.
     "cohere": Family("cohere", {"logit_scale": 0.5}),
     # Norms after attention and MLP, and on all of q and k at once.
     "olmo2": Family("olmo2", {"tie_word_embeddings": False}),
-    "exaone4": Family("exaone4", {"tie_word_embeddings": False, "sliding_window": 64, "sliding_window_pattern": 2}),
+    "exaone4": Family(
+        "exaone4", {"tie_word_embeddings": False, "sliding_window": 64, "sliding_window_pattern": 2}
+    ),
     # No gate; an activation with parameters of its own.
     "apertus": Family("apertus", {"tie_word_embeddings": False}),
     # No gate, squared activation, norms of 1 plus what is stored.
@@ -113,10 +124,17 @@ MORE_FAMILIES: Final[dict[str, Family]] = {
     # q, k and v stored as one: by heads, and in groups of key/value heads.
     "falcon": Family(
         "falcon",
-        {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": False, "bias": True, "alibi": False},
+        {
+            "new_decoder_architecture": False,
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+            "alibi": False,
+        },
     ),
     "falcon-grouped": Family(
-        "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False, "alibi": False}
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False, "alibi": False},
     ),
     "bloom": Family("bloom"),
 }
@@ -124,17 +142,22 @@ MORE_FAMILIES: Final[dict[str, Family]] = {
 
 
 def write_dense(
-    folder: Path, family: Family | str = "llama", *, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    folder: Path,
+    family: Family | str = "llama",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
 ) -> Path:
     """Write a random model with its tokenizer.
 
-    Weights are large enough for the next token to depend on every layer, embeddings small enough for a tied head not
-    to repeat the last token. Biases and norms are random too: models start with zeros and ones there, which would hide
-    one that gets lost.
+    Weights are large enough for the next token to depend on every layer, embeddings small enough
+    for a tied head not to repeat the last token. Biases and norms are random too: models start with
+    zeros and ones there, which would hide one that gets lost.
 
     Args:
         folder: made when missing.
-        family: a key of ``FAMILIES`` or ``MORE_FAMILIES``, or any other architecture of transformers.
+        family: a key of ``FAMILIES`` or ``MORE_FAMILIES``, or any other architecture of
+            transformers.
         dtype: dtype the weights are stored in.
         seed: of the weights.
 
@@ -158,13 +181,18 @@ def write_dense(
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write a byte-level tokenizer of ``VOCAB`` tokens: the bytes, pad, eos, bos, and pairs of letters."""
+    """Write a byte-level tokenizer of ``VOCAB`` tokens.
+
+    The bytes, pad, eos, bos, and pairs of letters.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<eos>", "<bos>"]
     letters = "etaoinshr"
     merges = [(a, b) for a in letters for b in letters][: VOCAB - len(alphabet) - len(special)]
     tokens = [*alphabet, *special, *(a + b for a, b in merges)]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
@@ -185,12 +213,17 @@ def scheme(
     return ConfigGroup(
         targets=targets,
         weights=WeightArgs(group_size=group_size, codebook=codebook),
-        sidecar=SidecarArgs.model_validate({"rank": rank, "num_bits": num_bits, "tile_m": tile_m, "tile_n": tile_n}),
+        sidecar=SidecarArgs.model_validate(
+            {"rank": rank, "num_bits": num_bits, "tile_m": tile_m, "tile_n": tile_n}
+        ),
     )
 
 
 def default_schemes() -> dict[str, ConfigGroup]:
-    """Every kind of scheme in one model; linears that vLLM fuses differ in rank only (v has none)."""
+    """Every kind of scheme in one model.
+
+    Linears that vLLM fuses differ in rank only (v has none).
+    """
     return {
         "default": scheme("Linear", rank=3),
         "q": scheme(r"re:.*\.q_proj$", rank=4),
@@ -212,21 +245,27 @@ def write_random_svsk(
     shards: int = 1,
     seed: int = 0,
 ) -> Path:
-    """Write an SVSK checkpoint of a dense folder: rounded weights, and a random sidecar of a few percent of them.
+    """Write an SVSK checkpoint of a dense folder.
+
+    Rounded weights, and a random sidecar of a few percent of them.
 
     Args:
         dense: model folder as ``write_dense`` makes it.
         out: folder to write; tokenizer and generation config are copied.
         schemes: config groups by key, ``default_schemes()`` when None.
         ignore: ignore list of the config.
-        linears: names of the linears to quantise, by default every ``torch.nn.Linear`` that gets a scheme.
-        shards: 1 for ``model.safetensors``, more for that many shards (tensors dealt in turn) and an index.
+        linears: names of the linears to quantise, by default every ``torch.nn.Linear`` that gets a
+            scheme.
+        shards: 1 for ``model.safetensors``, more for that many shards (tensors dealt in turn) and
+            an index.
         seed: of the sidecar.
 
     Returns:
         ``out``.
     """
-    config = SvskCheckpointConfig(config_groups=dict(schemes or default_schemes()), ignore=tuple(ignore))
+    config = SvskCheckpointConfig(
+        config_groups=dict(schemes or default_schemes()), ignore=tuple(ignore)
+    )
     reader = ShardedReader(dense)
     names = linear_names(dense) if linears is None else linears
     generator = torch.Generator().manual_seed(seed)
@@ -234,7 +273,11 @@ def write_random_svsk(
     for name in reader.names:
         tensor, module = reader.read(name), name.removesuffix(".weight")
         group = config.scheme_for(module) if module in names and name != module else None
-        tensors |= {name: tensor} if group is None else random_linear(module, tensor, group, generator).to_tensors()
+        tensors |= (
+            {name: tensor}
+            if group is None
+            else random_linear(module, tensor, group, generator).to_tensors()
+        )
     _copy_side_files(dense, out)
     hf_config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
     _write_json(out / "config.json", declared(hf_config, config))
@@ -250,7 +293,9 @@ def _packed(name: str) -> str | None:
     return module if last == "weight_packed" else None
 
 
-def random_linear(name: str, weight: torch.Tensor, group: ConfigGroup, generator: torch.Generator) -> QuantizedLinear:
+def random_linear(
+    name: str, weight: torch.Tensor, group: ConfigGroup, generator: torch.Generator
+) -> QuantizedLinear:
     """Round a weight to the nearest codes with absmax scales, and give it a random sidecar.
 
     Args:
@@ -273,7 +318,9 @@ def random_linear(name: str, weight: torch.Tensor, group: ConfigGroup, generator
     u = torch.randint(-limit, limit, (n, cols, r), generator=generator, dtype=torch.int8)
     v = torch.randint(-limit, limit, (rows, r, k), generator=generator, dtype=torch.int8)
     rms = weight.float().square().mean().sqrt() * SIDECAR_FRACTION
-    unit = float(rms) / (r**0.5 * limit**2 / 3)  # a uniform factor has the root mean square limit / sqrt(3)
+    unit = float(rms) / (
+        r**0.5 * limit**2 / 3
+    )  # a uniform factor has the root mean square limit / sqrt(3)
     gain = unit * (0.5 + torch.rand(rows, cols, r, generator=generator))
     return QuantizedLinear(spec, codes, scale, u, v, gain)
 
@@ -290,7 +337,9 @@ def write_restored(svsk: Path, out: Path) -> Path:
     """
     checkpoint = Checkpoint(svsk)
     tensors = {name: checkpoint.read_dense(name) for name in checkpoint.dense_names}
-    tensors |= {f"{name}.weight": restored_weight(linear) for name, linear in checkpoint.iter_linears()}
+    tensors |= {
+        f"{name}.weight": restored_weight(linear) for name, linear in checkpoint.iter_linears()
+    }
     _copy_side_files(svsk, out)
     _write_json(out / "config.json", undeclared(checkpoint.hf_config))
     _save(out, tensors, shards=1)
@@ -312,7 +361,10 @@ def _copy_side_files(source: Path, out: Path) -> None:
 
 
 def _save(
-    out: Path, tensors: Mapping[str, torch.Tensor], shards: int, metadata: Mapping[str, str] | None = None
+    out: Path,
+    tensors: Mapping[str, torch.Tensor],
+    shards: int,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     metadata = {"format": "pt", **(metadata or {})}
     if shards == 1:
@@ -321,7 +373,11 @@ def _save(
     files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
     weight_map = {name: files[i % shards] for i, name in enumerate(tensors)}
     for file in files:
-        save_file({name: tensors[name] for name, its in weight_map.items() if its == file}, out / file, metadata)
+        save_file(
+            {name: tensors[name] for name, its in weight_map.items() if its == file},
+            out / file,
+            metadata,
+        )
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     _write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
 

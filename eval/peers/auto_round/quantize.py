@@ -55,15 +55,22 @@ def quantise(job: Job) -> Result:
     folder = Path(folders[0] if isinstance(folders, list) else folders)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     if config["packing_format"] != PACKING or not config["sym"] or config["bits"] != 4:
-        raise PeerError(f"{folder}: packed as {config['packing_format']}, expected symmetric 4-bit {PACKING}.")
+        raise PeerError(
+            f"{folder}: packed as {config['packing_format']}, expected symmetric 4-bit {PACKING}."
+        )
     stored = load_folder(folder)
     linears, tensors = {}, {}
     for name in names:
         module = name.removesuffix(".weight")
         tensors[name] = dequantise(stored, module, job.group_size)
         kind = f"int4 g{job.group_size} symmetric"
-        linears[name] = StoredLinear(kind, tensors[name].numel(), stored_bits(stored, module, PARTS))
-    settings: dict[str, Any] = job.settings | {"packing_format": PACKING, "dtype": "bfloat16 with autocast"}
+        linears[name] = StoredLinear(
+            kind, tensors[name].numel(), stored_bits(stored, module, PARTS)
+        )
+    settings: dict[str, Any] = job.settings | {
+        "packing_format": PACKING,
+        "dtype": "bfloat16 with autocast",
+    }
     used = versions("auto-round", "torch", "transformers")
     return Result(seconds, settings, used, linears, tensors, notes(job))
 
@@ -72,15 +79,18 @@ def notes(job: Job) -> list[str]:
     """What must be known to read the numbers."""
     if job.settings["iters"] == 200:
         return []
-    return [f"The package's light recipe: {job.settings['iters']} iterations instead of the default 200."]
+    return [
+        f"The package's light recipe: {job.settings['iters']} iterations instead of the default"
+        " 200."
+    ]
 
 
 def dequantise(stored: dict[str, torch.Tensor], module: str, group_size: int) -> torch.Tensor:
     """Weight of a layer in GPTQ's layout.
 
     Args:
-        stored: the checkpoint's tensors: ``qweight`` int32 [K / 8, N], ``scales`` [groups, N], ``qzeros`` int32
-            [groups, N / 8].
+        stored: the checkpoint's tensors: ``qweight`` int32 [K / 8, N], ``scales`` [groups, N],
+            ``qzeros`` int32 [groups, N / 8].
         module: the layer's name.
         group_size: weights per scale.
 
@@ -91,14 +101,21 @@ def dequantise(stored: dict[str, torch.Tensor], module: str, group_size: int) ->
         PeerError: the layer is not stored so.
     """
     try:
-        packed, scales, zeros = (stored[f"{module}.{part}"] for part in ("qweight", "scales", "qzeros"))
+        packed, scales, zeros = (
+            stored[f"{module}.{part}"] for part in ("qweight", "scales", "qzeros")
+        )
     except KeyError as error:
-        raise PeerError(f"{module}: the checkpoint has no {error.args[0]}; was the layer quantised?") from error
+        raise PeerError(
+            f"{module}: the checkpoint has no {error.args[0]}; was the layer quantised?"
+        ) from error
     codes = unpack_nibbles(packed.t().contiguous()).float()
     points = (unpack_nibbles(zeros).t() + 1).float()
     scale = scales.t().float()
     if scale.shape != points.shape or scale.shape[1] * group_size != codes.shape[1]:
-        raise PeerError(f"{module}: {list(scale.shape)} scales do not fit {list(codes.shape)} in groups {group_size}.")
+        raise PeerError(
+            f"{module}: {list(scale.shape)} scales do not fit {list(codes.shape)} in groups"
+            f" {group_size}."
+        )
     points, scale = (part.repeat_interleave(group_size, dim=1) for part in (points, scale))
     return (codes - points) * scale
 

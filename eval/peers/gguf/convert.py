@@ -13,9 +13,14 @@ from peers.common import PeerError
 __all__ = ["from_gguf", "gguf_names", "interleave_heads", "to_gguf", "uninterleave_heads"]
 
 _NEEDED = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps", "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "rms_norm_eps",
+    "vocab_size",
     "max_position_embeddings",
-)  # fmt: skip
+)
 
 
 def interleave_heads(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -48,7 +53,10 @@ def gguf_names(names: list[str], blocks: int) -> dict[str, str]:
     found = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
     unknown = [name for name, new in found.items() if new is None]
     if unknown:
-        raise PeerError(f"{unknown[0]}: GGUF's llama has no tensor for it. Only Llama models can be converted here.")
+        raise PeerError(
+            f"{unknown[0]}: GGUF's llama has no tensor for it. Only Llama models can be converted"
+            " here."
+        )
     return {name: str(new) for name, new in found.items()}
 
 
@@ -133,11 +141,14 @@ def llama_config(model: str) -> dict[str, Any]:
     path = Path(model) / "config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     missing = [key for key in _NEEDED if key not in config]
-    scaled = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
+    scaled = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get(
+        "rope_type", "default"
+    )
     if config.get("model_type") != "llama" or missing or scaled != "default":
         raise PeerError(
-            f"{path}: model_type {config.get('model_type')!r}, rotary embedding {scaled!r}, missing {missing}; only "
-            "Llama models with the default rotary embedding can be converted here."
+            f"{path}: model_type {config.get('model_type')!r}, rotary embedding {scaled!r}, missing"
+            f" {missing}; only Llama models with the default rotary embedding can be converted"
+            " here."
         )
     return config
 

@@ -22,7 +22,11 @@ _BUFFER: Final = 8 << 30
 class _ImatrixData(ctypes.Structure):
     """``struct llama_model_imatrix_data`` of release 0.5.0."""
 
-    _fields_ = (("name", ctypes.c_char_p), ("data", ctypes.POINTER(ctypes.c_float)), ("size", ctypes.c_size_t))
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("data", ctypes.POINTER(ctypes.c_float)),
+        ("size", ctypes.c_size_t),
+    )
 
 
 class _Params(ctypes.Structure):
@@ -65,23 +69,40 @@ class LlamaCpp:
         self._ggml.ggml_backend_load_all_from_path(str(folder).encode())
         self._llama.llama_version.restype = ctypes.c_char_p
         self._llama.llama_model_quantize_default_params.restype = _Params
-        self._llama.llama_model_quantize.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(_Params))
+        self._llama.llama_model_quantize.argtypes = (
+            ctypes.c_char_p,
+            ctypes.c_char_p,
+            ctypes.POINTER(_Params),
+        )
         self._llama.llama_model_quantize.restype = ctypes.c_uint32
         default = self._llama.llama_model_quantize_default_params()
         # A structure of another layout would give other values at the fields' places.
         if (
-            (default.ftype, default.max_buf_size, default.quantize_output_tensor) != (_Q8_0, _BUFFER, True)
+            (default.ftype, default.max_buf_size, default.quantize_output_tensor)
+            != (_Q8_0, _BUFFER, True)
             or not default.output_tensor_type == default.token_embedding_type >= _TYPE_COUNT_FROM
-            or any((default.nthread, default.allow_requantize, default.pure, default.imatrix, default.prune_layers))
+            or any(
+                (
+                    default.nthread,
+                    default.allow_requantize,
+                    default.pure,
+                    default.imatrix,
+                    default.prune_layers,
+                )
+            )
         ):
-            raise PeerError(f"{folder}: llama.cpp {self.version} has other parameters than 0.5.0; see _Params.")
+            raise PeerError(
+                f"{folder}: llama.cpp {self.version} has other parameters than 0.5.0; see _Params."
+            )
 
     @property
     def version(self) -> str:
         """Release of llama.cpp."""
         return str(self._llama.llama_version().decode())
 
-    def quantise(self, source: Path, target: Path, file_type: str, imatrix: dict[str, torch.Tensor] | None) -> None:
+    def quantise(
+        self, source: Path, target: Path, file_type: str, imatrix: dict[str, torch.Tensor] | None
+    ) -> None:
         """Quantise a GGUF file as ``llama-quantize SOURCE TARGET FILE_TYPE`` does.
 
         Args:
@@ -97,19 +118,28 @@ class LlamaCpp:
         params.ftype = FILE_TYPES[file_type]
         values = {name: row.float().contiguous() for name, row in (imatrix or {}).items()}
         if values:
-            entries = (_ImatrixData * (len(values) + 1))()  # a last one without a name ends the list
+            entries = (
+                _ImatrixData * (len(values) + 1)
+            )()  # a last one without a name ends the list
             for entry, (name, row) in zip(entries, values.items(), strict=False):
                 entry.name, entry.size = name.encode(), row.numel()
                 entry.data = ctypes.cast(row.data_ptr(), ctypes.POINTER(ctypes.c_float))
             params.imatrix = entries
-        status = self._llama.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
+        status = self._llama.llama_model_quantize(
+            str(source).encode(), str(target).encode(), ctypes.byref(params)
+        )
         if status:
-            raise PeerError(f"{source}: llama.cpp could not quantise it to {file_type}, status {status}; see above.")
+            raise PeerError(
+                f"{source}: llama.cpp could not quantise it to {file_type}, status {status}; see"
+                " above."
+            )
 
     @staticmethod
     def _load(folder: Path, pattern: str) -> ctypes.CDLL:
         found = sorted(folder.glob(pattern))
         if len(found) != 1:
             names = [path.name for path in found]
-            raise PeerError(f"{folder}: {names} match {pattern}, expected one library. Remake the environment.")
+            raise PeerError(
+                f"{folder}: {names} match {pattern}, expected one library. Remake the environment."
+            )
         return ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from peers.common import Job, Result, StoredLinear, block_linears, load_folder, load_tokens, run_job, versions
+from peers.common import (
+    Job,
+    Result,
+    StoredLinear,
+    block_linears,
+    load_folder,
+    load_tokens,
+    run_job,
+    versions,
+)
 from peers.gguf.convert import from_gguf, gguf_names, to_gguf
 from peers.gguf.llama_cpp import LlamaCpp
 
@@ -35,19 +44,32 @@ def quantise(job: Job) -> Result:
         llama_cpp.quantise(plain, final, file_type, imatrix)
         released = json.loads((package / "package.json").read_text(encoding="utf-8"))
         used |= {"llama.cpp": llama_cpp.version, str(released["name"]): str(released["version"])}
-        notes.append("llama.cpp's quantisation of the embeddings is not used: they are the reference's.")
+        notes.append(
+            "llama.cpp's quantisation of the embeddings is not used: they are the reference's."
+        )
     if use_imatrix:
-        notes.append("The importance matrix holds the mean squares llama-imatrix collects, computed with torch.")
+        notes.append(
+            "The importance matrix holds the mean squares llama-imatrix collects, computed with"
+            " torch."
+        )
     seconds = time.monotonic() - started
     stored = from_gguf(final, job.model, names)
-    linears = {name: StoredLinear(kind, weight.numel(), bits) for name, (kind, bits, weight) in stored.items()}
+    linears = {
+        name: StoredLinear(kind, weight.numel(), bits)
+        for name, (kind, bits, weight) in stored.items()
+    }
     settings: dict[str, Any] = dict(job.settings)
     # Nothing is said of the embeddings' bits but this: they are not counted.
-    embedding = from_gguf(final, job.model, ["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+    embedding = from_gguf(final, job.model, ["model.embed_tokens.weight"])[
+        "model.embed_tokens.weight"
+    ]
     settings["embeddings_not_used"] = {"type": embedding[0], "bits": embedding[1]}
     weights = {name: weight for name, (_, _, weight) in stored.items()}
     if file_type == "F32":
-        weights = {name: weight for name, (_, _, weight) in from_gguf(final, job.model, list(tensors)).items()}
+        weights = {
+            name: weight
+            for name, (_, _, weight) in from_gguf(final, job.model, list(tensors)).items()
+        }
     return Result(seconds, settings, used, linears, weights, notes, calibrated=use_imatrix)
 
 

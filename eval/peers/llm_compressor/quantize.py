@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPTQ and AWQ of llm-compressor; runs in its environment as ``python -m peers.llm_compressor.quantize JOB``."""
+"""GPTQ and AWQ of llm-compressor.
+
+Runs in its environment as ``python -m peers.llm_compressor.quantize JOB``.
+"""
 
 import time
 from pathlib import Path
@@ -44,11 +47,14 @@ def quantise(job: Job) -> Result:
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.settings["dtype"])
     rows, modifiers = tokens.tolist(), recipe(job)
     if not torch.accelerator.is_available():
-        # 0.14's AWQ pins memory for copies to an accelerator even where there is none, which torch refuses.
+        # 0.14's AWQ pins memory for copies to an accelerator even where there is none, which torch
+        # refuses.
         IntermediatesCache.pin_memory = lambda *_: None
     oneshot(
         model=model,
-        dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}),
+        dataset=Dataset.from_dict(
+            {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+        ),
         recipe=modifiers,
         max_seq_length=tokens.shape[1],
         num_calibration_samples=tokens.shape[0],
@@ -62,21 +68,40 @@ def quantise(job: Job) -> Result:
     for name in names:
         module = name.removesuffix(".weight")
         tensors[name] = dequantise(stored, module, job.group_size)
-        kind = f"int4 g{job.group_size}" + (" asymmetric" if f"{module}.weight_zero_point" in stored else " symmetric")
-        linears[name] = StoredLinear(kind, tensors[name].numel(), stored_bits(stored, module, PARTS))
+        kind = f"int4 g{job.group_size}" + (
+            " asymmetric" if f"{module}.weight_zero_point" in stored else " symmetric"
+        )
+        linears[name] = StoredLinear(
+            kind, tensors[name].numel(), stored_bits(stored, module, PARTS)
+        )
     notes = []
     if job.peer == "awq":
         # AWQ moves its scales into the norms before the linears: both belong together.
-        tensors |= {name: tensor for name, tensor in stored.items() if name.endswith("layernorm.weight")}
-        notes.append("AWQ's scales for q, k, v, gate and up are divided out of the blocks' norms, taken from it too.")
+        tensors |= {
+            name: tensor for name, tensor in stored.items() if name.endswith("layernorm.weight")
+        }
+        notes.append(
+            "AWQ's scales for q, k, v, gate and up are divided out of the blocks' norms, taken from"
+            " it too."
+        )
         if not torch.accelerator.is_available():
-            notes.append("The package's pinning of memory, which fails without an accelerator, was left out.")
-    settings = job.settings | {"weights": scheme_of(job).weights.model_dump(mode="json", exclude_none=True)}
-    settings |= {key: str(getattr(modifiers[0], key)) for key in SHOWN if hasattr(modifiers[0], key)}
+            notes.append(
+                "The package's pinning of memory, which fails without an accelerator, was left out."
+            )
+    settings = job.settings | {
+        "weights": scheme_of(job).weights.model_dump(mode="json", exclude_none=True)
+    }
+    settings |= {
+        key: str(getattr(modifiers[0], key)) for key in SHOWN if hasattr(modifiers[0], key)
+    }
     return Result(
-        seconds, settings, versions("llmcompressor", "compressed-tensors", "torch", "transformers"), linears, tensors,
+        seconds,
+        settings,
+        versions("llmcompressor", "compressed-tensors", "torch", "transformers"),
+        linears,
+        tensors,
         notes,
-    )  # fmt: skip
+    )
 
 
 def recipe(job: Job) -> list[Any]:
@@ -117,12 +142,19 @@ def dequantise(stored: dict[str, torch.Tensor], module: str, group_size: int) ->
         packed, scale = stored[f"{module}.weight_packed"], stored[f"{module}.weight_scale"].float()
         rows, columns = (int(size) for size in stored[f"{module}.weight_shape"])
     except KeyError as error:
-        raise PeerError(f"{module}: the checkpoint has no {error.args[0]}; was the layer quantised?") from error
+        raise PeerError(
+            f"{module}: the checkpoint has no {error.args[0]}; was the layer quantised?"
+        ) from error
     if f"{module}.weight_g_idx" in stored or scale.shape != (rows, columns // group_size):
-        raise PeerError(f"{module}: scales {list(scale.shape)} or g_idx do not fit consecutive groups of {group_size}.")
+        raise PeerError(
+            f"{module}: scales {list(scale.shape)} or g_idx do not fit consecutive groups of"
+            f" {group_size}."
+        )
     codes: torch.Tensor = unpack_from_int32(packed, 4, torch.Size([rows, columns])).float()
     if f"{module}.weight_zero_point" in stored:
-        points = unpack_from_int32(stored[f"{module}.weight_zero_point"], 4, scale.shape, packed_dim=0)
+        points = unpack_from_int32(
+            stored[f"{module}.weight_zero_point"], 4, scale.shape, packed_dim=0
+        )
         codes = codes - points.float().repeat_interleave(group_size, dim=1)
     return codes * scale.repeat_interleave(group_size, dim=1)
 

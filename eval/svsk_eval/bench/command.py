@@ -10,7 +10,14 @@ from typing import Any, Final, get_args
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from svsk_eval.bench.runner import BenchOptions, Candidate, bench, package_versions
 from svsk_eval.errors import EvalError
@@ -25,8 +32,14 @@ from svsk_offline.storage.atomic import write_text
 __all__ = ["bench_with_progress", "engine_name", "engine_names", "settings_of", "shown_command"]
 
 _PATH_OPTIONS: Final = (
-    "--text", "--json", "--markdown", "--html", "--work-dir", "--include-path", "--reference",
-)  # fmt: skip
+    "--text",
+    "--json",
+    "--markdown",
+    "--html",
+    "--work-dir",
+    "--include-path",
+    "--reference",
+)
 _PATH_STARTS: Final = ("/", "./", "../", "~")
 _WORDS_OPTION: Final = "--system-instruction"
 
@@ -66,7 +79,9 @@ def settings_of(
     """
     names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
     if not names:
-        raise EvalError(f"--tasks {tasks!r}: expected names separated by commas, such as svsk_smoke.")
+        raise EvalError(
+            f"--tasks {tasks!r}: expected names separated by commas, such as svsk_smoke."
+        )
     if limit is not None and limit < 1:
         raise EvalError(f"--limit {limit}: expected 1 or more items per task.")
     chosen = engine_name(engine)
@@ -76,10 +91,14 @@ def settings_of(
     try:
         generation = simple_parse_args_string(gen_kwargs)
     except (ValueError, IndexError) as error:
-        raise EvalError(f"--gen-kwargs {gen_kwargs}: expected KEY=VALUE,KEY=VALUE ({error}).") from error
+        raise EvalError(
+            f"--gen-kwargs {gen_kwargs}: expected KEY=VALUE,KEY=VALUE ({error})."
+        ) from error
     _check_sampling(generation)
     if system_instruction is not None and not apply_chat_template:
-        raise EvalError("--system-instruction needs --apply-chat-template: a plain prompt has no place for it.")
+        raise EvalError(
+            "--system-instruction needs --apply-chat-template: a plain prompt has no place for it."
+        )
     return BenchSettings(
         tasks=names,
         engine=chosen,
@@ -96,10 +115,13 @@ def settings_of(
 
 
 def _check_sampling(generation: dict[str, Any]) -> None:
-    """Refuse a temperature that would have no effect: the tasks say do_sample: false, and lm-eval keeps to that.
+    """Refuse a temperature that would have no effect.
+
+    The tasks say do_sample: false, and lm-eval keeps to that.
 
     Raises:
-        EvalError: the temperature is above 0 without do_sample=true, or is not a number of 0 or more.
+        EvalError: the temperature is above 0 without do_sample=true, or is not a number of 0 or
+            more.
     """
     if "temperature" not in generation:
         return
@@ -109,11 +131,14 @@ def _check_sampling(generation: dict[str, Any]) -> None:
     except (TypeError, ValueError):
         temperature = math.nan
     if not 0 <= temperature < math.inf:
-        raise EvalError(f"--gen-kwargs temperature={stated}: expected a number of 0 or more, such as 0.6.")
+        raise EvalError(
+            f"--gen-kwargs temperature={stated}: expected a number of 0 or more, such as 0.6."
+        )
     if temperature > 0 and sampled is not True:
         raise EvalError(
-            f"--gen-kwargs temperature={stated} with do_sample {sampled}: expected do_sample=true, because the tasks "
-            f"turn sampling off and answers would be greedy. Add it: --gen-kwargs do_sample=true,temperature={stated}"
+            f"--gen-kwargs temperature={stated} with do_sample {sampled}: expected do_sample=true,"
+            " because the tasks turn sampling off and answers would be greedy. Add it:"
+            f" --gen-kwargs do_sample=true,temperature={stated}"
         )
 
 
@@ -154,16 +179,23 @@ def bench_with_progress(
     """Run :func:`svsk_eval.bench.runner.bench` with a progress bar, show its report and write it where asked.
 
     Returns:
-        Whether every variant keeps ``min_recovery`` of the reference's score on every task; true without a minimum.
+        Whether every variant keeps ``min_recovery`` of the reference's score on every task; true
+        without a minimum.
 
     Raises:
-        EvalError: see there; a file could not be written there; the minimum is not a share; a package that a page needs
-            is absent; or the models cannot be compared, in which case ``json_file`` is written all the same.
+        EvalError: see there; a file could not be written there; the minimum is not a share; a
+            package that a page needs is absent; or the models cannot be compared, in which case
+            ``json_file`` is written all the same.
     """
     check_writable({"--json": json_file, "--markdown": markdown, "--html": html})
     if min_recovery is not None and not 0 < min_recovery <= 1:
-        raise EvalError(f"--min-recovery {min_recovery}: expected a share of the reference's score, such as 0.98.")
-    write_page = html_writer() if html is not None else None  # a missing package is told now, not after hours
+        raise EvalError(
+            f"--min-recovery {min_recovery}: expected a share of the reference's score, such as"
+            " 0.98."
+        )
+    write_page = (
+        html_writer() if html is not None else None
+    )  # a missing package is told now, not after hours
     if options.text is not None and not options.text.text.is_file():
         raise EvalError(f"--text {options.text.text}: no such file.")
     report = _run(console, candidates, settings, options)
@@ -179,16 +211,26 @@ def bench_with_progress(
         return True
     failed = [result for result in recovery_gate(analysis, min_recovery) if not result.passed]
     for result in failed:
-        console.print(f"[red]below the minimum:[/] {escape(result.variant)}, {escape(result.task)}: {result.reason}")
+        console.print(
+            f"[red]below the minimum:[/] {escape(result.variant)}, {escape(result.task)}:"
+            f" {result.reason}"
+        )
     return not failed
 
 
 def _run(
-    console: Console, candidates: Sequence[Candidate], settings: BenchSettings, options: BenchOptions
+    console: Console,
+    candidates: Sequence[Candidate],
+    settings: BenchSettings,
+    options: BenchOptions,
 ) -> BenchReport:
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-    )  # fmt: skip
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         line = bar.add_task("", total=None)
         last = ""
@@ -199,6 +241,8 @@ def _run(
             if text != last and not console.is_terminal:
                 console.print(text, highlight=False, markup=False)  # a log gets a line per task
             last = text
-            bar.update(line, description=text.replace("[", r"\["), completed=done, total=asked or None)
+            bar.update(
+                line, description=text.replace("[", r"\["), completed=done, total=asked or None
+            )
 
         return bench(candidates, settings, options, show)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """lm-eval's models for vLLM and transformers, with every answer written to a journal as it is finished.
 
-Requests whose answer is in the journal are not run. The prompts, stop strings and settings are lm-eval's own; vLLM is
-fed request by request instead of in one call, because a call returns only when its last answer is finished.
+Requests whose answer is in the journal are not run. The prompts, stop strings and settings are
+lm-eval's own; vLLM is fed request by request instead of in one call, because a call returns only
+when its last answer is finished.
 """
 
 import importlib
@@ -17,7 +18,9 @@ from svsk_offline.storage.model_loading import attention_arguments, read_model_c
 __all__ = ["hf_model", "vllm_model"]
 
 
-def hf_model(arguments: dict[str, Any], journal: Journal, progress: Progress, seed: int = 0) -> JournaledModel:
+def hf_model(
+    arguments: dict[str, Any], journal: Journal, progress: Progress, seed: int = 0
+) -> JournaledModel:
     """lm-eval's ``hf`` model with a journal; SVSK checkpoints are dequantised.
 
     Args:
@@ -26,9 +29,13 @@ def hf_model(arguments: dict[str, Any], journal: Journal, progress: Progress, se
         progress: see :data:`Progress`.
         seed: of answers that are sampled.
     """
-    importlib.import_module("svsk_vllm.hf")  # registers the method with transformers when it is imported
+    importlib.import_module(
+        "svsk_vllm.hf"
+    )  # registers the method with transformers when it is imported
     trust = bool(arguments.get("trust_remote_code"))
-    attention = attention_arguments(read_model_config(arguments["pretrained"], trust_remote_code=trust))
+    attention = attention_arguments(
+        read_model_config(arguments["pretrained"], trust_remote_code=trust)
+    )
     model = _JournaledHF(**{**attention, **arguments})
     model.attach(journal, progress)
     model.seed = seed
@@ -48,13 +55,15 @@ def vllm_model(arguments: dict[str, Any], journal: Journal, progress: Progress) 
     """
     if int(arguments.get("data_parallel_size", 1)) > 1:
         raise EvalError(
-            f"data_parallel_size={arguments['data_parallel_size']}: answers are kept one by one only from one engine. "
-            "Use tensor_parallel_size, or run the models on a GPU each."
+            f"data_parallel_size={arguments['data_parallel_size']}: answers are kept one by one"
+            " only from one engine. Use tensor_parallel_size, or run the models on a GPU each."
         )
     try:
         from svsk_eval.bench.vllm_engine import JournaledVLLM  # starts vLLM
     except ImportError as error:
-        raise EvalError(f"--engine vllm: vLLM is not installed ({error}). Install it, or use --engine hf.") from error
+        raise EvalError(
+            f"--engine vllm: vLLM is not installed ({error}). Install it, or use --engine hf."
+        ) from error
     model: JournaledModel = JournaledVLLM(**arguments)
     model.attach(journal, progress)
     return model

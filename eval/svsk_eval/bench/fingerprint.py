@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What answers and scores depend on besides models and settings: the code that makes them, and the environment."""
+"""What answers and scores depend on besides models and settings.
+
+The code that makes them, and the environment.
+"""
 
 import hashlib
 import os

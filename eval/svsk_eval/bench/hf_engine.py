@@ -25,7 +25,9 @@ class _JournaledHF(JournaledModel, HFLM):
         self._rows: list[tuple[int, bool]] = []
         self._keys: dict[str, list[str]] = {}
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         keys = request_keys("loglikelihood", (request.args for request in requests))
         if todo := self._missing(keys):
             super().loglikelihood([requests[i] for i in todo], disable_tqdm=disable_tqdm)
@@ -34,7 +36,9 @@ class _JournaledHF(JournaledModel, HFLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         keys = request_keys("loglikelihood_rolling", (request.args for request in requests))
-        for index in self._missing(keys):  # one by one: HFLM reports an answer after all windows of all texts
+        for index in self._missing(
+            keys
+        ):  # one by one: HFLM reports an answer after all windows of all texts
             super().loglikelihood_rolling([requests[index]], disable_tqdm=True)
         return [self.journal.likelihood(key).logprob for key in keys]
 
@@ -52,8 +56,8 @@ class _JournaledHF(JournaledModel, HFLM):
     def _generate(self, requests: list[tuple[str, str, dict[str, Any]]]) -> None:
         size = len(requests)
         if any(is_sampled(settings) for _, _, settings in requests):
-            # torch's random numbers belong to a batch: a seed of its own makes them independent of the batches before
-            # it, so that a run that goes on does not draw the same again.
+            # torch's random numbers belong to a batch: a seed of its own makes them independent of
+            # the batches before it, so that a run that goes on does not draw the same again.
             size = int(self.batch_size)
         for start in range(0, len(requests), size):
             batch = requests[start : start + size]
@@ -61,7 +65,9 @@ class _JournaledHF(JournaledModel, HFLM):
             torch.manual_seed(int(hashlib.sha256(text.encode()).hexdigest()[:8], 16))
             self._keys = {}
             for key, *arguments in batch:
-                self._keys.setdefault(request_keys("generate_until", [arguments])[0], []).append(key)
+                self._keys.setdefault(request_keys("generate_until", [arguments])[0], []).append(
+                    key
+                )
             HFLM.generate_until(
                 self,
                 [
@@ -70,13 +76,18 @@ class _JournaledHF(JournaledModel, HFLM):
                 ],
             )
 
-    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any
+    ) -> torch.Tensor:
         output: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)
         self._rows = [self._ending(row, stop) for row in output[:, context.shape[1] :].tolist()]
         return output
 
     def _ending(self, row: list[int], stop: list[str]) -> tuple[int, bool]:
-        """Tokens of an answer up to its end, and whether it has one; a batch runs on until its last answer ends."""
+        """Tokens of an answer up to its end, and whether it has one.
+
+        A batch runs on until its last answer ends.
+        """
         ends = self.model.generation_config.eos_token_id
         ends = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
         length = next((i + 1 for i, token in enumerate(row) if token in ends), None)
@@ -87,5 +98,7 @@ class _JournaledHF(JournaledModel, HFLM):
         while low < high:
             middle = (low + high) // 2
             text = self.tok_decode(row[:middle], skip_special_tokens=False)
-            low, high = (low, middle) if any(term and term in text for term in stop) else (middle + 1, high)
+            low, high = (
+                (low, middle) if any(term and term in text for term in stop) else (middle + 1, high)
+            )
         return low, True

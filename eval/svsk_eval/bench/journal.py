@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The answers a model has given so far, on disk as they come: what a killed run has finished is not asked again."""
+"""The answers a model has given so far, on disk as they come.
+
+What a killed run has finished is not asked again.
+"""
 
 import fcntl
 import hashlib
@@ -41,7 +44,8 @@ class Likelihood(BaseModel):
 
     Attributes:
         logprob: of the continuation, nats; of all tokens for ``loglikelihood_rolling``.
-        greedy: whether the continuation is what greedy decoding gives; None for ``loglikelihood_rolling``.
+        greedy: whether the continuation is what greedy decoding gives; None for
+            ``loglikelihood_rolling``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -62,13 +66,16 @@ class _Line(BaseModel):
 _LINE: Final = TypeAdapter(_Line)
 
 
-def request_keys(kind: str, requests: Iterable[Sequence[Any]], *, numbered: bool = False) -> list[str]:
+def request_keys(
+    kind: str, requests: Iterable[Sequence[Any]], *, numbered: bool = False
+) -> list[str]:
     """Names under which answers are kept: SHA-256 of a request's kind and arguments.
 
     Args:
         kind: lm-eval's method, ``generate_until`` and the like.
         requests: arguments that JSON can write.
-        numbered: tell equal requests apart by their order, for answers that are sampled; else they share one answer.
+        numbered: tell equal requests apart by their order, for answers that are sampled; else they
+            share one answer.
     """
     seen: Counter[str] = Counter()
     keys = []
@@ -84,8 +91,9 @@ def request_keys(kind: str, requests: Iterable[Sequence[Any]], *, numbered: bool
 class Journal:
     """Answers by key in a file of JSON lines that only grows.
 
-    A line is flushed when it is written, and synced to disk at least once a second, so that a killed process loses
-    nothing and a machine that fails a second. What a killed process wrote of its last line is dropped.
+    A line is flushed when it is written, and synced to disk at least once a second, so that a
+    killed process loses nothing and a machine that fails a second. What a killed process wrote of
+    its last line is dropped.
 
     Args:
         path: the file; is made if there is none.
@@ -161,8 +169,8 @@ class Journal:
                 found = _LINE.validate_json(line)
             except ValidationError as error:
                 raise EvalError(
-                    f"{self.path}, line {number}: is damaged ({error.errors()[0]['msg']}). Delete that line: its item "
-                    "will be run again."
+                    f"{self.path}, line {number}: is damaged ({error.errors()[0]['msg']}). Delete"
+                    " that line: its item will be run again."
                 ) from error
             answers[found.key] = found.answer
             whole += len(line)

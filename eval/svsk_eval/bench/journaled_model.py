@@ -40,7 +40,8 @@ class JournaledModel(TemplateLM):
     Attributes:
         journal: answers, old and new.
         clock: of generation, new answers only.
-        cut_prompts: how many prompts did not fit the model's context and were cut, as lm-eval does; with vLLM only.
+        cut_prompts: how many prompts did not fit the model's context and were cut, as lm-eval does;
+            with vLLM only.
     """
 
     journal: Journal
@@ -110,7 +111,7 @@ def likelihood(logprob: float, greedy: bool | None) -> Likelihood:
     """
     if not math.isfinite(logprob):
         raise EvalError(
-            f"The model gives a text the log-probability {logprob}. Try another --dtype, and check the weights: "
-            "`svsk eval MODEL --text TEXT --dtype float32`."
+            f"The model gives a text the log-probability {logprob}. Try another --dtype, and check"
+            " the weights: `svsk eval MODEL --text TEXT --dtype float32`."
         )
     return Likelihood(logprob=logprob, greedy=greedy)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model folder tells without being loaded: identity, method, size, bits per weight. Any quantiser's."""
+"""What a model folder tells without being loaded.
+
+Identity, method, size, bits per weight. Any quantiser's.
+"""
 
 import hashlib
 import math
@@ -19,7 +22,11 @@ from svsk_vllm.format.spec import TensorSpec
 __all__ = ["Folder", "bits_per_weight", "read_folder"]
 
 _IDENTITY: Final = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", "*.bin", "*.gguf")
-_OTHER_WEIGHTS: Final = ("*.safetensors", "*.bin", "*.gguf")  # where the names of Transformers are not used
+_OTHER_WEIGHTS: Final = (
+    "*.safetensors",
+    "*.bin",
+    "*.gguf",
+)  # where the names of Transformers are not used
 _DENSE: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -31,7 +38,8 @@ class Folder:
         path: the folder.
         fingerprint: SHA-256 over configuration, tokenizer and weights.
         method: ``quant_method`` of its configuration, ``none`` for a dense model.
-        size_bytes: of the weight files that are loaded; copies of the weights beside them do not count.
+        size_bytes: of the weight files that are loaded; copies of the weights beside them do not
+            count.
         tensors: by name; empty where the weights are not safetensors.
     """
 
@@ -87,7 +95,9 @@ def read_folder(path: Path) -> Folder:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The files that loading the model reads: shards of the index, else the single file, else all of the first kind.
+    """The files that loading the model reads.
+
+    Shards of the index, else the single file, else all of the first kind.
 
     Raises:
         EvalError: there are none, or vLLM and transformers would load different ones.
@@ -97,15 +107,20 @@ def _weight_files(path: Path) -> list[Path]:
         names = sorted(set(read_weight_map(path / INDEX_NAME).values()))
         if names and SINGLE_NAME not in names and (path / SINGLE_NAME).exists():
             raise EvalError(
-                f"{path}: transformers loads {SINGLE_NAME}, vLLM what {INDEX_NAME} names. Remove the one that is old."
+                f"{path}: transformers loads {SINGLE_NAME}, vLLM what {INDEX_NAME} names. Remove"
+                " the one that is old."
             )
         found = [path / name for name in names]
     elif (path / SINGLE_NAME).exists():
         found = [path / SINGLE_NAME]
     else:
-        found = next((files for pattern in _OTHER_WEIGHTS if (files := sorted(path.glob(pattern)))), [])
+        found = next(
+            (files for pattern in _OTHER_WEIGHTS if (files := sorted(path.glob(pattern)))), []
+        )
     if not found:
-        raise EvalError(f"{path}: has no weights, expected *.safetensors files. Copy or write the folder again.")
+        raise EvalError(
+            f"{path}: has no weights, expected *.safetensors files. Copy or write the folder again."
+        )
     return found
 
 
@@ -135,8 +150,9 @@ class _NamedOtherwise(ShardedReader):
             for name in self._open(file.name).keys():  # noqa: SIM118  # not a dictionary
                 if name in self._shard_of:
                     raise EvalError(
-                        f"{folder}: {name} is in {self._shard_of[name]} and in {file.name}, and there is no "
-                        f"{INDEX_NAME} that says which is loaded. Remove the file that is not."
+                        f"{folder}: {name} is in {self._shard_of[name]} and in {file.name}, and"
+                        f" there is no {INDEX_NAME} that says which is loaded. Remove the file that"
+                        " is not."
                     )
                 self._shard_of[name] = file.name
 
@@ -144,16 +160,17 @@ class _NamedOtherwise(ShardedReader):
 def bits_per_weight(reference: Folder, folders: Iterable[Folder]) -> list[float | None]:
     """Bits stored per weight, over the linears of the reference that at least one of the folders stores otherwise.
 
-    Everything stored under a linear's name counts, but for its bias: codes, scales, zero points, permutations, factors.
-    The same linears are counted for all, so that a folder that leaves some of them dense pays for it.
+    Everything stored under a linear's name counts, but for its bias: codes, scales, zero points,
+    permutations, factors. The same linears are counted for all, so that a folder that leaves some
+    of them dense pays for it.
 
     Args:
         reference: a dense model.
         folders: the models to measure.
 
     Returns:
-        One figure per folder; None where the folder names its linears otherwise or is not in safetensors, and for all
-        if no folder stores anything otherwise.
+        One figure per folder; None where the folder names its linears otherwise or is not in
+        safetensors, and for all if no folder stores anything otherwise.
     """
     dense = {
         name: parts["weight"]
@@ -161,12 +178,25 @@ def bits_per_weight(reference: Folder, folders: Iterable[Folder]) -> list[float 
         if "weight" in parts and parts["weight"].dtype in _DENSE and len(parts["weight"].shape) == 2
     }
     found = [folder.modules for folder in folders]
-    changed = {name for name, stored in dense.items() for parts in found if _is_changed(stored, parts.get(name))}
+    changed = {
+        name
+        for name, stored in dense.items()
+        for parts in found
+        if _is_changed(stored, parts.get(name))
+    }
     weights = sum(math.prod(dense[name].shape) for name in changed)
     return [
-        sum(part.num_bits for name in changed for rest, part in parts[name].items() if rest != "bias") / weights
-        if weights and changed <= parts.keys()
-        else None
+        (
+            sum(
+                part.num_bits
+                for name in changed
+                for rest, part in parts[name].items()
+                if rest != "bias"
+            )
+            / weights
+            if weights and changed <= parts.keys()
+            else None
+        )
         for parts in found
     ]
 

@@ -26,7 +26,14 @@ from svsk_eval.bench.worker import WorkerRequest, WorkerResult
 from svsk_eval.errors import EvalError
 from svsk_eval.processes import ending, log_tail, run_module
 from svsk_eval.report.analysis import check_tasks
-from svsk_eval.report.schema import BenchReport, BenchSettings, Engine, Generation, ModelRun, TextScores
+from svsk_eval.report.schema import (
+    BenchReport,
+    BenchSettings,
+    Engine,
+    Generation,
+    ModelRun,
+    TextScores,
+)
 from svsk_offline.storage.atomic import write_text
 from svsk_offline.storage.locks import LOCK_NAME, locked
 from svsk_offline.storage.model_loading import resolve_model
@@ -59,7 +66,8 @@ class TextOptions:
         text: plain text file.
         chunks: how many to score.
         seq_len: tokens per chunk.
-        engines: ``hf`` for KL, top-1 and NLL of the dequantised weights, ``vllm`` for the NLL of the served model.
+        engines: ``hf`` for KL, top-1 and NLL of the dequantised weights, ``vllm`` for the NLL of
+            the served model.
     """
 
     text: Path
@@ -113,18 +121,23 @@ def package_versions(engine: Engine) -> dict[str, str]:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError as error:
-            raise EvalError(f"The package {name} is not installed: pip install 'svsk-vllm[eval]'.") from error
+            raise EvalError(
+                f"The package {name} is not installed: pip install 'svsk-vllm[eval]'."
+            ) from error
     return found
 
 
 def bench(
-    candidates: Sequence[Candidate], settings: BenchSettings, options: BenchOptions, progress: Progress
+    candidates: Sequence[Candidate],
+    settings: BenchSettings,
+    options: BenchOptions,
+    progress: Progress,
 ) -> BenchReport:
     """Run every model, one after the other, each in a process of its own.
 
-    What is in the work folder already is not run again, so that a run that was killed, at whatever point, goes on where
-    it was when it is started again. Answers belong to a model by its files' contents, and to the settings that can
-    change them, not to its name.
+    What is in the work folder already is not run again, so that a run that was killed, at whatever
+    point, goes on where it was when it is started again. Answers belong to a model by its files'
+    contents, and to the settings that can change them, not to its name.
 
     Args:
         candidates: the reference first.
@@ -144,7 +157,9 @@ def bench(
     if options.text is not None:
         from svsk_eval.text.scoring import check_longest, declared_limits
 
-        for folder in folders:  # each scores the text in its turn; what cannot is told before the first
+        for (
+            folder
+        ) in folders:  # each scores the text in its turn; what cannot is told before the first
             longest = declared_limits(folder.path, trust_remote_code=trust)[1]
             check_longest(folder.path, longest, options.text.seq_len)
     bits = bits_per_weight(folders[0], folders)
@@ -152,7 +167,10 @@ def bench(
     with locked(options.work_dir / LOCK_NAME, options.work_dir):
         # Texts first: they take minutes, and show whether a model can be loaded.
         pairs = list(zip(candidates, folders, strict=True))
-        texts = [_score_text(one, folder, folders[0], settings, options, progress) for one, folder in pairs]
+        texts = [
+            _score_text(one, folder, folders[0], settings, options, progress)
+            for one, folder in pairs
+        ]
         models: list[ModelRun] = []
         for index, (one, folder) in enumerate(pairs):
             same = sum(folder.fingerprint == other.fingerprint for other in folders[:index])
@@ -169,11 +187,27 @@ def bench(
 
 
 def _run_tasks(
-    one: Candidate, folder: Folder, same: int, settings: BenchSettings, options: BenchOptions, progress: Progress
+    one: Candidate,
+    folder: Folder,
+    same: int,
+    settings: BenchSettings,
+    options: BenchOptions,
+    progress: Progress,
 ) -> WorkerResult:
-    """Run a model's tasks; ``same`` models before it are the same one, and its answers are to be its own."""
-    # What changes a model's answers decides where they are kept; prompts and generation settings are in their keys.
-    decides = [folder.fingerprint, settings.engine, options.dtype, settings.seed, settings.model_args, same]
+    """Run a model's tasks.
+
+    ``same`` models before it are the same one, and its answers are to be its own.
+    """
+    # What changes a model's answers decides where they are kept; prompts and generation settings
+    # are in their keys.
+    decides = [
+        folder.fingerprint,
+        settings.engine,
+        options.dtype,
+        settings.seed,
+        settings.model_args,
+        same,
+    ]
     decides += [*_surroundings(), options.batch_size if settings.engine == "hf" else None]
     work = _work_folder(options.work_dir, one, "answers", decides)
     request = WorkerRequest(
@@ -199,12 +233,16 @@ def _run_tasks(
         else:
             progress(one.label, message["task"], message["done"], message["asked"])
 
-    code = run_module("svsk_eval.bench.worker", [str(work / "request.json")], work / "log.txt", told)
+    code = run_module(
+        "svsk_eval.bench.worker", [str(work / "request.json")], work / "log.txt", told
+    )
     if errors:
         raise EvalError(f"{one.label}: {errors[0]}")
     if code:
         log = work / "log.txt"
-        raise EvalError(f"{one.label}: its process failed ({ending(code)}). The end of {log}:\n{log_tail(log)}")
+        raise EvalError(
+            f"{one.label}: its process failed ({ending(code)}). The end of {log}:\n{log_tail(log)}"
+        )
     return WorkerResult.model_validate_json((work / "result.json").read_bytes())
 
 
@@ -222,17 +260,34 @@ def _score_text(
     text = options.text
     scores = []
     for engine in text.engines:
-        command = ["eval", str(folder.path), "--text", str(text.text), "--engine", engine, "--dtype", options.dtype]
+        command = [
+            "eval",
+            str(folder.path),
+            "--text",
+            str(text.text),
+            "--engine",
+            engine,
+            "--dtype",
+            options.dtype,
+        ]
         command += ["--chunks", str(text.chunks), "--seq-len", str(text.seq_len)]
         if folder.fingerprint != reference.fingerprint:
             command += ["--reference", str(reference.path)]
         if settings.model_args.get("trust_remote_code"):
             command.append("--trust-remote-code")
         if engine == settings.engine == "vllm":
-            for name in sorted(_ENGINE_ARGUMENTS & settings.model_args.keys()):  # one order, or it is scored anew
+            for name in sorted(
+                _ENGINE_ARGUMENTS & settings.model_args.keys()
+            ):  # one order, or it is scored anew
                 command += ["--engine-arg", f"{name}={json.dumps(settings.model_args[name])}"]
         content = hashlib.sha256(_read(text.text)).hexdigest()
-        decides = [folder.fingerprint, reference.fingerprint, content, command[4:], *_surroundings()]
+        decides = [
+            folder.fingerprint,
+            reference.fingerprint,
+            content,
+            command[4:],
+            *_surroundings(),
+        ]
         work = _work_folder(options.work_dir, one, "text", decides)
         result = work / "scores.json"
         if not result.is_file():
@@ -240,10 +295,15 @@ def _score_text(
             with (work / "log.txt").open("wb") as output:
                 done = subprocess.run(
                     [sys.executable, "-m", "svsk_eval.cli", *command, "--json", str(result)],
-                    stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False,
-                )  # fmt: skip
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    check=False,
+                )
             if done.returncode:
-                raise EvalError(f"{one.label}: scoring {text.text} failed:\n{log_tail(work / 'log.txt')}")
+                raise EvalError(
+                    f"{one.label}: scoring {text.text} failed:\n{log_tail(work / 'log.txt')}"
+                )
         found: dict[str, Any] = json.loads(result.read_bytes())
         fields = {name: found.get(name) for name in TextScores.model_fields if name in found}
         scores.append(TextScores.model_validate(fields | {"engine": engine}))
@@ -251,19 +311,36 @@ def _score_text(
 
 
 _ENGINE_ARGUMENTS: Final = {
-    "enforce_eager", "gpu_memory_utilization", "kv_cache_dtype", "max_num_batched_tokens", "max_num_seqs",
-    "pipeline_parallel_size", "quantization", "revision", "tensor_parallel_size", "tokenizer",
-}  # fmt: skip
-"""Model arguments that also concern the scoring of a text: those that say how and where the model runs."""
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "kv_cache_dtype",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "pipeline_parallel_size",
+    "quantization",
+    "revision",
+    "tensor_parallel_size",
+    "tokenizer",
+}
+"""Model arguments that also concern the scoring of a text.
+
+Those that say how and where the model runs.
+"""
 
 
 def _model_run(
-    one: Candidate, folder: Folder, bpw: float | None, result: WorkerResult, texts: tuple[TextScores, ...]
+    one: Candidate,
+    folder: Folder,
+    bpw: float | None,
+    result: WorkerResult,
+    texts: tuple[TextScores, ...],
 ) -> ModelRun:
     speeds = [task.generation for task in result.tasks if task.generation is not None]
     generation = None
     if speeds:
-        generation = Generation(tokens=sum(s.tokens for s in speeds), seconds=sum(s.seconds for s in speeds))
+        generation = Generation(
+            tokens=sum(s.tokens for s in speeds), seconds=sum(s.seconds for s in speeds)
+        )
     return ModelRun(
         label=one.label,
         model=one.name if not Path(one.name).exists() else folder.path.resolve().name,
@@ -279,7 +356,10 @@ def _model_run(
 
 
 def _work_folder(work_dir: Path, one: Candidate, kind: str, decides: list[Any]) -> Path:
-    """A folder for what depends on ``decides``: the one that is there, whatever the label was then, or a new one."""
+    """A folder for what depends on ``decides``.
+
+    The one that is there, whatever the label was then, or a new one.
+    """
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
     found = next(work_dir.glob(f"*-{kind}-{digest}"), None)
     if found is None:
@@ -302,7 +382,9 @@ def _surroundings() -> tuple[Any, ...]:
 def _hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    names = re.findall(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")).decode(), flags=re.MULTILINE)
+    names = re.findall(
+        r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")).decode(), flags=re.MULTILINE
+    )
     return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else 'an unnamed CPU'}"
 
 

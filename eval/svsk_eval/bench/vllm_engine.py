@@ -16,7 +16,10 @@ from svsk_eval.errors import EvalError
 __all__ = ["JournaledVLLM"]
 
 _WAITING: Final = 1024
-"""Requests given to vLLM at a time: enough to fill any batch, few enough to take no memory to speak of."""
+"""Requests given to vLLM at a time.
+
+Enough to fill any batch, few enough to take no memory to speak of.
+"""
 
 
 class JournaledVLLM(JournaledModel, VLLM):
@@ -32,37 +35,57 @@ class JournaledVLLM(JournaledModel, VLLM):
             )
             if limit >= self.max_length:
                 raise EvalError(
-                    f"Answers may have {limit} tokens, which leaves no room for a prompt in a context of "
-                    f"{self.max_length}. Lower max_gen_toks (--gen-kwargs) or raise --model-arg max_model_len."
+                    f"Answers may have {limit} tokens, which leaves no room for a prompt in a"
+                    f" context of {self.max_length}. Lower max_gen_toks (--gen-kwargs) or raise"
+                    " --model-arg max_model_len."
                 )
             prompts.append(self._fitting(tokens, limit))
             if is_sampled(settings):
                 # A seed of its own, so that an answer does not depend on what else is in the batch.
                 kwargs.setdefault("seed", (self.model_args["seed"] + int(key[:8], 16)) % 2**32)
             else:
-                kwargs["temperature"] = 0.0  # lm-eval leaves it out if a task does, and vLLM would sample
+                kwargs["temperature"] = (
+                    0.0  # lm-eval leaves it out if a task does, and vLLM would sample
+                )
             stops.append(until)
-            # A thinking model may write the task's stop strings while it thinks: they are applied afterwards.
-            params.append(SamplingParams(max_tokens=limit, stop=[eos] if self.think_end_token else until, **kwargs))
+            # A thinking model may write the task's stop strings while it thinks: they are applied
+            # afterwards.
+            params.append(
+                SamplingParams(
+                    max_tokens=limit, stop=[eos] if self.think_end_token else until, **kwargs
+                )
+            )
         for index, output in self._stream(prompts, params):
             answer = output.outputs[0]
             if answer.finish_reason not in ("stop", "length"):
-                raise EvalError(f"vLLM ended a request with {answer.finish_reason!r}, expected 'stop' or 'length'.")
+                raise EvalError(
+                    f"vLLM ended a request with {answer.finish_reason!r}, expected 'stop' or"
+                    " 'length'."
+                )
             text = postprocess_generated_text(answer.text, stops[index], self.think_end_token)
             stopped = answer.finish_reason == "stop"
-            self._keep(requests[index][0], Generated(text=text, tokens=len(answer.token_ids), stopped=stopped))
+            self._keep(
+                requests[index][0],
+                Generated(text=text, tokens=len(answer.token_ids), stopped=stopped),
+            )
 
     def _fitting(self, tokens: list[int], limit: int) -> list[int]:
         """The prompt, cut as lm-eval cuts it where it does not fit beside an answer of ``limit`` tokens."""
         cut, _ = maybe_truncate(
-            tokens, max_gen_toks=limit, max_model_len=self.max_length, side=self.truncation_side, verbose=False
+            tokens,
+            max_gen_toks=limit,
+            max_model_len=self.max_length,
+            side=self.truncation_side,
+            verbose=False,
         )
         if len(cut) < len(tokens):
             self.cut_prompts += 1
         kept: list[int] = cut
         return kept
 
-    def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         longest = self.max_length - 1  # vLLM generates one token at least
         inputs, contexts = [], []
         for _, context, continuation in requests:
@@ -72,22 +95,28 @@ class JournaledVLLM(JournaledModel, VLLM):
             contexts.append(len(tokens) - len(continuation))
             if contexts[-1] < 1:
                 raise EvalError(
-                    f"A continuation of {len(continuation)} tokens does not fit the model's {self.max_length}. "
-                    "Give a larger --model-arg max_model_len."
+                    f"A continuation of {len(continuation)} tokens does not fit the model's"
+                    f" {self.max_length}. Give a larger --model-arg max_model_len."
                 )
         keys = request_keys("loglikelihood", zip(inputs, contexts, strict=True))
         todo = self._missing(keys)
         asked = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
         for index, output in self._stream([inputs[i] for i in todo], [asked] * len(todo)):
             found = todo[index]
-            self._keep(keys[found], likelihood(*self._parse_logprobs(inputs[found], output, contexts[found])))
+            self._keep(
+                keys[found],
+                likelihood(*self._parse_logprobs(inputs[found], output, contexts[found])),
+            )
         answers = [self.journal.likelihood(key) for key in keys]
         return [(answer.logprob, bool(answer.greedy)) for answer in answers]
 
-    def _stream(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def _stream(
+        self, prompts: Sequence[list[int]], params: Sequence[Any]
+    ) -> Iterator[tuple[int, Any]]:
         """Outputs with the numbers of their requests, as they finish; longest prompts first."""
         engine = self.model.llm_engine
-        # Prompts that are not rendered are taken by all versions, but the later ones say that this will end.
+        # Prompts that are not rendered are taken by all versions, but the later ones say that this
+        # will end.
         render = getattr(getattr(engine, "renderer", None), "render_cmpl", lambda raw: raw)
         order = iter(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
         running = 0

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model on the tasks, in a process of its own: ``python -m svsk_eval.bench.worker REQUEST PIPE``.
+"""One model on the tasks, in a process of its own.
 
-Every answer goes to ``journal.jsonl`` in the work folder as it is finished, every finished task to ``task-*.json``. A
-model whose tasks are all finished is not loaded.
+``python -m svsk_eval.bench.worker REQUEST PIPE``.
+
+Every answer goes to ``journal.jsonl`` in the work folder as it is finished, every finished task to
+``task-*.json``. A model whose tasks are all finished is not loaded.
 """
 
 import hashlib
@@ -43,7 +45,8 @@ class WorkerRequest(BaseModel):
         model: folder.
         folder: of its own, for journal, tasks and result.
         settings: of the run.
-        dtype: of the arithmetic, torch's name, or ``auto`` as ``svsk eval`` takes it with the same engine.
+        dtype: of the arithmetic, torch's name, or ``auto`` as ``svsk eval`` takes it with the same
+            engine.
         include_path: folder of further tasks, or None.
         batch_size: prompts at a time with ``hf``.
         consent: whether code that the model writes may be run.
@@ -81,7 +84,9 @@ class WorkerResult(BaseModel):
     tasks: tuple[TaskResult, ...]
 
 
-def run_worker(request: WorkerRequest, progress: TaskProgress, note: Callable[[str], None]) -> WorkerResult:
+def run_worker(
+    request: WorkerRequest, progress: TaskProgress, note: Callable[[str], None]
+) -> WorkerResult:
     """Run what is not finished yet, and collect all tasks.
 
     Args:
@@ -95,20 +100,26 @@ def run_worker(request: WorkerRequest, progress: TaskProgress, note: Callable[[s
     tasks = _load_tasks(request)
     sources = _sources(request)
     files = {
-        name: request.folder / f"task-{name}-{_task_key(request, task, sources)}.json" for name, task in tasks.items()
+        name: request.folder / f"task-{name}-{_task_key(request, task, sources)}.json"
+        for name, task in tasks.items()
     }
     missing = [name for name in tasks if not files[name].is_file()]
     if missing:
         with Journal(request.folder / "journal.jsonl") as journal:
             current = [""]
-            model = _load_model(request, journal, lambda done, asked: progress(current[0], done, asked))
+            model = _load_model(
+                request, journal, lambda done, asked: progress(current[0], done, asked)
+            )
             for name in missing:
                 current[0] = name
                 cut = model.cut_prompts
                 result = _run_task(request, model, name, tasks[name])
                 write_text(files[name], result.model_dump_json(indent=1))
                 if model.cut_prompts > cut:
-                    note(f"{name}: {model.cut_prompts - cut} prompts were cut to fit the model's context.")
+                    note(
+                        f"{name}: {model.cut_prompts - cut} prompts were cut to fit the model's"
+                        " context."
+                    )
     return WorkerResult(tasks=tuple(_read_result(files[name]) for name in tasks))
 
 
@@ -121,31 +132,36 @@ def _load_tasks(request: WorkerRequest) -> dict[str, Any]:
     metadata = {"pretrained": str(request.model), **request.settings.model_args}
     asked = list(request.settings.tasks)
     sandboxed = set(task_manager(include_defaults=False).all_tasks)
-    # Reading all of lm-eval's own tasks takes seconds: only if one is wanted, or may be in a group of the user's.
+    # Reading all of lm-eval's own tasks takes seconds: only if one is wanted, or may be in a group
+    # of the user's.
     manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
     if not {*asked} <= sandboxed | {*manager.all_subtasks}:
         manager = TaskManager(include_path=folders, metadata=metadata)
     unknown = [name for name in asked if not manager.match_tasks([name])]
     if unknown:
         raise EvalError(
-            f"--tasks {','.join(asked)}: lm-eval knows no {', '.join(unknown)}. `lm_eval ls tasks --include_path "
-            f"{ours}` lists all; --include-path adds a folder of your own."
+            f"--tasks {','.join(asked)}: lm-eval knows no {', '.join(unknown)}. `lm_eval ls tasks"
+            f" --include_path {ours}` lists all; --include-path adds a folder of your own."
         )
-    names = list(dict.fromkeys(match for name in asked for match in sorted(manager.match_tasks([name]))))
+    names = list(
+        dict.fromkeys(match for name in asked for match in sorted(manager.match_tasks([name])))
+    )
     _seed(request.settings.seed)  # some tasks draw their items at random when they are loaded
     tasks: dict[str, Any] = manager.load(names)["tasks"]
     for name, task in tasks.items():
         if task.get_config("output_type") == "generate_until" and request.settings.gen_kwargs:
-            task.set_config(key="generation_kwargs", value=dict(request.settings.gen_kwargs), update=True)
+            task.set_config(
+                key="generation_kwargs", value=dict(request.settings.gen_kwargs), update=True
+            )
         if getattr(task, "UNSAFE_CODE", False) and name not in sandboxed:
             raise EvalError(
-                f"{name} runs code that the model has written, and not in our sandbox. Take svsk_humaneval, svsk_mbpp "
-                "or svsk_code_instruct, or use lm_eval's own command."
+                f"{name} runs code that the model has written, and not in our sandbox. Take"
+                " svsk_humaneval, svsk_mbpp or svsk_code_instruct, or use lm_eval's own command."
             )
         if getattr(task, "UNSAFE_CODE", False) and not request.consent:
             raise EvalError(
-                f"{name} runs code that the model has written. It runs in a sandbox, which is no guarantee: if you "
-                "agree, add --confirm-run-unsafe-code."
+                f"{name} runs code that the model has written. It runs in a sandbox, which is no"
+                " guarantee: if you agree, add --confirm-run-unsafe-code."
             )
     return tasks
 
@@ -157,7 +173,10 @@ def _seed(seed: int) -> None:
 
 
 def _sources(request: WorkerRequest) -> str:
-    """A hash of the files that make prompts and scores of items; lm-eval's own are known by its version."""
+    """A hash of the files that make prompts and scores of items.
+
+    Lm-eval's own are known by its version.
+    """
     package = Path(__file__).parents[1]
     folders = [tasks_folder(), package / "task_data", package / "sandbox", package / "bench"]
     if request.include_path:
@@ -169,7 +188,10 @@ def _task_key(request: WorkerRequest, task: Any, sources: str) -> str:
     """What a task's scores depend on besides the model, which has a folder of its own, as a short hash."""
     settings = request.settings
     hashed = hashlib.sha256(sources.encode())
-    own = settings.model_dump(mode="json", exclude={"tasks"}) | {"dtype": request.dtype, "batch": request.batch_size}
+    own = settings.model_dump(mode="json", exclude={"tasks"}) | {
+        "dtype": request.dtype,
+        "batch": request.batch_size,
+    }
     hashed.update(json.dumps([own, task.dump_config()], sort_keys=True, default=_plain).encode())
     examples = task.fewshot_docs() if task.get_config("num_fewshot") else None
     for doc in (*(doc for _, doc in task.doc_iterator(limit=settings.limit)), *(examples or ())):
@@ -178,11 +200,16 @@ def _task_key(request: WorkerRequest, task: Any, sources: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A configuration's value that is not JSON; functions by name, because their addresses change."""
+    """A configuration's value that is not JSON.
+
+    Functions by name, because their addresses change.
+    """
     return str(getattr(value, "__name__", value))
 
 
-def _load_model(request: WorkerRequest, journal: Journal, progress: Callable[[int, int], None]) -> Any:
+def _load_model(
+    request: WorkerRequest, journal: Journal, progress: Callable[[int, int], None]
+) -> Any:
     from svsk_eval.bench.engines import hf_model, vllm_model
 
     settings = request.settings
@@ -192,7 +219,11 @@ def _load_model(request: WorkerRequest, journal: Journal, progress: Callable[[in
         return vllm_model(own | chosen, journal, progress)
     device = str(chosen.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = resolve_dtype(None if request.dtype == "auto" else request.dtype, torch.device(device))
-    own = {"batch_size": request.batch_size, "device": device, "dtype": str(dtype).removeprefix("torch.")}
+    own = {
+        "batch_size": request.batch_size,
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     return hf_model(own | chosen, journal, progress, settings.seed)
 
 
@@ -205,7 +236,8 @@ def _run_task(request: WorkerRequest, model: Any, name: str, task: Any) -> TaskR
     found = lm_eval.simple_evaluate(
         model=model,
         tasks=[task],
-        # Only names are looked up in it, and this task is loaded already; reading all of lm-eval's takes seconds.
+        # Only names are looked up in it, and this task is loaded already; reading all of lm-eval's
+        # takes seconds.
         task_manager=TaskManager(include_defaults=False),
         limit=settings.limit,
         log_samples=True,
@@ -237,8 +269,8 @@ def task_run(name: str, task: Any, found: Mapping[str, Any], model: Any) -> Task
         model: the :class:`svsk_eval.bench.engines.JournaledModel` that answered.
 
     Raises:
-        EvalError: the task has no metric that is a mean over items, or its primary metric is not, or is not better when
-            it is higher.
+        EvalError: the task has no metric that is a mean over items, or its primary metric is not,
+            or is not better when it is higher.
     """
     samples: dict[str, dict[int, Mapping[str, Any]]] = {}
     for sample in found["samples"][name]:
@@ -251,19 +283,23 @@ def task_run(name: str, task: Any, found: Mapping[str, Any], model: Any) -> Task
             values = [by_id[index][metric] for index in doc_ids]
             if all(isinstance(value, (bool, int, float, np.number)) for value in values):
                 mean = found["results"][name].get(f"{metric},{kind}")
-                # Others, such as perplexities, are no means over items, and cannot be compared item by item.
+                # Others, such as perplexities, are no means over items, and cannot be compared item
+                # by item.
                 if isinstance(mean, (int, float)) and abs(mean - float(np.mean(values))) < 1e-6:
                     scores[f"{metric},{kind}"] = tuple(float(value) for value in values)
     wanted = (task.config.metadata or {}).get("primary")
     primary = wanted or next(iter(scores), None)
     if primary not in scores:
         raise EvalError(
-            f"{name}: its {'primary metric ' + wanted if wanted else 'metrics'} cannot be compared item by item, being "
-            f"no mean over items: {', '.join(found['results'][name])}. Leave the task out, or name another metric as "
-            "`metadata: {primary: METRIC,FILTER}` in its file."
+            f"{name}: its {'primary metric ' + wanted if wanted else 'metrics'} cannot be compared"
+            f" item by item, being no mean over items: {', '.join(found['results'][name])}. Leave"
+            " the task out, or name another metric as `metadata: {primary: METRIC,FILTER}` in"
+            " its file."
         )
     if not found["higher_is_better"][name].get(primary.partition(",")[0], True):
-        raise EvalError(f"{name}: its metric {primary} is better when it is lower, which reports cannot show.")
+        raise EvalError(
+            f"{name}: its metric {primary} is better when it is lower, which reports cannot show."
+        )
     generates = task.get_config("output_type") == "generate_until"
     answers = _answers(model, [first[index] for index in doc_ids]) if generates else []
     return TaskRun(
@@ -275,8 +311,16 @@ def task_run(name: str, task: Any, found: Mapping[str, Any], model: Any) -> Task
         doc_ids=tuple(doc_ids),
         item_hashes=tuple(_item_hash(first[index]) for index in doc_ids),
         scores=scores,
-        output_tokens=tuple(float(np.mean([one.tokens for one in item])) for item in answers) if generates else None,
-        terminated=tuple(float(np.mean([one.stopped for one in item])) for item in answers) if generates else None,
+        output_tokens=(
+            tuple(float(np.mean([one.tokens for one in item])) for item in answers)
+            if generates
+            else None
+        ),
+        terminated=(
+            tuple(float(np.mean([one.stopped for one in item])) for item in answers)
+            if generates
+            else None
+        ),
     )
 
 
@@ -293,7 +337,9 @@ def _answers(model: Any, samples: list[Mapping[str, Any]]) -> list[list[Any]]:
 
 def _item_hash(sample: Mapping[str, Any]) -> str:
     """An item's prompts, with the choices for tasks that have some, and its target."""
-    texts = [[part for part in arguments if isinstance(part, str)] for arguments in sample["arguments"]]
+    texts = [
+        [part for part in arguments if isinstance(part, str)] for arguments in sample["arguments"]
+    ]
     return hashlib.sha256(json.dumps([texts, str(sample["target"])]).encode()).hexdigest()[:16]
 
 
@@ -312,7 +358,10 @@ def _read_result(path: Path) -> TaskResult:
 
 
 def main(request_file: str, pipe: str) -> None:
-    """Run a request; tell the parent of progress through a pipe, and leave the result in the work folder."""
+    """Run a request.
+
+    Tell the parent of progress through a pipe, and leave the result in the work folder.
+    """
     die_with_parent()
     request = WorkerRequest.model_validate_json(Path(request_file).read_bytes())
     if request.consent:

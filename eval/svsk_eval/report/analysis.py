@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All paired comparisons of one report: every variant against the reference, task by task and over all tasks."""
+"""All paired comparisons of one report.
+
+Every variant against the reference, task by task and over all tasks.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,11 +12,27 @@ import numpy as np
 import numpy.typing as npt
 
 from svsk_eval.errors import EvalError
-from svsk_eval.report.paired_statistics import RESAMPLES, Estimate, Paired, estimate, holm, is_binary, paired
+from svsk_eval.report.paired_statistics import (
+    RESAMPLES,
+    Estimate,
+    Paired,
+    estimate,
+    holm,
+    is_binary,
+    paired,
+)
 from svsk_eval.report.pooling import Pooled, pooled
 from svsk_eval.report.schema import BenchReport, ModelRun, TaskRun
 
-__all__ = ["Analysis", "TaskComparison", "TaskEstimates", "VariantComparison", "analyse", "as_analysis", "check_tasks"]
+__all__ = [
+    "Analysis",
+    "TaskComparison",
+    "TaskEstimates",
+    "VariantComparison",
+    "analyse",
+    "as_analysis",
+    "check_tasks",
+]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -22,8 +41,9 @@ _FIGURES: Final = ("score", "terminated", "output_tokens")
 _SHOWN_ITEMS: Final = 3
 _SHOWN_HASH: Final = 12
 _CAUSES: Final = (
-    "What can cause it: another chat template or tokenizer in one of the two folders (compare chat_template.jinja, "
-    "tokenizer_config.json and tokenizer.json), other data, or another --seed, which draws the examples of the prompts."
+    "What can cause it: another chat template or tokenizer in one of the two folders (compare"
+    " chat_template.jinja, tokenizer_config.json and tokenizer.json), other data, or another"
+    " --seed, which draws the examples of the prompts."
 )
 _AGAIN: Final = "Run `svsk bench` on both models again with the same settings, data and versions."
 
@@ -52,7 +72,8 @@ class TaskComparison:
         metric: the primary metric, as in the report.
         score: the difference of the primary metric.
         p_holm: its p-value, adjusted by Holm's method over all variants and tasks of the report.
-        terminated: the difference of the shares of answers that ended by themselves; None where either has none.
+        terminated: the difference of the shares of answers that ended by themselves; None where
+            either has none.
         output_tokens: the difference of the answers' lengths, tokens; None where either has none.
     """
 
@@ -107,13 +128,18 @@ class Analysis:
                 for name in _FIGURES:
                     pair: Paired | None = getattr(task, name)
                     for note in pair.notes if pair else ():
-                        found.setdefault(note, []).append(f"{variant.label}, {task.task}, {name.replace('_', ' ')}")
+                        found.setdefault(note, []).append(
+                            f"{variant.label}, {task.task}, {name.replace('_', ' ')}"
+                        )
             for note in variant.pooled.notes:
                 found.setdefault(note, []).append(variant.label)
         return [f"{note} ({'; '.join(where)})" if where else note for note, where in found.items()]
 
     def to_json(self) -> dict[str, Any]:
-        """The comparisons, without the items, as a dictionary that ``json`` can write; what is not known is null."""
+        """The comparisons, without the items, as a dictionary that ``json`` can write.
+
+        What is not known is null.
+        """
         comparisons = []
         for variant in self.variants:
             found = asdict(variant)
@@ -145,14 +171,23 @@ def analyse(report: BenchReport, notes: Sequence[str] = (), resamples: int = RES
     """
     reference = report.models[0]
     if not reference.tasks:
-        raise EvalError(f"{reference.label}: has no tasks, so there is nothing to show. Run `svsk bench --tasks ...`.")
+        raise EvalError(
+            f"{reference.label}: has no tasks, so there is nothing to show. Run `svsk bench --tasks"
+            " ...`."
+        )
     for run in report.models[1:]:
         check_tasks(reference, run)
-    binary = {name: _binary_figures([run.tasks[name] for run in report.models]) for name in reference.tasks}
-    estimates = {
-        run.label: {name: _estimates(task, binary[name]) for name, task in run.tasks.items()} for run in report.models
+    binary = {
+        name: _binary_figures([run.tasks[name] for run in report.models])
+        for name in reference.tasks
     }
-    variants = _with_holm([_variant(reference, run, binary, resamples) for run in report.models[1:]])
+    estimates = {
+        run.label: {name: _estimates(task, binary[name]) for name, task in run.tasks.items()}
+        for run in report.models
+    }
+    variants = _with_holm(
+        [_variant(reference, run, binary, resamples) for run in report.models[1:]]
+    )
     return Analysis(report, estimates, tuple(variants), tuple(notes))
 
 
@@ -170,39 +205,56 @@ def check_tasks(reference: ModelRun, other: ModelRun, where: str = "") -> None:
         where: file of ``other``, for messages.
 
     Raises:
-        EvalError: they have different tasks, different versions or settings of one, or different items in one.
+        EvalError: they have different tasks, different versions or settings of one, or different
+            items in one.
     """
     name = f"{where}: {other.label}" if where else other.label
-    missing, extra = sorted(reference.tasks.keys() - other.tasks), sorted(other.tasks.keys() - reference.tasks)
+    missing, extra = (
+        sorted(reference.tasks.keys() - other.tasks),
+        sorted(other.tasks.keys() - reference.tasks),
+    )
     if missing or extra:
-        differs = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"also has {', '.join(extra)}"] * bool(extra)
-        raise EvalError(f"{name} {' and '.join(differs)}: expected the tasks of {reference.label}. {_AGAIN}")
+        differs = [f"lacks {', '.join(missing)}"] * bool(missing) + [
+            f"also has {', '.join(extra)}"
+        ] * bool(extra)
+        raise EvalError(
+            f"{name} {' and '.join(differs)}: expected the tasks of {reference.label}. {_AGAIN}"
+        )
     for task, expected in reference.tasks.items():
         found = other.tasks[task]
         for field in _COMMON:
             ours, theirs = getattr(expected, field), getattr(found, field)
             if ours != theirs:
                 raise EvalError(
-                    f"{name}: task {task} has {field} {theirs!r}: expected {ours!r} as for {reference.label}. {_AGAIN}"
+                    f"{name}: task {task} has {field} {theirs!r}: expected {ours!r} as for"
+                    f" {reference.label}. {_AGAIN}"
                 )
         _check_items(reference.label, name, expected, found)
 
 
 def _check_items(reference: str, name: str, expected: TaskRun, found: TaskRun) -> None:
-    """Refuse other items in a task; the message names both models and the first items that differ."""
+    """Refuse other items in a task.
+
+    The message names both models and the first items that differ.
+    """
     ours, theirs = _items(expected), _items(found)
     if ours == theirs:
         return
-    doc_ids = sorted({doc for doc, _ in set(ours) ^ set(theirs)}) or sorted({doc for doc, _ in ours})
+    doc_ids = sorted({doc for doc, _ in set(ours) ^ set(theirs)}) or sorted(
+        {doc for doc, _ in ours}
+    )
     shown = []
     for doc in doc_ids[:_SHOWN_ITEMS]:
-        hashes = [sorted(item[:_SHOWN_HASH] for number, item in side if number == doc) for side in (theirs, ours)]
+        hashes = [
+            sorted(item[:_SHOWN_HASH] for number, item in side if number == doc)
+            for side in (theirs, ours)
+        ]
         what = [", ".join(side) or "absent" for side in hashes]
         shown.append(f"item {doc}: {what[0]} instead of {what[1]}")
     raise EvalError(
-        f"{name}: task {expected.task}: its items differ from those of {reference} ({len(theirs)} against {len(ours)}, "
-        f"{len(doc_ids)} of them different; {'; '.join(shown)}). Only the same items can be compared. "
-        f"{_CAUSES} {_AGAIN}"
+        f"{name}: task {expected.task}: its items differ from those of {reference} ({len(theirs)}"
+        f" against {len(ours)}, {len(doc_ids)} of them different; {'; '.join(shown)}). Only the"
+        f" same items can be compared. {_CAUSES} {_AGAIN}"
     )
 
 
@@ -211,23 +263,32 @@ def _items(task: TaskRun) -> list[tuple[int, str]]:
 
 
 def _values(task: TaskRun, name: str) -> FloatArray | None:
-    """A list of a task as an array in the order of its items, so that two models' lists pair: [n]."""
+    """A list of a task as an array in the order of its items, so that two models' lists pair.
+
+    [n].
+    """
     stored = task.scores[task.primary] if name == "score" else getattr(task, name)
     if stored is None:
         return None
-    order = sorted(range(len(task.doc_ids)), key=lambda index: (task.doc_ids[index], task.item_hashes[index]))
+    order = sorted(
+        range(len(task.doc_ids)), key=lambda index: (task.doc_ids[index], task.item_hashes[index])
+    )
     return np.asarray(stored, dtype=np.float64)[order]
 
 
 def _binary_figures(runs: Sequence[TaskRun]) -> frozenset[str]:
     """Which figures of a task are rates: those that are 0 or 1 for every item of every model.
 
-    One model alone may have them by chance, and models that are compared need the same method. Lengths are counts, also
-    where all of them are 0 or 1.
+    One model alone may have them by chance, and models that are compared need the same method.
+    Lengths are counts, also where all of them are 0 or 1.
     """
-    found = {name: [_values(run, name) for run in runs] for name in _FIGURES if name != "output_tokens"}
+    found = {
+        name: [_values(run, name) for run in runs] for name in _FIGURES if name != "output_tokens"
+    }
     return frozenset(
-        name for name, lists in found.items() if all(is_binary(values) for values in lists if values is not None)
+        name
+        for name, lists in found.items()
+        if all(is_binary(values) for values in lists if values is not None)
     )
 
 
@@ -258,7 +319,9 @@ def _variant(
                 scores.append((ours, theirs))
         score = pairs["score"]
         assert score is not None  # the schema requires scores of the primary metric
-        comparison = TaskComparison(name, expected.primary, score, score.p, pairs["terminated"], pairs["output_tokens"])
+        comparison = TaskComparison(
+            name, expected.primary, score, score.p, pairs["terminated"], pairs["output_tokens"]
+        )
         tasks.append(comparison)
     return VariantComparison(run.label, tuple(tasks), pooled(scores, resamples))
 
@@ -266,6 +329,8 @@ def _variant(
 def _with_holm(variants: Sequence[VariantComparison]) -> list[VariantComparison]:
     adjusted = iter(holm([task.score.p for variant in variants for task in variant.tasks]))
     return [
-        replace(variant, tasks=tuple(replace(task, p_holm=next(adjusted)) for task in variant.tasks))
+        replace(
+            variant, tasks=tuple(replace(task, p_holm=next(adjusted)) for task in variant.tasks)
+        )
         for variant in variants
     ]

@@ -21,7 +21,8 @@ _ANY: Final = 10_000
 def print_report(console: Console, report: BenchReport | Analysis) -> None:
     """Show all tables of a report, and how its figures were computed.
 
-    In a narrow terminal cells are folded, elsewhere tables keep their width: no figure is cut off in a log.
+    In a narrow terminal cells are folded, elsewhere tables keep their width: no figure is cut off
+    in a log.
 
     Args:
         console: where to.
@@ -43,7 +44,9 @@ def print_report(console: Console, report: BenchReport | Analysis) -> None:
 def _print(console: Console, table: RichTable) -> None:
     width = console.width
     if not console.is_terminal:
-        console.width = max(width, Measurement.get(console, console.options.update(max_width=_ANY), table).maximum)
+        console.width = max(
+            width, Measurement.get(console, console.options.update(max_width=_ANY), table).maximum
+        )
     try:
         console.print(table)
     finally:
@@ -55,11 +58,18 @@ def _draw(table: Table) -> RichTable:
     grouped = max(map(len, table.groups)) > 1
     drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in table.columns[1:] if grouped else table.columns:
-        drawn.add_column(escape(column.heading), justify="right" if column.numeric else "left", overflow="fold")
+        drawn.add_column(
+            escape(column.heading), justify="right" if column.numeric else "left", overflow="fold"
+        )
     for group in table.groups:
         if grouped:
             drawn.add_row(f"[bold]{escape(group[0][0])}[/bold]")
         for row in group:
-            cells = [f"[bold]{escape(cell)}[/bold]" if isinstance(cell, Strong) else escape(cell) for cell in row]
-            drawn.add_row(*(cells[1:] if grouped else cells), end_section=grouped and row is group[-1])
+            cells = [
+                f"[bold]{escape(cell)}[/bold]" if isinstance(cell, Strong) else escape(cell)
+                for cell in row
+            ]
+            drawn.add_row(
+                *(cells[1:] if grouped else cells), end_section=grouped and row is group[-1]
+            )
     return drawn

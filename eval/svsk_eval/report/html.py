@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report of task scores as one HTML page that needs nothing else: no network, no scripts, no other files."""
+"""A report of task scores as one HTML page that needs nothing else.
+
+No network, no scripts, no other files.
+"""
 
 from pathlib import Path
 
@@ -9,7 +12,15 @@ from markupsafe import Markup
 from svsk_eval.report.analysis import Analysis, as_analysis
 from svsk_eval.report.plots import Plot, all_plots, model_style
 from svsk_eval.report.schema import BenchReport
-from svsk_eval.report.tables import HOW_TO_READ, METHODS, Column, Strong, all_tables, data_in_words, run_facts
+from svsk_eval.report.tables import (
+    HOW_TO_READ,
+    METHODS,
+    Column,
+    Strong,
+    all_tables,
+    data_in_words,
+    run_facts,
+)
 
 __all__ = ["html_report"]
 
@@ -21,7 +32,10 @@ _SHAPES = {
     "D": '<path d="M6 .5l5.5 5.5-5.5 5.5-5.5-5.5z"/>',
     "v": '<path d="M6 11l5-9h-10z"/>',
     "P": '<path d="M4 1h4v3h3v4h-3v3h-4v-3h-3v-4h3z"/>',
-    "X": '<path d="M3.5 1l2.5 2.5 2.5-2.5 2.5 2.5-2.5 2.5 2.5 2.5-2.5 2.5-2.5-2.5-2.5 2.5-2.5-2.5 2.5-2.5-2.5-2.5z"/>',
+    "X": (
+        '<path d="M3.5 1l2.5 2.5 2.5-2.5 2.5 2.5-2.5 2.5 2.5 2.5-2.5 2.5-2.5-2.5-2.5 2.5-2.5-2.5'
+        ' 2.5-2.5-2.5-2.5z"/>'
+    ),
     "<": '<path d="M1 6l9-5v10z"/>',
     ">": '<path d="M11 6l-9-5v10z"/>',
 }
@@ -76,6 +90,8 @@ def _legend(analysis: Analysis, plot: Plot) -> list[tuple[str, Markup]]:
     found = []
     for label in plot.labels:
         colour, marker = model_style(analysis, label)
-        attributes = Markup('<svg class="key" viewBox="0 0 12 12" fill="{}" aria-hidden="true">').format(colour)
+        attributes = Markup(
+            '<svg class="key" viewBox="0 0 12 12" fill="{}" aria-hidden="true">'
+        ).format(colour)
         found.append((label, attributes + Markup(_SHAPES[marker]) + Markup("</svg>")))
     return found

@@ -46,7 +46,10 @@ def _table(table: Table) -> Iterator[str]:
     yield _row("---:" if column.numeric else "---" for column in table.columns)
     for group in table.groups:
         for row in group:
-            yield _row(f"**{_escape(cell)}**" if isinstance(cell, Strong) else _escape(cell) for cell in row)
+            yield _row(
+                f"**{_escape(cell)}**" if isinstance(cell, Strong) else _escape(cell)
+                for cell in row
+            )
 
 
 def _row(cells: Iterator[str]) -> str:

@@ -61,7 +61,8 @@ class GateResult:
     Attributes:
         variant: label of the variant.
         task: name of the task.
-        recovery: the variant's score divided by the reference's; None if the reference's is not above zero.
+        recovery: the variant's score divided by the reference's; None if the reference's is not
+            above zero.
         minimum: that was asked for.
         passed: recovery is known and at least the minimum.
         reason: in words.
@@ -76,7 +77,10 @@ class GateResult:
 
 
 def is_bench_report(path: str | Path) -> bool:
-    """Whether a file says that ``svsk bench --json`` wrote it. A file that cannot be read does not say so."""
+    """Whether a file says that ``svsk bench --json`` wrote it.
+
+    A file that cannot be read does not say so.
+    """
     try:
         found = json.loads(Path(path).read_bytes())
     except (OSError, ValueError):
@@ -85,17 +89,20 @@ def is_bench_report(path: str | Path) -> bool:
 
 
 def merge_reports(paths: Sequence[str | Path]) -> MergedReports:
-    """Put the models of several files into one report. The first file's reference is the reference of all.
+    """Put the models of several files into one report.
 
-    A model that was in an earlier file (same label, same fingerprint) is taken from there. Different models of the same
-    label get a number. Figures of a text that are relative to a reference are left out where it was another one.
+    The first file's reference is the reference of all.
+
+    A model that was in an earlier file (same label, same fingerprint) is taken from there.
+    Different models of the same label get a number. Figures of a text that are relative to a
+    reference are left out where it was another one.
 
     Args:
         paths: files of ``svsk bench --json``.
 
     Raises:
-        EvalError: there is no file; one is missing or damaged; or it was run with other settings, tasks or items than
-            the first.
+        EvalError: there is no file; one is missing or damaged; or it was run with other settings,
+            tasks or items than the first.
     """
     if not paths:
         raise EvalError("Got no file to compare: expected at least one of `svsk bench --json`.")
@@ -105,8 +112,13 @@ def merge_reports(paths: Sequence[str | Path]) -> MergedReports:
     for path, report in zip(paths[1:], reports[1:], strict=True):
         notes += _check_settings(str(paths[0]), first, str(path), report)
         same_reference = report.models[0].fingerprint == first.models[0].fingerprint
-        if not same_reference and any(_has_relative(text) for run in report.models for text in run.text):
-            notes.append(f"{path}: its KL, delta NLL and top-1 are against another reference and are not shown.")
+        if not same_reference and any(
+            _has_relative(text) for run in report.models for text in run.text
+        ):
+            notes.append(
+                f"{path}: its KL, delta NLL and top-1 are against another reference and are not"
+                " shown."
+            )
         for run in report.models:
             check_tasks(first.models[0], run, str(path))
             known = next((old for old in models if _identity(old) == _identity(run)), None)
@@ -114,7 +126,8 @@ def merge_reports(paths: Sequence[str | Path]) -> MergedReports:
                 models.append(run if same_reference else _without_relative(run))
             elif known.tasks != run.tasks:
                 notes.append(
-                    f"{path}: {run.label} scored differently there; the figures of the earlier file are shown."
+                    f"{path}: {run.label} scored differently there; the figures of the earlier file"
+                    " are shown."
                 )
     merged = first.model_copy(
         update={
@@ -147,7 +160,9 @@ def check_writable(files: Mapping[str, Path | None]) -> None:
     """
     for option, path in files.items():
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise EvalError(f"{option} {path}: cannot be written. Name a file in a folder that exists.")
+            raise EvalError(
+                f"{option} {path}: cannot be written. Name a file in a folder that exists."
+            )
 
 
 def compare_and_print(
@@ -157,7 +172,9 @@ def compare_and_print(
     markdown: Path | None = None,
     html: Path | None = None,
 ) -> Analysis:
-    """What ``svsk compare`` does with files of ``svsk bench``: show the comparison, and write it where asked.
+    """What ``svsk compare`` does with files of ``svsk bench``.
+
+    Show the comparison, and write it where asked.
 
     Args:
         console: where to show it.
@@ -167,7 +184,8 @@ def compare_and_print(
         html: for the report as one HTML page.
 
     Raises:
-        EvalError: the files cannot be compared, a file cannot be written, or a package that a page needs is absent.
+        EvalError: the files cannot be compared, a file cannot be written, or a package that a page
+            needs is absent.
     """
     write_page = html_writer() if html is not None else None
     check_writable({"--json": json_file, "--markdown": markdown, "--html": html})
@@ -175,7 +193,10 @@ def compare_and_print(
     print_report(console, analysis)
     if json_file is None and markdown is None and html is None:
         return analysis
-    from svsk_offline.storage.atomic import write_json, write_text  # brings in torch, which nothing else here needs
+    from svsk_offline.storage.atomic import (
+        write_json,
+        write_text,
+    )  # brings in torch, which nothing else here needs
 
     if json_file is not None:
         write_json(json_file, {"files": [str(path) for path in files], **analysis.to_json()})
@@ -187,31 +208,40 @@ def compare_and_print(
 
 
 def recovery_gate(report: BenchReport | Analysis, minimum: float) -> list[GateResult]:
-    """Hold every variant to a share of the reference's score on every task. The standard errors are not considered.
+    """Hold every variant to a share of the reference's score on every task.
+
+    The standard errors are not considered.
 
     Args:
         report: of ``svsk bench``, or its comparisons.
         minimum: share, 0.99 for 99%.
 
     Returns:
-        One result per variant and task. Where the reference does not score above zero it fails: it cannot be judged.
+        One result per variant and task. Where the reference does not score above zero it fails: it
+            cannot be judged.
 
     Raises:
-        EvalError: the minimum is not a share, there is no variant, or the models cannot be compared.
+        EvalError: the minimum is not a share, there is no variant, or the models cannot be
+            compared.
     """
     if not 0 < minimum <= 1:
-        raise EvalError(f"Minimum recovery {minimum}: expected a share of the reference's score, such as 0.99 for 99%.")
+        raise EvalError(
+            f"Minimum recovery {minimum}: expected a share of the reference's score, such as 0.99"
+            " for 99%."
+        )
     analysis = as_analysis(report)
     if not analysis.variants:
-        raise EvalError("There is no variant to hold to a minimum recovery. Name a model besides the reference.")
+        raise EvalError(
+            "There is no variant to hold to a minimum recovery. Name a model besides the reference."
+        )
     results = []
     for variant in analysis.variants:
         for task in variant.tasks:
             recovery = task.score.recovery
             if recovery is None:
                 reason = (
-                    f"cannot be judged: the reference scores {task.score.reference.value:.4f} on these items, "
-                    "so there is nothing to recover"
+                    f"cannot be judged: the reference scores {task.score.reference.value:.4f} on"
+                    " these items, so there is nothing to recover"
                 )
                 results.append(GateResult(variant.label, task.task, None, minimum, False, reason))
                 continue
@@ -231,12 +261,15 @@ def html_writer() -> Callable[[Analysis], str]:
         from svsk_eval.report.html import html_report
     except ModuleNotFoundError as error:
         raise EvalError(
-            f"A report in HTML needs the package {error.name}, which is not installed: pip install 'svsk-vllm[eval]'."
+            f"A report in HTML needs the package {error.name}, which is not installed: pip install"
+            " 'svsk-vllm[eval]'."
         ) from error
     return html_report
 
 
-def _check_settings(first_path: str, first: BenchReport, path: str, report: BenchReport) -> list[str]:
+def _check_settings(
+    first_path: str, first: BenchReport, path: str, report: BenchReport
+) -> list[str]:
     """Refuse settings that change scores; return notes about those that may."""
     for field in _MUST_AGREE:
         ours, theirs = getattr(first.settings, field), getattr(report.settings, field)
@@ -247,14 +280,26 @@ def _check_settings(first_path: str, first: BenchReport, path: str, report: Benc
             )
     notes = []
     if first.settings.model_args != report.settings.model_args:
-        notes.append(f"{path}: other model arguments than in {first_path}: {report.settings.model_args}.")
+        notes.append(
+            f"{path}: other model arguments than in {first_path}: {report.settings.model_args}."
+        )
     versions = first.settings.versions, report.settings.versions
-    changed = [name for name in sorted({*versions[0], *versions[1]}) if versions[0].get(name) != versions[1].get(name)]
+    changed = [
+        name
+        for name in sorted({*versions[0], *versions[1]})
+        if versions[0].get(name) != versions[1].get(name)
+    ]
     if changed:
-        pairs = [f"{name} {versions[1].get(name, 'absent')} ({versions[0].get(name, 'absent')})" for name in changed]
+        pairs = [
+            f"{name} {versions[1].get(name, 'absent')} ({versions[0].get(name, 'absent')})"
+            for name in changed
+        ]
         notes.append(f"{path}: other versions than in {first_path}: {', '.join(pairs)}.")
     if first.hardware != report.hardware:
-        notes.append(f"{path}: other hardware than in {first_path}: {report.hardware}. Speeds cannot be compared.")
+        notes.append(
+            f"{path}: other hardware than in {first_path}: {report.hardware}. Speeds cannot be"
+            " compared."
+        )
     return notes
 
 
@@ -269,7 +314,9 @@ def _has_relative(text: TextScores) -> bool:
 def _without_relative(run: ModelRun) -> ModelRun:
     """The model without the figures of a text that are relative to a reference."""
     dropped = {field: None for name in _AGAINST_REFERENCE for field in (name, f"{name}_se")}
-    return run.model_copy(update={"text": tuple(text.model_copy(update=dropped) for text in run.text)})
+    return run.model_copy(
+        update={"text": tuple(text.model_copy(update=dropped) for text in run.text)}
+    )
 
 
 def _distinct_labels(models: Sequence[ModelRun]) -> list[ModelRun]:

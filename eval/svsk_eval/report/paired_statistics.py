@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paired statistics of two models on the same items, on plain arrays.
 
-Most of the spread between items is common to both models, so everything here is computed on the differences of pairs.
-Where the caller says that scores are right or wrong, 1 or 0, they are rates of success; with n items, ``lost`` of them
-right only with the reference and ``gained`` only with the variant, their difference is (gained - lost) / n, and it gets
-an interval and a test made for that case. All other figures get a bootstrap and a sign-flip test. Seeds are fixed: the
-same data give the same figures.
+Most of the spread between items is common to both models, so everything here is computed on the
+differences of pairs. Where the caller says that scores are right or wrong, 1 or 0, they are rates
+of success; with n items, ``lost`` of them right only with the reference and ``gained`` only with
+the variant, their difference is (gained - lost) / n, and it gets an interval and a test made for
+that case. All other figures get a bootstrap and a sign-flip test. Seeds are fixed: the same data
+give the same figures.
 """
 
 import warnings
@@ -60,8 +61,10 @@ class Estimate:
 
     Attributes:
         value: the mean.
-        se: its standard error, s / sqrt(n) with the sample's standard deviation s; None with one item.
-        interval: Wilson's for a rate of success, Student's t otherwise; None where that is undefined.
+        se: its standard error, s / sqrt(n) with the sample's standard deviation s; None with one
+            item.
+        interval: Wilson's for a rate of success, Student's t otherwise; None where that is
+            undefined.
     """
 
     value: float
@@ -80,7 +83,8 @@ class Paired:
         variant: the variant's.
         difference: variant - reference.
         se: standard error of the difference over items; None with one item.
-        lost: items on which the variant scores lower; for rates of success those that went from right to wrong.
+        lost: items on which the variant scores lower; for rates of success those that went from
+            right to wrong.
         gained: items on which it scores higher.
         interval: of the difference; None where it is undefined, and ``notes`` says why.
         p: two-sided p-value of the difference being zero.
@@ -103,20 +107,27 @@ class Paired:
 
     @property
     def recovery(self) -> float | None:
-        """The variant's mean divided by the reference's; None unless the reference's is above zero."""
+        """The variant's mean divided by the reference's.
+
+        None unless the reference's is above zero.
+        """
         return self.variant.value / self.reference.value if self.reference.value > 0 else None
 
 
-def bonett_price(lost: npt.ArrayLike, gained: npt.ArrayLike, n: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
+def bonett_price(
+    lost: npt.ArrayLike, gained: npt.ArrayLike, n: npt.ArrayLike
+) -> tuple[FloatArray, FloatArray]:
     """Adjusted Wald interval of the difference of two paired proportions, (gained - lost) / n.
 
-    With one pair added to each discordant cell, q_l = (lost + 1) / (n + 2) and q_g = (gained + 1) / (n + 2):
+    With one pair added to each discordant cell, q_l = (lost + 1) / (n + 2) and q_g = (gained + 1) /
+    (n + 2):
 
         q_g - q_l -+ z sqrt((q_g + q_l - (q_g - q_l)^2) / (n + 2))
 
-    Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired data",
-    Journal of Educational and Behavioral Statistics 37(4), 2012; recommended by Fagerland, Lydersen and Laake,
-    "Recommended tests and confidence intervals for paired binomial proportions", Statistics in Medicine 33(16), 2014.
+    Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions
+    based on paired data", Journal of Educational and Behavioral Statistics 37(4), 2012; recommended
+    by Fagerland, Lydersen and Laake, "Recommended tests and confidence intervals for paired
+    binomial proportions", Statistics in Medicine 33(16), 2014.
 
     Args:
         lost: pairs of success and failure, any shape.
@@ -129,20 +140,24 @@ def bonett_price(lost: npt.ArrayLike, gained: npt.ArrayLike, n: npt.ArrayLike) -
     down, up, pairs = (np.asarray(values, dtype=np.float64) for values in (lost, gained, n))
     rate_down, rate_up = (down + 1) / (pairs + 2), (up + 1) / (pairs + 2)
     centre = rate_up - rate_down
-    half = stats.norm.ppf((1 + LEVEL) / 2) * np.sqrt((rate_up + rate_down - centre**2) / (pairs + 2))
+    half = stats.norm.ppf((1 + LEVEL) / 2) * np.sqrt(
+        (rate_up + rate_down - centre**2) / (pairs + 2)
+    )
     return np.clip(centre - half, -1.0, 1.0), np.clip(centre + half, -1.0, 1.0)
 
 
 def mcnemar_midp(lost: npt.ArrayLike, gained: npt.ArrayLike) -> FloatArray:
     """McNemar's exact test in its mid-p form: twice the smaller one-sided mid-p-value.
 
-    With m = min(lost, gained) and X binomial over the lost + gained discordant pairs with probability 1/2:
+    With m = min(lost, gained) and X binomial over the lost + gained discordant pairs with
+    probability 1/2:
 
         p = 2 P(X <= m) - P(X = m)
 
-    Fagerland, Lydersen and Laake, "The McNemar test for binary matched-pairs data: mid-p and asymptotic are better than
-    exact conditional", BMC Medical Research Methodology 13:91, 2013. For lost = gained the paper subtracts half of
-    P(X = m) from 1, which would give 0.5 for models that agree on every item; here p is 1, as the definition says.
+    Fagerland, Lydersen and Laake, "The McNemar test for binary matched-pairs data: mid-p and
+    asymptotic are better than exact conditional", BMC Medical Research Methodology 13:91, 2013. For
+    lost = gained the paper subtracts half of P(X = m) from 1, which would give 0.5 for models that
+    agree on every item; here p is 1, as the definition says.
 
     Args:
         lost: pairs of success and failure, any shape.
@@ -157,29 +172,38 @@ def mcnemar_midp(lost: npt.ArrayLike, gained: npt.ArrayLike) -> FloatArray:
     return np.clip(np.asarray(p, dtype=np.float64), 0.0, 1.0)
 
 
-def bootstrap_interval(differences: FloatArray, resamples: int = RESAMPLES) -> tuple[Interval | None, str, str]:
-    """Bootstrap interval of a mean: bias-corrected and accelerated (BCa), by percentiles where that is undefined.
+def bootstrap_interval(
+    differences: FloatArray, resamples: int = RESAMPLES
+) -> tuple[Interval | None, str, str]:
+    """Bootstrap interval of a mean.
 
-    Efron, "Better bootstrap confidence intervals", Journal of the American Statistical Association 82, 1987, by
-    :func:`scipy.stats.bootstrap`.
+    Bias-corrected and accelerated (BCa), by percentiles where that is undefined.
+
+    Efron, "Better bootstrap confidence intervals", Journal of the American Statistical Association
+    82, 1987, by :func:`scipy.stats.bootstrap`.
 
     Args:
         differences: one per item, [n].
         resamples: of the items, with replacement.
 
     Returns:
-        The interval, the name of the method, and a sentence if there is something to know, else nothing; None for an
-        interval that cannot be computed.
+        The interval, the name of the method, and a sentence if there is something to know, else
+        nothing; None for an interval that cannot be computed.
     """
     if len(differences) < 2:
         return None, "none", "There is one item, so nothing can be said about the spread."
     if all_equal(differences):
         same = float(differences[0])
-        note = "All items differ by the same amount, so the bootstrap interval has no width and says nothing."
+        note = (
+            "All items differ by the same amount, so the bootstrap interval has no width and says"
+            " nothing."
+        )
         return Interval(same, same), "bootstrap (percentile)", note
     for method, name in (("BCa", "bootstrap (BCa)"), ("percentile", "bootstrap (percentile)")):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # DegenerateDataWarning: answered by the check below
+            warnings.simplefilter(
+                "ignore", RuntimeWarning
+            )  # DegenerateDataWarning: answered by the check below
             found = stats.bootstrap(
                 (differences,),
                 _mean,
@@ -190,18 +214,24 @@ def bootstrap_interval(differences: FloatArray, resamples: int = RESAMPLES) -> t
                 random_state=np.random.default_rng(SEED),
             ).confidence_interval
         if np.isfinite([found.low, found.high]).all():
-            note = "" if method == "BCa" else "The BCa interval is undefined here; percentiles were used."
+            note = (
+                ""
+                if method == "BCa"
+                else "The BCa interval is undefined here; percentiles were used."
+            )
             return Interval(float(found.low), float(found.high)), name, note
     raise EvalError(
-        f"No bootstrap interval for differences between {differences.min()} and {differences.max()}: expected finite "
-        "values of ordinary size. Check the scores of the two models."
+        f"No bootstrap interval for differences between {differences.min()} and"
+        f" {differences.max()}: expected finite values of ordinary size. Check the scores of the"
+        " two models."
     )
 
 
 def sign_flip_p(differences: FloatArray, resamples: int = RESAMPLES) -> float:
     """Two-sided p-value of a mean of paired differences being zero, by flipping their signs at random.
 
-    Fisher's permutation test for pairs, exact if all flips can be tried, by :func:`scipy.stats.permutation_test`.
+    Fisher's permutation test for pairs, exact if all flips can be tried, by
+    :func:`scipy.stats.permutation_test`.
 
     Args:
         differences: one per item, [n].
@@ -226,8 +256,8 @@ def sign_flip_p(differences: FloatArray, resamples: int = RESAMPLES) -> float:
 def estimate(values: FloatArray, binary: bool) -> Estimate:
     """The mean of one model's values with its standard error and interval.
 
-    Wilson's interval (Journal of the American Statistical Association 22, 1927) for rates of success, by
-    :func:`scipy.stats.binomtest`; otherwise the mean -+ t(n - 1) standard errors.
+    Wilson's interval (Journal of the American Statistical Association 22, 1927) for rates of
+    success, by :func:`scipy.stats.binomtest`; otherwise the mean -+ t(n - 1) standard errors.
 
     Args:
         values: one per item, [n].
@@ -244,7 +274,9 @@ def estimate(values: FloatArray, binary: bool) -> Estimate:
     return Estimate(mean, se, Interval(mean - half, mean + half))
 
 
-def paired(reference: FloatArray, variant: FloatArray, *, binary: bool, resamples: int = RESAMPLES) -> Paired:
+def paired(
+    reference: FloatArray, variant: FloatArray, *, binary: bool, resamples: int = RESAMPLES
+) -> Paired:
     """Compare two models' values of the same items.
 
     Args:
@@ -258,13 +290,16 @@ def paired(reference: FloatArray, variant: FloatArray, *, binary: bool, resample
     """
     if reference.shape != variant.shape or reference.ndim != 1 or not len(reference):
         raise EvalError(
-            f"Cannot pair values of shapes {reference.shape} and {variant.shape}: expected one per item, in the same "
-            "order. Score both models on the same items."
+            f"Cannot pair values of shapes {reference.shape} and {variant.shape}: expected one per"
+            " item, in the same order. Score both models on the same items."
         )
     n, differences = len(reference), variant - reference
     if binary and not (is_binary(reference) and is_binary(variant)):
         other = next(float(value) for value in (*reference, *variant) if value not in (0.0, 1.0))
-        raise EvalError(f"A value of {other} among right or wrong answers: expected 0 or 1. Pair them as other values.")
+        raise EvalError(
+            f"A value of {other} among right or wrong answers: expected 0 or 1. Pair them as other"
+            " values."
+        )
     lost, gained = int((differences < 0).sum()), int((differences > 0).sum())
     interval: Interval | None
     method, note = _BINARY, ""
@@ -291,10 +326,13 @@ def paired(reference: FloatArray, variant: FloatArray, *, binary: bool, resample
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment: reject where the result is below a level, and errors stay below it in all tests.
+    """Holm's step-down adjustment.
 
-    With the m values in ascending order, the i-th becomes max_{j <= i} min(1, (m - j + 1) p_j). Holm, "A simple
-    sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6(2), 1979.
+    Reject where the result is below a level, and errors stay below it in all tests.
+
+    With the m values in ascending order, the i-th becomes max_{j <= i} min(1, (m - j + 1) p_j).
+    Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of
+    Statistics 6(2), 1979.
 
     Args:
         p_values: raw ones, in any order.
@@ -305,7 +343,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     raw = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(raw, kind="stable")
     adjusted = np.empty_like(raw)
-    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, raw[order] * np.arange(len(raw), 0, -1)))
+    adjusted[order] = np.maximum.accumulate(
+        np.minimum(1.0, raw[order] * np.arange(len(raw), 0, -1))
+    )
     return [float(value) for value in adjusted]
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots of task scores as SVG that can be put into an HTML page: text stays text, and the same report gives the same.
+"""Plots of task scores as SVG that can be put into an HTML page.
 
-Colours are those of Okabe and Ito, "Color Universal Design" (2008), which people with colour blindness can tell apart;
-every model also has a marker of its own. The page draws the legend.
+Text stays text, and the same report gives the same.
+
+Colours are those of Okabe and Ito, "Color Universal Design" (2008), which people with colour
+blindness can tell apart; every model also has a marker of its own. The page draws the legend.
 """
 
 import io
@@ -38,7 +40,9 @@ _STYLE: Final = {
     "svg.fonttype": "none",
     "svg.hashsalt": "svsk",
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so that the layout is the same everywhere
+    "font.sans-serif": [
+        "DejaVu Sans"
+    ],  # comes with matplotlib, so that the layout is the same everywhere
     "font.size": 9,
     "text.parse_math": False,
     "text.usetex": False,
@@ -78,11 +82,19 @@ class Plot:
 
 def all_plots(analysis: Analysis) -> list[Plot]:
     """The plots of a report in their order, without those for which there is nothing to draw."""
-    makers: tuple[Callable[[Analysis], Plot | None], ...] = (_scores, _differences, _flips, _quality, _answers)
+    makers: tuple[Callable[[Analysis], Plot | None], ...] = (
+        _scores,
+        _differences,
+        _flips,
+        _quality,
+        _answers,
+    )
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the reader's fonts draw the text
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from font"
+        )  # the reader's fonts draw the text
         return [plot for plot in (make(analysis) for make in makers) if plot is not None]
 
 
@@ -97,11 +109,21 @@ def model_style(analysis: Analysis, label: str) -> tuple[str, str]:
 def _scores(analysis: Analysis) -> Plot:
     labels = [run.label for run in analysis.report.models]
     figure, axes = _canvas(len(analysis.tasks), len(labels))
-    rows = {task: {label: analysis.estimates[label][task].score for label in labels} for task in analysis.tasks}
+    rows = {
+        task: {label: analysis.estimates[label][task].score for label in labels}
+        for task in analysis.tasks
+    }
     _dots(axes, analysis, rows)
     axes.set_xlabel("score, with 95% confidence interval")
-    caption = "Each model's own interval. Models are compared in pairs of items, so overlap here decides nothing: see "
-    caption += "the differences below." if analysis.variants else "the differences, once there is a variant."
+    caption = (
+        "Each model's own interval. Models are compared in pairs of items, so overlap here decides"
+        " nothing: see "
+    )
+    caption += (
+        "the differences below."
+        if analysis.variants
+        else "the differences, once there is a variant."
+    )
     return _plot("scores", "Score per task", caption, labels, figure)
 
 
@@ -112,7 +134,9 @@ def _differences(analysis: Analysis) -> Plot | None:
     last = "mean of all tasks"
     for variant in analysis.variants:
         for task in variant.tasks:
-            rows[task.task][variant.label] = Estimate(task.score.difference, None, task.score.interval)
+            rows[task.task][variant.label] = Estimate(
+                task.score.difference, None, task.score.interval
+            )
         if len(analysis.tasks) > 1:
             over = Estimate(variant.pooled.difference, None, variant.pooled.interval)
             rows.setdefault(last, {})[variant.label] = over
@@ -122,7 +146,8 @@ def _differences(analysis: Analysis) -> Plot | None:
     axes.axvline(0, color="#222222", linewidth=1, zorder=1)
     axes.set_xlabel("score of the variant minus the reference's, with 95% confidence interval")
     caption = (
-        "Right of the line the variant scores higher. An interval that crosses the line is no evidence of equality."
+        "Right of the line the variant scores higher. An interval that crosses the line is no"
+        " evidence of equality."
     )
     return _plot("differences", "Paired difference per task", caption, labels, figure)
 
@@ -162,8 +187,15 @@ def _flips(analysis: Analysis) -> Plot | None:
     axes.axvline(0, color="#222222", linewidth=1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * abs(value):g}%")
     axes.set_xlabel("share of items: lost to the left, gained to the right")
-    caption = "Items that only the reference gets right (left) and only the variant (right), with their number"
-    caption += "." if len(tasks) == len(analysis.tasks) else "; only tasks whose answers are right or wrong."
+    caption = (
+        "Items that only the reference gets right (left) and only the variant (right), with their"
+        " number"
+    )
+    caption += (
+        "."
+        if len(tasks) == len(analysis.tasks)
+        else "; only tasks whose answers are right or wrong."
+    )
     return _plot("flips", "Items lost and gained", caption, labels, figure)
 
 
@@ -186,8 +218,15 @@ def _quality(analysis: Analysis) -> Plot | None:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         else:
             axes.set_ylim(bottom=0)
-    labels = [run.label for run in analysis.report.models if any(run.label in points for points in found.values())]
-    caption = "With 95% confidence intervals. Fewer bits are cheaper; a high recovery and a low KL are good."
+    labels = [
+        run.label
+        for run in analysis.report.models
+        if any(run.label in points for points in found.values())
+    ]
+    caption = (
+        "With 95% confidence intervals. Fewer bits are cheaper; a high recovery and a low KL are"
+        " good."
+    )
     return _plot("quality", "Quality against size", caption, labels, figure)
 
 
@@ -199,7 +238,10 @@ def _against_size(analysis: Analysis) -> dict[str, dict[str, tuple[float, Estima
             continue
         over = variant.pooled
         if over.recovery is not None:
-            found[_RECOVERY][run.label] = (run.bpw, Estimate(over.recovery, None, over.recovery_interval))
+            found[_RECOVERY][run.label] = (
+                run.bpw,
+                Estimate(over.recovery, None, over.recovery_interval),
+            )
         text = headline_text(run)
         if text is not None and text.kl_mean is not None:
             limits = None
@@ -212,7 +254,11 @@ def _against_size(analysis: Analysis) -> dict[str, dict[str, tuple[float, Estima
 
 def _answers(analysis: Analysis) -> Plot | None:
     labels = [run.label for run in analysis.report.models]
-    tasks = [task for task in analysis.tasks if any(analysis.estimates[label][task].output_tokens for label in labels)]
+    tasks = [
+        task
+        for task in analysis.tasks
+        if any(analysis.estimates[label][task].output_tokens for label in labels)
+    ]
     if not tasks:
         return None
     figure = Figure(figsize=(_WIDTH, _height(len(tasks), len(labels))), layout="constrained")
@@ -230,7 +276,8 @@ def _answers(analysis: Analysis) -> Plot | None:
     right.set_xlabel("tokens per answer")
     right.tick_params(labelleft=False)
     caption = (
-        "With 95% confidence intervals. Answers that hit the limit of tokens, or become longer, cost scores and time."
+        "With 95% confidence intervals. Answers that hit the limit of tokens, or become longer,"
+        " cost scores and time."
     )
     return _plot("answers", "How answers end, and their length", caption, labels, figure)
 
@@ -261,14 +308,25 @@ def _dots(axes: Axes, analysis: Analysis, rows: Mapping[str, Mapping[str, Estima
     _task_axis(axes, list(rows))
 
 
-def _dot(axes: Axes, analysis: Analysis, label: str, point: Estimate, *, place: float, upright: bool) -> None:
-    """A figure and its interval: upright at a place of the x axis, or level at one of the y axis."""
+def _dot(
+    axes: Axes, analysis: Analysis, label: str, point: Estimate, *, place: float, upright: bool
+) -> None:
+    """A figure and its interval.
+
+    Upright at a place of the x axis, or level at one of the y axis.
+    """
     colour, marker = model_style(analysis, label)
     errors = None
     if point.interval is not None:  # an adjusted interval need not be centred on the figure
         sides = point.value - point.interval.low, point.interval.high - point.value
         errors = [[max(0.0, side)] for side in sides]
-    style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "linestyle": "none", "elinewidth": 1.4}
+    style: dict[str, Any] = {
+        "color": colour,
+        "marker": marker,
+        "markersize": 5,
+        "linestyle": "none",
+        "elinewidth": 1.4,
+    }
     if upright:
         axes.errorbar([place], [point.value], yerr=errors, **style)
     else:
@@ -298,8 +356,9 @@ def _plot(name: str, title: str, caption: str, labels: Sequence[str], figure: Fi
 def _inline_svg(figure: Figure, name: str, title: str) -> str:
     """The figure as an ``svg`` element for an HTML page.
 
-    Matplotlib's file header, metadata, style sheet and namespaces go, as does every address in them; ids get ``name``
-    as a prefix, so that several drawings can share a page; text is drawn in the page's own font.
+    Matplotlib's file header, metadata, style sheet and namespaces go, as does every address in
+    them; ids get ``name`` as a prefix, so that several drawings can share a page; text is drawn in
+    the page's own font.
     """
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
@@ -310,7 +369,9 @@ def _inline_svg(figure: Figure, name: str, title: str) -> str:
                 parent.remove(child)
     for element in root.iter():
         element.tag = _local(element.tag)
-        element.attrib = {_local(key): _renamed(_local(key), value, name) for key, value in element.attrib.items()}
+        element.attrib = {
+            _local(key): _renamed(_local(key), value, name) for key, value in element.attrib.items()
+        }
     root.set("role", "img")
     root.set("aria-label", title)
     return ElementTree.tostring(root, encoding="unicode")

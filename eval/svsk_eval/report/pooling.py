@@ -8,7 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from svsk_eval.errors import EvalError
-from svsk_eval.report.paired_statistics import LEVEL, RESAMPLES, SEED, Interval, all_equal, batch_size, sign_flip_p
+from svsk_eval.report.paired_statistics import (
+    LEVEL,
+    RESAMPLES,
+    SEED,
+    Interval,
+    all_equal,
+    batch_size,
+    sign_flip_p,
+)
 
 __all__ = ["Pooled", "pooled"]
 
@@ -26,7 +34,8 @@ class Pooled:
         difference: variant - reference.
         interval: of the difference, stratified bootstrap; None where undefined.
         p: two-sided p-value of the difference being zero, sign flips.
-        recovery: mean of the tasks' recoveries, over ``recovery_tasks`` tasks; None if there is none.
+        recovery: mean of the tasks' recoveries, over ``recovery_tasks`` tasks; None if there is
+            none.
         recovery_interval: of the recovery, stratified bootstrap; None where undefined.
         recovery_tasks: tasks with a recovery, those in which the reference scores above zero.
         notes: what a reader of the figures should know, in sentences.
@@ -47,10 +56,11 @@ class Pooled:
 def pooled(pairs: Sequence[tuple[FloatArray, FloatArray]], resamples: int = RESAMPLES) -> Pooled:
     """Compare two models over several tasks that count the same.
 
-    The bootstrap is stratified: items are drawn with replacement within each task, both models' together, and the
-    interval is by percentiles (Davison and Hinkley, *Bootstrap Methods and their Application*, 1997, section 3.2). The
-    tasks are taken as given: the interval says nothing about other tasks. The test flips the signs of the items'
-    differences, each divided by its task's number of items.
+    The bootstrap is stratified: items are drawn with replacement within each task, both models'
+    together, and the interval is by percentiles (Davison and Hinkley, *Bootstrap Methods and their
+    Application*, 1997, section 3.2). The tasks are taken as given: the interval says nothing about
+    other tasks. The test flips the signs of the items' differences, each divided by its task's
+    number of items.
 
     Args:
         pairs: for each task the reference's and the variant's values, [n_t] each.
@@ -68,7 +78,10 @@ def pooled(pairs: Sequence[tuple[FloatArray, FloatArray]], resamples: int = RESA
     if min(len(one) for one, _ in pairs) < 2:
         notes.append("A task has one item, so there is no interval over tasks.")
     elif all(all_equal(other - one) for one, other in pairs):
-        notes.append("Within each task all items differ by the same amount, so there is no interval over tasks.")
+        notes.append(
+            "Within each task all items differ by the same amount, so there is no interval over"
+            " tasks."
+        )
     else:
         drawn = _stratified_means(pairs, resamples)
         interval = _percentiles((drawn[:, :, 1] - drawn[:, :, 0]).mean(axis=1))
@@ -76,9 +89,15 @@ def pooled(pairs: Sequence[tuple[FloatArray, FloatArray]], resamples: int = RESA
         if judged.any() and (references > 0).all():
             recovery_interval = _percentiles((variants / references).mean(axis=1))
         elif judged.any():
-            notes.append("The reference scores too close to zero in a task for an interval of the mean recovery.")
+            notes.append(
+                "The reference scores too close to zero in a task for an interval of the mean"
+                " recovery."
+            )
     if not judged.all():
-        notes.append(f"The reference scores zero or less in {int((~judged).sum())} task(s), which have no recovery.")
+        notes.append(
+            f"The reference scores zero or less in {int((~judged).sum())} task(s), which have no"
+            " recovery."
+        )
     weighted = np.concatenate([(other - one) / len(one) for one, other in pairs])
     return Pooled(
         tasks=len(pairs),

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``svsk bench --json`` writes: every model's scores item by item, so that any two can be compared in pairs."""
+"""What ``svsk bench --json`` writes.
+
+Every model's scores item by item, so that any two can be compared in pairs.
+"""
 
 from pathlib import Path
 from typing import Final, Literal
@@ -39,11 +42,14 @@ class TaskRun(_Model):
         num_fewshot: solved examples in the prompt.
         primary: the key of ``scores`` that reports show; the higher, the better.
         doc_ids: numbers of the items in the task's data.
-        item_hashes: of an item's prompts and target; items of two models are a pair if these are equal.
-        scores: per metric and filter (``exact_match,strict-match``), values of the items, 0 to 1 for rates of success.
-        output_tokens: tokens the model wrote, averaged over an item's repeats; None for tasks without generation.
-        terminated: share of an item's answers that ended by themselves (end of text or a stop string) rather than at
-            the limit of tokens; None for tasks without generation.
+        item_hashes: of an item's prompts and target; items of two models are a pair if these are
+            equal.
+        scores: per metric and filter (``exact_match,strict-match``), values of the items, 0 to 1
+            for rates of success.
+        output_tokens: tokens the model wrote, averaged over an item's repeats; None for tasks
+            without generation.
+        terminated: share of an item's answers that ended by themselves (end of text or a stop
+            string) rather than at the limit of tokens; None for tasks without generation.
     """
 
     task: str
@@ -67,7 +73,10 @@ class TaskRun(_Model):
                 lists[name] = values
         for name, found in lists.items():
             if len(found) != len(self.doc_ids):
-                raise ValueError(f"task {self.task}: {name} has {len(found)} entries, doc_ids {len(self.doc_ids)}")
+                raise ValueError(
+                    f"task {self.task}: {name} has {len(found)} entries, doc_ids"
+                    f" {len(self.doc_ids)}"
+                )
         return self
 
 
@@ -81,8 +90,8 @@ class TextScores(_Model):
         chunks: pieces of text, each with an empty context.
         seq_len: tokens per chunk.
         nll: mean negative log-likelihood, nats per token.
-        kl_mean: mean KL(reference || model), nats per token; kl_p99 its 99th percentile. None for the reference, and
-            with vLLM, which gives no whole distributions.
+        kl_mean: mean KL(reference || model), nats per token; kl_p99 its 99th percentile. None for
+            the reference, and with vLLM, which gives no whole distributions.
         top1: share of positions where model and reference predict the same token.
 
     A name that ends in ``_se`` is the standard error over chunks of the figure before it.
@@ -125,7 +134,8 @@ class ModelRun(_Model):
         model: last part of the folder's path, or the hub name.
         fingerprint: SHA-256 over the folder's configuration, tokenizer and weights.
         method: quantisation method that its config declares, ``none`` for a dense model.
-        bpw: bits stored per weight of the linears that are quantised in the variants; None where it cannot be told.
+        bpw: bits stored per weight of the linears that are quantised in the variants; None where it
+            cannot be told.
         size_bytes: of all its weight files.
         dtype: of the arithmetic.
         generation: speed; None if every item came from an earlier run, or no task generates.
@@ -214,5 +224,6 @@ def load_report(path: str | Path) -> BenchReport:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise EvalError(
-            f"{path}: not a file of this version's `svsk bench --json`: {where}: {first['msg']}. Run it again."
+            f"{path}: not a file of this version's `svsk bench --json`: {where}: {first['msg']}."
+            " Run it again."
         ) from error

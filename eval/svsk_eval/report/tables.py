@@ -30,28 +30,48 @@ DASH: Final = "\N{EN DASH}"
 SIGNIFICANT: Final = 0.05
 
 METHODS: Final = (
-    "± is the standard error over items. Brackets hold 95% confidence intervals of paired differences, variant minus "
-    "reference, on the same items.",
-    "Scores that are all 0 or 1: Bonett-Price interval (2012) and McNemar's mid-p test (Fagerland et al. 2013, 2014). "
-    "Other figures: BCa bootstrap of the mean difference and a sign-flip permutation test.",
+    (
+        "± is the standard error over items. Brackets hold 95% confidence intervals of paired"
+        " differences, variant minus reference, on the same items."
+    ),
+    (
+        "Scores that are all 0 or 1: Bonett-Price interval (2012) and McNemar's mid-p test"
+        " (Fagerland et al. 2013, 2014). Other figures: BCa bootstrap of the mean difference and a"
+        " sign-flip permutation test."
+    ),
     "Over all tasks: every task has the same weight; stratified bootstrap over items.",
-    "Holm p is adjusted for all variants and tasks of the table. Bold marks differences whose Holm p is below 0.05; "
-    "over all tasks, whose p is.",
-    "Recovery is the variant's score divided by the reference's. Lost and gained count the items on which the variant "
-    "scores lower and higher.",
+    (
+        "Holm p is adjusted for all variants and tasks of the table. Bold marks differences whose"
+        " Holm p is below 0.05; over all tasks, whose p is."
+    ),
+    (
+        "Recovery is the variant's score divided by the reference's. Lost and gained count the"
+        " items on which the variant scores lower and higher."
+    ),
 )
 
 HOW_TO_READ: Final = (
-    "An interval that contains zero is no evidence that the models are equal: it holds every difference that these "
-    "items cannot rule out. What matters is how far it reaches.",
-    "Where scores tie, look at lost and gained. A variant that loses 40 items and gains 40 others has the same score "
-    "as the reference, but it is not the same model.",
-    "With n items and a share d of them that flip, the standard error of a difference is about √(d / n): with 100 "
-    "items of which 10 flip, 3.2 points. A difference below about twice that cannot be told from zero.",
-    "The figures hold for this engine, prompt format, data and version of each task. Scores that others report for a "
-    "task of the same name may have been measured in another way.",
-    "An answer that reaches the limit of tokens is usually scored as wrong. If fewer answers end by themselves, or "
-    "they become longer, part of a difference may come from that limit.",
+    (
+        "An interval that contains zero is no evidence that the models are equal: it holds every"
+        " difference that these items cannot rule out. What matters is how far it reaches."
+    ),
+    (
+        "Where scores tie, look at lost and gained. A variant that loses 40 items and gains 40"
+        " others has the same score as the reference, but it is not the same model."
+    ),
+    (
+        "With n items and a share d of them that flip, the standard error of a difference is about"
+        " √(d / n): with 100 items of which 10 flip, 3.2 points. A difference below about twice"
+        " that cannot be told from zero."
+    ),
+    (
+        "The figures hold for this engine, prompt format, data and version of each task. Scores"
+        " that others report for a task of the same name may have been measured in another way."
+    ),
+    (
+        "An answer that reaches the limit of tokens is usually scored as wrong. If fewer answers"
+        " end by themselves, or they become longer, part of a difference may come from that limit."
+    ),
 )
 
 
@@ -114,7 +134,10 @@ def run_facts(analysis: Analysis) -> list[tuple[str, str]]:
         ("Data", data_in_words(analysis)),
         ("Items per task", "all" if settings.limit is None else f"the first {settings.limit}"),
         ("Chat template", template),
-        ("System message", DASH if settings.system_instruction is None else settings.system_instruction),
+        (
+            "System message",
+            DASH if settings.system_instruction is None else settings.system_instruction,
+        ),
         ("Seed", str(settings.seed)),
         ("Generation settings", _pairs(settings.gen_kwargs)),
         ("Model arguments", _pairs(settings.model_args)),
@@ -150,9 +173,21 @@ def _summary(analysis: Analysis) -> Table:
                 _speed(run),
             )
         )
-    headings = ("bits per weight", "size", "dtype", "mean score", "recovery", "KL", "NLL", "tokens/s")
+    headings = (
+        "bits per weight",
+        "size",
+        "dtype",
+        "mean score",
+        "recovery",
+        "KL",
+        "NLL",
+        "tokens/s",
+    )
     columns = (Column("model", False), Column("method", False), *map(Column, headings))
-    note = "Mean score and recovery: over tasks. KL and NLL: nats per token. Speed: of generating tasks."
+    note = (
+        "Mean score and recovery: over tasks. KL and NLL: nats per token. Speed: of generating"
+        " tasks."
+    )
     return Table("Summary", note, columns, tuple((row,) for row in rows))
 
 
@@ -162,7 +197,10 @@ def _over_tasks(analysis: Analysis) -> Table:
         over = variant.pooled
         recovery = _percent(over.recovery)
         if over.recovery_interval:
-            recovery += f" [{_percent(over.recovery_interval.low)}, {_percent(over.recovery_interval.high)}]"
+            recovery += (
+                f" [{_percent(over.recovery_interval.low)},"
+                f" {_percent(over.recovery_interval.high)}]"
+            )
         difference = _difference(over.difference, over.interval, "+.4f")
         rows.append(
             (
@@ -175,7 +213,14 @@ def _over_tasks(analysis: Analysis) -> Table:
                 recovery,
             )
         )
-    headings = ("tasks", "reference", "variant", "mean difference [95%]", "p", "mean recovery [95%]")
+    headings = (
+        "tasks",
+        "reference",
+        "variant",
+        "mean difference [95%]",
+        "p",
+        "mean recovery [95%]",
+    )
     columns = (Column("variant", False), *map(Column, headings))
     return Table("Over all tasks", "", columns, tuple((row,) for row in rows))
 
@@ -186,7 +231,9 @@ def _tasks(analysis: Analysis) -> Table:
         shots, items = str(run.num_fewshot), str(len(run.doc_ids))
         rows.append(((name, run.primary, run.output_type, run.version, shots, items),))
     columns = (*(Column(name, False) for name in ("task", "metric", "type")), Column("version"))
-    return Table("Tasks", "", (*columns, Column("examples in the prompt"), Column("items")), tuple(rows))
+    return Table(
+        "Tasks", "", (*columns, Column("examples in the prompt"), Column("items")), tuple(rows)
+    )
 
 
 def _per_task(analysis: Analysis) -> Table:
@@ -194,7 +241,9 @@ def _per_task(analysis: Analysis) -> Table:
     for task, run in analysis.reference.tasks.items():
         shown = analysis.estimates[analysis.reference.label][task].score
         name = f"{task} · n = {len(run.doc_ids)}"
-        rows = [(name, analysis.reference.label, _plus_minus(shown.value, shown.se, ".4f"), *[DASH] * 6)]
+        rows = [
+            (name, analysis.reference.label, _plus_minus(shown.value, shown.se, ".4f"), *[DASH] * 6)
+        ]
         for label, found in _of_task(analysis, task):
             score = found.score
             difference = _difference(score.difference, score.interval, "+.4f")
@@ -222,7 +271,18 @@ def _answers(analysis: Analysis) -> Table:
     for task in analysis.tasks:
         shown = analysis.estimates[analysis.reference.label][task]
         ended = _rate(shown.terminated)
-        rows = [(task, analysis.reference.label, ended, DASH, DASH, _tokens(shown.output_tokens), DASH, DASH)]
+        rows = [
+            (
+                task,
+                analysis.reference.label,
+                ended,
+                DASH,
+                DASH,
+                _tokens(shown.output_tokens),
+                DASH,
+                DASH,
+            )
+        ]
         for label, found in _of_task(analysis, task):
             own = analysis.estimates[label][task]
             rows.append(
@@ -237,9 +297,19 @@ def _answers(analysis: Analysis) -> Table:
             )
         if any(cell != DASH for row in rows for cell in row[2:]):
             groups.append(tuple(rows))
-    headings = ("ended by themselves", "difference [95%], points", "p", "mean tokens ± se", "difference [95%]", "p")
+    headings = (
+        "ended by themselves",
+        "difference [95%], points",
+        "p",
+        "mean tokens ± se",
+        "difference [95%]",
+        "p",
+    )
     columns = (Column("task", False), Column("model", False), *map(Column, headings))
-    note = "Answers that ended by themselves and not at the limit of tokens, and their length. p is not adjusted."
+    note = (
+        "Answers that ended by themselves and not at the limit of tokens, and their length. p is"
+        " not adjusted."
+    )
     return Table("Answers", note, columns, tuple(groups))
 
 
@@ -261,9 +331,19 @@ def _text(analysis: Analysis) -> Table:
                 _plus_minus(text.top1, text.top1_se, ".4f"),
             )
             groups.setdefault(name, []).append(row)
-    headings = ("NLL ± se", "perplexity", "delta NLL ± se", "KL ± se", "KL, 99th percentile ± se", "top-1 ± se")
+    headings = (
+        "NLL ± se",
+        "perplexity",
+        "delta NLL ± se",
+        "KL ± se",
+        "KL, 99th percentile ± se",
+        "top-1 ± se",
+    )
     columns = (Column("engine and text", False), Column("model", False), *map(Column, headings))
-    note = "Nats per token; KL is KL(reference || model); se over chunks. vllm: the served model; hf: its dequantised "
+    note = (
+        "Nats per token; KL is KL(reference || model); se over chunks. vllm: the served model; hf:"
+        " its dequantised "
+    )
     note += "weights."
     return Table("Text", note, columns, tuple(tuple(rows) for rows in groups.values()))
 
@@ -275,7 +355,9 @@ def _of_task(analysis: Analysis, task: str) -> Iterator[tuple[str, TaskCompariso
 
 def headline_text(run: ModelRun) -> TextScores | None:
     """The first text with a KL, else the first."""
-    return next((text for text in run.text if text.kl_mean is not None), run.text[0] if run.text else None)
+    return next(
+        (text for text in run.text if text.kl_mean is not None), run.text[0] if run.text else None
+    )
 
 
 def _number(value: float | None, form: str) -> str:
@@ -293,7 +375,11 @@ def _plus_minus(value: float | None, se: float | None, form: str) -> str:
 
 
 def _difference(value: float, interval: Interval | None, form: str, scale: float = 1.0) -> str:
-    limits = f" [{scale * interval.low:{form}}, {scale * interval.high:{form}}]" if interval else f" [{DASH}]"
+    limits = (
+        f" [{scale * interval.low:{form}}, {scale * interval.high:{form}}]"
+        if interval
+        else f" [{DASH}]"
+    )
     return f"{scale * value:{form}}{limits}"
 
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that one program runs in. Its source is run by ``python -c``; nothing of the project is imported.
+"""The process that one program runs in.
 
-Standard input holds the order, a marshalled dictionary. The process first gives up its rights for good, then compiles
-and runs the program, then reports through a socket. Every message begins with a secret of this run, so that what the
-program itself writes into the socket is no message. The secret is followed by one letter: R ready, P passed, F failed,
-M out of memory, S the sandbox could not be set up; F, M and S by a text.
+Its source is run by ``python -c``; nothing of the project is imported.
+
+Standard input holds the order, a marshalled dictionary. The process first gives up its rights for
+good, then compiles and runs the program, then reports through a socket. Every message begins with a
+secret of this run, so that what the program itself writes into the socket is no message. The secret
+is followed by one letter: R ready, P passed, F failed, M out of memory, S the sandbox could not be
+set up; F, M and S by a text.
 
 This start-up is paid for every program, so only modules that load in milliseconds are imported.
 """
@@ -35,7 +38,11 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 
 _SECCOMP_MODE_FILTER = 2
 _SIGKILL = 9
 _CAPABILITY_VERSION_3 = 0x20080522
-_SYS_LANDLOCK_CREATE_RULESET, _SYS_LANDLOCK_ADD_RULE, _SYS_LANDLOCK_RESTRICT_SELF = 444, 445, 446  # on every machine
+_SYS_LANDLOCK_CREATE_RULESET, _SYS_LANDLOCK_ADD_RULE, _SYS_LANDLOCK_RESTRICT_SELF = (
+    444,
+    445,
+    446,
+)  # on every machine
 _LANDLOCK_RULE_PATH_BENEATH = 1
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 
@@ -61,7 +68,10 @@ def _prctl(option: int, value: int, pointer: int = 0) -> None:
 
 
 def _drop_capabilities() -> None:
-    """Empty the effective, permitted and inheritable sets; the kernel empties the ambient one with them."""
+    """Empty the effective, permitted and inheritable sets.
+
+    The kernel empties the ambient one with them.
+    """
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     _check(_libc.capset(header, (ctypes.c_uint32 * 6)()), "capset")
 
@@ -91,7 +101,12 @@ def _confine_files(abi: int, readable: list[str]) -> None:
 
 
 def confine(
-    *, parent: int, limits: list[tuple[int, int]], landlock_abi: int, readable: list[str], seccomp: bytes
+    *,
+    parent: int,
+    limits: list[tuple[int, int]],
+    landlock_abi: int,
+    readable: list[str],
+    seccomp: bytes,
 ) -> None:
     """Give up this process's rights; there is no way back.
 
@@ -169,7 +184,9 @@ def main() -> None:
         try:
             sys.path[:] = [path for path in sys.path if path] + order["site_packages"]
             sys.argv[:] = [_MODULE]
-            vars(builtins).update(exit=sys.exit, quit=sys.exit)  # these come from the module site, which is not loaded
+            vars(builtins).update(
+                exit=sys.exit, quit=sys.exit
+            )  # these come from the module site, which is not loaded
             confine(**order["confine"])
             write(channel, secret + b"R")
         except BaseException as error:

@@ -11,7 +11,10 @@ from svsk_eval.errors import EvalError
 __all__ = ["CONSENT_VARIABLE", "CodeLimits", "Outcome", "Verdict", "check_consent", "consent_given"]
 
 CONSENT_VARIABLE: Final = "HF_ALLOW_CODE_EVAL"
-"""Environment variable by which Hugging Face's ``evaluate`` and lm-eval learn of consent; consent is the value 1."""
+"""Environment variable by which Hugging Face's ``evaluate`` and lm-eval learn of consent.
+
+Consent is the value 1.
+"""
 
 Outcome = Literal["passed", "failed", "timeout", "memory", "killed"]
 
@@ -26,7 +29,8 @@ class CodeLimits:
     """What one program may use.
 
     Attributes:
-        seconds: wall-clock time from the moment the program is compiled; starting Python does not count.
+        seconds: wall-clock time from the moment the program is compiled; starting Python does not
+            count.
         memory_bytes: address space, the interpreter's own 13 MiB included.
         open_files: file descriptors.
 
@@ -40,16 +44,26 @@ class CodeLimits:
 
     def __post_init__(self) -> None:
         seconds: object = self.seconds
-        valid = isinstance(seconds, int | float) and not isinstance(seconds, bool) and math.isfinite(seconds)
+        valid = (
+            isinstance(seconds, int | float)
+            and not isinstance(seconds, bool)
+            and math.isfinite(seconds)
+        )
         if not (valid and 0 < self.seconds <= _MOST_SECONDS):
-            raise EvalError(f"CodeLimits.seconds is {seconds!r}: expected a number above 0 and up to {_MOST_SECONDS}.")
+            raise EvalError(
+                f"CodeLimits.seconds is {seconds!r}: expected a number above 0 and up to"
+                f" {_MOST_SECONDS}."
+            )
         self._check_int("memory_bytes", self.memory_bytes, _LEAST_MEMORY, 1 << 46, "bytes")
         self._check_int("open_files", self.open_files, *_OPEN_FILES, "descriptors")
 
     @staticmethod
     def _check_int(name: str, value: object, least: int, most: int, unit: str) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise EvalError(f"CodeLimits.{name} is {value!r}: expected a whole number of {unit}, {least} to {most}.")
+            raise EvalError(
+                f"CodeLimits.{name} is {value!r}: expected a whole number of {unit}, {least} to"
+                f" {most}."
+            )
 
 
 @dataclass(frozen=True)
@@ -58,10 +72,10 @@ class Verdict:
 
     Attributes:
         passed: whether it ran to its end; the same as ``outcome == "passed"``.
-        outcome: ``failed`` by an exception or an early exit, ``timeout``, ``memory`` (MemoryError), or ``killed`` by a
-            signal, such as a segmentation fault.
-        detail: why, in one printable line of at most 400 characters; empty for ``passed``. It may hold words of the
-            program.
+        outcome: ``failed`` by an exception or an early exit, ``timeout``, ``memory`` (MemoryError),
+            or ``killed`` by a signal, such as a segmentation fault.
+        detail: why, in one printable line of at most 400 characters; empty for ``passed``. It may
+            hold words of the program.
     """
 
     passed: bool
@@ -78,8 +92,8 @@ def check_consent(consent: bool) -> None:
     """Raise EvalError unless ``consent`` is True."""
     if consent is not True:
         raise EvalError(
-            "This task runs programs that a model wrote, and nobody has read them. They run in a sandbox without "
-            "network, processes or writing, but a sandbox can have holes: use a machine without secrets. To consent, "
-            f"pass --confirm-run-unsafe-code to `svsk bench`; with lm-eval, pass --confirm_run_unsafe_code and set "
-            f"{CONSENT_VARIABLE}=1."
+            "This task runs programs that a model wrote, and nobody has read them. They run in a"
+            " sandbox without network, processes or writing, but a sandbox can have holes: use a"
+            " machine without secrets. To consent, pass --confirm-run-unsafe-code to `svsk bench`;"
+            f" with lm-eval, pass --confirm_run_unsafe_code and set {CONSENT_VARIABLE}=1."
         )

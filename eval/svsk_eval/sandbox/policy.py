@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the sandbox allows, worked out once for this machine: system calls, readable files, resource limits."""
+"""What the sandbox allows, worked out once for this machine.
+
+System calls, readable files, resource limits.
+"""
 
 import ctypes
 import math
@@ -18,7 +21,14 @@ from typing import Any, Final
 from svsk_eval.errors import EvalError
 from svsk_eval.sandbox.limits import CodeLimits
 
-__all__ = ["check_machine", "landlock_abi", "readable_paths", "resource_limits", "seccomp_program", "site_packages"]
+__all__ = [
+    "check_machine",
+    "landlock_abi",
+    "readable_paths",
+    "resource_limits",
+    "seccomp_program",
+    "site_packages",
+]
 
 MACHINES: Final = ("x86_64", "aarch64")
 
@@ -35,17 +45,35 @@ ALLOWED: Final = tuple(
     getpid getppid gettid getuid geteuid getgid getegid getresuid getresgid getgroups getpgid getpgrp getsid
     sched_getaffinity sched_getparam sched_getscheduler getcpu uname sysinfo getrandom
     exit exit_group
-    """.split()  # noqa: SIM905 - a literal would take a line for each name
-)
-"""Calls allowed with any arguments. None of them makes, changes or signals anything outside the process."""
+    """.split()
+)  # noqa: SIM905 - a literal would take a line for each name
+"""Calls allowed with any arguments.
+
+None of them makes, changes or signals anything outside the process.
+"""
 
 UNKNOWN_TO_KERNEL: Final = ("clone3", "openat2")
 """Calls refused with ENOSYS, on which the C library falls back to calls that the filter can judge."""
 
-# O_NOFOLLOW is one of the last two on one machine and O_LARGEFILE the other, and the reverse on the other machine.
-_OPEN_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOCTTY | os.O_NONBLOCK | 0o100000 | 0o400000
-_FCNTL: Final = (0, 1, 2, 3, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC; F_SETOWN could signal others
-_IOCTL: Final = (0x5401, 0x5413, 0x541B, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONCLEX, FIOCLEX
+# O_NOFOLLOW is one of the last two on one machine and O_LARGEFILE the other, and the reverse on the
+# other machine.
+_OPEN_FLAGS: Final = (
+    os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOCTTY | os.O_NONBLOCK | 0o100000 | 0o400000
+)
+_FCNTL: Final = (
+    0,
+    1,
+    2,
+    3,
+    1030,
+)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC; F_SETOWN could signal others
+_IOCTL: Final = (
+    0x5401,
+    0x5413,
+    0x541B,
+    0x5450,
+    0x5451,
+)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONCLEX, FIOCLEX
 
 _SYSTEM_PATHS: Final = (
     "/usr",
@@ -69,16 +97,26 @@ _SYS_LANDLOCK_CREATE_RULESET: Final = 444
 
 def check_machine() -> None:
     """Raise EvalError where the sandbox is not available at all."""
-    system, machine, bits = platform.system(), platform.machine(), 64 if sys.maxsize > 1 << 32 else 32
+    system, machine, bits = (
+        platform.system(),
+        platform.machine(),
+        64 if sys.maxsize > 1 << 32 else 32,
+    )
     if system != "Linux" or machine not in MACHINES or bits != 64:
         raise EvalError(
-            f"Programs that a model wrote are run on Linux on {' or '.join(MACHINES)} with a 64-bit Python only, where "
-            f"seccomp can confine them; this is a {bits}-bit Python on {system} on {machine}. Leave out the tasks that "
-            "run code, or use such a machine."
+            f"Programs that a model wrote are run on Linux on {' or '.join(MACHINES)} with a 64-bit"
+            f" Python only, where seccomp can confine them; this is a {bits}-bit Python on {system}"
+            f" on {machine}. Leave out the tasks that run code, or use such a machine."
         )
-    for needed, function in (("pidfd_open (Linux 5.3)", "pidfd_open"), ("memfd_create", "memfd_create")):
+    for needed, function in (
+        ("pidfd_open (Linux 5.3)", "pidfd_open"),
+        ("memfd_create", "memfd_create"),
+    ):
         if not hasattr(os, function):
-            raise EvalError(f"This Python was built without {needed}, which running code needs: use another build.")
+            raise EvalError(
+                f"This Python was built without {needed}, which running code needs: use another"
+                " build."
+            )
 
 
 def _pyseccomp() -> Any:
@@ -86,12 +124,13 @@ def _pyseccomp() -> Any:
         import pyseccomp
     except ImportError as error:
         raise EvalError(
-            "Running code needs the package pyseccomp, which is not installed: pip install pyseccomp."
+            "Running code needs the package pyseccomp, which is not installed: pip install"
+            " pyseccomp."
         ) from error
     except (RuntimeError, OSError) as error:  # what it raises where the C library is missing
         raise EvalError(
-            f"Running code needs the library libseccomp.so.2 ({error}). Install it: on Debian and Ubuntu the package "
-            "is libseccomp2, on Fedora libseccomp."
+            f"Running code needs the library libseccomp.so.2 ({error}). Install it: on Debian and"
+            " Ubuntu the package is libseccomp2, on Fedora libseccomp."
         ) from error
     return pyseccomp
 
@@ -100,7 +139,10 @@ def _number(seccomp: Any, name: str) -> int | None:
     """Return a call's number, None if this machine has no such call."""
     found = int(seccomp.resolve_syscall(seccomp.Arch.NATIVE, name))
     if found == -1:
-        raise EvalError(f"The installed libseccomp does not know the system call {name}: install version 2.5 or later.")
+        raise EvalError(
+            f"The installed libseccomp does not know the system call {name}: install version 2.5 or"
+            " later."
+        )
     return found if found >= 0 else None
 
 
@@ -115,8 +157,9 @@ def allowed_numbers() -> set[int]:
 def seccomp_program() -> bytes:
     """Return the filter as classic BPF for this machine, 8 bytes an instruction.
 
-    A call that is not allowed fails with EPERM; one through another machine's numbers (x32, 32-bit) kills the process.
-    Comparisons are of all 64 bits of an argument, so that no upper half can hide a value.
+    A call that is not allowed fails with EPERM; one through another machine's numbers (x32, 32-bit)
+    kills the process. Comparisons are of all 64 bits of an argument, so that no upper half can hide
+    a value.
 
     Raises:
         EvalError: pyseccomp or libseccomp is missing or too old.
@@ -152,11 +195,16 @@ def landlock_abi() -> int:
     """Return the version of the kernel's Landlock interface, 0 (with a warning) if it has none."""
     libc = ctypes.CDLL(None)
     libc.syscall.restype = ctypes.c_long
-    abi = int(libc.syscall(_SYS_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_CREATE_RULESET_VERSION))
+    abi = int(
+        libc.syscall(
+            _SYS_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_CREATE_RULESET_VERSION
+        )
+    )
     if abi < 1:
         warnings.warn(
-            "This kernel has no Landlock (Linux 5.13 and later, if enabled): programs that a model wrote can read "
-            "every file that you can. They still cannot write, and have no network.",
+            "This kernel has no Landlock (Linux 5.13 and later, if enabled): programs that a model"
+            " wrote can read every file that you can. They still cannot write, and have no"
+            " network.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -164,21 +212,32 @@ def landlock_abi() -> int:
 
 
 def site_packages() -> list[str]:
-    """Return the environment's folders of installed packages; folders that ``.pth`` files add are not among them."""
+    """Return the environment's folders of installed packages.
+
+    Folders that ``.pth`` files add are not among them.
+    """
     return [path for path in site.getsitepackages() if Path(path).is_dir()]
 
 
 def readable_paths() -> list[str]:
     """Return what Python and its packages need to read: absolute paths that exist, each once."""
     library = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
-    wanted = [*_SYSTEM_PATHS, sys.prefix, sys.base_prefix, sys.base_exec_prefix, *library, *site_packages()]
+    wanted = [
+        *_SYSTEM_PATHS,
+        sys.prefix,
+        sys.base_prefix,
+        sys.base_exec_prefix,
+        *library,
+        *site_packages(),
+    ]
     return list(dict.fromkeys(path for path in wanted if Path(path).exists()))
 
 
 def resource_limits(limits: CodeLimits) -> list[tuple[int, int]]:
     """Return pairs of a resource and its limit, soft and hard alike.
 
-    The processor's time is a second net under the supervisor's clock: it ends a loop whose supervisor is stopped.
+    The processor's time is a second net under the supervisor's clock: it ends a loop whose
+    supervisor is stopped.
     """
     return [
         (resource.RLIMIT_CPU, math.ceil(limits.seconds) + 2),

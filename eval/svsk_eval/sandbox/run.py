@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two functions that the package offers: consent and arguments are checked, then the sandbox, then programs run."""
+"""The two functions that the package offers.
+
+Consent and arguments are checked, then the sandbox, then programs run.
+"""
 
 import os
 from collections.abc import Sequence
@@ -20,12 +23,16 @@ def run_program(program: str, *, consent: bool, limits: CodeLimits = _DEFAULT_LI
 
 
 def run_programs(
-    programs: Sequence[str], *, consent: bool, limits: CodeLimits = _DEFAULT_LIMITS, workers: int | None = None
+    programs: Sequence[str],
+    *,
+    consent: bool,
+    limits: CodeLimits = _DEFAULT_LIMITS,
+    workers: int | None = None,
 ) -> list[Verdict]:
     """Run each program in a sandbox of its own, several at a time.
 
-    The first call in a process tests the sandbox. An interrupted call leaves nothing behind. If the calling
-    process is killed, the programs are too; an empty temporary folder stays.
+    The first call in a process tests the sandbox. An interrupted call leaves nothing behind. If the
+    calling process is killed, the programs are too; an empty temporary folder stays.
 
     Args:
         programs: Python source, any text at all: what does not compile has failed.
@@ -37,18 +44,24 @@ def run_programs(
         Verdicts in the order of ``programs``.
 
     Raises:
-        EvalError: no consent, an argument is wrong, or the sandbox is not available or does not hold on this machine.
+        EvalError: no consent, an argument is wrong, or the sandbox is not available or does not
+            hold on this machine.
     """
     check_consent(consent)
     if isinstance(programs, str):
-        raise EvalError("programs is a single text: expected a sequence of them. Use run_program for one.")
+        raise EvalError(
+            "programs is a single text: expected a sequence of them. Use run_program for one."
+        )
     for index, program in enumerate(programs):
         if not isinstance(program, str):
             raise EvalError(f"programs[{index}] is {type(program).__name__}: expected a text.")
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
-        raise EvalError(f"workers is {workers!r}: expected a whole number above 0, or None for one per processor.")
+        raise EvalError(
+            f"workers is {workers!r}: expected a whole number above 0, or None for one per"
+            " processor."
+        )
     if not programs:
         return []
     prove_sandbox(workers)

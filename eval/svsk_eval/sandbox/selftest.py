@@ -13,7 +13,9 @@ from svsk_eval.sandbox.supervise import run_all
 
 __all__ = ["prove_sandbox"]
 
-_GOOD: Final = "import decimal, hashlib, json, math, random, re\nassert math.prod(range(1, 5)) == 24"
+_GOOD: Final = (
+    "import decimal, hashlib, json, math, random, re\nassert math.prod(range(1, 5)) == 24"
+)
 _EARLY_EXIT: Final = "import os\nos._exit(0)"
 _CONTENT: Final = "kept\n"
 
@@ -22,7 +24,10 @@ _proven = False
 
 
 def _forbidden(victim: Path) -> dict[str, str]:
-    """Return programs that do by name what the sandbox must refuse; each runs to its end if it does not."""
+    """Return programs that do by name what the sandbox must refuse.
+
+    Each runs to its end if it does not.
+    """
     path, new = repr(str(victim)), repr(str(victim.with_name("new")))
     programs = {
         "open a socket": "import socket\nsocket.socket()",
@@ -54,24 +59,32 @@ def _prove(workers: int) -> None:
             raise EvalError(_message("a program passes that ends before its end", early))
         for name, verdict in zip(forbidden, refused, strict=True):
             if not verdict.detail.startswith("PermissionError"):
-                raise EvalError(_message(f"it does not keep a program from trying to {name}", verdict))
-        if [path.name for path in victim.parent.iterdir()] != [victim.name] or victim.read_text() != _CONTENT:
+                raise EvalError(
+                    _message(f"it does not keep a program from trying to {name}", verdict)
+                )
+        if [path.name for path in victim.parent.iterdir()] != [
+            victim.name
+        ] or victim.read_text() != _CONTENT:
             raise EvalError(_message("a program changed a file", good))
 
 
 def _message(what: str, verdict: Verdict) -> str:
     found = f"{verdict.outcome}{f': {verdict.detail}' if verdict.detail else ''}"
     return (
-        f"The sandbox for running code fails its test on this machine: {what} ({found}). Nothing was run. Use another "
-        "machine or container, one that leaves seccomp filters to its programs, or leave out the tasks that run code."
+        f"The sandbox for running code fails its test on this machine: {what} ({found}). Nothing"
+        " was run. Use another machine or container, one that leaves seccomp filters to its"
+        " programs, or leave out the tasks that run code."
     )
 
 
 def prove_sandbox(workers: int) -> None:
-    """Test the sandbox once in the life of this process; the first call takes some tenths of a second.
+    """Test the sandbox once in the life of this process.
+
+    The first call takes some tenths of a second.
 
     Raises:
-        EvalError: the machine is not supported, something is missing, or the sandbox lets through what it must refuse.
+        EvalError: the machine is not supported, something is missing, or the sandbox lets through
+            what it must refuse.
     """
     global _proven
     with _lock:

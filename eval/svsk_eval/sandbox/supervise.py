@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running programs side by side under a clock: one loop, no threads, and no process left when it ends."""
+"""Running programs side by side under a clock.
+
+One loop, no threads, and no process left when it ends.
+"""
 
 import contextlib
 import marshal
@@ -25,12 +28,20 @@ from svsk_eval.sandbox.limits import CodeLimits, Outcome, Verdict
 __all__ = ["run_all"]
 
 _START_SECONDS: Final = 60.0
-"""How long a child may take to be ready. Far more than it needs: it says that the machine cannot run children."""
+"""How long a child may take to be ready.
+
+Far more than it needs: it says that the machine cannot run children.
+"""
 
 _MESSAGE_BYTES: Final = 4096
 _SECRET_BYTES: Final = 16
 _DETAIL_CHARS: Final = 400
-_THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+_THREAD_VARIABLES: Final = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
 
 
 @cache
@@ -39,9 +50,18 @@ def _child_source() -> str:
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """Return the child's whole environment. The loader's variable is kept: the interpreter itself may need it."""
+    """Return the child's whole environment.
+
+    The loader's variable is kept: the interpreter itself may need it.
+    """
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    fixed = {"HOME": folder, "LC_ALL": "C.UTF-8", "PATH": os.defpath, "PYTHONHASHSEED": "0", "TZ": "UTC"}
+    fixed = {
+        "HOME": folder,
+        "LC_ALL": "C.UTF-8",
+        "PATH": os.defpath,
+        "PYTHONHASHSEED": "0",
+        "TZ": "UTC",
+    }
     return fixed | kept | dict.fromkeys(_THREAD_VARIABLES, "1")
 
 
@@ -62,18 +82,22 @@ def _setting(folder: str, limits: CodeLimits) -> _Setting:
         "readable": [*policy.readable_paths(), folder],
         "seccomp": policy.seccomp_program(),
     }
-    return _Setting(folder, limits.seconds, {"site_packages": policy.site_packages(), "confine": confine})
+    return _Setting(
+        folder, limits.seconds, {"site_packages": policy.site_packages(), "confine": confine}
+    )
 
 
 def _spawn(order: bytes, channel: int, folder: str) -> subprocess.Popen[bytes]:
     """Start a child that finds ``order`` on its standard input and can write to ``channel``."""
-    stream = os.memfd_create("order")  # a file needs no one to feed it, whatever the size of the program
+    stream = os.memfd_create(
+        "order"
+    )  # a file needs no one to feed it, whatever the size of the program
     try:
         with os.fdopen(os.dup(stream), "wb") as writer:
             writer.write(order)
         os.lseek(stream, 0, os.SEEK_SET)
-        # Not -I: it would ignore the hash seed. The environment is made here, and what -c puts first on the module
-        # path is the working folder, which is empty.
+        # Not -I: it would ignore the hash seed. The environment is made here, and what -c puts
+        # first on the module path is the working folder, which is empty.
         return subprocess.Popen(
             [sys.executable, "-S", "-s", "-B", "-c", _child_source()],
             stdin=stream,
@@ -97,21 +121,31 @@ class _Child:
         self._received = b""
         self._ready = False
         with contextlib.ExitStack() as undo:
-            # Not a pipe: a process can open its end of one for reading, through /proc, and so see what it wrote itself.
+            # Not a pipe: a process can open its end of one for reading, through /proc, and so see
+            # what it wrote itself.
             self.channel, theirs = socket.socketpair()
             undo.callback(self.channel.close)
             with theirs:
                 self.channel.setblocking(False)
                 self.channel.shutdown(socket.SHUT_WR)
-                fields = {"secret": self._secret, "channel": theirs.fileno(), "program": str.__str__(program)}
-                self._process = _spawn(marshal.dumps(fields | setting.order), theirs.fileno(), setting.folder)
+                fields = {
+                    "secret": self._secret,
+                    "channel": theirs.fileno(),
+                    "program": str.__str__(program),
+                }
+                self._process = _spawn(
+                    marshal.dumps(fields | setting.order), theirs.fileno(), setting.folder
+                )
             undo.callback(self._kill)
             self.pidfd = os.pidfd_open(self._process.pid)
             undo.pop_all()
         self.deadline = time.monotonic() + _START_SECONDS
 
     def receive(self) -> bool:
-        """Take what the channel holds, up to the longest message; return whether more can follow."""
+        """Take what the channel holds, up to the longest message.
+
+        Return whether more can follow.
+        """
         while len(self._received) <= _MESSAGE_BYTES:
             try:
                 found = self.channel.recv(_MESSAGE_BYTES)
@@ -141,7 +175,8 @@ class _Child:
         """Judge the process, which has ended, or whose time is up (``late``).
 
         Raises:
-            EvalError: it ended before it was ready to run the program, so that nothing is known about the program.
+            EvalError: it ended before it was ready to run the program, so that nothing is known
+                about the program.
         """
         letter, text = b"", ""
         if self._received.startswith(self._secret):
@@ -149,7 +184,10 @@ class _Child:
             text = _printable(self._received[len(self._secret) + 1 :])
         if not self._ready:
             reason = text or ("it took too long" if late else f"it ended with {self._ending()}")
-            raise EvalError(f"The sandbox for running code could not be set up: {reason}. No program was run in it.")
+            raise EvalError(
+                f"The sandbox for running code could not be set up: {reason}. No program was run"
+                " in it."
+            )
         if late:
             return _fail("timeout", f"not done after {self._seconds:g} s")
         if letter == b"P" and len(self._received) == len(self._secret) + 1:
@@ -160,7 +198,10 @@ class _Child:
             return _fail("failed", text)
         stray = " and wrote into the scorer's channel" if self._received else ""
         killed = self._process.returncode < 0
-        return _fail("killed" if killed else "failed", f"ended with {self._ending()} before its end was reached{stray}")
+        return _fail(
+            "killed" if killed else "failed",
+            f"ended with {self._ending()} before its end was reached{stray}",
+        )
 
     def _ending(self) -> str:
         status = self._process.wait()
@@ -178,7 +219,9 @@ def _fail(outcome: Outcome, detail: str) -> Verdict:
 def _printable(message: bytes) -> str:
     """Return a child's text as one line without control characters, which a terminal could obey."""
     text = " ".join(message.decode("utf-8", "replace").split())
-    return "".join(character if character.isprintable() else "?" for character in text)[:_DETAIL_CHARS]
+    return "".join(character if character.isprintable() else "?" for character in text)[
+        :_DETAIL_CHARS
+    ]
 
 
 def _start(program: str, setting: _Setting) -> _Child:
@@ -186,8 +229,8 @@ def _start(program: str, setting: _Setting) -> _Child:
         return _Child(program, setting)
     except OSError as error:
         raise EvalError(
-            f"A process for running code could not be started: {error}. Close other programs or use fewer workers; "
-            "pidfd_open needs Linux 5.3."
+            f"A process for running code could not be started: {error}. Close other programs or use"
+            " fewer workers; pidfd_open needs Linux 5.3."
         ) from error
 
 
@@ -197,7 +240,9 @@ def _empty_folder() -> Iterator[str]:
     try:
         folder = tempfile.TemporaryDirectory(prefix="svsk-code-")
     except OSError as error:
-        raise EvalError(f"No temporary folder could be made: {error}. Set TMPDIR to a folder to write in.") from error
+        raise EvalError(
+            f"No temporary folder could be made: {error}. Set TMPDIR to a folder to write in."
+        ) from error
     with folder as path:
         yield path
 
@@ -250,10 +295,13 @@ def run_all(programs: Sequence[str], limits: CodeLimits, workers: int) -> list[V
     Raises:
         EvalError: a child could not be started or confined, or this process ignores SIGCHLD.
     """
-    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # an ended child's number could be another process's by then
+    if (
+        signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
+    ):  # an ended child's number could be another process's by then
         raise EvalError(
-            "Running code: this process ignores SIGCHLD, perhaps because its parent did, so that the ends of programs "
-            "cannot be told. Set it back first: signal.signal(signal.SIGCHLD, signal.SIG_DFL)."
+            "Running code: this process ignores SIGCHLD, perhaps because its parent did, so that"
+            " the ends of programs cannot be told. Set it back first: signal.signal(signal.SIGCHLD,"
+            " signal.SIG_DFL)."
         )
     with _empty_folder() as folder, selectors.DefaultSelector() as selector:
         batch = _Batch(_setting(folder, limits), selector)

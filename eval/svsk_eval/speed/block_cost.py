@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What quantising one decoder block of a large model costs, in seconds and memory, without its weights.
 
-``python -m svsk_eval.speed.block_cost qwen3-8b --recipe best`` makes a model of one block (or more) of that shape with
-random weights, quantises it with random tokens, and reports the seconds per block and the peak memory of the process.
-Time and memory depend on the shape and not on the values, but for the number of times a decomposition needs more
-damping.
+``python -m svsk_eval.speed.block_cost qwen3-8b --recipe best`` makes a model of one block (or more)
+of that shape with random weights, quantises it with random tokens, and reports the seconds per
+block and the peak memory of the process. Time and memory depend on the shape and not on the values,
+but for the number of times a decomposition needs more damping.
 """
 
 import json
@@ -31,7 +31,9 @@ __all__ = ["app", "measure"]
 _VOCABULARY: Final = 8192
 
 
-def measure(shape: str, recipe_name: str, layers: int, work: Path, device: str = "auto") -> dict[str, Any]:
+def measure(
+    shape: str, recipe_name: str, layers: int, work: Path, device: str = "auto"
+) -> dict[str, Any]:
     """Quantise a random model and say what it took.
 
     Returns:
@@ -48,11 +50,19 @@ def measure(shape: str, recipe_name: str, layers: int, work: Path, device: str =
     found: list[LayerReport] = []
     started = time.perf_counter()
     result = quantize(
-        model, work / "out", recipe, calibration=texts, device=device, progress=Progress(layer=found.append)
+        model,
+        work / "out",
+        recipe,
+        calibration=texts,
+        device=device,
+        progress=Progress(layer=found.append),
     )
     total = time.perf_counter() - started
     cuda, reserved = (
-        (torch.cuda.max_memory_allocated() / (1 << 30), torch.cuda.max_memory_reserved() / (1 << 30))
+        (
+            torch.cuda.max_memory_allocated() / (1 << 30),
+            torch.cuda.max_memory_reserved() / (1 << 30),
+        )
         if torch.cuda.is_available()
         else (None, None)
     )
@@ -70,7 +80,9 @@ def measure(shape: str, recipe_name: str, layers: int, work: Path, device: str =
         "peak_cuda_memory_gib": cuda,
         "peak_cuda_reserved_gib": reserved,
         "bits_per_weight": result.bits_per_weight,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else "cpu",
+        "device": (
+            torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else "cpu"
+        ),
         "threads": torch.get_num_threads(),
     }
 
@@ -80,7 +92,9 @@ def main(
     recipe: Annotated[str, typer.Option(help="Name or YAML file.")] = "best",
     layers: Annotated[int, typer.Option(min=1, help="Decoder blocks to make and quantise.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures there.")
+    ] = None,
 ) -> None:
     """Measure the cost of quantising one block of a large model."""
     with tempfile.TemporaryDirectory(prefix="svsk-block-") as folder:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of a published size with random weights, dense or quantised: speed and memory do not depend on the values.
+"""Models of a published size with random weights, dense or quantised.
 
-``python -m svsk_eval.speed.random_model qwen3-8b FOLDER --variant svsk-r16 --variant w4a16`` writes FOLDER/svsk-r16 and
-FOLDER/w4a16. They have no tokenizer. Every code and factor is drawn from its whole range: constant weights would take
-less power than real ones, and a GPU's clock depends on it.
+Speed and memory do not depend on the values.
+
+``python -m svsk_eval.speed.random_model qwen3-8b FOLDER --variant svsk-r16 --variant w4a16`` writes
+FOLDER/svsk-r16 and FOLDER/w4a16. They have no tokenizer. Every code and factor is drawn from its
+whole range: constant weights would take less power than real ones, and a GPU's clock depends on it.
 """
 
 import math
@@ -37,14 +39,26 @@ __all__ = ["SHAPES", "VARIANTS", "Shape", "Variant", "app", "write_random_model"
 
 SHAPES: Final[dict[str, dict[str, Any]]] = {
     "qwen3-4b": {
-        "hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 128, "num_hidden_layers": 36, "vocab_size": 151936, "tie_word_embeddings": True,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "num_hidden_layers": 36,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
     },
     "qwen3-8b": {
-        "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 128, "num_hidden_layers": 36, "vocab_size": 151936, "tie_word_embeddings": False,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "num_hidden_layers": 36,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
     },
-}  # fmt: skip
+}
 """Sizes of the published models, as keys of a Qwen3 ``config.json``."""
 
 VARIANTS: Final[dict[str, ConfigGroup | int | None]] = {
@@ -56,7 +70,10 @@ VARIANTS: Final[dict[str, ConfigGroup | int | None]] = {
         targets=("Linear",), weights=WeightArgs(codebook="quad8"), sidecar=SidecarArgs(rank=16)
     ),
 }
-"""How the linears are stored: an SVSK scheme, the group size of a compressed-tensors W4A16 model, or None for dense."""
+"""How the linears are stored.
+
+An SVSK scheme, the group size of a compressed-tensors W4A16 model, or None for dense.
+"""
 
 _STD: Final = 0.02
 """Of dense weights, as transformers initialises them; quantised ones have the same."""
@@ -140,16 +157,22 @@ def write_random_model(
     return target.commit()
 
 
-def _architecture(sizes: Mapping[str, Any]) -> tuple[dict[str, torch.Size], list[str], dict[str, Any]]:
+def _architecture(
+    sizes: Mapping[str, Any],
+) -> tuple[dict[str, torch.Size], list[str], dict[str, Any]]:
     """Shapes of the parameters, names of the linears that quantisers take, and ``config.json``."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config: Any = Qwen3Config(**sizes, architectures=["Qwen3ForCausalLM"], dtype="bfloat16")
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # a tied head appears once
+    shapes = {
+        name: parameter.shape for name, parameter in model.named_parameters()
+    }  # a tied head appears once
     linears = [
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
     ]
     return shapes, linears, config.to_dict()
 
@@ -166,15 +189,21 @@ def _by_block(parameters: Mapping[str, Any]) -> list[list[str]]:
 def _dense(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     if len(shape) == 1:  # norms
         return torch.ones(shape, dtype=torch.bfloat16)
-    return (torch.randn(shape, generator=generator, device=generator.device) * _STD).to(torch.bfloat16)
+    return (torch.randn(shape, generator=generator, device=generator.device) * _STD).to(
+        torch.bfloat16
+    )
 
 
-def _w4a16(module: str, shape: torch.Size, group: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def _w4a16(
+    module: str, shape: torch.Size, group: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
     """Tensors of compressed-tensors' format ``pack-quantized``."""
     n, k = shape
     if k % group:
         raise EvalError(f"{module}: {k} columns are not a multiple of W4A16's group size {group}.")
-    words = torch.randint(-(1 << 31), 1 << 31, (n, k // 8), generator=generator, device=generator.device)
+    words = torch.randint(
+        -(1 << 31), 1 << 31, (n, k // 8), generator=generator, device=generator.device
+    )
     return {
         f"{module}.weight_packed": words.to(torch.int32),
         f"{module}.weight_scale": _scales(n, k // group, torch.arange(-8.0, 8.0), generator),
@@ -182,31 +211,43 @@ def _w4a16(module: str, shape: torch.Size, group: int, generator: torch.Generato
     }
 
 
-def _svsk(module: str, shape: torch.Size, scheme: ConfigGroup, generator: torch.Generator) -> QuantizedLinear:
+def _svsk(
+    module: str, shape: torch.Size, scheme: ConfigGroup, generator: torch.Generator
+) -> QuantizedLinear:
     n, k = shape
     spec = LinearSpec(module, n, k, scheme)
     grid, rank, where = spec.grid, spec.rank, generator.device
 
     def integers(limit: int, *size: int) -> torch.Tensor:
-        return torch.randint(-limit, limit, size, generator=generator, dtype=torch.int8, device=where)
+        return torch.randint(
+            -limit, limit, size, generator=generator, dtype=torch.int8, device=where
+        )
 
     codes = integers(8, spec.n, spec.k)
-    scale = _scales(spec.n, spec.k // spec.group_size, codebook_levels(scheme.weights.codebook), generator)
+    scale = _scales(
+        spec.n, spec.k // spec.group_size, codebook_levels(scheme.weights.codebook), generator
+    )
     if not rank:
         return QuantizedLinear(spec, codes, scale)
     limit = 1 << (spec.factor_bits - 1)
     # Factors are uniform over 2 * limit integers, whose variance is limit**2 / 3.
     gain = torch.full(
-        (grid.num_row_tiles, grid.num_col_tiles, rank), _SIDECAR * _STD / math.sqrt(rank) * 3 / limit**2, device=where
+        (grid.num_row_tiles, grid.num_col_tiles, rank),
+        _SIDECAR * _STD / math.sqrt(rank) * 3 / limit**2,
+        device=where,
     )
     u = integers(limit, spec.n, grid.num_col_tiles, rank)
-    return QuantizedLinear(spec, codes, scale, u, integers(limit, grid.num_row_tiles, rank, spec.k), gain)
+    return QuantizedLinear(
+        spec, codes, scale, u, integers(limit, grid.num_row_tiles, rank, spec.k), gain
+    )
 
 
 def _scales(n: int, groups: int, levels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Scales [n, groups] with which weights of evenly drawn levels have the standard deviation of dense ones."""
     spread = torch.rand(n, groups, generator=generator, device=generator.device) + 0.5
-    root_mean_square = math.sqrt(float(levels.float().square().mean()) * (1 + 1 / 12))  # 1/12: the spread's variance
+    root_mean_square = math.sqrt(
+        float(levels.float().square().mean()) * (1 + 1 / 12)
+    )  # 1/12: the spread's variance
     return (spread * (_STD / root_mean_square)).to(torch.bfloat16)
 
 
@@ -228,8 +269,12 @@ def _asked(variants: list[Variant] | None) -> Iterator[str]:
 def main(
     shape: Annotated[Shape, typer.Argument(help="Model whose sizes to take.")],
     out: Annotated[Path, typer.Argument(help="Folder that gets a folder per variant.")],
-    variant: Annotated[list[Variant] | None, typer.Option(help="How linears are stored; may be repeated.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Decoder blocks, by default all.")] = None,
+    variant: Annotated[
+        list[Variant] | None, typer.Option(help="How linears are stored; may be repeated.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Decoder blocks, by default all.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the weights are drawn: cpu, cuda.")] = "cpu",
 ) -> None:
     """Write models with random weights. A folder that is there already is left as it is."""
@@ -244,10 +289,16 @@ def main(
             try:
                 write_random_model(folder, shape.value, name, changes, device=device)
             except (EvalError, SvskError, SvskFormatError) as error:
-                Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+                Console(stderr=True, soft_wrap=True).print(
+                    f"error: {error}", markup=False, highlight=False
+                )
                 raise typer.Exit(1) from error
         size = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
-        Console().print(f"{folder}: {size:.2f} GB{', was there' if there else ''}", highlight=False, soft_wrap=True)
+        Console().print(
+            f"{folder}: {size:.2f} GB{', was there' if there else ''}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Throughput of several models: ``python -m svsk_eval.speed.throughput run svsk=FOLDER dense=FOLDER``, under vLLM.
+"""Throughput of several models.
 
-Each model has a process of its own. By default all are kept and asked in turn, so that a busy machine slows all of them
-alike, and share a GPU's memory in equal parts; ``--one-at-a-time`` is for a GPU that holds one of them. A label that
-ends in ``@w4a16`` serves the base of its SVSK folder without the sidecar, as a compressed-tensors model; one that ends
-in ``@split`` serves an SVSK folder with the base through vLLM's own kernel and the sidecar after it.
+``python -m svsk_eval.speed.throughput run svsk=FOLDER dense=FOLDER``, under vLLM.
+
+Each model has a process of its own. By default all are kept and asked in turn, so that a busy
+machine slows all of them alike, and share a GPU's memory in equal parts; ``--one-at-a-time`` is for
+a GPU that holds one of them. A label that ends in ``@w4a16`` serves the base of its SVSK folder
+without the sidecar, as a compressed-tensors model; one that ends in ``@split`` serves an SVSK
+folder with the base through vLLM's own kernel and the sidecar after it.
 """
 
 import os
@@ -53,7 +56,8 @@ class Speeds:
     """Tokens per second of all requests together, medians.
 
     Attributes:
-        decode: decoded tokens over the time that decoding them adds to that of the prompts and the first ones.
+        decode: decoded tokens over the time that decoding them adds to that of the prompts and the
+            first ones.
         output: all generated tokens over the whole time, prompts included.
     """
 
@@ -71,8 +75,8 @@ def speeds_of(first: list[float], whole: list[float], batch: int, load: Load) ->
     added = statistics.median([b - a for a, b in zip(first, whole, strict=True)])
     if added <= 0:
         raise EvalError(
-            f"batch {batch}: {more} more tokens took {added:.4f} s more. Raise --tokens or --repeats: the time of "
-            "the prompts varies more than decoding takes."
+            f"batch {batch}: {more} more tokens took {added:.4f} s more. Raise --tokens or"
+            " --repeats: the time of the prompts varies more than decoding takes."
         )
     return Speeds(batch * more / added, batch * (load.tokens + 1) / statistics.median(whole))
 
@@ -101,23 +105,34 @@ def measure(
     """
     for name in engine or {}:
         if name in _RESERVED:
-            raise EvalError(f"--engine-arg {name}: it follows from the other arguments. Leave it out.")
+            raise EvalError(
+                f"--engine-arg {name}: it follows from the other arguments. Leave it out."
+            )
     for batch in load.batches:
         load.first(batch)
     found = {} if found is None else found
     left = {label: model for label, model in models.items() if label not in found}
     groups = [[label] for label in left] if one_at_a_time else [list(left)] if left else []
-    shares = {"gpu_memory_utilization": round(_MEMORY / len(groups[0]), 3)} if groups and _on_gpu() else {}
+    shares = (
+        {"gpu_memory_utilization": round(_MEMORY / len(groups[0]), 3)}
+        if groups and _on_gpu()
+        else {}
+    )
     for group in groups:
         servers: dict[str, Server] = {}
         times: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
         try:
             for label in group:
-                servers[label] = Server(left[label].folder, load, left[label].environment, shares | dict(engine or {}))
+                servers[label] = Server(
+                    left[label].folder, load, left[label].environment, shares | dict(engine or {})
+                )
             for batch in load.batches:
                 for repeat in range(load.repeats + 1):
                     for label, server in servers.items():
-                        first, whole = server.seconds(batch, load.first(batch)), server.seconds(batch, load.tokens + 1)
+                        first, whole = (
+                            server.seconds(batch, load.first(batch)),
+                            server.seconds(batch, load.tokens + 1),
+                        )
                         if repeat:
                             firsts, wholes = times.setdefault((label, batch), ([], []))
                             firsts.append(first)
@@ -128,7 +143,9 @@ def measure(
         failed = []
         for label in group:
             try:
-                found[label] = {batch: speeds_of(*times[label, batch], batch, load) for batch in load.batches}
+                found[label] = {
+                    batch: speeds_of(*times[label, batch], batch, load) for batch in load.batches
+                }
             except EvalError as error:
                 failed.append(f"{label}, {error}")
                 continue
@@ -145,14 +162,20 @@ def _on_gpu() -> bool:
 
 
 def table_rows(found: Mapping[str, Mapping[int, Speeds]], load: Load, kind: str) -> list[list[str]]:
-    """Per model: tokens per second by batch, and the ratio to the last model; ``kind`` is a field of Speeds."""
+    """Per model.
+
+    Tokens per second by batch, and the ratio to the last model; ``kind`` is a field of Speeds.
+    """
     last = list(found.values())[-1]
 
     def cell(speeds: Speeds, reference: Speeds) -> str:
         value = getattr(speeds, kind)
         return f"{value:.0f} ({value / getattr(reference, kind):.2f}x)"
 
-    return [[label, *(cell(speeds[b], last[b]) for b in load.batches)] for label, speeds in found.items()]
+    return [
+        [label, *(cell(speeds[b], last[b]) for b in load.batches)]
+        for label, speeds in found.items()
+    ]
 
 
 def _models(texts: list[str], work: Path) -> dict[str, Served]:
@@ -166,17 +189,23 @@ def _models(texts: list[str], work: Path) -> dict[str, Served]:
             raise typer.BadParameter(f"{text}: the label {label} is given twice")
         folder = Path(name)
         if not (folder / "config.json").is_file():
-            raise typer.BadParameter(f"{text}: {folder} holds no config.json, expected a model folder")
+            raise typer.BadParameter(
+                f"{text}: {folder} holds no config.json, expected a model folder"
+            )
         if label.endswith(_CONVERTED):
             folder = write_w4a16(folder, work / str(len(models)))
-        # Where the fused kernels do not run, the figures of another path under their name would mislead.
+        # Where the fused kernels do not run, the figures of another path under their name would
+        # mislead.
         kernel = "split" if label.endswith(_SPLIT) else "fused"
         models[label] = Served(folder, {"SVSK_KERNEL": kernel})
     return models
 
 
 def _described(text: str, model: Served) -> dict[str, Any]:
-    """What decides a model's speed besides the load, as JSON: figures of another must not pass for its own."""
+    """What decides a model's speed besides the load, as JSON.
+
+    Figures of another must not pass for its own.
+    """
     disabled = os.environ.get("VLLM_DISABLED_KERNELS", "")
     folder = str(Path(text.partition("=")[2]).resolve())
     return {"folder": folder, **model.environment, "VLLM_DISABLED_KERNELS": disabled}
@@ -186,11 +215,15 @@ def _machine() -> dict[str, str]:
     """Versions, and the GPU if there is one."""
     import torch
 
-    found = {name: metadata.version(name) for name in ("vllm", "torch", "transformers", "svsk-vllm")}
+    found = {
+        name: metadata.version(name) for name in ("vllm", "torch", "transformers", "svsk-vllm")
+    }
     return found | {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 
-def _resume(path: Path | None, settings: dict[str, Any], models: dict[str, Any]) -> dict[str, dict[int, Speeds]]:
+def _resume(
+    path: Path | None, settings: dict[str, Any], models: dict[str, Any]
+) -> dict[str, dict[int, Speeds]]:
     """Figures that ``path`` holds, if it was made with the same settings, and its models with theirs."""
     if path is None:
         raise typer.BadParameter("--resume needs --json, the file to go on from")
@@ -200,16 +233,24 @@ def _resume(path: Path | None, settings: dict[str, Any], models: dict[str, Any])
     asked = settings | {"models": {label: models.get(label) for label in stored["models"]}}
     had = stored["settings"] | {"models": stored["models"]}
     if asked != had:
-        raise EvalError(f"{path}: measured with {had}, now {asked} is asked for. Give the same, or another --json.")
+        raise EvalError(
+            f"{path}: measured with {had}, now {asked} is asked for. Give the same, or another"
+            " --json."
+        )
     return {
         label: {int(batch): Speeds(**speeds) for batch, speeds in by_batch.items()}
         for label, by_batch in stored["tokens_per_second"].items()
     }
 
 
-def _report(console: Console, found: Mapping[str, Mapping[int, Speeds]], load: Load, markdown: Path | None) -> None:
+def _report(
+    console: Console, found: Mapping[str, Mapping[int, Speeds]], load: Load, markdown: Path | None
+) -> None:
     lines: list[str] = []
-    for kind, title in (("decode", "decoded tokens/s"), ("output", "output tokens/s, prompts included")):
+    for kind, title in (
+        ("decode", "decoded tokens/s"),
+        ("output", "output tokens/s, prompts included"),
+    ):
         headings = ["model", *(f"batch {count}" for count in load.batches)]
         rows = table_rows(found, load, kind)
         table = Table(*headings, title=title)
@@ -217,7 +258,11 @@ def _report(console: Console, found: Mapping[str, Mapping[int, Speeds]], load: L
             table.add_row(*row)
         console.print(table)
         cells = [headings, ["---"] * len(headings), *rows]
-        lines += [f"{title.capitalize()}:\n\n", *(f"| {' | '.join(line)} |\n" for line in cells), "\n"]
+        lines += [
+            f"{title.capitalize()}:\n\n",
+            *(f"| {' | '.join(line)} |\n" for line in cells),
+            "\n",
+        ]
     if markdown:
         write_text(markdown, "".join(lines).rstrip("\n") + "\n")
 
@@ -227,15 +272,30 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def run(
-    models: Annotated[list[str], typer.Argument(help="LABEL=FOLDER; see above for @w4a16 and @split. The last is 1x.")],
-    batches: Annotated[str, typer.Option(help="Numbers of requests that are sent together.")] = "1,8,32",
+    models: Annotated[
+        list[str],
+        typer.Argument(help="LABEL=FOLDER; see above for @w4a16 and @split. The last is 1x."),
+    ],
+    batches: Annotated[
+        str, typer.Option(help="Numbers of requests that are sent together.")
+    ] = "1,8,32",
     input_len: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 16,
-    tokens: Annotated[int, typer.Option(min=2, help="To decode per request, after the first.")] = 64,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="To decode per request, after the first.")
+    ] = 64,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
-    one_at_a_time: Annotated[bool, typer.Option("--one-at-a-time", help="Keep one model in memory.")] = False,
-    engine_arg: Annotated[list[str] | None, typer.Option(help="name=value for vllm.LLM; may be repeated.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there, model by model.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Leave out models that --json has.")] = False,
+    one_at_a_time: Annotated[
+        bool, typer.Option("--one-at-a-time", help="Keep one model in memory.")
+    ] = False,
+    engine_arg: Annotated[
+        list[str] | None, typer.Option(help="name=value for vllm.LLM; may be repeated.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures there, model by model.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out models that --json has.")
+    ] = False,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables there.")] = None,
 ) -> None:
     """Measure the throughput of models."""
@@ -243,23 +303,45 @@ def run(
     try:
         engine = parse_engine_args(engine_arg or [])
         counts = tuple(int(text) for text in batches.split(","))
-        # An engine begins with a step of this size, which takes a CPU long: no larger than the prompts need.
-        needed = max(_SHORTEST_STEP, min(Load.step_tokens, max(counts) * input_len), input_len + tokens + 1, *counts)
+        # An engine begins with a step of this size, which takes a CPU long: no larger than the
+        # prompts need.
+        needed = max(
+            _SHORTEST_STEP,
+            min(Load.step_tokens, max(counts) * input_len),
+            input_len + tokens + 1,
+            *counts,
+        )
         step = engine.setdefault("max_num_batched_tokens", needed)
         load = Load(input_len, tokens, counts, repeats, step)
-        settings = asdict(load) | {"batches": list(load.batches), "engine": engine, "one_at_a_time": one_at_a_time}
+        settings = asdict(load) | {
+            "batches": list(load.batches),
+            "engine": engine,
+            "one_at_a_time": one_at_a_time,
+        }
         with tempfile.TemporaryDirectory(prefix="svsk-throughput-") as work:
             served = _models(models, Path(work))
-            described = {label: _described(text, served[label]) for text, label in zip(models, served, strict=True)}
+            described = {
+                label: _described(text, served[label])
+                for text, label in zip(models, served, strict=True)
+            }
             found = _resume(json_file, settings, described) if resume else {}
 
             def save(label: str) -> None:
                 console.print(f"{label}: measured", highlight=False)
                 if json_file:
-                    content = {"machine": _machine(), "settings": settings, "tokens_per_second": _plain(found)}
-                    write_json(json_file, content | {"models": {label: described[label] for label in found}})
+                    content = {
+                        "machine": _machine(),
+                        "settings": settings,
+                        "tokens_per_second": _plain(found),
+                    }
+                    write_json(
+                        json_file,
+                        content | {"models": {label: described[label] for label in found}},
+                    )
 
-            measure(served, load, one_at_a_time=one_at_a_time, engine=engine, found=found, done=save)
+            measure(
+                served, load, one_at_a_time=one_at_a_time, engine=engine, found=found, done=save
+            )
     except EvalError as error:
         console.print(f"[red]Error:[/red] {error}", highlight=False)
         raise typer.Exit(1) from error
@@ -267,7 +349,10 @@ def run(
 
 
 def _plain(found: Mapping[str, Mapping[int, Speeds]]) -> dict[str, Any]:
-    return {label: {str(batch): asdict(speeds) for batch, speeds in rows.items()} for label, rows in found.items()}
+    return {
+        label: {str(batch): asdict(speeds) for batch, speeds in rows.items()}
+        for label, rows in found.items()
+    }
 
 
 app.command("serve", hidden=True)(serve)

@@ -36,10 +36,13 @@ class Load:
     step_tokens: int = 8192
 
     def first(self, batch: int) -> int:
-        """Tokens of the shorter of the two measurements: as many as the engine needs steps for the prompts.
+        """Tokens of the shorter of the two measurements.
 
-        While the prompts of a large batch are read step by step, early requests decode already. Both measurements
-        then hold the same of that, and what the longer one takes more is decoding of the whole batch.
+        As many as the engine needs steps for the prompts.
+
+        While the prompts of a large batch are read step by step, early requests decode already.
+        Both measurements then hold the same of that, and what the longer one takes more is decoding
+        of the whole batch.
 
         Raises:
             EvalError: decoding is shorter than that.
@@ -47,8 +50,9 @@ class Load:
         steps = -(-batch * self.input_len // self.step_tokens)
         if steps > self.tokens // 2:
             raise EvalError(
-                f"batch {batch}: {self.input_len} prompt tokens each take {steps} steps of {self.step_tokens}, but "
-                f"only {self.tokens} tokens are decoded. Raise --tokens to {2 * steps} or more, or lower --input-len."
+                f"batch {batch}: {self.input_len} prompt tokens each take {steps} steps of"
+                f" {self.step_tokens}, but only {self.tokens} tokens are decoded. Raise --tokens to"
+                f" {2 * steps} or more, or lower --input-len."
             )
         return steps
 
@@ -66,7 +70,9 @@ class Server:
         EvalError: the process ended, see its output.
     """
 
-    def __init__(self, model: Path, load: "Load", environment: Mapping[str, str], engine: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: Path, load: "Load", environment: Mapping[str, str], engine: Mapping[str, Any]
+    ) -> None:
         read, write = os.pipe()
         self.model = model
         arguments = {
@@ -80,7 +86,14 @@ class Server:
         }
         job = {"engine": arguments, "input_len": load.input_len}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "svsk_eval.speed.throughput", "serve", json.dumps(job), str(write)],
+            [
+                sys.executable,
+                "-m",
+                "svsk_eval.speed.throughput",
+                "serve",
+                json.dumps(job),
+                str(write),
+            ],
             stdin=subprocess.PIPE,
             stdout=sys.stderr,
             text=True,
@@ -140,25 +153,37 @@ def serve(job: str, pipe: int) -> None:
         for number, line in enumerate(sys.stdin):
             batch, count = map(int, line.split())
             generator = torch.Generator().manual_seed(number)
-            ids = torch.randint(vocabulary, (batch, settings["input_len"]), generator=generator).tolist()
-            params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+            ids = torch.randint(
+                vocabulary, (batch, settings["input_len"]), generator=generator
+            ).tolist()
+            params = SamplingParams(
+                temperature=0, max_tokens=count, ignore_eos=True, detokenize=False
+            )
             start = time.perf_counter()
-            outputs = llm.generate([{"prompt_token_ids": row} for row in ids], params, use_tqdm=False)
+            outputs = llm.generate(
+                [{"prompt_token_ids": row} for row in ids], params, use_tqdm=False
+            )
             seconds = time.perf_counter() - start
             if any(len(output.outputs[0].token_ids) != count for output in outputs):
-                raise EvalError(f"{settings['engine']['model']}: a request ended before its {count} tokens.")
+                raise EvalError(
+                    f"{settings['engine']['model']}: a request ended before its {count} tokens."
+                )
             answers.write(f"{seconds}\n")
 
 
 def _check_cache(llm: Any, engine: Mapping[str, Any]) -> None:
-    """Raise EvalError unless all requests of the largest batch fit the cache: those that wait would be timed."""
+    """Raise EvalError unless all requests of the largest batch fit the cache.
+
+    Those that wait would be timed.
+    """
     cache = llm.llm_engine.vllm_config.cache_config
     needed = engine["max_num_seqs"] * engine["max_model_len"]
     room = cache.num_gpu_blocks * cache.block_size
     if room < needed:
         raise EvalError(
-            f"{engine['model']}: {engine['max_num_seqs']} requests of {engine['max_model_len']} tokens need room for "
-            f"{needed} tokens in the cache, it has {room}. Give it more memory, or use smaller --batches."
+            f"{engine['model']}: {engine['max_num_seqs']} requests of {engine['max_model_len']}"
+            f" tokens need room for {needed} tokens in the cache, it has {room}. Give it more"
+            " memory, or use smaller --batches."
         )
 
 

@@ -18,7 +18,9 @@ __all__ = ["w4a16_config", "write_w4a16"]
 
 
 def write_w4a16(checkpoint: Path, out: Path) -> Path:
-    """Drop the sidecars and say in compressed-tensors' words what is left. Quality is not that of a W4A16 quantiser.
+    """Drop the sidecars and say in compressed-tensors' words what is left.
+
+    Quality is not that of a W4A16 quantiser.
 
     Args:
         checkpoint: SVSK folder whose linears all have the codebook int4.
@@ -32,7 +34,10 @@ def write_w4a16(checkpoint: Path, out: Path) -> Path:
     by_group: dict[int, list[str]] = {}
     for name, spec in source.linears.items():
         if spec.scheme.weights.codebook != "int4":
-            raise EvalError(f"{checkpoint}: {name} has codebook {spec.scheme.weights.codebook!r}, W4A16 needs 'int4'.")
+            raise EvalError(
+                f"{checkpoint}: {name} has codebook {spec.scheme.weights.codebook!r}, W4A16 needs"
+                " 'int4'."
+            )
         by_group.setdefault(spec.group_size, []).append(name)
     folder = PartialFolder(out, source.folder, suffix="converting")
     folder.discard()
@@ -40,12 +45,21 @@ def write_w4a16(checkpoint: Path, out: Path) -> Path:
     tensors = {name: source.read_dense(name) for name in source.dense_names}
     for name, linear in source.iter_linears():
         stored = linear.to_tensors()
-        tensors |= {f"{name}.{part}": stored[f"{name}.{part}"] for part in ("weight_packed", "weight_scale")}
+        tensors |= {
+            f"{name}.{part}": stored[f"{name}.{part}"] for part in ("weight_packed", "weight_scale")
+        }
         tensors[f"{name}.weight_shape"] = torch.tensor([linear.spec.n, linear.spec.k])
     write_tensors(partial / SINGLE_NAME, tensors)
-    write_json(partial / "config.json", undeclared(source.hf_config) | {"quantization_config": w4a16_config(by_group)})
+    write_json(
+        partial / "config.json",
+        undeclared(source.hf_config) | {"quantization_config": w4a16_config(by_group)},
+    )
     for path in sorted(source.folder.iterdir()):
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX_NAME, "config.json"):
+        if (
+            path.is_file()
+            and path.suffix != ".safetensors"
+            and path.name not in (INDEX_NAME, "config.json")
+        ):
             shutil.copyfile(path, partial / path.name)
     return folder.commit()
 
@@ -66,5 +80,16 @@ def w4a16_config(by_group: Mapping[int, Sequence[str]]) -> dict[str, Any]:
 
 
 def _group(size: int, names: Sequence[str]) -> dict[str, Any]:
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": size}
-    return {"targets": list(names), "weights": weights, "input_activations": None, "output_activations": None}
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": size,
+    }
+    return {
+        "targets": list(names),
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+    }

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents, filters and metrics of the lm-eval tasks in ``eval/tasks``.
 
-lm-eval imports ``eval/tasks/utils.py`` by its path; that file re-exports what is here. Nothing slow is imported before
-a function is called.
+lm-eval imports ``eval/tasks/utils.py`` by its path; that file re-exports what is here. Nothing slow
+is imported before a function is called.
 """
 
 from svsk_eval.task_data.code_tasks import (

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The code tasks: from a model's answers to programs, and their score pass@k.
 
-The programs run in the sandbox of :mod:`svsk_eval.sandbox`, only with consent. lm-eval's own code tasks run them with
-the package ``evaluate`` instead, which downloads its metric. What makes a program of an answer is the same as there
-(lm-eval, MIT licence, tasks humaneval and mbpp), but for :func:`first_code_block`.
+The programs run in the sandbox of :mod:`svsk_eval.sandbox`, only with consent. lm-eval's own code
+tasks run them with the package ``evaluate`` instead, which downloads its metric. What makes a
+program of an answer is the same as there (lm-eval, MIT licence, tasks humaneval and mbpp), but for
+:func:`first_code_block`.
 """
 
 import math
@@ -32,8 +33,8 @@ Documents = Sequence[Mapping[str, Any]]
 _FENCE: Final = "```"
 _BLOCK: Final = re.compile(r"```(?:\w*\n)?(.*?)\n?```", re.DOTALL)
 """lm-eval's pattern but for one thing: a word after the fence is the name of a language only if its line ends there.
-lm-eval also drops the ``def`` of an answer that starts with it. Answers do, unless the model's chat template strips the
-newline that the prompt ends with.
+lm-eval also drops the ``def`` of an answer that starts with it. Answers do, unless the model's chat
+template strips the newline that the prompt ends with.
 """
 
 
@@ -52,14 +53,17 @@ def estimate_pass_at_k(answers: int, correct: int, k: int) -> float:
     """
     if not 1 <= k <= answers:
         raise EvalError(
-            f"pass@{k}: got {answers} answer(s) per problem, expected at least {max(k, 1)}. Raise `repeats` in the "
-            "task's file (and let the model sample), or ask for a smaller k of at least 1."
+            f"pass@{k}: got {answers} answer(s) per problem, expected at least {max(k, 1)}. Raise"
+            " `repeats` in the task's file (and let the model sample), or ask for a smaller k of"
+            " at least 1."
         )
     return 1.0 - math.comb(answers - correct, k) / math.comb(answers, k)
 
 
 def pass_at_k(
-    references: Sequence[str], predictions: Sequence[str | Sequence[str]], k: int | Sequence[int] = 1
+    references: Sequence[str],
+    predictions: Sequence[str | Sequence[str]],
+    k: int | Sequence[int] = 1,
 ) -> dict[str, float]:
     """Run the programs of some problems and estimate pass@k.
 
@@ -99,26 +103,31 @@ def require_sandbox(task: str) -> None:
 
     if not consent_given():
         raise EvalError(
-            f"{task} runs programs that the model writes, and HF_ALLOW_CODE_EVAL is not 1. If you accept that, set "
-            "HF_ALLOW_CODE_EVAL=1 (lm-eval also wants --confirm_run_unsafe_code; `svsk bench` wants nothing but "
-            "--confirm-run-unsafe-code); else leave this task out."
+            f"{task} runs programs that the model writes, and HF_ALLOW_CODE_EVAL is not 1. If you"
+            " accept that, set HF_ALLOW_CODE_EVAL=1 (lm-eval also wants --confirm_run_unsafe_code;"
+            " `svsk bench` wants nothing but --confirm-run-unsafe-code); else leave this task out."
         )
     verdict = run_programs(["assert 1 + 1 == 2"], consent=True)[0]
     if not verdict.passed:
         raise EvalError(
-            f"{task} runs programs in a sandbox, and one that cannot fail did: {verdict.outcome} ({verdict.detail}). "
-            "Run it where the sandbox works, or leave this task out."
+            f"{task} runs programs in a sandbox, and one that cannot fail did: {verdict.outcome}"
+            f" ({verdict.detail}). Run it where the sandbox works, or leave this task out."
         )
 
 
 def humaneval_programs(answers: Answers, documents: Documents) -> list[list[str]]:
     """A program is the prompt and its continuation."""
-    return [[doc["prompt"] + answer for answer in drawn] for drawn, doc in zip(answers, documents, strict=True)]
+    return [
+        [doc["prompt"] + answer for answer in drawn]
+        for drawn, doc in zip(answers, documents, strict=True)
+    ]
 
 
 def humaneval_instruct_programs(answers: Answers, documents: Documents) -> list[list[str]]:
     """The same, the continuation up to the end of the code block that the prompt opened."""
-    return humaneval_programs([[answer.partition(_FENCE)[0] for answer in drawn] for drawn in answers], documents)
+    return humaneval_programs(
+        [[answer.partition(_FENCE)[0] for answer in drawn] for drawn in answers], documents
+    )
 
 
 def mbpp_programs(answers: Answers, documents: Documents) -> list[list[str]]:

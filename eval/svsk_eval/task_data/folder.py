@@ -17,20 +17,22 @@ _DISTRIBUTION: Final = "svsk-vllm"
 def tasks_folder() -> Path:
     """The folder for lm-eval's ``--include_path``.
 
-    In a checkout, editable installations included, it lies beside this package's source; a wheel installs it under
-    ``share/svsk_vllm/tasks`` of the environment.
+    In a checkout, editable installations included, it lies beside this package's source; a wheel
+    installs it under ``share/svsk_vllm/tasks`` of the environment.
 
     Raises:
         EvalError: it is in neither place.
     """
-    source = Path(__file__).resolve().parents[2]  # eval/ of a checkout, else site-packages or pip's --target
+    source = (
+        Path(__file__).resolve().parents[2]
+    )  # eval/ of a checkout, else site-packages or pip's --target
     places = [source / "tasks", source / _SHARED, *_recorded()]
     for place in places:
         if (place / _MARKER).is_file():
             return place
     raise EvalError(
-        f"The task files are in none of {', '.join(map(str, places))}. Install {_DISTRIBUTION} again, or run from a "
-        "checkout."
+        f"The task files are in none of {', '.join(map(str, places))}. Install {_DISTRIBUTION}"
+        " again, or run from a checkout."
     )
 
 
@@ -69,5 +71,7 @@ def load_task(name: str) -> Any:
     """
     manager = task_manager(include_defaults=False)
     if name not in manager.all_subtasks:
-        raise EvalError(f"There is no task {name!r}. Expected one of {', '.join(manager.all_subtasks)}.")
+        raise EvalError(
+            f"There is no task {name!r}. Expected one of {', '.join(manager.all_subtasks)}."
+        )
     return manager.load(name)["tasks"][name]

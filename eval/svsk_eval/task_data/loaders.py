@@ -31,7 +31,8 @@ def humaneval(**_: object) -> "DatasetDict":
     """Split ``test``, 164 problems.
 
     Raises:
-        EvalError: no consent to running code, no sandbox or no data; see :func:`svsk_eval.task_data.load_documents`.
+        EvalError: no consent to running code, no sandbox or no data; see
+            :func:`svsk_eval.task_data.load_documents`.
     """
     require_sandbox("HumanEval")
     return load_documents("humaneval")
@@ -41,7 +42,8 @@ def mbpp(**_: object) -> "DatasetDict":
     """Splits ``test``, 500 problems, and ``fewshot``, the three of the prompt.
 
     Raises:
-        EvalError: no consent to running code, no sandbox or no data; see :func:`svsk_eval.task_data.load_documents`.
+        EvalError: no consent to running code, no sandbox or no data; see
+            :func:`svsk_eval.task_data.load_documents`.
     """
     require_sandbox("MBPP")
     return load_documents("mbpp")

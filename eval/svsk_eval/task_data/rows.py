@@ -7,7 +7,16 @@ from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["ArcRow", "Gsm8kRow", "HellaSwagRow", "HumanEvalRow", "MbppRow", "Row", "SmokeChoiceRow", "SmokeTextRow"]
+__all__ = [
+    "ArcRow",
+    "Gsm8kRow",
+    "HellaSwagRow",
+    "HumanEvalRow",
+    "MbppRow",
+    "Row",
+    "SmokeChoiceRow",
+    "SmokeTextRow",
+]
 
 _GSM8K_RESULT: Final = re.compile(r"#### -?[\d.,]+\s*$")
 
@@ -42,7 +51,9 @@ class HumanEvalRow(Row):
     @model_validator(mode="after")
     def _is_runnable(self) -> "HumanEvalRow":
         if f"def {self.entry_point}(" not in self.prompt:
-            raise ValueError(f"prompt does not define the function that entry_point names, {self.entry_point!r}")
+            raise ValueError(
+                f"prompt does not define the function that entry_point names, {self.entry_point!r}"
+            )
         if "def check(" not in self.test:
             raise ValueError("test does not define the function check(candidate)")
         return self
@@ -69,7 +80,9 @@ class Gsm8kRow(Row):
     @model_validator(mode="after")
     def _has_a_result(self) -> "Gsm8kRow":
         if not _GSM8K_RESULT.search(self.answer):
-            raise ValueError(f"answer does not end with '#### ' and a number, it ends with {self.answer[-20:]!r}")
+            raise ValueError(
+                f"answer does not end with '#### ' and a number, it ends with {self.answer[-20:]!r}"
+            )
         return self
 
 
@@ -84,7 +97,10 @@ class _ArcQuestion(Row):
 
 
 class ArcRow(Row):
-    """A line of AI2's ARC-Challenge-*.jsonl, whose question is nested; the hub's columns are flat."""
+    """A line of AI2's ARC-Challenge-*.jsonl, whose question is nested.
+
+    The hub's columns are flat.
+    """
 
     id: Text
     question: _ArcQuestion
@@ -94,18 +110,32 @@ class ArcRow(Row):
     def _has_its_answer(self) -> "ArcRow":
         labels = [choice.label for choice in self.question.choices]
         if labels.count(self.answerKey) != 1:
-            raise ValueError(f"answerKey is {self.answerKey!r}, which is not one of the labels {', '.join(labels)}")
+            raise ValueError(
+                f"answerKey is {self.answerKey!r}, which is not one of the labels"
+                f" {', '.join(labels)}"
+            )
         return self
 
     def to_hub(self) -> Mapping[str, Any]:
         """Columns id, question, choices (text and label, one entry per choice) and answerKey."""
         choices = self.question.choices
-        columns = {"text": [choice.text for choice in choices], "label": [choice.label for choice in choices]}
-        return {"id": self.id, "question": self.question.stem, "choices": columns, "answerKey": self.answerKey}
+        columns = {
+            "text": [choice.text for choice in choices],
+            "label": [choice.label for choice in choices],
+        }
+        return {
+            "id": self.id,
+            "question": self.question.stem,
+            "choices": columns,
+            "answerKey": self.answerKey,
+        }
 
 
 class HellaSwagRow(Row):
-    """A line of hellaswag_*.jsonl; on the hub ``label`` is text. WikiHow rows may lack ``ctx_a`` and ``ctx_b``."""
+    """A line of hellaswag_*.jsonl.
+
+    On the hub ``label`` is text. WikiHow rows may lack ``ctx_a`` and ``ctx_b``.
+    """
 
     ind: int
     activity_label: str

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the documents of the tasks come from: the Hugging Face hub, or local files.
 
-The hub is the default. If the environment variable ``SVSK_DATA`` names a folder, everything comes from the files in it,
-as their authors publish them; what is missing there is an error and is not taken from the hub. Both give the same
-columns, so that one task file serves both.
+The hub is the default. If the environment variable ``SVSK_DATA`` names a folder, everything comes
+from the files in it, as their authors publish them; what is missing there is an error and is not
+taken from the hub. Both give the same columns, so that one task file serves both.
 """
 
 import gzip
@@ -22,7 +22,15 @@ from svsk_eval.task_data.rows import ArcRow, Gsm8kRow, HellaSwagRow, HumanEvalRo
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-__all__ = ["BENCHMARKS", "DATA_VARIABLE", "Benchmark", "Split", "load_documents", "local_folder", "read_rows"]
+__all__ = [
+    "BENCHMARKS",
+    "DATA_VARIABLE",
+    "Benchmark",
+    "Split",
+    "load_documents",
+    "local_folder",
+    "read_rows",
+]
 
 DATA_VARIABLE: Final = "SVSK_DATA"
 
@@ -43,8 +51,8 @@ class Split:
         hub: the hub's name of the split.
         keep: of the rows in the file or the hub's split, those that belong to this one.
         at_least: fewest rows that make sense.
-        optional: a missing local file gives no rows: the split is only used where a run asks for solved examples that
-            the task does not have by itself.
+        optional: a missing local file gives no rows: the split is only used where a run asks for
+            solved examples that the task does not have by itself.
     """
 
     file: str
@@ -85,13 +93,16 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
         "https://github.com/google-research/google-research/tree/master/mbpp (mbpp.jsonl)",
         {
             "test": Split("mbpp.jsonl", MbppRow, "test", lambda row: row["task_id"] in _MBPP_TEST),
-            "fewshot": Split("mbpp.jsonl", MbppRow, "prompt", lambda row: row["task_id"] in _MBPP_EXAMPLES, 3),
+            "fewshot": Split(
+                "mbpp.jsonl", MbppRow, "prompt", lambda row: row["task_id"] in _MBPP_EXAMPLES, 3
+            ),
         },
     ),
     "gsm8k": Benchmark(
         "openai/gsm8k",
         "main",
-        "https://github.com/openai/grade-school-math (data/test.jsonl, and the first 2,000 lines of data/train.jsonl)",
+        "https://github.com/openai/grade-school-math (data/test.jsonl, and the first 2,000 lines of"
+        " data/train.jsonl)",
         {
             "train": Split("gsm8k_train_2000.jsonl", Gsm8kRow, "train", at_least=5),
             "test": Split("gsm8k_test.jsonl", Gsm8kRow, "test"),
@@ -153,8 +164,8 @@ def local_folder() -> Path | None:
     folder = Path(value)
     if not folder.is_dir():
         raise EvalError(
-            f"{DATA_VARIABLE} is {value!r}, which is not a folder. Name the folder of the benchmarks' files, or unset "
-            "it to take them from the Hugging Face hub."
+            f"{DATA_VARIABLE} is {value!r}, which is not a folder. Name the folder of the"
+            " benchmarks' files, or unset it to take them from the Hugging Face hub."
         )
     return folder
 
@@ -167,10 +178,12 @@ def read_rows(path: Path, row: type[Row]) -> Iterator[tuple[int, Mapping[str, An
         row: the layout of its lines.
 
     Yields:
-        The number of the line, from 1, and the row in the hub's columns. Empty lines are passed over.
+        The number of the line, from 1, and the row in the hub's columns. Empty lines are passed
+        over.
 
     Raises:
-        EvalError: the file cannot be read, a line is no JSON or has another layout, or two lines have the same key.
+        EvalError: the file cannot be read, a line is no JSON or has another layout, or two lines
+            have the same key.
     """
     seen: dict[Any, int] = {}
     opened = gzip.open if path.suffix == ".gz" else open
@@ -185,7 +198,8 @@ def read_rows(path: Path, row: type[Row]) -> Iterator[tuple[int, Mapping[str, An
                     if first != number:
                         shown = repr(getattr(found, row.key))
                         raise EvalError(
-                            f"{path}, line {number}: {row.key} {shown} is that of line {first} too. {_AGAIN}"
+                            f"{path}, line {number}: {row.key} {shown} is that of line {first} too."
+                            f" {_AGAIN}"
                         )
                 yield number, found.to_hub()
     except (OSError, EOFError) as error:
@@ -207,7 +221,11 @@ def _parsed(path: Path, number: int, line: str, row: type[Row]) -> Row:
         where = ".".join(map(str, first["loc"])) or "the row"
         problem = first["msg"].removeprefix("Value error, ")
         shown = repr(first["input"])
-        got = "" if first["type"] in ("missing", "value_error") else f", got {shown[:80]}{'...' * (len(shown) > 80)}"
+        got = (
+            ""
+            if first["type"] in ("missing", "value_error")
+            else f", got {shown[:80]}{'...' * (len(shown) > 80)}"
+        )
         raise EvalError(f"{path}, line {number}: {where}: {problem}{got}. {_AGAIN}") from error
 
 
@@ -218,8 +236,9 @@ def _local_file(folder: Path, name: str, origin: str, optional: bool) -> Path | 
         raise EvalError(f"{folder}: holds both {name} and {name}.gz. Remove one of them.")
     if not found and not optional:
         raise EvalError(
-            f"{folder}: has neither {name} nor {name}.gz, and {DATA_VARIABLE} names this folder. Put the file there "
-            f"(its authors publish it at {origin}), or unset {DATA_VARIABLE} to take it from the Hugging Face hub."
+            f"{folder}: has neither {name} nor {name}.gz, and {DATA_VARIABLE} names this folder."
+            f" Put the file there (its authors publish it at {origin}), or unset {DATA_VARIABLE} to"
+            " take it from the Hugging Face hub."
         )
     return found[0] if found else None
 
@@ -233,38 +252,51 @@ def _checked(path: Path, source: Split) -> Iterator[Mapping[str, Any]]:
             yield row
     if count < source.at_least:
         raise EvalError(
-            f"{path}: has {count} row(s) of the split that is {source.hub!r} on the hub, expected at least "
-            f"{source.at_least}. {_AGAIN}"
+            f"{path}: has {count} row(s) of the split that is {source.hub!r} on the hub, expected"
+            f" at least {source.at_least}. {_AGAIN}"
         )
 
 
 def _from_hub(name: str, benchmark: Benchmark) -> "DatasetDict":
-    """The hub's splits under our names; raises EvalError with both ways out if they cannot be had."""
+    """The hub's splits under our names.
+
+    Raises EvalError with both ways out if they cannot be had.
+    """
     import datasets
 
-    shown = benchmark.hub_path if benchmark.hub_name is None else f"{benchmark.hub_path} ({benchmark.hub_name})"
-    files = ", ".join(dict.fromkeys(split.file for split in benchmark.splits.values() if not split.optional))
+    shown = (
+        benchmark.hub_path
+        if benchmark.hub_name is None
+        else f"{benchmark.hub_path} ({benchmark.hub_name})"
+    )
+    files = ", ".join(
+        dict.fromkeys(split.file for split in benchmark.splits.values() if not split.optional)
+    )
     try:
         loaded = datasets.load_dataset(benchmark.hub_path, benchmark.hub_name)
-    except Exception as error:  # of datasets, huggingface_hub, httpx, pyarrow: which one depends on what is missing
+    # of datasets, huggingface_hub, httpx, pyarrow: which one depends on what is missing
+    except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise EvalError(
-            f"{name}: cannot load {shown} from the Hugging Face hub ({type(error).__name__}: {reason}). Run it once "
-            f"with a network (and without HF_HUB_OFFLINE), which keeps a copy; or set {DATA_VARIABLE} to a folder with "
-            f"{files} from {benchmark.origin}."
+            f"{name}: cannot load {shown} from the Hugging Face hub ({type(error).__name__}:"
+            f" {reason}). Run it once with a network (and without HF_HUB_OFFLINE), which keeps a"
+            f" copy; or set {DATA_VARIABLE} to a folder with {files} from {benchmark.origin}."
         ) from error
     found = {}
     for split, source in benchmark.splits.items():
         if source.hub not in loaded:
             raise EvalError(
-                f"{name}: {shown} has the splits {', '.join(loaded)}, expected {source.hub!r}. Set {DATA_VARIABLE} to "
-                f"a folder with {files} from {benchmark.origin}."
+                f"{name}: {shown} has the splits {', '.join(loaded)}, expected {source.hub!r}. Set"
+                f" {DATA_VARIABLE} to a folder with {files} from {benchmark.origin}."
             )
-        rows: Dataset = loaded[source.hub] if source.keep is None else loaded[source.hub].filter(source.keep)
+        rows: Dataset = (
+            loaded[source.hub] if source.keep is None else loaded[source.hub].filter(source.keep)
+        )
         if len(rows) < source.at_least:
             raise EvalError(
-                f"{name}: split {source.hub!r} of {shown} has {len(rows)} row(s) that fit, expected at least "
-                f"{source.at_least}. Set {DATA_VARIABLE} to a folder with {files} from {benchmark.origin}."
+                f"{name}: split {source.hub!r} of {shown} has {len(rows)} row(s) that fit, expected"
+                f" at least {source.at_least}. Set {DATA_VARIABLE} to a folder with {files} from"
+                f" {benchmark.origin}."
             )
         found[split] = rows
     return datasets.DatasetDict(found)

@@ -31,7 +31,10 @@ _ROWS = (
 _COMPARED = (("kl", "KL", ".5f"), ("delta_nll", "delta NLL", ".5f"), ("top1", "top-1", ".4f"))
 
 _ROUNDING = 1e-4
-"""Nats per token: the same reference on another machine may differ by less, another reference differs by more."""
+"""Nats per token.
+
+The same reference on another machine may differ by less, another reference differs by more.
+"""
 
 
 def evaluate_with_progress(
@@ -50,11 +53,12 @@ def evaluate_with_progress(
 ) -> dict[str, Any]:
     """Score a model with a progress bar, show the figures, and return them JSON-ready.
 
-    Runs :func:`svsk_eval.text.scoring.evaluate` for the engine ``hf`` and :func:`svsk_eval.text.served.evaluate_served`
-    for ``vllm``.
+    Runs :func:`svsk_eval.text.scoring.evaluate` for the engine ``hf`` and
+    :func:`svsk_eval.text.served.evaluate_served` for ``vllm``.
 
     Raises:
-        EvalError: there is no such engine, it does not take an option, or the evaluation cannot be run.
+        EvalError: there is no such engine, it does not take an option, or the evaluation cannot be
+            run.
     """
     _check_engine(engine, device, engine_args)
     silence_progress_bars()
@@ -64,11 +68,23 @@ def evaluate_with_progress(
 
             def report(done: int, total: int) -> None:
                 starting = done % chunks == 0 and done < total
-                bar.update(task, completed=done, total=total, description="vLLM starts" if starting else "chunks")
+                bar.update(
+                    task,
+                    completed=done,
+                    total=total,
+                    description="vLLM starts" if starting else "chunks",
+                )
 
             trusted = {"trust_remote_code": True} if trust_remote_code else {}
             result = evaluate_served(
-                model, reference, text, chunks, seq_len, dtype, {**(engine_args or {}), **trusted}, report
+                model,
+                reference,
+                text,
+                chunks,
+                seq_len,
+                dtype,
+                {**(engine_args or {}), **trusted},
+                report,
             ).to_json()
         else:
             result = evaluate(
@@ -91,11 +107,13 @@ def _check_engine(engine: str, device: str, engine_args: Mapping[str, Any] | Non
         raise EvalError(f"--engine {engine}: expected one of {', '.join(ENGINES)}.")
     if engine == "vllm" and device != "auto":
         raise EvalError(
-            f"--device {device}: vLLM chooses the device itself. Leave --device out, or hide devices from it with "
-            "CUDA_VISIBLE_DEVICES."
+            f"--device {device}: vLLM chooses the device itself. Leave --device out, or hide"
+            " devices from it with CUDA_VISIBLE_DEVICES."
         )
     if engine != "vllm" and engine_args:
-        raise EvalError(f"--engine-arg {next(iter(engine_args))}: goes with --engine vllm only. Leave it out.")
+        raise EvalError(
+            f"--engine-arg {next(iter(engine_args))}: goes with --engine vllm only. Leave it out."
+        )
 
 
 def print_scores(console: Console, result: dict[str, Any]) -> None:
@@ -111,15 +129,26 @@ def print_scores(console: Console, result: dict[str, Any]) -> None:
     if settings is not None:
         used = f"served by vLLM {settings['vllm']} on {settings['device']} in {result['dtype']}"
         kernels = settings.get("svsk_kernels")
-        console.print(f"{used}; SVSK kernels: {', '.join(kernels)}" if kernels else used, highlight=False, markup=False)
+        console.print(
+            f"{used}; SVSK kernels: {', '.join(kernels)}" if kernels else used,
+            highlight=False,
+            markup=False,
+        )
     if result.get("ref_nll") is not None and result.get("kl_mean") is None:
-        console.print("KL: none, vLLM does not give whole distributions; --engine hf does", highlight=False)
+        console.print(
+            "KL: none, vLLM does not give whole distributions; --engine hf does", highlight=False
+        )
 
 
-def print_comparisons(console: Console, baseline: str | Path, comparisons: Sequence[Comparison]) -> None:
-    """Show models against a baseline: each figure, and its paired difference with standard error (se) and p-value.
+def print_comparisons(
+    console: Console, baseline: str | Path, comparisons: Sequence[Comparison]
+) -> None:
+    """Show models against a baseline.
 
-    Without references there is neither KL nor top-1, and the row is NLL; it is a row too where the engines differ.
+    Each figure, and its paired difference with standard error (se) and p-value.
+
+    Without references there is neither KL nor top-1, and the row is NLL; it is a row too where the
+    engines differ.
     """
     table = Table("file", "figure")
     table.columns[0].overflow = "fold"
@@ -136,7 +165,8 @@ def print_comparisons(console: Console, baseline: str | Path, comparisons: Seque
                 label,
                 format(pair.baseline, form),
                 format(pair.value, form),
-                format(pair.difference, f"+{form}") + ("" if pair.se is None else f" ± {pair.se:{form}}"),
+                format(pair.difference, f"+{form}")
+                + ("" if pair.se is None else f" ± {pair.se:{form}}"),
                 "" if pair.p is None else format(pair.p, ".2g"),
                 end_section=key == rows[-1][0],
             )
@@ -146,16 +176,16 @@ def print_comparisons(console: Console, baseline: str | Path, comparisons: Seque
         if comparison.engines is not None:
             ours, theirs = comparison.engines
             console.print(
-                f"note: {baseline} was scored with {ours}, {comparison.file} with {theirs}: the differences are also "
-                "those of the engines' arithmetic.",
+                f"note: {baseline} was scored with {ours}, {comparison.file} with {theirs}: the"
+                " differences are also those of the engines' arithmetic.",
                 highlight=False,
                 markup=False,
             )
         elif comparison.reference_gap is not None and comparison.reference_gap > _ROUNDING:
             console.print(
-                f"note: the references of {baseline} and {comparison.file} differ by up to "
-                f"{comparison.reference_gap:.2g} nats per token: is it another model or dtype? If so, KL and top-1 "
-                "cannot be compared.",
+                f"note: the references of {baseline} and {comparison.file} differ by up to"
+                f" {comparison.reference_gap:.2g} nats per token: is it another model or dtype? If"
+                " so, KL and top-1 cannot be compared.",
                 highlight=False,
                 markup=False,
             )

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of the vLLM engine that scores a text: what is chosen here, and what ``--engine-arg`` adds."""
+"""Arguments of the vLLM engine that scores a text.
+
+What is chosen here, and what ``--engine-arg`` adds.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,8 +19,10 @@ __all__ = ["engine_arguments", "parse_engine_args", "served_dtype"]
 
 STEP_TOKENS: Final = 1024
 """Most tokens of a step of the engine. vLLM takes the logits of one request's share of a step at a time, in the model's
-dtype and as float32 log-softmax: 0.9 GB for 1,024 tokens and a vocabulary of 150,000, beside what it reserved for
-itself (``gpu_memory_utilization``). Longer chunks are prefilled in parts, several short ones in one step."""
+dtype and as float32 log-softmax: 0.9 GB for 1,024 tokens and a vocabulary of 150,000, beside what
+it reserved for itself (``gpu_memory_utilization``). Longer chunks are prefilled in parts, several
+short ones in one step.
+"""
 
 _RESERVED: Final = {
     "model": "it is the argument MODEL",
@@ -29,7 +34,9 @@ _RESERVED: Final = {
 """Engine arguments that the figures depend on, and why they cannot be given."""
 
 
-def engine_arguments(model: str | Path, seq_len: int, dtype: str, engine_args: Mapping[str, Any]) -> dict[str, Any]:
+def engine_arguments(
+    model: str | Path, seq_len: int, dtype: str, engine_args: Mapping[str, Any]
+) -> dict[str, Any]:
     """Arguments of ``vllm.LLM`` for scoring chunks.
 
     Args:
@@ -55,7 +62,9 @@ def engine_arguments(model: str | Path, seq_len: int, dtype: str, engine_args: M
     return {
         "model": str(model),
         "dtype": served_dtype(dtype),
-        "max_model_len": seq_len + 1,  # vLLM generates a token after every prompt, it cannot only score
+        "max_model_len": (
+            seq_len + 1
+        ),  # vLLM generates a token after every prompt, it cannot only score
         "max_num_seqs": together,
         "max_num_batched_tokens": min(step, together * (seq_len + 1)),
         "enable_prefix_caching": False,
@@ -65,7 +74,10 @@ def engine_arguments(model: str | Path, seq_len: int, dtype: str, engine_args: M
 
 
 def served_dtype(dtype: str) -> str:
-    """``auto`` as vLLM is told it: float32 on a CPU that does not multiply the checkpoint's 16 bits, else ``auto``."""
+    """``auto`` as vLLM is told it.
+
+    Float32 on a CPU that does not multiply the checkpoint's 16 bits, else ``auto``.
+    """
     slow = not torch.accelerator.is_available() and not has_bf16_products()
     return "float32" if dtype == "auto" and slow else dtype
 
@@ -74,7 +86,8 @@ def parse_engine_args(texts: Sequence[str], option: str = "--engine-arg") -> dic
     """Read ``--engine-arg`` options, and others of their kind.
 
     Args:
-        texts: ``name=value`` each. The value is JSON; a word that starts with a letter, such as ``fp8``, is itself.
+        texts: ``name=value`` each. The value is JSON; a word that starts with a letter, such as
+            ``fp8``, is itself.
         option: its name, for errors.
 
     Raises:
@@ -85,7 +98,8 @@ def parse_engine_args(texts: Sequence[str], option: str = "--engine-arg") -> dic
         name, sign, value = text.partition("=")
         if not sign or not name.isidentifier():
             raise EvalError(
-                f"{option} {text}: expected name=value with an argument of vllm.LLM, as in tensor_parallel_size=2."
+                f"{option} {text}: expected name=value with an argument of vllm.LLM, as in"
+                " tensor_parallel_size=2."
             )
         if name in found:
             raise EvalError(f"{option} {name}: given twice. Give it once.")
@@ -94,8 +108,8 @@ def parse_engine_args(texts: Sequence[str], option: str = "--engine-arg") -> dic
         except ValueError as error:
             if not value[:1].isalpha() or value in ("True", "False", "None", "NaN", "Infinity"):
                 raise EvalError(
-                    f"{option} {text}: its value is not JSON ({error}). Write a number, true, false, null, a word, "
-                    "or quoted JSON such as '{\"level\": 3}'."
+                    f"{option} {text}: its value is not JSON ({error}). Write a number, true,"
+                    " false, null, a word, or quoted JSON such as '{\"level\": 3}'."
                 ) from error
             found[name] = value
     return found

@@ -17,7 +17,9 @@ _MARGIN: Final = 64
 
 
 def leading_tokens(path: Path, tokenizer: Any, needed: int | None) -> list[int]:
-    """Tokens of a text from its beginning, without special tokens; little more is read than that takes.
+    """Tokens of a text from its beginning, without special tokens.
+
+    Little more is read than that takes.
 
     Args:
         path: plain UTF-8 text.
@@ -33,7 +35,8 @@ def leading_tokens(path: Path, tokenizer: Any, needed: int | None) -> list[int]:
     wanted = -1 if needed is None else _BYTES * (needed + _MARGIN)
     while True:
         try:
-            # Not read_text: its newline translation would score another text than the file's on some platforms.
+            # Not read_text: its newline translation would score another text than the file's on
+            # some platforms.
             with path.open("rb") as file:
                 raw = file.read(wanted)
             whole = needed is None or len(raw) < wanted
@@ -43,7 +46,9 @@ def leading_tokens(path: Path, tokenizer: Any, needed: int | None) -> list[int]:
                 f"{path}: cannot read the text to score ({error.strerror}). Name a plain text file."
             ) from error
         except UnicodeDecodeError as error:
-            raise EvalError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+            raise EvalError(
+                f"{path}: not UTF-8 text ({error.reason} at byte {error.start})."
+            ) from error
         if not whole:  # to the end of a line: a word that is cut has other tokens
             text = text[: text.rfind("\n") + 1] or text
         tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a model's next-token distributions are from the text and from a reference model's distributions.
 
-:func:`score_chunk` turns the logits of one chunk of text into a few numbers per token, so that logits never outlive
-their chunk; :func:`summarise` turns the numbers of all chunks into the metrics with standard errors. Everything is in
-nats. With p the reference's and q the model's distribution over the vocabulary, for the token t that follows:
+:func:`score_chunk` turns the logits of one chunk of text into a few numbers per token, so that
+logits never outlive their chunk; :func:`summarise` turns the numbers of all chunks into the metrics
+with standard errors. Everything is in nats. With p the reference's and q the model's distribution
+over the vocabulary, for the token t that follows:
 
-    NLL = -log q(t)      KL = KL(p || q) = sum_v p(v) (log p(v) - log q(v))      top-1 = [argmax p == argmax q]
+    NLL = -log q(t)      KL = KL(p || q) = sum_v p(v) (log p(v) - log q(v))      top-1 = [argmax p
+    == argmax q]
 
-The set of metrics is that of llama.cpp's ``llama-perplexity --kl-divergence``; the standard errors differ. Tokens of a
-chunk depend on one another, so the chunk and not the token is the unit of sampling here.
+The set of metrics is that of llama.cpp's ``llama-perplexity --kl-divergence``; the standard errors
+differ. Tokens of a chunk depend on one another, so the chunk and not the token is the unit of
+sampling here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,19 +38,25 @@ __all__ = [
 FloatArray = npt.NDArray[np.float64]
 
 BLOCK_ELEMENTS = 1 << 21
-"""Logits worked on at a time: the temporaries stay within a few tens of MB whatever the vocabulary."""
+"""Logits worked on at a time.
+
+The temporaries stay within a few tens of MB whatever the vocabulary.
+"""
 
 QUANTILE = 0.99
 
 
 @dataclass(frozen=True)
 class ChunkScores:
-    """What is kept of one chunk of text: one number per predicted token and metric, all of shape [T].
+    """What is kept of one chunk of text.
+
+    One number per predicted token and metric, all of shape [T].
 
     Attributes:
         nll: negative log-likelihood of the next token under the model, nats.
         ref_nll: the same under the reference; None when there is no reference, as are the next two.
-        kl: KL(reference || model) of the two next-token distributions, nats; None also where they are not whole.
+        kl: KL(reference || model) of the two next-token distributions, nats; None also where they
+            are not whole.
         top1: 1.0 where both models rank the same token first, else 0.0.
     """
 
@@ -81,11 +90,14 @@ class EvalInputs:
     Attributes:
         model: folder or hub name of the model, as it was given.
         reference: the same of the reference, None without one.
-        text_fingerprint: SHA-256 of the int64 bytes of all tokens, those put in front of the chunks included.
+        text_fingerprint: SHA-256 of the int64 bytes of all tokens, those put in front of the chunks
+            included.
         seq_len: tokens per chunk.
         dtype: of weights and activations, such as ``float32``.
-        engine: what ran the model: ``hf`` (transformers, on dequantised weights) or ``vllm`` (the kernels that serve).
-        engine_settings: what the engine said of itself and was told, ready for JSON; None with transformers.
+        engine: what ran the model: ``hf`` (transformers, on dequantised weights) or ``vllm`` (the
+            kernels that serve).
+        engine_settings: what the engine said of itself and was told, ready for JSON; None with
+            transformers.
     """
 
     model: str
@@ -101,8 +113,8 @@ class EvalInputs:
 class EvalResult:
     """Metrics of a model on a text, each with its standard error over chunks (``<name>_se``).
 
-    A standard error is None with a single chunk; everything that compares with a reference is None without one, and a
-    KL also where the engine does not give whole distributions.
+    A standard error is None with a single chunk; everything that compares with a reference is None
+    without one, and a KL also where the engine does not give whole distributions.
 
     Attributes:
         nll: mean negative log-likelihood per token, nats.
@@ -139,27 +151,32 @@ class EvalResult:
     def to_json(self) -> dict[str, Any]:
         """The result as a dictionary that ``json`` can write.
 
-        Figures that are not known are None (null). ``per_chunk`` is a dictionary of lists of the same length, and
-        leaves out what is not known. The fields of ``inputs`` are keys beside the figures, if there are inputs;
-        ``engine_settings`` only if the engine has some.
+        Figures that are not known are None (null). ``per_chunk`` is a dictionary of lists of the
+        same length, and leaves out what is not known. The fields of ``inputs`` are keys beside the
+        figures, if there are inputs; ``engine_settings`` only if the engine has some.
         """
         figures = {field.name: getattr(self, field.name) for field in fields(self)}
         per_chunk, inputs = figures.pop("per_chunk"), figures.pop("inputs")
-        means = {name: list(values) for name, values in asdict(per_chunk).items() if values is not None}
+        means = {
+            name: list(values) for name, values in asdict(per_chunk).items() if values is not None
+        }
         asked = {} if inputs is None else asdict(inputs)
         if asked.get("engine_settings", {}) is None:
             del asked["engine_settings"]
         return {**figures, **asked, "per_chunk": means}
 
 
-def score_chunk(logits: torch.Tensor, targets: torch.Tensor, ref_logits: torch.Tensor | None = None) -> ChunkScores:
+def score_chunk(
+    logits: torch.Tensor, targets: torch.Tensor, ref_logits: torch.Tensor | None = None
+) -> ChunkScores:
     """Score the next-token distributions of one chunk.
 
-    Logits are taken as float32 and shifted by their maximum; exponentials and products are float32, every sum over the
-    vocabulary is float64. With x, y the shifted logits of reference and model, KL = sum_v e^x (x - y) / S_x
-    - log S_x + log S_y, where S is the sum of exponentials. Against log-softmax in float32, whose rounded normaliser
-    is an error common to the whole vocabulary, this cuts the error from about 1e-6 to 1e-8 nats. Identical logits give
-    exactly 0; nearly identical ones may give about -1e-8.
+    Logits are taken as float32 and shifted by their maximum; exponentials and products are float32,
+    every sum over the vocabulary is float64. With x, y the shifted logits of reference and model,
+    KL = sum_v e^x (x - y) / S_x
+    - log S_x + log S_y, where S is the sum of exponentials. Against log-softmax in float32, whose
+    rounded normaliser is an error common to the whole vocabulary, this cuts the error from about
+    1e-6 to 1e-8 nats. Identical logits give exactly 0; nearly identical ones may give about -1e-8.
 
     Args:
         logits: the model's, [T, V], any float dtype, any device.
@@ -170,15 +187,20 @@ def score_chunk(logits: torch.Tensor, targets: torch.Tensor, ref_logits: torch.T
         The scores, each of shape [T].
 
     Raises:
-        EvalError: the shapes do not fit, or a score is not finite (a model overflowed or a logit is infinite).
+        EvalError: the shapes do not fit, or a score is not finite (a model overflowed or a logit is
+            infinite).
     """
     tokens, vocabulary = logits.shape
     if targets.shape != (tokens,):
-        raise EvalError(f"targets have shape {list(targets.shape)}, the logits {list(logits.shape)} need [{tokens}].")
+        raise EvalError(
+            f"targets have shape {list(targets.shape)}, the logits {list(logits.shape)} need"
+            f" [{tokens}]."
+        )
     if ref_logits is not None and ref_logits.shape != logits.shape:
         raise EvalError(
-            f"The model's logits have shape {list(logits.shape)}, the reference's {list(ref_logits.shape)}: the two "
-            "must have one vocabulary. Compare a model with the one it was made from."
+            f"The model's logits have shape {list(logits.shape)}, the reference's"
+            f" {list(ref_logits.shape)}: the two must have one vocabulary. Compare a model with the"
+            " one it was made from."
         )
     targets = targets.to(logits.device)
     rows = max(1, BLOCK_ELEMENTS // vocabulary)
@@ -200,12 +222,14 @@ def score_chunk(logits: torch.Tensor, targets: torch.Tensor, ref_logits: torch.T
 def summarise(chunks: Sequence[ChunkScores]) -> EvalResult:
     """Metrics and standard errors of all chunks.
 
-    Chunks have equal length, so the mean over all tokens is the mean of the chunk means, and its standard error is
-    s / sqrt(C) with s the sample standard deviation (ddof 1) of the C chunk means. For the perplexity it follows by
-    the delta method: se(exp(nll)) = exp(nll) se(nll). For the percentile see :func:`jackknife_se`.
+    Chunks have equal length, so the mean over all tokens is the mean of the chunk means, and its
+    standard error is s / sqrt(C) with s the sample standard deviation (ddof 1) of the C chunk
+    means. For the perplexity it follows by the delta method: se(exp(nll)) = exp(nll) se(nll). For
+    the percentile see :func:`jackknife_se`.
 
     Args:
-        chunks: scores of at least one chunk; all of one length, all with or all without a reference.
+        chunks: scores of at least one chunk; all of one length, all with or all without a
+            reference.
 
     Returns:
         The metrics; standard errors are None for a single chunk.
@@ -217,7 +241,8 @@ def summarise(chunks: Sequence[ChunkScores]) -> EvalResult:
         raise EvalError("There is nothing to summarise: no chunk was scored.")
     nll = _stack([chunk.nll for chunk in chunks])
     ref_nll, kl, top1 = (
-        _stack_optional([getattr(chunk, name) for chunk in chunks], name) for name in ("ref_nll", "kl", "top1")
+        _stack_optional([getattr(chunk, name) for chunk in chunks], name)
+        for name in ("ref_nll", "kl", "top1")
     )
     ppl = float(np.exp(nll.mean()))
     nll_se = mean_se(nll)
@@ -239,7 +264,8 @@ def summarise(chunks: Sequence[ChunkScores]) -> EvalResult:
         tokens=nll.size,
         chunks=nll.shape[0],
         per_chunk=ChunkMeans(
-            _chunk_means(nll), *(None if values is None else _chunk_means(values) for values in (ref_nll, kl, top1))
+            _chunk_means(nll),
+            *(None if values is None else _chunk_means(values) for values in (ref_nll, kl, top1)),
         ),
     )
 
@@ -258,9 +284,10 @@ def mean_se(values: FloatArray) -> float | None:
 def jackknife_se(values: FloatArray, quantile: float) -> float | None:
     """Standard error of a quantile of all ``values`` [C, T] by the jackknife over rows (chunks).
 
-    se^2 = (C - 1) / C * sum_i (theta_i - mean theta)^2, with theta_i the quantile without row i (Efron, The Jackknife,
-    the Bootstrap and Other Resampling Plans, 1982, ch. 3). Leaving out whole chunks also makes the jackknife usable
-    for a quantile, where leaving out single values fails (Shao and Wu, Annals of Statistics 17, 1989).
+    se^2 = (C - 1) / C * sum_i (theta_i - mean theta)^2, with theta_i the quantile without row i
+    (Efron, The Jackknife, the Bootstrap and Other Resampling Plans, 1982, ch. 3). Leaving out whole
+    chunks also makes the jackknife usable for a quantile, where leaving out single values fails
+    (Shao and Wu, Annals of Statistics 17, 1989).
 
     Args:
         values: the sample, [C, T].
@@ -272,11 +299,15 @@ def jackknife_se(values: FloatArray, quantile: float) -> float | None:
     count = values.shape[0]
     if count < 2:
         return None
-    left_out = np.array([np.quantile(np.delete(values, row, axis=0), quantile) for row in range(count)])
+    left_out = np.array(
+        [np.quantile(np.delete(values, row, axis=0), quantile) for row in range(count)]
+    )
     return float(np.sqrt((count - 1) / count * np.square(left_out - left_out.mean()).sum()))
 
 
-def _score_rows(logits: torch.Tensor, targets: torch.Tensor, ref_logits: torch.Tensor | None) -> torch.Tensor:
+def _score_rows(
+    logits: torch.Tensor, targets: torch.Tensor, ref_logits: torch.Tensor | None
+) -> torch.Tensor:
     """Float64 [1, T] (nll) or [4, T] (nll, ref_nll, kl, top1) of a few rows of logits [T, V]."""
     model, log_sum = _shifted(logits)
     nll = log_sum - _at(model, targets)
@@ -305,7 +336,9 @@ def _at(values: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def _stack(rows: Sequence[FloatArray]) -> FloatArray:
     lengths = sorted({len(row) for row in rows})
     if len(lengths) > 1:
-        raise EvalError(f"Chunks must have one length, got chunks of {lengths[0]} and of {lengths[-1]} tokens.")
+        raise EvalError(
+            f"Chunks must have one length, got chunks of {lengths[0]} and of {lengths[-1]} tokens."
+        )
     if lengths[0] == 0:
         raise EvalError("The chunks hold no predicted token.")
     return np.stack(rows).astype(np.float64)
@@ -316,7 +349,10 @@ def _stack_optional(rows: Sequence[FloatArray | None], name: str) -> FloatArray 
     if not present:
         return None
     if len(present) != len(rows):
-        raise EvalError(f"{name}: {len(present)} of {len(rows)} chunks have it; score all with a reference or none.")
+        raise EvalError(
+            f"{name}: {len(present)} of {len(rows)} chunks have it; score all with a reference or"
+            " none."
+        )
     return _stack(present)
 
 

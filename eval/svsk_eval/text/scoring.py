@@ -24,7 +24,11 @@ from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.limits import check_token_ids, longest_sequence
 from svsk_offline.calibration.text import bos_prefix, cut_pieces, token_fingerprint
 from svsk_offline.pipeline import resolve_device
-from svsk_offline.storage.model_loading import attention_arguments, own_code_refused, read_model_config
+from svsk_offline.storage.model_loading import (
+    attention_arguments,
+    own_code_refused,
+    read_model_config,
+)
 
 __all__ = [
     "DTYPES",
@@ -60,11 +64,13 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model for scoring; SVSK checkpoints are dequantised.
 
-    Attention is what the model means (:func:`svsk_offline.storage.model_loading.attention_arguments`).
+    Attention is what the model means
+    (:func:`svsk_offline.storage.model_loading.attention_arguments`).
 
     Args:
         path: a Hugging Face folder, dense or SVSK, or the name of a model on the hub.
-        dtype: of weights and activations, or its name; None is float32 on a CPU and bfloat16 elsewhere.
+        dtype: of weights and activations, or its name; None is float32 on a CPU and bfloat16
+            elsewhere.
         device: None is the first CUDA device if there is one, else the CPU.
         trust_remote_code: run Python files that come with the model.
 
@@ -81,13 +87,21 @@ def load_model(
     check_folder(path)
     try:
         if is_svsk(path):
-            importlib.import_module("svsk_vllm.hf")  # registers the method with transformers when it is imported
+            importlib.import_module(
+                "svsk_vllm.hf"
+            )  # registers the method with transformers when it is imported
         config = read_model_config(path, trust_remote_code=trust_remote_code)
         with own_code_refused(path):
             model = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=what, trust_remote_code=trust_remote_code, **attention_arguments(config)
+                str(path),
+                dtype=what,
+                trust_remote_code=trust_remote_code,
+                **attention_arguments(config),
             )
-    except (OSError, ImportError) as error:  # transformers asks for a package per quantisation method
+    except (
+        OSError,
+        ImportError,
+    ) as error:  # transformers asks for a package per quantisation method
         raise EvalError(f"{path}: cannot load a model from it. {error}") from error
     return model.to(where)
 
@@ -119,7 +133,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
             return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise EvalError(
-            f"{path}: cannot load a tokenizer from it. Copy the tokenizer files of the original model there. {error}"
+            f"{path}: cannot load a tokenizer from it. Copy the tokenizer files of the original"
+            f" model there. {error}"
         ) from error
 
 
@@ -128,9 +143,10 @@ def token_chunks(
 ) -> torch.Tensor:
     """Cut a text into chunks of tokens.
 
-    The whole file is one stream of tokens without special tokens; chunks are consecutive, from its beginning, and do
-    not overlap. The tokens after the last whole chunk are not used. Where the tokenizer puts a beginning-of-sequence
-    token in front of a text, every chunk starts with it, as calibration samples do, and holds one token of text less.
+    The whole file is one stream of tokens without special tokens; chunks are consecutive, from its
+    beginning, and do not overlap. The tokens after the last whole chunk are not used. Where the
+    tokenizer puts a beginning-of-sequence token in front of a text, every chunk starts with it, as
+    calibration samples do, and holds one token of text less.
 
     Args:
         text_file: plain UTF-8 text.
@@ -146,7 +162,10 @@ def token_chunks(
         SvskError: what the tokenizer puts in front cannot be told, or fills the chunk.
     """
     if seq_len < 2:
-        raise EvalError(f"seq_len is {seq_len}, but a chunk needs 2 tokens or more: one to predict the next from.")
+        raise EvalError(
+            f"seq_len is {seq_len}, but a chunk needs 2 tokens or more: one to predict the next"
+            " from."
+        )
     if chunks is not None and chunks < 1:
         raise EvalError(f"chunks is {chunks}, expected 1 or more.")
     path = Path(text_file)
@@ -159,8 +178,8 @@ def token_chunks(
     if available < max(wanted, 1):
         width = f"{seq_len - len(prefix)}{' after BOS' if prefix else ''}"
         raise EvalError(
-            f"{path}: {len(tokens)} tokens are {available} chunks of {width}, fewer than the {max(wanted, 1)} asked "
-            "for. Ask for fewer or shorter chunks, or give a longer text."
+            f"{path}: {len(tokens)} tokens are {available} chunks of {width}, fewer than the"
+            f" {max(wanted, 1)} asked for. Ask for fewer or shorter chunks, or give a longer text."
         )
     return pieces[:wanted]
 
@@ -174,9 +193,9 @@ def compare_models(
 ) -> EvalResult:
     """Score a loaded model, against a loaded reference if there is one.
 
-    Within a chunk, positions 0 to seq_len - 2 predict tokens 1 to seq_len - 1; where position 0 is a
-    beginning-of-sequence token, it predicts the first token of text. Only the logits of one chunk, float
-    [seq_len, vocabulary] per model, are in memory at a time.
+    Within a chunk, positions 0 to seq_len - 2 predict tokens 1 to seq_len - 1; where position 0 is
+    a beginning-of-sequence token, it predicts the first token of text. Only the logits of one
+    chunk, float [seq_len, vocabulary] per model, are in memory at a time.
 
     Args:
         model: the model to score.
@@ -215,13 +234,15 @@ def evaluate(
 
     Args:
         model_path: a Hugging Face folder, dense or SVSK, or the name of a model on the hub.
-        reference_path: the same for the model it is compared with, or None: then only nll and ppl are given.
+        reference_path: the same for the model it is compared with, or None: then only nll and ppl
+            are given.
         text: a plain text file, see :func:`token_chunks`.
         chunks: how many chunks to score, or None for all there are.
-        seq_len: tokens per chunk; each chunk starts with an empty context, or the tokenizer's beginning-of-sequence
-            token if it has one.
-        dtype: of both models, or its name; None is float32 on a CPU and bfloat16 elsewhere. Rounding to bfloat16 has
-            a KL of its own, 0.0013 for SmolLM2-135M against its float32 self: a floor for what can be told apart.
+        seq_len: tokens per chunk; each chunk starts with an empty context, or the tokenizer's
+            beginning-of-sequence token if it has one.
+        dtype: of both models, or its name; None is float32 on a CPU and bfloat16 elsewhere.
+            Rounding to bfloat16 has a KL of its own, 0.0013 for SmolLM2-135M against its float32
+            self: a floor for what can be told apart.
         device: of both models; None is the first CUDA device if there is one, else the CPU.
         progress: called after every chunk.
         trust_remote_code: run Python files that come with the models.
@@ -230,21 +251,28 @@ def evaluate(
         The metrics.
 
     Raises:
-        EvalError: a model, a tokenizer or the text cannot be used, or the models have different vocabularies.
+        EvalError: a model, a tokenizer or the text cannot be used, or the models have different
+            vocabularies.
         SvskFormatError: one is an SVSK checkpoint that this package cannot read.
     """
     where = resolve_device("auto" if device is None else str(device))
     resolve_dtype(dtype, where)
     load = partial(load_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    tokens = shared_tokens(model_path, reference_path, text, chunks, seq_len, trust_remote_code=trust_remote_code)
+    tokens = shared_tokens(
+        model_path, reference_path, text, chunks, seq_len, trust_remote_code=trust_remote_code
+    )
     for path in (model_path, reference_path):
-        if path is not None:  # before weights are read; once more, by the embedding's rows, when they are
+        if (
+            path is not None
+        ):  # before weights are read; once more, by the embedding's rows, when they are
             check_fits(path, *declared_limits(path, trust_remote_code=trust_remote_code), tokens)
     reference = None if reference_path is None else load(reference_path)
     model = load(model_path)
     size = _check_loaded(model_path, model, tokens)
     if reference_path is not None and reference is not None:
-        check_same_vocabulary(model_path, size, reference_path, _check_loaded(reference_path, reference, tokens))
+        check_same_vocabulary(
+            model_path, size, reference_path, _check_loaded(reference_path, reference, tokens)
+        )
     inputs = EvalInputs(
         model=str(model_path),
         reference=None if reference_path is None else str(reference_path),
@@ -285,20 +313,24 @@ def shared_tokens(
     if reference_path is None:
         return tokens
     reference = load_tokenizer(reference_path, trust_remote_code=trust_remote_code)
-    # Equal vocabularies can still split the text differently (merges, normaliser), equal splits can still name
-    # tokens differently past the text: a KL between the two means something only if neither is the case.
+    # Equal vocabularies can still split the text differently (merges, normaliser), equal splits can
+    # still name tokens differently past the text: a KL between the two means something only if
+    # neither is the case.
     if tokenizer.get_vocab() != reference.get_vocab() or not torch.equal(
         tokens, token_chunks(text, reference, chunks, seq_len)
     ):
         raise EvalError(
-            f"The tokenizers of {model_path} ({len(tokenizer)} tokens) and of the reference {reference_path} "
-            f"({len(reference)} tokens) differ, so their predictions cannot be compared. "
-            "Give the model that was quantised as the reference, or copy its tokenizer files."
+            f"The tokenizers of {model_path} ({len(tokenizer)} tokens) and of the reference"
+            f" {reference_path} ({len(reference)} tokens) differ, so their predictions cannot be"
+            " compared. Give the model that was quantised as the reference, or copy its tokenizer"
+            " files."
         )
     return tokens
 
 
-def check_fits(path: str | Path, vocabulary: int, longest: int | None, tokens: torch.Tensor) -> None:
+def check_fits(
+    path: str | Path, vocabulary: int, longest: int | None, tokens: torch.Tensor
+) -> None:
     """Check that a model can take the tokens.
 
     Args:
@@ -311,7 +343,9 @@ def check_fits(path: str | Path, vocabulary: int, longest: int | None, tokens: t
         EvalError: a token is beyond the vocabulary, or the chunks are too long.
     """
     try:
-        check_token_ids(tokens, vocabulary, lambda token: _spelled(path, token), str(path), "the text to score")
+        check_token_ids(
+            tokens, vocabulary, lambda token: _spelled(path, token), str(path), "the text to score"
+        )
     except SvskError as error:
         raise EvalError(str(error)) from error
     check_longest(path, longest, tokens.shape[1])
@@ -324,7 +358,9 @@ def check_longest(path: str | Path, longest: int | None, seq_len: int) -> None:
         EvalError: it does not.
     """
     if longest is not None and seq_len > longest:
-        raise EvalError(f"{path}: takes {longest} tokens at most, chunks have {seq_len}. Use shorter chunks.")
+        raise EvalError(
+            f"{path}: takes {longest} tokens at most, chunks have {seq_len}. Use shorter chunks."
+        )
 
 
 def _spelled(path: str | Path, token: int) -> Any:
@@ -354,7 +390,9 @@ def declared_limits(path: str | Path, *, trust_remote_code: bool = False) -> tup
     return int(config.get_text_config().vocab_size), longest_sequence(config)
 
 
-def check_same_vocabulary(model_path: str | Path, size: int, reference_path: str | Path, reference_size: int) -> None:
+def check_same_vocabulary(
+    model_path: str | Path, size: int, reference_path: str | Path, reference_size: int
+) -> None:
     """Check that model and reference choose among equally many tokens.
 
     Raises:
@@ -362,8 +400,8 @@ def check_same_vocabulary(model_path: str | Path, size: int, reference_path: str
     """
     if size != reference_size:
         raise EvalError(
-            f"{model_path} has a vocabulary of {size}, the reference {reference_path} one of {reference_size}. "
-            "Compare a model with the one it was made from."
+            f"{model_path} has a vocabulary of {size}, the reference {reference_path} one of"
+            f" {reference_size}. Compare a model with the one it was made from."
         )
 
 
@@ -376,7 +414,9 @@ def _check_loaded(path: str | Path, model: PreTrainedModel, tokens: torch.Tensor
 
 def _next_token_logits(model: PreTrainedModel, chunk: torch.Tensor) -> torch.Tensor:
     """Logits [seq_len - 1, V] of all positions of ``chunk`` [seq_len] whose next token is known."""
-    logits: torch.Tensor = model(input_ids=chunk.unsqueeze(0).to(model.device), use_cache=False).logits
+    logits: torch.Tensor = model(
+        input_ids=chunk.unsqueeze(0).to(model.device), use_cache=False
+    ).logits
     return logits[0, :-1]
 
 

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score a text with the model as vLLM serves it: the run-time kernels are measured, not the dequantised weights.
+"""Score a text with the model as vLLM serves it.
 
-vLLM's prompt log-probabilities hold, for every token of a prompt but the first, its log-probability and the likeliest
-token at its place. The negative log-likelihood and top-1 agreement of ``svsk eval`` follow from them. A KL divergence
-does not: it takes the whole distribution at every place.
+The run-time kernels are measured, not the dequantised weights.
 
-Where bfloat16 or float16 logits tie for the first place, the top token is the one vLLM names: its ``topk`` may pick
-another of the tied tokens than the ``argmax`` of the transformers path does.
+vLLM's prompt log-probabilities hold, for every token of a prompt but the first, its log-probability
+and the likeliest token at its place. The negative log-likelihood and top-1 agreement of ``svsk
+eval`` follow from them. A KL divergence does not: it takes the whole distribution at every place.
 
-Each model runs in a process of its own, ``python -m svsk_eval.text.served``: vLLM keeps global state, and only the end
-of the process surely frees the memory of an accelerator.
+Where bfloat16 or float16 logits tie for the first place, the top token is the one vLLM names: its
+``topk`` may pick another of the tied tokens than the ``argmax`` of the transformers path does.
+
+Each model runs in a process of its own, ``python -m svsk_eval.text.served``: vLLM keeps global
+state, and only the end of the process surely frees the memory of an accelerator.
 """
 
 import importlib.metadata
@@ -32,7 +34,14 @@ from svsk_eval.errors import EvalError
 from svsk_eval.processes import die_with_parent, ending, log_tail, run_module
 from svsk_eval.text.engine_args import engine_arguments
 from svsk_eval.text.metrics import ChunkScores, EvalInputs, EvalResult, FloatArray, summarise
-from svsk_eval.text.scoring import Progress, check_fits, check_same_vocabulary, declared_limits, is_svsk, shared_tokens
+from svsk_eval.text.scoring import (
+    Progress,
+    check_fits,
+    check_same_vocabulary,
+    declared_limits,
+    is_svsk,
+    shared_tokens,
+)
 from svsk_offline.calibration.text import token_fingerprint
 from svsk_offline.storage.atomic import write_json, write_tensors
 
@@ -44,12 +53,13 @@ class ServedScores:
     """What vLLM says of every predicted token.
 
     Attributes:
-        logprobs: natural logarithm of the probability of each chunk's tokens from the second on, float64
-            [chunks, seq_len - 1]; all finite.
+        logprobs: natural logarithm of the probability of each chunk's tokens from the second on,
+            float64 [chunks, seq_len - 1]; all finite.
         top: likeliest token at the same places, int64 [chunks, seq_len - 1].
         dtype: of weights and activations, such as ``bfloat16``.
-        settings: ``vllm`` (its version), ``device`` (``cpu``, ``cuda``), ``svsk_kernels`` (that serve the layers; None
-            where they run in processes of their own, or none is quantised) and ``engine_args`` (as given).
+        settings: ``vllm`` (its version), ``device`` (``cpu``, ``cuda``), ``svsk_kernels`` (that
+            serve the layers; None where they run in processes of their own, or none is quantised)
+            and ``engine_args`` (as given).
     """
 
     logprobs: FloatArray
@@ -78,9 +88,9 @@ def evaluate_served(
         text: a plain text file.
         chunks: how many chunks to score, or None for all there are.
         seq_len: tokens per chunk.
-        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``, what vLLM chooses for the model: its checkpoint's, or
-            one of 16 bits for a float32 checkpoint; on a CPU that does not multiply bfloat16, float32. The reference is
-            served in the model's.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``, what vLLM chooses for the model:
+            its checkpoint's, or one of 16 bits for a float32 checkpoint; on a CPU that does not
+            multiply bfloat16, float32. The reference is served in the model's.
         engine_args: for ``vllm.LLM``, of both models.
         progress: called with the chunks done and the chunks of all models together, first with 0.
 
@@ -88,24 +98,34 @@ def evaluate_served(
         The metrics; those of the KL divergence are None.
 
     Raises:
-        EvalError: a model, a tokenizer, the text or an engine argument cannot be used, the models have different
-            vocabularies, or vLLM fails.
+        EvalError: a model, a tokenizer, the text or an engine argument cannot be used, the models
+            have different vocabularies, or vLLM fails.
     """
     trust = bool((engine_args or {}).get("trust_remote_code"))
-    tokens = shared_tokens(model_path, reference_path, text, chunks, seq_len, trust_remote_code=trust)
+    tokens = shared_tokens(
+        model_path, reference_path, text, chunks, seq_len, trust_remote_code=trust
+    )
     size = _check_model(model_path, tokens, trust)
     if reference_path is not None:
-        check_same_vocabulary(model_path, size, reference_path, _check_model(reference_path, tokens, trust))
+        check_same_vocabulary(
+            model_path, size, reference_path, _check_model(reference_path, tokens, trust)
+        )
     total = len(tokens) * (1 if reference_path is None else 2)
 
     def report(before: int) -> Progress | None:
         return None if progress is None else lambda done, _: progress(before + done, total)
 
-    model = served_scores(model_path, tokens, dtype=dtype, engine_args=engine_args, progress=report(0))
+    model = served_scores(
+        model_path, tokens, dtype=dtype, engine_args=engine_args, progress=report(0)
+    )
     reference = None
     if reference_path is not None:
         reference = served_scores(
-            reference_path, tokens, dtype=model.dtype, engine_args=engine_args, progress=report(len(tokens))
+            reference_path,
+            tokens,
+            dtype=model.dtype,
+            engine_args=engine_args,
+            progress=report(len(tokens)),
         )
     inputs = EvalInputs(
         model=str(model_path),
@@ -131,7 +151,8 @@ def served_scores(
 
     Args:
         model: a Hugging Face folder, dense or SVSK, or the name of a model on the hub.
-        tokens: int64 [chunks, seq_len], every chunk a prompt with what the tokenizer puts in front of a text.
+        tokens: int64 [chunks, seq_len], every chunk a prompt with what the tokenizer puts in front
+            of a text.
         dtype: of the arithmetic, ``auto`` as for :func:`evaluate_served`.
         engine_args: further arguments for ``vllm.LLM``, values as in JSON.
         progress: called with the chunks done and all chunks, first with 0.
@@ -140,11 +161,15 @@ def served_scores(
         The scores.
 
     Raises:
-        EvalError: vLLM or the plugin is not installed, an argument is not accepted, the tokens do not fit the model,
-            vLLM fails (the message ends with its log), or a log-probability is not finite.
+        EvalError: vLLM or the plugin is not installed, an argument is not accepted, the tokens do
+            not fit the model, vLLM fails (the message ends with its log), or a log-probability is
+            not finite.
     """
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-        raise EvalError(f"The tokens have shape {list(tokens.shape)}, expected [chunks, seq_len], seq_len 2 or more.")
+        raise EvalError(
+            f"The tokens have shape {list(tokens.shape)}, expected [chunks, seq_len], seq_len 2 or"
+            " more."
+        )
     _check_vllm()
     arguments = engine_arguments(model, tokens.shape[1], dtype, engine_args or {})
     _check_model(model, tokens, bool((engine_args or {}).get("trust_remote_code")))
@@ -171,27 +196,32 @@ def chunk_scores(
 
     Args:
         tokens: the prompt, T of them.
-        places: vLLM's ``prompt_logprobs``, one per token of the prompt. Each maps token ids to objects with ``logprob``
-            and ``rank``: the prompt's own token, and the likeliest if that is another one. The first is None.
+        places: vLLM's ``prompt_logprobs``, one per token of the prompt. Each maps token ids to
+            objects with ``logprob`` and ``rank``: the prompt's own token, and the likeliest if that
+            is another one. The first is None.
 
     Returns:
-        Log-probabilities of the tokens from the second on, and the likeliest tokens at the same places, T - 1 each.
+        Log-probabilities of the tokens from the second on, and the likeliest tokens at the same
+        places, T - 1 each.
 
     Raises:
         EvalError: a place or an entry is missing.
     """
     if places is None or len(places) != len(tokens):
         count = "no" if places is None else str(len(places))
-        raise EvalError(f"vLLM gave {count} prompt log-probabilities for a prompt of {len(tokens)} tokens.")
+        raise EvalError(
+            f"vLLM gave {count} prompt log-probabilities for a prompt of {len(tokens)} tokens."
+        )
     logprobs, top = [], []
     for position in range(1, len(tokens)):
         entries, own = places[position] or {}, tokens[position]
-        # With a tie at the top the prompt's own token may have rank 1 beside the one topk has chosen.
+        # With a tie at the top the prompt's own token may have rank 1 beside the one topk has
+        # chosen.
         first = [token for token, entry in entries.items() if entry.rank == 1]
         if own not in entries or not first:
             raise EvalError(
-                f"Place {position} of a prompt: vLLM gave log-probabilities of the tokens {sorted(entries)}, expected "
-                f"the prompt's own token {own} and the likeliest one."
+                f"Place {position} of a prompt: vLLM gave log-probabilities of the tokens"
+                f" {sorted(entries)}, expected the prompt's own token {own} and the likeliest one."
             )
         logprobs.append(float(entries[own].logprob))
         top.append(min(first, key=lambda token: (-entries[token].logprob, token)))
@@ -199,7 +229,10 @@ def chunk_scores(
 
 
 def serve(request: Path, result: Path, pipe: int) -> None:
-    """The process of one model: score the request's chunks, and write the number done to the pipe now and then."""
+    """The process of one model.
+
+    Score the request's chunks, and write the number done to the pipe now and then.
+    """
     from vllm import LLM, SamplingParams
     from vllm import __version__ as version
 
@@ -211,7 +244,9 @@ def serve(request: Path, result: Path, pipe: int) -> None:
     with os.fdopen(pipe, "w", buffering=1) as progress:
         for start in range(0, len(chunks), together):
             part = chunks[start : start + together]
-            outputs = llm.generate([{"prompt_token_ids": tokens} for tokens in part], params, use_tqdm=False)
+            outputs = llm.generate(
+                [{"prompt_token_ids": tokens} for tokens in part], params, use_tqdm=False
+            )
             for tokens, output in zip(part, outputs, strict=True):
                 if list(output.prompt_token_ids) != tokens:
                     raise EvalError("vLLM scored another prompt than it was given.")
@@ -225,7 +260,10 @@ def serve(request: Path, result: Path, pipe: int) -> None:
         # The plugin notes them there in the process that holds the layers.
         "svsk_kernels": extra.get("svsk_kernels") if isinstance(extra, dict) else None,
     }
-    described = {"dtype": str(config.model_config.dtype).removeprefix("torch."), "settings": json.dumps(settings)}
+    described = {
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "settings": json.dumps(settings),
+    }
     tensors = {
         "logprobs": torch.tensor([row for row, _ in scores], dtype=torch.float64),
         "top": torch.tensor([row for _, row in scores], dtype=torch.int64),
@@ -244,17 +282,23 @@ def _paired(model: ServedScores, reference: ServedScores | None) -> list[ChunkSc
 
 def _check_vllm() -> None:
     if importlib.util.find_spec("vllm") is None:
-        raise EvalError("--engine vllm: vLLM is not installed in this environment. Install it, or use --engine hf.")
+        raise EvalError(
+            "--engine vllm: vLLM is not installed in this environment. Install it, or use"
+            " --engine hf."
+        )
 
 
 def _check_plugin(model: str | Path) -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "svsk" not in allowed.split(","):
-        raise EvalError(f"{model}: an SVSK checkpoint, but VLLM_PLUGINS={allowed} keeps its plugin out. Add svsk.")
+        raise EvalError(
+            f"{model}: an SVSK checkpoint, but VLLM_PLUGINS={allowed} keeps its plugin out. Add"
+            " svsk."
+        )
     if not importlib.metadata.entry_points(group="vllm.general_plugins", name="svsk"):
         raise EvalError(
-            f"{model}: an SVSK checkpoint, but its vLLM plugin is not installed in {sys.prefix}. Install svsk-vllm "
-            "there with pip, or use --engine hf."
+            f"{model}: an SVSK checkpoint, but its vLLM plugin is not installed in {sys.prefix}."
+            " Install svsk-vllm there with pip, or use --engine hf."
         )
 
 
@@ -264,19 +308,26 @@ def _check_model(path: str | Path, tokens: torch.Tensor, trust_remote_code: bool
     check_fits(path, size, longest, tokens)
     if longest is not None and tokens.shape[1] == longest:
         raise EvalError(
-            f"{path}: takes {longest} tokens at most, and vLLM needs room for one after the {tokens.shape[1]} of a "
-            f"chunk. Use --seq-len {longest - 1} or less, or --engine hf."
+            f"{path}: takes {longest} tokens at most, and vLLM needs room for one after the"
+            f" {tokens.shape[1]} of a chunk. Use --seq-len {longest - 1} or less, or --engine hf."
         )
     return size
 
 
 def _run_child(model: str | Path, folder: Path, report: Callable[[int], None]) -> None:
-    """Run :func:`serve` on the request in a folder; what it prints goes to a log that only an error shows."""
+    """Run :func:`serve` on the request in a folder.
+
+    What it prints goes to a log that only an error shows.
+    """
     paths = [str(folder / "request.json"), str(folder / "result.safetensors")]
-    code = run_module("svsk_eval.text.served", paths, folder / "log", lambda line: report(int(line)))
+    code = run_module(
+        "svsk_eval.text.served", paths, folder / "log", lambda line: report(int(line))
+    )
     if code:
         tail = log_tail(folder / "log")
-        raise EvalError(f"{model}: vLLM could not score it ({ending(code)}). Its log ends with:\n{tail}")
+        raise EvalError(
+            f"{model}: vLLM could not score it ({ending(code)}). Its log ends with:\n{tail}"
+        )
 
 
 def _read_result(model: str | Path, path: Path, shape: tuple[int, int]) -> ServedScores:
@@ -287,14 +338,17 @@ def _read_result(model: str | Path, path: Path, shape: tuple[int, int]) -> Serve
     except OSError as error:
         raise EvalError(f"{model}: its vLLM process ended without a result ({error}).") from error
     if logprobs.shape != shape or top.shape != shape:
-        raise EvalError(f"{model}: vLLM gave scores of shape {list(logprobs.shape)}, expected {list(shape)}.")
+        raise EvalError(
+            f"{model}: vLLM gave scores of shape {list(logprobs.shape)}, expected {list(shape)}."
+        )
     broken = np.argwhere(~np.isfinite(logprobs))
     if len(broken):
         chunk, place = broken[0]
         raise EvalError(
-            f"{model}: the log-probability of token {place + 1} of chunk {chunk} is {logprobs[chunk, place]}, and "
-            f"{len(broken)} of {logprobs.size} are not finite, in {described['dtype']}. Try another --dtype, and check "
-            "the weights with --engine hf --dtype float32."
+            f"{model}: the log-probability of token {place + 1} of chunk {chunk} is"
+            f" {logprobs[chunk, place]}, and {len(broken)} of {logprobs.size} are not finite, in"
+            f" {described['dtype']}. Try another --dtype, and check the weights with --engine hf"
+            " --dtype float32."
         )
     return ServedScores(logprobs, top, described["dtype"], json.loads(described["settings"]))
 

@@ -29,7 +29,13 @@ _VERDICTS: Final = {
 
 
 def tune_with_progress(
-    console: Console, model: str, out: Path, recipe: Recipe, *, budget_minutes: float, **options: Any
+    console: Console,
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    *,
+    budget_minutes: float,
+    **options: Any,
 ) -> TuneResult:
     """Run :func:`svsk_eval.tune.tune.tune` with a bar and a line per trial, and show all trials at the end.
 
@@ -42,8 +48,15 @@ def tune_with_progress(
         options: further ones of ``tune``.
     """
     silence_progress_bars()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("starting", total=None)
 
         def start(number: int, trial: Recipe) -> None:
@@ -59,7 +72,9 @@ def tune_with_progress(
             block=lambda index, total: bar.update(task, completed=index, total=total),
             step=step,
         )
-        result = tune(model, out, recipe, budget_minutes=budget_minutes, progress=callbacks, **options)
+        result = tune(
+            model, out, recipe, budget_minutes=budget_minutes, progress=callbacks, **options
+        )
     print_trials(console, result)
     return result
 
@@ -67,7 +82,13 @@ def tune_with_progress(
 def print_trials(console: Console, result: TuneResult) -> None:
     """Show all trials by their KL, those that failed below, and why the search ended."""
     scored = [(trial, trial.score) for trial in result.trials if trial.score is not None]
-    front = dict(zip((trial.recipe.digest for trial, _ in scored), pareto_front([s for _, s in scored]), strict=True))
+    front = dict(
+        zip(
+            (trial.recipe.digest for trial, _ in scored),
+            pareto_front([s for _, s in scored]),
+            strict=True,
+        )
+    )
     table = Table("", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("bpw", "KL ± se", "dNLL", "top-1", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -79,7 +100,9 @@ def print_trials(console: Console, result: TuneResult) -> None:
         table.add_row(marks, *_cells(score), changed, style="bold" if chosen else None)
     console.print(table)
     console.print(
-        "→ chosen (a KL lower by less than the noise is not)   * no trial beats it in both bpw and KL", highlight=False
+        "→ chosen (a KL lower by less than the noise is not)   * no trial beats it in both bpw"
+        " and KL",
+        highlight=False,
     )
     for trial in result.trials:
         if trial.error is not None:
@@ -92,11 +115,16 @@ def _summary(result: TuneResult) -> str:
     best, default = result.chosen.score, result.default.score
     assert best is not None, "it was chosen by its score"
     assert default is not None, "the search ends where it fails"
-    reason = "a sweep over all parameters brought nothing more" if result.converged else "the budget is spent"
+    reason = (
+        "a sweep over all parameters brought nothing more"
+        if result.converged
+        else "the budget is spent"
+    )
     return (
-        f"{len(result.trials)} trials in {result.seconds / 60:.1f} min; {reason}; {result.refused} value(s) left out "
-        f"that the recipe's rules refuse\nwrote {result.out}: held-out KL {best.kl:.5f} ± {best.kl_se:.5f}, with "
-        f"{result.default.recipe.name} {default.kl:.5f} ± {default.kl_se:.5f}"
+        f"{len(result.trials)} trials in {result.seconds / 60:.1f} min; {reason}; {result.refused}"
+        f" value(s) left out that the recipe's rules refuse\nwrote {result.out}: held-out KL"
+        f" {best.kl:.5f} ± {best.kl_se:.5f}, with {result.default.recipe.name} {default.kl:.5f} ±"
+        f" {default.kl_se:.5f}"
     )
 
 
@@ -110,7 +138,10 @@ def _line(step: Step, default: Recipe, budget_minutes: float) -> str:
     verdict = _VERDICTS[step.verdict]
     if step.difference is not None:
         verdict += f" ({step.difference:+.5f} ± {step.se:.5f})"
-    return f"{head}{score.bits_per_weight:.4f} bpw, KL {score.kl:.5f} ± {score.kl_se:.5f}, {verdict}, {spent}"
+    return (
+        f"{head}{score.bits_per_weight:.4f} bpw, KL {score.kl:.5f} ± {score.kl_se:.5f}, {verdict},"
+        f" {spent}"
+    )
 
 
 def _cells(score: Score) -> tuple[str, ...]:

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The search of ``svsk tune``: which recipe to try next, which one is the best so far, when to stop.
+"""The search of ``svsk tune``.
 
-Coordinate search on ladders of values. From the best recipe so far one parameter at a time goes one step up its
-ladder, further while that helps, then the same downwards; the search has converged when a sweep over all parameters
-brings nothing.
+Which recipe to try next, which one is the best so far, when to stop.
 
-A challenger replaces the best so far only if its mean KL is lower by at least one standard error of the paired
-difference: with d_c the difference of the two mean KLs over held-out piece c, of C pieces,
+Coordinate search on ladders of values. From the best recipe so far one parameter at a time goes one
+step up its ladder, further while that helps, then the same downwards; the search has converged when
+a sweep over all parameters brings nothing.
+
+A challenger replaces the best so far only if its mean KL is lower by at least one standard error of
+the paired difference: with d_c the difference of the two mean KLs over held-out piece c, of C
+pieces,
 
     mean(d) < 0    and    mean(d) <= -s(d) / sqrt(C)
 
-Differences below that are noise of the pieces drawn, and of many trials one always looks good by chance. So the best's
-KL only ever falls, from that of the default recipe, which is the first trial.
+Differences below that are noise of the pieces drawn, and of many trials one always looks good by
+chance. So the best's KL only ever falls, from that of the default recipe, which is the first trial.
 """
 
 import statistics
@@ -71,7 +74,9 @@ def _has_sidecar(recipe: Recipe) -> bool:
 SEARCHED: Final = (
     Parameter("gradients", "token_power", (0.0, 0.25, 0.5, 0.75, 1.0)),
     Parameter("gradients", "row_power", (0.0, 0.25, 0.5, 0.75, 1.0), _has_sidecar),
-    Parameter("gradients", "shared", (False, True), lambda recipe: recipe.gradients.token_power > 0),
+    Parameter(
+        "gradients", "shared", (False, True), lambda recipe: recipe.gradients.token_power > 0
+    ),
     Parameter("calibration", "sequential", (False, True)),
     Parameter("sink", "weight", (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)),
     Parameter("base", "damping", (0.001, 0.003, 0.01, 0.03, 0.1)),
@@ -80,9 +85,14 @@ SEARCHED: Final = (
     Parameter("fit", "ridge", (1e-6, 1e-5, 1e-4, 1e-3, 1e-2), _has_sidecar),
     Parameter("allocation", "factor_bits", ((4,), (4, 8), (8,)), _allocated),
     Parameter("weights", "group_size", (32, 64), lambda recipe: not _allocated(recipe)),
-    Parameter("base", "alpha", (0.25, 0.5, 0.75, 1.0), lambda recipe: isinstance(recipe.base, AaBase)),
+    Parameter(
+        "base", "alpha", (0.25, 0.5, 0.75, 1.0), lambda recipe: isinstance(recipe.base, AaBase)
+    ),
 )
-"""In the order of the search. What is expected to matter most comes first, for budgets that allow a few trials."""
+"""In the order of the search.
+
+What is expected to matter most comes first, for budgets that allow a few trials.
+"""
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,8 @@ class Step:
         number: how many have been, those of earlier runs included.
         trial: the trial.
         verdict: what became of it.
-        difference: its mean KL less that of the best before, nats per token; None if either has none.
+        difference: its mean KL less that of the best before, nats per token; None if either has
+            none.
         se: standard error of the difference, paired over the held-out pieces.
         spent: seconds of all runs so far.
     """
@@ -115,8 +126,9 @@ class Search:
 
     Args:
         default: where to start.
-        run: quantises by a recipe and scores what comes out. SvskError, SvskFormatError and EvalError make the trial a
-            failed one, unless it is the first; other exceptions end the search.
+        run: quantises by a recipe and scores what comes out. SvskError, SvskFormatError and
+            EvalError make the trial a failed one, unless it is the first; other exceptions end the
+            search.
         state: what is known already; kept up to date on disk.
         budget: seconds of all runs together.
         clock: seconds from any origin.
@@ -134,7 +146,13 @@ class Search:
         on_start: Callable[[int, Recipe], None] = lambda number, recipe: None,
         on_step: Callable[[Step], None] = lambda step: None,
     ) -> None:
-        self.default, self.run, self.state, self.budget, self.clock = default, run, state, budget, clock
+        self.default, self.run, self.state, self.budget, self.clock = (
+            default,
+            run,
+            state,
+            budget,
+            clock,
+        )
         self.on_start, self.on_step = on_start, on_step
         self.best: Trial | None = None
         self._refused: set[tuple[str, str, Any]] = set()
@@ -146,7 +164,9 @@ class Search:
         return len(self._refused)
 
     def execute(self) -> bool:
-        """Search until it has converged (True) or the budget is spent (False); :attr:`best` is the result.
+        """Search until it has converged (True) or the budget is spent (False).
+
+        :attr:`best` is the result.
 
         Raises:
             EvalError: no trial is within the target.
@@ -161,9 +181,12 @@ class Search:
             converged = False
         if self.best is None:
             target = self.default.allocation.target_bpw
-            least = min(trial.score.bits_per_weight for trial in self.state.trials.values() if trial.score)
+            least = min(
+                trial.score.bits_per_weight for trial in self.state.trials.values() if trial.score
+            )
             raise EvalError(
-                f"No trial is within {target} bits per weight; the smallest has {least:.4f}. Raise --target-bpw."
+                f"No trial is within {target} bits per weight; the smallest has {least:.4f}. Raise"
+                " --target-bpw."
             )
         return converged
 
@@ -200,7 +223,9 @@ class Search:
             difference = error = None
             if trial.score and best and best.score:
                 difference, error = paired_kl(trial.score, best.score)
-            self.on_step(Step(len(self.state.trials), trial, verdict, difference, error, self.state.seconds))
+            self.on_step(
+                Step(len(self.state.trials), trial, verdict, difference, error, self.state.seconds)
+            )
         return verdict in ("first", "better")
 
     def _try(self, recipe: Recipe) -> Trial:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``svsk tune`` knows of the recipes it tried: their scores, how two compare, and the file that keeps them."""
+"""What ``svsk tune`` knows of the recipes it tried.
+
+Their scores, how two compare, and the file that keeps them.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +26,8 @@ class Score:
 
     Attributes:
         bits_per_weight: stored bits of all quantised linears over their weights.
-        chunk_kl: mean KL(reference || model) over the tokens of each held-out piece, nats per token, [C], C >= 2.
+        chunk_kl: mean KL(reference || model) over the tokens of each held-out piece, nats per
+            token, [C], C >= 2.
         delta_nll: mean NLL less the reference's on the held-out pieces, nats per token.
         top1: share of tokens whose most likely successor is the reference's, 0 to 1.
         seconds: of quantising and scoring.
@@ -56,7 +60,11 @@ class Trial:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that ``json`` can write and :meth:`from_json` can read."""
-        score = None if self.score is None else {**vars(self.score), "chunk_kl": list(self.score.chunk_kl)}
+        score = (
+            None
+            if self.score is None
+            else {**vars(self.score), "chunk_kl": list(self.score.chunk_kl)}
+        )
         return {"recipe": self.recipe.model_dump(mode="json"), "score": score, "error": self.error}
 
     @classmethod
@@ -91,7 +99,9 @@ class State:
     def save(self) -> None:
         """Write the file atomically."""
         trials = {digest: trial.to_json() for digest, trial in self.trials.items()}
-        write_json(self.path, {"identity": self.identity, "seconds": self.seconds, "trials": trials})
+        write_json(
+            self.path, {"identity": self.identity, "seconds": self.seconds, "trials": trials}
+        )
 
     def restore(self, raw: Mapping[str, Any]) -> None:
         """Take over the trials of a file whose identity is this one's.
@@ -106,8 +116,8 @@ class State:
                 raise ValueError("a recipe that is not the one of its digest")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise EvalError(
-                f"{self.path}: damaged, or of another version ({' '.join(str(error).split())}). Delete it, or pass "
-                "--overwrite to start again."
+                f"{self.path}: damaged, or of another version ({' '.join(str(error).split())})."
+                " Delete it, or pass --overwrite to start again."
             ) from error
         self.trials, self.seconds = trials, seconds
 
@@ -125,9 +135,13 @@ def is_better(challenger: Score, best: Score) -> bool:
 
 
 def differences(recipe: Recipe, default: Recipe) -> dict[str, Any]:
-    """The values in which a recipe differs from the default, by ``section.key``; name and description left out."""
+    """The values in which a recipe differs from the default, by ``section.key``.
+
+    Name and description left out.
+    """
     ours, theirs = (
-        item.model_dump(mode="json", exclude={"name", "description", "ignore"}) for item in (recipe, default)
+        item.model_dump(mode="json", exclude={"name", "description", "ignore"})
+        for item in (recipe, default)
     )
     return {
         f"{section}.{key}": value
@@ -138,9 +152,15 @@ def differences(recipe: Recipe, default: Recipe) -> dict[str, Any]:
 
 
 def pareto_front(scores: Sequence[Score]) -> list[bool]:
-    """Which scores no other one beats: none has a lower KL at no more bits per weight, or the same at fewer."""
+    """Which scores no other one beats.
+
+    None has a lower KL at no more bits per weight, or the same at fewer.
+    """
     points = [(score.bits_per_weight, score.kl) for score in scores]
-    return [not any(b <= bits and k <= kl and (b, k) != (bits, kl) for b, k in points) for bits, kl in points]
+    return [
+        not any(b <= bits and k <= kl and (b, k) != (bits, kl) for b, k in points)
+        for bits, kl in points
+    ]
 
 
 def _se(values: npt.NDArray[np.float64]) -> float:

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tune a recipe to a model: quantise by many recipes, score each on text that none was calibrated on, keep the best.
+"""Tune a recipe to a model.
 
-One calibration text is drawn and split into pieces to calibrate with and pieces to score on. The first trial is the
-recipe as it is; :mod:`svsk_eval.tune.search` says which ones follow, and when one counts as better. A trial is scored
-by the mean KL divergence to the dense model over the held-out pieces. Its checkpoint is deleted, its figures are kept
-in the work folder: a search that is killed loses the trial under way and no other.
+Quantise by many recipes, score each on text that none was calibrated on, keep the best.
 
-The result is the best of many on the held-out pieces, so its KL there is a little too good; the noise rule limits by
-how much. Score the final checkpoint on other text (``svsk eval``) for figures to report.
+One calibration text is drawn and split into pieces to calibrate with and pieces to score on. The
+first trial is the recipe as it is; :mod:`svsk_eval.tune.search` says which ones follow, and when
+one counts as better. A trial is scored by the mean KL divergence to the dense model over the
+held-out pieces. Its checkpoint is deleted, its figures are kept in the work folder: a search that
+is killed loses the trial under way and no other.
+
+The result is the best of many on the held-out pieces, so its KL there is a little too good; the
+noise rule limits by how much. Score the final checkpoint on other text (``svsk eval``) for figures
+to report.
 """
 
 import shutil
@@ -100,21 +104,22 @@ def tune(
 ) -> TuneResult:
     """Search for a recipe that suits a model better, and write it to a file.
 
-    The dense model stays in memory while trials are quantised, and the restored model of a trial joins it to be
-    scored: twice the dense model in float32 on a CPU, in bfloat16 elsewhere.
+    The dense model stays in memory while trials are quantised, and the restored model of a trial
+    joins it to be scored: twice the dense model in float32 on a CPU, in bfloat16 elsewhere.
 
     Args:
         model: folder or hub name of the dense model.
         out: recipe file to write, ``.yaml``.
-        recipe: a recipe, or the name or file of one. With ``allocation.target_bpw`` only trials of at most so many
-            bits per weight count; without, every trial does. Its samples, sequence length and seed say how
-            calibration text is drawn.
-        budget_minutes: for all runs of this search together. A trial is not started if, going by the median of the
-            ones before, it would end later; the first one always is.
+        recipe: a recipe, or the name or file of one. With ``allocation.target_bpw`` only trials of
+            at most so many bits per weight count; without, every trial does. Its samples, sequence
+            length and seed say how calibration text is drawn.
+        budget_minutes: for all runs of this search together. A trial is not started if, going by
+            the median of the ones before, it would end later; the first one always is.
         calibration: text source, see :func:`svsk_offline.calibration.load_calibration`.
         chat_template: render question and answer rows as chat messages.
         held_out: pieces to score on, drawn beyond the recipe's samples, 2 or more.
-        work_dir: folder for the checkpoint of the trial under way and for what is known; None is ``OUT.tune``.
+        work_dir: folder for the checkpoint of the trial under way and for what is known; None is
+            ``OUT.tune``.
         device: ``auto``, ``cpu``, ``cuda`` ...
         dtype: of scales and unquantised tensors, ``auto`` for the model's own.
         overwrite: replace ``out``, and forget a search with other inputs in ``work_dir``.
@@ -127,8 +132,8 @@ def tune(
 
     Raises:
         SvskError, SvskFormatError: as :func:`svsk_offline.pipeline.quantize`, for the first trial.
-        EvalError: an argument is out of range, ``out`` exists, ``work_dir`` holds another search or a damaged one, or
-            no trial is within the target.
+        EvalError: an argument is out of range, ``out`` exists, ``work_dir`` holds another search or
+            a damaged one, or no trial is within the target.
     """
     progress = progress or TuneProgress()
     out = Path(out)
@@ -140,28 +145,38 @@ def tune(
     found = resolve_model(str(model), trust_remote_code=trust_remote_code)
     source = ModelSource(found, trust_remote_code=trust_remote_code)
     source.check()
-    PartialFolder(work / _TRIAL_NAME, source.folder, overwrite=True)  # refuses a folder that overlaps the model's
+    PartialFolder(
+        work / _TRIAL_NAME, source.folder, overwrite=True
+    )  # refuses a folder that overlaps the model's
     check_recipe(start, source.linear_names(), progress.message)
     work.mkdir(parents=True, exist_ok=True)
     with locked(work / LOCK_NAME, work):
-        inputs = _load_inputs(source, start, calibration, chat_template, held_out, device, dtype, progress)
+        inputs = _load_inputs(
+            source, start, calibration, chat_template, held_out, device, dtype, progress
+        )
         state = _open_state(work / _STATE_NAME, inputs.identity(start), overwrite, progress)
         trials = _Trials(inputs, work / _TRIAL_NAME, progress, clock)
-        search = Search(start, trials.run, state, budget_minutes * 60, clock, progress.start, progress.step)
+        search = Search(
+            start, trials.run, state, budget_minutes * 60, clock, progress.start, progress.step
+        )
         return _search(search, out, model, calibration, inputs.held)
 
 
-def split_calibration(drawn: CalibrationSet, held_out: int) -> tuple[CalibrationSet, CalibrationSet]:
+def split_calibration(
+    drawn: CalibrationSet, held_out: int
+) -> tuple[CalibrationSet, CalibrationSet]:
     """Split calibration text into pieces to calibrate with and pieces to score on, both spread over the text.
 
-    A piece that occurs twice, in a text that repeats itself, is never held out: no held-out piece equals another one.
+    A piece that occurs twice, in a text that repeats itself, is never held out: no held-out piece
+    equals another one.
 
     Args:
         drawn: pieces in the order of the text, int64 [samples, seq_len].
         held_out: how many to hold out.
 
     Returns:
-        The pieces to calibrate with, [samples - held_out, seq_len], and those held out, [held_out, seq_len].
+        The pieces to calibrate with, [samples - held_out, seq_len], and those held out, [held_out,
+        seq_len].
 
     Raises:
         EvalError: too few pieces differ from all others, or none would be left to calibrate with.
@@ -170,8 +185,9 @@ def split_calibration(drawn: CalibrationSet, held_out: int) -> tuple[Calibration
     single = torch.nonzero(sizes[group] == 1).flatten()
     if len(single) < held_out or len(drawn.tokens) <= held_out:
         raise EvalError(
-            f"Calibration text {drawn.source}: {len(single)} of {len(drawn.tokens)} pieces occur once, too few to hold "
-            f"out {held_out} and calibrate with others. Give a text that repeats itself less, or lower --held-out."
+            f"Calibration text {drawn.source}: {len(single)} of {len(drawn.tokens)} pieces occur"
+            f" once, too few to hold out {held_out} and calibrate with others. Give a text that"
+            " repeats itself less, or lower --held-out."
         )
     middles = (torch.arange(held_out) * 2 + 1) * len(single) // (2 * held_out)
     chosen = torch.zeros(len(drawn.tokens), dtype=torch.bool)
@@ -194,7 +210,10 @@ class _Inputs:
     dtype: str
 
     def identity(self, recipe: Recipe) -> dict[str, Any]:
-        """What a trial depends on besides its recipe, and the recipe the search starts from; JSON values."""
+        """What a trial depends on besides its recipe, and the recipe the search starts from.
+
+        JSON values.
+        """
         return {
             "svsk": __version__,
             **self.source.identity(),
@@ -220,8 +239,8 @@ def _load_inputs(
     stored = str(source.model_dtype(dtype)).removeprefix("torch.")
     args = recipe.calibration
     progress.message(
-        f"Calibration text: {calibration}, {args.samples} samples and {held_out} held-out pieces of {args.seq_len} "
-        "tokens"
+        f"Calibration text: {calibration}, {args.samples} samples and {held_out} held-out pieces of"
+        f" {args.seq_len} tokens"
     )
     drawn = load_texts(source, calibration, args.samples + held_out, args, chat_template)
     check_takes(source, drawn)
@@ -231,7 +250,9 @@ def _load_inputs(
 class _Trials:
     """Runs trials of one model on one calibration text."""
 
-    def __init__(self, inputs: _Inputs, folder: Path, progress: TuneProgress, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, inputs: _Inputs, folder: Path, progress: TuneProgress, clock: Callable[[], float]
+    ) -> None:
         self.inputs, self.folder, self.progress, self.clock = inputs, folder, progress, clock
         self._clear()  # of a run that was killed
 
@@ -266,7 +287,9 @@ class _Trials:
         assert kl is not None, "there is a reference"
         assert scores.delta_nll is not None, "there is a reference"
         assert scores.top1 is not None, "there is a reference"
-        return Score(result.bits_per_weight, kl, scores.delta_nll, scores.top1, self.clock() - started)
+        return Score(
+            result.bits_per_weight, kl, scores.delta_nll, scores.top1, self.clock() - started
+        )
 
     @cached_property
     def _reference(self) -> PreTrainedModel:
@@ -278,18 +301,27 @@ class _Trials:
         return load_model(folder, None, self.inputs.device, trust_remote_code=trust)
 
     def _clear(self) -> None:
-        for folder in (self.folder, PartialFolder(self.folder, self.inputs.source.folder, overwrite=True).path):
+        for folder in (
+            self.folder,
+            PartialFolder(self.folder, self.inputs.source.folder, overwrite=True).path,
+        ):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_arguments(out: Path, work: Path, budget_minutes: float, held_out: int, overwrite: bool) -> None:
+def _check_arguments(
+    out: Path, work: Path, budget_minutes: float, held_out: int, overwrite: bool
+) -> None:
     check_recipe_file(out, overwrite=overwrite)
     if out.exists() and not _is_recipe(out):
-        raise EvalError(f"{out}: holds something that is not a recipe, so --overwrite does not replace it.")
+        raise EvalError(
+            f"{out}: holds something that is not a recipe, so --overwrite does not replace it."
+        )
     if work.exists() and not work.is_dir():
         raise EvalError(f"--work-dir {work}: is a file, expected a folder.")
     if held_out < 2:
-        raise EvalError(f"--held-out is {held_out}, expected 2 or more: one piece has no standard error.")
+        raise EvalError(
+            f"--held-out is {held_out}, expected 2 or more: one piece has no standard error."
+        )
     if not budget_minutes > 0:
         raise EvalError(f"--budget-minutes is {budget_minutes}, expected more than 0.")
 
@@ -302,7 +334,9 @@ def _is_recipe(path: Path) -> bool:
     return True
 
 
-def _open_state(path: Path, identity: dict[str, Any], overwrite: bool, progress: TuneProgress) -> State:
+def _open_state(
+    path: Path, identity: dict[str, Any], overwrite: bool, progress: TuneProgress
+) -> State:
     """The state of an earlier run, or a new one.
 
     Raises:
@@ -319,19 +353,23 @@ def _open_state(path: Path, identity: dict[str, Any], overwrite: bool, progress:
         other = [key for key in identity if known.get(key) != identity[key]]
         if other:
             raise EvalError(
-                f"{path}: is of another search, with another {', '.join(other)}. Delete it, choose another "
-                "--work-dir, or pass --overwrite to start again."
+                f"{path}: is of another search, with another {', '.join(other)}. Delete it, choose"
+                " another --work-dir, or pass --overwrite to start again."
             )
         state.restore(raw)
     except ValueError:
         if not overwrite:
             raise
         return State(path, identity)
-    progress.message(f"Known from earlier runs: {len(state.trials)} trial(s), {state.seconds / 60:.1f} min")
+    progress.message(
+        f"Known from earlier runs: {len(state.trials)} trial(s), {state.seconds / 60:.1f} min"
+    )
     return state
 
 
-def _search(search: Search, out: Path, model: str | Path, calibration: str, held: CalibrationSet) -> TuneResult:
+def _search(
+    search: Search, out: Path, model: str | Path, calibration: str, held: CalibrationSet
+) -> TuneResult:
     """Run a search and write its result."""
     converged = search.execute()
     assert search.best is not None, "a search without a result raises"
@@ -339,12 +377,24 @@ def _search(search: Search, out: Path, model: str | Path, calibration: str, held
     best, default = search.best, trials[search.default.digest]
     recipe = _write_recipe(out, best, default, model, calibration, held)
     return TuneResult(
-        out, recipe, best, default, list(trials.values()), search.refused, converged, search.state.seconds
-    )  # fmt: skip
+        out,
+        recipe,
+        best,
+        default,
+        list(trials.values()),
+        search.refused,
+        converged,
+        search.state.seconds,
+    )
 
 
 def _write_recipe(
-    out: Path, best: Trial, default: Trial, model: str | Path, calibration: str, held: CalibrationSet
+    out: Path,
+    best: Trial,
+    default: Trial,
+    model: str | Path,
+    calibration: str,
+    held: CalibrationSet,
 ) -> Recipe:
     """Write a trial's recipe, named after the file, so that ``load_recipe`` reads it back to the same digest."""
     figures = []
@@ -356,13 +406,17 @@ def _write_recipe(
         f"Tuned to {model}: held-out KL {figures[0]}, {figures[1]} with {default.recipe.name} "
         f"({pieces} x {seq_len} tokens of {calibration})."
     )
-    changed = ", ".join(f"{key} {value}" for key, value in differences(best.recipe, default.recipe).items())
+    changed = ", ".join(
+        f"{key} {value}" for key, value in differences(best.recipe, default.recipe).items()
+    )
     lines = (
         f"Made by svsk {__version__} tune. {description}",
         f"Changed: {changed or 'nothing, no trial was better'}.",
         f"Use: svsk quantize {model} OUT --recipe {out.name} --calibration {calibration}",
     )
     recipe = best.recipe.model_copy(update={"name": out.stem, "description": description})
-    values = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    values = yaml.safe_dump(
+        recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
+    )
     write_text(out, "".join(f"# {' '.join(line.split())}\n" for line in lines) + values)
     return recipe

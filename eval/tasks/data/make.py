@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the generated data of the smoke tasks: ``python eval/tasks/data/make.py`` writes the files beside this one.
+"""Make the generated data of the smoke tasks.
 
-Every version of Python makes the same bytes: only ``random.Random(seed).random`` is drawn from, whose stream Python
-guarantees. facts.jsonl is not made here: it was written by hand.
+``python eval/tasks/data/make.py`` writes the files beside this one.
+
+Every version of Python makes the same bytes: only ``random.Random(seed).random`` is drawn from,
+whose stream Python guarantees. facts.jsonl is not made here: it was written by hand.
 """
 
 import json
@@ -30,62 +32,232 @@ _CONTINUATIONS: Final = (
     ("def last(items):\n    return", "items[-1]", "items[0]", "items[1]", "items[2]"),
     ("def first(items):\n    return", "items[0]", "items[3]", "items[-1]", "items[-2]"),
     ("def half(x):\n    return", "x / 2", "x * 2", "x + 2", "x - 2"),
-    ("def average(values):\n    return", "sum(values) / len(values)", "sum(values) * len(values)",
-     "len(values) / sum(values)", "max(values) - len(values)"),
-    ("def greet(name):\n    return", '"Hello, " + name', '"Hello, " * name', '"Hello, " - name', '"Hello, " / name'),
-    ("def largest(values):\n    return", "max(values)", "min(values)", "len(values)", "sum(values)"),
-    ("def smallest(values):\n    return", "min(values)", "max(values)", "len(values)", "any(values)"),
-    ("def shout(text):\n    return", "text.upper()", "text.lower()", "text.strip()", "text.split()"),
-    ("def words(sentence):\n    return", "sentence.split()", "sentence.upper()", "sentence.strip()",
-     "sentence.title()"),
-    ("with open(path) as handle:\n    text =", "handle.read()", "handle.close()", "handle.seek()", "handle.flush()"),
+    (
+        "def average(values):\n    return",
+        "sum(values) / len(values)",
+        "sum(values) * len(values)",
+        "len(values) / sum(values)",
+        "max(values) - len(values)",
+    ),
+    (
+        "def greet(name):\n    return",
+        '"Hello, " + name',
+        '"Hello, " * name',
+        '"Hello, " - name',
+        '"Hello, " / name',
+    ),
+    (
+        "def largest(values):\n    return",
+        "max(values)",
+        "min(values)",
+        "len(values)",
+        "sum(values)",
+    ),
+    (
+        "def smallest(values):\n    return",
+        "min(values)",
+        "max(values)",
+        "len(values)",
+        "any(values)",
+    ),
+    (
+        "def shout(text):\n    return",
+        "text.upper()",
+        "text.lower()",
+        "text.strip()",
+        "text.split()",
+    ),
+    (
+        "def words(sentence):\n    return",
+        "sentence.split()",
+        "sentence.upper()",
+        "sentence.strip()",
+        "sentence.title()",
+    ),
+    (
+        "with open(path) as handle:\n    text =",
+        "handle.read()",
+        "handle.close()",
+        "handle.seek()",
+        "handle.flush()",
+    ),
     ("total = 0\nfor value in values:\n    total +=", "value", "total", "values", "range"),
-    ("for index, item in", "enumerate(items):", "sorted(items):", "reversed(items):", "range(items):"),
+    (
+        "for index, item in",
+        "enumerate(items):",
+        "sorted(items):",
+        "reversed(items):",
+        "range(items):",
+    ),
     ("for key, value in table.", "items():", "keys():", "values():", "clear():"),
-    ("for left, right in", "zip(first, second):", "len(first, second):", "sum(first, second):", "int(first, second):"),
-    ("try:\n    value = int(text)\nexcept", "ValueError:", "ImportError:", "KeyError:", "MemoryError:"),
-    ("try:\n    value = table[key]\nexcept", "KeyError:", "SyntaxError:", "ImportError:", "NameError:"),
-    ("try:\n    ratio = a / b\nexcept", "ZeroDivisionError:", "FileNotFoundError:", "IndentationError:",
-     "ModuleNotFoundError:"),
+    (
+        "for left, right in",
+        "zip(first, second):",
+        "len(first, second):",
+        "sum(first, second):",
+        "int(first, second):",
+    ),
+    (
+        "try:\n    value = int(text)\nexcept",
+        "ValueError:",
+        "ImportError:",
+        "KeyError:",
+        "MemoryError:",
+    ),
+    (
+        "try:\n    value = table[key]\nexcept",
+        "KeyError:",
+        "SyntaxError:",
+        "ImportError:",
+        "NameError:",
+    ),
+    (
+        "try:\n    ratio = a / b\nexcept",
+        "ZeroDivisionError:",
+        "FileNotFoundError:",
+        "IndentationError:",
+        "ModuleNotFoundError:",
+    ),
     ("class Stack:\n    def __init__(self):\n        self.items =", "[]", "{}", "0", "None"),
-    ("class Circle:\n    def __init__(self, radius):\n        self.radius =", "radius", "circle", "self", "None"),
+    (
+        "class Circle:\n    def __init__(self, radius):\n        self.radius =",
+        "radius",
+        "circle",
+        "self",
+        "None",
+    ),
     ("import math\narea = math.pi *", "radius ** 2", "radius + 2", "radius - 2", "radius / 2"),
     ("import json\ndata = json.", "loads(text)", "print(text)", "open(text)", "split(text)"),
-    ("import random\ndice = random.", "randint(1, 6)", "shuffle(1, 6)", "sqrt(1, 6)", "print(1, 6)"),
+    (
+        "import random\ndice = random.",
+        "randint(1, 6)",
+        "shuffle(1, 6)",
+        "sqrt(1, 6)",
+        "print(1, 6)",
+    ),
     ("import time\nstart = time.", "time()", "date()", "open()", "loads()"),
     ("if __name__ ==", '"__main__":', '"__file__":', '"__init__":', '"__name__":'),
-    ("names = []\nnames.append(\"Zoe\")\nassert len(names) ==", "1", "0", "2", "3"),
-    ("while low < high:\n    middle =", "(low + high) // 2", "(low - high) // 2", "(low * high) // 2",
-     "(low % high) // 2"),
-    ("def factorial(n):\n    if n == 0:\n        return 1\n    return", "n * factorial(n - 1)", "n + factorial(n - 1)",
-     "n * factorial(n + 1)", "n - factorial(n - 1)"),
-    ("def fibonacci(n):\n    if n < 2:\n        return n\n    return", "fibonacci(n - 1) + fibonacci(n - 2)",
-     "fibonacci(n - 1) * fibonacci(n - 2)", "fibonacci(n + 1) + fibonacci(n + 2)",
-     "fibonacci(n - 1) - fibonacci(n - 2)"),
-    ("def contains(items, item):\n    return", "item in items", "items in item", "item is items", "item == items"),
+    ('names = []\nnames.append("Zoe")\nassert len(names) ==', "1", "0", "2", "3"),
+    (
+        "while low < high:\n    middle =",
+        "(low + high) // 2",
+        "(low - high) // 2",
+        "(low * high) // 2",
+        "(low % high) // 2",
+    ),
+    (
+        "def factorial(n):\n    if n == 0:\n        return 1\n    return",
+        "n * factorial(n - 1)",
+        "n + factorial(n - 1)",
+        "n * factorial(n + 1)",
+        "n - factorial(n - 1)",
+    ),
+    (
+        "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+        "fibonacci(n - 1) + fibonacci(n - 2)",
+        "fibonacci(n - 1) * fibonacci(n - 2)",
+        "fibonacci(n + 1) + fibonacci(n + 2)",
+        "fibonacci(n - 1) - fibonacci(n - 2)",
+    ),
+    (
+        "def contains(items, item):\n    return",
+        "item in items",
+        "items in item",
+        "item is items",
+        "item == items",
+    ),
     ("def reverse(text):\n    return", "text[::-1]", "text[::1]", "text[1:]", "text[:-1]"),
     ("squares = [x ** 2 for x in", "range(10)]", "print(10)]", "len(10)]", "str(10)]"),
     ("even = [x for x in numbers if x", "% 2 == 0]", "/ 2 == 1]", "* 2 == 0]", "+ 2 == 1]"),
     ("def negate(flag):\n    return", "not flag", "flag not", "is flag", "in flag"),
     ("def swap(a, b):\n    return", "b, a", "a, b", "a, a", "b, b"),
     ("def distance(a, b):\n    return", "abs(a - b)", "abs(a + b)", "len(a - b)", "str(a - b)"),
-    ("result = []\nfor item in items:\n    result.", "append(item)", "remove(item)", "index(item)", "count(item)"),
-)  # fmt: skip
+    (
+        "result = []\nfor item in items:\n    result.",
+        "append(item)",
+        "remove(item)",
+        "index(item)",
+        "count(item)",
+    ),
+)
 """Snippet, its right continuation, three wrong ones."""
 
 _WORDS: Final = (
-    "apple", "bread", "chair", "cloud", "dream", "eagle", "field", "glass", "heart", "island", "jacket", "kettle",
-    "lemon", "marble", "needle", "ocean", "paper", "queen", "river", "stone", "table", "uncle", "valley", "window",
-    "yellow", "zebra", "garden", "bottle", "candle", "forest", "hammer", "ladder", "mirror", "pencil", "rocket",
+    "apple",
+    "bread",
+    "chair",
+    "cloud",
+    "dream",
+    "eagle",
+    "field",
+    "glass",
+    "heart",
+    "island",
+    "jacket",
+    "kettle",
+    "lemon",
+    "marble",
+    "needle",
+    "ocean",
+    "paper",
+    "queen",
+    "river",
+    "stone",
+    "table",
+    "uncle",
+    "valley",
+    "window",
+    "yellow",
+    "zebra",
+    "garden",
+    "bottle",
+    "candle",
+    "forest",
+    "hammer",
+    "ladder",
+    "mirror",
+    "pencil",
+    "rocket",
     "silver",
-)  # fmt: skip
+)
 
 _NAMES: Final = (
-    "Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Ida", "Jack", "Kate", "Leo", "Maria", "Nick",
-    "Olga", "Peter",
-)  # fmt: skip
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Frank",
+    "Grace",
+    "Henry",
+    "Ida",
+    "Jack",
+    "Kate",
+    "Leo",
+    "Maria",
+    "Nick",
+    "Olga",
+    "Peter",
+)
 
-_SYLLABLES: Final = ("ba", "do", "fi", "ga", "ki", "lu", "mo", "ne", "po", "ra", "su", "ti", "vo", "we", "za", "ju")
+_SYLLABLES: Final = (
+    "ba",
+    "do",
+    "fi",
+    "ga",
+    "ki",
+    "lu",
+    "mo",
+    "ne",
+    "po",
+    "ra",
+    "su",
+    "ti",
+    "vo",
+    "we",
+    "za",
+    "ju",
+)
 
 
 class _Draw:
@@ -112,7 +284,10 @@ class _Draw:
 def generated() -> dict[str, str]:
     """The text of every generated file by its name."""
     made = {"python": _python(), "arithmetic": _arithmetic(), "copy": _copy()}
-    return {f"{name}.jsonl": "".join(json.dumps(item) + "\n" for item in items) for name, items in made.items()}
+    return {
+        f"{name}.jsonl": "".join(json.dumps(item) + "\n" for item in items)
+        for name, items in made.items()
+    }
 
 
 def _with_positions(draw: _Draw, items: Sequence[tuple[str, str, Sequence[str]]]) -> list[Item]:
@@ -127,7 +302,9 @@ def _with_positions(draw: _Draw, items: Sequence[tuple[str, str, Sequence[str]]]
 
 def _python() -> list[Item]:
     draw = _Draw(1)
-    items: list[tuple[str, str, Sequence[str]]] = [(text, right, wrong) for text, right, *wrong in _CONTINUATIONS]
+    items: list[tuple[str, str, Sequence[str]]] = [
+        (text, right, wrong) for text, right, *wrong in _CONTINUATIONS
+    ]
     seen = set()
     while len(items) < _ITEMS:
         question, right, wrong = _EXPRESSIONS[len(items) % len(_EXPRESSIONS)](draw)
@@ -137,28 +314,41 @@ def _python() -> list[Item]:
     return _with_positions(draw, items)
 
 
-def _asserted(expression: str, right: object, wrong: Sequence[object]) -> tuple[str, str, list[str]]:
+def _asserted(
+    expression: str, right: object, wrong: Sequence[object]
+) -> tuple[str, str, list[str]]:
     return f"assert {expression} ==", repr(right), [repr(value) for value in wrong]
 
 
 def _length(draw: _Draw) -> tuple[str, str, list[str]]:
     words = draw.some(_WORDS, draw.between(2, 5))
-    return _asserted(f"len({words!r})", len(words), [value for value in (2, 3, 4, 5) if value != len(words)])
+    return _asserted(
+        f"len({words!r})", len(words), [value for value in (2, 3, 4, 5) if value != len(words)]
+    )
 
 
 def _element(draw: _Draw) -> tuple[str, str, list[str]]:
     words = draw.some(_WORDS, 4)
     index = draw.one((0, 1, 2, -1))
-    return _asserted(f"{words!r}[{index}]", words[index], [word for word in words if word != words[index]])
+    return _asserted(
+        f"{words!r}[{index}]", words[index], [word for word in words if word != words[index]]
+    )
 
 
 def _method(draw: _Draw) -> tuple[str, str, list[str]]:
     word = draw.one(_WORDS)
-    forms = {"upper": word.upper(), "capitalize": word.capitalize(), "lower": word, "swapcase": word.upper()}
+    forms = {
+        "upper": word.upper(),
+        "capitalize": word.capitalize(),
+        "lower": word,
+        "swapcase": word.upper(),
+    }
     name = draw.one(("upper", "capitalize", "lower"))
     others = dict.fromkeys([*forms.values(), word[::-1], word + word])
     given = f"{word.title()!r}" if name == "lower" else f"{word!r}"
-    return _asserted(f"{given}.{name}()", forms[name], [form for form in others if form != forms[name]][:3])
+    return _asserted(
+        f"{given}.{name}()", forms[name], [form for form in others if form != forms[name]][:3]
+    )
 
 
 def _sum_of_list(draw: _Draw) -> tuple[str, str, list[str]]:
@@ -179,7 +369,9 @@ def _lookup(draw: _Draw) -> tuple[str, str, list[str]]:
     index = draw.below(4)
     table = dict(zip(names, values, strict=True))
     return _asserted(
-        f"{table!r}[{names[index]!r}]", values[index], [value for value in values if value != values[index]]
+        f"{table!r}[{names[index]!r}]",
+        values[index],
+        [value for value in values if value != values[index]],
     )
 
 

@@ -41,7 +41,13 @@ class Case:
     def layer(self, device: torch.device) -> BenchLayer:
         """The layer, with random content."""
         return random_layer(
-            self.k, self.dtype, device, self.parts, codebook=self.codebook, group_size=self.group_size, seed=self.n
+            self.k,
+            self.dtype,
+            device,
+            self.parts,
+            codebook=self.codebook,
+            group_size=self.group_size,
+            seed=self.n,
         )
 
 
@@ -53,8 +59,25 @@ _SMALL: Final = (
     Case("rank 32 of 4 bits", 1024, (Part(200, 32, 4, 128, 512),), (1, 17, 64, 100)),
     Case("quad8, float16", 512, (Part(256, 16, 8, 64, 256),), (1, 33, 100), _HALF, "quad8"),
     Case("quad8, rank 32 of 4 bits", 768, (Part(128, 32, 4, 64, 256),), (3, 64), _BFLOAT, "quad8"),
-    Case("ragged, groups of 32", 288, (Part(33, 24, 8, 16, 128),), (1, 17, 100), _HALF, "quad8", 32, True),
-    Case("ragged, odd tiles, groups of 32", 96, (Part(100, 8, 4, 48, 40),), (3, 64, 100), _BFLOAT, "int4", 32),
+    Case(
+        "ragged, groups of 32",
+        288,
+        (Part(33, 24, 8, 16, 128),),
+        (1, 17, 100),
+        _HALF,
+        "quad8",
+        32,
+        True,
+    ),
+    Case(
+        "ragged, odd tiles, groups of 32",
+        96,
+        (Part(100, 8, 4, 48, 40),),
+        (3, 64, 100),
+        _BFLOAT,
+        "int4",
+        32,
+    ),
     Case("parts of different ranks, tiles and bits", 512, _MIXED, (1, 33, 65), bias=True),
     Case("tiles longer than a job", 4608, (Part(200, 16, 8, 0, 0),), (1, 33, 100)),
 )
@@ -116,13 +139,20 @@ def forced_choice(kernel: str, gpu: Gpu, n: int, k: int, group_size: int, m: int
     """Blocks for ``m`` tokens of one kernel, whether or not it is the one that would be dispatched."""
     tables = (choices_for(gpu, n, k, group_size), heuristic_choices(gpu, n, k, group_size))
     known: Sequence[Choice] = next(
-        found for table in tables if (found := [choice for choice in table if choice.kernel == kernel])
+        found
+        for table in tables
+        if (found := [choice for choice in table if choice.kernel == kernel])
     )
-    return next((choice for choice in known if choice.max_m is None or m <= choice.max_m), known[-1])
+    return next(
+        (choice for choice in known if choice.max_m is None or m <= choice.max_m), known[-1]
+    )
 
 
 def checked_choices(case: Case, gpu: Gpu, m: int) -> list[Choice]:
-    """What one case runs at ``m`` tokens: the dispatched choice, or every kernel, decode with the columns in two."""
+    """What one case runs at ``m`` tokens.
+
+    The dispatched choice, or every kernel, decode with the columns in two.
+    """
     size = (case.n, case.k, case.group_size)
     if not case.every_kernel:
         return [choice_for(choices_for(gpu, *size), m)]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the kernels against float64 and against themselves: poisoned memory, repeats, graphs, streams, variants."""
+"""Checks of the kernels against float64 and against themselves.
+
+Poisoned memory, repeats, graphs, streams, variants.
+"""
 
 import warnings
 from collections.abc import Iterator
@@ -41,7 +44,10 @@ class Finding:
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Fill every uninitialised tensor made inside with NaN or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     memory: Any = torch.utils.deterministic  # its settings are properties of a module
     fill = memory.fill_uninitialized_memory
     with warnings.catch_warnings():
@@ -61,7 +67,10 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check_case(case: Case, device: torch.device, graphs: bool = True) -> Iterator[Finding]:
-    """Check one layer with each of its numbers of tokens; on a GPU with CUDA graphs too, unless told otherwise."""
+    """Check one layer with each of its numbers of tokens.
+
+    On a GPU with CUDA graphs too, unless told otherwise.
+    """
     layer, gpu = case.layer(device), gpu_of(device)
     generator = torch.Generator(device).manual_seed(case.k)
 
@@ -72,7 +81,9 @@ def check_case(case: Case, device: torch.device, graphs: bool = True) -> Iterato
     for m in case.tokens:
         x, other = normal(m, case.k), normal(m, case.k)
         for choice in checked_choices(case, gpu, m):
-            yield _check(f"{case.name}, M = {m}, {choice.kernel}", layer, (x, other), bias, choice, graphs)
+            yield _check(
+                f"{case.name}, M = {m}, {choice.kernel}", layer, (x, other), bias, choice, graphs
+            )
         found = layer.dispatched(x, bias)
         error = relative_error(found, layer.expected(x, bias))
         yield Finding(f"{case.name}, M = {m}, dispatched", error, _accuracy(found, error))
@@ -106,17 +117,31 @@ def _check(
 
 def _accuracy(found: torch.Tensor, error: float) -> tuple[str, ...]:
     if not bool(found.isfinite().all()):
-        return (f"{int((~found.isfinite()).sum())} of {found.numel()} outputs were not written, or are not finite",)
+        return (
+            (
+                f"{int((~found.isfinite()).sum())} of {found.numel()} outputs were not written, or"
+                " are not finite"
+            ),
+        )
     bound = BOUNDS[found.dtype]
     return () if error < bound else (f"relative error {error:.2e}, expected less than {bound:.0e}",)
 
 
 def _exact(
-    layer: BenchLayer, x: torch.Tensor, bias: torch.Tensor | None, choice: Choice, asm: bool | None = None
+    layer: BenchLayer,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    choice: Choice,
+    asm: bool | None = None,
 ) -> torch.Tensor:
-    """What must be the same bits every time: the product, but for ``fold`` the weight, as cuBLAS makes the product."""
+    """What must be the same bits every time.
+
+    The product, but for ``fold`` the weight, as cuBLAS makes the product.
+    """
     if choice.kernel == "fold":
-        return fold(layer.base, layer.sidecar, layer.sidecar_bits, x.dtype, slice(0, layer.spec.n), asm=asm)
+        return fold(
+            layer.base, layer.sidecar, layer.sidecar_bits, x.dtype, slice(0, layer.spec.n), asm=asm
+        )
     return layer.run(x, choice, bias, asm=asm)
 
 
@@ -132,7 +157,11 @@ def _same_on_gpu(
     x, other = inputs
     problems = []
     second = _exact(layer, other, bias, choice)
-    if choice.kernel == "decode" and layer.sidecar is not None and gpu_of(x.device).dependent_launch:
+    if (
+        choice.kernel == "decode"
+        and layer.sidecar is not None
+        and gpu_of(x.device).dependent_launch
+    ):
         changed = replace(choice, pdl=not choice.pdl)
         for given, wanted in ((x, found), (other, second)) * _REPEATS:
             if not torch.equal(wanted, layer.run(given, changed, bias)):
@@ -189,4 +218,7 @@ def _streams_agree(
         pairs.append((first, second))
     here.wait_stream(side)
     torch.cuda.synchronize(device)
-    return all(torch.equal(first, expected[0]) and torch.equal(second, expected[1]) for first, second in pairs)
+    return all(
+        torch.equal(first, expected[0]) and torch.equal(second, expected[1])
+        for first, second in pairs
+    )

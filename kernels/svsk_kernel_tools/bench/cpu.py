@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed of layers on a CPU: ``python -m svsk_kernel_tools.bench.cpu``.
 
-Every repeat calls all candidates in turn, so that they share the machine's moods; figures are medians. With
-``--threads 1`` the clock is the thread's processor time, which other processes hardly disturb. Weights are random: time
-depends on shapes only. vLLM's own W4A16 kernel is measured where vLLM is installed.
+Every repeat calls all candidates in turn, so that they share the machine's moods; figures are
+medians. With ``--threads 1`` the clock is the thread's processor time, which other processes hardly
+disturb. Weights are random: time depends on shapes only. vLLM's own W4A16 kernel is measured where
+vLLM is installed.
 """
 
 import json
@@ -33,9 +34,19 @@ SHAPES: Final = {"gate_up": (19456, 2560), "down": (2560, 9728), "o": (2560, 409
 _GROUP: Final = 64
 _REPEATS: Final = 3
 _HEADINGS: Final = (
-    "layer", "M", "F.linear bf16, us", "W4A16 of vLLM", "int4 no sidecar", "int4 tiles", "int4 whole", "quad8 tiles",
-    "sidecar / base: tiles", "whole", "int4 tiles vs W4A16", "vs F.linear",
-)  # fmt: skip
+    "layer",
+    "M",
+    "F.linear bf16, us",
+    "W4A16 of vLLM",
+    "int4 no sidecar",
+    "int4 tiles",
+    "int4 whole",
+    "quad8 tiles",
+    "sidecar / base: tiles",
+    "whole",
+    "int4 tiles vs W4A16",
+    "vs F.linear",
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +59,15 @@ class Layout:
 
 
 LAYOUTS: Final = {"tiles": Layout(16, 512, 1024), "whole": Layout(32)}
-"""The original method's tiles, and whole-matrix factors. Run-time factors are bfloat16 whatever was stored."""
+"""The original method's tiles, and whole-matrix factors.
+
+Run-time factors are bfloat16 whatever was stored.
+"""
 
 
-def random_layer(n: int, k: int, codebook: Codebook, layout: Layout | None) -> Callable[[torch.Tensor], torch.Tensor]:
+def random_layer(
+    n: int, k: int, codebook: Codebook, layout: Layout | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """A layer of random bfloat16 scales, codes and sidecar, ready to call with [M, k].
 
     Args:
@@ -111,7 +127,9 @@ def measure_shape(n: int, k: int, rows: list[int], seconds: float) -> dict[int, 
         seconds: to spend on each, all candidates together.
     """
     weight = torch.randn(n, k).bfloat16()
-    candidates: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"linear": lambda x: F.linear(x, weight)}
+    candidates: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "linear": lambda x: F.linear(x, weight)
+    }
     w4a16 = _vllm_w4a16(n, k)
     if w4a16:
         candidates["w4a16"] = w4a16
@@ -124,7 +142,9 @@ def measure_shape(n: int, k: int, rows: list[int], seconds: float) -> dict[int, 
 
 
 def _interleaved(
-    candidates: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor, seconds: float
+    candidates: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
+    x: torch.Tensor,
+    seconds: float,
 ) -> dict[str, float]:
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -147,17 +167,31 @@ def table_rows(results: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list
             base, tiles = t["int4_base"], t["int4_tiles"]
             times = [t["linear"], t.get("w4a16"), base, tiles, t["int4_whole"], t["quad8_tiles"]]
             shares = [f"{t[f'int4_{layout}'] / base - 1:.2f}" for layout in LAYOUTS]
-            speeds = [f"{t[other] / tiles:.2f}x" if other in t else "" for other in ("w4a16", "linear")]
-            rows.append([name, str(m), *("" if us is None else f"{us:.0f}" for us in times), *shares, *speeds])
+            speeds = [
+                f"{t[other] / tiles:.2f}x" if other in t else "" for other in ("w4a16", "linear")
+            ]
+            rows.append(
+                [
+                    name,
+                    str(m),
+                    *("" if us is None else f"{us:.0f}" for us in times),
+                    *shares,
+                    *speeds,
+                ]
+            )
     return rows
 
 
 def main(
-    rows: Annotated[str, typer.Option(help="Numbers of rows of activations, M.")] = "1,8,64,512,2048",
+    rows: Annotated[
+        str, typer.Option(help="Numbers of rows of activations, M.")
+    ] = "1,8,64,512,2048",
     shapes: Annotated[str, typer.Option(help="Layers of Qwen3-4B.")] = ",".join(SHAPES),
     seconds: Annotated[float, typer.Option(min=0.0, help="Per shape and M.")] = 3.0,
     threads: Annotated[int, typer.Option(min=0, help="0: as many as PyTorch takes.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures there.")
+    ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table there.")] = None,
 ) -> None:
     """Measure layers against bfloat16 and against vLLM's own 4-bit kernel without a sidecar."""
@@ -178,7 +212,9 @@ def main(
         json_file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if markdown:
         lines = [_HEADINGS, ["---"] * len(_HEADINGS), *found]
-        markdown.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
+        markdown.write_text(
+            "".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8"
+        )
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

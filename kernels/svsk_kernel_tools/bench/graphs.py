@@ -12,21 +12,27 @@ __all__ = ["capture", "capture_stream"]
 
 @lru_cache(maxsize=8)
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one side stream on which this process captures: the kernels keep counters for a few streams only."""
+    """The one side stream on which this process captures.
+
+    The kernels keep counters for a few streams only.
+    """
     return torch.cuda.Stream(device)
 
 
-def capture(device: torch.device, body: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+def capture(
+    device: torch.device, body: Callable[[], Any], pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Run ``body`` once on a side stream, which compiles what it needs, then capture it.
 
     Args:
         device: of the tensors ``body`` works on.
         body: launches kernels on the current stream; must not wait for the device.
-        pool: of ``torch.cuda.graph_pool_handle()``, to share memory with graphs that are never replayed at the same
-            time and whose outputs are not kept; None for memory of its own.
+        pool: of ``torch.cuda.graph_pool_handle()``, to share memory with graphs that are never
+            replayed at the same time and whose outputs are not kept; None for memory of its own.
 
     Returns:
-        The graph, and what ``body`` returned while captured: its tensors hold the results of the latest replay.
+        The graph, and what ``body`` returned while captured: its tensors hold the results of the
+        latest replay.
     """
     stream, here = capture_stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(here)

@@ -9,9 +9,23 @@ import torch
 
 from svsk_kernel_tools.bench.cases import forced_choice
 from svsk_kernel_tools.bench.layers import BenchLayer, layer_of_shape
-from svsk_kernel_tools.bench.shapes import GROUP_SIZE, VARIANTS, Shape, Variant, bytes_dense, bytes_needed
+from svsk_kernel_tools.bench.shapes import (
+    GROUP_SIZE,
+    VARIANTS,
+    Shape,
+    Variant,
+    bytes_dense,
+    bytes_needed,
+)
 from svsk_kernel_tools.bench.split import SplitLayer
-from svsk_kernel_tools.bench.timing import FAILURES, Call, Timer, copies_needed, launches_needed, measure
+from svsk_kernel_tools.bench.timing import (
+    FAILURES,
+    Call,
+    Timer,
+    copies_needed,
+    launches_needed,
+    measure,
+)
 from svsk_kernels.gpu.matmul_op import gpu_of
 from svsk_kernels.gpu.tuning import Choice, choice_for, choices_for
 
@@ -72,8 +86,11 @@ def load_weights(shape: Shape, device: torch.device, timer: Timer, make_split: b
 
 def kernels_for(m: int, dispatched: str) -> list[str]:
     """Kernels worth timing at ``m`` tokens: the dispatched one first, then its neighbours."""
-    forced = [name for name, low, high in (("decode", 1, 128), ("gemm", 16, 2048), ("fold", 128, 1 << 30))
-              if low <= m <= high]  # fmt: skip
+    forced = [
+        name
+        for name, low, high in (("decode", 1, 128), ("gemm", 16, 2048), ("fold", 128, 1 << 30))
+        if low <= m <= high
+    ]
     return [dispatched, *(name for name in forced if name != dispatched)]
 
 
@@ -86,13 +103,18 @@ def time_group(weights: Weights, m: int, timer: Timer, rounds: int) -> list[dict
     """Time every candidate for one shape and ``m`` tokens.
 
     Returns:
-        One record a candidate, see :mod:`svsk_kernel_tools.bench.report`. What did not run has ``error`` and no time.
+        One record a candidate, see :mod:`svsk_kernel_tools.bench.report`. What did not run has
+        ``error`` and no time.
     """
     shape, device = weights.shape, weights.dense[0].device
-    x = torch.randn(m, shape.k, device=device, generator=torch.Generator(device).manual_seed(m)).to(_DTYPE)
+    x = torch.randn(m, shape.k, device=device, generator=torch.Generator(device).manual_seed(m)).to(
+        _DTYPE
+    )
     found, samplers, pool = {}, {}, timer.pool()
     for candidate in _candidates(weights, x):
-        launches = launches_needed(candidate.bytes, 2.0 * m * shape.n * shape.k, len(candidate.calls))
+        launches = launches_needed(
+            candidate.bytes, 2.0 * m * shape.n * shape.k, len(candidate.calls)
+        )
         record = _record(shape, m, candidate, launches)
         found[candidate.label] = record
         try:
@@ -102,7 +124,13 @@ def time_group(weights: Weights, m: int, timer: Timer, rounds: int) -> list[dict
     for label, stats in measure(samplers, rounds).items():
         record = found[label]
         gbs = record["bytes"] / stats.us / 1000
-        record |= {"us": stats.us, "q1": stats.q1, "q3": stats.q3, "gbs": gbs, "of_copy": gbs / timer.copy_gbs}
+        record |= {
+            "us": stats.us,
+            "q1": stats.q1,
+            "q3": stats.q3,
+            "gbs": gbs,
+            "of_copy": gbs / timer.copy_gbs,
+        }
     records = list(found.values())
     _add_ratios(records)
     return records
@@ -131,7 +159,9 @@ def _candidates(weights: Weights, x: torch.Tensor) -> Iterator[Candidate]:
     shape, m = weights.shape, x.shape[0]
     gpu, size = gpu_of(x.device), (shape.n, shape.k, GROUP_SIZE)
     usual = choice_for(choices_for(gpu, *size), m)
-    yield Candidate(None, "cublas", None, False, [_dense(x, w) for w in weights.dense], bytes_dense(shape, m))
+    yield Candidate(
+        None, "cublas", None, False, [_dense(x, w) for w in weights.dense], bytes_dense(shape, m)
+    )
     for variant, layers in weights.layers.items():
         needed = bytes_needed(shape, variant, m)
         for kernel in kernels_for(m, usual.kernel):
@@ -139,7 +169,14 @@ def _candidates(weights: Weights, x: torch.Tensor) -> Iterator[Candidate]:
             calls = [_fused(x, layer, chosen) for layer in layers]
             yield Candidate(variant, kernel, chosen, chosen is usual, calls, needed)
         if variant in weights.split:
-            yield Candidate(variant, "split", None, False, [_split(x, s) for s in weights.split[variant]], needed)
+            yield Candidate(
+                variant,
+                "split",
+                None,
+                False,
+                [_split(x, s) for s in weights.split[variant]],
+                needed,
+            )
 
 
 def _dense(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -155,13 +192,25 @@ def _split(x: torch.Tensor, layer: SplitLayer) -> Callable[[], torch.Tensor]:
 
 
 def _add_ratios(records: list[dict[str, Any]]) -> None:
-    """Ratios within a group: how many times faster than cuBLAS and than split; what the sidecar adds to the base."""
-    us = {(record["variant"], record["kernel"]): record["us"] for record in records if "us" in record}
-    usual = {record["variant"]: record["us"] for record in records if "us" in record and record["dispatched"]}
+    """Ratios within a group.
+
+    How many times faster than cuBLAS and than split; what the sidecar adds to the base.
+    """
+    us = {
+        (record["variant"], record["kernel"]): record["us"] for record in records if "us" in record
+    }
+    usual = {
+        record["variant"]: record["us"]
+        for record in records
+        if "us" in record and record["dispatched"]
+    }
     for record in records:
         if "us" not in record or record["kernel"] == "cublas":
             continue
-        for name, other in (("cublas", ("bf16", "cublas")), ("split", (record["variant"], "split"))):
+        for name, other in (
+            ("cublas", ("bf16", "cublas")),
+            ("split", (record["variant"], "split")),
+        ):
             if other in us:
                 record[f"over_{name}"] = us[other] / record["us"]
         if record["dispatched"] and "int4-r0" in usual:

@@ -58,7 +58,9 @@ class BenchLayer:
         shape, tensors = self.spec, self.tensors
         quad8 = shape.codebook == "quad8"
         plane = plane_length(shape.k)
-        return Base(tensors["words"], tensors["scale"], shape.n, shape.k, plane, shape.group_size, quad8)
+        return Base(
+            tensors["words"], tensors["scale"], shape.n, shape.k, plane, shape.group_size, quad8
+        )
 
     @cached_property
     def sidecar(self) -> PlanarSidecar | None:
@@ -77,12 +79,21 @@ class BenchLayer:
         return self.matmul(x, self.tensors, bias)
 
     def run(
-        self, x: torch.Tensor, choice: Choice, bias: torch.Tensor | None = None, asm: bool | None = None
+        self,
+        x: torch.Tensor,
+        choice: Choice,
+        bias: torch.Tensor | None = None,
+        asm: bool | None = None,
     ) -> torch.Tensor:
-        """The product [M, N] by the kernel asked for; ``asm`` as for the launcher, without effect on ``fold``."""
+        """The product [M, N] by the kernel asked for.
+
+        ``asm`` as for the launcher, without effect on ``fold``.
+        """
         if choice.kernel == "fold":
             return matmul_folded(x, self.base, self.sidecar, self.sidecar_bits, bias)
-        return packed_matmul(x, self.base, self.sidecar, self.sidecar_bits, bias, choice, self.tiles, asm=asm)
+        return packed_matmul(
+            x, self.base, self.sidecar, self.sidecar_bits, bias, choice, self.tiles, asm=asm
+        )
 
     def expected(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The product in float64."""
@@ -95,7 +106,9 @@ class BenchLayer:
 
     def copy(self) -> "BenchLayer":
         """The same layer at other addresses, less its linears."""
-        return BenchLayer((), self.matmul, {name: tensor.clone() for name, tensor in self.tensors.items()})
+        return BenchLayer(
+            (), self.matmul, {name: tensor.clone() for name, tensor in self.tensors.items()}
+        )
 
 
 def random_layer(
@@ -112,24 +125,44 @@ def random_layer(
     generator = torch.Generator(device).manual_seed(seed)
     linears = [_random_linear(part, k, dtype, codebook, group_size, generator) for part in parts]
     fused = stack_linears(linears)
-    spec = LayerSpec(fused.packed.shape[0], k, group_size, codebook, dtype, fused.plan, fused.num_bits)
+    spec = LayerSpec(
+        fused.packed.shape[0], k, group_size, codebook, dtype, fused.plan, fused.num_bits
+    )
     matmul = SvskMatmul(spec)
     tensors = matmul.prepare(fused.packed, fused.scale, fused.u, fused.v, fused.gain)
     return BenchLayer(tuple(linears), matmul, tensors)
 
 
-def layer_of_shape(shape: Shape, variant: Variant, dtype: torch.dtype, device: torch.device) -> BenchLayer:
+def layer_of_shape(
+    shape: Shape, variant: Variant, dtype: torch.dtype, device: torch.device
+) -> BenchLayer:
     """A random layer of one of the shapes that are timed."""
-    return random_layer(shape.k, dtype, device, [Part(shape.n, variant.rank, variant.bits)], codebook=variant.codebook)
+    return random_layer(
+        shape.k,
+        dtype,
+        device,
+        [Part(shape.n, variant.rank, variant.bits)],
+        codebook=variant.codebook,
+    )
 
 
 def _random_linear(
-    part: Part, k: int, dtype: torch.dtype, codebook: Codebook, group_size: int, generator: torch.Generator
+    part: Part,
+    k: int,
+    dtype: torch.dtype,
+    codebook: Codebook,
+    group_size: int,
+    generator: torch.Generator,
 ) -> PlainLinear:
-    """Every code, scales of both signs, full-range factors; gains make the sidecar about as large as the base."""
+    """Every code, scales of both signs, full-range factors.
+
+    Gains make the sidecar about as large as the base.
+    """
 
     def integers(low: int, high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(low, high, shape, generator=generator, dtype=torch.int8, device=generator.device)
+        return torch.randint(
+            low, high, shape, generator=generator, dtype=torch.int8, device=generator.device
+        )
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=generator.device)

@@ -34,12 +34,19 @@ def open_device(name: str) -> torch.device:
         raise BenchError(f"--device {name}: expected cuda, cuda:0 and so on, or cpu.") from error
     if device.type == "cpu":
         if not triton.knobs.runtime.interpret:
-            raise BenchError("--device cpu: Triton was imported without its interpreter; set TRITON_INTERPRET=1.")
+            raise BenchError(
+                "--device cpu: Triton was imported without its interpreter; set TRITON_INTERPRET=1."
+            )
         return device
     if device.type != "cuda" or not torch.cuda.is_available():
-        raise BenchError(f"--device {name}: torch finds no such GPU. Use --device cpu to run the checks without one.")
+        raise BenchError(
+            f"--device {name}: torch finds no such GPU. Use --device cpu to run the checks without"
+            " one."
+        )
     if triton.knobs.runtime.interpret:
-        raise BenchError(f"--device {name}: TRITON_INTERPRET is set, which needs --device cpu; unset it.")
+        raise BenchError(
+            f"--device {name}: TRITON_INTERPRET is set, which needs --device cpu; unset it."
+        )
     device = torch.device("cuda", device.index or 0)
     torch.cuda.set_device(device)
     return device
@@ -61,12 +68,19 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {"memory_bytes": properties.total_memory, "l2_bytes": properties.L2_cache_size, "driver": _driver()}
+        found |= {
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+            "driver": _driver(),
+        }
     return found
 
 
 def source_hash() -> str:
-    """First digits of the SHA-256 over the kernels' sources: results of different ones do not belong in one report."""
+    """First digits of the SHA-256 over the kernels' sources.
+
+    Results of different ones do not belong in one report.
+    """
     digest = hashlib.sha256()
     for path in sorted(Path(svsk_kernels.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m svsk_kernel_tools.bench.profile``: hardware counters of the kernels, read by Nsight Compute (``ncu``).
+"""``python -m svsk_kernel_tools.bench.profile``.
 
-ncu runs this module once more with ``--launch``; that process launches every kernel once to compile it, then once
-between the profiler's start and stop. ncu empties the caches before each launch, and the clocks are left alone.
+Hardware counters of the kernels, read by Nsight Compute (``ncu``).
+
+ncu runs this module once more with ``--launch``; that process launches every kernel once to compile
+it, then once between the profiler's start and stop. ncu empties the caches before each launch, and
+the clocks are left alone.
 """
 
 import csv
@@ -54,11 +57,27 @@ METRICS: Final = {
 """Names used here, and ncu's. Stalls are warps stalled for that reason per issued instruction."""
 
 _UNITS: Final = {
-    "": 1.0, "%": 1.0, "inst": 1.0, "warp": 1.0, "register/thread": 1.0, "cycle": 1.0,
-    "nsecond": 1e-3, "ns": 1e-3, "usecond": 1.0, "us": 1.0, "msecond": 1e3, "ms": 1e3,
-    "byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9,
-}  # fmt: skip
-"""Factors to microseconds, bytes and counts; a version of ncu writes either the long or the short name of a unit."""
+    "": 1.0,
+    "%": 1.0,
+    "inst": 1.0,
+    "warp": 1.0,
+    "register/thread": 1.0,
+    "cycle": 1.0,
+    "nsecond": 1e-3,
+    "ns": 1e-3,
+    "usecond": 1.0,
+    "us": 1.0,
+    "msecond": 1e3,
+    "ms": 1e3,
+    "byte": 1.0,
+    "Kbyte": 1e3,
+    "Mbyte": 1e6,
+    "Gbyte": 1e9,
+}
+"""Factors to microseconds, bytes and counts.
+
+A version of ncu writes either the long or the short name of a unit.
+"""
 
 
 @dataclass(frozen=True)
@@ -67,8 +86,8 @@ class Profiled:
 
     Attributes:
         kernel: name of the function.
-        metrics: by the keys of METRICS, in microseconds, bytes, percent and counts; what ncu could not read is left
-            out.
+        metrics: by the keys of METRICS, in microseconds, bytes, percent and counts; what ncu could
+            not read is left out.
     """
 
     kernel: str
@@ -111,19 +130,25 @@ def _number(text: str) -> float | None:
 
 def _factor(metric: str, unit: str) -> float:
     if unit not in _UNITS:
-        raise BenchError(f"ncu gives {metric} in {unit!r}, expected one of {', '.join(filter(None, _UNITS))}.")
+        raise BenchError(
+            f"ncu gives {metric} in {unit!r}, expected one of {', '.join(filter(None, _UNITS))}."
+        )
     return _UNITS[unit]
 
 
-def rows_of(launched: Sequence[dict[str, Any]], profiled: Sequence[Profiled]) -> list[dict[str, Any]]:
+def rows_of(
+    launched: Sequence[dict[str, Any]], profiled: Sequence[Profiled]
+) -> list[dict[str, Any]]:
     """What was launched beside its counters.
 
     Args:
-        launched: records of the process that was profiled, in order; each says which ``kernels`` it launched.
+        launched: records of the process that was profiled, in order; each says which ``kernels`` it
+            launched.
         profiled: launches that ncu saw, in order.
 
     Returns:
-        One record a launch, with ``instructions_per_weight``: executed instructions of all threads over N K.
+        One record a launch, with ``instructions_per_weight``: executed instructions of all threads
+        over N K.
 
     Raises:
         BenchError: they are not the same launches.
@@ -131,14 +156,19 @@ def rows_of(launched: Sequence[dict[str, Any]], profiled: Sequence[Profiled]) ->
     expected = [name for record in launched for name in record["kernels"]]
     seen = [launch.kernel for launch in profiled]
     if expected != seen:
-        raise BenchError(f"ncu saw the kernels {seen}, but {expected} were launched. Update the list in profile.py.")
+        raise BenchError(
+            f"ncu saw the kernels {seen}, but {expected} were launched. Update the list in"
+            " profile.py."
+        )
     left, rows = iter(profiled), []
     for record in launched:
         for _ in record["kernels"]:
             launch = next(left)
             row = {key: value for key, value in record.items() if key != "kernels"} | asdict(launch)
             if "instructions" in launch.metrics:
-                row["instructions_per_weight"] = launch.metrics["instructions"] * 32 / (record["n"] * record["k"])
+                row["instructions_per_weight"] = (
+                    launch.metrics["instructions"] * 32 / (record["n"] * record["k"])
+                )
             rows.append(row)
     return rows
 
@@ -158,15 +188,21 @@ def _launch(shapes: Sequence[Shape], tokens: Sequence[int]) -> Iterator[dict[str
             torch.cuda.synchronize(device)
             torch.cuda.profiler.stop()
             yield {
-                "shape": shape.name, "n": shape.n, "k": shape.k, "m": m, "variant": variant.label,
+                "shape": shape.name,
+                "n": shape.n,
+                "k": shape.k,
+                "m": m,
+                "variant": variant.label,
                 "kernels": _kernels(layer, m),
-            }  # fmt: skip
+            }
 
 
 def _kernels(layer: BenchLayer, m: int) -> list[str]:
     """Our kernels that a product of ``m`` tokens launches; cuBLAS's are not looked at."""
     spec = layer.spec
-    choice = choice_for(choices_for(gpu_of(layer.base.words.device), spec.n, spec.k, spec.group_size), m)
+    choice = choice_for(
+        choices_for(gpu_of(layer.base.words.device), spec.n, spec.k, spec.group_size), m
+    )
     if choice.kernel == "fold":
         return ["fold_kernel"] * ceil_div(spec.n, rows_at_a_time(spec.k, spec.dtype.itemsize))
     return ["shrink_kernel", f"{choice.kernel}_kernel"]
@@ -176,7 +212,9 @@ def _profile(shapes: Sequence[Shape], tokens: Sequence[int], text: Path) -> list
     """Run ncu, keep what it printed in ``text``, and read it."""
     ncu = shutil.which("ncu")
     if ncu is None:
-        raise BenchError("ncu is not on the PATH. Install NVIDIA Nsight Compute, it comes with the CUDA toolkit.")
+        raise BenchError(
+            "ncu is not on the PATH. Install NVIDIA Nsight Compute, it comes with the CUDA toolkit."
+        )
     command = [
         ncu,
         "--clock-control",
@@ -196,13 +234,17 @@ def _profile(shapes: Sequence[Shape], tokens: Sequence[int], text: Path) -> list
     write_atomically(text, done.stdout + done.stderr)
     if done.returncode:
         raise BenchError(f"ncu ended with {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
-    launched = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"shape"')]
+    launched = [
+        json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"shape"')
+    ]
     return rows_of(launched, parse_ncu(done.stdout))
 
 
 def _print(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     shown = ("us", "dram_percent", "issue_percent", "warps_percent", "bank_conflicts", "registers")
-    table = Table("shape", "M", "kernel", *shown, "instr/weight", "stalls: memory, shared, barrier, mma, wait")
+    table = Table(
+        "shape", "M", "kernel", *shown, "instr/weight", "stalls: memory, shared, barrier, mma, wait"
+    )
     for row in rows:
         metrics = row["metrics"]
         stalls = ("stall_memory", "stall_shared", "stall_barrier", "stall_mma", "stall_wait")
@@ -222,12 +264,21 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    shape: Annotated[list[str] | None, typer.Option(help="Name of a shape; repeat for several.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Number of tokens; repeat for several.")] = None,
-    json_file: Annotated[Path, typer.Option("--json", help="Write the counters there.")] = Path("svsk_profile.json"),
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Name of a shape; repeat for several.")
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Number of tokens; repeat for several.")
+    ] = None,
+    json_file: Annotated[Path, typer.Option("--json", help="Write the counters there.")] = Path(
+        "svsk_profile.json"
+    ),
     launch: Annotated[bool, typer.Option("--launch", hidden=True)] = False,
 ) -> None:
-    """Read hardware counters of the kernels that are dispatched; exits with 2 if that cannot be done."""
+    """Read hardware counters of the kernels that are dispatched.
+
+    Exits with 2 if that cannot be done.
+    """
     try:
         shapes = find_shapes(shape or ["qwen3-4b.gate_up", "qwen3-4b.down", "qwen3-4b.o"])
         counts = tokens or [1, 16, 128, 2048]

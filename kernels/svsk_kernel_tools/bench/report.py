@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results on disk, complete after every step, and as Markdown.
 
-The file is one JSON object: ``schema_version``, ``machine`` (of the latest run), and ``records``. Every record has a
-``kind`` and a ``group``; the records of a group are written together. Kinds:
+The file is one JSON object: ``schema_version``, ``machine`` (of the latest run), and ``records``.
+Every record has a ``kind`` and a ``group``; the records of a group are written together. Kinds:
 
 - ``check``: ``what``, ``error`` (relative), ``problems``;
-- ``time``: ``shape n k m variant kernel dispatched choice bytes copies launches``, then ``us q1 q3`` (microseconds),
-  ``gbs`` (needed bytes over time, GB/s), ``of_copy`` (over the bandwidth of a copy), ``over_cublas``, ``over_split``
-  (how many times faster) and ``sidecar_overhead`` (1 = twice the time of the base alone), or ``error``;
+- ``time``: ``shape n k m variant kernel dispatched choice bytes copies launches``, then ``us q1
+  q3`` (microseconds), ``gbs`` (needed bytes over time, GB/s), ``of_copy`` (over the bandwidth of a
+  copy), ``over_cublas``, ``over_split`` (how many times faster) and ``sidecar_overhead`` (1 = twice
+  the time of the base alone), or ``error``;
 - ``tune``: ``shape n k m max_m choice``, then ``us q1 q3`` or ``error``;
 - ``note``: ``text``.
 """
@@ -24,7 +25,17 @@ __all__ = ["Report", "markdown", "write_atomically"]
 
 _VERSION: Final = 1
 _SAME: Final = ("gpu", "torch", "triton", "source")
-_HEADER: Final = ("shape", "M", "kernel", "µs (quartiles)", "GB/s", "of copy", "over cuBLAS", "over split", "sidecar")
+_HEADER: Final = (
+    "shape",
+    "M",
+    "kernel",
+    "µs (quartiles)",
+    "GB/s",
+    "of copy",
+    "over cuBLAS",
+    "over split",
+    "sidecar",
+)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -34,7 +45,9 @@ def write_atomically(path: Path, text: str) -> None:
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())  # a machine that goes away must not leave a name without its content
+        os.fsync(
+            file.fileno()
+        )  # a machine that goes away must not leave a name without its content
     partial.replace(path)
 
 
@@ -58,8 +71,9 @@ class Report:
             for name in _SAME:
                 if found["machine"].get(name) != machine.get(name):
                     raise BenchError(
-                        f"{path}: {name} was {found['machine'].get(name)}, expected {machine.get(name)}. "
-                        "Give another --json, or leave --resume out to begin anew."
+                        f"{path}: {name} was {found['machine'].get(name)}, expected"
+                        f" {machine.get(name)}. Give another --json, or leave --resume out to begin"
+                        " anew."
                     )
             failed = {record["group"] for record in found["records"] if record.get("problems")}
             self.records = [record for record in found["records"] if record["group"] not in failed]
@@ -92,19 +106,33 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise BenchError(f"{path}: not JSON ({error}). Remove it, or leave --resume out.") from error
+        raise BenchError(
+            f"{path}: not JSON ({error}). Remove it, or leave --resume out."
+        ) from error
     if not isinstance(found, dict) or found.get("schema_version") != _VERSION:
-        raise BenchError(f"{path}: expected a report of schema version {_VERSION}. Remove it, or leave --resume out.")
+        raise BenchError(
+            f"{path}: expected a report of schema version {_VERSION}. Remove it, or leave --resume"
+            " out."
+        )
     return found
 
 
 def markdown(report: Report) -> str:
-    """The report as Markdown: the machine, the checks in a line, notes, and a table per kind of weight."""
+    """The report as Markdown.
+
+    The machine, the checks in a line, notes, and a table per kind of weight.
+    """
     checks = report.of_kind("check")
     failed = [record for record in checks if record["problems"]]
     lines = ["# Kernel benchmark", ""]
     lines += [f"- {name}: {value}" for name, value in report.machine.items()]
-    lines += [f"- checks: {len(checks) - len(failed)} of {len(checks)} passed" if checks else "- checks: none made"]
+    lines += [
+        (
+            f"- checks: {len(checks) - len(failed)} of {len(checks)} passed"
+            if checks
+            else "- checks: none made"
+        )
+    ]
     lines += [f"- failed: {record['what']}: {'; '.join(record['problems'])}" for record in failed]
     lines += [f"- {record['text']}" for record in report.of_kind("note")]
     times = report.of_kind("time")

@@ -19,14 +19,31 @@ from svsk_kernel_tools.bench.grid import group_key, load_weights, time_group
 from svsk_kernel_tools.bench.layers import layer_of_shape
 from svsk_kernel_tools.bench.machine import describe, open_device
 from svsk_kernel_tools.bench.report import Report, markdown, write_atomically
-from svsk_kernel_tools.bench.shapes import GROUP_SIZE, SHAPES, TOKENS, VARIANTS, Shape, bytes_needed, find_shapes
+from svsk_kernel_tools.bench.shapes import (
+    GROUP_SIZE,
+    SHAPES,
+    TOKENS,
+    VARIANTS,
+    Shape,
+    bytes_needed,
+    find_shapes,
+)
 from svsk_kernel_tools.bench.split import vllm_missing
 from svsk_kernel_tools.bench.timing import FAILURES, Budget, GpuTimer, Timer, copies_needed
 from svsk_kernel_tools.bench.tune import BUCKETS, bucket_key, select, time_bucket, write_table
 from svsk_kernels.gpu.matmul_op import gpu_of
 from svsk_kernels.gpu.tuning import Choice, Entry
 
-__all__ = ["FAILED", "FINISHED", "UNFINISHED", "Settings", "check", "run", "time_shapes", "tune_shapes"]
+__all__ = [
+    "FAILED",
+    "FINISHED",
+    "UNFINISHED",
+    "Settings",
+    "check",
+    "run",
+    "time_shapes",
+    "tune_shapes",
+]
 
 FINISHED: Final = 0
 FAILED: Final = 1
@@ -64,7 +81,9 @@ class Settings:
 
     def chosen_shapes(self) -> list[Shape]:
         """Shapes asked for."""
-        return list(SHAPES[:2]) if self.quick and not self.shapes else find_shapes(list(self.shapes))
+        return (
+            list(SHAPES[:2]) if self.quick and not self.shapes else find_shapes(list(self.shapes))
+        )
 
     def chosen_tokens(self) -> tuple[int, ...]:
         """Numbers of tokens asked for."""
@@ -96,7 +115,9 @@ def run(settings: Settings, console: Console) -> int:
     elif state == FINISHED and device.type == "cuda":
         timer = GpuTimer(device)
         report.machine |= {"copy_gbs": round(timer.copy_gbs)}
-        console.print(f"device copy {timer.copy_gbs:.0f} GB/s, second-level cache {timer.l2_bytes >> 20} MiB")
+        console.print(
+            f"device copy {timer.copy_gbs:.0f} GB/s, second-level cache {timer.l2_bytes >> 20} MiB"
+        )
         if settings.tune:
             state = tune_shapes(report, shapes, device, timer, settings, budget, console)
         else:
@@ -105,7 +126,9 @@ def run(settings: Settings, console: Console) -> int:
     return state
 
 
-def _finish(report: Report, settings: Settings, state: int, device: torch.device, console: Console) -> None:
+def _finish(
+    report: Report, settings: Settings, state: int, device: torch.device, console: Console
+) -> None:
     report.add([])
     text = markdown(report)
     if settings.markdown_file is not None:
@@ -152,7 +175,8 @@ def check(
         verdict = "[red]failed[/red]" if failed else "ok"
         seconds = time.monotonic() - begun
         console.print(
-            f"check {escape(case.name)}: {verdict}, {len(findings)} runs, worst error {worst:.1e}, {seconds:.1f} s"
+            f"check {escape(case.name)}: {verdict}, {len(findings)} runs, worst error {worst:.1e},"
+            f" {seconds:.1f} s"
         )
         for found in failed:
             console.print(f"  [red]{escape(found.what)}[/red]: {escape('; '.join(found.problems))}")
@@ -185,7 +209,10 @@ def time_shapes(
     """Time the groups (shape and number of tokens) that the report does not have yet."""
     missing = vllm_missing()
     if missing is not None:
-        report.note(f"split (vLLM's Marlin with the sidecar apart) is left out, vLLM cannot be used: {missing}")
+        report.note(
+            "split (vLLM's Marlin with the sidecar apart) is left out, vLLM cannot be used:"
+            f" {missing}"
+        )
     for shape in shapes:
         tokens = [m for m in settings.chosen_tokens() if not report.has(group_key(shape, m))]
         if tokens and budget.spent:
@@ -199,7 +226,9 @@ def time_shapes(
                 report.note(note)
             records = time_group(weights, m, timer, settings.rounds)
             if not any("us" in record for record in records):
-                raise BenchError(f"{shape.name}, M = {m}: nothing could be timed: {records[0].get('error')}")
+                raise BenchError(
+                    f"{shape.name}, M = {m}: nothing could be timed: {records[0].get('error')}"
+                )
             report.add(records)
             console.print(f"time {shape.name}, M = {m}: {_summary(records)}", highlight=False)
     return FINISHED
@@ -207,9 +236,14 @@ def time_shapes(
 
 def _summary(records: Sequence[dict[str, Any]]) -> str:
     """What is dispatched, in a line."""
-    shown = [record for record in records if record["dispatched"] or record["kernel"] in ("cublas", "split")]
+    shown = [
+        record
+        for record in records
+        if record["dispatched"] or record["kernel"] in ("cublas", "split")
+    ]
     return ", ".join(
-        f"{record['variant']} {record['kernel']} " + (f"{record['us']:.2f} µs" if "us" in record else "failed")
+        f"{record['variant']} {record['kernel']} "
+        + (f"{record['us']:.2f} µs" if "us" in record else "failed")
         for record in shown
     )
 
@@ -223,7 +257,10 @@ def tune_shapes(
     budget: Budget,
     console: Console,
 ) -> int:
-    """Time the choices of the buckets that the report does not have yet; write the table after every whole shape."""
+    """Time the choices of the buckets that the report does not have yet.
+
+    Write the table after every whole shape.
+    """
     gpu, variant = gpu_of(device), VARIANTS[0]
     for shape in shapes:
         buckets = [bucket for bucket in BUCKETS if not report.has(bucket_key(shape, bucket))]
@@ -240,7 +277,10 @@ def tune_shapes(
             report.add(records)
             done = sum("us" in record for record in records)
             limit = "more" if bucket is None else f"up to {bucket}"
-            console.print(f"tune {shape.name}, {limit}: {done} of {len(records)} choices timed", highlight=False)
+            console.print(
+                f"tune {shape.name}, {limit}: {done} of {len(records)} choices timed",
+                highlight=False,
+            )
         path = write_table(settings.configs, gpu.name, [_entry(report, shape)])
         console.print(f"tune {shape.name}: written to {path}", markup=False, highlight=False)
     return FINISHED
@@ -248,13 +288,19 @@ def tune_shapes(
 
 def _entry(report: Report, shape: Shape) -> Entry:
     """The table's entry for one shape; marks the chosen among the report's records."""
-    records = [record for record in report.of_kind("tune") if record["shape"] == shape.name and "us" in record]
+    records = [
+        record
+        for record in report.of_kind("tune")
+        if record["shape"] == shape.name and "us" in record
+    ]
     results: dict[int | None, dict[Choice, float]] = {}
     for record in records:
         results.setdefault(record["max_m"], {})[Choice(**record["choice"])] = record["us"]
     choices = select(results)
     for record in records:
-        taken = next(c for c in choices if c.max_m is None or (record["max_m"] or 1 << 62) <= c.max_m)
+        taken = next(
+            c for c in choices if c.max_m is None or (record["max_m"] or 1 << 62) <= c.max_m
+        )
         record["chosen"] = replace(taken, max_m=None) == Choice(**record["choice"])
     report.add([])
     return Entry(n=shape.n, k=shape.k, group_size=GROUP_SIZE, choices=choices)

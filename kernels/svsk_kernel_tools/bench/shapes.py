@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is timed: layers of two models, numbers of tokens, kinds of sidecar; and the bytes each of them needs."""
+"""What is timed.
+
+Layers of two models, numbers of tokens, kinds of sidecar; and the bytes each of them needs.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +87,9 @@ def find_shapes(names: list[str] | None) -> list[Shape]:
     return by_name("--shape", {shape.name: shape for shape in SHAPES}, names or (), ", ")
 
 
-def by_name(option: str, known: Mapping[str, Named], names: Sequence[str], separator: str) -> list[Named]:
+def by_name(
+    option: str, known: Mapping[str, Named], names: Sequence[str], separator: str
+) -> list[Named]:
     """What an option names, all without names; ``separator`` is for the names in an error.
 
     Raises:
@@ -97,7 +102,10 @@ def by_name(option: str, known: Mapping[str, Named], names: Sequence[str], separ
 
 
 def bytes_needed(shape: Shape, variant: Variant, m: int) -> int:
-    """Bytes a product of ``m`` tokens must read or write once: codes, scales, sidecar, activations, outputs."""
+    """Bytes a product of ``m`` tokens must read or write once.
+
+    Codes, scales, sidecar, activations, outputs.
+    """
     n, k, rank = shape.n, shape.k, variant.rank
     row_tiles, col_tiles = ceil_div(n, TILE_M), ceil_div(k, TILE_N)
     base = n * k // 2 + n * (k // GROUP_SIZE) * 2

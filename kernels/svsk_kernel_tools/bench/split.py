@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model would do without fused kernels: vLLM's Marlin kernel for the base, the sidecar apart."""
+"""What a model would do without fused kernels.
+
+VLLM's Marlin kernel for the base, the sidecar apart.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -55,9 +58,13 @@ class SplitLayer:
             x = torch.randn(shape, device=layer.tensors["words"].device).to(layer.matmul.spec.dtype)
             expected = naive_matmul(x, layer.linears[0])
             error = float((split.run(x).double() - expected).norm() / expected.norm())
-        except Exception as failure:  # vLLM's interfaces change, and its kernels refuse in their own ways
+        except (
+            Exception
+        ) as failure:  # vLLM's interfaces change, and its kernels refuse in their own ways
             return f"{type(failure).__name__}: {failure}"[:300]
-        return split if error < _BOUND else f"relative error {error:.1e}, expected less than {_BOUND}"
+        return (
+            split if error < _BOUND else f"relative error {error:.1e}, expected less than {_BOUND}"
+        )
 
     @classmethod
     def _of(cls, layer: BenchLayer) -> "SplitLayer":
@@ -79,7 +86,11 @@ class SplitLayer:
         if self.sidecar is None or self.u is None:
             return y
         tiles, width, rows = self.u.shape
-        z = shrink(x, self.sidecar, self.bits, self.tiles).view(-1, tiles, self.columns)[:, :, :width].transpose(0, 1)
+        z = (
+            shrink(x, self.sidecar, self.bits, self.tiles)
+            .view(-1, tiles, self.columns)[:, :, :width]
+            .transpose(0, 1)
+        )
         whole = self.n // rows  # the last row of tiles may have fewer rows
         if whole:
             out = y[:, : whole * rows].unflatten(1, (whole, rows)).transpose(0, 1)
@@ -90,11 +101,18 @@ class SplitLayer:
 
     def copy(self) -> "SplitLayer":
         """The same at other addresses; the locks stay shared."""
-        base = {name: tensor if name == "workspace" else tensor.clone() for name, tensor in self.base.items()}
+        base = {
+            name: tensor if name == "workspace" else tensor.clone()
+            for name, tensor in self.base.items()
+        }
         sidecar = self.sidecar
         if sidecar is not None:
-            sidecar = PlanarSidecar(*(getattr(sidecar, name).clone() for name in PlanarSidecar.names()))
-        return replace(self, base=base, sidecar=sidecar, u=None if self.u is None else self.u.clone())
+            sidecar = PlanarSidecar(
+                *(getattr(sidecar, name).clone() for name in PlanarSidecar.names())
+            )
+        return replace(
+            self, base=base, sidecar=sidecar, u=None if self.u is None else self.u.clone()
+        )
 
 
 def _call(function: Callable[..., Any], **arguments: Any) -> Any:
@@ -103,7 +121,9 @@ def _call(function: Callable[..., Any], **arguments: Any) -> Any:
     return function(**{name: value for name, value in arguments.items() if name in known})
 
 
-def _marlin_tensors(codes: torch.Tensor, scale: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
+def _marlin_tensors(
+    codes: torch.Tensor, scale: torch.Tensor, group_size: int
+) -> dict[str, torch.Tensor]:
     from vllm import _custom_ops
     from vllm.model_executor.layers.quantization.utils import marlin_utils
 
@@ -111,10 +131,20 @@ def _marlin_tensors(codes: torch.Tensor, scale: torch.Tensor, group_size: int) -
     none = torch.empty(0, dtype=torch.int32, device=device)
     words = pack_words(codes).T.contiguous()  # GPTQ: [K / 8, N], eight codes of a column
     weight = _call(
-        _custom_ops.gptq_marlin_repack, b_q_weight=words, perm=none, size_k=k, size_n=n, num_bits=4, is_a_8bit=False
+        _custom_ops.gptq_marlin_repack,
+        b_q_weight=words,
+        perm=none,
+        size_k=k,
+        size_n=n,
+        num_bits=4,
+        is_a_8bit=False,
     )
     scales = _call(
-        marlin_utils.marlin_permute_scales, s=scale.T.contiguous(), size_k=k, size_n=n, group_size=group_size
+        marlin_utils.marlin_permute_scales,
+        s=scale.T.contiguous(),
+        size_k=k,
+        size_n=n,
+        group_size=group_size,
     )
     workspace = marlin_utils.marlin_make_workspace_new(device)
     return {"weight": weight, "scale": scales, "workspace": workspace, "none": none}

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times of kernels that are too short to time one by one: graphs of many launches over weights that leave the cache."""
+"""Times of kernels that are too short to time one by one.
+
+Graphs of many launches over weights that leave the cache.
+"""
 
 import math
 import statistics
@@ -95,7 +98,10 @@ class GpuTimer:
         return torch.cuda.graph_pool_handle()
 
     def sampler(self, calls: Sequence[Call], launches: int, pool: Any = None) -> Sampler:
-        """See :class:`Timer`. Every one of ``calls`` must launch the same kernels, on tensors of its own."""
+        """See :class:`Timer`.
+
+        Every one of ``calls`` must launch the same kernels, on tensors of its own.
+        """
         calls[0]()  # compiles
 
         def body() -> None:
@@ -133,14 +139,20 @@ def copies_needed(weight_bytes: int, l2_bytes: int) -> int:
 
 
 def launches_needed(bytes_moved: int, flops: float, copies: int) -> int:
-    """Launches in a graph: all copies equally often, and long enough to time, from a rough idea of the GPU."""
+    """Launches in a graph.
+
+    All copies equally often, and long enough to time, from a rough idea of the GPU.
+    """
     guess = max(bytes_moved / 2e6, flops / 3e8, 2.0)  # microseconds at 2 TB/s and 300 TFLOP/s
     rounds = math.ceil(min(_GRAPH_US / guess, _MOST_LAUNCHES) / copies)
     return rounds * copies
 
 
 def measure(samplers: Mapping[str, Sampler], rounds: int) -> dict[str, Stats]:
-    """Statistics of every sampler: each round runs all of them in turn, so that all see the same clocks and heat."""
+    """Statistics of every sampler.
+
+    Each round runs all of them in turn, so that all see the same clocks and heat.
+    """
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     for number in range(_WARM_ROUNDS + rounds):
         for name, sampler in samplers.items():

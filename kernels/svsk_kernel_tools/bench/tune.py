@@ -31,7 +31,16 @@ from svsk_kernels.gpu.tuning import (
     table_name,
 )
 
-__all__ = ["BUCKETS", "bucket_key", "refined", "select", "time_bucket", "tokens_of", "trial_choices", "write_table"]
+__all__ = [
+    "BUCKETS",
+    "bucket_key",
+    "refined",
+    "select",
+    "time_bucket",
+    "tokens_of",
+    "trial_choices",
+    "write_table",
+]
 
 BUCKETS: Final = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, None)
 """Limits of the numbers of tokens that get a choice of their own."""
@@ -53,23 +62,48 @@ def bucket_key(shape: Shape, bucket: int | None) -> str:
 
 
 def trial_choices(gpu: Gpu, n: int, k: int, group_size: int, m: int) -> list[Choice]:
-    """What is tried first for ``m`` tokens: blocks, steps, warps and stages; columns split as the rule says."""
+    """What is tried first for ``m`` tokens.
+
+    Blocks, steps, warps and stages; columns split as the rule says.
+    """
     rule = heuristic_choices(gpu, n, k, group_size)
     found = [replace(choice, max_m=None) for choice in rule if _applies(choice.kernel, m)]
-    found = [choice for choice in found if choice.kernel != "decode" or choice.block_m == min(64, max(16, m))]
+    found = [
+        choice
+        for choice in found
+        if choice.kernel != "decode" or choice.block_m == min(64, max(16, m))
+    ]
     plane = plane_length(k)
     steps = sorted({min(plane, group_size, step) for step in (64, 32)})
     if _applies("decode", m):
-        common: dict[str, Any] = {"kernel": "decode", "split_k": rule[0].split_k, "pdl": rule[0].pdl}
+        common: dict[str, Any] = {
+            "kernel": "decode",
+            "split_k": rule[0].split_k,
+            "pdl": rule[0].pdl,
+        }
         found += [
-            Choice(**common, block_m=min(64, m), block_n=rows, step=step, num_warps=warps, num_stages=stages)
+            Choice(
+                **common,
+                block_m=min(64, m),
+                block_n=rows,
+                step=step,
+                num_warps=warps,
+                num_stages=stages,
+            )
             for rows in (32, 64, 128)
             for step in steps
             for warps, stages in ((4, 2), (4, 4), (8, 3))
         ]
     if _applies("gemm", m):
         found += [
-            Choice(kernel="gemm", block_m=tokens, block_n=rows, step=steps[0], num_warps=warps, num_stages=stages)
+            Choice(
+                kernel="gemm",
+                block_m=tokens,
+                block_n=rows,
+                step=steps[0],
+                num_warps=warps,
+                num_stages=stages,
+            )
             for tokens in ((64,) if gpu.capability in _TENSOR_MEMORY else (64, 128, 256))
             for rows in (64, 128)
             for warps in (4, 8)
@@ -100,14 +134,18 @@ def _applies(kernel: str, m: int) -> bool:
 def time_bucket(
     shape: Shape, layers: list[BenchLayer], gpu: Gpu, bucket: int | None, timer: Timer, rounds: int
 ) -> list[dict[str, Any]]:
-    """Time all choices for one shape and bucket; what fails, spills or computes something else is not timed.
+    """Time all choices for one shape and bucket.
+
+    What fails, spills or computes something else is not timed.
 
     Returns:
         One record a choice, see :mod:`svsk_kernel_tools.bench.report`.
     """
     m = tokens_of(bucket)
     generator = torch.Generator(layers[0].tensors["words"].device).manual_seed(m)
-    x = torch.randn(m, shape.k, generator=generator, device=generator.device).to(layers[0].matmul.spec.dtype)
+    x = torch.randn(m, shape.k, generator=generator, device=generator.device).to(
+        layers[0].matmul.spec.dtype
+    )
     expected = layers[0].run(x, Choice(kernel="fold"))
     tried: dict[Choice, dict[str, Any]] = {}
 
@@ -126,8 +164,11 @@ def time_bucket(
             tried[Choice(**json.loads(text))] |= {"us": stats.us, "q1": stats.q1, "q3": stats.q3}
 
     run(trial_choices(gpu, shape.n, shape.k, GROUP_SIZE, m))
-    decode = sorted((record["us"], i, choice) for i, (choice, record) in enumerate(tried.items())
-                    if choice.kernel == "decode" and "us" in record)  # fmt: skip
+    decode = sorted(
+        (record["us"], i, choice)
+        for i, (choice, record) in enumerate(tried.items())
+        if choice.kernel == "decode" and "us" in record
+    )
     run(refined((choice for *_, choice in decode[:_FINALISTS]), shape.k, gpu))
     return list(tried.values())
 
@@ -146,7 +187,12 @@ def _record(shape: Shape, bucket: int | None, choice: Choice) -> dict[str, Any]:
 
 
 def _prepared(
-    layers: list[BenchLayer], x: torch.Tensor, choice: Choice, expected: torch.Tensor, timer: Timer, pool: Any
+    layers: list[BenchLayer],
+    x: torch.Tensor,
+    choice: Choice,
+    expected: torch.Tensor,
+    timer: Timer,
+    pool: Any,
 ) -> Sampler | str:
     """A sampler of one choice, or why it is left out."""
     try:
@@ -157,7 +203,9 @@ def _prepared(
             return f"relative error {error:.1e}, expected less than {_BOUND}"
         if sum(spills):
             return f"{sum(spills)} registers spilled"
-        needed = bytes_needed(Shape("", layers[0].spec.n, layers[0].spec.k), VARIANTS[0], x.shape[0])
+        needed = bytes_needed(
+            Shape("", layers[0].spec.n, layers[0].spec.k), VARIANTS[0], x.shape[0]
+        )
         flops = 2.0 * x.shape[0] * layers[0].spec.n * layers[0].spec.k
         calls = [_call(layer, x, choice) for layer in layers]
         return timer.sampler(calls, launches_needed(needed, flops, len(calls)), pool)
@@ -199,19 +247,28 @@ def _spills(kernel: str) -> Iterator[list[int]]:
 def select(results: Mapping[int | None, Mapping[Choice, float]]) -> tuple[Choice, ...]:
     """The best choice of every bucket, from microseconds by bucket and choice.
 
-    All decode choices of a shape split the columns alike, so that a token's result does not depend on how many others
-    are in the batch; the split is the one with the least product of times. Without results a bucket joins the next.
+    All decode choices of a shape split the columns alike, so that a token's result does not depend
+    on how many others are in the batch; the split is the one with the least product of times.
+    Without results a bucket joins the next.
 
     Raises:
         BenchError: there are no results.
     """
     timed = {bucket: times for bucket in BUCKETS if (times := results.get(bucket))}
     if not timed:
-        raise BenchError("Nothing could be timed: every choice failed. The errors are in the JSON report.")
-    split = _common_split([times for times in timed.values() if min(times, key=times.__getitem__).kernel == "decode"])
+        raise BenchError(
+            "Nothing could be timed: every choice failed. The errors are in the JSON report."
+        )
+    split = _common_split(
+        [times for times in timed.values() if min(times, key=times.__getitem__).kernel == "decode"]
+    )
     found: list[Choice] = []
     for bucket, times in timed.items():
-        allowed = {choice: us for choice, us in times.items() if choice.kernel != "decode" or choice.split_k == split}
+        allowed = {
+            choice: us
+            for choice, us in times.items()
+            if choice.kernel != "decode" or choice.split_k == split
+        }
         if not allowed:
             continue
         best = replace(min(allowed, key=allowed.__getitem__), max_m=bucket)
@@ -227,8 +284,14 @@ def _common_split(buckets: list[Mapping[Choice, float]]) -> int:
     """The split with the least product of the buckets' best times; 1 without buckets."""
     best: dict[int, float] = {}
     for split in (1, 2, 3, 4, 5, 6, 7, 8):
-        fastest = [[us for choice, us in times.items() if choice.kernel == "decode" and choice.split_k == split]
-                   for times in buckets]  # fmt: skip
+        fastest = [
+            [
+                us
+                for choice, us in times.items()
+                if choice.kernel == "decode" and choice.split_k == split
+            ]
+            for times in buckets
+        ]
         if fastest and all(fastest):
             best[split] = sum(math.log(min(times)) for times in fastest)
     return min(best, key=best.__getitem__) if best else 1
@@ -247,13 +310,17 @@ def write_table(folder: Path, device: str, entries: Iterable[Entry]) -> Path:
     """
     path = folder / table_name(device)
     merged: dict[tuple[int, int, int], Entry] = {}
-    known = TuningTable.from_json(path.read_text(encoding="utf-8")).entries if path.is_file() else ()
+    known = (
+        TuningTable.from_json(path.read_text(encoding="utf-8")).entries if path.is_file() else ()
+    )
     for entry in (*known, *entries):
         merged[entry.n, entry.k, entry.group_size] = entry
     table = TuningTable(device=device, triton=triton.__version__, entries=tuple(merged.values()))
     write_atomically(path, table.to_json())
     if TuningTable.from_json(path.read_text(encoding="utf-8")) != table:
-        raise BenchError(f"{path}: reads back otherwise than it was written. Remove it and tune again.")
+        raise BenchError(
+            f"{path}: reads back otherwise than it was written. Remove it and tune again."
+        )
     load_table.cache_clear()
     choices_for.cache_clear()
     return path

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m svsk_kernel_tools.binary``: compile the registered kernels for GPUs that are not here, and check them."""
+"""``python -m svsk_kernel_tools.binary``.
+
+Compile the registered kernels for GPUs that are not here, and check them.
+"""
 
 import importlib
 import json
@@ -43,9 +46,15 @@ COLUMNS = (
 
 @app.command()
 def main(
-    arch: Annotated[list[str] | None, typer.Option(help="90, gfx942, ...; repeat for several, all without.")] = None,
-    kernel: Annotated[list[str] | None, typer.Option(help="Name of a case; repeat for several, all without.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the facts and failures there.")] = None,
+    arch: Annotated[
+        list[str] | None, typer.Option(help="90, gfx942, ...; repeat for several, all without.")
+    ] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="Name of a case; repeat for several, all without.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the facts and failures there.")
+    ] = None,
 ) -> None:
     """Compile the kernels for targets that need not be present, print their facts, exit with 1 if a check fails."""
     try:
@@ -56,14 +65,22 @@ def main(
         raise typer.Exit(2) from error
     table = Table(*COLUMNS, box=None, padding=(0, 1))
     for name, target, facts, failed in rows:
-        table.add_row(*(_cells(facts) if facts else (name, target, *["-"] * 10)), style="red" if failed else None)
+        table.add_row(
+            *(_cells(facts) if facts else (name, target, *["-"] * 10)),
+            style="red" if failed else None,
+        )
     Console(width=None if console.is_terminal else 200).print(table)
     for name, target, _, failed in rows:
         for sentence in failed:
             console.print(f"[red]FAIL[/red] {escape(f'{name} {target}: {sentence}')}")
     if json_file:
         content = [
-            {"name": name, "arch": target, "facts": facts.as_json() if facts else None, "failures": failed}
+            {
+                "name": name,
+                "arch": target,
+                "facts": facts.as_json() if facts else None,
+                "failures": failed,
+            }
             for name, target, facts, failed in rows
         ]
         json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -82,20 +99,25 @@ def _chosen(targets: list[Arch], names: list[str] | None) -> list[tuple[KernelCa
     except ModuleNotFoundError as error:
         raise InspectError(f"no kernels are registered: {error}") from error
     cases = [(case, target) for target in targets for case in registered(target)]
-    cases = [(case, target) for case, target in cases if case.arches is None or target in case.arches]
+    cases = [
+        (case, target) for case, target in cases if case.arches is None or target in case.arches
+    ]
     if names is None:
         return cases
     known = dict.fromkeys(case.name for case, _ in cases)
     if unknown := sorted(set(names) - known.keys()):
         raise InspectError(
-            f"no case {', '.join(unknown)} for {', '.join(map(arch_name, targets))}: expected one of "
-            f"{', '.join(known) or 'none'}"
+            f"no case {', '.join(unknown)} for {', '.join(map(arch_name, targets))}: expected one"
+            f" of {', '.join(known) or 'none'}"
         )
     return [(case, target) for case, target in cases if case.name in names]
 
 
 def _inspect(case: KernelCase, target: Arch) -> tuple[str, str, KernelFacts | None, list[str]]:
-    """Name, target, facts and failures. A case that does not compile fails, and the others are still looked at."""
+    """Name, target, facts and failures.
+
+    A case that does not compile fails, and the others are still looked at.
+    """
     try:
         facts = read_facts(compile_case(case, target))
     except InspectError as error:

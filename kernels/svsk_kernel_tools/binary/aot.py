@@ -26,7 +26,8 @@ class CompiledKernel:
         case: The case compiled.
         arch: The target.
         entry: Name of the kernel's function in the binary.
-        asm: Every stage: "ttir", "ttgir", "llir" and "ptx", "cubin" (CUDA) or "amdgcn", "hsaco" (AMD).
+        asm: Every stage: "ttir", "ttgir", "llir" and "ptx", "cubin" (CUDA) or "amdgcn", "hsaco"
+            (AMD).
         shared_bytes: Dynamic shared memory of a block.
         tensor_memory_columns: Of sm_100's tensor memory, zero elsewhere.
         seconds: Wall time of the compilation; short when it came from Triton's cache.
@@ -46,7 +47,9 @@ def parse_arch(text: str) -> Arch:
     bare = text.strip().lower().removeprefix("sm_")
     arch: Arch = int(bare) if bare.isdigit() else bare
     if arch not in ARCHES:
-        raise InspectError(f"unknown target {text!r}: expected one of {', '.join(map(arch_name, ARCHES))}")
+        raise InspectError(
+            f"unknown target {text!r}: expected one of {', '.join(map(arch_name, ARCHES))}"
+        )
     return arch
 
 
@@ -59,7 +62,8 @@ def compile_case(case: KernelCase, arch: Arch) -> CompiledKernel:
     """Compile one case for one target; needs no GPU.
 
     Raises:
-        InspectError: The case does not fit the kernel, the kernel was made for the interpreter, or Triton refused it.
+        InspectError: The case does not fit the kernel, the kernel was made for the interpreter, or
+            Triton refused it.
     """
     from triton import compile as triton_compile
     from triton.compiler import ASTSource
@@ -67,25 +71,32 @@ def compile_case(case: KernelCase, arch: Arch) -> CompiledKernel:
 
     if not isinstance(case.fn, JITFunction):
         raise InspectError(
-            f"case {case.name!r}: expected a function made by @triton.jit, got {type(case.fn).__name__}. If that is an "
-            "interpreted function, TRITON_INTERPRET=1 was set when its module was imported: unset it."
+            f"case {case.name!r}: expected a function made by @triton.jit, got"
+            f" {type(case.fn).__name__}. If that is an interpreted function, TRITON_INTERPRET=1 was"
+            " set when its module was imported: unset it."
         )
     case.check_names()
     names = case.fn.arg_names
-    # Without these the compiler assumes nothing of a pointer or stride, and every wide load becomes many narrow ones.
+    # Without these the compiler assumes nothing of a pointer or stride, and every wide load becomes
+    # many narrow ones.
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     signature = {name: case.signature.get(name, "constexpr") for name in names}
-    source = ASTSource(fn=case.fn, signature=signature, constexprs=dict(case.constexprs), attrs=attributes)
-    # Later versions of Triton turn the fusion of multiply and add off by default; the kernels count on it.
+    source = ASTSource(
+        fn=case.fn, signature=signature, constexprs=dict(case.constexprs), attrs=attributes
+    )
+    # Later versions of Triton turn the fusion of multiply and add off by default; the kernels count
+    # on it.
     options = {"enable_fp_fusion": True, **case.options}
     start = time.perf_counter()
     try:
         compiled = triton_compile(source, target=_target(arch), options=options)
-    except Exception as error:  # Triton has no common base class, and an assembler's failure is one of many kinds
+    except (
+        Exception
+    ) as error:  # Triton has no common base class, and an assembler's failure is one of many kinds
         reason = str(error).strip() or type(error).__name__
         raise InspectError(
-            f"case {case.name!r} does not compile for {arch_name(arch)}: {reason}\nChange its block sizes, num_warps "
-            "or num_stages, or leave the target out of the case's arches."
+            f"case {case.name!r} does not compile for {arch_name(arch)}: {reason}\nChange its block"
+            " sizes, num_warps or num_stages, or leave the target out of the case's arches."
         ) from error
     return CompiledKernel(
         case=case,

@@ -17,16 +17,20 @@ class KernelCase:
     Attributes:
         name: What reports call it.
         fn: The ``@triton.jit`` function.
-        signature: Type of every argument that is not a constexpr, ``{"x_ptr": "*bf16", "m": "i32"}``.
+        signature: Type of every argument that is not a constexpr, ``{"x_ptr": "*bf16", "m":
+            "i32"}``.
         constexprs: Value of every constexpr argument.
-        aligned: Arguments (pointers, strides, sizes) that the launcher guarantees to be divisible by 16.
+        aligned: Arguments (pointers, strides, sizes) that the launcher guarantees to be divisible
+            by 16.
         options: Compiler options: ``num_warps``, ``num_stages``, ``launch_pdl``, ...
-        weights_per_thread: Weights of one main-loop iteration, divided by the threads of a block: what
-            ``instructions_per_weight`` is relative to. None where the number means nothing.
+        weights_per_thread: Weights of one main-loop iteration, divided by the threads of a block:
+            what ``instructions_per_weight`` is relative to. None where the number means nothing.
         max_instructions_per_weight: Upper bound for it; None for no bound.
         split: Whether blocks share a result through partial sums and a counter.
-        packed_weight_pointer: Argument whose loads have to be 16 bytes wide; None for no such check.
-        mma: "best" asks for the target's fastest tensor-core instructions, "any" for tensor cores, "none" for nothing.
+        packed_weight_pointer: Argument whose loads have to be 16 bytes wide; None for no such
+            check.
+        mma: "best" asks for the target's fastest tensor-core instructions, "any" for tensor cores,
+            "none" for nothing.
         arches: The targets this case is shipped for; None for all.
     """
 
@@ -52,11 +56,14 @@ class KernelCase:
             ("not an argument of the kernel", given - arguments),
             ("in signature and in constexprs", set(self.signature) & set(self.constexprs)),
             ("aligned, but not in signature", set(self.aligned) - set(self.signature)),
-            ("packed_weight_pointer, but not in signature", {self.packed_weight_pointer or ""} - {*self.signature, ""}),
+            (
+                "packed_weight_pointer, but not in signature",
+                {self.packed_weight_pointer or ""} - {*self.signature, ""},
+            ),
         ]
         found = [f"{', '.join(sorted(names))}: {what}" for what, names in problems if names]
         if found:
             raise InspectError(
-                f"case {self.name!r} does not fit the kernel's arguments ({', '.join(self.fn.arg_names)}): "
-                f"{'; '.join(found)}. Correct the case."
+                f"case {self.name!r} does not fit the kernel's arguments"
+                f" ({', '.join(self.fn.arg_names)}): {'; '.join(found)}. Correct the case."
             )

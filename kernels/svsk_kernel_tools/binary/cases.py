@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels as they are launched where nothing was measured: every choice of the rule, compiled for each target."""
+"""The kernels as they are launched where nothing was measured.
+
+Every choice of the rule, compiled for each target.
+"""
 
 from collections.abc import Iterator
 from typing import Any, Final, Literal
@@ -15,7 +18,13 @@ from svsk_kernels.gpu.error_feedback import ROWS as FEEDBACK_ROWS
 from svsk_kernels.gpu.error_feedback import WARPS as FEEDBACK_WARPS
 from svsk_kernels.gpu.fold import fold_kernel
 from svsk_kernels.gpu.gemm import gemm_kernel
-from svsk_kernels.gpu.launch import FOLD_WARPS, fold_constants, matmul_constants, shrink_constants, shrink_warps
+from svsk_kernels.gpu.launch import (
+    FOLD_WARPS,
+    fold_constants,
+    matmul_constants,
+    shrink_constants,
+    shrink_warps,
+)
 from svsk_kernels.gpu.repack_base import plane_length
 from svsk_kernels.gpu.repack_sidecar import Tiles
 from svsk_kernels.gpu.shrink import shrink_kernel
@@ -44,8 +53,9 @@ _POINTERS: Final = {
 }
 _ACTIVATIONS: Final = ("x", "scale", "bias", "z", "y", "out")
 
-# Instructions of the main loop per weight: what was measured with Triton 3.6 and 3.9, and a tenth more.
-# For targets with mma.sync, for sm_90 and for sm_100; none for AMD, whose compiler emulates bfloat16.
+# Instructions of the main loop per weight: what was measured with Triton 3.6 and 3.9, and a tenth
+# more. For targets with mma.sync, for sm_90 and for sm_100; none for AMD, whose compiler emulates
+# bfloat16.
 _CAPS: Final = {
     "decode16-g64": (3.6, 3.8, 4.8),
     "decode16-g64-quad8": (5.3, 5.5, 6.5),
@@ -94,7 +104,9 @@ def _matmul(
 ) -> KernelCase:
     fn = decode_kernel if choice.kernel == "decode" else gemm_kernel
     layout = {"PLANE": plane_length(_SHAPE[1]), "GROUP": group_size, "EVEN_K": True, "QUAD8": quad8}
-    constants = layout | _types(arch, dtype) | matmul_constants(choice, bits, has_bias, pdl=choice.pdl)
+    constants = (
+        layout | _types(arch, dtype) | matmul_constants(choice, bits, has_bias, pdl=choice.pdl)
+    )
     options: dict[str, Any] = {"num_warps": choice.num_warps}
     if choice.pdl:
         options["launch_pdl"] = True
@@ -136,7 +148,11 @@ def _shrinks(arch: Arch) -> Iterator[KernelCase]:
 
 
 def _folds(arch: Arch) -> Iterator[KernelCase]:
-    for name, bits, quad8 in (("fold-base", 0, False), ("fold-8", 8, False), ("fold-4-quad8", 4, True)):
+    for name, bits, quad8 in (
+        ("fold-base", 0, False),
+        ("fold-8", 8, False),
+        ("fold-4-quad8", 4, True),
+    ):
         layout = {"PLANE": 64, "GROUP": 64, "EVEN_K": True, "QUAD8": quad8}
         constants = layout | _types(arch, torch.bfloat16) | fold_constants(bits)
         yield KernelCase(
@@ -178,7 +194,10 @@ def _cap(name: str, arch: Arch) -> float | None:
 
 
 def _types(arch: Arch, dtype: torch.dtype) -> dict[str, Any]:
-    return {"DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16, "ASM": isinstance(arch, int)}
+    return {
+        "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
+        "ASM": isinstance(arch, int),
+    }
 
 
 def _threads(arch: Arch) -> int:

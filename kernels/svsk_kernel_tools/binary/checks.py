@@ -23,7 +23,8 @@ class Limits:
         mma_unit: Prefix of the fastest tensor-core instructions' name.
         tensor_memory_columns: Of tensor memory, zero where there is none.
         packed_load_bytes: Least width of a load of packed weights.
-        loop_int_to_float: Conversions from integer to floating point allowed in the main loop; None for any number.
+        loop_int_to_float: Conversions from integer to floating point allowed in the main loop; None
+            for any number.
     """
 
     shared_bytes: int
@@ -48,7 +49,10 @@ _LIMITS: Final[dict[Arch, Limits]] = {
 def limits_for(arch: Arch) -> Limits:
     """The limits of a target; raises InspectError for one that has none."""
     if arch not in _LIMITS:
-        raise InspectError(f"no limits are known for the target {arch!r}: expected one of {sorted(map(str, _LIMITS))}")
+        raise InspectError(
+            f"no limits are known for the target {arch!r}: expected one of"
+            f" {sorted(map(str, _LIMITS))}"
+        )
     return _LIMITS[arch]
 
 
@@ -67,18 +71,19 @@ def _memory_failures(facts: KernelFacts, limits: Limits) -> list[str]:
     found = []
     if facts.spills or facts.local_bytes or facts.stack_bytes:
         found.append(
-            f"registers spill: {facts.registers} registers, {facts.spills} spills, {facts.stack_bytes} bytes of stack, "
-            f"{facts.local_bytes} of local memory, expected none; use smaller blocks or more warps"
+            f"registers spill: {facts.registers} registers, {facts.spills} spills,"
+            f" {facts.stack_bytes} bytes of stack, {facts.local_bytes} of local memory, expected"
+            " none; use smaller blocks or more warps"
         )
     if facts.shared_bytes > limits.shared_bytes:
         found.append(
-            f"{facts.shared_bytes} bytes of shared memory, at most {limits.shared_bytes} on this target; use fewer "
-            "stages or smaller blocks"
+            f"{facts.shared_bytes} bytes of shared memory, at most {limits.shared_bytes} on this"
+            " target; use fewer stages or smaller blocks"
         )
     if facts.tensor_memory_columns > limits.tensor_memory_columns:
         found.append(
-            f"{facts.tensor_memory_columns} columns of tensor memory, at most {limits.tensor_memory_columns} on this "
-            "target; use smaller blocks"
+            f"{facts.tensor_memory_columns} columns of tensor memory, at most"
+            f" {limits.tensor_memory_columns} on this target; use smaller blocks"
         )
     return found
 
@@ -89,12 +94,19 @@ def _mma_failures(facts: KernelFacts, case: KernelCase, limits: Limits) -> list[
         return []
     if not facts.mma:
         return [
-            "no tensor-core instruction; the product has to be a tl.dot of 16-bit operands, 16 or more on each side"
+            "no tensor-core instruction; the product has to be a tl.dot of 16-bit operands, 16 or"
+            " more on each side"
         ]
     if not any(unit.startswith(wanted) for unit in facts.mma):
-        return [f"tensor cores through {', '.join(facts.mma)}, expected {wanted}*; the block may be too small for it"]
+        return [
+            f"tensor cores through {', '.join(facts.mma)}, expected {wanted}*; the block may be too"
+            " small for it"
+        ]
     if facts.loop_mma == 0:
-        return ["tensor-core instructions, but none in a loop; the main loop was unrolled or does not hold the product"]
+        return [
+            "tensor-core instructions, but none in a loop; the main loop was unrolled or does not"
+            " hold the product"
+        ]
     return []
 
 
@@ -102,16 +114,23 @@ def _loop_failures(facts: KernelFacts, case: KernelCase, limits: Limits) -> list
     found = []
     if limits.loop_int_to_float is not None and facts.loop_int_to_float > limits.loop_int_to_float:
         found.append(
-            f"{facts.loop_int_to_float} conversions from integer to floating point (I2F) in the main loop, expected at "
-            f"most {limits.loop_int_to_float}; put the bits into a float's mantissa instead"
+            f"{facts.loop_int_to_float} conversions from integer to floating point (I2F) in the"
+            f" main loop, expected at most {limits.loop_int_to_float}; put the bits into a float's"
+            " mantissa instead"
         )
     cap = case.max_instructions_per_weight
     if cap is None:
         return found
     if facts.instructions_per_weight is None:
-        found.append("a bound on instructions per weight, but no weights_per_thread; set both in the case or neither")
+        found.append(
+            "a bound on instructions per weight, but no weights_per_thread; set both in the case or"
+            " neither"
+        )
     elif facts.instructions_per_weight > cap:
-        found.append(f"{facts.instructions_per_weight:.2f} instructions per weight in the main loop, at most {cap:g}")
+        found.append(
+            f"{facts.instructions_per_weight:.2f} instructions per weight in the main loop, at most"
+            f" {cap:g}"
+        )
     return found
 
 
@@ -122,11 +141,14 @@ def _packed_load_failures(facts: KernelFacts, case: KernelCase, limits: Limits) 
     pointer = case.packed_weight_pointer
     if width < least:
         return [
-            f"loads of {pointer} are {width} bytes wide, expected {least}; list the pointer and its stride in aligned, "
-            "and keep their inner dimension contiguous"
+            f"loads of {pointer} are {width} bytes wide, expected {least}; list the pointer and its"
+            " stride in aligned, and keep their inner dimension contiguous"
         ]
     wide = sum(
-        count for widths in (facts.copy_bytes, facts.load_bytes) for size, count in widths.items() if size >= least
+        count
+        for widths in (facts.copy_bytes, facts.load_bytes)
+        for size, count in widths.items()
+        if size >= least
     )
     if wide < facts.packed_loads.count:
         return [
@@ -140,19 +162,22 @@ def _order_failures(facts: KernelFacts, case: KernelCase) -> list[str]:
     found = []
     if facts.float_atomics:
         found.append(
-            f"{facts.float_atomics} atomic additions of floating point, whose order changes from run to run; write "
-            "partial sums and let the last block add them"
+            f"{facts.float_atomics} atomic additions of floating point, whose order changes from"
+            " run to run; write partial sums and let the last block add them"
         )
     if case.split and not facts.counters:
-        found.append("a split result without a counter: no integer atomic addition to global memory")
+        found.append(
+            "a split result without a counter: no integer atomic addition to global memory"
+        )
     if case.split and facts.unordered_stores:
         found.append(
-            "no barrier between the stores of the partial sums and the counter, so that another block may read what is "
-            "not written yet; put tl.debug_barrier() between them"
+            "no barrier between the stores of the partial sums and the counter, so that another"
+            " block may read what is not written yet; put tl.debug_barrier() between them"
         )
     if case.split and facts.unfenced_stores:
         found.append(
-            "no memory fence between the stores of the partial sums and the counter, so that another block may see the "
-            'counter before them; give the counter\'s tl.atomic_add sem="acq_rel"'
+            "no memory fence between the stores of the partial sums and the counter, so that"
+            " another block may see the counter before them; give the counter's tl.atomic_add"
+            ' sem="acq_rel"'
         )
     return found

@@ -7,4 +7,7 @@ __all__ = ["InspectError"]
 
 
 class InspectError(SvskError, RuntimeError):
-    """A kernel could not be compiled, or its binary not be read; the message says what to do about it."""
+    """A kernel could not be compiled, or its binary not be read.
+
+    The message says what to do about it.
+    """

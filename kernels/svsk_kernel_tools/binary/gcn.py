@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AMD binaries: the assembly text that Triton keeps, with the resources of the kernel at its end."""
+"""AMD binaries.
+
+The assembly text that Triton keeps, with the resources of the kernel at its end.
+"""
 
 import re
 from typing import Final
@@ -12,7 +15,15 @@ __all__ = ["parse_gcn", "parse_metadata"]
 _INSTRUCTION: Final = re.compile(r"^\t(?P<opcode>[a-z]\w*)(?P<operands>[^;]*)")
 _LABEL: Final = re.compile(r"^(?P<label>[.$\w]+):")
 _WIDTH: Final = re.compile(r"_(?:load|store)(?:_lds)?_(?P<type>[a-z]+)(?P<count>x\d|\d+)?")
-_TYPE_BYTES: Final = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4}
+_TYPE_BYTES: Final = {
+    "ubyte": 1,
+    "sbyte": 1,
+    "byte": 1,
+    "ushort": 2,
+    "sshort": 2,
+    "short": 2,
+    "dword": 4,
+}
 
 # The first pattern that matches the opcode decides.
 _KINDS: Final[tuple[tuple[Kind, str], ...]] = (
@@ -47,7 +58,8 @@ def parse_gcn(text: str, entry: str) -> Program:
             instructions.append(_parse_instruction(found["opcode"], found["operands"].strip()))
     if entry not in labels or not instructions:
         raise InspectError(
-            f"the assembly has no function {entry!r}: it was {len(text)} characters, {len(labels)} labels"
+            f"the assembly has no function {entry!r}: it was {len(text)} characters, {len(labels)}"
+            " labels"
         )
     return Program(tuple(instructions), labels, labels[entry])
 
@@ -57,11 +69,16 @@ def parse_metadata(text: str) -> dict[str, int]:
 
     Raises InspectError if the kernel's metadata are not there.
     """
-    found = {name: int(value) for name, value in re.findall(r"^\s+(?:- )?\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
+    found = {
+        name: int(value)
+        for name, value in re.findall(r"^\s+(?:- )?\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)
+    }
     wanted = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     missing = [name for name in wanted if name not in found]
     if missing:
-        raise InspectError(f"the assembly's metadata lack {', '.join(missing)}; the parser needs an update")
+        raise InspectError(
+            f"the assembly's metadata lack {', '.join(missing)}; the parser needs an update"
+        )
     return found
 
 

@@ -11,9 +11,25 @@ from svsk_kernel_tools.binary.errors import InspectError
 __all__ = ["Instruction", "Kind", "Program", "find_main_loop", "natural_loops", "unordered"]
 
 Kind = Literal[
-    "mma", "global_load", "global_copy", "global_store", "counter", "atomic", "float_atomic", "spill", "shared",
-    "barrier", "fence", "int_to_float", "convert", "float", "integer", "uniform", "control", "other",
-]  # fmt: skip
+    "mma",
+    "global_load",
+    "global_copy",
+    "global_store",
+    "counter",
+    "atomic",
+    "float_atomic",
+    "spill",
+    "shared",
+    "barrier",
+    "fence",
+    "int_to_float",
+    "convert",
+    "float",
+    "integer",
+    "uniform",
+    "control",
+    "other",
+]
 """``global_copy`` goes from global to shared memory; ``counter`` is an integer atomic addition to global memory;
 a ``fence``
 orders memory for the whole GPU; ``uniform`` is work done once for a warp."""
@@ -50,15 +66,19 @@ class Program:
 
     @cached_property
     def successors(self) -> tuple[tuple[int, ...], ...]:
-        """For each instruction those that may follow it. Raises InspectError for a jump to an unknown label."""
+        """For each instruction those that may follow it.
+
+        Raises InspectError for a jump to an unknown label.
+        """
         following = []
         for index, instruction in enumerate(self.instructions):
             after = [index + 1] if instruction.falls_through else []
             if instruction.target is not None:
                 if instruction.target not in self.labels:
                     raise InspectError(
-                        f"{instruction.opcode} jumps to {instruction.target!r}, a label the disassembly lacks: its "
-                        "format is not the one this parser knows; the parser needs an update for this Triton"
+                        f"{instruction.opcode} jumps to {instruction.target!r}, a label the"
+                        " disassembly lacks: its format is not the one this parser knows; the"
+                        " parser needs an update for this Triton"
                     )
                 after.append(self.labels[instruction.target])
             following.append(tuple(i for i in after if i < len(self.instructions)))
@@ -115,8 +135,9 @@ def _dominators(program: Program) -> list[int]:
 def natural_loops(program: Program) -> list[frozenset[int]]:
     """Indices of the instructions of every loop, one set per loop header.
 
-    Loops are found by dominance, not by the order of the code: the assembler moves the waiting for a barrier out of a
-    loop's way, to the end of the function, and the jump back from there is no loop of its own.
+    Loops are found by dominance, not by the order of the code: the assembler moves the waiting for
+    a barrier out of a loop's way, to the end of the function, and the jump back from there is no
+    loop of its own.
     """
     dominators = _dominators(program)
     bodies: dict[int, set[int]] = {}
@@ -133,14 +154,19 @@ def _loop_body(program: Program, header: int, latch: int) -> set[int]:
 
 
 def find_main_loop(program: Program) -> list[int]:
-    """Indices, in order, of the innermost loop with the most MMA instructions; empty if no loop has any."""
+    """Indices, in order, of the innermost loop with the most MMA instructions.
+
+    Empty if no loop has any.
+    """
     counts = {loop: len(program.select("mma", loop)) for loop in natural_loops(program)}
     with_mma = [loop for loop, count in counts.items() if count]
     innermost = [loop for loop in with_mma if not any(other < loop for other in with_mma)]
     return sorted(max(innermost, key=lambda loop: counts[loop], default=()))
 
 
-def unordered(program: Program, first: Kind, second: Kind, barrier: Kind = "barrier") -> list[tuple[int, int]]:
+def unordered(
+    program: Program, first: Kind, second: Kind, barrier: Kind = "barrier"
+) -> list[tuple[int, int]]:
     """Pairs (i, j) where instruction i of kind ``first`` can run before j of kind ``second`` with no barrier between.
 
     For each j the i nearest on each path are found, by a walk backwards that ends at barriers.

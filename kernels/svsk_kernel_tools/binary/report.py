@@ -17,7 +17,9 @@ __all__ = ["KernelFacts", "read_facts"]
 
 @dataclass(frozen=True)
 class KernelFacts:
-    """What one kernel's binary for one target says. Counts are of instructions in the code, not of executions.
+    """What one kernel's binary for one target says.
+
+    Counts are of instructions in the code, not of executions.
 
     Attributes:
         name: The case's name.
@@ -33,14 +35,16 @@ class KernelFacts:
         copy_bytes: Copies from global to shared memory, by bytes per thread.
         load_bytes: Loads from global memory to registers, by bytes per thread.
         store_bytes: Stores to global memory, by bytes per thread.
-        packed_loads: Width and number of the loads of the packed weight; None if the case names no such pointer.
+        packed_loads: Width and number of the loads of the packed weight; None if the case names no
+            such pointer.
         num_instructions: In the whole binary.
-        loop_instructions: In the main loop, zero without one. Code that branches can leave out is counted.
+        loop_instructions: In the main loop, zero without one. Code that branches can leave out is
+            counted.
         loop_mma: Tensor-core instructions in the main loop.
         loop_int_to_float: Conversions from integer to floating point in the main loop.
         loop_kinds: The main loop's instructions by what they do.
-        instructions_per_weight: The main loop's instructions per weight, of the whole kernel if it has no main loop;
-            None if the case does not say how many weights a thread handles.
+        instructions_per_weight: The main loop's instructions per weight, of the whole kernel if it
+            has no main loop; None if the case does not say how many weights a thread handles.
         float_atomics: Atomic additions of floating point.
         counters: Integer atomic additions to global memory.
         unordered_stores: Pairs of a store and a counter with no barrier of the block between them.
@@ -98,7 +102,9 @@ def read_facts(kernel: CompiledKernel) -> KernelFacts:
         metadata = gcn.parse_metadata(kernel.asm["amdgcn"])
         program = gcn.parse_gcn(kernel.asm["amdgcn"], kernel.entry)
         registers, stack, local = metadata["vgpr_count"], 0, metadata["private_segment_fixed_size"]
-        spills = metadata["vgpr_spill_count"]  # scalar registers spill to lanes of vector registers, not to memory
+        spills = metadata[
+            "vgpr_spill_count"
+        ]  # scalar registers spill to lanes of vector registers, not to memory
     ttgir = kernel.asm["ttgir"]
     pointer = case.packed_weight_pointer
     return KernelFacts(

@@ -14,7 +14,9 @@ from svsk_kernel_tools.binary.program import Instruction, Kind, Program
 __all__ = ["ResourceUsage", "disassemble", "parse_resource_usage", "parse_sass", "resource_usage"]
 
 _LINE: Final = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?P<text>[^;]*?)\s*;")
-_INSTRUCTION: Final = re.compile(r"(?:@(?P<guard>!?\w+)\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>.*)")
+_INSTRUCTION: Final = re.compile(
+    r"(?:@(?P<guard>!?\w+)\s+)?(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>.*)"
+)
 _LABEL: Final = re.compile(r"^\s*(?P<label>[.$\w]+):\s*$")
 _TARGET: Final = re.compile(r"`\((?P<label>[^)]+)\)")
 _WIDTHS: Final = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
@@ -34,9 +36,18 @@ _KINDS: Final[tuple[tuple[Kind, str], ...]] = (
     ("fence", r"MEMBAR\b.*\.(GPU|SYS|VC)\b"),
     ("int_to_float", r"I2FP?\b"),
     ("convert", r"(F2F|F2FP|F2I|F2IP|I2I|I2IP|FRND)\b"),
-    ("float", r"(HFMA2|HADD2|HMUL2|HMNMX2|HSETP2|HSET2|FFMA2?|FADD2?|FMUL2?|FMNMX|FSETP|FSEL|DADD|DMUL|DFMA|MUFU)\b"),
-    ("integer", r"(LOP3|PLOP3|SHF|PRMT|IMAD|IADD3?|ISETP|LEA|SEL|SGXT|MOV|VIADD\w*|IMNMX|VIMNMX\w*|IABS|POPC|FLO)\b"),
-    ("control", r"(BRA|BRX|JMP|CALL|RET|EXIT|BSSY|BSYNC|BREAK|WARPSYNC|NOP|YIELD|NANOSLEEP|DEPBAR|LDGDEPBAR)\b"),
+    (
+        "float",
+        r"(HFMA2|HADD2|HMUL2|HMNMX2|HSETP2|HSET2|FFMA2?|FADD2?|FMUL2?|FMNMX|FSETP|FSEL|DADD|DMUL|DFMA|MUFU)\b",
+    ),
+    (
+        "integer",
+        r"(LOP3|PLOP3|SHF|PRMT|IMAD|IADD3?|ISETP|LEA|SEL|SGXT|MOV|VIADD\w*|IMNMX|VIMNMX\w*|IABS|POPC|FLO)\b",
+    ),
+    (
+        "control",
+        r"(BRA|BRX|JMP|CALL|RET|EXIT|BSSY|BSYNC|BREAK|WARPSYNC|NOP|YIELD|NANOSLEEP|DEPBAR|LDGDEPBAR)\b",
+    ),
     ("uniform", r"(U[A-Z]\w+|R2UR|S2UR|LDCU)\b"),
 )
 
@@ -51,12 +62,18 @@ class ResourceUsage:
 
 
 def disassemble(cubin: bytes) -> str:
-    """The binary's SASS as nvdisasm prints it. Raises InspectError if the tool is missing or fails."""
+    """The binary's SASS as nvdisasm prints it.
+
+    Raises InspectError if the tool is missing or fails.
+    """
     return _run_tool("nvdisasm", "-c", cubin)
 
 
 def resource_usage(cubin: bytes, entry: str) -> ResourceUsage:
-    """Registers and memory of the kernel ``entry``. Raises InspectError if the tool is missing or fails."""
+    """Registers and memory of the kernel ``entry``.
+
+    Raises InspectError if the tool is missing or fails.
+    """
     return parse_resource_usage(_run_tool("cuobjdump", "-res-usage", cubin), entry)
 
 
@@ -65,26 +82,41 @@ def _run_tool(name: str, option: str, cubin: bytes) -> str:
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / name
     if not tool.is_file():
-        raise InspectError(f"{name} is not in this Triton's wheel (expected {tool}): install the Linux wheel of triton")
+        raise InspectError(
+            f"{name} is not in this Triton's wheel (expected {tool}): install the Linux wheel of"
+            " triton"
+        )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        result = subprocess.run([tool, option, file.name], capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            [tool, option, file.name], capture_output=True, text=True, check=False
+        )
     if result.returncode:
-        raise InspectError(f"{name} failed (exit status {result.returncode}): {result.stderr.strip()}")
+        raise InspectError(
+            f"{name} failed (exit status {result.returncode}): {result.stderr.strip()}"
+        )
     return result.stdout
 
 
 def parse_resource_usage(text: str, entry: str) -> ResourceUsage:
     """Read cuobjdump's resource usage of one function; raise InspectError if it is not there."""
-    found = re.search(rf"Function {re.escape(entry)}:\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    found = re.search(
+        rf"Function {re.escape(entry)}:\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text
+    )
     if found is None:
-        raise InspectError(f"cuobjdump printed no resource usage of the function {entry!r}; it printed: {text.strip()}")
+        raise InspectError(
+            f"cuobjdump printed no resource usage of the function {entry!r}; it printed:"
+            f" {text.strip()}"
+        )
     return ResourceUsage(*map(int, found.groups()))
 
 
 def parse_sass(text: str, entry: str) -> Program:
-    """Read nvdisasm's output; ``entry`` names the kernel. Raises InspectError if it is not there."""
+    """Read nvdisasm's output.
+
+    ``entry`` names the kernel. Raises InspectError if it is not there.
+    """
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -94,7 +126,8 @@ def parse_sass(text: str, entry: str) -> Program:
             instructions.append(_parse_instruction(found["text"]))
     if entry not in labels or not instructions:
         raise InspectError(
-            f"the disassembly has no function {entry!r}: it was {len(text)} characters, {len(labels)} labels"
+            f"the disassembly has no function {entry!r}: it was {len(text)} characters,"
+            f" {len(labels)} labels"
         )
     return Program(tuple(instructions), labels, labels[entry])
 
@@ -102,7 +135,9 @@ def parse_sass(text: str, entry: str) -> Program:
 def _parse_instruction(text: str) -> Instruction:
     found = _INSTRUCTION.match(text)
     if found is None:
-        raise InspectError(f"not a SASS instruction: {text!r}; the parser needs an update for this Triton")
+        raise InspectError(
+            f"not a SASS instruction: {text!r}; the parser needs an update for this Triton"
+        )
     opcode, operands, guard = found["opcode"], found["operands"], found["guard"]
     root, *modifiers = opcode.split(".")
     kind: Kind = next((kind for kind, pattern in _KINDS if re.match(pattern, opcode)), "other")
@@ -118,7 +153,9 @@ def _parse_instruction(text: str) -> Instruction:
     return Instruction(
         opcode=opcode,
         kind=kind,
-        num_bytes=_width(root, modifiers) if kind in ("global_load", "global_copy", "global_store") else 0,
+        num_bytes=(
+            _width(root, modifiers) if kind in ("global_load", "global_copy", "global_store") else 0
+        ),
         unit=root if kind == "mma" else "",
         target=target,
         falls_through=falls_through,
@@ -126,7 +163,10 @@ def _parse_instruction(text: str) -> Instruction:
 
 
 def _width(root: str, modifiers: list[str]) -> int:
-    """Bytes per thread: a 32-bit word unless a modifier says otherwise. A bulk copy moves 16 or more."""
+    """Bytes per thread.
+
+    A 32-bit word unless a modifier says otherwise. A bulk copy moves 16 or more.
+    """
     if root.startswith("U"):
         return 16
     return next((_WIDTHS[modifier] for modifier in modifiers if modifier in _WIDTHS), 4)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How wide the loads from one pointer argument are, read off Triton's GPU IR.
 
-A binary does not say which load belongs to which argument. The IR does, and it holds the layout from which the compiler
-takes the width; the binary then has to hold as many loads of that width.
+A binary does not say which load belongs to which argument. The IR does, and it holds the layout
+from which the compiler takes the width; the binary then has to hold as many loads of that width.
 """
 
 import math
@@ -18,12 +18,20 @@ _ARGUMENT: Final = re.compile(r'(?P<value>%[\w#]+): !tt\.ptr<[^>]*>[^%]*?loc\("(
 _RESULT: Final = re.compile(r"^\s*(?P<value>%[\w#]+)(?::\d+)? = (?P<rest>.*)")
 _VALUE: Final = re.compile(r"%[\w#]+")
 _LOOP_ARGUMENT: Final = re.compile(r"(?P<inner>%[\w#]+) = (?P<outer>%[\w#]+)")
-_LOAD: Final = re.compile(r"^(tt\.load|ttg\.async_copy_global_to_local|\w+\.buffer_load\w*) (?P<pointer>%[\w#]+)")
-_TENSOR: Final = re.compile(r"tensor<(?P<shape>(?:\d+x)+)(?P<type>!tt\.ptr<\w+>|\w+), (?P<layout>#\w+)>")
-_BLOCKED: Final = re.compile(
-    r"^(?P<name>#\w+) = #ttg\.blocked<\{sizePerThread = \[(?P<size>[\d, ]+)\].*order = \[(?P<order>\d+)", re.MULTILINE
+_LOAD: Final = re.compile(
+    r"^(tt\.load|ttg\.async_copy_global_to_local|\w+\.buffer_load\w*) (?P<pointer>%[\w#]+)"
 )
-_LINEAR: Final = re.compile(r"^(?P<name>#\w+) = #ttg\.linear<\{register = \[(?P<bases>.*?)\], lane", re.MULTILINE)
+_TENSOR: Final = re.compile(
+    r"tensor<(?P<shape>(?:\d+x)+)(?P<type>!tt\.ptr<\w+>|\w+), (?P<layout>#\w+)>"
+)
+_BLOCKED: Final = re.compile(
+    r"^(?P<name>#\w+) = #ttg\.blocked<\{sizePerThread = \[(?P<size>[\d, ]+)\].*order ="
+    r" \[(?P<order>\d+)",
+    re.MULTILINE,
+)
+_LINEAR: Final = re.compile(
+    r"^(?P<name>#\w+) = #ttg\.linear<\{register = \[(?P<bases>.*?)\], lane", re.MULTILINE
+)
 _THREADS: Final = re.compile(r'"ttg\.(?:num-warps|threads-per-warp)" = (\d+)')
 
 
@@ -41,7 +49,10 @@ class PointerLoads:
 
 
 def count_float_atomics(ttgir: str) -> int:
-    """Number of floating-point atomic additions; their result depends on the order in which blocks arrive."""
+    """Number of floating-point atomic additions.
+
+    Their result depends on the order in which blocks arrive.
+    """
     return len(re.findall(r"atomic_rmw fadd", ttgir))
 
 
@@ -54,7 +65,8 @@ def loads_of_pointer(ttgir: str, name: str) -> PointerLoads:
     arguments = {found["name"]: found["value"] for found in _ARGUMENT.finditer(ttgir)}
     if name not in arguments:
         raise InspectError(
-            f"no pointer argument {name!r} in the kernel; it has {', '.join(sorted(arguments)) or 'none'}"
+            f"no pointer argument {name!r} in the kernel; it has"
+            f" {', '.join(sorted(arguments)) or 'none'}"
         )
     vectors = _vectors(ttgir)
     threads = math.prod(map(int, _THREADS.findall(ttgir)))
@@ -66,11 +78,20 @@ def loads_of_pointer(ttgir: str, name: str) -> PointerLoads:
         bits = re.search(r"\d+", tensor["type"])
         element = int(bits[0]) // 8 if bits else 4
         contiguity = re.search(r"contiguity = (\d+)", line)
-        vector = min(vectors.get(tensor["layout"], 1), int(contiguity[1]) if contiguity else 1 << 10, 16 // element)
+        vector = min(
+            vectors.get(tensor["layout"], 1),
+            int(contiguity[1]) if contiguity else 1 << 10,
+            16 // element,
+        )
         widths.append(vector * element)
-        count += math.ceil(math.prod(map(int, tensor["shape"].rstrip("x").split("x"))) / (vector * threads))
+        count += math.ceil(
+            math.prod(map(int, tensor["shape"].rstrip("x").split("x"))) / (vector * threads)
+        )
     if not widths:
-        raise InspectError(f"the kernel loads no tensor from {name!r}: name the argument that holds the packed weight")
+        raise InspectError(
+            f"the kernel loads no tensor from {name!r}: name the argument that holds the packed"
+            " weight"
+        )
     return PointerLoads(min(widths), count)
 
 
@@ -89,7 +110,9 @@ def _load_lines(ttgir: str, pointer: str) -> list[str]:
                 if load["pointer"] in derived:
                     loads[number] = line
             elif "iter_args(" in rest and result:
-                for index, found in enumerate(_LOOP_ARGUMENT.finditer(rest.partition("iter_args(")[2])):
+                for index, found in enumerate(
+                    _LOOP_ARGUMENT.finditer(rest.partition("iter_args(")[2])
+                ):
                     if found["outer"] in derived:
                         derived |= {found["inner"], f"{result['value']}#{index}", result["value"]}
             elif result and "!tt.ptr" in rest and derived.intersection(_VALUE.findall(rest)):
@@ -108,7 +131,10 @@ def _vectors(ttgir: str) -> dict[str, int]:
 
 
 def _linear_vector(bases: list[str]) -> int:
-    """Elements that the register bases [0, 1], [0, 2], [0, 4] ... of a linear layout put side by side."""
+    """Elements that the register bases [0, 1], [0, 2], [0, 4] ...
+
+    of a linear layout put side by side.
+    """
     vector, axis = 1, None
     for base in bases:
         steps = [int(step) for step in base.split(",")]

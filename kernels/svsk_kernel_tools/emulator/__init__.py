@@ -9,7 +9,13 @@ Usage::
 """
 
 from svsk_kernel_tools.emulator.driver import CAPABILITIES, emulated
-from svsk_kernel_tools.emulator.errors import BarrierError, EmulateError, MemoryFaultError, RaceError, UnsupportedError
+from svsk_kernel_tools.emulator.errors import (
+    BarrierError,
+    EmulateError,
+    MemoryFaultError,
+    RaceError,
+    UnsupportedError,
+)
 from svsk_kernel_tools.emulator.machine import ORDERS, Gpu, Launch, Order
 
 __all__ = [

@@ -23,8 +23,12 @@ _errors = Console(stderr=True, soft_wrap=True)
 
 @app.command()
 def main(
-    arch: Annotated[list[int] | None, typer.Option(help="80, 86, 89, 90 or 120; 80 and 90 without.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer layers, and no runs without inline PTX.")] = False,
+    arch: Annotated[
+        list[int] | None, typer.Option(help="80, 86, 89, 90 or 120; 80 and 90 without.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer layers, and no runs without inline PTX.")
+    ] = False,
 ) -> None:
     """Run every kernel on small layers, print what came of it, exit with 1 if something was wrong."""
     unknown = sorted(set(arch or ()) - set(CAPABILITIES))
@@ -36,11 +40,30 @@ def main(
     for target in arch or (80, 90):
         for result in sweep(target, quick):
             results.append(result)
-            _errors.print(f"{len(results)}: {escape(result.name)}, sm_{target}, M = {result.tokens}, {result.kernel}")
-    table = Table("case", "target", "M", "kernel", "instructions", "error", "verdict", box=None, padding=(0, 1))
+            _errors.print(
+                f"{len(results)}: {escape(result.name)}, sm_{target}, M = {result.tokens},"
+                f" {result.kernel}"
+            )
+    table = Table(
+        "case",
+        "target",
+        "M",
+        "kernel",
+        "instructions",
+        "error",
+        "verdict",
+        box=None,
+        padding=(0, 1),
+    )
     for one in results:
         verdict = "[red]FAIL[/red]" if one.problems else "passed"
-        row = (escape(one.name), f"sm_{one.arch}", str(one.tokens), one.kernel, f"{one.instructions:,}")
+        row = (
+            escape(one.name),
+            f"sm_{one.arch}",
+            str(one.tokens),
+            one.kernel,
+            f"{one.instructions:,}",
+        )
         table.add_row(*row, f"{one.error:.1e}", verdict)
     Console(width=None if console.is_terminal else 160).print(table)
     for one in results:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Instructions that compute registers from registers of the same thread, for all threads of a block at once.
 
-A register is an array with one unsigned integer per thread (booleans for predicates); types are views of it. An opcode
-is looked up whole, with all its modifiers: what is not in the table is not supported.
+A register is an array with one unsigned integer per thread (booleans for predicates); types are
+views of it. An opcode is looked up whole, with all its modifiers: what is not in the table is not
+supported.
 """
 
 from collections.abc import Callable
@@ -115,10 +116,16 @@ def _integers() -> None:
             OPERATIONS[f"max.{name}"] = _two(_as(dtype, np.maximum))
         OPERATIONS[f"neg.s{width}"] = _one(_as(s, np.negative))
         OPERATIONS[f"abs.s{width}"] = _one(_as(s, np.abs))
-        for name, function in (("and", np.bitwise_and), ("or", np.bitwise_or), ("xor", np.bitwise_xor)):
+        for name, function in (
+            ("and", np.bitwise_and),
+            ("or", np.bitwise_or),
+            ("xor", np.bitwise_xor),
+        ):
             OPERATIONS[f"{name}.b{width}"] = _two(function)
         OPERATIONS[f"not.b{width}"] = _one(np.invert)
-        OPERATIONS[f"selp.b{width}"] = OPERATIONS[f"selp.u{width}"] = OPERATIONS[f"selp.s{width}"] = _select
+        OPERATIONS[f"selp.b{width}"] = OPERATIONS[f"selp.u{width}"] = OPERATIONS[
+            f"selp.s{width}"
+        ] = _select
         OPERATIONS[f"shl.b{width}"] = _shift(np.left_shift, width, u)
         OPERATIONS[f"shr.u{width}"] = OPERATIONS[f"shr.b{width}"] = _shift(np.right_shift, width, u)
         OPERATIONS[f"shr.s{width}"] = _shift(np.right_shift, width, s)
@@ -126,9 +133,13 @@ def _integers() -> None:
         for width in (16, 32):
             product = _wide(table[width], table[2 * width])
             OPERATIONS[f"mul.wide.{letter}{width}"] = _two(product)
-            OPERATIONS[f"mad.wide.{letter}{width}"] = _three(lambda a, b, c, product=product: product(a, b) + c)
+            OPERATIONS[f"mad.wide.{letter}{width}"] = _three(
+                lambda a, b, c, product=product: product(a, b) + c
+            )
         high = _wide(table[32], table[64])
-        OPERATIONS[f"mul.hi.{letter}32"] = _two(lambda a, b, high=high: (high(a, b) >> np.uint64(32)).astype(np.uint32))
+        OPERATIONS[f"mul.hi.{letter}32"] = _two(
+            lambda a, b, high=high: (high(a, b) >> np.uint64(32)).astype(np.uint32)
+        )
         OPERATIONS[f"div.{letter}32"] = _two(_as(table[32], _quotient))
         OPERATIONS[f"rem.{letter}32"] = _two(_as(table[32], _remainder))
     for name, logical in (("and", np.logical_and), ("or", np.logical_or), ("xor", np.logical_xor)):
@@ -155,7 +166,9 @@ def _shift(function: Any, width: int, dtype: Any) -> Maker:
         def compute(r: Registers) -> Any:
             value, by = r[i].view(dtype), r[j]
             result = function(value, np.minimum(by, width - 1).astype(dtype))
-            beyond = value >> dtype(width - 1) if dtype in _SIGNED.values() else np.zeros_like(value)
+            beyond = (
+                value >> dtype(width - 1) if dtype in _SIGNED.values() else np.zeros_like(value)
+            )
             return np.where(by >= width, beyond, result).astype(dtype).view(u)
 
         return compute
@@ -173,7 +186,10 @@ def _comparisons() -> None:
             OPERATIONS[f"setp.{name}.u{width}"] = _two(test)
         for name, test in unsigned_names.items():
             OPERATIONS[f"setp.{name}.u{width}"] = _two(test)
-        OPERATIONS[f"setp.eq.b{width}"], OPERATIONS[f"setp.ne.b{width}"] = _two(np.equal), _two(np.not_equal)
+        OPERATIONS[f"setp.eq.b{width}"], OPERATIONS[f"setp.ne.b{width}"] = (
+            _two(np.equal),
+            _two(np.not_equal),
+        )
     for name, test in tests.items():
         ordered = _compare(test, np.float32)
         if name == "ne":  # NumPy's is true of what is not a number, as PTX's neu is
@@ -181,10 +197,14 @@ def _comparisons() -> None:
             OPERATIONS["setp.ne.f32"] = _two(_compare(lambda a, b: (a < b) | (a > b), np.float32))
         else:
             OPERATIONS[f"setp.{name}.f32"] = _two(ordered)
-            loose = _compare(lambda a, b, test=test: test(a, b) | np.isnan(a) | np.isnan(b), np.float32)
+            loose = _compare(
+                lambda a, b, test=test: test(a, b) | np.isnan(a) | np.isnan(b), np.float32
+            )
             OPERATIONS[f"setp.{name}u.f32"] = _two(loose)
     OPERATIONS["setp.nan.f32"] = _two(_compare(lambda a, b: np.isnan(a) | np.isnan(b), np.float32))
-    OPERATIONS["setp.num.f32"] = _two(_compare(lambda a, b: ~(np.isnan(a) | np.isnan(b)), np.float32))
+    OPERATIONS["setp.num.f32"] = _two(
+        _compare(lambda a, b: ~(np.isnan(a) | np.isnan(b)), np.float32)
+    )
 
 
 def _compare(test: Any, dtype: Any) -> Callable[..., Array]:
@@ -249,7 +269,12 @@ def _prmt(a: Source, b: Source, c: Source) -> Compute:
         selector = (r[k][:, None] >> np.arange(0, 16, 4, dtype=np.uint32)) & np.uint32(15)
         chosen = np.take_along_axis(pool(r), (selector & np.uint32(7)).astype(np.int64), axis=1)
         signs = np.where(chosen & 0x80, np.uint8(0xFF), np.uint8(0))
-        return np.where(selector & np.uint32(8), signs, chosen).astype(np.uint8).view(np.uint32).ravel()
+        return (
+            np.where(selector & np.uint32(8), signs, chosen)
+            .astype(np.uint8)
+            .view(np.uint32)
+            .ravel()
+        )
 
     return compute
 
@@ -260,12 +285,19 @@ def _floats() -> None:
         for suffix in (".f32", ".rn.f32", ".f32x2", ".rn.f32x2"):
             OPERATIONS[name + suffix] = _two(_as(np.float32, function))
     OPERATIONS["fma.rn.f32"] = OPERATIONS["fma.rn.f32x2"] = _three(_as(np.float32, fma_f32))
-    for kind in ("approx", "full", "rn"):  # rounded correctly here; approx may be off by 2 units in the last place
+    for kind in (
+        "approx",
+        "full",
+        "rn",
+    ):  # rounded correctly here; approx may be off by 2 units in the last place
         OPERATIONS[f"div.{kind}.f32"] = _two(_as(np.float32, np.divide))
     OPERATIONS["neg.f32"] = _one(lambda a: a ^ np.uint32(0x80000000))
     OPERATIONS["sqrt.rn.f32"] = _one(_as(np.float32, np.sqrt))
     OPERATIONS["abs.f32"] = _one(lambda a: a & np.uint32(0x7FFFFFFF))
-    OPERATIONS["min.f32"], OPERATIONS["max.f32"] = _two(_as(np.float32, np.fmin)), _two(_as(np.float32, np.fmax))
+    OPERATIONS["min.f32"], OPERATIONS["max.f32"] = (
+        _two(_as(np.float32, np.fmin)),
+        _two(_as(np.float32, np.fmax)),
+    )
     half: dict[str, Any] = {"f16": (f16_to_f64, f64_to_f16), "bf16": (bf16_to_f64, f64_to_bf16)}
     for kind, (widen, narrow) in half.items():
         for suffix in ("", "x2"):
@@ -298,17 +330,25 @@ def _conversions() -> None:
         for width in (8, 16, 32, 64):
             for letter, table in (("s", _SIGNED), ("u", _UNSIGNED)):
                 for result in ("s", "u"):
-                    OPERATIONS[f"cvt.{result}{to}.{letter}{width}"] = _one(_resize(table[width], width, to, result))
+                    OPERATIONS[f"cvt.{result}{to}.{letter}{width}"] = _one(
+                        _resize(table[width], width, to, result)
+                    )
     for letter, table in (("s", _SIGNED), ("u", _UNSIGNED)):
         for width in (16, 32):
             change = _to_float(table[width])
             OPERATIONS[f"cvt.rn.f32.{letter}{width}"] = _one(change)
-    OPERATIONS["cvt.f32.f16"] = _one(lambda a: a.view(np.float16).astype(np.float32).view(np.uint32))
+    OPERATIONS["cvt.f32.f16"] = _one(
+        lambda a: a.view(np.float16).astype(np.float32).view(np.uint32)
+    )
     OPERATIONS["cvt.f32.bf16"] = _one(lambda a: a.astype(np.uint32) << np.uint32(16))
     OPERATIONS["cvt.rn.bf16.f32"] = _one(lambda a: f32_to_bf16(a.view(np.float32)))
     OPERATIONS["cvt.rn.f16.f32"] = _one(_single_to_half)
-    OPERATIONS["cvt.rn.bf16x2.f32"] = _two(lambda a, b: _pack(f32_to_bf16(b.view("f4")), f32_to_bf16(a.view("f4"))))
-    OPERATIONS["cvt.rn.f16x2.f32"] = _two(lambda a, b: _pack(_single_to_half(b), _single_to_half(a)))
+    OPERATIONS["cvt.rn.bf16x2.f32"] = _two(
+        lambda a, b: _pack(f32_to_bf16(b.view("f4")), f32_to_bf16(a.view("f4")))
+    )
+    OPERATIONS["cvt.rn.f16x2.f32"] = _two(
+        lambda a, b: _pack(_single_to_half(b), _single_to_half(a))
+    )
 
 
 def _single_to_half(a: Array) -> Array:
@@ -324,7 +364,10 @@ def _to_float(dtype: Any) -> Callable[..., Any]:
 
 
 def _resize(source: Any, width: int, to: int, letter: str) -> Callable[..., Any]:
-    """Integers cut off or extended by their own sign; results of 8 bits are extended again to the register's 16."""
+    """Integers cut off or extended by their own sign.
+
+    Results of 8 bits are extended again to the register's 16.
+    """
 
     def compute(a: Array) -> Any:
         value = a.astype(_UNSIGNED[width]).view(source)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operations that go on beside the threads that began them: ``cp.async`` and ``wgmma``.
 
-Between its issue and its wait such an operation may take place at any time; the emulator does it at one end or the
-other (``late``) and takes any access in between that would tell the difference for an error.
+Between its issue and its wait such an operation may take place at any time; the emulator does it at
+one end or the other (``late``) and takes any access in between that would tell the difference for
+an error.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,13 @@ import numpy as np
 from svsk_kernel_tools.emulator.alu import Array
 from svsk_kernel_tools.emulator.errors import BarrierError, RaceError
 from svsk_kernel_tools.emulator.parse import SHARED_BASE
-from svsk_kernel_tools.emulator.tensor import WIDEN, a_matrix, c_matrix, c_registers, descriptor_offsets
+from svsk_kernel_tools.emulator.tensor import (
+    WIDEN,
+    a_matrix,
+    c_matrix,
+    c_registers,
+    descriptor_offsets,
+)
 
 __all__ = ["BUSY", "Copies", "Product", "Products"]
 
@@ -66,7 +73,10 @@ class Copies:
         self._committed[threads] += 1
 
     def wait(self, threads: Array, pending: int | None) -> None:
-        """Land what these threads issued but for the latest ``pending`` groups; None: everything."""
+        """Land what these threads issued but for the latest ``pending`` groups.
+
+        None: everything.
+        """
         chosen = np.zeros(self._cta.threads, np.bool_)
         chosen[threads] = True
         limit = self._committed - pending if pending is not None else self._committed + 1
@@ -91,7 +101,9 @@ class Copies:
             piece = copy.total if width == copy.total else 1
             for offset in range(0, width, piece):
                 place = copy.address[some] + np.uint64(offset)
-                values[some, offset : offset + piece] = self._cta.memory.load(place, piece, copy.threads[some])
+                values[some, offset : offset + piece] = self._cta.memory.load(
+                    place, piece, copy.threads[some]
+                )
         return values
 
     def _land(self, copy: _Copy) -> None:
@@ -103,7 +115,13 @@ class Copies:
 def _part(copy: _Copy, some: Array) -> _Copy:
     values = None if copy.values is None else copy.values[some]
     return _Copy(
-        copy.threads[some], copy.rows[some], copy.address[some], copy.sizes[some], values, copy.total, copy.groups[some]
+        copy.threads[some],
+        copy.rows[some],
+        copy.address[some],
+        copy.sizes[some],
+        values,
+        copy.total,
+        copy.groups[some],
     )
 
 
@@ -152,14 +170,20 @@ class Products:
         """Issue one."""
         r = self._cta.r
         for register in (*product.a_registers, *product.accumulator):
-            if register not in self._values and (not self._fenced or r[register] is not self._fenced[register]):
+            if register not in self._values and (
+                not self._fenced or r[register] is not self._fenced[register]
+            ):
                 name = self._cta.code.slots.names[register]
                 raise RaceError(f"register {name} was written after the last wgmma.fence")
         keep = r[product.scale_d]
         if keep.any() != keep.all():
             raise BarrierError("scale-d is not the same for all threads")
         operand = self._offsets(r[product.b_descriptor], product.columns, not product.transposed[1])
-        left = None if product.a_registers else self._offsets(r[product.a_descriptor], 64, not product.transposed[0])
+        left = (
+            None
+            if product.a_registers
+            else self._offsets(r[product.a_descriptor], 64, not product.transposed[0])
+        )
         taken = [r[register] for register in product.a_registers]
         pending = _Pending(product, bool(keep.all()), taken, left, operand, self._group)
         self._claim(pending, self._cta.shared.begin_matrix)
@@ -183,7 +207,9 @@ class Products:
             for register, value in zip(one.product.a_registers, one.a_values, strict=True):
                 if r[register] is not value:
                     name = self._cta.code.slots.names[register]
-                    raise RaceError(f"register {name} was written while a wgmma might still read it")
+                    raise RaceError(
+                        f"register {name} was written while a wgmma might still read it"
+                    )
             if self._late:
                 self._fetch(one)
             self._finish(one)
@@ -191,7 +217,10 @@ class Products:
         busy = {register for one in self._pending for register in one.product.accumulator}
         for register in [register for register in self._values if register not in busy]:
             if r[register] is not BUSY:
-                raise RaceError(f"register {self._cta.code.slots.names[register]} was written while a wgmma writes it")
+                raise RaceError(
+                    f"register {self._cta.code.slots.names[register]} was written while a wgmma"
+                    " writes it"
+                )
             r[register] = self._values.pop(register)
 
     def _claim(self, one: _Pending, function: Any) -> None:
@@ -204,8 +233,12 @@ class Products:
     def _offsets(self, descriptors: Array, outer: int, inner_is_k: bool) -> Array:
         groups = descriptors.reshape(-1, 128)
         if (groups != groups[:, :1]).any():
-            raise BarrierError("the matrix descriptor is not the same for all threads of a warp group")
-        return np.stack([descriptor_offsets(int(one), outer, inner_is_k) - SHARED_BASE for one in groups[:, 0]])
+            raise BarrierError(
+                "the matrix descriptor is not the same for all threads of a warp group"
+            )
+        return np.stack(
+            [descriptor_offsets(int(one), outer, inner_is_k) - SHARED_BASE for one in groups[:, 0]]
+        )
 
     def _fetch(self, one: _Pending) -> None:
         """Read the operands from shared memory."""

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A parsed kernel made executable: numbered registers, one function per instruction, blocks between jumps."""
+"""A parsed kernel made executable.
+
+Numbered registers, one function per instruction, blocks between jumps.
+"""
 
 import re
 from collections import Counter
@@ -25,7 +28,10 @@ _LOAD_TYPES: Final = {"s32": np.int32, "s16": np.int16, "s8": np.int8}
 
 @dataclass(frozen=True)
 class Step:
-    """One instruction: ``compute`` gives the new value of register ``target``, or ``effect`` does everything."""
+    """One instruction.
+
+    ``compute`` gives the new value of register ``target``, or ``effect`` does everything.
+    """
 
     instruction: Instruction
     target: int
@@ -67,18 +73,25 @@ def code_of(ptx: str) -> Code:
     starts = _starts(program)
     blocks = [Block() for _ in starts]
     number = {start: index for index, start in enumerate(starts)}
-    for index, (start, stop) in enumerate(zip(starts, [*starts[1:], len(program.instructions)], strict=True)):
+    for index, (start, stop) in enumerate(
+        zip(starts, [*starts[1:], len(program.instructions)], strict=True)
+    ):
         for instruction in program.instructions[start:stop]:
             try:
                 _add(blocks[index], instruction, slots, program, number)
             except (UnsupportedError, ValueError, IndexError, TypeError) as error:
                 place = f"{program.name}: PTX line {instruction.line} ({instruction.source})"
-                raise UnsupportedError(f"{place}: {instruction.text!r} is not supported: {error}") from error
+                raise UnsupportedError(
+                    f"{place}: {instruction.text!r} is not supported: {error}"
+                ) from error
     return Code(program, slots, blocks)
 
 
 def _starts(program: Program) -> list[int]:
-    """Indices where blocks begin: at labels, after jumps and barriers, and where programs of a grid may meet."""
+    """Indices where blocks begin.
+
+    At labels, after jumps and barriers, and where programs of a grid may meet.
+    """
     starts = {0, *program.labels.values()}
     for index, instruction in enumerate(program.instructions):
         if instruction.opcode in _TERMINATORS:
@@ -88,7 +101,9 @@ def _starts(program: Program) -> list[int]:
     return sorted(start for start in starts if start < len(program.instructions))
 
 
-def _add(block: Block, instruction: Instruction, slots: Slots, program: Program, number: dict[int, int]) -> None:
+def _add(
+    block: Block, instruction: Instruction, slots: Slots, program: Program, number: dict[int, int]
+) -> None:
     opcode = instruction.opcode
     block.opcodes[opcode] += 1
     if opcode in _PAUSES or opcode.startswith("atom."):
@@ -150,7 +165,10 @@ def _compute(instruction: Instruction, slots: Slots) -> tuple[int, Compute | Non
         return slots.register(operands[0]), _move(instruction, slots)
     if opcode not in OPERATIONS:
         return -1, None
-    sources = [slots.source(operand, _immediate_width(opcode, index)) for index, operand in enumerate(operands[1:])]
+    sources = [
+        slots.source(operand, _immediate_width(opcode, index))
+        for index, operand in enumerate(operands[1:])
+    ]
     return slots.register(operands[0]), OPERATIONS[opcode](*sources)
 
 
@@ -177,7 +195,9 @@ def _move(instruction: Instruction, slots: Slots) -> Compute:
         width = slots.widths[target]
         part: Any = unsigned(width // len(source.parts))
         whole: Any = unsigned(width)
-        places = [slots.source(operand, width // len(source.parts)).slot for operand in source.parts]
+        places = [
+            slots.source(operand, width // len(source.parts)).slot for operand in source.parts
+        ]
 
         def pack(r: Registers) -> Array:
             size = next(len(r[place]) for place in places if r[place] is not None)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One block of threads at work.
 
-Threads that stand at the same instruction run it together, those at the lowest first, which brings together again what
-a branch parted. Between two barriers the order among warps is fixed here and is not on a GPU: what could depend
-on it is found by the checks of shared memory instead.
+Threads that stand at the same instruction run it together, those at the lowest first, which brings
+together again what a branch parted. Between two barriers the order among warps is fixed here and is
+not on a GPU: what could depend on it is found by the checks of shared memory instead.
 """
 
 import re
@@ -68,7 +68,12 @@ class Cta:
 
     def _fill(self, grid: tuple[int, int, int], params: list[int]) -> None:
         slots = self.code.slots
-        values: dict[str, Any] = {"%tid.x": self.everyone, "%tid.y": 0, "%tid.z": 0, "%laneid": self.everyone % 32}
+        values: dict[str, Any] = {
+            "%tid.x": self.everyone,
+            "%tid.y": 0,
+            "%tid.z": 0,
+            "%laneid": self.everyone % 32,
+        }
         values |= {"%ntid.x": self.threads, "%ntid.y": 1, "%ntid.z": 1}
         for axis, index, size in zip("xyz", self.place, grid, strict=True):
             values |= {f"%ctaid.{axis}": index, f"%nctaid.{axis}": size}
@@ -84,14 +89,20 @@ class Cta:
         return self.everyone if mask is None else np.flatnonzero(mask)
 
     def put(self, slot: int, value: Array, mask: Array | None) -> None:
-        """Set a register for the threads of a mask; where nothing was given yet, others get all ones (NaN, -1)."""
+        """Set a register for the threads of a mask.
+
+        Where nothing was given yet, others get all ones (NaN, -1).
+        """
         if mask is not None:
             old = self.r[slot]
             value = np.where(mask, value, ~np.zeros_like(value) if old is None else old)
         self.r[slot] = value
 
     def put_some(self, slot: int | None, values: Array, threads: Array) -> None:
-        """Set a register for some threads; ``values`` has one each. Widths are fitted with zeros."""
+        """Set a register for some threads.
+
+        ``values`` has one each. Widths are fitted with zeros.
+        """
         if slot is None:
             return
         dtype: Any = unsigned(self.code.slots.widths[slot])
@@ -114,11 +125,16 @@ class Cta:
         found = mask.reshape(-1, 32)
         wanted = found.any(axis=1)
         if (found != self._alive.reshape(-1, 32))[wanted].any() or not found[wanted].all():
-            raise BarrierError("only some threads of a warp are here, and the instruction is one of whole warps")
+            raise BarrierError(
+                "only some threads of a warp are here, and the instruction is one of whole warps"
+            )
         return np.flatnonzero(wanted)
 
     def run(self) -> Iterator[str]:
-        """Run to the end; yields where others may run: "atomic", "barrier", "wait" (griddepcontrol)."""
+        """Run to the end.
+
+        Yields where others may run: "atomic", "barrier", "wait" (griddepcontrol).
+        """
         blocks = self.code.blocks
         while True:
             if self._together is not None:
@@ -140,7 +156,9 @@ class Cta:
                 raise type(error)(f"{self._where()}: {error}") from error
             except (TypeError, AttributeError, IndexError) as error:
                 raise self._explain(error) from error
-            self.runs[index] += self.threads // 32 if mask is None else int(mask.reshape(-1, 32).any(axis=1).sum())
+            self.runs[index] += (
+                self.threads // 32 if mask is None else int(mask.reshape(-1, 32).any(axis=1).sum())
+            )
             if met:
                 yield "barrier"
 
@@ -188,7 +206,10 @@ class Cta:
         return self._gather()
 
     def _gather(self) -> bool:
-        """Release a barrier where all have arrived; see whether all threads stand together again."""
+        """Release a barrier where all have arrived.
+
+        See whether all threads stand together again.
+        """
         met = bool(self._waiting.any() and self._waiting[self._alive].all())
         if met:
             self._waiting[:] = False
@@ -224,7 +245,9 @@ class Cta:
         ]
         busy = [name for name, value in named if value is BUSY]
         if busy:
-            return RaceError(f"{self._where()}: {', '.join(busy)}: a wgmma that was not waited for writes it")
+            return RaceError(
+                f"{self._where()}: {', '.join(busy)}: a wgmma that was not waited for writes it"
+            )
         target = self._now.operands[0] if self._now is not None and self._now.operands else None
         written = target.name if isinstance(target, Register) else ""
         empty = [name for name, value in named if value is None and name != written]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A driver for Triton that executes kernels with the emulator: they are compiled as for a GPU, and take CPU tensors."""
+"""A driver for Triton that executes kernels with the emulator.
+
+They are compiled as for a GPU, and take CPU tensors.
+"""
 
 import struct
 from collections.abc import Iterator
@@ -47,7 +50,9 @@ class _Driver:
         shared = GpuModel(name="", capability=gpu.capability, processors=1).shared_memory
         properties = {"max_shared_mem": shared, "multiprocessor_count": 4, "warpSize": 32}
         self.utils = SimpleNamespace(
-            load_binary=self._load, unload_module=lambda module: None, get_device_properties=lambda device: properties
+            load_binary=self._load,
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: properties,
         )
 
     def get_current_target(self) -> GPUTarget:
@@ -65,9 +70,15 @@ class _Driver:
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
-    def take(self, module: Any, function: Any, name: str, group: dict[str, str], digest: str) -> None:
+    def take(
+        self, module: Any, function: Any, name: str, group: dict[str, str], digest: str
+    ) -> None:
         """Called by Triton before it loads a binary, with the files of all stages."""
-        self.ptx = next(Path(path).read_text(encoding="utf-8") for path in group.values() if path.endswith(".ptx"))
+        self.ptx = next(
+            Path(path).read_text(encoding="utf-8")
+            for path in group.values()
+            if path.endswith(".ptx")
+        )
 
     def _load(self, name: str, binary: bytes, shared: int, device: object) -> tuple[Any, ...]:
         """Module (none, so there is nothing to unload), function, registers, spills, most threads."""
@@ -82,24 +93,42 @@ class _Launcher:
         self.metadata = metadata
 
     def __call__(
-        self, x: int, y: int, z: int, stream: int, function: str, packed: Any, extra: Any, enter: Any, leave: Any,
+        self,
+        x: int,
+        y: int,
+        z: int,
+        stream: int,
+        function: str,
+        packed: Any,
+        extra: Any,
+        enter: Any,
+        leave: Any,
         *arguments: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         active = triton.runtime.driver.active
         if not isinstance(active, _Driver):
-            raise EmulateError(f"{self.metadata.name}: launched outside of emulated(...), for which it was compiled.")
+            raise EmulateError(
+                f"{self.metadata.name}: launched outside of emulated(...), for which it was"
+                " compiled."
+            )
         if getattr(self.metadata, "num_ctas", 1) != 1 or self.metadata.global_scratch_size:
-            raise UnsupportedError(f"{self.metadata.name}: clusters and scratch memory are not emulated.")
+            raise UnsupportedError(
+                f"{self.metadata.name}: clusters and scratch memory are not emulated."
+            )
         if min(x, y, z) < 1:
             return
         code = code_of(function)
         given = list(zip(self.signature.items(), arguments, strict=True))
         named = [(name, value) for (name, kind), value in given if kind != "constexpr"]
         params = [_bits(name, kind, value) for (name, kind), value in given if kind != "constexpr"]
-        params += [0] * (len(code.program.params) - len(params))  # scratch memory of which nothing was asked
+        params += [0] * (
+            len(code.program.params) - len(params)
+        )  # scratch memory of which nothing was asked
         if len(code.program.params) - len(named) != 2:
             count = len(code.program.params)
-            raise UnsupportedError(f"{self.metadata.name}: {count} parameters for {len(named)} arguments.")
+            raise UnsupportedError(
+                f"{self.metadata.name}: {count} parameters for {len(named)} arguments."
+            )
         work = Work(code, (x, y, z), params, named, self.metadata.shared)
         active.gpu.submit(work, bool(self.metadata.launch_pdl))
 
@@ -114,31 +143,40 @@ def _bits(name: str, kind: Any, value: Any) -> int:
         return int(value) & ((1 << _INTEGERS[kind]) - 1)
     if kind in _FLOATS:
         return int.from_bytes(struct.pack(_FLOATS[kind], value), "little")
-    raise UnsupportedError(f"argument {name}: type {kind} is not emulated; tensors, integers and floats are.")
+    raise UnsupportedError(
+        f"argument {name}: type {kind} is not emulated; tensors, integers and floats are."
+    )
 
 
 @contextmanager
-def emulated(capability: int = 90, *, order: Order = "forward", seed: int = 0, late: bool = False) -> Iterator[Gpu]:
+def emulated(
+    capability: int = 90, *, order: Order = "forward", seed: int = 0, late: bool = False
+) -> Iterator[Gpu]:
     """Have Triton compile for a GPU and execute what it compiled on the CPU, on CPU tensors.
 
     Args:
         capability: 80, 86, 89, 90 or 120, as in sm_90.
         order: of the blocks of a grid.
         seed: of ``shuffled`` and ``interleaved``.
-        late: asynchronous copies and matrix products happen only when they are waited for, instead of at once.
+        late: asynchronous copies and matrix products happen only when they are waited for, instead
+            of at once.
 
     Yields:
-        The GPU; its ``launches`` say what each kernel did. With dependent launch a kernel may be held back until the
-        next launch; ``flush()`` runs it, and so does leaving the context.
+        The GPU; its ``launches`` say what each kernel did. With dependent launch a kernel may be
+        held back until the next launch; ``flush()`` runs it, and so does leaving the context.
 
     Raises:
         EmulateError: Triton interprets kernels in this process, or an argument is not known.
     """
     if triton.knobs.runtime.interpret:
-        raise EmulateError("TRITON_INTERPRET is set: interpreted kernels cannot be compiled. Unset it.")
+        raise EmulateError(
+            "TRITON_INTERPRET is set: interpreted kernels cannot be compiled. Unset it."
+        )
     if capability not in CAPABILITIES:
         known = ", ".join(map(str, CAPABILITIES))
-        raise UnsupportedError(f"capability {capability} is not emulated (sm_100's tcgen05 is not): expected {known}.")
+        raise UnsupportedError(
+            f"capability {capability} is not emulated (sm_100's tcgen05 is not): expected {known}."
+        )
     if order not in ORDERS:
         raise EmulateError(f"order {order!r}: expected one of {', '.join(ORDERS)}.")
     gpu = Gpu(capability, order, seed, late)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instructions that reach beyond their thread's registers: memory, warps, matrices, asynchronous operations.
+"""Instructions that reach beyond their thread's registers.
+
+Memory, warps, matrices, asynchronous operations.
 
 ``effect_of`` takes an opcode apart and accepts only what is listed here, modifier by modifier.
 """
@@ -15,7 +17,14 @@ from svsk_kernel_tools.emulator.asynchronous import Product
 from svsk_kernel_tools.emulator.errors import BarrierError, UnsupportedError
 from svsk_kernel_tools.emulator.parse import Instruction, Vector
 from svsk_kernel_tools.emulator.slots import Effect, Slots
-from svsk_kernel_tools.emulator.tensor import a_matrix, b_matrix, c_matrix, c_registers, from_rows, to_rows
+from svsk_kernel_tools.emulator.tensor import (
+    a_matrix,
+    b_matrix,
+    c_matrix,
+    c_registers,
+    from_rows,
+    to_rows,
+)
 
 __all__ = ["effect_of"]
 
@@ -48,7 +57,12 @@ def _unpack(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> E
 
 
 def _load(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Effect:
-    space, count, letter, width = match.group(1), int(match.group(2) or 1), match.group(3), int(match.group(4))
+    space, count, letter, width = (
+        match.group(1),
+        int(match.group(2) or 1),
+        match.group(3),
+        int(match.group(4)),
+    )
     address = slots.address(instruction.operands[1], 64 if space == "global" else 32)
     targets = slots.targets(instruction.operands[0])
     if len(targets) != count:
@@ -93,7 +107,10 @@ def _store(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Ef
 def _atomic(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Effect:
     order, name, letter, width = match.group(1), match.group(2), match.group(3), int(match.group(4))
     acquires, releases = order in ("acquire", "acq_rel"), order in ("release", "acq_rel")
-    target, address = slots.target(instruction.operands[0]), slots.address(instruction.operands[1], 64)
+    target, address = (
+        slots.target(instruction.operands[0]),
+        slots.address(instruction.operands[1], 64),
+    )
     value = slots.source(instruction.operands[2], width).slot
     dtype: Any = _SIGNED[width] if letter == "s" else unsigned(width)
     functions: dict[str, Any] = {
@@ -112,7 +129,9 @@ def _atomic(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> E
         before = np.empty(len(threads), dtype)
         for index, thread in enumerate(threads):  # one after the other: two may meet at one address
             place, one = places[thread : thread + 1], threads[index : index + 1]
-            cta.memory.clocks.visit(cta.memory.visitor, int(place[0]), int(thread), acquires, releases)
+            cta.memory.clocks.visit(
+                cta.memory.visitor, int(place[0]), int(thread), acquires, releases
+            )
             with cta.memory.atomically():
                 old = cta.memory.load(place, width // 8, one).view(dtype)
                 before[index] = old[0, 0]
@@ -125,7 +144,11 @@ def _atomic(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> E
 
 def _copy(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Effect:
     operands = instruction.operands
-    target, source, total = slots.address(operands[0], 32), slots.address(operands[1], 64), operands[2]
+    target, source, total = (
+        slots.address(operands[0], 32),
+        slots.address(operands[1], 64),
+        operands[2],
+    )
     policies = 1 if match.group(2) else 0
     allowed = (16,) if match.group(1) == "cg" else (4, 8, 16)
     if not isinstance(total, int) or total not in allowed or len(operands) - policies not in (3, 4):
@@ -163,7 +186,10 @@ def _policy(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> E
 
 
 def _warps(slots: Slots, operand: Any) -> Callable[[Any, Array | None], Array]:
-    """What checks that whole warps are there, and that the member mask says so; it returns their numbers."""
+    """What checks that whole warps are there, and that the member mask says so.
+
+    It returns their numbers.
+    """
     members = slots.source(operand, 32).slot
 
     def check(cta: Any, mask: Array | None) -> Array:
@@ -198,7 +224,12 @@ def _shuffle(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> 
         by, control = (cta.r[b] & np.uint32(31)).astype(np.int64), cta.r[c].astype(np.int64)
         segment = control >> 8 & 31
         last, first = (lane & segment) | (control & 31 & ~segment), lane & segment
-        source = {"up": lane - by, "down": lane + by, "bfly": lane ^ by, "idx": first | (by & ~segment)}[mode]
+        source = {
+            "up": lane - by,
+            "down": lane + by,
+            "bfly": lane ^ by,
+            "idx": first | (by & ~segment),
+        }[mode]
         inside = source >= last if mode == "up" else source <= last
         source = np.where(inside, source, lane)
         cta.put(target, cta.r[a][cta.everyone - lane + source], mask)
@@ -210,7 +241,10 @@ def _reduce(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> E
     functions = {"min": np.minimum, "max": np.maximum, "add": np.add}
     function, dtype = functions[match.group(1)], np.int32 if match.group(2) == "s" else np.uint32
     check = _warps(slots, instruction.operands[2])
-    target, a = slots.register(instruction.operands[0]), slots.source(instruction.operands[1], 32).slot
+    target, a = (
+        slots.register(instruction.operands[0]),
+        slots.source(instruction.operands[1], 32).slot,
+    )
 
     def run(cta: Any, mask: Array | None) -> None:
         check(cta, mask)
@@ -222,7 +256,11 @@ def _reduce(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> E
 
 def _matrix_rows(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Effect:
     """Both ldmatrix and stmatrix: thread 8 i + j gives the address of row j of matrix i."""
-    storing, count, transposed = match.group(1) == "stmatrix", int(match.group(2)), bool(match.group(3))
+    storing, count, transposed = (
+        match.group(1) == "stmatrix",
+        int(match.group(2)),
+        bool(match.group(3)),
+    )
     place, registers = instruction.operands if storing else instruction.operands[::-1]
     address = slots.address(place, 32)
     parts = slots.targets(registers)
@@ -240,7 +278,9 @@ def _matrix_rows(instruction: Instruction, slots: Slots, match: "re.Match[str]")
             cta.shared.store(where, rows.reshape(-1, 16), threads, together=True)
             return
         rows = cta.shared.load(where, 16, threads, together=True)
-        for register, values in zip(chosen, from_rows(rows.reshape(-1, count, 8, 16), transposed), strict=True):
+        for register, values in zip(
+            chosen, from_rows(rows.reshape(-1, count, 8, 16), transposed), strict=True
+        ):
             cta.put_some(register, values, lanes)
 
     return run
@@ -278,7 +318,12 @@ def _wgmma(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Ef
     operands = instruction.operands
     accumulator, in_registers = slots.targets(operands[0]), isinstance(operands[1], Vector)
     flags = operands[4:]
-    if match.group(3) != kind or columns % 8 or len(accumulator) != columns // 2 or None in accumulator:
+    if (
+        match.group(3) != kind
+        or columns % 8
+        or len(accumulator) != columns // 2
+        or None in accumulator
+    ):
         raise UnsupportedError("types, or the number of registers")
     if len(flags) != (3 if in_registers else 4) or any(flag not in (-1, 0, 1) for flag in flags):
         raise UnsupportedError("scales or transpositions")
@@ -325,17 +370,26 @@ _PATTERNS: Final[tuple[tuple[str, Maker], ...]] = (
     (r"ld\.(shared)(?:::cta)?" + _KIND, _load),
     (r"st\.(global)(?:\.(?:cg|wb))?" + _KIND, _store),
     (r"st\.(shared)(?:::cta)?" + _KIND, _store),
-    (r"atom\.global\.(?:gpu|sys)\.(relaxed|acquire|release|acq_rel)\.(\w+)\.([bsu])(32|64)$", _atomic),
+    (
+        r"atom\.global\.(?:gpu|sys)\.(relaxed|acquire|release|acq_rel)\.(\w+)\.([bsu])(32|64)$",
+        _atomic,
+    ),
     (r"cp\.async\.(ca|cg)\.shared\.global(\.L2::cache_hint)?$", _copy),
     (r"cp\.async\.commit_group$", _copy_commit),
     (r"cp\.async\.wait_(group|all)$", _copy_wait),
     (r"createpolicy\.fractional\.L2::evict_(?:first|last)\.b64$", _policy),
     (r"fence\.proxy\.async(?:\.shared::cta)?$", _proxy_fence),
-    (r"griddepcontrol\.(?:wait|launch_dependents)$", _nothing),  # the driver sees to the order of kernels
+    (
+        r"griddepcontrol\.(?:wait|launch_dependents)$",
+        _nothing,
+    ),  # the driver sees to the order of kernels
     (r"bar\.warp\.sync$", _warp_barrier),
     (r"shfl\.sync\.(up|down|bfly|idx)\.b32$", _shuffle),
     (r"redux\.sync\.(min|max|add)\.([su])32$", _reduce),
-    (r"(ldmatrix|stmatrix)\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16$", _matrix_rows),
+    (
+        r"(ldmatrix|stmatrix)\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16$",
+        _matrix_rows,
+    ),
     (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16|f16)\.(bf16|f16)\.f32$", _mma),
     (r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16|f16)\.(bf16|f16)$", _wgmma),
     (r"wgmma\.(fence|commit_group|wait_group)\.sync\.aligned$", _wgmma_order),
@@ -355,6 +409,7 @@ def effect_of(instruction: Instruction, slots: Slots) -> Effect | None:
             return maker(instruction, slots, match)
     if instruction.opcode.startswith(("tcgen05", "mbarrier", "cp.async.bulk")):
         raise UnsupportedError(
-            "tcgen05, mbarrier and bulk copies (sm_100) are not emulated; use sm_80, 86, 89, 90, 120"
+            "tcgen05, mbarrier and bulk copies (sm_100) are not emulated; use sm_80, 86, 89,"
+            " 90, 120"
         )
     return None

@@ -7,7 +7,10 @@ __all__ = ["BarrierError", "EmulateError", "MemoryFaultError", "RaceError", "Uns
 
 
 class EmulateError(SvskError, RuntimeError):
-    """A launch cannot be emulated or went wrong. The message names the kernel and the line of its PTX."""
+    """A launch cannot be emulated or went wrong.
+
+    The message names the kernel and the line of its PTX.
+    """
 
 
 class UnsupportedError(EmulateError):

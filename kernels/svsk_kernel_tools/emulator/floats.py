@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floating-point arithmetic with the roundings that PTX asks for: one per instruction, to nearest even.
+"""Floating-point arithmetic with the roundings that PTX asks for.
 
-Sums are formed in float64 and rounded to odd where they do not fit: the last bit then says that something was cut off,
-and a second rounding to half the bits or fewer is as good as one (Boldo and Melquiond, "Emulation of FMA and correctly
-rounded sums", 2008). Subnormal numbers are kept, as PTX does without ``.ftz``. A 16-bit result that is not a
-number is 0x7FFF, as PTX says; the bits of a float32 one are not modelled.
+One per instruction, to nearest even.
+
+Sums are formed in float64 and rounded to odd where they do not fit: the last bit then says that
+something was cut off, and a second rounding to half the bits or fewer is as good as one (Boldo and
+Melquiond, "Emulation of FMA and correctly rounded sums", 2008). Subnormal numbers are kept, as PTX
+does without ``.ftz``. A 16-bit result that is not a number is 0x7FFF, as PTX says; the bits of a
+float32 one are not modelled.
 """
 
 import numpy as np
@@ -38,7 +41,9 @@ def f16_to_f64(bits: Bits16) -> Double:
 def f32_to_bf16(value: Single) -> Bits16:
     """Bits of the nearest bfloat16, ties to even."""
     bits = value.view(np.uint32)
-    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    rounded = (
+        (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    ).astype(np.uint16)
     return np.where(np.isnan(value), np.uint16(0x7FFF), rounded)
 
 
@@ -74,4 +79,6 @@ def add_to_odd(a: Double, b: Double) -> Double:
 
 def fma_f32(a: Single, b: Single, c: Single) -> Single:
     """``a * b + c`` with one rounding; the product of two float32 is exact in float64."""
-    return add_to_odd(a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)).astype(np.float32)
+    return add_to_odd(a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)).astype(
+        np.float32
+    )

@@ -20,7 +20,10 @@ from svsk_kernel_tools.emulator.memory import GlobalMemory, regions_of
 __all__ = ["ORDERS", "Gpu", "Launch", "Order", "Work"]
 
 Order = Literal["forward", "backward", "shuffled", "interleaved"]
-"""Of a grid's blocks. Interleaved: several are alive, and any of them goes on at barriers and atomics."""
+"""Of a grid's blocks.
+
+Interleaved: several are alive, and any of them goes on at barriers and atomics.
+"""
 
 ORDERS: Final[tuple[Order, ...]] = ("forward", "backward", "shuffled", "interleaved")
 
@@ -36,8 +39,10 @@ class Launch:
         kernel: its name.
         grid: blocks along x, y and z.
         threads: of a block.
-        instructions: executed, per opcode; counted once per warp, whatever threads of it were active.
-        bytes_read: from global memory, per tensor argument. Tensors that share memory are one: "x and y".
+        instructions: executed, per opcode; counted once per warp, whatever threads of it were
+            active.
+        bytes_read: from global memory, per tensor argument. Tensors that share memory are one: "x
+            and y".
         bytes_written: to it, likewise.
         overlapped: whether the kernel began before the one launched before it had ended.
         remarks: what was noticed that is no error.
@@ -88,7 +93,16 @@ class Work:
         written = {region.name: region.bytes_written for region in self.memory.regions}
         program = self.code.program
         remarks = frozenset(self.remarks)
-        return Launch(program.name, self.grid, program.threads, +counts, read, written, self.overlapped, remarks)
+        return Launch(
+            program.name,
+            self.grid,
+            program.threads,
+            +counts,
+            read,
+            written,
+            self.overlapped,
+            remarks,
+        )
 
 
 class Gpu:
@@ -98,7 +112,8 @@ class Gpu:
         capability: 80, 86, 89, 90 or 120.
         order: of the blocks of a grid.
         seed: of the orders that are random.
-        late: asynchronous copies and matrix products happen only when they are waited for, instead of at once.
+        late: asynchronous copies and matrix products happen only when they are waited for, instead
+            of at once.
     """
 
     def __init__(self, capability: int, order: Order, seed: int, late: bool) -> None:
@@ -108,7 +123,9 @@ class Gpu:
         self._held: Work | None = None
 
     def submit(self, work: Work, dependent: bool) -> None:
-        """Run a launch, or hold it back: a kernel that lets the next one begin early runs when that one waits for it.
+        """Run a launch, or hold it back.
+
+        A kernel that lets the next one begin early runs when that one waits for it.
 
         Args:
             work: the launch.
@@ -142,15 +159,20 @@ class Gpu:
         Args:
             ptx: its text.
             grid: blocks along x, y and z.
-            arguments: CPU tensors and integers in the order of the parameters; missing ones are zero.
+            arguments: CPU tensors and integers in the order of the parameters; missing ones are
+                zero.
             shared_bytes: of dynamic shared memory.
             dependent: as for :meth:`submit`.
         """
         for name, value in arguments.items():
             if not isinstance(value, torch.Tensor | int):
-                raise UnsupportedError(f"argument {name}: {value!r} is not emulated; tensors and integers are.")
+                raise UnsupportedError(
+                    f"argument {name}: {value!r} is not emulated; tensors and integers are."
+                )
         given = arguments.values()
-        values = [one.data_ptr() if isinstance(one, torch.Tensor) else one & (2**64 - 1) for one in given]
+        values = [
+            one.data_ptr() if isinstance(one, torch.Tensor) else one & (2**64 - 1) for one in given
+        ]
         code = code_of(ptx)
         values += [0] * (len(code.program.params) - len(values))
         self.submit(Work(code, grid, values, list(arguments.items()), shared_bytes), dependent)
@@ -177,15 +199,31 @@ class Gpu:
             numbers.reverse()
         elif self.order == "shuffled":
             self._random.shuffle(numbers)
-        return [self._block(work, (number % x, number // x % y, number // (x * y))) for number in numbers]
+        return [
+            self._block(work, (number % x, number // x % y, number // (x * y)))
+            for number in numbers
+        ]
 
     def _block(self, work: Work, place: tuple[int, int, int]) -> Iterator[str]:
         yield from Cta(
-            work.code, place, work.grid, work.params, work.memory, work.shared_bytes, self.late, work.runs, work.remarks
+            work.code,
+            place,
+            work.grid,
+            work.params,
+            work.memory,
+            work.shared_bytes,
+            self.late,
+            work.runs,
+            work.remarks,
         ).run()
 
-    def _advance(self, work: Work, blocks: list[Iterator[str]], *, stop: bool) -> list[Iterator[str]]:
-        """Run blocks to their ends, or with ``stop`` to ``griddepcontrol.wait``; those that have not ended."""
+    def _advance(
+        self, work: Work, blocks: list[Iterator[str]], *, stop: bool
+    ) -> list[Iterator[str]]:
+        """Run blocks to their ends, or with ``stop`` to ``griddepcontrol.wait``.
+
+        Those that have not ended.
+        """
         stopped: list[Iterator[str]] = []
         alive: list[Iterator[str]] = []
         left = iter(blocks)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Global memory: the memory of the tensors given to a launch, at its real addresses, and nothing else."""
+"""Global memory.
+
+The memory of the tensors given to a launch, at its real addresses, and nothing else.
+"""
 
 import ctypes
 from collections.abc import Iterable, Iterator
@@ -29,7 +32,9 @@ class Region:
     bytes_read: int = 0
     bytes_written: int = 0
     origin: int = 0
-    writers: Array | None = None  # per byte from ``origin``, who wrote it in this launch: see ``ordering``
+    writers: Array | None = (
+        None  # per byte from ``origin``, who wrote it in this launch: see ``ordering``
+    )
     _bytes: Array = field(default_factory=lambda: np.empty(0, np.uint8))
 
     def __post_init__(self) -> None:
@@ -41,8 +46,18 @@ class Region:
         """The memory as rows of ``total`` bytes, counted from ``origin``."""
         return self._bytes.reshape(-1, total)
 
-    def check(self, rows: Array, total: int, threads: Array, visitor: Visitor, changes: Array | None = None) -> None:
-        """Raise RaceError if what is accessed was written by others, and nothing orders it; ``changes``: by writing."""
+    def check(
+        self,
+        rows: Array,
+        total: int,
+        threads: Array,
+        visitor: Visitor,
+        changes: Array | None = None,
+    ) -> None:
+        """Raise RaceError if what is accessed was written by others, and nothing orders it.
+
+        ``changes``: by writing.
+        """
         if self.writers is not None:
             records = self.writers.reshape(-1, total)[rows]
             if records.any():
@@ -62,7 +77,9 @@ class Region:
 
 
 def regions_of(arguments: Iterable[tuple[str, Any]]) -> list[Region]:
-    """Memory that tensors among named arguments reach, from the first element to the last; overlapping ones are one.
+    """Memory that tensors among named arguments reach, from the first element to the last.
+
+    Overlapping ones are one.
 
     Raises:
         MemoryFaultError: a tensor does not lie in CPU memory.
@@ -72,8 +89,12 @@ def regions_of(arguments: Iterable[tuple[str, Any]]) -> list[Region]:
         if not isinstance(value, torch.Tensor) or value.numel() == 0:
             continue
         if value.device.type != "cpu":
-            raise MemoryFaultError(f"argument {name} lies on {value.device}: emulated kernels take CPU tensors.")
-        last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+            raise MemoryFaultError(
+                f"argument {name} lies on {value.device}: emulated kernels take CPU tensors."
+            )
+        last = sum(
+            (size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)
+        )
         found.append((value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size(), name))
     regions: list[Region] = []
     for start, stop, name in sorted(found):
@@ -118,7 +139,9 @@ class GlobalMemory:
             rows = self._index(region, address[chosen], total, threads[chosen])
             memory = region.rows(total)
             if self.visitor is not None:
-                region.check(rows, total, threads[chosen], self.visitor, memory[rows] != values[chosen])
+                region.check(
+                    rows, total, threads[chosen], self.visitor, memory[rows] != values[chosen]
+                )
                 region.stamp(rows, total, threads[chosen], self.visitor)
             memory[rows] = values[chosen]
 
@@ -138,12 +161,14 @@ class GlobalMemory:
         if crooked.any():
             first = int(np.flatnonzero(crooked)[0])
             raise MemoryFaultError(
-                f"thread {threads[first]}: {total} bytes at {int(address[first]):#x}, which is no multiple of them, "
-                f"byte {int(address[first]) - region.start} of {region.name}"
+                f"thread {threads[first]}: {total} bytes at {int(address[first]):#x}, which is no"
+                f" multiple of them, byte {int(address[first]) - region.start} of {region.name}"
             )
         return rows.astype(np.int64)
 
-    def _spread(self, address: Array, total: int, threads: Array, verb: str) -> list[tuple[Region, Any]]:
+    def _spread(
+        self, address: Array, total: int, threads: Array, verb: str
+    ) -> list[tuple[Region, Any]]:
         """Which accesses go to which region."""
         low, high = int(address.min()), int(address.max())
         for region in self.regions:
@@ -152,14 +177,18 @@ class GlobalMemory:
         found: list[tuple[Region, Any]] = []
         left = np.ones(len(address), np.bool_)
         for region in self.regions:
-            inside = (address >= np.uint64(region.start)) & (address + np.uint64(total) <= np.uint64(region.stop))
+            inside = (address >= np.uint64(region.start)) & (
+                address + np.uint64(total) <= np.uint64(region.stop)
+            )
             if inside.any():
                 found.append((region, np.flatnonzero(inside)))
                 left &= ~inside
         if left.any():
             first = int(np.flatnonzero(left)[0])
             where = self._describe(int(address[first]), total)
-            raise MemoryFaultError(f"thread {threads[first]} {verb} {total} bytes at {int(address[first]):#x}, {where}")
+            raise MemoryFaultError(
+                f"thread {threads[first]} {verb} {total} bytes at {int(address[first]):#x}, {where}"
+            )
         return found
 
     def _describe(self, address: int, total: int) -> str:
@@ -170,5 +199,9 @@ class GlobalMemory:
             return max(region.start - address, address + total - region.stop)
 
         near = min(self.regions, key=distance)
-        side = f"{near.start - address} bytes before" if address < near.start else f"{address - near.start} bytes into"
+        side = (
+            f"{near.start - address} bytes before"
+            if address < near.start
+            else f"{address - near.start} bytes into"
+        )
         return f"{side} the {near.stop - near.start} bytes of {near.name}, the nearest argument"

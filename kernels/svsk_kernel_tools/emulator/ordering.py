@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may see what another thread wrote to global memory, within one launch.
 
-A write is ordered before an access of another thread of its block by a ``bar.sync`` between them, and before one of
-another block by a chain: the barrier (or the same thread), an atomic that releases, an atomic on the same address
-that acquires, and again a barrier or the same thread. Source: PTX ISA, "Memory Consistency Model", cut down to what
-is checked: reads of, and changes to, bytes that this launch wrote. A write after an unordered read is not noticed.
+A write is ordered before an access of another thread of its block by a ``bar.sync`` between them,
+and before one of another block by a chain: the barrier (or the same thread), an atomic that
+releases, an atomic on the same address that acquires, and again a barrier or the same thread.
+Source: PTX ISA, "Memory Consistency Model", cut down to what is checked: reads of, and changes to,
+bytes that this launch wrote. A write after an unordered read is not noticed.
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +45,9 @@ class Visitor:
 
     def record(self, threads: Array) -> Array:
         """What stands for a write of these threads now; never zero."""
-        return np.int64((self.number + 1) << 40 | self.shared.epoch << 12) | threads.astype(np.int64)
+        return np.int64((self.number + 1) << 40 | self.shared.epoch << 12) | threads.astype(
+            np.int64
+        )
 
     def check(self, records: Array, threads: Array, verb: str) -> None:
         """Raise RaceError unless writes [n, bytes] are ordered before accesses of these threads."""
@@ -57,7 +60,9 @@ class Visitor:
                 known = self.known.get(int(number))
                 theirs = foreign & (writer == number)
                 if known is not None:
-                    released = (epoch < known.epoch) | ((epoch == known.epoch) & (thread == known.releaser))
+                    released = (epoch < known.epoch) | (
+                        (epoch == known.epoch) & (thread == known.releaser)
+                    )
                     acquired = (threads == known.thread) | (self.shared.epoch > known.since)
                     theirs &= ~(released & acquired[:, None])
                 bad |= theirs
@@ -74,13 +79,17 @@ class Clocks:
     def __init__(self) -> None:
         self._told: dict[int, dict[int, tuple[int, int]]] = {}
 
-    def visit(self, visitor: Visitor, address: int, thread: int, acquires: bool, releases: bool) -> None:
+    def visit(
+        self, visitor: Visitor, address: int, thread: int, acquires: bool, releases: bool
+    ) -> None:
         """An atomic of one thread."""
         told, now = self._told.setdefault(address, {}), visitor.shared.epoch
         before = dict(told)
         if releases:
             for number, known in visitor.known.items():
-                if (known.thread == thread or now > known.since) and told.get(number, (0, 0))[0] < known.epoch:
+                if (known.thread == thread or now > known.since) and told.get(number, (0, 0))[
+                    0
+                ] < known.epoch:
                     told[number] = (known.epoch, known.releaser)
             told[visitor.number] = (now, thread)
         if acquires:

@@ -8,13 +8,36 @@ from typing import Final
 
 from svsk_kernel_tools.emulator.errors import UnsupportedError
 
-__all__ = ["SHARED_BASE", "Address", "Instruction", "Operand", "Program", "Register", "Vector", "parse"]
+__all__ = [
+    "SHARED_BASE",
+    "Address",
+    "Instruction",
+    "Operand",
+    "Program",
+    "Register",
+    "Vector",
+    "parse",
+]
 
 SHARED_BASE: Final = 1024
-"""Where shared memory begins. Not zero, so that null is never valid; the first KiB belongs to the system on sm_90."""
+"""Where shared memory begins.
 
-_WIDTHS: Final = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "u16": 16, "u32": 32, "u64": 64}
-_WIDTHS.update({"s16": 16, "s32": 32, "s64": 64, "f16": 16, "f16x2": 32, "bf16": 16, "bf16x2": 32, "f32": 32})
+Not zero, so that null is never valid; the first KiB belongs to the system on sm_90.
+"""
+
+_WIDTHS: Final = {
+    "pred": 1,
+    "b8": 8,
+    "b16": 16,
+    "b32": 32,
+    "b64": 64,
+    "u16": 16,
+    "u32": 32,
+    "u64": 64,
+}
+_WIDTHS.update(
+    {"s16": 16, "s32": 32, "s64": 64, "f16": 16, "f16x2": 32, "bf16": 16, "bf16x2": 32, "f32": 32}
+)
 
 _FILE: Final = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?', re.MULTILINE)
 _LOC: Final = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
@@ -30,7 +53,10 @@ _LABEL: Final = re.compile(r"\s*([$\w]+):(?!:)")
 
 @dataclass(frozen=True)
 class Register:
-    """A register: its name, made unique where it belongs to a scope, and its width in bits, 1 for predicates."""
+    """A register.
+
+    Its name, made unique where it belongs to a scope, and its width in bits, 1 for predicates.
+    """
 
     name: str
     width: int
@@ -95,26 +121,38 @@ def parse(text: str) -> Program:
     entries = list(_ENTRY.finditer(text))
     target = _TARGET.search(text)
     if len(entries) != 1 or target is None:
-        raise UnsupportedError(f"PTX with {len(entries)} entries: the emulator takes one .entry and a .target sm_*.")
+        raise UnsupportedError(
+            f"PTX with {len(entries)} entries: the emulator takes one .entry and a .target sm_*."
+        )
     name, params, directives = entries[0].groups()
     found = _PARAM.findall(" ".join(params.split()))
     known = {title: (index, kind) for index, (kind, title) in enumerate(found)}
     needed = re.search(r"\.reqntid\s+(\d+)", directives)
     if needed is None:
-        raise UnsupportedError(f"{name}: no .reqntid: the emulator needs to know how many threads a block has.")
+        raise UnsupportedError(
+            f"{name}: no .reqntid: the emulator needs to know how many threads a block has."
+        )
     program = Program(name, int(target.group(1)), known, int(needed.group(1)))
     _read_symbols(text[: entries[0].start()], program)
-    files = {int(number): PurePath(last or first).name for number, first, last in _FILE.findall(text)}
+    files = {
+        int(number): PurePath(last or first).name for number, first, last in _FILE.findall(text)
+    }
     _Reader(program, files, text, entries[0].end()).read()
     return program
 
 
 def _read_symbols(head: str, program: Program) -> None:
-    for match in re.finditer(r"^\s*\.(extern|visible|global|const|shared)\b([^;]*);", head, re.MULTILINE):
+    for match in re.finditer(
+        r"^\s*\.(extern|visible|global|const|shared)\b([^;]*);", head, re.MULTILINE
+    ):
         line = head[: match.start()].count("\n") + 1
         if match.group(1) != "extern" or ".shared" not in match.group(2) or program.symbols:
-            raise UnsupportedError(f"{program.name}: PTX line {line}: {match.group(0).strip()!r} is not supported.")
-        program.symbols[re.split(r"[\s\[]", match.group(2).split(".b8", 1)[1].strip())[0]] = SHARED_BASE
+            raise UnsupportedError(
+                f"{program.name}: PTX line {line}: {match.group(0).strip()!r} is not supported."
+            )
+        program.symbols[re.split(r"[\s\[]", match.group(2).split(".b8", 1)[1].strip())[0]] = (
+            SHARED_BASE
+        )
 
 
 class _Reader:
@@ -175,7 +213,9 @@ class _Reader:
         return not self.scopes
 
     def _fail(self, what: str) -> UnsupportedError:
-        return UnsupportedError(f"{self.program.name}: PTX line {self.began} ({self.source}): {what}")
+        return UnsupportedError(
+            f"{self.program.name}: PTX line {self.began} ({self.source}): {what}"
+        )
 
     def _statement(self, text: str) -> None:
         if text.startswith(".reg"):
@@ -195,7 +235,15 @@ class _Reader:
         register = None if guard is None else self._register(guard.group(2))
         negated = guard is not None and guard.group(1) == "!"
         self.program.instructions.append(
-            Instruction(match.group(1), operands, register, negated, self.began, self.source, " ".join(whole.split()))
+            Instruction(
+                match.group(1),
+                operands,
+                register,
+                negated,
+                self.began,
+                self.source,
+                " ".join(whole.split()),
+            )
         )
 
     def _declare(self, text: str) -> None:
@@ -205,7 +253,11 @@ class _Reader:
         suffix = f"#{self.scope_count}" if len(self.scopes) > 1 else ""
         for name in (part.strip() for part in names.split(",")):
             many = _RANGE.match(name)
-            for one in [f"{many.group(1)}{index}" for index in range(int(many.group(2)))] if many else [name]:
+            for one in (
+                [f"{many.group(1)}{index}" for index in range(int(many.group(2)))]
+                if many
+                else [name]
+            ):
                 self.scopes[-1][one] = Register(one + suffix, _WIDTHS[kind])
 
     def _register(self, name: str) -> Register:

@@ -5,15 +5,17 @@ What is an error:
 
 - an access outside of what the launch asked for, or off its alignment;
 - reading a byte that nobody wrote;
-- two accesses of one byte by different threads, one of them a write that changes it, with no ``bar.sync`` between
-  them. Threads of one warp are different threads too: PTX does not run them in lockstep. For them a ``bar.warp.sync``
-  does as well; a ``.sync`` instruction that only exchanges registers (``shfl``, ``mma``) orders no memory;
+- two accesses of one byte by different threads, one of them a write that changes it, with no
+  ``bar.sync`` between them. Threads of one warp are different threads too: PTX does not run them in
+  lockstep. For them a ``bar.warp.sync`` does as well; a ``.sync`` instruction that only exchanges
+  registers (``shfl``, ``mma``) orders no memory;
 - touching what a ``cp.async`` is still to write, or writing what a ``wgmma`` still reads;
-- a ``wgmma`` reading what was written without ``fence.proxy.async``, by its writer after the write, or by all threads
-  of the reading warp group. PTX asks for one after ``cp.async`` too, but Triton 3.6 (not 3.9) leaves it out: where
-  only that one is missing it is a remark, not an error.
+- a ``wgmma`` reading what was written without ``fence.proxy.async``, by its writer after the write,
+  or by all threads of the reading warp group. PTX asks for one after ``cp.async`` too, but Triton
+  3.6 (not 3.9) leaves it out: where only that one is missing it is a remark, not an error.
 
-A write that leaves a byte as it was is no conflict: Triton has threads that hold the same value all write it.
+A write that leaves a byte as it was is no conflict: Triton has threads that hold the same value all
+write it.
 """
 
 from typing import Any, Final
@@ -26,7 +28,8 @@ from svsk_kernel_tools.emulator.parse import SHARED_BASE
 
 __all__ = ["SharedMemory"]
 
-# A record is epoch << 32 | phase of the warp << 12 | owner: a thread, a whole warp, or several warps.
+# A record is epoch << 32 | phase of the warp << 12 | owner: a thread, a whole warp, or several
+# warps.
 _WARP: Final = 1024
 _ANYONE: Final = 2047
 _OWNER: Final = np.int64(0xFFF)
@@ -104,7 +107,9 @@ class SharedMemory:
         self._check_write(rows, total, threads, owners, data[rows] != values)
         data[rows] = values
         if (data[rows] != values).any():
-            raise RaceError("threads write different values to one byte of shared memory with one instruction")
+            raise RaceError(
+                "threads write different values to one byte of shared memory with one instruction"
+            )
         self._stamp(rows, total, threads, owners)
         self._copied.reshape(-1, total)[rows] = False
 
@@ -134,7 +139,9 @@ class SharedMemory:
         """Check that a ``wgmma`` of these threads may read bytes [n] now and until it is waited for."""
         bad = (offsets < 0) | (offsets >= self.size)
         if bad.any():
-            raise MemoryFaultError(f"wgmma reads byte {offsets[bad][0]} of shared memory, which has {self.size}")
+            raise MemoryFaultError(
+                f"wgmma reads byte {offsets[bad][0]} of shared memory, which has {self.size}"
+            )
         owners = np.full(len(offsets), _ANYONE)
         self._check_read(offsets, 1, np.full(len(offsets), threads[0]), owners, everyone=True)
         unfenced = offsets[self._written_at[offsets] >= self._fences[threads].min()]
@@ -147,12 +154,20 @@ class SharedMemory:
         """Bytes that the readers have not fenced: their writers must have."""
         writers = self._writers[offsets] & _OWNER
         sole = np.where(writers < self.threads, writers, 0)
-        missing = offsets[(writers >= self.threads) | (self._fences[sole] <= self._written_at[offsets])]
+        missing = offsets[
+            (writers >= self.threads) | (self._fences[sole] <= self._written_at[offsets])
+        ]
         if self._copied[missing].all():
-            self._remarks |= {"wgmma reads what cp.async wrote without fence.proxy.async"} if len(missing) else set()
+            self._remarks |= (
+                {"wgmma reads what cp.async wrote without fence.proxy.async"}
+                if len(missing)
+                else set()
+            )
             return
         byte = missing[~self._copied[missing]][0]
-        raise RaceError(f"wgmma reads byte {byte} of shared memory, written without fence.proxy.async")
+        raise RaceError(
+            f"wgmma reads byte {byte} of shared memory, written without fence.proxy.async"
+        )
 
     def end_matrix(self, offsets: Array) -> None:
         """That ``wgmma`` was waited for; it may have read as late as this."""
@@ -179,15 +194,23 @@ class SharedMemory:
         result: Array = (records >> 32 == self._epoch) & ~own & ~passed
         return result
 
-    def _check_read(self, rows: Array, total: int, threads: Array, owners: Array, everyone: bool = False) -> None:
+    def _check_read(
+        self, rows: Array, total: int, threads: Array, owners: Array, everyone: bool = False
+    ) -> None:
         writers = self._writers.reshape(-1, total)[rows]
         if self._flights and self._in_flight.reshape(-1, total)[rows].any():
-            self._fail(self._in_flight.reshape(-1, total)[rows], rows, threads, "reads", "a cp.async still writes")
+            self._fail(
+                self._in_flight.reshape(-1, total)[rows],
+                rows,
+                threads,
+                "reads",
+                "a cp.async still writes",
+            )
         if not writers.all():
             where = np.argwhere(writers == 0)[0]
             raise MemoryFaultError(
-                f"thread {threads[where[0]]} reads byte {rows[where[0]] * total + where[1]} of shared memory, "
-                "which nobody wrote"
+                f"thread {threads[where[0]]} reads byte {rows[where[0]] * total + where[1]} of"
+                " shared memory, which nobody wrote"
             )
         fresh = writers >= np.int64(self._epoch << 32)
         if fresh.any():
@@ -204,12 +227,16 @@ class SharedMemory:
         if (now != mine).any():  # several threads read a byte with this instruction
             self._merge(readers, rows, threads, now, np.broadcast_to(mine, now.shape))
 
-    def _merge(self, readers: Array, rows: Array, threads: Array, other: Array, mine: Array) -> None:
+    def _merge(
+        self, readers: Array, rows: Array, threads: Array, other: Array, mine: Array
+    ) -> None:
         """Records of bytes that ``other`` read as well since the last barrier."""
         mine = np.broadcast_to(mine, other.shape)
         warp = (threads // 32)[:, None]
         owner = other & _OWNER
-        same_warp = (np.where(owner >= _WARP, owner - _WARP, owner // 32) == warp) & (owner != _ANYONE)
+        same_warp = (np.where(owner >= _WARP, owner - _WARP, owner // 32) == warp) & (
+            owner != _ANYONE
+        )
         recent = other >= np.int64(self._epoch << 32)
         ordered = same_warp & ((other >> 12 & _PHASE) < self._phases[threads][:, None])
         both = recent & (other != mine) & ~ordered
@@ -218,15 +245,31 @@ class SharedMemory:
         readers[rows[place[0]], place[1]] = shared[place]
         again = readers[rows]
         code = again & _OWNER
-        others = (np.where(code >= _WARP, code - _WARP, code // 32) != warp) & (again >= np.int64(self._epoch << 32))
+        others = (np.where(code >= _WARP, code - _WARP, code // 32) != warp) & (
+            again >= np.int64(self._epoch << 32)
+        )
         place = np.nonzero(others)
         readers[rows[place[0]], place[1]] = np.int64(self._epoch << 32 | _ANYONE)
 
-    def _check_write(self, rows: Array, total: int, threads: Array, owners: Array, changes: Array) -> None:
+    def _check_write(
+        self, rows: Array, total: int, threads: Array, owners: Array, changes: Array
+    ) -> None:
         if self._flights and self._in_flight.reshape(-1, total)[rows].any():
-            self._fail(self._in_flight.reshape(-1, total)[rows], rows, threads, "writes", "a cp.async still writes")
+            self._fail(
+                self._in_flight.reshape(-1, total)[rows],
+                rows,
+                threads,
+                "writes",
+                "a cp.async still writes",
+            )
         if self._reads and self._being_read.reshape(-1, total)[rows].any():
-            self._fail(self._being_read.reshape(-1, total)[rows] > 0, rows, threads, "writes", "a wgmma still reads")
+            self._fail(
+                self._being_read.reshape(-1, total)[rows] > 0,
+                rows,
+                threads,
+                "writes",
+                "a wgmma still reads",
+            )
         start = np.int64(self._epoch << 32)
         for records, verb in ((self._writers, "wrote"), (self._readers, "read")):
             found = records.reshape(-1, total)[rows]
@@ -246,4 +289,6 @@ class SharedMemory:
     def _fail(self, bad: Array, rows: Array, threads: Array, verb: str, what: str) -> None:
         where = np.argwhere(bad)[0]
         byte = int(rows[where[0]]) * bad.shape[1] + int(where[1])
-        raise RaceError(f"thread {threads[where[0]]} {verb} byte {byte} of shared memory, which {what}")
+        raise RaceError(
+            f"thread {threads[where[0]]} {verb} byte {byte} of shared memory, which {what}"
+        )

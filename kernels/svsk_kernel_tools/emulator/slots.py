@@ -25,7 +25,9 @@ class Slots:
         self.names: list[str] = []
         self.widths: list[int] = []
         self.constants: dict[int, int] = {}
-        self.inputs: dict[str, int] = {}  # parameters and special registers, which the block fills in
+        self.inputs: dict[
+            str, int
+        ] = {}  # parameters and special registers, which the block fills in
         self._known: dict[Any, int] = {}
 
     def _slot(self, key: Any, name: str, width: int) -> int:
@@ -47,7 +49,10 @@ class Slots:
 
     def targets(self, operand: Operand) -> list[int | None]:
         """Those of a vector or of one register."""
-        return [self.target(part) for part in (operand.parts if isinstance(operand, Vector) else (operand,))]
+        return [
+            self.target(part)
+            for part in (operand.parts if isinstance(operand, Vector) else (operand,))
+        ]
 
     def constant(self, value: int, width: int) -> Source:
         """A constant, kept like a register."""

@@ -36,7 +36,10 @@ class Result:
 
 
 def sweep(arch: int, quick: bool) -> Iterator[Result]:
-    """Run the small cases of ``svsk_kernel_tools.bench`` on one target; with ``quick`` less than half of them."""
+    """Run the small cases of ``svsk_kernel_tools.bench`` on one target.
+
+    With ``quick`` less than half of them.
+    """
     gpu, cpu = Gpu(name="", capability=arch, processors=_PROCESSORS), torch.device("cpu")
     for case in cases_for(False, quick):
         if not case.every_kernel:
@@ -59,7 +62,10 @@ def _check(
     arch: int,
     quick: bool,
 ) -> Result:
-    """Blocks in order and copies at once; then interleaved and late; then without inline PTX and dependent launch."""
+    """Blocks in order and copies at once.
+
+    Then interleaved and late; then without inline PTX and dependent launch.
+    """
     problems: list[str] = []
     launches: list[Launch] = []
     error = float("nan")

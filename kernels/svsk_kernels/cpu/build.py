@@ -19,13 +19,31 @@ from svsk_kernels.cpu.processor import simulated_features
 __all__ = ["cpu_ops_obstacle"]
 
 _SOURCE: Final = Path(__file__).with_name("linear.cpp")
-_FEATURES: Final = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16")
-_COMPILE: Final = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-w", *(f"-m{name}" for name in _FEATURES))
+_FEATURES: Final = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512dq",
+    "avx512vl",
+    "avx512bf16",
+)
+_COMPILE: Final = (
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fopenmp",
+    "-w",
+    *(f"-m{name}" for name in _FEATURES),
+)
 _BUILD_SECONDS: Final = 600
 
 
 def cpu_ops_obstacle() -> str | None:
-    """Make ``torch.ops.svsk.cpu_linear`` available; the first call on a machine compiles for about 15 seconds.
+    """Make ``torch.ops.svsk.cpu_linear`` available.
+
+    The first call on a machine compiles for about 15 seconds.
 
     Returns:
         None when the op can be called, or why it cannot.
@@ -55,7 +73,9 @@ def _load_obstacle() -> str | None:
             _build(library, compiler)
         except (OSError, subprocess.SubprocessError) as error:
             output = getattr(error, "stderr", None)
-            reasons.append(f"building {library} failed: {error}" + (f"\n{output[-2000:]}" if output else ""))
+            reasons.append(
+                f"building {library} failed: {error}" + (f"\n{output[-2000:]}" if output else "")
+            )
             continue
         if _loads(library, reasons):
             return None
@@ -63,7 +83,10 @@ def _load_obstacle() -> str | None:
 
 
 def _loads(library: Path, reasons: list[str]) -> bool:
-    """Load the library and describe its op, or say why not: it may be damaged, or lie where nothing may be run."""
+    """Load the library and describe its op, or say why not.
+
+    It may be damaged, or lie where nothing may be run.
+    """
     try:
         _check_whole(library)
         torch.ops.load_library(str(library))
@@ -78,9 +101,16 @@ def _check_whole(library: Path) -> None:
     """Raise OSError if the file is cut short: loading such a one ends the process."""
     with library.open("rb") as file:
         header = file.read(64)
-    # The table of sections, which ends an ELF file: where it begins, size and number of its entries.
-    start, size, count = (int.from_bytes(header[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
-    if len(header) < 64 or header[:4] != b"\x7fELF" or library.stat().st_size < start + size * count:
+    # The table of sections, which ends an ELF file: where it begins, size and number of its
+    # entries.
+    start, size, count = (
+        int.from_bytes(header[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62))
+    )
+    if (
+        len(header) < 64
+        or header[:4] != b"\x7fELF"
+        or library.stat().st_size < start + size * count
+    ):
         raise OSError("it is no whole ELF file; delete it")
 
 
@@ -101,7 +131,10 @@ def _fake(
 
 
 def _folders(reasons: list[str]) -> Iterator[Path]:
-    """Where a library may lie: the user's cache, and for homes that cannot be written a folder of the user's own."""
+    """Where a library may lie.
+
+    The user's cache, and for homes that cannot be written a folder of the user's own.
+    """
     try:
         yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "svsk"
     except RuntimeError as error:  # nobody knows the user's home
@@ -123,11 +156,15 @@ def _folders(reasons: list[str]) -> Iterator[Path]:
 def _key() -> str:
     """Hash of what decides whether a library runs here, the compiler apart."""
     try:
-        processor = re.findall(r"^flags\s*:.*$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)[:1]
+        processor = re.findall(
+            r"^flags\s*:.*$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE
+        )[:1]
     except OSError:
         processor = [platform.processor()]
     source = _SOURCE.read_text(encoding="utf-8")
-    return _hash("\n".join((source, torch.__version__, *_COMPILE, *platform.libc_ver(), *processor)))
+    return _hash(
+        "\n".join((source, torch.__version__, *_COMPILE, *platform.libc_ver(), *processor))
+    )
 
 
 def _hash(text: str) -> str:
@@ -143,7 +180,10 @@ def _version(compiler: str) -> str | None:
 
 
 def _build(library: Path, compiler: str) -> None:
-    """Build the library. Processes that do so at the same time each write their own and rename it."""
+    """Build the library.
+
+    Processes that do so at the same time each write their own and rename it.
+    """
     library.parent.mkdir(parents=True, exist_ok=True)
     root = Path(torch.__file__).parent
     includes = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
@@ -151,10 +191,17 @@ def _build(library: Path, compiler: str) -> None:
         compiled, linked = Path(name, "cpu.o"), Path(name, "cpu.so")
         _command([compiler, *_COMPILE, *includes, "-c", str(_SOURCE), "-o", str(compiled)])
         # Linked without -fopenmp: the OpenMP library must be the one PyTorch brings.
-        torch_libraries = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+        torch_libraries = [
+            f"-L{root / 'lib'}",
+            f"-Wl,-rpath,{root / 'lib'}",
+            "-ltorch_cpu",
+            "-lc10",
+        ]
         _command([compiler, "-shared", str(compiled), *torch_libraries, "-o", str(linked)])
         linked.replace(library)
 
 
 def _command(words: list[str]) -> str:
-    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=_BUILD_SECONDS).stdout
+    return subprocess.run(
+        words, check=True, capture_output=True, text=True, timeout=_BUILD_SECONDS
+    ).stdout

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole layers on a CPU with AVX512-BF16, by the op ``svsk::cpu_linear`` of ``cpu.cpp``.
 
-The packed weight is decoded in registers for any number of rows of activations: decoding costs less than it takes an
-ordinary product to read a 16-bit weight.
+The packed weight is decoded in registers for any number of rows of activations: decoding costs less
+than it takes an ordinary product to read a 16-bit weight.
 
-Run-time tensors; a *block* is 16 outputs (N is padded to whole blocks), a *pair* two neighbouring inputs:
+Run-time tensors; a *block* is 16 outputs (N is padded to whole blocks), a *pair* two neighbouring
+inputs:
 
-- codes: uint8, [blocks, K / 2, 16]: a byte holds both codes of a pair for one output, the first in the low nibble;
+- codes: uint8, [blocks, K / 2, 16]: a byte holds both codes of a pair for one output, the first in
+  the low nibble;
 - scale: [blocks, K / group, 16];
-- U and V: bfloat16 *panels* [pairs, 16, 2]. A V panel is 16 ranks of one column tile. A U panel is one block's rows of
-  one slot (zero for the block's other rows) times the slot's ranks in all column tiles;
+- U and V: bfloat16 *panels* [pairs, 16, 2]. A V panel is 16 ranks of one column tile. A U panel is
+  one block's rows of one slot (zero for the block's other rows) times the slot's ranks in all
+  column tiles;
 - gain: float32 [V panels, 16];
-- index: int32: the counts of V panels, of numbers z = gain * (V x) per row, and of blocks; per V panel its place in
-  pairs of 16 outputs, the first column and the number of pairs; per V panel 16 places in z or -1; per block the first
-  of its U panels, and their total; per U panel its place, its place in z, and the number of pairs.
+- index: int32: the counts of V panels, of numbers z = gain * (V x) per row, and of blocks; per V
+  panel its place in pairs of 16 outputs, the first column and the number of pairs; per V panel 16
+  places in z or -1; per block the first of its U panels, and their total; per U panel its place,
+  its place in z, and the number of pairs.
 """
 
 from collections.abc import Iterator
@@ -49,11 +53,16 @@ class CpuKernel:
         if obstacle:
             raise RuntimeError(f"svsk::cpu_linear cannot be used: {obstacle}")
         self.spec = spec
-        self.names = ("sidecar_u", "sidecar_v", "sidecar_gain", "sidecar_index") if spec.plan else ()
+        self.names = (
+            ("sidecar_u", "sidecar_v", "sidecar_gain", "sidecar_index") if spec.plan else ()
+        )
 
     @staticmethod
     def obstacle(spec: LayerSpec) -> str | None:
-        """Why the op does not take a layer on this machine; None when it does. The first call may compile it."""
+        """Why the op does not take a layer on this machine.
+
+        None when it does. The first call may compile it.
+        """
         if spec.dtype not in (torch.bfloat16, torch.float16):
             return f"activations are {spec.dtype}, the CPU kernel takes bfloat16 and float16"
         return cpu_ops_obstacle()
@@ -99,7 +108,10 @@ def _panels(rows: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class _Panels:
-    """Panels of one factor while they are collected. ``entries`` are the index's three numbers per panel."""
+    """Panels of one factor while they are collected.
+
+    ``entries`` are the index's three numbers per panel.
+    """
 
     data: list[torch.Tensor] = field(default_factory=list)
     entries: list[tuple[int, int, int]] = field(default_factory=list)
@@ -143,7 +155,12 @@ def _prepare_sidecar(
             u_start, rank_start = u_start + count, rank_start + group.rank
             width += tiles * group.rank + tiles * group.rank % 2
         factors = v.narrow(0, v_start, bundle.v_numel).view(bundle.v_shape)
-        gains.append(F.pad(gain.narrow(0, gain_start, bundle.gain_numel).view(tiles, total), (0, -total % _LANES)))
+        gains.append(
+            F.pad(
+                gain.narrow(0, gain_start, bundle.gain_numel).view(tiles, total),
+                (0, -total % _LANES),
+            )
+        )
         for tile, (start, stop) in enumerate(pairwise(bundle.bounds)):
             odd = start % 2  # panels begin at an even column, so that no pair reaches beyond K
             ranks_by_columns = factors[tile, :, : stop - start]

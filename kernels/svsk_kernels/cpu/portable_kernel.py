@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer by PyTorch's own float32 product: on every processor and device, in every dtype. Twice the base's memory."""
+"""A layer by PyTorch's own float32 product.
+
+On every processor and device, in every dtype. Twice the base's memory.
+"""
 
 from typing import Any
 
@@ -17,7 +20,9 @@ _PARTS = {"int4": 1, "quad8": 8}
 
 
 class PortableKernel:
-    """Runs a layer as int8 levels and float32 factors; a :class:`svsk_kernels.layer_kernel.LayerKernel`.
+    """Runs a layer as int8 levels and float32 factors.
+
+    A :class:`svsk_kernels.layer_kernel.LayerKernel`.
 
     Nothing is rounded before the result is: levels, scales and factors are exact in float32.
 
@@ -30,7 +35,10 @@ class PortableKernel:
         self.plan = spec.plan.encode() if spec.plan else []
 
     def prepare(self, layer: Any) -> None:
-        """Replace the loaded parameters: ``weight_packed`` by int8 levels [N, K], the others by float32 tensors."""
+        """Replace the loaded parameters.
+
+        ``weight_packed`` by int8 levels [N, K], the others by float32 tensors.
+        """
         parts = _PARTS[self.spec.codebook]
         codes = unpack_nibbles(layer.weight_packed.data)
         tensors = {
@@ -46,9 +54,13 @@ class PortableKernel:
     def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x W_hat^T + bias``: [M, N] from [M, K], both of the layer's dtype."""
         wide = x.float()
-        y: torch.Tensor = torch.ops.svsk.widened_linear(wide, layer.weight_packed, layer.weight_scale)
+        y: torch.Tensor = torch.ops.svsk.widened_linear(
+            wide, layer.weight_packed, layer.weight_scale
+        )
         if self.plan:
-            y = y + torch.ops.svsk.sidecar(wide, layer.sidecar_u, layer.sidecar_v, layer.sidecar_gain, self.plan)
+            y = y + torch.ops.svsk.sidecar(
+                wide, layer.sidecar_u, layer.sidecar_v, layer.sidecar_gain, self.plan
+            )
         if bias is not None:
             y = y + bias
         return y.to(x.dtype)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the processor can do, as far as kernels and dtypes depend on it.
 
-The environment variable ``SVSK_CPU_FEATURES``, for tests and diagnosis, makes everything here and in the plugin choose
-as on a lesser processor: ``avx2`` has no AVX-512, ``avx512`` has AVX-512 without bfloat16 products. It never adds what
-the processor lacks, and it does not change what PyTorch and vLLM themselves use.
+The environment variable ``SVSK_CPU_FEATURES``, for tests and diagnosis, makes everything here and
+in the plugin choose as on a lesser processor: ``avx2`` has no AVX-512, ``avx512`` has AVX-512
+without bfloat16 products. It never adds what the processor lacks, and it does not change what
+PyTorch and vLLM themselves use.
 """
 
 import os
@@ -38,7 +39,10 @@ def has_avx512() -> bool:
 
 
 def has_bf16_products() -> bool:
-    """Whether the processor multiplies bfloat16: elsewhere such a product takes 5 to 8 times that in float32."""
+    """Whether the processor multiplies bfloat16.
+
+    Elsewhere such a product takes 5 to 8 times that in float32.
+    """
     if simulated_features() is not None:
         return False
     if platform.machine() in ("aarch64", "arm64"):
@@ -47,7 +51,9 @@ def has_bf16_products() -> bool:
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Dtype in which matrices of ``dtype`` are multiplied on a device: its own where that is fast, else float32.
+    """Dtype in which matrices of ``dtype`` are multiplied on a device.
+
+    Its own where that is fast, else float32.
 
     A CPU has no float16 product worth the name, and a bfloat16 one only with units for it.
     """

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A float32 product with a weight that is stored narrower, as a custom op: ``torch.ops.svsk.widened_linear``.
+"""A float32 product with a weight that is stored narrower, as a custom op.
 
-Blocks of the weight's rows are converted into one buffer that stays in the cache. Measured on one thread of a processor
-held to AVX2, 4864 x 896, int8 levels: 1.5 ms for one row of activations, 3.1 for 8, 9.1 for 64 and 61 for 512, where a
-weight kept in float32 takes 0.7, 2.1, 8.1 and 57, and one in bfloat16 0.7, 5.0, 43 and 521. Decoding the packed codes
-instead, for half the memory, takes 4.2, 5.5, 12 and 66.
+``torch.ops.svsk.widened_linear``.
+
+Blocks of the weight's rows are converted into one buffer that stays in the cache. Measured on one
+thread of a processor held to AVX2, 4864 x 896, int8 levels: 1.5 ms for one row of activations, 3.1
+for 8, 9.1 for 64 and 61 for 512, where a weight kept in float32 takes 0.7, 2.1, 8.1 and 57, and one
+in bfloat16 0.7, 5.0, 43 and 521. Decoding the packed codes instead, for half the memory, takes 4.2,
+5.5, 12 and 66.
 """
 
 from typing import Final
@@ -19,13 +22,16 @@ _BLOCK: Final = 2**24
 """The same elsewhere, where each block costs launches."""
 
 
-def widened_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+def widened_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None
+) -> torch.Tensor:
     """``x W^T`` in float32.
 
     Args:
         x: [M, K], any floating dtype.
         weight: [N, K], int8, bfloat16, float16 or float32.
-        scale: float32 [N, K / g], what every g columns of the weight are multiplied by; None for nothing.
+        scale: float32 [N, K / g], what every g columns of the weight are multiplied by; None for
+            nothing.
 
     Returns:
         Contiguous float32 [M, N].

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Few tokens: the packed weight is streamed once, and every code meets the tensor cores as an exact integer.
+"""Few tokens.
 
-``acc[BLOCK_N, BLOCK_M] = W x^T``: the weight is the first operand, so that what was unpacked in registers stays there,
-and the tokens are the short side. Products of one plane are scaled in float32 after their matrix product; with 64
-tokens it takes fewer instructions to scale the weights (``SCALE_WEIGHTS``). Where one block of rows per program leaves
-the GPU idle, the columns are split as well: partial sums go to memory, and whichever program of a block arrives last
-adds them in the order of the splits, so that every run gives the same bits.
+The packed weight is streamed once, and every code meets the tensor cores as an exact integer.
+
+``acc[BLOCK_N, BLOCK_M] = W x^T``: the weight is the first operand, so that what was unpacked in
+registers stays there, and the tokens are the short side. Products of one plane are scaled in
+float32 after their matrix product; with 64 tokens it takes fewer instructions to scale the weights
+(``SCALE_WEIGHTS``). Where one block of rows per program leaves the GPU idle, the columns are split
+as well: partial sums go to memory, and whichever program of a block arrives last adds them in the
+order of the splits, so that every run gives the same bits.
 
 Checkpoint                                  Run time (repack_base, repack_sidecar)
-weight_packed  int32 [N, K / 8]             words  int16 [padded N, padded K / 4], codes of a word PLANE columns apart
+weight_packed  int32 [N, K / 8]             words  int16 [padded N, padded K / 4], codes of a word
+PLANE columns apart
 weight_scale   [N, K / group]               scale  [groups, padded N]
 sidecar_u      int8 [N, B, r]               u      uint8, flat, found through row_table
 """
@@ -78,11 +82,15 @@ def decode_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     first = split * steps_per_split
     for step in tl.range(first, tl.minimum(first + steps_per_split, steps), num_stages=STAGES):
-        # the packed weight: each byte is read once in this launch, so it should not push x out of the cache
+        # the packed weight: each byte is read once in this launch, so it should not push x out of
+        # the cache
         packed = tl.load(word_row + step * STEP, eviction_policy="evict_first")
-        # unpack: or-ing the code into a mantissa and one subtraction, exact integers (or quad8 levels)
+        # unpack: or-ing the code into a mantissa and one subtraction, exact integers (or quad8
+        # levels)
         q0, q1, q2, q3 = unpack_codes(packed, DTYPE, ASM, QUAD8)
-        start = step // (PLANE // STEP) * (4 * PLANE) + step % (PLANE // STEP) * STEP  # first plane's column
+        start = (
+            step // (PLANE // STEP) * (4 * PLANE) + step % (PLANE // STEP) * STEP
+        )  # first plane's column
         # the activations of each plane's columns
         x0 = load_columns(x_row, start, k, mask_m, DTYPE, STEP, EVEN_K)
         x1 = load_columns(x_row, start + PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
@@ -92,7 +100,9 @@ def decode_kernel(
         scales = scale + offs_n
         s0 = group_scale(scales, start, n_padded, GROUP)
         if 4 * PLANE <= GROUP:  # the four planes share a scale
-            acc += tl.dot(q3, x3, tl.dot(q2, x2, tl.dot(q1, x1, tl.dot(q0, x0)))) * s0.to(tl.float32)
+            acc += tl.dot(q3, x3, tl.dot(q2, x2, tl.dot(q1, x1, tl.dot(q0, x0)))) * s0.to(
+                tl.float32
+            )
         elif 2 * PLANE <= GROUP:
             s2 = group_scale(scales, start + 2 * PLANE, n_padded, GROUP)
             acc += tl.dot(q1, x1, tl.dot(q0, x0)) * s0.to(tl.float32)
@@ -116,7 +126,20 @@ def decode_kernel(
         if SIDECAR_BITS:
             if PDL:  # z comes from the kernel launched just before; all above ran beside it
                 tl.extra.cuda.gdc_wait()
-            acc = add_sidecar(acc, offs_n, offs_m, m, n_padded, z_stride, row_table, u, z, z_used, SIDECAR_BITS, DTYPE)
+            acc = add_sidecar(
+                acc,
+                offs_n,
+                offs_m,
+                m,
+                n_padded,
+                z_stride,
+                row_table,
+                u,
+                z,
+                z_used,
+                SIDECAR_BITS,
+                DTYPE,
+            )
         if HAS_BIAS:
             acc += tl.load(bias + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[:, None]
     # to memory: tokens are the rows of y
@@ -135,6 +158,11 @@ def decode_kernel(
             total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for index in range(SPLIT_K):
                 # .cg: other programs wrote these, so the first-level cache must not answer
-                total += tl.load(part_at + index * size, mask=(offs_m < m)[:, None], other=0.0, cache_modifier=".cg")
+                total += tl.load(
+                    part_at + index * size,
+                    mask=(offs_m < m)[:, None],
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
             tl.store(y_at, total.to(y.dtype.element_ty), mask=mask)
             tl.atomic_xchg(counter, 0)

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding with error feedback inside a block of columns, in one launch: the quantiser's inner loop on a GPU.
+"""Rounding with error feedback inside a block of columns, in one launch.
 
-Column by column, a few small operations each, a model of 8 billion parameters takes millions of launches; here a
-program keeps the errors of its rows in registers and goes through all columns of a block. A column is made up for when
-its turn comes (``w_i - sum_j<i error_j c_ji``) and not after each rounding, which needs the errors only.
+The quantiser's inner loop on a GPU.
+
+Column by column, a few small operations each, a model of 8 billion parameters takes millions of
+launches; here a program keeps the errors of its rows in registers and goes through all columns of a
+block. A column is made up for when its turn comes (``w_i - sum_j<i error_j c_ji``) and not after
+each rounding, which needs the errors only.
 """
 
 from typing import Final
@@ -12,7 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["MAX_COLUMNS", "ROWS", "WARPS", "check_block", "feedback_block", "feedback_kernel", "nearest_level"]
+__all__ = [
+    "MAX_COLUMNS",
+    "ROWS",
+    "WARPS",
+    "check_block",
+    "feedback_block",
+    "feedback_kernel",
+    "nearest_level",
+]
 
 MAX_COLUMNS: Final = 128
 """Columns of a block: what a program's registers hold errors for."""
@@ -22,12 +33,17 @@ ROWS: Final = 32
 
 WARPS: Final = 1
 _MAX_BATCH: Final = 65535  # of a grid's second dimension
-_MAGIC: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves no bits for a fraction
+_MAGIC: tl.constexpr = tl.constexpr(
+    12582912.0
+)  # 1.5 * 2**23: adding it leaves no bits for a fraction
 
 
 @triton.jit
 def nearest_level(ratio, LOW: tl.constexpr, HIGH: tl.constexpr, QUAD8: tl.constexpr):
-    """Level nearest to a ratio; halves go to the even code. See ``svsk_offline.quantizers.rounding``."""
+    """Level nearest to a ratio.
+
+    Halves go to the even code. See ``svsk_offline.quantizers.rounding``.
+    """
     if QUAD8:
         size = tl.minimum(tl.abs(ratio), 64.0)
         code = tl.sqrt_rn(size * 8.0 + 15.75) - 4.0
@@ -66,7 +82,10 @@ def feedback_kernel(
     COLUMNS: tl.constexpr,  # errors a program keeps, a power of two
     BLOCK_N: tl.constexpr,  # rows per program
 ):
-    """BLOCK_N rows of one matrix of a batch, see :func:`feedback_block`; grid (ceil(n / BLOCK_N), batch)."""
+    """BLOCK_N rows of one matrix of a batch, see :func:`feedback_block`.
+
+    Grid (ceil(n / BLOCK_N), batch).
+    """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = rows < n
     batch = tl.program_id(1).to(tl.int64)
@@ -75,11 +94,17 @@ def feedback_kernel(
     block_errors = tl.zeros((COLUMNS, BLOCK_N), tl.float32)
     for i in range(count):
         # what the errors of the columns before leave of this one
-        coupling_row = tl.load(coupling + (batch * count + i) * count + earlier, mask=earlier < i, other=0.0)
+        coupling_row = tl.load(
+            coupling + (batch * count + i) * count + earlier, mask=earlier < i, other=0.0
+        )
         at = batch_start + i * n
-        target = tl.load(work + at, mask=mask_n, other=0.0) - tl.sum(block_errors * coupling_row[:, None], axis=0)
+        target = tl.load(work + at, mask=mask_n, other=0.0) - tl.sum(
+            block_errors * coupling_row[:, None], axis=0
+        )
         pivot = tl.load(pivots + batch * count + i)
-        step = tl.load(scale + batch * scale_batch + i * scale_column + rows, mask=mask_n, other=0.0)
+        step = tl.load(
+            scale + batch * scale_batch + i * scale_column + rows, mask=mask_n, other=0.0
+        )
         previous = tl.zeros((BLOCK_N,), tl.float32)
         if DESCENT:
             previous = tl.load(values + at, mask=mask_n, other=0.0)
@@ -111,16 +136,17 @@ def feedback_block(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round the columns of a block one after the other, each to what the errors of those before it leave.
 
-    With ``w_i = work_i - sum_j<i errors_j coupling_ji`` and ``round`` to the nearest level times its scale:
-    error feedback (``values`` None) rounds ``w_i`` and leaves the error ``(w_i - rounded) / pivot_i``; coordinate
-    descent rounds ``values_i + w_i / pivot_i`` and leaves the move ``rounded - values_i``.
+    With ``w_i = work_i - sum_j<i errors_j coupling_ji`` and ``round`` to the nearest level times
+    its scale: error feedback (``values`` None) rounds ``w_i`` and leaves the error ``(w_i -
+    rounded) / pivot_i``; coordinate descent rounds ``values_i + w_i / pivot_i`` and leaves the move
+    ``rounded - values_i``.
 
     Args:
         work: float32 [A, B, N], contiguous: A matrices with B columns and N rows, B at most 128.
         coupling: float32 [A, B, B]; row j holds what column j's error does to the later ones.
         pivots: float32 [A, B].
-        scale: float32 [A, B, N], its last axis contiguous (or expanded where A or B repeat); where it is 0, so is the
-            level.
+        scale: float32 [A, B, N], its last axis contiguous (or expanded where A or B repeat); where
+            it is 0, so is the level.
         low: lowest code.
         high: highest code.
         quad8: codes stand for the levels of ``quad8`` instead of themselves.
@@ -141,10 +167,25 @@ def feedback_block(
     options = {} if triton.knobs.runtime.interpret else {"num_warps": WARPS}
     with torch.cuda.device_of(work):
         feedback_kernel[(triton.cdiv(n, ROWS), batch)](
-            work, coupling.mT.contiguous(), pivots.contiguous(), scale, work if values is None else values, levels,
-            errors, n, count, scale.stride(0), scale.stride(1),
-            LOW=low, HIGH=high, QUAD8=quad8, DESCENT=values is not None, COLUMNS=columns, BLOCK_N=ROWS, **options,
-        )  # fmt: skip
+            work,
+            coupling.mT.contiguous(),
+            pivots.contiguous(),
+            scale,
+            work if values is None else values,
+            levels,
+            errors,
+            n,
+            count,
+            scale.stride(0),
+            scale.stride(1),
+            LOW=low,
+            HIGH=high,
+            QUAD8=quad8,
+            DESCENT=values is not None,
+            COLUMNS=columns,
+            BLOCK_N=ROWS,
+            **options,
+        )
     return levels, errors
 
 
@@ -167,10 +208,18 @@ def check_block(
         shapes["values"] = (values, (batch, count, n))
     for name, (tensor, shape) in shapes.items():
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-            raise ValueError(f"{name}: expected float32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}.")
+            raise ValueError(
+                f"{name}: expected float32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}."
+            )
     if batch > _MAX_BATCH:
         raise ValueError(f"work: {batch} matrices, expected at most {_MAX_BATCH}.")
     if not 0 < count <= MAX_COLUMNS:
-        raise ValueError(f"work: {count} columns, expected 1 to {MAX_COLUMNS}: split the matrix into blocks.")
-    if not work.is_contiguous() or (values is not None and not values.is_contiguous()) or scale.stride(2) != 1:
+        raise ValueError(
+            f"work: {count} columns, expected 1 to {MAX_COLUMNS}: split the matrix into blocks."
+        )
+    if (
+        not work.is_contiguous()
+        or (values is not None and not values.is_contiguous())
+        or scale.stride(2) != 1
+    ):
         raise ValueError("work and values must be contiguous, and scale along its last axis.")

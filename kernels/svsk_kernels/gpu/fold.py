@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many tokens: write ``W_hat``, base and sidecar in one, as 16-bit floats, for an ordinary matrix product.
+"""Many tokens.
+
+Write ``W_hat``, base and sidecar in one, as 16-bit floats, for an ordinary matrix product.
 
 Checkpoint                                  Run time (repack_base, repack_sidecar)
-weight_packed  int32 [N, K / 8]             words  int16 [padded N, padded K / 4], codes of a word PLANE columns apart
+weight_packed  int32 [N, K / 8]             words  int16 [padded N, padded K / 4], codes of a word
+PLANE columns apart
 weight_scale   [N, K / group]               scale  [groups, padded N]
 sidecar_u      int8 [N, B, r]               u      uint8, flat, found through row_table
-sidecar_v      int8 [A, r, K]               v      uint8 [rows of V, pitch], found through slot_table
+sidecar_v      int8 [A, r, K]               v      uint8 [rows of V, pitch], found through
+slot_table
 sidecar_gain   float32 [A, B, r]            gain   float32 [z columns]
 """
 
@@ -22,7 +26,9 @@ def _u_block(u_row, column, valid, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """U [BLOCK_N, 16] at z columns ``column`` [1, 16], counted from each row's first."""
     if BITS == 8:
         return wide_factors(tl.load(u_row + column, mask=valid, other=0), DTYPE)
-    low, high = narrow_factors(tl.load(u_row + column // 32 * 16 + column % 16, mask=valid, other=0x88), DTYPE)
+    low, high = narrow_factors(
+        tl.load(u_row + column // 32 * 16 + column % 16, mask=valid, other=0x88), DTYPE
+    )
     return tl.where(column % 32 < 16, low, high)
 
 
@@ -30,13 +36,28 @@ def _u_block(u_row, column, valid, BITS: tl.constexpr, DTYPE: tl.constexpr):
 def _v_block(v_row, column, valid, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """V [16, columns], zero where ``valid`` is false."""
     if BITS == 8:
-        return tl.where(valid, wide_factors(tl.load(v_row + column, mask=valid, other=0), DTYPE), 0.0)
-    low, high = narrow_factors(tl.load(v_row + column // 128 * 64 + column % 64, mask=valid, other=0x88), DTYPE)
+        return tl.where(
+            valid, wide_factors(tl.load(v_row + column, mask=valid, other=0), DTYPE), 0.0
+        )
+    low, high = narrow_factors(
+        tl.load(v_row + column // 128 * 64 + column % 64, mask=valid, other=0x88), DTYPE
+    )
     return tl.where(column % 128 < 64, low, high)
 
 
 @triton.jit
-def _write(out_row, q, side, scale, at, k, n_padded, GROUP: tl.constexpr, PLANE: tl.constexpr, EVEN_K: tl.constexpr):
+def _write(
+    out_row,
+    q,
+    side,
+    scale,
+    at,
+    k,
+    n_padded,
+    GROUP: tl.constexpr,
+    PLANE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
     """One plane of ``W_hat``."""
     columns = at + tl.arange(0, PLANE)
     groups = columns // GROUP
@@ -59,7 +80,8 @@ def fold_kernel(
     u,  # uint8, flat: 8-bit factors, or two of 4 bits a byte
     v,  # uint8 [rows of V, v_pitch]
     gain,  # float32 [z columns], 0 in padding
-    slot_table,  # int32 [slots, 8]: first row, end, V row, rank, z column, first inner edge, tile width, tiles
+    # int32 [slots, 8]: first row, end, V row, rank, z column, first inner edge, tile width, tiles
+    slot_table,
     block_slots,  # int32 [padded N / 64, 2]: first slot and end of each block of 64 rows
     out,  # [rows, K] bf16 or fp16, rows a multiple of BLOCK_N
     # sizes
@@ -80,7 +102,9 @@ def fold_kernel(
     DTYPE: tl.constexpr,  # of the matrix products
     ASM: tl.constexpr,  # unpack codes with inline PTX
 ):
-    """Rows ``row_start`` onwards of ``W_hat``; grid (rows / BLOCK_N, padded K / (4 * PLANE)), BLOCK_N = FOLD_ROWS.
+    """Rows ``row_start`` onwards of ``W_hat``.
+
+    Grid (rows / BLOCK_N, padded K / (4 * PLANE)), BLOCK_N = FOLD_ROWS.
 
     A block of rows may meet several slots and a block of columns several
     column tiles; each pair adds its own product.
@@ -93,7 +117,8 @@ def fold_kernel(
     side1 = tl.zeros((BLOCK_N, PLANE), tl.float32)
     side2 = tl.zeros((BLOCK_N, PLANE), tl.float32)
     side3 = tl.zeros((BLOCK_N, PLANE), tl.float32)
-    # the sidecar: each slot of these rows times each column tile of these columns, 16 ranks at a time
+    # the sidecar: each slot of these rows times each column tile of these columns, 16 ranks at a
+    # time
     if SIDECAR_BITS:
         block = row_start // BLOCK_N + tl.program_id(0)
         ranks = tl.arange(0, 16)
@@ -104,8 +129,11 @@ def fold_kernel(
             mask_n = ((rows >= tl.load(entry)) & (rows < tl.load(entry + 1)))[:, None]
             v_start, rank, z_start = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
             edge, width, tiles = tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
-            # Tile 0 ends at `edge`, all others are `width` wide; columns of padding belong to the last.
-            tile_first = tl.where(start < edge, 0, tl.minimum(1 + (start - edge) // width, tiles - 1))
+            # Tile 0 ends at `edge`, all others are `width` wide; columns of padding belong to the
+            # last.
+            tile_first = tl.where(
+                start < edge, 0, tl.minimum(1 + (start - edge) // width, tiles - 1)
+            )
             end = start + 4 * PLANE - 1
             tile_last = tl.where(end < edge, 0, tl.minimum(1 + (end - edge) // width, tiles - 1))
             for tile in range(tile_first, tile_last + 1):
@@ -115,28 +143,42 @@ def fold_kernel(
                     rank_columns = rank_start + ranks
                     mask_rank = rank_columns < rank
                     z_column = tile * rank + rank_columns
-                    factor = tl.load(gain + z_start + z_column, mask=mask_rank, other=0.0) / u_step(SIDECAR_BITS)
-                    left_factor = _u_block(u_row, z_column[None, :], mask_n & mask_rank[None, :], SIDECAR_BITS, DTYPE)
+                    factor = tl.load(gain + z_start + z_column, mask=mask_rank, other=0.0) / u_step(
+                        SIDECAR_BITS
+                    )
+                    left_factor = _u_block(
+                        u_row, z_column[None, :], mask_n & mask_rank[None, :], SIDECAR_BITS, DTYPE
+                    )
                     left_factor = (left_factor.to(tl.float32) * factor[None, :]).to(DTYPE)
                     v_row = v + (v_start + rank_columns).to(tl.int64)[:, None] * v_pitch
                     valid = mask_rank[:, None] & (column0 >= left) & (column0 < right)
-                    side0 = tl.dot(left_factor, _v_block(v_row, column0, valid, SIDECAR_BITS, DTYPE), side0)
+                    side0 = tl.dot(
+                        left_factor, _v_block(v_row, column0, valid, SIDECAR_BITS, DTYPE), side0
+                    )
                     column = column0 + PLANE
                     valid = mask_rank[:, None] & (column >= left) & (column < right)
-                    side1 = tl.dot(left_factor, _v_block(v_row, column, valid, SIDECAR_BITS, DTYPE), side1)
+                    side1 = tl.dot(
+                        left_factor, _v_block(v_row, column, valid, SIDECAR_BITS, DTYPE), side1
+                    )
                     column = column0 + 2 * PLANE
                     valid = mask_rank[:, None] & (column >= left) & (column < right)
-                    side2 = tl.dot(left_factor, _v_block(v_row, column, valid, SIDECAR_BITS, DTYPE), side2)
+                    side2 = tl.dot(
+                        left_factor, _v_block(v_row, column, valid, SIDECAR_BITS, DTYPE), side2
+                    )
                     column = column0 + 3 * PLANE
                     valid = mask_rank[:, None] & (column >= left) & (column < right)
-                    side3 = tl.dot(left_factor, _v_block(v_row, column, valid, SIDECAR_BITS, DTYPE), side3)
+                    side3 = tl.dot(
+                        left_factor, _v_block(v_row, column, valid, SIDECAR_BITS, DTYPE), side3
+                    )
         side0 *= u_step(SIDECAR_BITS)
         side1 *= u_step(SIDECAR_BITS)
         side2 *= u_step(SIDECAR_BITS)
         side3 *= u_step(SIDECAR_BITS)
     # the base, and the sum of both, rounded once
     word_at = (
-        words + rows.to(tl.int64)[:, None] * word_stride + (tl.program_id(1) * PLANE + tl.arange(0, PLANE))[None, :]
+        words
+        + rows.to(tl.int64)[:, None] * word_stride
+        + (tl.program_id(1) * PLANE + tl.arange(0, PLANE))[None, :]
     )
     q0, q1, q2, q3 = unpack_codes(tl.load(word_at), DTYPE, ASM, QUAD8)
     out_row = out + offs_out.to(tl.int64)[:, None] * k

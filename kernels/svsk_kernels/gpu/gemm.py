@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""More tokens than decode, fewer than pay for writing the weight out: large blocks, weights scaled in registers.
+"""More tokens than decode, fewer than pay for writing the weight out.
 
-Each weight is multiplied by its scale once (half an instruction) instead of each partial sum, which decode does because
-it has few of them. Programs are numbered so that those running together share blocks of rows: the packed weight is read
-from memory once, and from the second-level cache for every further block of tokens.
+Large blocks, weights scaled in registers.
+
+Each weight is multiplied by its scale once (half an instruction) instead of each partial sum, which
+decode does because it has few of them. Programs are numbered so that those running together share
+blocks of rows: the packed weight is read from memory once, and from the second-level cache for
+every further block of tokens.
 
 Checkpoint                                  Run time (repack_base, repack_sidecar)
-weight_packed  int32 [N, K / 8]             words  int16 [padded N, padded K / 4], codes of a word PLANE columns apart
+weight_packed  int32 [N, K / 8]             words  int16 [padded N, padded K / 4], codes of a word
+PLANE columns apart
 weight_scale   [N, K / group]               scale  [groups, padded N]
 sidecar_u      int8 [N, B, r]               u      uint8, flat, found through row_table
 """
@@ -71,7 +75,9 @@ def gemm_kernel(
     for step in tl.range(0, steps, num_stages=STAGES):
         # unpack four planes, exact
         q0, q1, q2, q3 = unpack_codes(tl.load(word_row + step * STEP), DTYPE, ASM, QUAD8)
-        start = step // (PLANE // STEP) * (4 * PLANE) + step % (PLANE // STEP) * STEP  # first plane's column
+        start = (
+            step // (PLANE // STEP) * (4 * PLANE) + step % (PLANE // STEP) * STEP
+        )  # first plane's column
         # the activations of each plane's columns
         x0 = load_columns(x_row, start, k, mask_m, DTYPE, STEP, EVEN_K)
         x1 = load_columns(x_row, start + PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
@@ -80,11 +86,17 @@ def gemm_kernel(
         # scale the weights, multiply: one rounding to DTYPE per weight
         acc = tl.dot(q0 * group_scale(scales, start, n_padded, GROUP).to(DTYPE), x0, acc)
         acc = tl.dot(q1 * group_scale(scales, start + PLANE, n_padded, GROUP).to(DTYPE), x1, acc)
-        acc = tl.dot(q2 * group_scale(scales, start + 2 * PLANE, n_padded, GROUP).to(DTYPE), x2, acc)
-        acc = tl.dot(q3 * group_scale(scales, start + 3 * PLANE, n_padded, GROUP).to(DTYPE), x3, acc)
+        acc = tl.dot(
+            q2 * group_scale(scales, start + 2 * PLANE, n_padded, GROUP).to(DTYPE), x2, acc
+        )
+        acc = tl.dot(
+            q3 * group_scale(scales, start + 3 * PLANE, n_padded, GROUP).to(DTYPE), x3, acc
+        )
     # epilogue: U z, bias, and tokens as the rows of y
     if SIDECAR_BITS:
-        acc = add_sidecar(acc, offs_n, offs_m, m, n_padded, z_stride, row_table, u, z, z_used, SIDECAR_BITS, DTYPE)
+        acc = add_sidecar(
+            acc, offs_n, offs_m, m, n_padded, z_stride, row_table, u, z, z_used, SIDECAR_BITS, DTYPE
+        )
     if HAS_BIAS:
         acc += tl.load(bias + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[:, None]
     mask = (offs_m < m)[:, None] & (offs_n < n)[None, :]

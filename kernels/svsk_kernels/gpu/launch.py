@@ -80,11 +80,14 @@ class Base:
 
 
 class _Counters:
-    """Zeroed counters for programs that meet, apart for every stream of a device; kernels leave them zero.
+    """Zeroed counters for programs that meet, apart for every stream of a device.
 
-    The shrink kernel has counters of its own: a kernel launched with ``pdl`` runs, and counts, beside it.
-    All are allocated at the first use on a device, which the warm-up makes before any graph is captured. Graphs
-    captured on one stream must not be replayed at the same time on several.
+    Kernels leave them zero.
+
+    The shrink kernel has counters of its own: a kernel launched with ``pdl`` runs, and counts,
+    beside it. All are allocated at the first use on a device, which the warm-up makes before any
+    graph is captured. Graphs captured on one stream must not be replayed at the same time on
+    several.
     """
 
     def __init__(self) -> None:
@@ -93,33 +96,48 @@ class _Counters:
         self._rows: dict[tuple[torch.device, int], int] = {}
 
     def get(self, device: torch.device) -> torch.Tensor:
-        """Int32 [2, _COUNTERS] of the current stream: those of shrink, and those of decode, which may run beside it.
+        """Int32 [2, _COUNTERS] of the current stream.
+
+        Those of shrink, and those of decode, which may run beside it.
 
         Raises:
-            RuntimeError: more streams than there are rows, or a first use while a graph is being captured.
+            RuntimeError: more streams than there are rows, or a first use while a graph is being
+                captured.
         """
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         with self._lock:
             if device not in self._tensors:
                 if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                     raise RuntimeError(
-                        f"{device}: the SVSK kernels run for the first time while a CUDA graph is being captured. Call "
-                        "the layer once before (SvskMatmul.warm_up does)."
+                        f"{device}: the SVSK kernels run for the first time while a CUDA graph is"
+                        " being captured. Call the layer once before (SvskMatmul.warm_up does)."
                     )
-                self._tensors[device] = torch.zeros(_STREAMS, 2, _COUNTERS, dtype=torch.int32, device=device)
-            row = self._rows.setdefault((device, stream), sum(known == device for known, _ in self._rows))
+                self._tensors[device] = torch.zeros(
+                    _STREAMS, 2, _COUNTERS, dtype=torch.int32, device=device
+                )
+            row = self._rows.setdefault(
+                (device, stream), sum(known == device for known, _ in self._rows)
+            )
         if row >= _STREAMS:
-            raise RuntimeError(f"{device}: the SVSK kernels were called on more than {_STREAMS} streams.")
+            raise RuntimeError(
+                f"{device}: the SVSK kernels were called on more than {_STREAMS} streams."
+            )
         return self._tensors[device][row]
 
     def busy(self, device: torch.device) -> int:
-        """How many counters of all streams are not zero, which none must be; waits for the device."""
+        """How many counters of all streams are not zero, which none must be.
+
+        Waits for the device.
+        """
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return int(self._tensors[device].count_nonzero()) if device in self._tensors else 0
 
     def reset(self, device: torch.device) -> None:
-        """Zero all counters of a device: memory that an engine put to sleep comes back with any content."""
+        """Zero all counters of a device.
+
+        Memory that an engine put to sleep comes back with any content.
+        """
         if device in self._tensors:
             self._tensors[device].zero_()
 
@@ -145,7 +163,10 @@ def _options(choice: Choice, pdl: bool = False) -> dict[str, Any]:
 
 
 def x_stride(x: torch.Tensor) -> int:
-    """Distance of rows. A single row may have any, which would have the kernels compiled again for it."""
+    """Distance of rows.
+
+    A single row may have any, which would have the kernels compiled again for it.
+    """
     return x.stride(0) if x.shape[0] > 1 else x.shape[1]
 
 
@@ -167,7 +188,9 @@ def shrink_constants(block_m: int, num_bits: int, tiles: Tiles, pdl: bool) -> di
     }
 
 
-def matmul_constants(choice: Choice, sidecar_bits: int, has_bias: bool, pdl: bool) -> dict[str, Any]:
+def matmul_constants(
+    choice: Choice, sidecar_bits: int, has_bias: bool, pdl: bool
+) -> dict[str, Any]:
     """Compile-time constants of the decode and gemm kernels, those of layout and dtype left out."""
     constants = {
         "BLOCK_M": choice.block_m,
@@ -178,7 +201,11 @@ def matmul_constants(choice: Choice, sidecar_bits: int, has_bias: bool, pdl: boo
         "STAGES": choice.num_stages,
     }
     if choice.kernel == "decode":
-        constants |= {"SPLIT_K": choice.split_k, "SCALE_WEIGHTS": choice.block_m >= 64, "PDL": pdl and sidecar_bits > 0}
+        constants |= {
+            "SPLIT_K": choice.split_k,
+            "SCALE_WEIGHTS": choice.block_m >= 64,
+            "PDL": pdl and sidecar_bits > 0,
+        }
     return constants
 
 
@@ -187,7 +214,9 @@ def fold_constants(sidecar_bits: int) -> dict[str, Any]:
     return {"BLOCK_N": FOLD_ROWS, "SIDECAR_BITS": sidecar_bits}
 
 
-def shrink(x: torch.Tensor, sidecar: PlanarSidecar, num_bits: int, tiles: Tiles, *, pdl: bool = False) -> torch.Tensor:
+def shrink(
+    x: torch.Tensor, sidecar: PlanarSidecar, num_bits: int, tiles: Tiles, *, pdl: bool = False
+) -> torch.Tensor:
     """``z = gain * (V x)`` over the step of U.
 
     Args:
@@ -201,7 +230,9 @@ def shrink(x: torch.Tensor, sidecar: PlanarSidecar, num_bits: int, tiles: Tiles,
         [M, C] in the dtype of ``x``; padding columns hold anything.
     """
     m = x.shape[0]
-    block = 32 if m > 16 and tiles.aligned else 16  # with odd edges, masks for 32 tokens would not fit the registers
+    block = (
+        32 if m > 16 and tiles.aligned else 16
+    )  # with odd edges, masks for 32 tokens would not fit the registers
     z = x.new_empty(m, sidecar.gain.numel())
     num_jobs, blocks = sidecar.jobs.shape[0], ceil_div(m, block)
     v_rows = sidecar.v_table.shape[1]
@@ -211,10 +242,23 @@ def shrink(x: torch.Tensor, sidecar: PlanarSidecar, num_bits: int, tiles: Tiles,
         counts = x.new_zeros(num_jobs * blocks, dtype=torch.int32)
     options = {} if INTERPRETED else {"num_warps": shrink_warps(tiles), "enable_fp_fusion": True}
     shrink_kernel[(num_jobs, blocks)](
-        x, sidecar.v, sidecar.gain, sidecar.v_table, sidecar.jobs, z, partial, counts,
-        m, x_stride(x), v_pitch(x.shape[1], num_bits), v_rows, z.stride(0),
-        **shrink_constants(block, num_bits, tiles, pdl), DTYPE=_types(x.dtype, None)["DTYPE"], **options,
-    )  # fmt: skip
+        x,
+        sidecar.v,
+        sidecar.gain,
+        sidecar.v_table,
+        sidecar.jobs,
+        z,
+        partial,
+        counts,
+        m,
+        x_stride(x),
+        v_pitch(x.shape[1], num_bits),
+        v_rows,
+        z.stride(0),
+        **shrink_constants(block, num_bits, tiles, pdl),
+        DTYPE=_types(x.dtype, None)["DTYPE"],
+        **options,
+    )
     return z
 
 
@@ -245,27 +289,42 @@ def packed_matmul(
         Contiguous [M, N] of the dtype of ``x``.
     """
     m, decode = x.shape[0], choice.kernel == "decode"
-    # What decode writes is allocated before shrink's own workspace is freed: the two may run side by side.
+    # What decode writes is allocated before shrink's own workspace is freed: the two may run side
+    # by side.
     y = x.new_empty(m, base.n)
-    partial = x.new_empty(choice.split_k * m * base.n_padded if choice.split_k > 1 else 1, dtype=torch.float32)
+    partial = x.new_empty(
+        choice.split_k * m * base.n_padded if choice.split_k > 1 else 1, dtype=torch.float32
+    )
     pdl = decode and choice.pdl and not INTERPRETED and sidecar is not None
     z = x if sidecar is None else shrink(x, sidecar, num_bits, tiles, pdl=pdl)
     side = (z, z, z, z) if sidecar is None else (sidecar.row_table, sidecar.u, z, sidecar.z_used)
     left = (x, base.words, base.scale, x if bias is None else bias, *side, y)
     sizes = (m, base.n, base.k, base.n_padded, x_stride(x), base.words.stride(0), x_stride(z))
     bits = num_bits if sidecar is not None else 0
-    constants = base.constants | _types(x.dtype, asm) | matmul_constants(choice, bits, bias is not None, pdl)
+    constants = (
+        base.constants
+        | _types(x.dtype, asm)
+        | matmul_constants(choice, bits, bias is not None, pdl)
+    )
     steps = base.words.shape[1] // choice.step
     rows, tokens = base.n_padded // choice.block_n, ceil_div(m, choice.block_m)
     if not decode:
         gemm_kernel[(tokens, rows)](*left, *sizes, steps, **constants, **_options(choice))
         return y
     if choice.split_k > 1 and rows * tokens > _COUNTERS:
-        raise RuntimeError(f"{rows} x {tokens} programs with split columns need more than {_COUNTERS} counters.")
+        raise RuntimeError(
+            f"{rows} x {tokens} programs with split columns need more than {_COUNTERS} counters."
+        )
     decode_kernel[(rows, choice.split_k, tokens)](
-        *left, partial, counters.get(x.device)[1], *sizes, steps, ceil_div(steps, choice.split_k), **constants,
+        *left,
+        partial,
+        counters.get(x.device)[1],
+        *sizes,
+        steps,
+        ceil_div(steps, choice.split_k),
+        **constants,
         **_options(choice, pdl),
-    )  # fmt: skip
+    )
     return y
 
 
@@ -295,16 +354,34 @@ def fold(
     blocks = ceil_div(count, FOLD_ROWS)
     out = torch.empty(blocks * FOLD_ROWS, base.k, dtype=dtype, device=base.words.device)
     scale = base.scale
-    tensors = (scale,) * 6 if sidecar is None else (
-        sidecar.row_table, sidecar.u, sidecar.v, sidecar.gain, sidecar.slot_table, sidecar.block_slots
-    )  # fmt: skip
+    tensors = (
+        (scale,) * 6
+        if sidecar is None
+        else (
+            sidecar.row_table,
+            sidecar.u,
+            sidecar.v,
+            sidecar.gain,
+            sidecar.slot_table,
+            sidecar.block_slots,
+        )
+    )
     options = {} if INTERPRETED else {"num_warps": FOLD_WARPS, "enable_fp_fusion": True}
     fold_kernel[(blocks, base.k_padded // (4 * base.plane))](
-        base.words, scale, *tensors, out, rows.start, base.k, base.n_padded, base.words.stride(0),
+        base.words,
+        scale,
+        *tensors,
+        out,
+        rows.start,
+        base.k,
+        base.n_padded,
+        base.words.stride(0),
         v_pitch(base.k, num_bits),
-        **fold_constants(num_bits if sidecar is not None else 0), **base.constants, **_types(dtype, asm),
+        **fold_constants(num_bits if sidecar is not None else 0),
+        **base.constants,
+        **_types(dtype, asm),
         **options,
-    )  # fmt: skip
+    )
     return out[:count]
 
 
@@ -314,12 +391,21 @@ def rows_at_a_time(k: int, itemsize: int) -> int:
 
 
 def matmul_folded(
-    x: torch.Tensor, base: Base, sidecar: PlanarSidecar | None, num_bits: int, bias: torch.Tensor | None
+    x: torch.Tensor,
+    base: Base,
+    sidecar: PlanarSidecar | None,
+    num_bits: int,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``x W_hat^T + bias`` by folding some rows at a time and an ordinary matrix product; arguments as above."""
+    """``x W_hat^T + bias`` by folding some rows at a time and an ordinary matrix product.
+
+    Arguments as above.
+    """
     rows = rows_at_a_time(base.k, x.element_size())
     if rows >= base.n:
-        return torch.nn.functional.linear(x, fold(base, sidecar, num_bits, x.dtype, slice(0, base.n)), bias)
+        return torch.nn.functional.linear(
+            x, fold(base, sidecar, num_bits, x.dtype, slice(0, base.n)), bias
+        )
     y = x.new_empty(x.shape[0], base.n)
     for start in range(0, base.n, rows):
         part = slice(start, min(start + rows, base.n))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One quantised layer on a GPU: whether the kernels take it, its run-time tensors, and the product.
 
-The product is one custom op, ``torch.ops.svsk.matmul``, so that a compiled graph does not depend on the number of
-tokens: the op chooses the kernel by it. Triton is imported where it is first used; importing this module is cheap.
+The product is one custom op, ``torch.ops.svsk.matmul``, so that a compiled graph does not depend on
+the number of tokens: the op chooses the kernel by it. Triton is imported where it is first used;
+importing this module is cheap.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ __all__ = ["SvskMatmul", "gpu_of"]
 _DTYPES: Final = (torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY: Final = 80
 _OLDEST_TRITON: Final = (3, 4)
-_SIDECAR_NAMES: Final = tuple(f"sidecar_{name}" for name in PlanarSidecar.names())  # torch.compile cannot list fields
+_SIDECAR_NAMES: Final = tuple(
+    f"sidecar_{name}" for name in PlanarSidecar.names()
+)  # torch.compile cannot list fields
 
 
 def _encode(spec: LayerSpec) -> list[int]:
@@ -33,12 +36,17 @@ def _encode(spec: LayerSpec) -> list[int]:
 
 @lru_cache(maxsize=32)
 def gpu_of(device: torch.device) -> Gpu:
-    """What the kernels need to know of a device; the CPU stands for a small GPU in Triton's interpreter."""
+    """What the kernels need to know of a device.
+
+    The CPU stands for a small GPU in Triton's interpreter.
+    """
     if device.type != "cuda":
         return Gpu(name="interpreter", capability=0, processors=4)
     properties = torch.cuda.get_device_properties(device)
     capability = 0 if torch.version.hip else properties.major * 10 + properties.minor
-    return Gpu(name=properties.name, capability=capability, processors=properties.multi_processor_count)
+    return Gpu(
+        name=properties.name, capability=capability, processors=properties.multi_processor_count
+    )
 
 
 class SvskMatmul:
@@ -65,10 +73,19 @@ class SvskMatmul:
         except ImportError:
             return False, "Triton is not installed"
         if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST_TRITON:
-            return False, f"Triton {triton.__version__} is older than {'.'.join(map(str, _OLDEST_TRITON))}"
+            return (
+                False,
+                f"Triton {triton.__version__} is older than {'.'.join(map(str, _OLDEST_TRITON))}",
+            )
         if device.type == "cuda":
             if torch.version.hip is None and gpu_of(device).capability < _LEAST_CAPABILITY:
-                return False, f"{gpu_of(device).name} is older than compute capability {_LEAST_CAPABILITY / 10}"
+                return (
+                    False,
+                    (
+                        f"{gpu_of(device).name} is older than compute capability"
+                        f" {_LEAST_CAPABILITY / 10}"
+                    ),
+                )
             return True, ""
         if triton.knobs.runtime.interpret:
             return True, ""
@@ -102,7 +119,9 @@ class SvskMatmul:
             assert v is not None
             assert gain is not None
             side = pack_sidecar(spec.plan, spec.k, u, v, gain, spec.factor_bits)
-            tensors |= {name: getattr(side, name.removeprefix("sidecar_")) for name in _SIDECAR_NAMES}
+            tensors |= {
+                name: getattr(side, name.removeprefix("sidecar_")) for name in _SIDECAR_NAMES
+            }
         return tensors
 
     def __call__(
@@ -119,30 +138,52 @@ class SvskMatmul:
             Contiguous [M, N].
         """
         side = [tensors[name] for name in _SIDECAR_NAMES] if self.spec.plan is not None else []
-        product: torch.Tensor = torch.ops.svsk.matmul(x, tensors["words"], tensors["scale"], bias, side, self.code)
+        product: torch.Tensor = torch.ops.svsk.matmul(
+            x, tensors["words"], tensors["scale"], bias, side, self.code
+        )
         return product
 
     @torch.no_grad()
     def warm_up(self, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None = None) -> None:
-        """Compile and run every kernel that any number of tokens may need, once: nothing is compiled afterwards.
+        """Compile and run every kernel that any number of tokens may need, once.
 
-        Layers that Triton cannot tell apart are run once per process. Also zeroes the device's counters, whose memory
-        an engine may have put to sleep and taken back.
+        Nothing is compiled afterwards.
+
+        Layers that Triton cannot tell apart are run once per process. Also zeroes the device's
+        counters, whose memory an engine may have put to sleep and taken back.
         """
         from svsk_kernels.gpu.launch import counters
 
         device = tensors["words"].device
         counters.reset(device)
-        # Triton compiles anew for other dtypes, constants, and sizes or addresses that are no multiples of 16.
-        stored = tuple((name, tuple(part.shape), part.data_ptr() % 16) for name, part in sorted(tensors.items()))
+        # Triton compiles anew for other dtypes, constants, and sizes or addresses that are no
+        # multiples of 16.
+        stored = tuple(
+            (name, tuple(part.shape), part.data_ptr() % 16)
+            for name, part in sorted(tensors.items())
+        )
         signature = (device, self.spec.dtype, tuple(self.code), stored, bias is None)
         if signature in _warmed:
             return
-        limits = [choice.max_m for choice in choices_for(gpu_of(device), *self.code[:3]) if choice.max_m is not None]
-        sizes = {1, 16, 17, *limits, *(limit + 1 for limit in limits)}  # shrink's own blocks change at 16
-        for some in (None,) if bias is None else (bias, None):  # row-parallel layers add the bias on one rank only
+        limits = [
+            choice.max_m
+            for choice in choices_for(gpu_of(device), *self.code[:3])
+            if choice.max_m is not None
+        ]
+        sizes = {
+            1,
+            16,
+            17,
+            *limits,
+            *(limit + 1 for limit in limits),
+        }  # shrink's own blocks change at 16
+        for some in (
+            (None,) if bias is None else (bias, None)
+        ):  # row-parallel layers add the bias on one rank only
             for m in sorted(sizes):
-                self(torch.zeros(m, self.spec.k, dtype=self.spec.dtype, device=device), tensors, some)
+                self(
+                    torch.zeros(m, self.spec.k, dtype=self.spec.dtype, device=device), tensors, some
+                )
         _warmed.add(signature)
 
 
@@ -163,7 +204,9 @@ def _matmul(
     if x.shape[0] == 0:
         return x.new_empty(0, n)
     if x.stride(-1) != 1 or (x.shape[0] > 1 and x.stride(0) % 16) or x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.contiguous_format)  # rows that begin off 16 would be copied piece by piece
+        x = x.clone(
+            memory_format=torch.contiguous_format
+        )  # rows that begin off 16 would be copied piece by piece
     base = Base(words, scale, n, k, plane_length(k), group_size, bool(quad8))
     side = PlanarSidecar(*sidecar) if bits else None
     choice = choice_for(choices_for(gpu_of(x.device), n, k, group_size), x.shape[0])
@@ -184,6 +227,9 @@ def _matmul_fake(
 
 
 _library = torch.library.Library("svsk", "FRAGMENT")
-_library.define("matmul(Tensor x, Tensor words, Tensor scale, Tensor? bias, Tensor[] sidecar, int[] shape) -> Tensor")
+_library.define(
+    "matmul(Tensor x, Tensor words, Tensor scale, Tensor? bias, Tensor[] sidecar, int[] shape) ->"
+    " Tensor"
+)
 _library.impl("matmul", _matmul, "CompositeExplicitAutograd")
 torch.library.register_fake("svsk::matmul", _matmul_fake, lib=_library)

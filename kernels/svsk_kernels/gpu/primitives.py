@@ -1,22 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device functions the kernels share: codes and factors to floating point, and the sidecar's second half.
+"""Device functions the kernels share.
 
-``DTYPE`` is the dtype of the matrix products: that of the activations on a GPU, float32 in Triton's interpreter, whose
-bfloat16 arithmetic is wrong. No integer is converted by a conversion instruction (a quarter of the rate or less):
-its bits are put into the mantissa of a power of two that is large enough, which is then subtracted. All results are
-exact. ``ASM`` packs two 16-bit lanes per register with inline PTX; without it the codes go through float16 in plain
-Triton, for AMD (whose vector units have no bfloat16), the interpreter, and as a check.
+Codes and factors to floating point, and the sidecar's second half.
+
+``DTYPE`` is the dtype of the matrix products: that of the activations on a GPU, float32 in Triton's
+interpreter, whose bfloat16 arithmetic is wrong. No integer is converted by a conversion instruction
+(a quarter of the rate or less): its bits are put into the mantissa of a power of two that is large
+enough, which is then subtracted. All results are exact. ``ASM`` packs two 16-bit lanes per register
+with inline PTX; without it the codes go through float16 in plain Triton, for AMD (whose vector
+units have no bfloat16), the interpreter, and as a check.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = ["add_sidecar", "group_scale", "load_columns", "narrow_factors", "u_step", "unpack_codes", "wide_factors"]
+__all__ = [
+    "add_sidecar",
+    "group_scale",
+    "load_columns",
+    "narrow_factors",
+    "u_step",
+    "unpack_codes",
+    "wide_factors",
+]
 
-# lop3 0xEA is (a & b) | c. 0x4300 is 128 in bfloat16, whose last bit is worth 1: or-ing u = q + 8 into it gives
-# 128 + u, and a fused multiply-add by one (there is no bfloat16 addition before sm_90) takes 136 off.
-_CODES_BF16: tl.constexpr = tl.constexpr(
-    """{
+# lop3 0xEA is (a & b) | c. 0x4300 is 128 in bfloat16, whose last bit is worth 1: or-ing u = q + 8
+# into it gives 128 + u, and a fused multiply-add by one (there is no bfloat16 addition before
+# sm_90) takes 136 off.
+_CODES_BF16: tl.constexpr = tl.constexpr("""{
     .reg .b32 w1, w2, w3, one, bias;
     mov.b32 one, 0x3F803F80;
     mov.b32 bias, 0xC308C308;
@@ -31,13 +42,11 @@ _CODES_BF16: tl.constexpr = tl.constexpr(
     fma.rn.bf16x2 $1, $1, one, bias;
     fma.rn.bf16x2 $2, $2, one, bias;
     fma.rn.bf16x2 $3, $3, one, bias;
-    }"""
-)
+    }""")
 
-# 0x6400 is 1024 in float16, last bit 1. Odd nibbles stay where they are, 1024 + 16 u, which saves their shifts:
-# times 1/16 less 72 is u - 8.
-_CODES_FP16: tl.constexpr = tl.constexpr(
-    """{
+# 0x6400 is 1024 in float16, last bit 1. Odd nibbles stay where they are, 1024 + 16 u, which saves
+# their shifts: times 1/16 less 72 is u - 8.
+_CODES_FP16: tl.constexpr = tl.constexpr("""{
     .reg .b32 high, bias, sixteenth, bias16;
     mov.b32 bias, 0x64086408;
     mov.b32 sixteenth, 0x2C002C00;
@@ -51,12 +60,11 @@ _CODES_FP16: tl.constexpr = tl.constexpr(
     fma.rn.f16x2 $1, $1, sixteenth, bias16;
     sub.f16x2 $2, $2, bias;
     fma.rn.f16x2 $3, $3, sixteenth, bias16;
-    }"""
-)
+    }""")
 
-# quad8: c = q (1 + |q| / 8). 1 + |q| / 8 and the product are exact; adding -0 makes a product of the fma.
-_QUAD8_BF16: tl.constexpr = tl.constexpr(
-    """{
+# quad8: c = q (1 + |q| / 8). 1 + |q| / 8 and the product are exact; adding -0 makes a product of
+# the fma.
+_QUAD8_BF16: tl.constexpr = tl.constexpr("""{
     .reg .b32 size, one, eighth, zero;
     mov.b32 one, 0x3F803F80;
     mov.b32 eighth, 0x3E003E00;
@@ -64,19 +72,16 @@ _QUAD8_BF16: tl.constexpr = tl.constexpr(
     and.b32 size, $1, 0x7FFF7FFF;
     fma.rn.bf16x2 size, size, eighth, one;
     fma.rn.bf16x2 $0, $1, size, zero;
-    }"""
-)
+    }""")
 
-_QUAD8_FP16: tl.constexpr = tl.constexpr(
-    """{
+_QUAD8_FP16: tl.constexpr = tl.constexpr("""{
     .reg .b32 size, one, eighth;
     mov.b32 one, 0x3C003C00;
     mov.b32 eighth, 0x30003000;
     and.b32 size, $1, 0x7FFF7FFF;
     fma.rn.f16x2 size, size, eighth, one;
     mul.rn.f16x2 $0, $1, size;
-    }"""
-)
+    }""")
 
 
 @triton.jit
@@ -110,14 +115,21 @@ def _level(bits, DTYPE: tl.constexpr, QUAD8: tl.constexpr):
 def _quad8(q, DTYPE: tl.constexpr):
     """Levels of the codebook quad8 for exact codes q of dtype DTYPE, by inline PTX."""
     if DTYPE == tl.bfloat16:
-        return tl.inline_asm_elementwise(_QUAD8_BF16, "=r,r", [q], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            _QUAD8_BF16, "=r,r", [q], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
     else:  # noqa: RET505 - the branches are compile-time, and their results have different types
-        return tl.inline_asm_elementwise(_QUAD8_FP16, "=r,r", [q], dtype=tl.float16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            _QUAD8_FP16, "=r,r", [q], dtype=tl.float16, is_pure=True, pack=2
+        )
 
 
 @triton.jit
 def unpack_codes(words, DTYPE: tl.constexpr, ASM: tl.constexpr, QUAD8: tl.constexpr):
-    """The four planes of a tile of int16 words, each of its shape: codebook levels, exact in DTYPE."""
+    """The four planes of a tile of int16 words, each of its shape.
+
+    Codebook levels, exact in DTYPE.
+    """
     if ASM:
         if DTYPE == tl.bfloat16:
             q0, q1, q2, q3 = tl.inline_asm_elementwise(
@@ -177,7 +189,9 @@ def group_scale(scale, at, n_padded, GROUP: tl.constexpr):
 
 
 @triton.jit
-def load_columns(x_row, at, k, mask_m, DTYPE: tl.constexpr, STEP: tl.constexpr, EVEN_K: tl.constexpr):
+def load_columns(
+    x_row, at, k, mask_m, DTYPE: tl.constexpr, STEP: tl.constexpr, EVEN_K: tl.constexpr
+):
     """Activations [STEP, BLOCK_M] of STEP columns from ``at``.
 
     Zero beyond ``k`` and outside ``mask_m`` [1, BLOCK_M].
@@ -202,7 +216,9 @@ def add_sidecar(
     BITS: tl.constexpr,  # of the factors: 8 or 4
     DTYPE: tl.constexpr,  # of the matrix products
 ):
-    """``acc + U z`` for a block of rows, [BLOCK_N, BLOCK_M]; the rows may belong to several slots, or to none.
+    """``acc + U z`` for a block of rows, [BLOCK_N, BLOCK_M].
+
+    The rows may belong to several slots, or to none.
 
     z holds ``gain * (V x) / u_step(BITS)``, see :mod:`svsk_kernels.gpu.shrink`.
     """
@@ -213,7 +229,8 @@ def add_sidecar(
     side = tl.zeros(acc.shape, tl.float32)
     mask_m = (offs_m < m)[None, :]
     z_row = z + offs_m.to(tl.int64)[None, :] * z_stride
-    # all z columns that any of these rows takes, 32 at a time; a row's factors are zero outside its own
+    # all z columns that any of these rows takes, 32 at a time; a row's factors are zero outside its
+    # own
     for start in range(tl.min(first), tl.max(last), 32):
         column = start // 16 * 16  # says so to the compiler
         if BITS == 8:
@@ -221,20 +238,28 @@ def add_sidecar(
             inside = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
             factors = tl.load(u + (at - first)[:, None] + columns[None, :], mask=inside, other=0)
             valid = tl.load(z_used + columns, mask=columns < z_stride, other=0) != 0
-            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0).to(DTYPE)
+            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0).to(
+                DTYPE
+            )
             side = tl.dot(wide_factors(factors, DTYPE), values, side)
         else:
             half = tl.arange(0, 16)
             inside = ((column >= first) & (column < last))[:, None]
             place = at + (column - first) // 2
-            factors = tl.load(u + tl.multiple_of(place, 16)[:, None] + half[None, :], mask=inside, other=0x88)
+            factors = tl.load(
+                u + tl.multiple_of(place, 16)[:, None] + half[None, :], mask=inside, other=0x88
+            )
             low, high = narrow_factors(factors, DTYPE)
             columns = column + half
             valid = tl.load(z_used + columns) != 0
-            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0).to(DTYPE)
+            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0).to(
+                DTYPE
+            )
             side = tl.dot(low, values, side)
             columns = columns + 16
             valid = tl.load(z_used + columns) != 0
-            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0).to(DTYPE)
+            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0).to(
+                DTYPE
+            )
             side = tl.dot(high, values, side)
     return acc + side * u_step(BITS)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base's codes and scales in the order in which the GPU kernels read them, and back.
 
-Codes lie in *planes*: a 16-bit word holds four codes that are ``plane`` columns apart. Block t covers
-``4 * plane`` columns; nibble j of its word p is the code (as ``q + 8``) of column ``(4 * t + j) * plane + p``.
-So a tile of words looks like a tile of a 16-bit matrix to the copy units, and one shift and mask turn it into four
-tiles of codes for four matrix products. Rows are padded to a multiple of :data:`ROW_PAD` with codes of zero, columns to
-whole blocks. Scales are stored group by group, so that a block of rows reads consecutive ones.
+Codes lie in *planes*: a 16-bit word holds four codes that are ``plane`` columns apart. Block t
+covers ``4 * plane`` columns; nibble j of its word p is the code (as ``q + 8``) of column ``(4 * t +
+j) * plane + p``. So a tile of words looks like a tile of a 16-bit matrix to the copy units, and one
+shift and mask turn it into four tiles of codes for four matrix products. Rows are padded to a
+multiple of :data:`ROW_PAD` with codes of zero, columns to whole blocks. Scales are stored group by
+group, so that a block of rows reads consecutive ones.
 """
 
 from typing import Final
@@ -24,9 +25,15 @@ _UNPACK_ELEMENTS: Final = 1 << 25
 
 
 def plane_length(k: int) -> int:
-    """Columns between the codes of a word, 64, 32 or 16: the longest that pads ``k`` by at most 2%, or by least."""
+    """Columns between the codes of a word, 64, 32 or 16.
+
+    The longest that pads ``k`` by at most 2%, or by least.
+    """
     waste = {plane: ceil_div(k, 4 * plane) * 4 * plane - k for plane in (64, 32, 16)}
-    return next((plane for plane, pad in waste.items() if pad <= 0.02 * k), min(waste, key=lambda plane: waste[plane]))
+    return next(
+        (plane for plane, pad in waste.items() if pad <= 0.02 * k),
+        min(waste, key=lambda plane: waste[plane]),
+    )
 
 
 def pack_base(packed: torch.Tensor, k: int, plane: int) -> torch.Tensor:
@@ -42,7 +49,9 @@ def pack_base(packed: torch.Tensor, k: int, plane: int) -> torch.Tensor:
     """
     n, block = packed.shape[0], 4 * plane
     width = ceil_div(k, block) * block
-    words = torch.full((ceil_div(n, ROW_PAD) * ROW_PAD, width // 4), 0x8888 - 0x10000, dtype=torch.int16)
+    words = torch.full(
+        (ceil_div(n, ROW_PAD) * ROW_PAD, width // 4), 0x8888 - 0x10000, dtype=torch.int16
+    )
     words = words.to(packed.device)
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
     rows = max(1, _UNPACK_ELEMENTS // width)

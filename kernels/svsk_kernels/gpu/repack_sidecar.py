@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sidecar's tensors in the order in which the GPU kernels read them, and back.
 
-A row of U and the activations z it multiplies are found through small tables of integers, so that parts of
-a fused layer may differ in rank, tiles and tile edges without another kernel:
+A row of U and the activations z it multiplies are found through small tables of integers, so that
+parts of a fused layer may differ in rank, tiles and tile edges without another kernel:
 
-- The rows that share a V (a *slot*, see :mod:`svsk_kernels.sidecar_plan`) own consecutive *z columns*, column tile by
-  column tile, padded to :func:`z_alignment`. ``row_table`` says for every output row where its U begins and which z
-  columns it takes.
-- ``jobs`` cuts the product ``z = gain * (V x)`` into programs of 16 rows of V by at most :data:`MAX_JOB_COLUMNS`.
-- ``slot_table`` and ``block_slots`` say the same to the kernel that folds the sidecar into the weight.
+- The rows that share a V (a *slot*, see :mod:`svsk_kernels.sidecar_plan`) own consecutive *z
+  columns*, column tile by column tile, padded to :func:`z_alignment`. ``row_table`` says for every
+  output row where its U begins and which z columns it takes.
+- ``jobs`` cuts the product ``z = gain * (V x)`` into programs of 16 rows of V by at most
+  :data:`MAX_JOB_COLUMNS`.
+- ``slot_table`` and ``block_slots`` say the same to the kernel that folds the sidecar into the
+  weight.
 
 4-bit factors stay packed: two per byte, 16 z columns (U) or 64 columns (V) apart.
 """
@@ -41,7 +43,10 @@ V_ROWS: Final = 16
 """Rows of V that one program multiplies: the height of a tensor core's tile."""
 
 MAX_JOB_COLUMNS: Final = 2048
-"""Longest run of columns one program of the z kernel takes; longer tiles are split and summed in order."""
+"""Longest run of columns one program of the z kernel takes.
+
+Longer tiles are split and summed in order.
+"""
 
 _V_HALF: Final = 64
 """Distance in columns of the two 4-bit V factors in a byte."""
@@ -63,16 +68,25 @@ def z_alignment(num_bits: int) -> int:
 
 @dataclass(frozen=True)
 class PlanarSidecar:
-    """Run-time tensors of the sidecars of a layer. S: slots, J: jobs, C: z columns, N': padded rows."""
+    """Run-time tensors of the sidecars of a layer.
+
+    S: slots, J: jobs, C: z columns, N': padded rows.
+    """
 
     u: torch.Tensor  # uint8, flat: rows of every slot, packed or not
     v: torch.Tensor  # uint8, flat: [rows of V, pitch] and a tail that is read but not used
     gain: torch.Tensor  # float32 [C], 0 in padding
     z_used: torch.Tensor  # uint8 [C], 0 in padding
     row_table: torch.Tensor  # int32 [3, N']: first byte of U, first z column, end of the z columns
-    v_table: torch.Tensor  # int32 [2, rows of V]: z column in tile 0 (-1: padding), z columns per tile
-    jobs: torch.Tensor  # int32 [J, 6]: V row, first column, end, tile, first job of the same sums, number of them
-    slot_table: torch.Tensor  # int32 [S, 8]: first row, end, V row, rank, z column, first inner edge, tile width, tiles
+    v_table: (
+        torch.Tensor
+    )  # int32 [2, rows of V]: z column in tile 0 (-1: padding), z columns per tile
+    jobs: (
+        torch.Tensor
+    )  # int32 [J, 6]: V row, first column, end, tile, first job of the same sums, number of them
+    slot_table: (
+        torch.Tensor
+    )  # int32 [S, 8]: first row, end, V row, rank, z column, first inner edge, tile width, tiles
     block_slots: torch.Tensor  # int32 [N' / 64, 2]: first slot and end of each block of 64 rows
 
     @classmethod
@@ -133,7 +147,18 @@ def _slots(plan: SidecarPlan, num_bits: int) -> list[_Slot]:
         for group in bundle.groups:
             for number in range(group.slots):
                 row = group.row_start + number * group.rows
-                found.append(_Slot(index, row, group.rows, group.rank, bundle.num_col_tiles, u_start, rank_start, 0))
+                found.append(
+                    _Slot(
+                        index,
+                        row,
+                        group.rows,
+                        group.rank,
+                        bundle.num_col_tiles,
+                        u_start,
+                        rank_start,
+                        0,
+                    )
+                )
                 u_start += group.rows * bundle.num_col_tiles * group.rank
                 rank_start += group.rank
     found.sort(key=lambda slot: slot.row_start)
@@ -145,7 +170,10 @@ def _slots(plan: SidecarPlan, num_bits: int) -> list[_Slot]:
 
 
 def _v_rows(plan: SidecarPlan) -> list[int]:
-    """First row of V of each bundle, and the number of all; bundles start on a multiple of V_ROWS."""
+    """First row of V of each bundle, and the number of all.
+
+    Bundles start on a multiple of V_ROWS.
+    """
     starts = [0]
     for bundle in plan.bundles:
         starts.append(starts[-1] + ceil_div(bundle.total_rank, V_ROWS) * V_ROWS)
@@ -223,7 +251,9 @@ def pack_sidecar(
     used = torch.zeros(columns, dtype=torch.uint8, device=device)
     slot_table = torch.zeros(len(slots), 8, dtype=torch.int32)
     pitch = v_pitch(k, num_bits)
-    v_all = torch.zeros(starts[-1], pitch * (2 if num_bits == 4 else 1), dtype=torch.int8, device=device)
+    v_all = torch.zeros(
+        starts[-1], pitch * (2 if num_bits == 4 else 1), dtype=torch.int8, device=device
+    )
     for start, bundle, part in zip(starts, plan.bundles, _bundle_views(plan, v), strict=False):
         for b, (first, stop) in enumerate(pairwise(bundle.bounds)):
             v_all[start : start + bundle.total_rank, first:stop] = part[b, :, : stop - first]
@@ -233,7 +263,9 @@ def pack_sidecar(
         width, taken = slot.columns(num_bits), slot.tiles * slot.rank
         rows = slice(slot.row_start, slot.row_start + slot.rows)
         values = u.new_zeros(slot.rows, width)
-        values[:, :taken] = u[slot.u_start : slot.u_start + slot.rows * taken].view(slot.rows, taken)
+        values[:, :taken] = u[slot.u_start : slot.u_start + slot.rows * taken].view(
+            slot.rows, taken
+        )
         stored = _store(values, num_bits, _U_HALF)
         pieces.append(stored.flatten())
         row_table[0, rows] = place + stored.shape[1] * torch.arange(slot.rows, dtype=torch.int32)
@@ -244,22 +276,36 @@ def pack_sidecar(
         v_table[0, ranks] = slot.z_start + torch.arange(slot.rank, dtype=torch.int32)
         v_table[1, ranks] = slot.rank
         z = slice(slot.z_start, slot.z_start + taken)
-        gains[z] = gain_views[slot.bundle][:, slot.rank_start : slot.rank_start + slot.rank].flatten()
+        gains[z] = gain_views[slot.bundle][
+            :, slot.rank_start : slot.rank_start + slot.rank
+        ].flatten()
         used[z] = 1
         edges = _edges(plan.bundles[slot.bundle])
         slot_table[index] = torch.tensor(
-            [slot.row_start, slot.row_start + slot.rows, v_row, slot.rank, slot.z_start, *edges, slot.tiles]
+            [
+                slot.row_start,
+                slot.row_start + slot.rows,
+                v_row,
+                slot.rank,
+                slot.z_start,
+                *edges,
+                slot.tiles,
+            ]
         )
     tail = torch.zeros(_V_TAIL, dtype=torch.uint8, device=device)
     stored_v = torch.cat((_store(v_all, num_bits, _V_HALF).flatten(), tail))
     tables = (row_table, v_table, _jobs(plan, starts), slot_table, _block_slots(slots, n_padded))
-    return PlanarSidecar(torch.cat(pieces), stored_v, gains, used, *(table.to(device) for table in tables))
+    return PlanarSidecar(
+        torch.cat(pieces), stored_v, gains, used, *(table.to(device) for table in tables)
+    )
 
 
 def _require_4_bits(**factors: torch.Tensor) -> None:
     for name, values in factors.items():
         if values.numel() and (int(values.min()) < -8 or int(values.max()) > 7):
-            raise KernelError(f"{name.upper()} factors outside [-8, 7] do not fit the 4 bits asked for.")
+            raise KernelError(
+                f"{name.upper()} factors outside [-8, 7] do not fit the 4 bits asked for."
+            )
 
 
 def unpack_sidecar(
@@ -281,13 +327,17 @@ def unpack_sidecar(
         pitch = slot.columns(num_bits) // (2 if num_bits == 4 else 1)
         stored = packed.u[place : place + slot.rows * pitch].view(slot.rows, pitch)
         place += stored.numel()
-        u[slot.u_start : slot.u_start + slot.rows * taken] = _read(stored, num_bits, _U_HALF)[:, :taken].flatten()
+        u[slot.u_start : slot.u_start + slot.rows * taken] = _read(stored, num_bits, _U_HALF)[
+            :, :taken
+        ].flatten()
         view = gain_views[slot.bundle][:, slot.rank_start : slot.rank_start + slot.rank]
         view.copy_(packed.gain[slot.z_start : slot.z_start + taken].view(slot.tiles, slot.rank))
     return u, v, gain
 
 
-def _bundle_views(plan: SidecarPlan, flat: torch.Tensor, of_gain: bool = False) -> Iterator[torch.Tensor]:
+def _bundle_views(
+    plan: SidecarPlan, flat: torch.Tensor, of_gain: bool = False
+) -> Iterator[torch.Tensor]:
     """Each bundle's part of the plan's flat ``v`` [B, R, width] or ``gain`` [B, R]."""
     start = 0
     for bundle in plan.bundles:
@@ -305,7 +355,9 @@ def _jobs(plan: SidecarPlan, starts: Sequence[int]) -> torch.Tensor:
             for b, (first, end) in enumerate(pairwise(bundle.bounds)):
                 cuts = [*range(first, end, MAX_JOB_COLUMNS), end]
                 own = len(jobs)
-                jobs += [(row, left, right, b, own, len(cuts) - 1) for left, right in pairwise(cuts)]
+                jobs += [
+                    (row, left, right, b, own, len(cuts) - 1) for left, right in pairwise(cuts)
+                ]
     return torch.tensor(jobs, dtype=torch.int32)
 
 

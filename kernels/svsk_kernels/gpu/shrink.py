@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sidecar's first half, ``z = gain * (V x)``: from K columns to a few z columns, for all tiles in one launch.
+"""The sidecar's first half, ``z = gain * (V x)``.
 
-The kernel that multiplies the base adds ``U z`` in its epilogue. On sm_90 and later it may start while this one runs
-(programmatic dependent launch) and waits only there.
+From K columns to a few z columns, for all tiles in one launch.
+
+The kernel that multiplies the base adds ``U z`` in its epilogue. On sm_90 and later it may start
+while this one runs (programmatic dependent launch) and waits only there.
 
 Checkpoint                          Run time (repack_sidecar)
-sidecar_v     int8 [A, r, K]        v     uint8 [rows of V, pitch]; 4-bit factors of a byte are 64 columns apart
+sidecar_v     int8 [A, r, K]        v     uint8 [rows of V, pitch]; 4-bit factors of a byte are 64
+columns apart
 sidecar_gain  float32 [A, B, r]     gain  float32 [z columns]
 """
 
@@ -21,9 +24,11 @@ __all__ = ["shrink_kernel"]
 def _x_block(x, offs_m, m, x_stride, columns, first, stop, DTYPE: tl.constexpr):
     """Activations [4, columns, BLOCK_M] of the columns [4, columns] that lie within [first, stop), zero elsewhere."""
     mask = ((columns >= first) & (columns < stop))[:, :, None] & (offs_m < m)[None, None, :]
-    return tl.load(x + offs_m.to(tl.int64)[None, None, :] * x_stride + columns[:, :, None], mask=mask, other=0.0).to(
-        DTYPE
-    )
+    return tl.load(
+        x + offs_m.to(tl.int64)[None, None, :] * x_stride + columns[:, :, None],
+        mask=mask,
+        other=0.0,
+    ).to(DTYPE)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -33,7 +38,8 @@ def shrink_kernel(
     v,  # uint8 [rows of V, v_pitch] and a tail that is read but not used
     gain,  # float32 [z columns], 0 in padding
     v_table,  # int32 [2, rows of V]: z column in tile 0 (-1: padding), z columns per tile
-    jobs,  # int32 [jobs, 6]: row of V, first column, end, tile, first job of the same sums, number of them
+    # int32 [jobs, 6]: row of V, first column, end, tile, first job of the same sums, number of them
+    jobs,
     z,  # [M, z columns] bf16 or fp16; padding columns are not written
     partial,  # float32 [jobs, M, 16]: sums of jobs that share a tile; not used without LONG_TILES
     counters,  # int32 [jobs * blocks of tokens], zero before and after
@@ -54,10 +60,12 @@ def shrink_kernel(
     PDL: tl.constexpr,  # let the next kernel start beside this one
     STAGES: tl.constexpr,  # turns whose loads are under way
 ):
-    """16 rows of V times one run of columns of x, for BLOCK_M tokens; grid (jobs, ceil(M / BLOCK_M)).
+    """16 rows of V times one run of columns of x, for BLOCK_M tokens.
 
-    Jobs that share a tile (only with ``LONG_TILES``) sum through ``partial``: the last to arrive adds, in the order of
-    the jobs, so that every run gives the same bits.
+    Grid (jobs, ceil(M / BLOCK_M)).
+
+    Jobs that share a tile (only with ``LONG_TILES``) sum through ``partial``: the last to arrive
+    adds, in the order of the jobs, so that every run gives the same bits.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -68,23 +76,32 @@ def shrink_kernel(
         first, stop = tl.multiple_of(first, 16), tl.multiple_of(stop, 16)
     ranks = tl.arange(0, 16)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    quarter = tl.arange(0, 4)[:, None]  # each warp multiplies its own quarter of the columns: nothing is done twice
+    quarter = tl.arange(0, 4)[
+        :, None
+    ]  # each warp multiplies its own quarter of the columns: nothing is done twice
     byte = tl.arange(0, 64)[None, :]
     v_row = v + (row + ranks).to(tl.int64)[None, :, None] * v_pitch
     sums = tl.zeros((4, 16, BLOCK_M), tl.float32)
-    # multiply: four quarters of a run of columns side by side, 256 columns of 8 bits or 512 of 4 a turn
+    # multiply: four quarters of a run of columns side by side, 256 columns of 8 bits or 512 of 4 a
+    # turn
     if BITS == 8:
         for at in tl.range(first // 16 * 16, stop, 256, num_stages=STAGES):
             columns = tl.multiple_of(at, 16) + quarter * 64 + byte
             factors = wide_factors(tl.load(v_row + columns[:, None, :]), DTYPE)
-            sums = tl.dot(factors, _x_block(x, offs_m, m, x_stride, columns, first, stop, DTYPE), sums)
+            sums = tl.dot(
+                factors, _x_block(x, offs_m, m, x_stride, columns, first, stop, DTYPE), sums
+            )
     else:
         for at in tl.range(first // 128 * 128, stop, 512, num_stages=STAGES):
             columns = tl.multiple_of(at, 128) + quarter * 128 + byte
-            packed = tl.load(v_row + (tl.multiple_of(at // 2, 64) + quarter * 64 + byte)[:, None, :])
+            packed = tl.load(
+                v_row + (tl.multiple_of(at // 2, 64) + quarter * 64 + byte)[:, None, :]
+            )
             low, high = narrow_factors(packed, DTYPE)
             sums = tl.dot(low, _x_block(x, offs_m, m, x_stride, columns, first, stop, DTYPE), sums)
-            sums = tl.dot(high, _x_block(x, offs_m, m, x_stride, columns + 64, first, stop, DTYPE), sums)
+            sums = tl.dot(
+                high, _x_block(x, offs_m, m, x_stride, columns + 64, first, stop, DTYPE), sums
+            )
     total = tl.sum(sums, axis=0)
     mask_m = (offs_m < m)[None, :]
     complete = True
@@ -100,7 +117,9 @@ def shrink_kernel(
             if complete:
                 total = tl.zeros((16, BLOCK_M), tl.float32)
                 for index in range(parts):
-                    total += tl.load(part_at + (own + index) * size, mask=mask_m, other=0.0, cache_modifier=".cg")
+                    total += tl.load(
+                        part_at + (own + index) * size, mask=mask_m, other=0.0, cache_modifier=".cg"
+                    )
                 tl.atomic_xchg(counter, 0)
     # gain, and to the z columns of this tile; dividing by u_step keeps fp16 in range
     if complete:
@@ -109,4 +128,6 @@ def shrink_kernel(
         column += tile * tl.load(v_table + v_rows + row + ranks)
         factor = tl.load(gain + column, mask=used, other=0.0) / u_step(BITS)
         z_at = z + offs_m.to(tl.int64)[None, :] * z_stride + column[:, None]
-        tl.store(z_at, (total * factor[:, None]).to(z.dtype.element_ty), mask=used[:, None] & mask_m)
+        tl.store(
+            z_at, (total * factor[:, None]).to(z.dtype.element_ty), mask=used[:, None] & mask_m
+        )

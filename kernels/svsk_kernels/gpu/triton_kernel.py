@@ -52,9 +52,14 @@ class TritonKernel:
 
     def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x W_hat^T + bias``: [M, N] from [M, K], both of the layer's dtype."""
-        return self.matmul(x, {name: getattr(layer, stored) for name, stored in self.names.items()}, bias)
+        return self.matmul(
+            x, {name: getattr(layer, stored) for name, stored in self.names.items()}, bias
+        )
 
 
 def _packable(spec: LayerSpec) -> LayerSpec:
-    """4-bit factors stay packed only where tiles are aligned: elsewhere the kernels would take too many registers."""
+    """4-bit factors stay packed only where tiles are aligned.
+
+    Elsewhere the kernels would take too many registers.
+    """
     return spec if Tiles.of(spec.plan).aligned else dataclasses.replace(spec, factor_bits=8)

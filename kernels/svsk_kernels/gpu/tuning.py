@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel takes how many tokens, and in what blocks: tables measured per GPU, and a rule for the others."""
+"""Which kernel takes how many tokens, and in what blocks.
+
+Tables measured per GPU, and a rule for the others.
+"""
 
 import json
 import re
@@ -77,7 +80,9 @@ class Choice:
         if self.max_m is not None and (type(self.max_m) is not int or self.max_m < 1):
             raise TuningError(f"max_m {self.max_m!r}: expected a number of tokens, or null for any")
         if self.split_k > 1 and self.kernel != "decode":
-            raise TuningError(f"split_k {self.split_k} with kernel {self.kernel}: only decode splits the columns")
+            raise TuningError(
+                f"split_k {self.split_k} with kernel {self.kernel}: only decode splits the columns"
+            )
 
     @property
     def blocks(self) -> dict[str, Any]:
@@ -103,17 +108,28 @@ class Entry:
             raise TuningError(f"group_size {self.group_size!r}: expected 32 or 64")
         limits = [choice.max_m for choice in self.choices]
         rising = [limit for limit in limits[:-1] if limit is not None]
-        if not limits or limits[-1] is not None or len(rising) < len(limits) - 1 or rising != sorted(set(rising)):
+        if (
+            not limits
+            or limits[-1] is not None
+            or len(rising) < len(limits) - 1
+            or rising != sorted(set(rising))
+        ):
             raise TuningError(f"max_m {limits}: expected rising numbers, and null last")
         plane = plane_length(self.k)
         for choice in self.choices:
             if choice.kernel != "fold" and (plane % choice.step or self.group_size % choice.step):
-                raise TuningError(f"step {choice.step} must divide the plane {plane} and the group {self.group_size}")
+                raise TuningError(
+                    f"step {choice.step} must divide the plane {plane} and the group"
+                    f" {self.group_size}"
+                )
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> "Entry":
         """From an entry of a table's JSON."""
-        return _made(cls, {**raw, "choices": tuple(_made(Choice, choice) for choice in raw.get("choices", ()))})
+        return _made(
+            cls,
+            {**raw, "choices": tuple(_made(Choice, choice) for choice in raw.get("choices", ()))},
+        )
 
 
 @dataclass(frozen=True)
@@ -159,7 +175,8 @@ def _made(kind: type[_Made], raw: Mapping[str, Any]) -> _Made:
         return kind(**raw)
     except TypeError as error:
         raise TuningError(
-            f"{kind.__name__}: {str(error).partition(') ')[2]} (known: {', '.join(kind.__annotations__)})"
+            f"{kind.__name__}: {str(error).partition(') ')[2]} (known:"
+            f" {', '.join(kind.__annotations__)})"
         ) from error
 
 
@@ -173,7 +190,10 @@ class Gpu:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of shared memory a block may use. Source: CUDA C programming guide, compute capabilities."""
+        """Bytes of shared memory a block may use.
+
+        Source: CUDA C programming guide, compute capabilities.
+        """
         kib = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
         return kib.get(self.capability, 64) * 1024
 
@@ -184,7 +204,10 @@ class Gpu:
 
 
 def table_name(device: str) -> str:
-    """File name of a GPU's table: its name in lower case, other characters than letters and digits as one dash."""
+    """File name of a GPU's table.
+
+    Its name in lower case, other characters than letters and digits as one dash.
+    """
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
 
 
@@ -207,15 +230,19 @@ def load_table(device: str) -> TuningTable | None:
 def heuristic_choices(gpu: Gpu, n: int, k: int, group_size: int) -> tuple[Choice, ...]:
     """Choices where nothing was measured.
 
-    Decode fills the GPU twice by splitting the columns, the same way for every number of tokens (not on AMD, where
-    nobody has checked that the partial sums are seen in time); a step of 32 words keeps the activations of 64 and more
-    tokens in shared memory.
+    Decode fills the GPU twice by splitting the columns, the same way for every number of tokens
+    (not on AMD, where nobody has checked that the partial sums are seen in time); a step of 32
+    words keeps the activations of 64 and more tokens in shared memory.
     """
     plane = plane_length(k)
     long, short = min(plane, group_size, 64), min(plane, group_size, 32)
     programs = ceil_div(n, ROW_PAD) * ROW_PAD // 64
     steps = ceil_div(k, 4 * plane)
-    split_k = max(1, min(ceil_div(2 * gpu.processors, programs), steps // 2, MAX_SPLIT_K)) if gpu.capability else 1
+    split_k = (
+        max(1, min(ceil_div(2 * gpu.processors, programs), steps // 2, MAX_SPLIT_K))
+        if gpu.capability
+        else 1
+    )
     split_k = ceil_div(steps, ceil_div(steps, split_k))  # no empty parts
     pdl = gpu.dependent_launch
     found = [
@@ -223,12 +250,19 @@ def heuristic_choices(gpu: Gpu, n: int, k: int, group_size: int) -> tuple[Choice
         Choice(kernel="decode", max_m=32, block_m=32, step=long, split_k=split_k, pdl=pdl),
         Choice(kernel="decode", max_m=64, block_m=64, step=short, split_k=split_k, pdl=pdl),
     ]
-    # With 128 tokens Triton 3.6 asks for 544 of sm_100's 512 columns of tensor memory, and then drops the code.
+    # With 128 tokens Triton 3.6 asks for 544 of sm_100's 512 columns of tensor memory, and then
+    # drops the code.
     tokens = 64 if 100 <= gpu.capability < 120 else 128
     stages = 3 if gpu.shared_memory > 128 * 1024 else 2
     found.append(
         Choice(
-            kernel="gemm", max_m=FOLD_FROM - 1, block_m=tokens, block_n=128, step=short, num_warps=8, num_stages=stages
+            kernel="gemm",
+            max_m=FOLD_FROM - 1,
+            block_m=tokens,
+            block_n=128,
+            step=short,
+            num_warps=8,
+            num_stages=stages,
         )
     )
     return (*found, Choice(kernel="fold"))

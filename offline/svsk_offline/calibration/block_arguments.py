@@ -16,7 +16,8 @@ __all__ = ["Comparison", "containers"]
 def containers(value: Any) -> Any:
     """A nest of dictionaries, lists and tuples built anew around the same leaves.
 
-    A model may change a dictionary or a list between two blocks; what was noted of the first stays as it was.
+    A model may change a dictionary or a list between two blocks; what was noted of the first stays
+    as it was.
     """
     if type(value) is dict:
         return {key: containers(item) for key, item in value.items()}
@@ -28,23 +29,30 @@ def containers(value: Any) -> Any:
 class Comparison:
     """Compares nests of values that hold tensors and objects with no equality of their own, such as caches.
 
-    What was found equal is remembered by identity: all blocks of a model share one mask, which is compared once. So
-    both sides must stay alive while the comparison does.
+    What was found equal is remembered by identity: all blocks of a model share one mask, which is
+    compared once. So both sides must stay alive while the comparison does.
     """
 
     def __init__(self) -> None:
-        self._equal: dict[tuple[int, int], tuple[Any, Any]] = {}  # keeps both alive, so that no id is used again
+        self._equal: dict[
+            tuple[int, int], tuple[Any, Any]
+        ] = {}  # keeps both alive, so that no id is used again
 
     def difference(self, left: Any, right: Any) -> str | None:
-        """Where two values differ, such as ``attention_mask`` or ``cache.layers[0].keys``; None if they are equal.
+        """Where two values differ, such as ``attention_mask`` or ``cache.layers[0].keys``.
 
-        Tensors are equal with the same dtype, shape and values (NaN equals NaN), numbers, strings, dtypes, devices and
-        the like with the same type and value, containers item by item, functions with the same code and closure, and
-        other objects of one class by their attributes.
+        None if they are equal.
+
+        Tensors are equal with the same dtype, shape and values (NaN equals NaN), numbers, strings,
+        dtypes, devices and the like with the same type and value, containers item by item,
+        functions with the same code and closure, and other objects of one class by their
+        attributes.
         """
         args, kwargs = left
         other_args, other_kwargs = right
-        return self._differ(list(args), list(other_args), "argument ") or self._differ(kwargs, other_kwargs, "")
+        return self._differ(list(args), list(other_args), "argument ") or self._differ(
+            kwargs, other_kwargs, ""
+        )
 
     def _differ(self, left: Any, right: Any, where: str) -> str | None:
         key = (id(left), id(right))
@@ -69,8 +77,12 @@ class Comparison:
         if isinstance(left, list | tuple):
             if len(left) != len(right):
                 return where
-            inside = (f"{where}{i}" if where.endswith(" ") else f"{where}[{i}]" for i in range(len(left)))
-            return _first(self._differ(a, b, name) for a, b, name in zip(left, right, inside, strict=True))
+            inside = (
+                f"{where}{i}" if where.endswith(" ") else f"{where}[{i}]" for i in range(len(left))
+            )
+            return _first(
+                self._differ(a, b, name) for a, b, name in zip(left, right, inside, strict=True)
+            )
         if isinstance(left, types.FunctionType | functools.partial):
             return self._differ(_parts_of(left), _parts_of(right), where)
         if isinstance(left, float) and math.isnan(left) and math.isnan(right):
@@ -88,13 +100,20 @@ def _parts_of(function: Any) -> tuple[Any, ...]:
     """What tells one function, or one partial application, from another."""
     if isinstance(function, functools.partial):
         return function.func, function.args, function.keywords
-    return function.__code__, function.__defaults__, [cell.cell_contents for cell in function.__closure__ or ()]
+    return (
+        function.__code__,
+        function.__defaults__,
+        [cell.cell_contents for cell in function.__closure__ or ()],
+    )
 
 
 def _attributes(value: Any) -> dict[str, Any]:
     """Attributes of an object, those in slots too."""
     slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
-    return {**{name: getattr(value, name) for name in slots if hasattr(value, name)}, **getattr(value, "__dict__", {})}
+    return {
+        **{name: getattr(value, name) for name in slots if hasattr(value, name)},
+        **getattr(value, "__dict__", {}),
+    }
 
 
 def _equal_tensors(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -32,12 +32,15 @@ class _TakesFirst(Exception):  # noqa: N818 - control flow, not an error
 
 
 class StandIn(nn.Module):
-    """Takes the place of a decoder block; ``respond`` gives its output for hidden states, arguments and keywords.
+    """Takes the place of a decoder block.
+
+    ``respond`` gives its output for hidden states, arguments and keywords.
 
     Args:
         block: the block.
         respond: gives the hidden states that follow.
-        members: return them as the first member of a tuple of so many, as the blocks of some models do; 0 for no tuple.
+        members: return them as the first member of a tuple of so many, as the blocks of some models
+            do; 0 for no tuple.
     """
 
     def __init__(
@@ -98,7 +101,9 @@ class _Watcher:
             raise self._unusual()
         return self._inputs[0], self._calls
 
-    def _note(self, number: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    def _note(
+        self, number: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
         if number != len(self._inputs):
             raise self._unusual()
         self._inputs.append(hidden)
@@ -111,16 +116,16 @@ class _Watcher:
 
     def _unusual(self) -> SvskError:
         return SvskError(
-            f"{self._folder}: {self._kind} does not run its decoder blocks once each, one after the other; such models "
-            "are not supported."
+            f"{self._folder}: {self._kind} does not run its decoder blocks once each, one after the"
+            " other; such models are not supported."
         )
 
 
 class BlockRunner:
     """Hidden states of all calibration samples, moved from block to block.
 
-    Only one block's weights and one batch of activations are in memory; the hidden states themselves are kept in a
-    memory-mapped temporary file once they exceed ``memory_limit``.
+    Only one block's weights and one batch of activations are in memory; the hidden states
+    themselves are kept in a memory-mapped temporary file once they exceed ``memory_limit``.
 
     Args:
         source: the dense model.
@@ -168,12 +173,14 @@ class BlockRunner:
             block: the loaded block.
             full: gather whole second-moment matrices, not only their diagonals.
             first: names of linears below the block whose first tokens are gathered apart as well.
-            weights: by the name of each linear below the block, how much each token counts, float [samples, tokens];
-                linears of one input that name the same tensor share their statistics.
+            weights: by the name of each linear below the block, how much each token counts, float
+                [samples, tokens]; linears of one input that name the same tensor share their
+                statistics.
             advance: keep the block's outputs as the next block's inputs.
 
         Returns:
-            Statistics by the name of each ``nn.Linear`` below the block; linears fed by the same tensor share them.
+            Statistics by the name of each ``nn.Linear`` below the block; linears fed by the same
+            tensor share them.
         """
         statistics: dict[str, InputStatistics] = {}
         window: list[slice] = [slice(0)]
@@ -239,7 +246,9 @@ class BlockRunner:
 
             def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
                 tensor = inputs[0]
-                if tensor is seen["tensor"] and own_weights is seen["weights"]:  # q, k and v, or gate and up
+                if (
+                    tensor is seen["tensor"] and own_weights is seen["weights"]
+                ):  # q, k and v, or gate and up
                     statistics[name] = seen["statistics"]
                     return
                 if name not in statistics:
@@ -250,11 +259,16 @@ class BlockRunner:
 
             return before
 
-        return [module.register_forward_pre_hook(hook(name)) for name, module in linear_modules(block)]
+        return [
+            module.register_forward_pre_hook(hook(name)) for name, module in linear_modules(block)
+        ]
 
     @torch.no_grad()
     def _embed(self, tokens: torch.Tensor, memory_limit: int, scratch: Path | None) -> torch.Tensor:
-        """Inputs of the first block for all samples; the arguments of every block are noted on the way."""
+        """Inputs of the first block for all samples.
+
+        The arguments of every block are noted on the way.
+        """
         with self.source.loaded_outside(self.dtype, self.device, head=False):
             watcher = self._watcher(tokens[:1].to(self.device))
             with self.source.replaced_blocks(watcher.stand_ins) as model:
@@ -266,7 +280,9 @@ class BlockRunner:
                     self._compare(self._calls[1], calls)
                     if hidden is None:
                         shape = (len(tokens), *first.shape[1:])
-                        hidden, self._file = scratch_tensor(shape, first.dtype, memory_limit, scratch)
+                        hidden, self._file = scratch_tensor(
+                            shape, first.dtype, memory_limit, scratch
+                        )
                     hidden[index] = first[0].to(hidden)
                 # Masks and the like have as many rows as samples run at a time.
                 for count in {min(self._batch, len(tokens)), len(tokens) % self._batch} - {0, 1}:
@@ -280,12 +296,15 @@ class BlockRunner:
         for number, (ours, theirs) in enumerate(zip(known, calls, strict=True)):
             if (differs := comparison.difference(ours, theirs)) is not None:
                 raise SvskError(
-                    f"{self.source.folder}: {type(self.source.model).__name__} calls its decoder blocks with arguments "
-                    f"that depend on the tokens (block {number}, {differs}); such models are not supported."
+                    f"{self.source.folder}: {type(self.source.model).__name__} calls its decoder"
+                    f" blocks with arguments that depend on the tokens (block {number}, {differs});"
+                    " such models are not supported."
                 )
 
     def _watcher(self, sample: torch.Tensor) -> _Watcher:
-        """Stand-ins that return what the model expects of its blocks: a tensor, or a tuple, which shows when it runs.
+        """Stand-ins that return what the model expects of its blocks.
+
+        A tensor, or a tuple, which shows when it runs.
 
         Args:
             sample: token ids, int64 [1, tokens].
@@ -308,8 +327,8 @@ class BlockRunner:
                 return watcher
         kind, first = type(self.source.model).__name__, problems[0]
         raise SvskError(
-            f"{self.source.folder}: {kind} cannot be run one decoder block at a time ({type(first).__name__}: "
-            f"{' '.join(str(first).split())[:300]})."
+            f"{self.source.folder}: {kind} cannot be run one decoder block at a time"
+            f" ({type(first).__name__}: {' '.join(str(first).split())[:300]})."
         ) from first
 
 
@@ -326,13 +345,15 @@ def scratch_tensor(
         return torch.empty(shape, dtype=dtype), None
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - has no name, closed by the caller
     try:
-        if hasattr(os, "posix_fallocate"):  # a sparse file on a full disk would end the process without a word
+        if hasattr(
+            os, "posix_fallocate"
+        ):  # a sparse file on a full disk would end the process without a word
             os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         file.close()
         raise SvskError(
-            f"{folder}: no room for {size / 1e9:.1f} GB of hidden states ({error.strerror}). Free some, write the "
-            "output elsewhere, or lower calibration.samples or gradients.samples."
+            f"{folder}: no room for {size / 1e9:.1f} GB of hidden states ({error.strerror}). Free"
+            " some, write the output elsewhere, or lower calibration.samples or gradients.samples."
         ) from error
     raw = np.memmap(file, dtype=np.uint8, mode="w+", shape=(size,))
     return torch.from_numpy(raw).view(dtype).view(shape), file

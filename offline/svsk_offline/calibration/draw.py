@@ -34,39 +34,51 @@ Encode = Callable[[str], list[int]]
 
 
 def load_calibration(
-    source: str, tokenizer: Any, samples: int, seq_len: int, seed: int, *, chat_template: bool = False
+    source: str,
+    tokenizer: Any,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    *,
+    chat_template: bool = False,
 ) -> CalibrationSet:
     """Tokenise calibration text and draw samples from all over it.
 
-    A small source (128 KiB, or 32 characters per token that is drawn) is tokenised as one stream and cut into pieces of
-    ``seq_len``; of each of ``samples`` equal parts of the stream one piece is drawn with the seed. A larger file is
-    never tokenised as a whole: in each of ``samples`` equal parts of it a place is drawn with the seed, and the sample
-    is what follows there from the next line (or row, or word) on. Time and memory are then those of the samples, except
-    that a JSON list, a compressed file and a parquet file are gone through twice, one row in memory at a time. Of a
-    data set on the hub as much is read as makes eight times the tokens drawn, from its beginning.
+    A small source (128 KiB, or 32 characters per token that is drawn) is tokenised as one stream
+    and cut into pieces of ``seq_len``; of each of ``samples`` equal parts of the stream one piece
+    is drawn with the seed. A larger file is never tokenised as a whole: in each of ``samples``
+    equal parts of it a place is drawn with the seed, and the sample is what follows there from the
+    next line (or row, or word) on. Time and memory are then those of the samples, except that a
+    JSON list, a compressed file and a parquet file are gone through twice, one row in memory at a
+    time. Of a data set on the hub as much is read as makes eight times the tokens drawn, from its
+    beginning.
 
-    Where the tokenizer puts a beginning-of-sequence token in front of a text (:func:`bos_prefix`), every piece starts
-    with it and holds that many tokens of the stream less. A chat template may render that token itself (``<s>`` at the
-    beginning of a conversation). It stays in the stream, where it marks the conversation's beginning as it does when
-    the model is served. Pieces are cut regardless of conversations, so only a piece that happens to start with a
-    conversation, like the first one, has it twice.
+    Where the tokenizer puts a beginning-of-sequence token in front of a text (:func:`bos_prefix`),
+    every piece starts with it and holds that many tokens of the stream less. A chat template may
+    render that token itself (``<s>`` at the beginning of a conversation). It stays in the stream,
+    where it marks the conversation's beginning as it does when the model is served. Pieces are cut
+    regardless of conversations, so only a piece that happens to start with a conversation, like the
+    first one, has it twice.
 
     Args:
-        source: ``python`` (standard library), a file, or the name of a ``datasets`` dataset, as ``name``,
-            ``name:split`` or ``name:config:split``. What a file is, its content says: plain text, a JSON object per
-            line, a list of objects, each perhaps compressed by gzip, or parquet; in UTF-8, or UTF-16 with a byte order
-            mark. Rows may hold ``text``, ``messages`` or ShareGPT's ``conversations`` (rendered with the chat
-            template), ``question`` and ``answer``, ``prompt`` and ``completion``, or Alpaca's ``instruction``,
+        source: ``python`` (standard library), a file, or the name of a ``datasets`` dataset, as
+            ``name``, ``name:split`` or ``name:config:split``. What a file is, its content says:
+            plain text, a JSON object per line, a list of objects, each perhaps compressed by gzip,
+            or parquet; in UTF-8, or UTF-16 with a byte order mark. Rows may hold ``text``,
+            ``messages`` or ShareGPT's ``conversations`` (rendered with the chat template),
+            ``question`` and ``answer``, ``prompt`` and ``completion``, or Alpaca's ``instruction``,
             ``input`` and ``output``.
         tokenizer: the model's tokenizer.
         samples: number of samples.
         seq_len: tokens per sample, with the beginning-of-sequence token.
         seed: of the draw.
-        chat_template: render question and answer, and the like, as a user's and an assistant's message.
+        chat_template: render question and answer, and the like, as a user's and an assistant's
+            message.
 
     Raises:
-        SvskError: no such source, bytes of another encoding, a row that holds none of these or null, messages that the
-            chat template rejects or that none is there for, too little text, or samples too short for a token of text.
+        SvskError: no such source, bytes of another encoding, a row that holds none of these or
+            null, messages that the chat template rejects or that none is there for, too little
+            text, or samples too short for a token of text.
     """
     prefix = bos_prefix(tokenizer)
     cut_pieces([], prefix, seq_len)  # refuses samples that hold no text
@@ -80,12 +92,18 @@ def load_calibration(
 
     if found.size is not None and found.size > limit:
         text = _at_places(found, found.size, encode, samples, width, generator)
-    elif found.file is not None and found.size is None and (total := sum(map(len, found.documents()))) > limit:
+    elif (
+        found.file is not None
+        and found.size is None
+        and (total := sum(map(len, found.documents()))) > limit
+    ):
         text = _on_the_way(found, total, encode, samples, width, generator)
     else:
         text = _of_the_whole(found, encode, samples, width, generator, bool(prefix))
     found.check_chat()
-    tokens = torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(samples, len(prefix)), text], dim=1)
+    tokens = torch.cat(
+        [torch.tensor(prefix, dtype=torch.int64).expand(samples, len(prefix)), text], dim=1
+    )
     name = found.file.path.name if found.file else source
     return CalibrationSet(tokens, name, token_fingerprint(tokens), bos=bool(prefix))
 
@@ -106,9 +124,9 @@ def _of_the_whole(
     pieces = len(stream)
     if pieces < samples:
         raise SvskError(
-            f"Calibration text {source.name} has {len(ids)} tokens, {pieces} pieces of {width}"
-            f"{' after BOS' if bos else ''}; {samples} samples are asked for. Give more text, or lower --samples or "
-            "--seq-len."
+            f"Calibration text {source.name} has {len(ids)} tokens, {pieces} pieces of"
+            f" {width}{' after BOS' if bos else ''}; {samples} samples are asked for. Give more"
+            " text, or lower --samples or --seq-len."
         )
     edges = torch.linspace(0, pieces, samples + 1).long()
     draw = torch.rand(samples, generator=generator)
@@ -131,7 +149,8 @@ def _at_places(
     rows = source.file.kind != "text"
 
     def read(place: int, number: int) -> Iterator[str]:
-        # Places in one long row all lead to the next one: multiples of the golden ratio spread them over it.
+        # Places in one long row all lead to the next one: multiples of the golden ratio spread them
+        # over it.
         share = number * _GOLDEN % 1
         return _from_within(source.after(place), share, width) if rows else source.after(place)
 
@@ -151,12 +170,18 @@ def _on_the_way(
 ) -> torch.Tensor:
     """Samples [samples, width] of a source that can only be gone through from its beginning."""
     found = []
-    documents, ahead, place = source.documents(), "", 0  # `ahead` is the text from `place` on that was read
+    documents, ahead, place = (
+        source.documents(),
+        "",
+        0,
+    )  # `ahead` is the text from `place` on that was read
     for start in _places(total, samples, width, generator):
         while place + len(ahead) <= start and (document := next(documents, None)) is not None:
             place, ahead = place + len(ahead), document
         if start > place:
-            skipped = start - place + _next_word(ahead[start - place : start - place + _REACH * width])
+            skipped = (
+                start - place + _next_word(ahead[start - place : start - place + _REACH * width])
+            )
             place, ahead = place + skipped, ahead[skipped:]
         read = [ahead]
 
@@ -175,7 +200,10 @@ def _on_the_way(
 
 
 def _window(pieces: Iterator[str], encode: Encode, width: int) -> list[int]:
-    """The first ``width`` tokens of a text, or all there are; reads and tokenises little more than it takes."""
+    """The first ``width`` tokens of a text, or all there are.
+
+    Reads and tokenises little more than it takes.
+    """
     read: list[str] = []
     length, wanted = 0, _REACH * (width + _MARGIN)
     for piece in pieces:
@@ -190,7 +218,10 @@ def _window(pieces: Iterator[str], encode: Encode, width: int) -> list[int]:
 
 
 def _from_within(pieces: Iterator[str], share: float, width: int) -> Iterator[str]:
-    """A text that begins within its first piece if that is long: a row as long as a book is not always read first."""
+    """A text that begins within its first piece if that is long.
+
+    A row as long as a book is not always read first.
+    """
     first = next(pieces, "")
     room = len(first) - 2 * _REACH * (width + _MARGIN)
     start = int(share * room) if room > 0 else 0
@@ -206,6 +237,6 @@ def _next_word(text: str) -> int:
 
 def _too_little(source: Source, width: int) -> SvskError:
     return SvskError(
-        f"Calibration text {source.name}: a part of it holds fewer than {width} tokens (is it blank there?). Give "
-        "other text, or lower --samples or --seq-len."
+        f"Calibration text {source.name}: a part of it holds fewer than {width} tokens (is it blank"
+        " there?). Give other text, or lower --samples or --seq-len."
     )

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of calibration text: what they hold, told by their content, and how they are read piece by piece."""
+"""Files of calibration text.
+
+What they hold, told by their content, and how they are read piece by piece.
+"""
 
 import codecs
 import gzip
@@ -65,7 +68,11 @@ class TextFile:
         newlines = io.IncrementalNewlineDecoder(None, translate=True)
         for number, block in enumerate(self._decoded(start)):
             found = str(newlines.decode(block))
-            yield _after_break(found) if number == 0 and start is not None and start > self.start else found
+            yield (
+                _after_break(found)
+                if number == 0 and start is not None and start > self.start
+                else found
+            )
 
     def lines(self, start: int | None = None) -> Iterator[tuple[str, str]]:
         """Where they are, and the lines that are not blank, from the first one that begins after byte ``start``."""
@@ -85,7 +92,9 @@ class TextFile:
             yield self._place(number + 1, start), rest
 
     def rows(self, start: int | None = None) -> Iterator[tuple[str, Any]]:
-        """Where they are, and the JSON values of ``lines`` or ``values``; ``start`` is for the former.
+        """Where they are, and the JSON values of ``lines`` or ``values``.
+
+        ``start`` is for the former.
 
         Raises:
             SvskError: something that is not JSON.
@@ -106,12 +115,14 @@ class TextFile:
     def _check_length(self, row: str, line: int) -> None:
         if len(row) > _LONGEST_ROW:
             raise SvskError(
-                f"{self.path}, line {line}: a row of more than {_LONGEST_ROW >> 20} MiB. Is a quote missing? "
-                "Give a plain text file, or shorter rows."
+                f"{self.path}, line {line}: a row of more than {_LONGEST_ROW >> 20} MiB. Is a quote"
+                " missing? Give a plain text file, or shorter rows."
             )
 
     def _open(self) -> IO[bytes]:
-        return cast(IO[bytes], gzip.open(self.path, "rb")) if self.compressed else self.path.open("rb")
+        return (
+            cast(IO[bytes], gzip.open(self.path, "rb")) if self.compressed else self.path.open("rb")
+        )
 
     def _decoded(self, start: int | None) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder(self.encoding)("strict")
@@ -127,12 +138,16 @@ class TextFile:
                 try:
                     data = raw.read(_BLOCK)
                 except (OSError, EOFError, zlib.error) as error:
-                    raise SvskError(f"{self.path}: cannot be read after byte {place} ({error}).") from error
+                    raise SvskError(
+                        f"{self.path}: cannot be read after byte {place} ({error})."
+                    ) from error
                 begin = place - len(decoder.getstate()[0])
                 try:
                     found = decoder.decode(data, final=not data)
                 except UnicodeDecodeError as error:
-                    raise self._undecodable(begin + error.start, error.object[error.start], error.reason) from error
+                    raise self._undecodable(
+                        begin + error.start, error.object[error.start], error.reason
+                    ) from error
                 if "\0" in found:
                     before = found[: found.index("\0")].encode(self.encoding)
                     raise self._undecodable(begin + len(before), 0, "no text has it")
@@ -155,8 +170,9 @@ class TextFile:
         name = "UTF-8" if self.encoding == "utf-8" else "UTF-16"
         within = " of what it unpacks to" if self.compressed else ""
         return SvskError(
-            f"Calibration text {self.path}: not {name}: byte {place}{within} is 0x{byte:02x} ({reason}). Expected "
-            "UTF-8, or UTF-16 with a byte order mark. Convert it, as in: iconv -f LATIN1 -t UTF-8."
+            f"Calibration text {self.path}: not {name}: byte {place}{within} is 0x{byte:02x}"
+            f" ({reason}). Expected UTF-8, or UTF-16 with a byte order mark. Convert it, as in:"
+            " iconv -f LATIN1 -t UTF-8."
         )
 
 
@@ -164,7 +180,8 @@ def open_text(path: Path) -> TextFile:
     """Look at a file's first bytes.
 
     Raises:
-        SvskError: there is no such file, it is not a regular one, it is empty, or not what its name says.
+        SvskError: there is no such file, it is not a regular one, it is empty, or not what its name
+            says.
     """
     if path.is_dir():
         raise SvskError(f"Calibration text {path}: is a folder, expected a file.")
@@ -185,7 +202,9 @@ def open_text(path: Path) -> TextFile:
             with gzip.open(path, "rb") as raw:
                 head = raw.read(4)
         except (OSError, EOFError, zlib.error) as error:
-            raise SvskError(f"Calibration text {path}: begins like gzip, but cannot be unpacked ({error}).") from error
+            raise SvskError(
+                f"Calibration text {path}: begins like gzip, but cannot be unpacked ({error})."
+            ) from error
     if not head:
         raise SvskError(f"Calibration text {path}: is empty.")
     encoding, start = _encoding(path, head)
@@ -195,7 +214,9 @@ def open_text(path: Path) -> TextFile:
 
 def _encoding(path: Path, head: bytes) -> tuple[str, int]:
     if head in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
-        raise SvskError(f"Calibration text {path}: is UTF-32, expected UTF-8, or UTF-16 with a byte order mark.")
+        raise SvskError(
+            f"Calibration text {path}: is UTF-32, expected UTF-8, or UTF-16 with a byte order mark."
+        )
     if head.startswith(codecs.BOM_UTF8):
         return "utf-8", 3
     for bom, name in ((codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
@@ -211,13 +232,16 @@ def _check_parquet(path: Path, head: bytes, size: int) -> None:
     for place, found in (("begins", head), ("ends", tail)):
         if found != _PARQUET:
             raise SvskError(
-                f"Calibration text {path}: {place} with {found!r}, a parquet file with {_PARQUET!r}. Is it cut short, "
-                "or of another kind?"
+                f"Calibration text {path}: {place} with {found!r}, a parquet file with"
+                f" {_PARQUET!r}. Is it cut short, or of another kind?"
             )
 
 
 def _kind(file: TextFile, name: str) -> Kind:
-    """What characters stand for: JSON by the suffix, or where the first value is one or a list of such."""
+    """What characters stand for.
+
+    JSON by the suffix, or where the first value is one or a list of such.
+    """
     head = ""
     for block in file.text():
         head += block
@@ -290,7 +314,9 @@ class _Values:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._place)
             except json.JSONDecodeError as error:
-                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - 10
+                cut = (
+                    error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - 10
+                )
                 if cut and self._more():
                     continue
                 raise self._error(error.msg, min(error.pos, len(self._text))) from error

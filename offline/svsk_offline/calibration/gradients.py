@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much the model's predictions feel a change of each linear's output, block by block and back.
 
-The KL divergence between the model's own predictions and those under a small change of some outputs is half the
-quadratic form of the Fisher information: with labels drawn from the model's predictions and g the gradient of their
-summed negative log-likelihood with respect to a linear's output, ``KL ~ 1/2 E[(g . dy)^2]`` (Amari 1998; K-FAC, Martens
-and Grosse 2015, takes it apart into one factor of the input and one of the output, as is done here).
+The KL divergence between the model's own predictions and those under a small change of some outputs
+is half the quadratic form of the Fisher information: with labels drawn from the model's predictions
+and g the gradient of their summed negative log-likelihood with respect to a linear's output, ``KL ~
+1/2 E[(g . dy)^2]`` (Amari 1998; K-FAC, Martens and Grosse 2015, takes it apart into one factor of
+the input and one of the output, as is done here).
 """
 
 from collections.abc import Callable
@@ -65,8 +66,8 @@ def sweep_gradients(
 ) -> None:
     """Run the samples forward through the model and the gradient of their loss back, one block in memory at a time.
 
-    The inputs of all blocks are kept, in a temporary file above ``memory_limit`` bytes; the way back runs each block
-    again from them.
+    The inputs of all blocks are kept, in a temporary file above ``memory_limit`` bytes; the way
+    back runs each block again from them.
 
     Args:
         source: the dense model.
@@ -84,7 +85,9 @@ def sweep_gradients(
         SvskError: the gradient is not finite.
     """
     name, blocks = source.blocks
-    runner = BlockRunner(source, calibration, device, dtype, memory_limit=memory_limit, scratch=scratch)
+    runner = BlockRunner(
+        source, calibration, device, dtype, memory_limit=memory_limit, scratch=scratch
+    )
     inputs, file = scratch_tensor((len(blocks), *runner.hidden.shape), dtype, memory_limit, scratch)
     try:
         for index, block in enumerate(blocks):
@@ -101,7 +104,8 @@ def sweep_gradients(
             for key, found in observed.gradients.items():
                 if not bool(torch.isfinite(found.rows).all()):
                     raise SvskError(
-                        f"{name}.{index}.{key}: its output's gradient is not finite on the calibration text."
+                        f"{name}.{index}.{key}: its output's gradient is not finite on the"
+                        " calibration text."
                     )
             visit(index, blocks[index], observed.gradients, observed.statistics)
             source.unload(blocks[index])
@@ -113,7 +117,12 @@ def sweep_gradients(
 
 
 def _step_back(
-    runner: BlockRunner, index: int, block: nn.Module, inputs: torch.Tensor, gradient: torch.Tensor, full: bool
+    runner: BlockRunner,
+    index: int,
+    block: nn.Module,
+    inputs: torch.Tensor,
+    gradient: torch.Tensor,
+    full: bool,
 ) -> _Observed:
     """Turn the gradient of the block's output into that of its input, in place, and note those of its linears."""
     observed = _Observed()
@@ -128,7 +137,9 @@ def _step_back(
         return after
 
     def note(name: str, part: slice, given: torch.Tensor, found: torch.Tensor) -> None:
-        squares = found.detach().float().flatten(0, -2).square()  # some blocks flatten samples and tokens
+        squares = (
+            found.detach().float().flatten(0, -2).square()
+        )  # some blocks flatten samples and tokens
         if name not in observed.gradients:
             observed.gradients[name] = OutputGradients(
                 torch.zeros(tokens), torch.zeros(squares.shape[-1], device=squares.device)
@@ -154,7 +165,9 @@ def _step_back(
     return observed
 
 
-def _loss_gradient(source: ModelSource, tokens: torch.Tensor, runner: BlockRunner, seed: int) -> None:
+def _loss_gradient(
+    source: ModelSource, tokens: torch.Tensor, runner: BlockRunner, seed: int
+) -> None:
     """Turn outputs of the last block into the gradient of the loss with respect to them, in place.
 
     The loss is the summed negative log-likelihood of labels drawn from the model's own predictions.
@@ -168,7 +181,9 @@ def _loss_gradient(source: ModelSource, tokens: torch.Tensor, runner: BlockRunne
             current = hidden[index : index + 1].to(device, dtype).requires_grad_()
             with torch.enable_grad():
                 logits = model(input_ids=sample.unsqueeze(0).to(device), use_cache=False).logits
-            slope = logits[0].detach().float().softmax(-1)  # of the loss with respect to the logits, but for the labels
+            slope = (
+                logits[0].detach().float().softmax(-1)
+            )  # of the loss with respect to the logits, but for the labels
             labels = draw_labels(slope, generator)
             slope[torch.arange(len(labels), device=device), labels] -= 1
             (back,) = torch.autograd.grad(logits, current, slope.unsqueeze(0).to(logits))

@@ -21,7 +21,9 @@ class InputStatistics:
         first: keep that of the first tokens apart as well.
     """
 
-    def __init__(self, features: int, device: torch.device, *, full: bool, first: bool = False) -> None:
+    def __init__(
+        self, features: int, device: torch.device, *, full: bool, first: bool = False
+    ) -> None:
         shape = (features, features) if full else (features,)
         self._sum = torch.zeros(shape, device=device)
         self._first = torch.zeros(shape, device=device) if first else None
@@ -35,7 +37,8 @@ class InputStatistics:
 
         Args:
             inputs: float [samples, tokens, K], or [tokens, K] without first tokens.
-            weights: how much each token counts, float [samples, tokens] or [tokens]; None is 1 each.
+            weights: how much each token counts, float [samples, tokens] or [tokens]; None is 1
+                each.
         """
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if weights is None:
@@ -44,7 +47,9 @@ class InputStatistics:
             rows = rows * weights.reshape(-1, 1).to(rows).sqrt()
             self._weight += float(weights.sum())
         self._accumulate(self._sum, rows)
-        if inputs.ndim == 3 and self._first is not None:  # a flattened input does not say where samples begin
+        if (
+            inputs.ndim == 3 and self._first is not None
+        ):  # a flattened input does not say where samples begin
             self._accumulate(self._first, inputs.detach()[:, 0].float())
             self._samples += inputs.shape[0]
 
@@ -74,12 +79,16 @@ class InputStatistics:
     def first_hessian(self) -> torch.Tensor:
         """``E[x x^T]`` over the first token of each sample, float32 [K, K]."""
         if self._first is None:
-            raise ValueError("First tokens were not kept apart; create the statistics with first=True.")
+            raise ValueError(
+                "First tokens were not kept apart; create the statistics with first=True."
+            )
         return self._full(self._first) / max(1, self._samples)
 
     @staticmethod
     def _full(total: torch.Tensor) -> torch.Tensor:
         if total.ndim != 2:
-            raise ValueError("Only the diagonal was accumulated; create the statistics with full=True.")
+            raise ValueError(
+                "Only the diagonal was accumulated; create the statistics with full=True."
+            )
         upper = total.triu()
         return upper + upper.triu(1).T

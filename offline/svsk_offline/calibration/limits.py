@@ -16,14 +16,19 @@ _STRETCHED: Final = ("linear", "dynamic", "yarn")
 
 
 def longest_sequence(config: Any) -> int | None:
-    """Most tokens a model takes, by its transformers config; None where positions have no limit (ALiBi, say).
+    """Most tokens a model takes, by its transformers config.
 
-    A sliding window is no limit. Where rotary scaling multiplies positions, the longer reading of the config counts.
+    None where positions have no limit (ALiBi, say).
+
+    A sliding window is no limit. Where rotary scaling multiplies positions, the longer reading of
+    the config counts.
     """
     config = config.get_text_config()
     if getattr(config, "alibi", False):
         return None
-    found = next((value for key in _POSITIONS if isinstance(value := getattr(config, key, None), int)), None)
+    found = next(
+        (value for key in _POSITIONS if isinstance(value := getattr(config, key, None), int)), None
+    )
     if found is None or found < 1:
         return None
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
@@ -48,7 +53,9 @@ def check_length(seq_len: int, config: Any, model: str) -> None:
     """
     longest = longest_sequence(config)
     if longest is not None and seq_len > longest:
-        raise SvskError(f"--seq-len is {seq_len}, but {model} takes {longest} tokens at most. Lower it.")
+        raise SvskError(
+            f"--seq-len is {seq_len}, but {model} takes {longest} tokens at most. Lower it."
+        )
 
 
 def check_token_ids(
@@ -70,7 +77,7 @@ def check_token_ids(
     if len(beyond):
         token = int(beyond[0])
         raise SvskError(
-            f"{model}: its tokenizer makes token {token} ({spell(token)!r}) of {source}, but the model's "
-            f"vocabulary has {vocabulary}. Tokens were added without resizing the embedding, or tokenizer and weights "
-            "belong to different models."
+            f"{model}: its tokenizer makes token {token} ({spell(token)!r}) of {source}, but the"
+            f" model's vocabulary has {vocabulary}. Tokens were added without resizing the"
+            " embedding, or tokenizer and weights belong to different models."
         )

@@ -9,7 +9,10 @@ from svsk_kernels.errors import SvskError
 __all__ = ["RowReader"]
 
 _PAIRS: Final = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
-"""What is asked, and what is answered. Alpaca's rows may have an ``input`` that goes with the instruction."""
+"""What is asked, and what is answered.
+
+Alpaca's rows may have an ``input`` that goes with the instruction.
+"""
 
 _CONVERSATIONS: Final = ("messages", "conversations")
 
@@ -17,14 +20,24 @@ _KINDS: Final = (("text",), *((name,) for name in _CONVERSATIONS), *_PAIRS)
 """Keys of the kinds of rows, in the order in which they are looked for."""
 
 _EXPECTED: Final = (
-    "text, messages, conversations, question and answer, prompt and completion, or instruction and output"
+    "text, messages, conversations, question and answer, prompt and completion, or instruction and"
+    " output"
 )
 
 _ROLES: Final = {
-    "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
-    "chatgpt": "assistant", "bard": "assistant", "bing": "assistant", "model": "assistant", "system": "system",
-    "tool": "tool", "observation": "tool",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
 """ShareGPT's speakers as roles of a chat template."""
 
 
@@ -33,7 +46,8 @@ class RowReader:
 
     Args:
         tokenizer: the model's, whose chat template renders conversations.
-        chat_template: render question and answer, and the like, as a user's and an assistant's message.
+        chat_template: render question and answer, and the like, as a user's and an assistant's
+            message.
 
     Attributes:
         rendered: whether any row so far was a conversation, or was made one.
@@ -51,12 +65,14 @@ class RowReader:
             where: names it in errors.
 
         Raises:
-            SvskError: it is none of the kinds, a value that is needed is missing or of another type, or the chat
-                template rejects it.
+            SvskError: it is none of the kinds, a value that is needed is missing or of another
+                type, or the chat template rejects it.
         """
         if not isinstance(row, Mapping):
             raise SvskError(f"{where}: a {type(row).__name__}, expected an object.")
-        keys = next((keys for keys in _KINDS if all(row.get(key) is not None for key in keys)), None)
+        keys = next(
+            (keys for keys in _KINDS if all(row.get(key) is not None for key in keys)), None
+        )
         if keys is None:
             raise self._unknown(row, where)
         found = self._text(row, keys, where)
@@ -64,7 +80,8 @@ class RowReader:
             found.encode()
         except UnicodeEncodeError as error:
             raise SvskError(
-                f"Calibration {where}: holds \\u{ord(found[error.start]):04x}, half of a pair that is no character."
+                f"Calibration {where}: holds \\u{ord(found[error.start]):04x}, half of a pair that"
+                " is no character."
             ) from error
         return found
 
@@ -79,7 +96,10 @@ class RowReader:
         if extra:
             asked += "\n" + _string(extra, "input", where)
         if self.chat_template:
-            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+            messages = [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": answered},
+            ]
             return self._render(messages, where)
         return f"{asked}\n{answered}\n\n"
 
@@ -87,36 +107,53 @@ class RowReader:
         for keys in _KINDS:
             missing = [key for key in keys if key in row and row[key] is None]
             if missing and all(key in row for key in keys):
-                return SvskError(f"Calibration {where}: {missing[0]} is null. Drop the row, or give it a value.")
-        return SvskError(f"Calibration {where}: has {', '.join(map(str, row)) or 'no key'}; expected {_EXPECTED}.")
+                return SvskError(
+                    f"Calibration {where}: {missing[0]} is null. Drop the row, or give it a value."
+                )
+        return SvskError(
+            f"Calibration {where}: has {', '.join(map(str, row)) or 'no key'}; expected"
+            f" {_EXPECTED}."
+        )
 
     def _render(self, messages: Sequence[Mapping[str, Any]], where: str) -> str:
         self.rendered = True
         if not getattr(self.tokenizer, "chat_template", None):
-            raise SvskError(f"Calibration {where}: holds messages, but the model's tokenizer has no chat template.")
+            raise SvskError(
+                f"Calibration {where}: holds messages, but the model's tokenizer has no chat"
+                " template."
+            )
         from jinja2 import TemplateError
 
         try:
             return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False))
         except (TemplateError, TypeError, ValueError) as error:
-            # Templates raise the first on purpose; contents that are null or a list, and no message at all, the others.
+            # Templates raise the first on purpose; contents that are null or a list, and no message
+            # at all, the others.
             raise SvskError(
-                f"Calibration {where}: the model's chat template rejects its messages ({error}). Mend or drop the row."
+                f"Calibration {where}: the model's chat template rejects its messages ({error})."
+                " Mend or drop the row."
             ) from error
 
 
 def _string(value: Any, key: str, where: str) -> str:
     if not isinstance(value, str):
-        raise SvskError(f"Calibration {where}: {key} is a {type(value).__name__}, expected a string.")
+        raise SvskError(
+            f"Calibration {where}: {key} is a {type(value).__name__}, expected a string."
+        )
     return value
 
 
 def _messages(value: Any, key: str, where: str) -> list[Mapping[str, Any]]:
     """Messages with role and content; ShareGPT's ``from`` and ``value`` are renamed."""
     if not isinstance(value, list):
-        raise SvskError(f"Calibration {where}: {key} is a {type(value).__name__}, expected a list of messages.")
+        raise SvskError(
+            f"Calibration {where}: {key} is a {type(value).__name__}, expected a list of messages."
+        )
     if not all(isinstance(message, Mapping) for message in value):
-        raise SvskError(f"Calibration {where}: messages must be objects with role and content, or from and value.")
+        raise SvskError(
+            f"Calibration {where}: messages must be objects with role and content, or from and"
+            " value."
+        )
     found: list[Mapping[str, Any]] = []
     for message in value:
         if "role" in message or "from" not in message:
@@ -124,6 +161,9 @@ def _messages(value: Any, key: str, where: str) -> list[Mapping[str, Any]]:
             continue
         speaker = message["from"]
         if not isinstance(speaker, str) or speaker.lower() not in _ROLES:
-            raise SvskError(f"Calibration {where}: a message is from {speaker!r}, expected one of {', '.join(_ROLES)}.")
+            raise SvskError(
+                f"Calibration {where}: a message is from {speaker!r}, expected one of"
+                f" {', '.join(_ROLES)}."
+            )
         found.append({"role": _ROLES[speaker.lower()], "content": message.get("value")})
     return found

@@ -14,21 +14,50 @@ from svsk_offline.preflight import calibration_path
 __all__ = ["DEFAULT_SOURCE", "Source", "check_source"]
 
 DEFAULT_SOURCE: Final = "python"
-"""Name of the text that needs no download: documentation and sources of Python's standard library."""
+"""Name of the text that needs no download.
+
+Documentation and sources of Python's standard library.
+"""
 
 _STANDARD_MODULES: Final = (
-    "argparse", "ast", "asyncio.base_events", "collections", "csv", "dataclasses", "datetime", "decimal", "difflib",
-    "email.message", "fractions", "heapq", "http.client", "inspect", "json.decoder", "logging", "pathlib", "pickle",
-    "random", "shutil", "statistics", "subprocess", "tarfile", "textwrap", "threading", "typing", "unittest.mock",
-    "urllib.parse", "zipfile",
-)  # fmt: skip
+    "argparse",
+    "ast",
+    "asyncio.base_events",
+    "collections",
+    "csv",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "difflib",
+    "email.message",
+    "fractions",
+    "heapq",
+    "http.client",
+    "inspect",
+    "json.decoder",
+    "logging",
+    "pathlib",
+    "pickle",
+    "random",
+    "shutil",
+    "statistics",
+    "subprocess",
+    "tarfile",
+    "textwrap",
+    "threading",
+    "typing",
+    "unittest.mock",
+    "urllib.parse",
+    "zipfile",
+)
 
 
 class Source:
     """Where calibration text comes from.
 
     Args:
-        name: ``python``, a file, or a data set as ``name``, ``name:split`` or ``name:config:split``.
+        name: ``python``, a file, or a data set as ``name``, ``name:split`` or
+            ``name:config:split``.
         tokenizer: the model's, for its chat template.
         chat_template: render question and answer as messages.
 
@@ -49,7 +78,9 @@ class Source:
     def size(self) -> int | None:
         """Bytes of a file whose parts can be read by their place; None for all other sources."""
         file = self.file
-        return file.size if file and file.kind in ("text", "lines") and not file.compressed else None
+        return (
+            file.size if file and file.kind in ("text", "lines") and not file.compressed else None
+        )
 
     def documents(self) -> Iterator[str]:
         """All text, from its beginning: documents, or pieces of one."""
@@ -79,7 +110,9 @@ class Source:
             SvskError: no row was rendered.
         """
         if self.rows.chat_template and not self.rows.rendered:
-            raise _no_chat(self.name, "no row with messages, or with question and answer or the like")
+            raise _no_chat(
+                self.name, "no row with messages, or with question and answer or the like"
+            )
 
     def _data_set(self, rows: Iterator[Mapping[str, Any]], name: str) -> Iterator[str]:
         for number, row in enumerate(rows, 1):
@@ -87,10 +120,13 @@ class Source:
 
 
 def check_source(name: str, chat_template: bool = False) -> TextFile | None:
-    """The file that a source is, None for a data set or the standard library; reads no more than its first bytes.
+    """The file that a source is, None for a data set or the standard library.
+
+    Reads no more than its first bytes.
 
     Raises:
-        SvskError: there is no such file, it cannot be used, or it is plain text and a chat template is asked for.
+        SvskError: there is no such file, it cannot be used, or it is plain text and a chat template
+            is asked for.
     """
     if name == DEFAULT_SOURCE and chat_template:
         raise _no_chat(name, "documentation and code")
@@ -105,8 +141,8 @@ def check_source(name: str, chat_template: bool = False) -> TextFile | None:
 
 def _no_chat(name: str, holds: str) -> SvskError:
     return SvskError(
-        f"--chat-template has no effect: calibration text {name} has {holds}. Leave it out, or give rows with question "
-        "and answer, prompt and completion, or instruction and output."
+        f"--chat-template has no effect: calibration text {name} has {holds}. Leave it out, or give"
+        " rows with question and answer, prompt and completion, or instruction and output."
     )
 
 
@@ -130,15 +166,20 @@ def _dataset_rows(source: str) -> Iterator[Mapping[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise SvskError(f"Calibration {source}: not a file, and the package `datasets` is not installed.") from error
+        raise SvskError(
+            f"Calibration {source}: not a file, and the package `datasets` is not installed."
+        ) from error
     name, *rest = source.split(":")
     split = rest[-1] if rest else "train"
     config = rest[0] if len(rest) > 1 else None
     try:
         yield from load_dataset(name, config, split=split, streaming=True)
-    except Exception as error:  # the package raises many kinds, all meaning that the data cannot be had
+    except (
+        Exception
+    ) as error:  # the package raises many kinds, all meaning that the data cannot be had
         raise SvskError(
-            f"Calibration {source}: neither a file nor a dataset that can be loaded ({_one_line(error)})."
+            f"Calibration {source}: neither a file nor a dataset that can be loaded"
+            f" ({_one_line(error)})."
         ) from error
 
 
@@ -146,11 +187,15 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise SvskError(f"Calibration text {path}: parquet needs the package `datasets`. Install it.") from error
+        raise SvskError(
+            f"Calibration text {path}: parquet needs the package `datasets`. Install it."
+        ) from error
     try:
         yield from load_dataset("parquet", data_files=str(path), split="train", streaming=True)
     except Exception as error:  # as above, for whatever a damaged file does to it
-        raise SvskError(f"Calibration text {path}: cannot be read as parquet ({_one_line(error)}).") from error
+        raise SvskError(
+            f"Calibration text {path}: cannot be read as parquet ({_one_line(error)})."
+        ) from error
 
 
 def _one_line(error: Exception) -> str:

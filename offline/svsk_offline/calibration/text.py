@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration text as tokens: what a tokenizer puts in front of a text, and pieces of equal length."""
+"""Calibration text as tokens.
+
+What a tokenizer puts in front of a text, and pieces of equal length.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -34,18 +37,27 @@ class CalibrationSet:
         return replace(self, tokens=tokens, fingerprint=token_fingerprint(tokens))
 
     def describe(self) -> dict[str, Any]:
-        """What goes into the checkpoint's ``producer.calibration``; ``bos`` only where there is one."""
+        """What goes into the checkpoint's ``producer.calibration``.
+
+        ``bos`` only where there is one.
+        """
         samples, seq_len = self.tokens.shape
-        described = {"source": self.source, "samples": samples, "seq_len": seq_len, "fingerprint": self.fingerprint}
+        described = {
+            "source": self.source,
+            "samples": samples,
+            "seq_len": seq_len,
+            "fingerprint": self.fingerprint,
+        }
         return {**described, "bos": True} if self.bos else described
 
 
 def bos_prefix(tokenizer: Any) -> list[int]:
     """The tokens that a tokenizer puts in front of every text.
 
-    That is one beginning-of-sequence token for Llama 3, Gemma or Mistral, two tokens for GLM, and none for Qwen or
-    SmolLM2. A model is served with them, and many let all later tokens attend to the first one: without it their
-    activations are others. What a tokenizer puts behind a text (an end-of-sequence token) is left out.
+    That is one beginning-of-sequence token for Llama 3, Gemma or Mistral, two tokens for GLM, and
+    none for Qwen or SmolLM2. A model is served with them, and many let all later tokens attend to
+    the first one: without it their activations are others. What a tokenizer puts behind a text (an
+    end-of-sequence token) is left out.
 
     Args:
         tokenizer: a Hugging Face tokenizer, fast or slow.
@@ -56,13 +68,16 @@ def bos_prefix(tokenizer: Any) -> list[int]:
     Raises:
         SvskError: a text's tokens are not found among those it has with special tokens.
     """
-    plain, served = (list(tokenizer(_PROBE, add_special_tokens=special)["input_ids"]) for special in (False, True))
+    plain, served = (
+        list(tokenizer(_PROBE, add_special_tokens=special)["input_ids"])
+        for special in (False, True)
+    )
     for start in range(len(served) - len(plain) + 1):
         if served[start : start + len(plain)] == plain:
             return served[:start]
     raise SvskError(
-        f"The tokenizer {type(tokenizer).__name__} encodes {_PROBE!r} as {plain} without special tokens and as "
-        f"{served} with them: what it puts in front of a text cannot be told apart."
+        f"The tokenizer {type(tokenizer).__name__} encodes {_PROBE!r} as {plain} without special"
+        f" tokens and as {served} with them: what it puts in front of a text cannot be told apart."
     )
 
 
@@ -70,12 +85,14 @@ def cut_pieces(ids: Sequence[int], prefix: Sequence[int], seq_len: int) -> torch
     """Cut a stream of tokens into consecutive pieces that do not overlap, each behind the same prefix.
 
     Args:
-        ids: the stream, without special tokens; what is left after the last whole piece is not used.
+        ids: the stream, without special tokens; what is left after the last whole piece is not
+            used.
         prefix: what :func:`bos_prefix` found; when empty the pieces are the stream itself.
         seq_len: tokens per piece, prefix included.
 
     Returns:
-        int64 [pieces, seq_len], of which the last ``seq_len - len(prefix)`` columns are the stream; maybe no piece.
+        int64 [pieces, seq_len], of which the last ``seq_len - len(prefix)`` columns are the stream;
+        maybe no piece.
 
     Raises:
         SvskError: a piece would hold no token of the stream.
@@ -83,8 +100,8 @@ def cut_pieces(ids: Sequence[int], prefix: Sequence[int], seq_len: int) -> torch
     width = seq_len - len(prefix)
     if width < 1:
         raise SvskError(
-            f"--seq-len is {seq_len}, but the tokenizer puts {len(prefix)} token(s) in front of every text: expected "
-            f"{len(prefix) + 1} or more."
+            f"--seq-len is {seq_len}, but the tokenizer puts {len(prefix)} token(s) in front of"
+            f" every text: expected {len(prefix) + 1} or more."
         )
     pieces = len(ids) // width
     text = torch.tensor(ids[: pieces * width], dtype=torch.int64).view(pieces, width)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choosing rank, factor bits and group size per matrix under a bit budget.
 
-Every choice for a matrix has a size and a loss, an estimate of what it adds to the KL divergence. The least total loss
-within the budget is sought by Lagrangian relaxation (Shoham and Gersho 1988): at a price per bit each matrix takes the
-choice of least loss plus price, and the price is bisected to the budget. What that leaves unused is then spent, step by
-step, where it gains most per bit.
+Every choice for a matrix has a size and a loss, an estimate of what it adds to the KL divergence.
+The least total loss within the budget is sought by Lagrangian relaxation (Shoham and Gersho 1988):
+at a price per bit each matrix takes the choice of least loss plus price, and the price is bisected
+to the budget. What that leaves unused is then spent, step by step, where it gains most per bit.
 """
 
 import math
@@ -38,14 +38,17 @@ class Choice:
 
 
 def allocate(
-    choices: Mapping[str, Sequence[Choice]], fused: Mapping[str, Hashable], target_bpw: float, num_weights: int
+    choices: Mapping[str, Sequence[Choice]],
+    fused: Mapping[str, Hashable],
+    target_bpw: float,
+    num_weights: int,
 ) -> dict[str, Choice]:
     """Pick a choice for every matrix so that the total loss is small and the total size within the budget.
 
     Args:
         choices: by matrix name, all that are possible.
-        fused: by matrix name, what it is fused with at run time: matrices of equal value get one group size, because
-            they share one base kernel.
+        fused: by matrix name, what it is fused with at run time: matrices of equal value get one
+            group size, because they share one base kernel.
         target_bpw: bits per weight of all matrices together.
         num_weights: weights of all matrices together.
 
@@ -62,11 +65,15 @@ def allocate(
     smallest = _at_price(sets, math.inf)
     if _size(smallest) > budget:
         raise SvskError(
-            f"A target of {target_bpw} bits per weight is less than the {_size(smallest) / num_weights:.4f} that the "
-            "smallest choices allowed take. Raise the target, or allow smaller ranks or larger groups."
+            f"A target of {target_bpw} bits per weight is less than the"
+            f" {_size(smallest) / num_weights:.4f} that the smallest choices allowed take. Raise"
+            " the target, or allow smaller ranks or larger groups."
         )
     # In the unit of the losses: they scale with the inputs, and what is chosen must not.
-    low, high = 0.0, max((c.loss for options in choices.values() for c in options), default=0.0) / budget or 1.0
+    low, high = (
+        0.0,
+        max((c.loss for options in choices.values() for c in options), default=0.0) / budget or 1.0,
+    )
     while _size(_at_price(sets, high)) > budget:
         low, high = high, high * 16
     for _ in range(_BISECTIONS):
@@ -79,8 +86,13 @@ def allocate(
     return {name: chosen[name] for name in choices}
 
 
-def _at_price(sets: Mapping[Hashable, Mapping[str, Sequence[Choice]]], price: float) -> dict[str, Choice]:
-    """Least loss plus price times bits, per set of fused matrices; at an infinite price the fewest bits."""
+def _at_price(
+    sets: Mapping[Hashable, Mapping[str, Sequence[Choice]]], price: float
+) -> dict[str, Choice]:
+    """Least loss plus price times bits, per set of fused matrices.
+
+    At an infinite price the fewest bits.
+    """
 
     def cost(choice: Choice) -> tuple[float, float]:
         if math.isinf(price):
@@ -89,10 +101,15 @@ def _at_price(sets: Mapping[Hashable, Mapping[str, Sequence[Choice]]], price: fl
 
     found: dict[str, Choice] = {}
     for members in sets.values():
-        sizes = sorted({choice.group_size for options in members.values() for choice in options}, reverse=True)
+        sizes = sorted(
+            {choice.group_size for options in members.values() for choice in options}, reverse=True
+        )
         picks: list[dict[str, Choice]] = []
         for size in sizes:
-            fitting = {name: [c for c in options if c.group_size == size] for name, options in members.items()}
+            fitting = {
+                name: [c for c in options if c.group_size == size]
+                for name, options in members.items()
+            }
             if all(fitting.values()):
                 picks.append({name: min(options, key=cost) for name, options in fitting.items()})
         best: dict[str, Choice] = min(
@@ -102,7 +119,9 @@ def _at_price(sets: Mapping[Hashable, Mapping[str, Sequence[Choice]]], price: fl
     return found
 
 
-def _spend(choices: Mapping[str, Sequence[Choice]], chosen: dict[str, Choice], budget: float) -> dict[str, Choice]:
+def _spend(
+    choices: Mapping[str, Sequence[Choice]], chosen: dict[str, Choice], budget: float
+) -> dict[str, Choice]:
     """Take the steps that gain most per bit, within a group size, until none fits the rest of the budget."""
     rest = budget - _size(chosen)
     while True:

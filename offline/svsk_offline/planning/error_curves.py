@@ -34,10 +34,11 @@ def choices_of(
 ) -> list[Choice]:
     """All ways to store a matrix that an allocation may choose from, with their losses.
 
-    The loss is ``1/2 tr(D R H R^T)``, the matrix's share of the KL divergence when the Fisher information is taken
-    apart into the factors H of the input and D of the output (diagonal). The error of the base is measured at the
-    scheme's group size and estimated at others from the error of plain rounding; the share of it that a sidecar of
-    rank r takes off is that of the r largest squared singular values of ``D^1/2 R L``, per tile.
+    The loss is ``1/2 tr(D R H R^T)``, the matrix's share of the KL divergence when the Fisher
+    information is taken apart into the factors H of the input and D of the output (diagonal). The
+    error of the base is measured at the scheme's group size and estimated at others from the error
+    of plain rounding; the share of it that a sidecar of rank r takes off is that of the r largest
+    squared singular values of ``D^1/2 R L``, per tile.
 
     Args:
         weight: float32 [N, K].
@@ -64,10 +65,16 @@ def choices_of(
         other = scale
         if size != spec.group_size:
             other = initial_scales(base.scales, weight, order.importance, size, codebook, dtype)
-        ratio = _rounding_error(weight, other, order.importance, row_energy, spec) / reference if reference else 0.0
+        ratio = (
+            _rounding_error(weight, other, order.importance, row_energy, spec) / reference
+            if reference
+            else 0.0
+        )
         for rank in allocation.ranks:
             for bits in allocation.factor_bits if rank else allocation.factor_bits[:1]:
-                stored = LinearSpec(spec.name, spec.n, spec.k, scheme_with(scheme, size, rank, bits), dtype).stored_bits
+                stored = LinearSpec(
+                    spec.name, spec.n, spec.k, scheme_with(scheme, size, rank, bits), dtype
+                ).stored_bits
                 left = max(1 - _KEPT[bits] * float(taken[:rank].sum()), 0.0)
                 found.append(Choice(size, rank, bits, stored, loss * ratio * left**power))
     return found
@@ -82,23 +89,34 @@ def scheme_with(scheme: ConfigGroup, group_size: int, rank: int, factor_bits: in
 
 
 def _rounding_error(
-    weight: torch.Tensor, scale: torch.Tensor, importance: torch.Tensor, row_energy: torch.Tensor, spec: LinearSpec
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    importance: torch.Tensor,
+    row_energy: torch.Tensor,
+    spec: LinearSpec,
 ) -> float:
     """Error of plain rounding, columns weighted by what error feedback cannot make up for."""
     groups = weight.view(spec.n, scale.shape[1], -1)
     wide = scale.float().unsqueeze(-1)
-    levels = nearest_levels(torch.where(wide == 0, 0.0, groups / wide), spec.scheme.weights.codebook)
+    levels = nearest_levels(
+        torch.where(wide == 0, 0.0, groups / wide), spec.scheme.weights.codebook
+    )
     error = (groups - levels * wide).square().view(spec.n, spec.k) @ importance
     return float(error @ row_energy)
 
 
 def _taken(
-    residual: torch.Tensor, hessian: torch.Tensor, row_energy: torch.Tensor, spec: LinearSpec, rank: int
+    residual: torch.Tensor,
+    hessian: torch.Tensor,
+    row_energy: torch.Tensor,
+    spec: LinearSpec,
+    rank: int,
 ) -> torch.Tensor:
     """Float32 [rank]: the share of the error that the i-th rank of all tiles together takes off.
 
-    The share is that of the tiles' own errors ``tr(D_a R_ab H_bb R_ab^T)``. With several column tiles these add up to
-    more than ``tr(D R H R^T)``, because error feedback lets columns make up for one another across tiles.
+    The share is that of the tiles' own errors ``tr(D_a R_ab H_bb R_ab^T)``. With several column
+    tiles these add up to more than ``tr(D R H R^T)``, because error feedback lets columns make up
+    for one another across tiles.
     """
     total = torch.zeros(rank)
     if not rank:
@@ -108,7 +126,9 @@ def _taken(
     for b in range(grid.num_col_tiles):
         columns = grid.col_slice(b)
         block = hessian[columns, columns]
-        if not bool(block.any()):  # never used: its error is not felt, in whatever unit the others' is
+        if not bool(
+            block.any()
+        ):  # never used: its error is not felt, in whatever unit the others' is
             continue
         lower = lower_factor(damped(block, 1e-4)).float()
         for a in range(grid.num_row_tiles):

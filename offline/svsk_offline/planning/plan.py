@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is decided about every linear before any is quantised: its scheme, and what its tokens and rows count.
+"""What is decided about every linear before any is quantised.
 
-Without a bit budget and without gradient weights there is nothing to measure. With either, one sweep of the loss's
-gradient over the calibration text gives both (:func:`svsk_offline.calibration.sweep_gradients`).
+Its scheme, and what its tokens and rows count.
+
+Without a bit budget and without gradient weights there is nothing to measure. With either, one
+sweep of the loss's gradient over the calibration text gives both
+(:func:`svsk_offline.calibration.sweep_gradients`).
 """
 
 import json
@@ -16,7 +19,12 @@ from torch import nn
 
 from svsk_kernels import has_bf16_products
 from svsk_kernels.errors import SvskError
-from svsk_offline.calibration import CalibrationSet, InputStatistics, OutputGradients, sweep_gradients
+from svsk_offline.calibration import (
+    CalibrationSet,
+    InputStatistics,
+    OutputGradients,
+    sweep_gradients,
+)
 from svsk_offline.planning.bit_budget import Choice, allocate
 from svsk_offline.planning.error_curves import choices_of, scheme_with
 from svsk_offline.planning.serving import vllm_class_of
@@ -34,8 +42,10 @@ class Plan:
 
     Attributes:
         schemes: scheme of each linear to quantise.
-        tokens: float32 [samples, tokens], mean 1: how much each token counts in the Hessian. Empty: 1 each.
-        rows: float32 [N], mean 1: how much each output feature counts in the sidecar's fit. Empty: 1 each.
+        tokens: float32 [samples, tokens], mean 1: how much each token counts in the Hessian. Empty:
+            1 each.
+        rows: float32 [N], mean 1: how much each output feature counts in the sidecar's fit. Empty:
+            1 each.
     """
 
     schemes: Mapping[str, ConfigGroup]
@@ -55,7 +65,9 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the plan to a safetensors file, atomically."""
-        owners: dict[int, str] = {}  # shared weightings are stored once, and are shared again when loaded
+        owners: dict[
+            int, str
+        ] = {}  # shared weightings are stored once, and are shared again when loaded
         tokens = {name: owners.setdefault(id(tensor), name) for name, tensor in self.tokens.items()}
         tensors = {f"{name}:tokens": self.tokens[name] for name in owners.values()}
         tensors |= {f"{name}:rows": tensor for name, tensor in self.rows.items()}
@@ -73,7 +85,11 @@ class Plan:
                 (tokens if kind == "tokens" else rows)[name] = handle.get_tensor(key)
             schemes, owners = (json.loads(handle.metadata()[key]) for key in ("schemes", "tokens"))
         tokens = {name: tokens[owner] for name, owner in owners.items()}
-        return cls({name: ConfigGroup.model_validate(scheme) for name, scheme in schemes.items()}, tokens, rows)
+        return cls(
+            {name: ConfigGroup.model_validate(scheme) for name, scheme in schemes.items()},
+            tokens,
+            rows,
+        )
 
 
 def uniform_schemes(
@@ -91,7 +107,9 @@ def uniform_schemes(
             scheme = config.scheme_for(full)
             if scheme is not None:
                 source.check_quantisable(full)
-                LinearSpec(full, linear.out_features, linear.in_features, scheme, scale_dtype)  # checks it
+                LinearSpec(
+                    full, linear.out_features, linear.in_features, scheme, scale_dtype
+                )  # checks it
                 schemes[full] = scheme
     return schemes
 
@@ -119,7 +137,8 @@ def make_plan(
         progress: called with the steps done and their total, where anything is measured.
 
     Raises:
-        SvskError: the budget is less than the smallest choices take, or the gradients are not finite.
+        SvskError: the budget is less than the smallest choices take, or the gradients are not
+            finite.
     """
     if not recipe.needs_gradients:
         return Plan(schemes)
@@ -139,7 +158,9 @@ def make_plan(
 
 
 def sweep_dtype(device: torch.device) -> torch.dtype:
-    """Dtype in which gradients are taken: bfloat16 where the hardware multiplies it, float32 on other CPUs.
+    """Dtype in which gradients are taken.
+
+    Bfloat16 where the hardware multiplies it, float32 on other CPUs.
 
     What is measured are squares over thousands of tokens; rounding does not matter, time does.
     """
@@ -152,9 +173,18 @@ class _Measured:
     """Takes in the gradients of one block after the other."""
 
     def __init__(
-        self, source: ModelSource, recipe: Recipe, schemes: Mapping[str, ConfigGroup], scale_dtype: torch.dtype
+        self,
+        source: ModelSource,
+        recipe: Recipe,
+        schemes: Mapping[str, ConfigGroup],
+        scale_dtype: torch.dtype,
     ) -> None:
-        self.source, self.recipe, self.schemes, self.scale_dtype = source, recipe, schemes, scale_dtype
+        self.source, self.recipe, self.schemes, self.scale_dtype = (
+            source,
+            recipe,
+            schemes,
+            scale_dtype,
+        )
         self.tokens: dict[str, torch.Tensor] = {}
         self.rows: dict[str, torch.Tensor] = {}
         self.choices: dict[str, list[Choice]] = {}
@@ -172,7 +202,9 @@ class _Measured:
             if full not in self.schemes:
                 continue
             if name not in gradients:
-                raise SvskError(f"{full}: the model's output does not depend on it. Add it to --ignore.")
+                raise SvskError(
+                    f"{full}: the model's output does not depend on it. Add it to --ignore."
+                )
             own = gradients[name]
             if args.token_power:
                 self.tokens[full] = _relative(own.tokens, args.token_power)
@@ -183,10 +215,22 @@ class _Measured:
                 assert isinstance(base, GptqBase), "the recipe checks it"
                 assert isinstance(fit, HessianFit), "the recipe checks it"
                 weight = self.source.tensors.read(f"{full}.weight").to(own.rows.device).float()
-                spec = LinearSpec(full, linear.out_features, linear.in_features, self.schemes[full], self.scale_dtype)
+                spec = LinearSpec(
+                    full,
+                    linear.out_features,
+                    linear.in_features,
+                    self.schemes[full],
+                    self.scale_dtype,
+                )
                 try:
                     self.choices[full] = choices_of(
-                        weight, statistics[name].hessian, own.rows, spec, base, self.recipe.allocation, fit.rounds
+                        weight,
+                        statistics[name].hessian,
+                        own.rows,
+                        spec,
+                        base,
+                        self.recipe.allocation,
+                        fit.rounds,
                     )
                 except SvskError as error:
                     raise SvskError(f"{full}: {error}") from error

@@ -33,11 +33,14 @@ def check_servable(
         most: the largest rank that a linear may yet be given.
 
     Raises:
-        SvskError: part of what vLLM fuses is not quantised, or its bases differ, or vLLM's loader moves the rows of a
-            linear and not those of its sidecar. Names the linears and what to do.
+        SvskError: part of what vLLM fuses is not quantised, or its bases differ, or vLLM's loader
+            moves the rows of a linear and not those of its sidecar. Names the linears and what to
+            do.
     """
     architecture = vllm_class_of(source)
-    linears = [full for index in range(len(source.blocks[1])) for _, full, _ in source.linears(index)]
+    linears = [
+        full for index in range(len(source.blocks[1])) for _, full, _ in source.linears(index)
+    ]
     problems = architecture.fused_problems({linear: schemes.get(linear) for linear in linears})
     for linear, group in schemes.items():
         if problem := row_order_problem([architecture.name], linear, max(group.sidecar.rank, most)):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of the published recipe: rounding to nearest with activation-aware clipping of each group."""
+"""The base of the published recipe.
+
+Rounding to nearest with activation-aware clipping of each group.
+"""
 
 from collections.abc import Sequence
 
@@ -11,11 +14,13 @@ from svsk_vllm.format import Codebook
 __all__ = ["channel_importance", "quantize_aa"]
 
 
-def channel_importance(second_moment: torch.Tensor, alpha: float, bounds: tuple[float, float]) -> torch.Tensor:
+def channel_importance(
+    second_moment: torch.Tensor, alpha: float, bounds: tuple[float, float]
+) -> torch.Tensor:
     """Weight of each input channel's error: ``clip((E[x_j^2] / mean) ** alpha, *bounds)``.
 
-    The mean is that of the channels in use: one that is always zero has the smallest importance and leaves those of
-    the others as they are.
+    The mean is that of the channels in use: one that is always zero has the smallest importance and
+    leaves those of the others as they are.
 
     Args:
         second_moment: float32 [K], ``E[x_j^2]`` over calibration tokens.
@@ -41,8 +46,8 @@ def quantize_aa(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per group, the scale ``clip * absmax / highest level`` with the least importance-weighted squared error.
 
-    Scales are rounded to ``scale_dtype`` before the codes are chosen. A clip of 1 is plain rounding to nearest, so the
-    weighted error of no group exceeds that of :func:`quantize_rtn`.
+    Scales are rounded to ``scale_dtype`` before the codes are chosen. A clip of 1 is plain rounding
+    to nearest, so the weighted error of no group exceeds that of :func:`quantize_rtn`.
 
     Args:
         weight: float32 [N, K], K a multiple of ``group_size``.

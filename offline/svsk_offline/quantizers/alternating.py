@@ -9,7 +9,12 @@ from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.input_statistics import InputStatistics
 from svsk_offline.quantizers.gptq import gptq, initial_scales, level_values, polish, refit_scales
 from svsk_offline.quantizers.hessian import ColumnOrder, damped
-from svsk_offline.quantizers.hessian_sidecar import ColumnTile, HessianSidecar, column_tiles, sidecar_weight
+from svsk_offline.quantizers.hessian_sidecar import (
+    ColumnTile,
+    HessianSidecar,
+    column_tiles,
+    sidecar_weight,
+)
 from svsk_offline.quantizers.rounding import nearest_codes
 from svsk_offline.recipe import GptqBase, HessianFit
 from svsk_vllm.format import LinearSpec, QuantizedLinear
@@ -26,8 +31,13 @@ class _Prepared:
     tiles: dict[tuple[int, float], list[ColumnTile]]
 
 
-def output_error(residual: torch.Tensor, hessian: torch.Tensor, row_weights: torch.Tensor | None = None) -> float:
-    """``tr(D R H R^T)``: the mean squared error of the layer's output, summed over its features, D their weights."""
+def output_error(
+    residual: torch.Tensor, hessian: torch.Tensor, row_weights: torch.Tensor | None = None
+) -> float:
+    """``tr(D R H R^T)``.
+
+    The mean squared error of the layer's output, summed over its features, D their weights.
+    """
     by_row = ((residual @ hessian) * residual).sum(1)
     return float(by_row.sum() if row_weights is None else by_row @ row_weights)
 
@@ -41,7 +51,9 @@ def quantize_alternating(
     sink_weight: float = 0.0,
     row_weights: torch.Tensor | None = None,
 ) -> QuantizedLinear:
-    """Quantise a weight to the least error of its output that a few rounds find; the best round is kept.
+    """Quantise a weight to the least error of its output that a few rounds find.
+
+    The best round is kept.
 
     Args:
         weight: float32 [N, K].
@@ -50,7 +62,8 @@ def quantize_alternating(
         base: settings of the base.
         fit: settings of the sidecar.
         sink_weight: weight of the first token's second moment, added to the Hessian.
-        row_weights: float32 [N], how much each output feature counts in the sidecar's fit; None is 1 each.
+        row_weights: float32 [N], how much each output feature counts in the sidecar's fit; None is
+            1 each.
 
     Raises:
         SvskError: the Hessian cannot be used.
@@ -68,7 +81,12 @@ def quantize_alternating(
     for number in range(1, rounds + max(1, base.polish)):
         if number <= rounds:  # from scratch, to what the sidecar leaves now
             scale = initial_scales(
-                base.scales, target, shared.order.importance, spec.group_size, codebook, spec.scale_dtype
+                base.scales,
+                target,
+                shared.order.importance,
+                spec.group_size,
+                codebook,
+                spec.scale_dtype,
             )
             levels, values = gptq(target, shared.order, scale, codebook)
         if number >= rounds and base.polish:
@@ -86,7 +104,10 @@ def quantize_alternating(
             least, best = error, QuantizedLinear(spec, codes, scale, side.u, side.v, side.gain)
         target = weight - product
     if best is None:
-        raise SvskError("the error of its output is not finite in any round. Is the weight or an activation infinite?")
+        raise SvskError(
+            "the error of its output is not finite in any round. Is the weight or an activation"
+            " infinite?"
+        )
     return best
 
 
@@ -94,7 +115,9 @@ def _prepare(statistics: InputStatistics, base: GptqBase, sink_weight: float) ->
     key = ("alternating", base.damping, sink_weight)
     if key not in statistics.prepared:
         hessian = statistics.hessian
-        mean = float(hessian.diagonal().mean())  # before the sink, which would raise the damping of everything
+        mean = float(
+            hessian.diagonal().mean()
+        )  # before the sink, which would raise the damping of everything
         if sink_weight:
             hessian = hessian + sink_weight * statistics.first_hessian
         order = ColumnOrder.of(damped(hessian, base.damping, mean))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sidecar of the published recipe: a truncated SVD per tile under a diagonal input weighting."""
+"""The sidecar of the published recipe.
+
+A truncated SVD per tile under a diagonal input weighting.
+"""
 
 from dataclasses import dataclass
 
@@ -31,9 +34,10 @@ def fit_diagonal_sidecar(
 ) -> Sidecar:
     """Fit ``U diag(gain) V`` to each tile of the residual, minimising ``sum_j d_j (R - U V)_ij^2``.
 
-    ``d_j = E[x_j^2] + ridge * mean``. With ``R diag(sqrt(d)) = P S Q^T`` truncated to the rank, ``U = P S`` and
-    ``V = Q^T diag(1 / sqrt(d))``; both are rounded with one scale per rank and tile. A tile whose rounded factors
-    would not lower its weighted error gets gain 0, so the sidecar never raises it.
+    ``d_j = E[x_j^2] + ridge * mean``. With ``R diag(sqrt(d)) = P S Q^T`` truncated to the rank, ``U
+    = P S`` and ``V = Q^T diag(1 / sqrt(d))``; both are rounded with one scale per rank and tile. A
+    tile whose rounded factors would not lower its weighted error gets gain 0, so the sidecar never
+    raises it.
 
     Args:
         residual: float32 [N, K], weight minus base.

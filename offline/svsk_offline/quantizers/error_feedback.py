@@ -10,7 +10,14 @@ from svsk_offline.quantizers.hessian import ColumnOrder
 from svsk_offline.quantizers.rounding import nearest_integers, nearest_levels
 from svsk_vllm.format import CODE_MAX, CODE_MIN, Codebook
 
-__all__ = ["BLOCK", "Levels", "round_block", "round_in_a_loop", "round_in_one_launch", "round_with_feedback"]
+__all__ = [
+    "BLOCK",
+    "Levels",
+    "round_block",
+    "round_in_a_loop",
+    "round_in_one_launch",
+    "round_with_feedback",
+]
 
 BLOCK: Final = 128
 """Columns whose updates are applied to the rest of the matrix in one product."""
@@ -18,7 +25,9 @@ BLOCK: Final = 128
 
 @dataclass(frozen=True)
 class Levels:
-    """What a ratio to the scale is rounded to: the integers of a range, or the levels of a codebook.
+    """What a ratio to the scale is rounded to.
+
+    The integers of a range, or the levels of a codebook.
 
     Attributes:
         low: lowest code.
@@ -45,16 +54,19 @@ def round_block(
     levels: Levels,
     values: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round the columns of a block one after the other: on a GPU in one launch, elsewhere in a loop.
+    """Round the columns of a block one after the other.
+
+    On a GPU in one launch, elsewhere in a loop.
 
     Args:
-        work: float32 [A, B, N]: for A matrices the columns as they are adjusted so far, or for coordinate descent the
-            gradient. May be changed.
+        work: float32 [A, B, N]: for A matrices the columns as they are adjusted so far, or for
+            coordinate descent the gradient. May be changed.
         coupling: float32 [A, B, B]; row j is what column j's error does to the later ones.
         pivots: float32 [A, B].
         scale: float32 [A, B, N], may be expanded; where it is 0 so is the level.
         levels: what to round to.
-        values: float32 [A, B, N], the present values of coordinate descent; None for error feedback.
+        values: float32 [A, B, N], the present values of coordinate descent; None for error
+            feedback.
 
     Returns:
         Levels and errors (for coordinate descent: moves), float32 [A, B, N], as
@@ -76,9 +88,15 @@ def round_in_one_launch(
     from svsk_kernels.gpu.error_feedback import feedback_block
 
     return feedback_block(
-        work.contiguous(), coupling, pivots, scale if scale.stride(2) == 1 else scale.contiguous(), levels.low,
-        levels.high, levels.codebook == "quad8", None if values is None else values.contiguous(),
-    )  # fmt: skip
+        work.contiguous(),
+        coupling,
+        pivots,
+        scale if scale.stride(2) == 1 else scale.contiguous(),
+        levels.low,
+        levels.high,
+        levels.codebook == "quad8",
+        None if values is None else values.contiguous(),
+    )
 
 
 def round_in_a_loop(
@@ -107,7 +125,9 @@ def round_in_a_loop(
     return found, errors
 
 
-def round_with_feedback(columns: torch.Tensor, order: ColumnOrder, scale: torch.Tensor, levels: Levels) -> torch.Tensor:
+def round_with_feedback(
+    columns: torch.Tensor, order: ColumnOrder, scale: torch.Tensor, levels: Levels
+) -> torch.Tensor:
     """Round all columns of a weight.
 
     Args:
@@ -127,9 +147,12 @@ def round_with_feedback(columns: torch.Tensor, order: ColumnOrder, scale: torch.
     for start in range(0, size, BLOCK):
         part = slice(start, min(start + BLOCK, size))
         rounded, errors = round_block(
-            work[part].unsqueeze(0), root[part, part].unsqueeze(0), pivots[part].unsqueeze(0),
-            scale[groups[part]].unsqueeze(0), levels,
-        )  # fmt: skip
+            work[part].unsqueeze(0),
+            root[part, part].unsqueeze(0),
+            pivots[part].unsqueeze(0),
+            scale[groups[part]].unsqueeze(0),
+            levels,
+        )
         found[order.order[part]] = rounded[0]
         if part.stop < size:
             work[part.stop :].addmm_(root[part, part.stop :].T, errors[0], alpha=-1)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 4-bit base: searched scales, then error feedback, then optionally polish by coordinate descent."""
+"""The 4-bit base.
+
+Searched scales, then error feedback, then optionally polish by coordinate descent.
+"""
 
 from collections.abc import Sequence
 from typing import Final, Literal
@@ -11,16 +14,30 @@ from svsk_offline.quantizers.hessian import ColumnOrder
 from svsk_offline.quantizers.rounding import absmax_scale, nearest_levels
 from svsk_vllm.format import Codebook, codebook_levels
 
-__all__ = ["DEFAULT_CANDIDATES", "gptq", "initial_scales", "level_values", "polish", "refit_scales", "search_scales"]
+__all__ = [
+    "DEFAULT_CANDIDATES",
+    "gptq",
+    "initial_scales",
+    "level_values",
+    "polish",
+    "refit_scales",
+    "search_scales",
+]
 
 DEFAULT_CANDIDATES: Final = tuple(1.12 - 0.045 * step for step in range(12))
 """Factors on the scale that puts the largest magnitude on the codebook's widest level."""
 
 _CHUNK: Final = (1 << 20, 1 << 25)
-"""Weights searched at a time: what fits the cache of a CPU; on a GPU, enough that launches do not count."""
+"""Weights searched at a time.
+
+What fits the cache of a CPU; on a GPU, enough that launches do not count.
+"""
 
 _SYSTEMS: Final = (1 << 24, 1 << 26)
-"""Elements of the float64 systems solved at a time when scales are refitted: 128 MiB, on a GPU 512."""
+"""Elements of the float64 systems solved at a time when scales are refitted.
+
+128 MiB, on a GPU 512.
+"""
 
 
 def _at_a_time(limits: tuple[int, int], tensor: torch.Tensor) -> int:
@@ -36,7 +53,10 @@ def initial_scales(
     codebook: Codebook,
     scale_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Scales to round under: those of :func:`search_scales` (arguments as there), or those of plain rounding."""
+    """Scales to round under.
+
+    Those of :func:`search_scales` (arguments as there), or those of plain rounding.
+    """
     if method == "search":
         return search_scales(weight, importance, group_size, codebook, scale_dtype)
     return absmax_scale(weight.view(weight.shape[0], -1, group_size), codebook).to(scale_dtype)
@@ -52,8 +72,9 @@ def search_scales(
 ) -> torch.Tensor:
     """Per group, the scale with the least importance-weighted error of plain rounding.
 
-    Each candidate of each sign (the codebooks reach further down than up) is refitted by least squares to the codes it
-    gives, ``s = sum p w c / sum p c^2``, and rounded to the stored dtype before its error is taken.
+    Each candidate of each sign (the codebooks reach further down than up) is refitted by least
+    squares to the codes it gives, ``s = sum p w c / sum p c^2``, and rounded to the stored dtype
+    before its error is taken.
 
     Args:
         weight: float32 [N, K].
@@ -67,7 +88,10 @@ def search_scales(
         Scales [N, K / group_size] of ``scale_dtype``.
     """
     rows = max(1, _at_a_time(_CHUNK, weight) // weight.shape[1])
-    parts = [_search(part, importance, group_size, codebook, scale_dtype, candidates) for part in weight.split(rows)]
+    parts = [
+        _search(part, importance, group_size, codebook, scale_dtype, candidates)
+        for part in weight.split(rows)
+    ]
     return torch.cat(parts)
 
 
@@ -160,9 +184,13 @@ def polish(
         for start in range(0, k, BLOCK):
             part = slice(start, min(start + BLOCK, k))
             chosen, moves = round_block(
-                gradient[part].unsqueeze(0).clone(), hessian[part, part].unsqueeze(0), curvature[part].unsqueeze(0),
-                steps[part].unsqueeze(0), Levels(codebook=codebook), values[part].unsqueeze(0),
-            )  # fmt: skip
+                gradient[part].unsqueeze(0).clone(),
+                hessian[part, part].unsqueeze(0),
+                curvature[part].unsqueeze(0),
+                steps[part].unsqueeze(0),
+                Levels(codebook=codebook),
+                values[part].unsqueeze(0),
+            )
             current[part], values[part] = chosen[0], chosen[0] * steps[part]
             gradient.addmm_(hessian[:, part], moves[0], alpha=-1)
     levels.copy_(current.T)
@@ -174,8 +202,9 @@ def refit_scales(
 ) -> torch.Tensor:
     """All scales of a row fitted together to its fixed codes: least squares under the Hessian.
 
-    Solves ``A s = b`` per row with ``A_gh = q_g H_gh q_h^T`` and ``b_g = (w H)_g q_g^T`` in float64, rounds to the
-    stored dtype, and keeps a row's old scales unless the new ones lower its ``r H r^T``.
+    Solves ``A s = b`` per row with ``A_gh = q_g H_gh q_h^T`` and ``b_g = (w H)_g q_g^T`` in
+    float64, rounds to the stored dtype, and keeps a row's old scales unless the new ones lower its
+    ``r H r^T``.
 
     Args:
         weight: float32 [N, K].
@@ -195,23 +224,32 @@ def refit_scales(
     return torch.cat(parts)
 
 
-def _refit(felt: torch.Tensor, hessian: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _refit(
+    felt: torch.Tensor, hessian: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
     """New scales of some rows; ``felt`` is ``W H``."""
     n, groups = scale.shape
     size = levels.shape[1] // groups
     system = torch.empty(n, groups, groups, dtype=torch.float64, device=levels.device)
     for g in range(groups):
         columns = slice(g * size, (g + 1) * size)
-        system[:, g] = ((levels[:, columns] @ hessian[columns]) * levels).view(n, groups, size).sum(-1)
+        system[:, g] = (
+            ((levels[:, columns] @ hessian[columns]) * levels).view(n, groups, size).sum(-1)
+        )
     right = (felt * levels).view(n, groups, size).sum(-1).double()
     old = scale.double()
-    damping = 1e-9 * system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + torch.finfo(torch.float64).tiny
+    damping = (
+        1e-9 * system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+        + torch.finfo(torch.float64).tiny
+    )
     damped = system + torch.diag_embed(damping.expand(n, groups))
     solved, failed = torch.linalg.solve_ex(damped, right + damping * old)
     new = solved.to(scale.dtype).double()
 
     def objective(candidate: torch.Tensor) -> torch.Tensor:
-        return ((system @ candidate.unsqueeze(-1)).squeeze(-1) * candidate - 2 * right * candidate).sum(1)
+        return (
+            (system @ candidate.unsqueeze(-1)).squeeze(-1) * candidate - 2 * right * candidate
+        ).sum(1)
 
     better = (failed == 0) & new.isfinite().all(1) & (objective(new) < objective(old))
     return torch.where(better.unsqueeze(1), new, old).to(scale.dtype)

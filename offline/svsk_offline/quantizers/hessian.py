@@ -18,8 +18,9 @@ _DAMPING_STEPS: Final = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 def damped(hessian: torch.Tensor, relative: float, scale: float | None = None) -> torch.Tensor:
     """``H + relative * scale * I``; the identity for an input that is always zero.
 
-    A channel that is never used has only the damping on its diagonal. Nothing here has a unit: inputs of another scale
-    give the same matrix but for a factor, so channels that are never used count the same beside all others.
+    A channel that is never used has only the damping on its diagonal. Nothing here has a unit:
+    inputs of another scale give the same matrix but for a factor, so channels that are never used
+    count the same beside all others.
 
     Args:
         hessian: float32 [K, K], ``E[x x^T]``.
@@ -50,16 +51,22 @@ def inverse_root(matrix: torch.Tensor) -> torch.Tensor:
         float32 [K, K], upper triangular.
 
     Raises:
-        SvskError: the matrix holds values that are not finite, or cannot be decomposed with any damping.
+        SvskError: the matrix holds values that are not finite, or cannot be decomposed with any
+            damping.
     """
     if not bool(torch.isfinite(matrix).all()):
-        raise SvskError("A calibration Hessian holds values that are not finite: the model's activations overflow.")
+        raise SvskError(
+            "A calibration Hessian holds values that are not finite: the model's activations"
+            " overflow."
+        )
     for lower in _lower_factors(matrix):
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not int(failed):
             root: torch.Tensor = upper.float()
             return root
-    raise SvskError(f"A calibration Hessian of {matrix.shape[0]} channels has no Cholesky decomposition.")
+    raise SvskError(
+        f"A calibration Hessian of {matrix.shape[0]} channels has no Cholesky decomposition."
+    )
 
 
 def damped_batch(matrices: torch.Tensor, relative: float) -> torch.Tensor:
@@ -70,12 +77,17 @@ def damped_batch(matrices: torch.Tensor, relative: float) -> torch.Tensor:
 
 
 def inverse_roots(matrices: torch.Tensor) -> torch.Tensor:
-    """:func:`inverse_root` for each of [A, n, n]; those that need further damping are taken one by one."""
+    """:func:`inverse_root` for each of [A, n, n].
+
+    Those that need further damping are taken one by one.
+    """
     lower, failed = torch.linalg.cholesky_ex(matrices.double())
     roots, failed_again = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     result: torch.Tensor = roots.float()
     for index in (
-        torch.nonzero((failed != 0) | (failed_again != 0) | ~result.isfinite().all(2).all(1)).flatten().tolist()
+        torch.nonzero((failed != 0) | (failed_again != 0) | ~result.isfinite().all(2).all(1))
+        .flatten()
+        .tolist()
     ):
         result[index] = inverse_root(matrices[index])
     return result
@@ -89,7 +101,9 @@ def lower_factor(matrix: torch.Tensor) -> torch.Tensor:
     """
     for lower in _lower_factors(matrix):
         return lower
-    raise SvskError(f"A calibration Hessian of {matrix.shape[0]} channels has no Cholesky decomposition.")
+    raise SvskError(
+        f"A calibration Hessian of {matrix.shape[0]} channels has no Cholesky decomposition."
+    )
 
 
 def _lower_factors(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -106,14 +120,16 @@ def _lower_factors(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
 
 @dataclass(frozen=True)
 class ColumnOrder:
-    """A damped Hessian with what error feedback needs: columns in descending order of their diagonal.
+    """A damped Hessian with what error feedback needs.
+
+    Columns in descending order of their diagonal.
 
     Attributes:
         hessian: damped, float32 [K, K], original order.
         order: int64 [K], columns as they are processed.
         root: float32 [K, K], :func:`inverse_root` in processing order.
-        importance: float32 [K], ``1 / U_jj^2`` in the original order: the error of column j once all later columns
-            have made up for it as well as they can.
+        importance: float32 [K], ``1 / U_jj^2`` in the original order: the error of column j once
+            all later columns have made up for it as well as they can.
     """
 
     hessian: torch.Tensor

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sidecar fitted to the error the layer's output feels: a truncated SVD per tile under the full Hessian."""
+"""The sidecar fitted to the error the layer's output feels.
+
+A truncated SVD per tile under the full Hessian.
+"""
 
 from dataclasses import dataclass
 from typing import Final
@@ -9,7 +12,13 @@ from torch import nn
 
 from svsk_offline.quantizers.diagonal_sidecar import Sidecar
 from svsk_offline.quantizers.error_feedback import Levels, round_block, round_with_feedback
-from svsk_offline.quantizers.hessian import ColumnOrder, damped, damped_batch, inverse_roots, lower_factor
+from svsk_offline.quantizers.hessian import (
+    ColumnOrder,
+    damped,
+    damped_batch,
+    inverse_roots,
+    lower_factor,
+)
 from svsk_offline.quantizers.lowrank import leading_right_vectors
 from svsk_vllm.format import TileGrid
 
@@ -29,7 +38,9 @@ class ColumnTile:
     columns: slice
     order: ColumnOrder
     lower: torch.Tensor  # Cholesky factor of the tile's Hessian, float32
-    coupling: torch.Tensor | None  # inv(H_cc) H_c, float32 [w, K]; None when the tile is the whole dimension
+    coupling: (
+        torch.Tensor | None
+    )  # inv(H_cc) H_c, float32 [w, K]; None when the tile is the whole dimension
 
 
 def column_tiles(hessian: torch.Tensor, grid: TileGrid, ridge: float) -> list[ColumnTile]:
@@ -72,23 +83,28 @@ class HessianSidecar:
         row_weights: torch.Tensor | None = None,
     ) -> None:
         self.tiles, self.grid, self.rank, self.num_bits = tiles, grid, rank, num_bits
-        self.weights = None if row_weights is None else self._by_tile(row_weights.unsqueeze(1)).squeeze(2)
+        self.weights = (
+            None if row_weights is None else self._by_tile(row_weights.unsqueeze(1)).squeeze(2)
+        )
 
     def fit(self, residual: torch.Tensor, sweeps: int = 3) -> Sidecar:
         """Minimise ``tr(D (R - U diag(gain) V) H (R - U diag(gain) V)^T)`` over rounded factors, D the row weights.
 
-        All rows of tiles are fitted at once. Column tiles are fitted in turn: in the first sweep to their own columns
-        of the residual, then to what all others leave, as far as a tile can make up for it through the off-diagonal
-        blocks of the Hessian. Making up for others in the first sweep, before they are fitted, ends at several times
-        the error. V is rounded with error feedback under H, U is refitted to the rounded V and rounded with feedback
-        under ``V H V^T``, and the gains are refitted to both.
+        All rows of tiles are fitted at once. Column tiles are fitted in turn: in the first sweep to
+        their own columns of the residual, then to what all others leave, as far as a tile can make
+        up for it through the off-diagonal blocks of the Hessian. Making up for others in the first
+        sweep, before they are fitted, ends at several times the error. V is rounded with error
+        feedback under H, U is refitted to the rounded V and rounded with feedback under ``V H
+        V^T``, and the gains are refitted to both.
 
         Args:
             residual: float32 [N, K], weight minus base.
             sweeps: passes over the column tiles; one is enough when there is only one.
         """
         grid, device = self.grid, residual.device
-        left = self._by_tile(residual).clone()  # [A, rows, K], minus the product of every fitted tile
+        left = self._by_tile(
+            residual
+        ).clone()  # [A, rows, K], minus the product of every fitted tile
         count, rows, _ = left.shape
         u = torch.zeros(count, rows, grid.num_col_tiles, self.rank, dtype=torch.int8, device=device)
         v = torch.zeros(count, self.rank, grid.k, dtype=torch.int8, device=device)
@@ -101,7 +117,11 @@ class HessianSidecar:
                 target = own if sweep == 0 or tile.coupling is None else left @ tile.coupling.T
                 codes_u, codes_v, scale = self._fit_tiles(target.contiguous(), tile)
                 found = scale.shape[1]
-                u[:, :, b, :found], v[:, :found, tile.columns], gain[:, b, :found] = codes_u, codes_v, scale
+                u[:, :, b, :found], v[:, :found, tile.columns], gain[:, b, :found] = (
+                    codes_u,
+                    codes_v,
+                    scale,
+                )
                 own -= _product(u[:, :, b], v[:, :, tile.columns], gain[:, b])
         return Sidecar(u.flatten(0, 1)[: grid.n], v, gain)
 
@@ -111,12 +131,16 @@ class HessianSidecar:
         missing = count * rows - matrix.shape[0]
         return nn.functional.pad(matrix, (0, 0, 0, missing)).view(count, rows, -1)
 
-    def _fit_tiles(self, target: torch.Tensor, tile: ColumnTile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _fit_tiles(
+        self, target: torch.Tensor, tile: ColumnTile
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rounded U [A, rows, f], V [A, f, w] and gains [A, f] for targets [A, rows, w], f = min(rank, rows, w)."""
         felt_by = target if self.weights is None else target * self.weights.sqrt().unsqueeze(2)
         right = leading_right_vectors(felt_by @ tile.lower, self.rank)
         count, ranks, width = right.shape
-        vectors = torch.linalg.solve_triangular(tile.lower.T, right.flatten(0, 1).T, upper=True).T  # V = Q^T L^-1
+        vectors = torch.linalg.solve_triangular(
+            tile.lower.T, right.flatten(0, 1).T, upper=True
+        ).T  # V = Q^T L^-1
         v_codes, v_scale = self._round_v(vectors.contiguous(), tile.order)
         felt_codes = (v_codes @ tile.order.hessian).view(count, ranks, width)
         v_codes, v_scale = v_codes.view(count, ranks, width), v_scale.view(count, ranks)
@@ -125,7 +149,9 @@ class HessianSidecar:
         wanted = felt @ target.mT
         free = torch.linalg.solve(small.double(), wanted.double()).float()  # U^T [A, f, rows]
         u_codes, u_scale = self._round_u(free, small)
-        gains = self._refit_gains(wanted / v_scale.unsqueeze(2), u_codes, felt_codes @ v_codes.mT, u_scale * v_scale)
+        gains = self._refit_gains(
+            wanted / v_scale.unsqueeze(2), u_codes, felt_codes @ v_codes.mT, u_scale * v_scale
+        )
         return u_codes.mT.to(torch.int8), v_codes.to(torch.int8), gains
 
     def _round_v(self, rows: torch.Tensor, order: ColumnOrder) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +160,9 @@ class HessianSidecar:
         codes = round_with_feedback(rows.T.contiguous(), order, scale.unsqueeze(0), self._levels)
         return codes.T.contiguous(), scale
 
-    def _round_u(self, rows: torch.Tensor, small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _round_u(
+        self, rows: torch.Tensor, small: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Integers of U^T [A, f, rows] and scales [A, f], with feedback along the ranks under ``V H V^T`` [A, f, f]."""
         weights = torch.ones_like(rows[:, 0]) if self.weights is None else self.weights
         each = weights.unsqueeze(1).expand_as(rows).flatten(0, 1)
@@ -169,19 +197,30 @@ class HessianSidecar:
         right = (counted * wanted).sum(2).double()
         diagonal = system.diagonal(dim1=1, dim2=2)
         ridge = 1e-9 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float64).tiny
-        solved, failed = torch.linalg.solve_ex(system + torch.diag_embed(ridge.expand_as(right)), right)
+        solved, failed = torch.linalg.solve_ex(
+            system + torch.diag_embed(ridge.expand_as(right)), right
+        )
 
         def objective(gains: torch.Tensor) -> torch.Tensor:
             return ((system @ gains.unsqueeze(2)).squeeze(2) * gains - 2 * right * gains).sum(1)
 
-        better = (failed == 0) & solved.isfinite().all(1) & (objective(solved) <= objective(start.double()))
+        better = (
+            (failed == 0)
+            & solved.isfinite().all(1)
+            & (objective(solved) <= objective(start.double()))
+        )
         return torch.where(better.unsqueeze(1), solved.float(), start)
 
 
 def _row_scales(rows: torch.Tensor, importance: torch.Tensor, num_bits: int) -> torch.Tensor:
-    """Scale per row: absolute maximum for 8 bits, searched over clips by weighted error for 4. Never zero."""
+    """Scale per row.
+
+    Absolute maximum for 8 bits, searched over clips by weighted error for 4. Never zero.
+    """
     high = 2 ** (num_bits - 1) - 1
-    full: torch.Tensor = rows.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny * 2**20) / high
+    full: torch.Tensor = (
+        rows.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny * 2**20) / high
+    )
     if num_bits == 8:
         return full
     best_error = torch.full_like(full, torch.inf)
@@ -207,5 +246,7 @@ def sidecar_weight(sidecar: Sidecar, grid: TileGrid) -> torch.Tensor:
         rows = grid.row_slice(a)
         for b in range(grid.num_col_tiles):
             cols = grid.col_slice(b)
-            weight[rows, cols] = _product(sidecar.u[rows, b], sidecar.v[a, :, cols], sidecar.gain[a, b])
+            weight[rows, cols] = _product(
+                sidecar.u[rows, b], sidecar.v[a, :, cols], sidecar.gain[a, b]
+            )
     return weight

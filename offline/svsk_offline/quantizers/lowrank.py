@@ -17,18 +17,24 @@ _ZERO: Final = 1e-6
 """Singular values below this share of the largest are rounding."""
 
 _RIDGE: Final = 1e-14
-"""Relative to the trace: what makes the Gram matrix of dependent columns decomposable in float64."""
+"""Relative to the trace.
+
+What makes the Gram matrix of dependent columns decomposable in float64.
+"""
 
 _OVERSAMPLING: Final = 16
 _POWER_ITERATIONS: Final = 6
 _GRAM_ITERATIONS: Final = 8
 
 
-def truncated_svd(matrix: torch.Tensor, rank: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def truncated_svd(
+    matrix: torch.Tensor, rank: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Leading singular triplets.
 
-    Exact (eigenvectors of the smaller Gram matrix, in float64) up to a smaller dimension of 1536, beyond it
-    randomised subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4) with a seeded start.
+    Exact (eigenvectors of the smaller Gram matrix, in float64) up to a smaller dimension of 1536,
+    beyond it randomised subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4) with a
+    seeded start.
 
     Args:
         matrix: float32 [m, n].
@@ -36,14 +42,17 @@ def truncated_svd(matrix: torch.Tensor, rank: int, seed: int = 0) -> tuple[torch
         seed: of the random start.
 
     Returns:
-        ``left`` float32 [m, r] and ``right`` float32 [r, n] with orthonormal columns and rows, ``values`` float32 [r].
+        ``left`` float32 [m, r] and ``right`` float32 [r, n] with orthonormal columns and rows,
+        ``values`` float32 [r].
     """
     m, n = matrix.shape
     rank = min(rank, m, n)
     work = matrix.double()
     if min(m, n) > _EXACT_LIMIT:
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        start = torch.randn(n, min(rank + _OVERSAMPLING, m, n), generator=generator, dtype=torch.float64)
+        start = torch.randn(
+            n, min(rank + _OVERSAMPLING, m, n), generator=generator, dtype=torch.float64
+        )
         basis = torch.linalg.qr(work @ start.to(work.device))[0]
         for _ in range(_POWER_ITERATIONS):
             basis = torch.linalg.qr(work.T @ basis)[0]
@@ -60,14 +69,17 @@ def truncated_svd(matrix: torch.Tensor, rank: int, seed: int = 0) -> tuple[torch
     return left[:, :rank].float(), values[:rank].float(), right[:rank].float()
 
 
-def leading_right_vectors(matrices: torch.Tensor, rank: int, exact: bool | None = None) -> torch.Tensor:
+def leading_right_vectors(
+    matrices: torch.Tensor, rank: int, exact: bool | None = None
+) -> torch.Tensor:
     """Leading right singular vectors of each of several matrices.
 
-    Exact ones are the eigenvectors of the smaller Gram matrix, decomposed in float64, up to a smaller dimension of
-    1536; beyond it they are those of :func:`truncated_svd`. A GPU decomposes large symmetric matrices one by one, which
-    for the tiles of a large model takes hours; there they come from subspace iteration with a seeded start and a final
-    Rayleigh-Ritz step (Saad 2011, algorithm 5.3), products of all matrices together. Those of a flat spectrum hold up
-    to 1% less of a matrix than the exact ones, those of a falling one the same.
+    Exact ones are the eigenvectors of the smaller Gram matrix, decomposed in float64, up to a
+    smaller dimension of 1536; beyond it they are those of :func:`truncated_svd`. A GPU decomposes
+    large symmetric matrices one by one, which for the tiles of a large model takes hours; there
+    they come from subspace iteration with a seeded start and a final Rayleigh-Ritz step (Saad 2011,
+    algorithm 5.3), products of all matrices together. Those of a flat spectrum hold up to 1% less
+    of a matrix than the exact ones, those of a falling one the same.
 
     Args:
         matrices: float32 [A, m, n].
@@ -100,11 +112,18 @@ def _leading_vectors(gram: torch.Tensor, rank: int, exact: bool) -> torch.Tensor
     basis = _start(size, width, gram.device).expand(count, size, width)
     for _ in range(_GRAM_ITERATIONS):
         basis = _orthonormal((gram @ basis).double()).float()
-    basis = _orthonormal(_orthonormal(basis.double()))  # twice: directions that are only rounding come out shorter
+    basis = _orthonormal(
+        _orthonormal(basis.double())
+    )  # twice: directions that are only rounding come out shorter
     projected = basis.mT @ (gram @ basis.float()).double()
     if not bool(projected.isfinite().all()):
-        raise SvskError("singular vectors of a residual are not finite. Is the weight or an activation infinite?")
-    turned: torch.Tensor = basis @ torch.linalg.eigh(projected + projected.mT)[1][:, :, -rank:].flip(2)
+        raise SvskError(
+            "singular vectors of a residual are not finite. Is the weight or an activation"
+            " infinite?"
+        )
+    turned: torch.Tensor = basis @ torch.linalg.eigh(projected + projected.mT)[1][
+        :, :, -rank:
+    ].flip(2)
     return turned.float()
 
 
@@ -115,9 +134,15 @@ def _start(size: int, width: int, device: torch.device) -> torch.Tensor:
 
 
 def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
-    """Columns of float64 [A, s, w] made orthonormal by a Cholesky factor of their Gram matrix; zeros stay zeros."""
+    """Columns of float64 [A, s, w] made orthonormal by a Cholesky factor of their Gram matrix.
+
+    Zeros stay zeros.
+    """
     gram = columns.mT @ columns
-    ridge = _RIDGE * gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) + torch.finfo(torch.float64).tiny
+    ridge = (
+        _RIDGE * gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+        + torch.finfo(torch.float64).tiny
+    )
     lower = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge.expand(gram.shape[:2])))[0]
     found: torch.Tensor = torch.linalg.solve_triangular(lower, columns.mT, upper=False).mT
     return found

@@ -16,10 +16,17 @@ from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, dequantiz
 __all__ = ["quantize_linear", "weighted_error"]
 
 
-def weighted_error(weight: torch.Tensor, approximation: torch.Tensor, second_moment: torch.Tensor) -> float:
-    """``sum_ij d_j (W - W_hat)_ij^2 / sum_ij d_j W_ij^2`` with ``d_j = E[x_j^2]``; 0 for a layer that is never used."""
+def weighted_error(
+    weight: torch.Tensor, approximation: torch.Tensor, second_moment: torch.Tensor
+) -> float:
+    """``sum_ij d_j (W - W_hat)_ij^2 / sum_ij d_j W_ij^2`` with ``d_j = E[x_j^2]``.
+
+    0 for a layer that is never used.
+    """
     energy = float((weight.square() @ second_moment).sum())
-    return float(((weight - approximation).square() @ second_moment).sum()) / energy if energy else 0.0
+    return (
+        float(((weight - approximation).square() @ second_moment).sum()) / energy if energy else 0.0
+    )
 
 
 def quantize_linear(
@@ -36,11 +43,13 @@ def quantize_linear(
     Args:
         name: Hugging Face module name.
         weight: [N, K], any floating dtype.
-        statistics: of the layer's input; with whole matrices where :attr:`Recipe.needs_hessians` says so.
+        statistics: of the layer's input; with whole matrices where :attr:`Recipe.needs_hessians`
+            says so.
         recipe: how.
         scheme: group size, codebook, sidecar shape.
         scale_dtype: stored dtype of the scales.
-        row_weights: float32 [N], how much each output feature counts in a Hessian fit; None is 1 each.
+        row_weights: float32 [N], how much each output feature counts in a Hessian fit; None is 1
+            each.
 
     Returns:
         The quantised linear on the CPU, and its report.
@@ -50,13 +59,17 @@ def quantize_linear(
         SvskError: the statistics cannot be used.
     """
     if not bool(torch.isfinite(weight).all()):
-        raise SvskError(f"{name}.weight: holds values that are not finite. The model is damaged; get it again.")
+        raise SvskError(
+            f"{name}.weight: holds values that are not finite. The model is damaged; get it again."
+        )
     started = time.perf_counter()  # after a question that waits for what a GPU was given before
     weight = weight.float()
     spec = LinearSpec(name, weight.shape[0], weight.shape[1], scheme, scale_dtype)
     if isinstance(recipe.base, GptqBase) and isinstance(recipe.fit, HessianFit):
         sink = recipe.sink_weight(name)
-        linear = quantize_alternating(weight, statistics, spec, recipe.base, recipe.fit, sink, row_weights)
+        linear = quantize_alternating(
+            weight, statistics, spec, recipe.base, recipe.fit, sink, row_weights
+        )
     else:
         linear = _quantize_published(weight, statistics.second_moment, spec, recipe)
     moment = statistics.second_moment
@@ -79,17 +92,28 @@ def quantize_linear(
 def _quantize_published(
     weight: torch.Tensor, moment: torch.Tensor, spec: LinearSpec, recipe: Recipe
 ) -> QuantizedLinear:
-    """The original method: activation-aware rounding, then a sidecar under the diagonal weighting."""
+    """The original method.
+
+    Activation-aware rounding, then a sidecar under the diagonal weighting.
+    """
     base, fit = recipe.base, recipe.fit
     assert isinstance(base, AaBase), "the recipe checks which base goes with which fit"
     importance = channel_importance(moment, base.alpha, base.importance_clip)
     codebook = spec.scheme.weights.codebook
-    codes, scale = quantize_aa(weight, importance, spec.group_size, codebook, spec.scale_dtype, base.clip_grid)
+    codes, scale = quantize_aa(
+        weight, importance, spec.group_size, codebook, spec.scale_dtype, base.clip_grid
+    )
     linear = QuantizedLinear(spec, codes, scale)
     if not spec.rank:
         return linear
     side = fit_diagonal_sidecar(
-        weight - dequantize(linear), moment, spec.grid, spec.rank, spec.factor_bits, fit.ridge, recipe.calibration.seed
+        weight - dequantize(linear),
+        moment,
+        spec.grid,
+        spec.rank,
+        spec.factor_bits,
+        fit.ridge,
+        recipe.calibration.seed,
     )
     return QuantizedLinear(spec, codes, scale, side.u, side.v, side.gain)
 
@@ -99,5 +123,10 @@ def _to_cpu(linear: QuantizedLinear) -> QuantizedLinear:
         return None if tensor is None else tensor.cpu()
 
     return QuantizedLinear(
-        linear.spec, linear.codes.cpu(), linear.scale.cpu(), move(linear.u), move(linear.v), move(linear.gain)
+        linear.spec,
+        linear.codes.cpu(),
+        linear.scale.cpu(),
+        move(linear.u),
+        move(linear.v),
+        move(linear.gain),
     )

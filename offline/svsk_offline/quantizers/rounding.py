@@ -19,8 +19,9 @@ __all__ = [
 def nearest_indices(ratio: torch.Tensor, codebook: Codebook) -> torch.Tensor:
     """Like :func:`nearest_codes`, but the codes stay floating: for inner loops.
 
-    The threshold between the ``quad8`` levels of codes q and q + 1 (q >= 0) is ``(v(q) + v(q + 1)) / 2 =
-    v(q + 1/2) + 1/32``, so rounding the inverse of v at ``|x| - 1/32`` finds the nearest level exactly.
+    The threshold between the ``quad8`` levels of codes q and q + 1 (q >= 0) is ``(v(q) + v(q + 1))
+    / 2 = v(q + 1/2) + 1/32``, so rounding the inverse of v at ``|x| - 1/32`` finds the nearest
+    level exactly.
     """
     if codebook == "quad8":
         ratio = torch.copysign((ratio.abs() * 8 + 15.75).sqrt_().sub_(4), ratio)
@@ -33,7 +34,10 @@ def nearest_integers(ratio: torch.Tensor, low: int, high: int) -> torch.Tensor:
 
 
 def nearest_levels(ratio: torch.Tensor, codebook: Codebook) -> torch.Tensor:
-    """Value of the level nearest to each ratio, in units of the scale; float32 of the same shape."""
+    """Value of the level nearest to each ratio, in units of the scale.
+
+    Float32 of the same shape.
+    """
     return code_values(nearest_indices(ratio, codebook), codebook)
 
 
@@ -63,10 +67,13 @@ def absmax_scale(groups: torch.Tensor, codebook: Codebook) -> torch.Tensor:
     return groups.abs().amax(-1) / float(codebook_levels(codebook)[-1])
 
 
-def scaled_codes(groups: torch.Tensor, scale: torch.Tensor, codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor]:
+def scaled_codes(
+    groups: torch.Tensor, scale: torch.Tensor, codebook: Codebook
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of grouped weights under given scales, and the values they stand for.
 
-    A scale of zero (a group of zeros, or one so small that its scale underflows) gives code 0 and value 0.
+    A scale of zero (a group of zeros, or one so small that its scale underflows) gives code 0 and
+    value 0.
 
     Args:
         groups: float32 [..., g].
@@ -77,14 +84,18 @@ def scaled_codes(groups: torch.Tensor, scale: torch.Tensor, codebook: Codebook) 
         int8 codes and float32 values, both of the shape of ``groups``.
     """
     usable = torch.where(scale == 0, torch.ones_like(scale), scale).unsqueeze(-1)
-    codes = nearest_codes(torch.where(scale.unsqueeze(-1) == 0, torch.zeros_like(groups), groups / usable), codebook)
+    codes = nearest_codes(
+        torch.where(scale.unsqueeze(-1) == 0, torch.zeros_like(groups), groups / usable), codebook
+    )
     return codes, code_values(codes, codebook) * scale.unsqueeze(-1)
 
 
 def quantize_rtn(
     weight: torch.Tensor, group_size: int, codebook: Codebook, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to nearest with absolute-maximum scales: the plainest base, and the bound for the others.
+    """Round to nearest with absolute-maximum scales.
+
+    The plainest base, and the bound for the others.
 
     Args:
         weight: float32 [N, K], K a multiple of ``group_size``.

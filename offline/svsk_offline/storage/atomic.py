@@ -59,8 +59,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically. Tensors are made contiguous and copied where two share memory."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file atomically.
+
+    Tensors are made contiguous and copied where two share memory.
+    """
     ready: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -74,7 +79,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             save_file(ready, temporary, metadata=header)
             _sort_metadata(temporary, header)
         except SafetensorError as error:
-            # It says "I/O error: No space left on device (os error 28)" where Python would raise an OSError.
+            # It says "I/O error: No space left on device (os error 28)" where Python would raise an
+            # OSError.
             number = re.search(r"\(os error (\d+)\)", str(error))
             if number is None:
                 raise
@@ -84,15 +90,22 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def _sort_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    """Bring the metadata of a safetensors file in order: safetensors writes it in another one each time."""
+    """Bring the metadata of a safetensors file in order.
+
+    Safetensors writes it in another one each time.
+    """
     start = b'{"__metadata__":'
-    ordered = json.dumps(dict(sorted(metadata.items())), separators=(",", ":"), ensure_ascii=False).encode()
+    ordered = json.dumps(
+        dict(sorted(metadata.items())), separators=(",", ":"), ensure_ascii=False
+    ).encode()
     with path.open("r+b") as handle:
         size = int.from_bytes(handle.read(8), "little")
         header = handle.read(size)
         end = len(start) + len(ordered)
         if not header.startswith(start) or json.loads(header[len(start) : end]) != dict(metadata):
-            raise AssertionError(f"{path}: safetensors writes its header in another way than expected")
+            raise AssertionError(
+                f"{path}: safetensors writes its header in another way than expected"
+            )
         handle.seek(8 + len(start))
         handle.write(ordered)
 
@@ -100,8 +113,9 @@ def _sort_metadata(path: Path, metadata: Mapping[str, str]) -> None:
 class PartialFolder:
     """An output folder that is built under another name and renamed when it is whole.
 
-    It is built in a folder inside a working folder beside ``out``. What a run needs to continue is in the working
-    folder itself, so that nothing has to be taken out of the result, before or after it is renamed.
+    It is built in a folder inside a working folder beside ``out``. What a run needs to continue is
+    in the working folder itself, so that nothing has to be taken out of the result, before or after
+    it is renamed.
 
     Attributes:
         path: the working folder.
@@ -118,11 +132,18 @@ class PartialFolder:
     """
 
     def __init__(
-        self, out: Path, source: Path | None = None, *, overwrite: bool = False, suffix: str = "partial"
+        self,
+        out: Path,
+        source: Path | None = None,
+        *,
+        overwrite: bool = False,
+        suffix: str = "partial",
     ) -> None:
         out, source = out.resolve(), source.resolve() if source else None
         if source and (out == source or out in source.parents or source in out.parents):
-            raise SvskError(f"{out}: overlaps the model it is made from, {source}. Choose another folder.")
+            raise SvskError(
+                f"{out}: overlaps the model it is made from, {source}. Choose another folder."
+            )
         self.out, self._overwrite = out, overwrite
         self.path = out.with_name(f"{out.name}.{suffix}")
         self.result = self.path / "checkpoint"
@@ -131,7 +152,9 @@ class PartialFolder:
     def _check(self) -> None:
         """Whether ``out`` may be written."""
         if self.out.exists() and not self._overwrite:
-            raise SvskError(f"{self.out} exists. Choose another folder, or pass --overwrite to replace it.")
+            raise SvskError(
+                f"{self.out} exists. Choose another folder, or pass --overwrite to replace it."
+            )
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a checkpoint that is being written: a shard per decoder block, then everything else."""
+"""The files of a checkpoint that is being written.
+
+A shard per decoder block, then everything else.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +20,13 @@ from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.layer_report import LayerReport
 from svsk_offline.storage.model_card import Origin, model_card
 from svsk_offline.storage.side_files import copy_side_files
-from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, SvskCheckpointConfig, SvskFormatError
+from svsk_vllm.format import (
+    ConfigGroup,
+    LinearSpec,
+    QuantizedLinear,
+    SvskCheckpointConfig,
+    SvskFormatError,
+)
 from svsk_vllm.format.config import declared
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY, shard_fingerprint
 from svsk_vllm.format.seal import schemes_metadata
@@ -26,7 +35,10 @@ from svsk_vllm.format.shards import INDEX_NAME, read_json
 __all__ = ["CheckpointWriter"]
 
 _FLOAT32: Final = re.compile(r"(^|\.)(A_log|D|dt_bias|e_score_correction_bias|expert_bias)$")
-"""Parameters that vLLM's classes hold in float32 although transformers' do not say so. All are small vectors."""
+"""Parameters that vLLM's classes hold in float32 although transformers' do not say so.
+
+All are small vectors.
+"""
 
 
 class CheckpointWriter:
@@ -41,7 +53,12 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, folder: Path, notes: Path, source: ModelSource, scale_dtype: torch.dtype, fingerprint: str
+        self,
+        folder: Path,
+        notes: Path,
+        source: ModelSource,
+        scale_dtype: torch.dtype,
+        fingerprint: str,
     ) -> None:
         self.folder, self.notes, self.source, self.scale_dtype = folder, notes, source, scale_dtype
         self.fingerprint = fingerprint
@@ -60,8 +77,13 @@ class CheckpointWriter:
             return None
         return [LayerReport(**row) for row in read_json(reports)["layers"]]
 
-    def write_block(self, index: int, linears: Sequence[QuantizedLinear], reports: Sequence[LayerReport]) -> None:
-        """Write the shard of block ``index``: its quantised linears, and all its other tensors as they are."""
+    def write_block(
+        self, index: int, linears: Sequence[QuantizedLinear], reports: Sequence[LayerReport]
+    ) -> None:
+        """Write the shard of block ``index``.
+
+        Its quantised linears, and all its other tensors as they are.
+        """
         tensors: dict[str, torch.Tensor] = {}
         for linear in linears:
             tensors |= linear.to_tensors()
@@ -79,27 +101,45 @@ class CheckpointWriter:
         found = []
         for _, full, linear in self.source.linears(index):
             if full in schemes:
-                spec = LinearSpec(full, linear.out_features, linear.in_features, schemes[full], self.scale_dtype)
+                spec = LinearSpec(
+                    full, linear.out_features, linear.in_features, schemes[full], self.scale_dtype
+                )
                 found.append(QuantizedLinear.from_tensors(spec, tensors))
         return found
 
-    def finish(self, config: SvskCheckpointConfig, layers: list[LayerReport], say: Callable[[str], None]) -> None:
+    def finish(
+        self, config: SvskCheckpointConfig, layers: list[LayerReport], say: Callable[[str], None]
+    ) -> None:
         """Write embedding, norm and head, index, configuration, tokenizer and other files, and model card.
 
         ``say`` is told of files that are left out.
         """
-        quantised = {layer.name: scheme for layer in layers if (scheme := config.scheme_for(layer.name))}
-        outside = {self.source.map.output_name(name): self._dense(name) for name in self.source.outside_tensors()}
+        quantised = {
+            layer.name: scheme for layer in layers if (scheme := config.scheme_for(layer.name))
+        }
+        outside = {
+            self.source.map.output_name(name): self._dense(name)
+            for name in self.source.outside_tensors()
+        }
         self._write(self.shard_path(0), outside, schemes_metadata(quantised))
         write_json(self.folder / INDEX_NAME, self._index())
-        model = {key: value for key, value in self.source.output_config.items() if key not in ("dtype", "torch_dtype")}
+        model = {
+            key: value
+            for key, value in self.source.output_config.items()
+            if key not in ("dtype", "torch_dtype")
+        }
         model["dtype"] = str(self.scale_dtype).removeprefix("torch.")
         write_json(self.folder / "config.json", declared(model, config))
         copy_side_files(self.source.folder, self.folder, say, code=self.source.trust_remote_code)
-        write_text(self.folder / "README.md", model_card(Origin.of(self.source.folder), config, layers))
+        write_text(
+            self.folder / "README.md", model_card(Origin.of(self.source.folder), config, layers)
+        )
 
     def _write(
-        self, shard: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+        self,
+        shard: Path,
+        tensors: Mapping[str, torch.Tensor],
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         write_tensors(shard, tensors, {FINGERPRINT_KEY: self.fingerprint, **(metadata or {})})
 
@@ -134,22 +174,35 @@ class CheckpointWriter:
         with init_empty_weights(include_buffers=True):
             model: Any = AutoModelForCausalLM.from_config(own.config, dtype=self.scale_dtype)
         kept = {name for name, value in model.state_dict().items() if value.dtype == torch.float32}
-        patterns = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-        names = [name for name in model.state_dict() if any(re.search(rf"\b{p}\b", name) for p in patterns)]
+        patterns = {
+            *(model._keep_in_fp32_modules or ()),
+            *(model._keep_in_fp32_modules_strict or ()),
+        }
+        names = [
+            name
+            for name in model.state_dict()
+            if any(re.search(rf"\b{p}\b", name) for p in patterns)
+        ]
         return frozenset({*kept, *names, *filter(_FLOAT32.search, model.state_dict())})
 
     def _dense(self, name: str) -> torch.Tensor:
-        """A tensor that is not quantised: in the dtype that config.json declares, or float32 where the class insists.
+        """A tensor that is not quantised.
 
-        Both loaders would cast it anyway; wider it only takes room. What the class wants in float32 stays as stored.
+        In the dtype that config.json declares, or float32 where the class insists.
+
+        Both loaders would cast it anyway; wider it only takes room. What the class wants in float32
+        stays as stored.
         """
         tensor = self.source.tensors.read(name)
         if not tensor.is_floating_point() or tensor.dtype == self.scale_dtype:
             return tensor
-        # The class knows it by the name of the parameter it fills, which need not be that in the folder.
+        # The class knows it by the name of the parameter it fills, which need not be that in the
+        # folder.
         if not self._float32_names.isdisjoint((name, *self.source.map.targets(name))):
             return tensor
         cast = tensor.to(self.scale_dtype)
         if not bool(torch.isfinite(cast).all()) and bool(torch.isfinite(tensor).all()):
-            raise SvskError(f"{name}: has values that {self.scale_dtype} cannot hold. Use --dtype bfloat16.")
+            raise SvskError(
+                f"{name}: has values that {self.scale_dtype} cannot hold. Use --dtype bfloat16."
+            )
         return cast

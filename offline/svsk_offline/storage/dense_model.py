@@ -25,11 +25,13 @@ _SAMPLE = 1024
 
 
 class ModelSource:
-    """A dense model folder: configuration, tokenizer, a skeleton without weights, and weights by name.
+    """A dense model folder.
 
-    There are two kinds of names. Modules, parameters and buffers are named as in transformers' class; tensors, and
-    quantised linears with them, are named as in the folder, which is not always the same. :attr:`map` goes from one to
-    the other.
+    Configuration, tokenizer, a skeleton without weights, and weights by name.
+
+    There are two kinds of names. Modules, parameters and buffers are named as in transformers'
+    class; tensors, and quantised linears with them, are named as in the folder, which is not always
+    the same. :attr:`map` goes from one to the other.
 
     Args:
         folder: a Hugging Face folder with safetensors.
@@ -46,11 +48,14 @@ class ModelSource:
         declared = self.config_dict.pop("quantization_config", None)  # null says that there is none
         if declared is not None:
             method = declared.get("quant_method") if isinstance(declared, dict) else declared
-            raise SvskError(f"{folder}: is quantised already ({method}). Start from the unquantised model.")
+            raise SvskError(
+                f"{folder}: is quantised already ({method}). Start from the unquantised model."
+            )
         if self.config_dict.get("transformers_weights") is not None:
             raise SvskError(
-                f"{folder}: config.json names {self.config_dict['transformers_weights']} as the weights to load. "
-                "Supported are model.safetensors and model.safetensors.index.json: save the model again without it."
+                f"{folder}: config.json names {self.config_dict['transformers_weights']} as the"
+                " weights to load. Supported are model.safetensors and"
+                " model.safetensors.index.json: save the model again without it."
             )
         self.tensors = ShardedReader(folder, by_headers=True)
 
@@ -61,7 +66,9 @@ class ModelSource:
 
         try:
             with own_code_refused(self.folder):
-                return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+                return AutoTokenizer.from_pretrained(
+                    self.folder, trust_remote_code=self.trust_remote_code
+                )
         except (OSError, ValueError) as error:
             raise SvskError(f"{self.folder}: no usable tokenizer ({error}).") from error
 
@@ -70,22 +77,30 @@ class ModelSource:
         shards = [[name, self.tensors.shard_of(name)] for name in self.tensors.names]
         files = ((path.name, path.stat()) for path in sorted(self.folder.glob("*.safetensors")))
         return {
-            "model": hashlib.sha256(json.dumps([self.config_dict, shards], sort_keys=True).encode()).hexdigest(),
+            "model": (
+                hashlib.sha256(
+                    json.dumps([self.config_dict, shards], sort_keys=True).encode()
+                ).hexdigest()
+            ),
             "files": [[name, found.st_size, found.st_mtime_ns] for name, found in files],
         }
 
     def content_sample(self) -> str:
         """Digest of config.json and of a piece from the middle of every tensor.
 
-        It tells models apart that differ in their weights alone, without reading them all, and does not depend on
-        where the folder lies or when it was copied.
+        It tells models apart that differ in their weights alone, without reading them all, and does
+        not depend on where the folder lies or when it was copied.
         """
         digest = hashlib.sha256(json.dumps(self.config_dict, sort_keys=True).encode())
         for name in sorted(self.tensors.names):
-            values = self.tensors.read(name).flatten()  # mapped: only the pages of the piece are read
+            values = self.tensors.read(
+                name
+            ).flatten()  # mapped: only the pages of the piece are read
             middle = len(values) // 2
             piece = values[middle : middle + _SAMPLE].clone().view(torch.uint8)
-            digest.update(f"{name} {len(values)} {values.dtype} ".encode() + piece.numpy().tobytes())
+            digest.update(
+                f"{name} {len(values)} {values.dtype} ".encode() + piece.numpy().tobytes()
+            )
         return digest.hexdigest()
 
     @cached_property
@@ -98,8 +113,8 @@ class ModelSource:
         """Which stored tensor fills which parameter.
 
         Raises:
-            SvskError: the folder lacks a tensor that the model needs or holds it in another shape, holds one that the
-                model class does not know, or two for one parameter.
+            SvskError: the folder lacks a tensor that the model needs or holds it in another shape,
+                holds one that the model class does not know, or two for one parameter.
             SvskFormatError: a shard is damaged.
         """
         found = TensorMap(self.folder, self.model, self.tensors.names, self._equal)
@@ -107,21 +122,26 @@ class ModelSource:
         if found.foreign:
             more = f", and {len(found.foreign) - 1} more" if len(found.foreign) > 1 else ""
             raise SvskError(
-                f"{self.folder}: {kind} has no tensor {found.foreign[0]}{more}: transformers would leave it out of the "
-                "model. If config.json is the right one, take the tensor out of the folder."
+                f"{self.folder}: {kind} has no tensor {found.foreign[0]}{more}: transformers would"
+                " leave it out of the model. If config.json is the right one, take the tensor out"
+                " of the folder."
             )
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         for name, want in self.model.state_dict().items():
             inputs = found.inputs_of(name)
             if not inputs and name in parameters:
                 raise SvskError(
-                    f"{self.folder}: no tensor {name}, which {kind} needs. Download or copy the model again."
+                    f"{self.folder}: no tensor {name}, which {kind} needs. Download or copy the"
+                    " model again."
                 )
             for stored in inputs:
-                shape = self.tensors.describe(stored).shape  # of a converter's inputs, only whether they can be read
+                shape = self.tensors.describe(
+                    stored
+                ).shape  # of a converter's inputs, only whether they can be read
                 if name in found.sources and tuple(shape) != tuple(want.shape):
                     raise SvskError(
-                        f"{self.folder}: {stored} has shape {list(shape)}, expected {list(want.shape)} by config.json."
+                        f"{self.folder}: {stored} has shape {list(shape)}, expected"
+                        f" {list(want.shape)} by config.json."
                     )
         return found
 
@@ -141,9 +161,12 @@ class ModelSource:
         return torch.equal(self.tensors.read(left), self.tensors.read(right))
 
     def linears(self, index: int) -> Iterator[tuple[str, str, nn.Linear]]:
-        """The ``nn.Linear`` layers of a decoder block: name below the block, name in the folder, module.
+        """The ``nn.Linear`` layers of a decoder block.
 
-        One whose weight transformers makes out of other tensors when it loads has the model class's name.
+        Name below the block, name in the folder, module.
+
+        One whose weight transformers makes out of other tensors when it loads has the model class's
+        name.
         """
         name, blocks = self.blocks
         for key, module in linear_modules(blocks[index]):
@@ -151,7 +174,9 @@ class ModelSource:
 
     def linear_names(self) -> list[str]:
         """Names of all linears, those outside the decoder blocks too."""
-        inside = [full for index in range(len(self.blocks[1])) for _, full, _ in self.linears(index)]
+        inside = [
+            full for index in range(len(self.blocks[1])) for _, full, _ in self.linears(index)
+        ]
         return [*inside, *self.other_linears()]
 
     def stored_module(self, module: str) -> str:
@@ -170,19 +195,24 @@ class ModelSource:
         users = [name for name, stored in self.map.sources.items() if stored == f"{linear}.weight"]
         if len(users) > 1:
             raise SvskError(
-                f"{self.folder}: {' and '.join(users)} are one matrix, which cannot be quantised. Add it to --ignore."
+                f"{self.folder}: {' and '.join(users)} are one matrix, which cannot be quantised."
+                " Add it to --ignore."
             )
         if f"{linear}.weight" not in self.tensors:
             inputs = ", ".join(self.map.inputs_of(f"{linear}.weight"))
             raise SvskError(
-                f"{self.folder}: {linear}.weight is made from {inputs} when transformers loads the model; only what is "
-                "stored as one matrix can be quantised. Add it to --ignore."
+                f"{self.folder}: {linear}.weight is made from {inputs} when transformers loads the"
+                " model; only what is stored as one matrix can be quantised. Add it to --ignore."
             )
 
     def block_tensors(self, index: int) -> list[str]:
         """Stored tensors that fill a decoder block."""
         prefix = f"{self.blocks[0]}.{index}."
-        return [name for name in self.tensors.names if any(to.startswith(prefix) for to in self.map.targets(name))]
+        return [
+            name
+            for name in self.tensors.names
+            if any(to.startswith(prefix) for to in self.map.targets(name))
+        ]
 
     def outside_tensors(self) -> list[str]:
         """Stored tensors that belong into a checkpoint and fill no decoder block."""
@@ -207,11 +237,18 @@ class ModelSource:
 
     @property
     def output_config(self) -> dict[str, Any]:
-        """config.json for a checkpoint of these tensors: it does not tie what the stored values do not."""
+        """config.json for a checkpoint of these tensors.
+
+        It does not tie what the stored values do not.
+        """
         if not self.map.untied:
             return self.config_dict
         text = self.config_dict.get("text_config")
-        nested = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else {}
+        nested = (
+            {"text_config": {**text, "tie_word_embeddings": False}}
+            if isinstance(text, dict)
+            else {}
+        )
         return {**self.config_dict, "tie_word_embeddings": False, **nested}
 
     @cached_property
@@ -233,8 +270,8 @@ class ModelSource:
         """Name and modules of the decoder blocks.
 
         Raises:
-            SvskError: there is no module list of ``num_hidden_layers`` blocks holding ``nn.Linear``, or the blocks hold
-                stacks of expert matrices.
+            SvskError: there is no module list of ``num_hidden_layers`` blocks holding
+                ``nn.Linear``, or the blocks hold stacks of expert matrices.
         """
         model: Any = self.model
         count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
@@ -243,29 +280,37 @@ class ModelSource:
         lists = [
             (name, module)
             for name, module in model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == count and list(linear_modules(module))
+            if isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and list(linear_modules(module))
         ]
-        lists.sort(key=lambda found: id(found[1]) not in inside)  # a tower for images may have as many blocks
+        lists.sort(
+            key=lambda found: id(found[1]) not in inside
+        )  # a tower for images may have as many blocks
         if not lists:
             raise SvskError(
-                f"{self.folder}: found no list of {count} decoder blocks with nn.Linear layers in "
-                f"{type(model).__name__}. Supported are Llama, Qwen2, Qwen3, Mistral and models built like them."
+                f"{self.folder}: found no list of {count} decoder blocks with nn.Linear layers in"
+                f" {type(model).__name__}. Supported are Llama, Qwen2, Qwen3, Mistral and models"
+                " built like them."
             )
         name, blocks = lists[0]
         if (experts := _expert_stack(blocks, model.config.get_text_config())) is not None:
             raise SvskError(
-                f"{self.folder}: {name}.{experts} is a stack of expert matrices. Mixture-of-experts models are not "
-                "supported."
+                f"{self.folder}: {name}.{experts} is a stack of expert matrices. Mixture-of-experts"
+                " models are not supported."
             )
         return name, blocks
 
-    def load(self, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device) -> None:
+    def load(
+        self, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
         """Fill the parameters and persistent buffers of ``module`` from the folder.
 
         Args:
             module: part of :attr:`model`.
             prefix: its name, followed by a dot unless empty.
-            dtype: floating dtype of the loaded parameters, but for those that the model class keeps in float32.
+            dtype: floating dtype of the loaded parameters, but for those that the model class keeps
+                in float32.
             device: where to put them.
 
         Raises:
@@ -274,7 +319,12 @@ class ModelSource:
         self._fill(module, prefix, list(module.state_dict()), dtype, device)
 
     def _fill(
-        self, module: nn.Module, prefix: str, names: Iterable[str], dtype: torch.dtype, device: torch.device
+        self,
+        module: nn.Module,
+        prefix: str,
+        names: Iterable[str],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """Fill parameters and buffers of ``module`` by name; tied ones share their memory."""
         read: dict[str, torch.Tensor] = {}
@@ -290,7 +340,9 @@ class ModelSource:
                 tensor = read[stored] if stored in read else self.tensors.read(stored)
             if tensor.is_floating_point():
                 keep = self._kept_in_float32
-                tensor = tensor.to(device, torch.float32 if keep and keep.search(prefix + name) else dtype)
+                tensor = tensor.to(
+                    device, torch.float32 if keep and keep.search(prefix + name) else dtype
+                )
             state[name] = tensor.to(device)
             if stored is not None:
                 read[stored] = state[name]
@@ -299,7 +351,10 @@ class ModelSource:
 
     @cached_property
     def _kept_in_float32(self) -> Any:
-        """Pattern of the parameters that the model class computes in float32 whatever the dtype; None for none."""
+        """Pattern of the parameters that the model class computes in float32 whatever the dtype.
+
+        None for none.
+        """
         from transformers.core_model_loading import build_glob_alternation
 
         keep = getattr(self.model, "_keep_in_fp32_modules_strict", None)
@@ -317,7 +372,9 @@ class ModelSource:
             setattr(self.model.get_submodule(parent), attribute, blocks)
 
     @contextmanager
-    def loaded_outside(self, dtype: torch.dtype, device: torch.device, *, head: bool = True) -> Iterator[None]:
+    def loaded_outside(
+        self, dtype: torch.dtype, device: torch.device, *, head: bool = True
+    ) -> Iterator[None]:
         """All weights of the model, those of the decoder blocks left out.
 
         Args:
@@ -331,7 +388,9 @@ class ModelSource:
         model: Any = self.model
         output = None if head else model.get_output_embeddings()
         unwanted = output is not None and output is not model.get_input_embeddings()
-        heads = [f"{name}." for name, module in model.named_modules() if unwanted and module is output]
+        heads = [
+            f"{name}." for name, module in model.named_modules() if unwanted and module is output
+        ]
         skipped = (f"{self.blocks[0]}.", *heads)
         names = [name for name in model.state_dict() if not name.startswith(skipped)]
         self._fill(model, "", names, dtype, device)
@@ -342,7 +401,10 @@ class ModelSource:
 
     @staticmethod
     def unload(module: nn.Module) -> None:
-        """Drop the weights of a module that :meth:`load` filled; its buffers, which nothing else holds, stay."""
+        """Drop the weights of a module that :meth:`load` filled.
+
+        Its buffers, which nothing else holds, stay.
+        """
         for owner in module.modules():
             for key, parameter in owner.named_parameters(recurse=False):
                 empty = torch.empty_like(parameter, device="meta")
@@ -353,7 +415,8 @@ class ModelSource:
         """Dtype of the checkpoint's scales and unquantised tensors.
 
         Args:
-            requested: ``auto`` (the model's own; bfloat16 for float32 models), ``bfloat16`` or ``float16``.
+            requested: ``auto`` (the model's own; bfloat16 for float32 models), ``bfloat16`` or
+                ``float16``.
         """
         known = {"bfloat16": torch.bfloat16, "float16": torch.float16}
         if requested == "auto":
@@ -375,8 +438,15 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
 
 
 def _expert_stack(blocks: nn.ModuleList, config: Any) -> str | None:
-    """Name of a parameter below the blocks that holds a matrix per expert; the kernel of a convolution is none."""
-    counts = {value for key, value in config.to_dict().items() if "expert" in key and isinstance(value, int)}
+    """Name of a parameter below the blocks that holds a matrix per expert.
+
+    The kernel of a convolution is none.
+    """
+    counts = {
+        value
+        for key, value in config.to_dict().items()
+        if "expert" in key and isinstance(value, int)
+    }
     for name, parameter in blocks.named_parameters():
         if parameter.ndim > 2 and ("expert" in name or parameter.shape[0] in counts - {0, 1}):
             owner = blocks.get_submodule(name.rpartition(".")[0])

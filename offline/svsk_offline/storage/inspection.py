@@ -15,7 +15,12 @@ from svsk_vllm.format import Checkpoint, SvskFormatError, validate_checkpoint
 from svsk_vllm.format.architectures import vllm_class
 from svsk_vllm.format.shards import read_json
 
-__all__ = ["inspect_checkpoint", "print_inspection", "serving_note", "validate_against_architecture"]
+__all__ = [
+    "inspect_checkpoint",
+    "print_inspection",
+    "serving_note",
+    "validate_against_architecture",
+]
 
 
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
@@ -34,12 +39,18 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         row = groups.setdefault(
             (kind, spec.n, spec.k, spec.scheme.model_dump_json(include={"weights", "sidecar"})),
             {
-                "kind": kind, "count": 0, "shape": [spec.n, spec.k], "codebook": weights.codebook,
-                "group_size": weights.group_size, "rank": side.rank, "tile": [side.tile_m, side.tile_n],
-                "factor_bits": side.num_bits, "bits_per_weight": spec.bits_per_weight,
+                "kind": kind,
+                "count": 0,
+                "shape": [spec.n, spec.k],
+                "codebook": weights.codebook,
+                "group_size": weights.group_size,
+                "rank": side.rank,
+                "tile": [side.tile_m, side.tile_n],
+                "factor_bits": side.num_bits,
+                "bits_per_weight": spec.bits_per_weight,
                 "bits": dict.fromkeys(spec.tensors(), 0),
             },
-        )  # fmt: skip
+        )
         row["count"] += 1
         for suffix, tensor in spec.tensors().items():
             row["bits"][suffix] += tensor.num_bits
@@ -52,7 +63,9 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "groups": list(groups.values()),
         "linears": len(checkpoint.linears),
         "quantized_weights": weights_total,
-        "bits_per_weight": sum(spec.stored_bits for spec in specs) / weights_total if weights_total else None,
+        "bits_per_weight": (
+            sum(spec.stored_bits for spec in specs) / weights_total if weights_total else None
+        ),
         "dense_tensors": len(dense),
         "dense_bytes": sum(spec.num_bits for spec in dense) // 8,
         "bytes_on_disk": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
@@ -66,36 +79,64 @@ def print_inspection(console: Console, found: dict[str, Any]) -> None:
     table = Table("layers", "count", "N x K", "base", "sidecar", "bits/weight", "MB")
     for row in found["groups"]:
         tile_m, tile_n = (size or "all" for size in row["tile"])
-        sidecar = f"r{row['rank']} {row['factor_bits']} bit, {tile_m} x {tile_n}" if row["rank"] else "none"
+        sidecar = (
+            f"r{row['rank']} {row['factor_bits']} bit, {tile_m} x {tile_n}"
+            if row["rank"]
+            else "none"
+        )
         table.add_row(
-            escape(row["kind"]), str(row["count"]), f"{row['shape'][0]} x {row['shape'][1]}",
-            f"{row['codebook']} g{row['group_size']}", sidecar, f"{row['bits_per_weight']:.4f}",
+            escape(row["kind"]),
+            str(row["count"]),
+            f"{row['shape'][0]} x {row['shape'][1]}",
+            f"{row['codebook']} g{row['group_size']}",
+            sidecar,
+            f"{row['bits_per_weight']:.4f}",
             f"{sum(row['bits'].values()) / 8e6:.2f}",
-        )  # fmt: skip
+        )
     console.print(table)
     producer = found["producer"]
     bpw = found["bits_per_weight"]
     for line in (
-        f"format {found['version']}, {found['linears']} quantised linears, {found['quantized_weights']:,} weights",
-        "bits per weight " + ("none" if bpw is None else f"{bpw:.4f}") + " (every stored bit of the quantised linears)",
-        f"on disk {found['bytes_on_disk'] / 1e6:.1f} MB, of which {found['dense_bytes'] / 1e6:.1f} MB in "
-        f"{found['dense_tensors']} tensors kept as they were",
-        f"recipe {producer.get('recipe', 'unknown')} ({str(producer.get('recipe_hash', 'unknown'))[:12]}), "
-        f"written by svsk {producer.get('svsk', 'unknown')}, calibration {producer.get('calibration', 'unknown')}",
+        (
+            f"format {found['version']}, {found['linears']} quantised linears,"
+            f" {found['quantized_weights']:,} weights"
+        ),
+        "bits per weight "
+        + ("none" if bpw is None else f"{bpw:.4f}")
+        + " (every stored bit of the quantised linears)",
+        (
+            f"on disk {found['bytes_on_disk'] / 1e6:.1f} MB, of which"
+            f" {found['dense_bytes'] / 1e6:.1f} MB in {found['dense_tensors']} tensors kept as they"
+            " were"
+        ),
+        (
+            f"recipe {producer.get('recipe', 'unknown')}"
+            f" ({str(producer.get('recipe_hash', 'unknown'))[:12]}), written by svsk"
+            f" {producer.get('svsk', 'unknown')}, calibration"
+            f" {producer.get('calibration', 'unknown')}"
+        ),
     ):
         # What the folder says of itself: no markup, nothing that a terminal obeys.
-        console.print("".join(c if c.isprintable() else "?" for c in line), highlight=False, markup=False)
+        console.print(
+            "".join(c if c.isprintable() else "?" for c in line), highlight=False, markup=False
+        )
 
 
 def serving_note(folder: Path) -> str | None:
-    """What to know before serving a checkpoint with vLLM that is no fault of the folder; None: nothing."""
+    """What to know before serving a checkpoint with vLLM that is no fault of the folder.
+
+    None: nothing.
+    """
     return vllm_class(read_json(folder / "config.json")).note()
 
 
 def validate_against_architecture(
-    folder: Path, *, trust_remote_code: bool = False, note: Callable[[str], None] = lambda text: None
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[str]:
-    """What is wrong with a checkpoint, one line each; see :func:`svsk_vllm.architecture.folder_check.checkpoint_problems`.
+    """What is wrong with a checkpoint, one line each, as its loaders see it.
 
     Args:
         folder: the checkpoint.
@@ -109,8 +150,9 @@ def validate_against_architecture(
             unknown = False  # listed as a problem below
         if unknown:
             note(
-                f"{folder}: its model class is among Python files of its own, which are run only with "
-                "--trust-remote-code. Read them first. Its tensors were not compared with that class."
+                f"{folder}: its model class is among Python files of its own, which are run only"
+                " with --trust-remote-code. Read them first. Its tensors were not compared with"
+                " that class."
             )
             return validate_checkpoint(folder)
     return checkpoint_problems(folder, trust_remote_code=trust_remote_code)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run at a time: a lock that a second run is told about, and that a killed run does not leave behind."""
+"""One run at a time.
+
+A lock that a second run is told about, and that a killed run does not leave behind.
+"""
 
 import errno
 import fcntl
@@ -28,9 +31,9 @@ _NOT_SUPPORTED: Final = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 def locked(lock: Path, what: Path) -> Iterator[None]:
     """Hold ``lock`` so that no other run works on ``what``.
 
-    The kernel drops the lock when the process ends, however it does. The file says who holds it, for the message, and
-    is removed at the end: a run that opened it before and locks it after sees that it has no name any more, and takes
-    the new one.
+    The kernel drops the lock when the process ends, however it does. The file says who holds it,
+    for the message, and is removed at the end: a run that opened it before and locks it after sees
+    that it has no name any more, and takes the new one.
 
     Args:
         lock: the file, in a folder that is there.
@@ -45,13 +48,18 @@ def locked(lock: Path, what: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            with suppress(OSError):  # the folder may be gone, or not be writable any more; the lock goes all the same
+            with suppress(
+                OSError
+            ):  # the folder may be gone, or not be writable any more; the lock goes all the same
                 lock.unlink()
             os.close(descriptor)
 
 
 def _acquire(lock: Path, what: Path) -> int | None:
-    """The descriptor that holds the lock; None on a file system that has no locks, after a warning."""
+    """The descriptor that holds the lock.
+
+    None on a file system that has no locks, after a warning.
+    """
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
@@ -64,21 +72,25 @@ def _acquire(lock: Path, what: Path) -> int | None:
             os.close(descriptor)
             if error.errno in _HELD:
                 raise SvskError(
-                    f"{what}: another run is under way there{holder}. Wait until it ends, or choose another folder."
+                    f"{what}: another run is under way there{holder}. Wait until it ends, or choose"
+                    " another folder."
                 ) from error
             if error.errno not in _NOT_SUPPORTED:
                 raise
             with suppress(OSError):
                 lock.unlink()
             warnings.warn(
-                f"{what}: its file system has no locks ({error.strerror}). See to it that no other run writes there.",
+                f"{what}: its file system has no locks ({error.strerror}). See to it that no other"
+                " run writes there.",
                 stacklevel=4,
             )
             return None
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # the one that held it has removed it: take the file that has the name now
+        os.close(
+            descriptor
+        )  # the one that held it has removed it: take the file that has the name now
 
 
 def _has_name(descriptor: int, path: Path) -> bool:

@@ -61,16 +61,27 @@ class Origin:
 
     @classmethod
     def of(cls, folder: Path) -> "Origin":
-        """What a folder says of itself: a hub cache by its path, other folders by their card and config.json."""
+        """What a folder says of itself.
+
+        A hub cache by its path, other folders by their card and config.json.
+        """
         card = _card_metadata(folder / "README.md")
         carried = {key: card[key] for key in _CARRIED if card.get(key)}
         hub_id = _hub_id(folder.absolute())
         if hub_id:
             return cls(hub_id, (hub_id,), carried)
         declared = card.get("base_model")
-        named = [declared] if isinstance(declared, str) else declared if isinstance(declared, list) else []
+        named = (
+            [declared]
+            if isinstance(declared, str)
+            else declared
+            if isinstance(declared, list)
+            else []
+        )
         path = read_json(folder / "config.json").get("_name_or_path")
-        known = tuple(name for name in named or [path] if isinstance(name, str) and _ID.fullmatch(name))
+        known = tuple(
+            name for name in named or [path] if isinstance(name, str) and _ID.fullmatch(name)
+        )
         return cls(folder.resolve().name, known, carried)
 
 
@@ -90,7 +101,11 @@ def _card_metadata(path: Path) -> dict[str, Any]:
     try:
         with open_regular(path) as handle:
             text = handle.read(_MAX_CARD).decode("utf-8", errors="replace")
-        return dict(vars(ModelCard(text, ignore_metadata_errors=True).data)) if text.startswith("---") else {}
+        return (
+            dict(vars(ModelCard(text, ignore_metadata_errors=True).data))
+            if text.startswith("---")
+            else {}
+        )
     except (SvskFormatError, YAMLError, ValueError, TypeError):
         return {}
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding a model and building its class as its makers mean it: the one place where transformers is asked.
+"""Finding a model and building its class as its makers mean it.
 
-Code that comes with a model runs only where the caller says ``trust_remote_code``; transformers' own question at the
-terminal is never reached.
+The one place where transformers is asked.
+
+Code that comes with a model runs only where the caller says ``trust_remote_code``; transformers'
+own question at the terminal is never reached.
 """
 
 import contextlib
@@ -25,13 +27,37 @@ __all__ = [
 ]
 
 _WANTED_FILES: Final = (
-    "*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*", "LICENSE*", "LICENCE*",
-    "NOTICE*", "*.md", "USE_POLICY*",
-)  # fmt: skip
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "tokenizer*",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "*.md",
+    "USE_POLICY*",
+)
 _UNWANTED_FILES: Final = (
-    "*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "consolidated*", "adapter_*", "*.fp16.safetensors",
-    "*.fp16-*.safetensors", "*.fp32.safetensors", "*.gguf", "*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx",
-)  # fmt: skip
+    "*/*.safetensors",
+    "*/*.json",
+    "*/*.txt",
+    "*/*.model",
+    "consolidated*",
+    "adapter_*",
+    "*.fp16.safetensors",
+    "*.fp16-*.safetensors",
+    "*.fp32.safetensors",
+    "*.gguf",
+    "*.bin",
+    "*.pth",
+    "*.pt",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+)
 """Copies of the weights for other programs, and folders of other formats."""
 
 _SOFT_CAPS: Final = ("attn_logit_softcapping", "attn_logit_softcap", "attention_logit_softcapping")
@@ -57,7 +83,9 @@ def resolve_model(model: str, *, trust_remote_code: bool = False) -> Path:
 
     wanted = [*_WANTED_FILES, *(["*.py"] if trust_remote_code else [])]
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=list(_UNWANTED_FILES)))
+        return Path(
+            snapshot_download(model, allow_patterns=wanted, ignore_patterns=list(_UNWANTED_FILES))
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SvskError(f"{model}: not a folder, and the hub did not give it ({error}).") from error
 
@@ -75,8 +103,8 @@ def own_code_refused(where: object) -> Iterator[None]:
         if "trust_remote_code" not in str(error):
             raise
         raise SvskError(
-            f"{where}: this model comes with Python files of its own (auto_map in its configuration), which are run "
-            "only with --trust-remote-code. Read them first."
+            f"{where}: this model comes with Python files of its own (auto_map in its"
+            " configuration), which are run only with --trust-remote-code. Read them first."
         ) from error
 
 
@@ -109,8 +137,9 @@ def read_model_config(where: str | Path, *, trust_remote_code: bool = False) -> 
 def attention_arguments(config: Any) -> dict[str, Any]:
     """Keyword arguments for ``from_config`` and ``from_pretrained`` that make attention compute what the model means.
 
-    transformers' default, torch's scaled_dot_product_attention, leaves out the soft cap of Gemma 2's attention logits
-    without a word. Models with other such features (attention sinks) declare that they cannot use it.
+    transformers' default, torch's scaled_dot_product_attention, leaves out the soft cap of Gemma
+    2's attention logits without a word. Models with other such features (attention sinks) declare
+    that they cannot use it.
 
     Args:
         config: transformers configuration of the model.
@@ -127,8 +156,8 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Modul
     """The causal language model of a folder with parameters on the meta device and real buffers, in evaluation mode.
 
     Raises:
-        SvskError: transformers has no such causal language model, cannot build it from config.json, or would have to
-            run code that came with it and may not.
+        SvskError: transformers has no such causal language model, cannot build it from config.json,
+            or would have to run code that came with it and may not.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -137,13 +166,18 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Modul
         config = read_model_config(folder, trust_remote_code=trust_remote_code)
         with own_code_refused(folder), init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code, **attention_arguments(config)
+                config,
+                dtype=torch.float32,
+                trust_remote_code=trust_remote_code,
+                **attention_arguments(config),
             )
         model.tie_weights()
     except SvskError:
         raise
     except ImportError as error:
-        raise SvskError(f"{folder}: its model class needs a package that is not installed ({_line(error)}).") from error
+        raise SvskError(
+            f"{folder}: its model class needs a package that is not installed ({_line(error)})."
+        ) from error
     except Exception as error:  # a wrong value in config.json may raise anything in a model class
         raise SvskError(
             f"{folder}: transformers cannot build a causal language model from its config.json "

@@ -39,19 +39,27 @@ def restore(
     """
     check_output(Path(out), overwrite=overwrite, dense=True, source=checkpoint)
     if problems := validate_checkpoint(checkpoint, serving=False):
-        raise SvskFormatError(f"{problems[0]} `svsk validate {checkpoint}` lists {len(problems)} problem(s) in all.")
+        raise SvskFormatError(
+            f"{problems[0]} `svsk validate {checkpoint}` lists {len(problems)} problem(s) in all."
+        )
     source = Checkpoint(checkpoint)
     folder = PartialFolder(Path(out), source.folder, overwrite=overwrite, suffix="restoring")
     with folder.locked():
         if folder.path.exists() and any(path != folder.result for path in folder.path.iterdir()):
-            raise SvskError(f"{folder.path} holds something else than an unfinished run. Move it, or name another OUT.")
+            raise SvskError(
+                f"{folder.path} holds something else than an unfinished run. Move it, or name"
+                " another OUT."
+            )
         folder.discard()
         _write_dense(source, folder.create(), progress, say)
         return folder.commit()
 
 
 def _write_dense(
-    source: Checkpoint, partial: Path, progress: Callable[[int, int], None], say: Callable[[str], None]
+    source: Checkpoint,
+    partial: Path,
+    progress: Callable[[int, int], None],
+    say: Callable[[str], None],
 ) -> None:
     shards: dict[str, list[str]] = {}
     for name in source.tensors.names:
@@ -72,6 +80,8 @@ def _write_dense(
         write_tensors(partial / shard, tensors)
         progress(done, len(shards))
     if set(shards) != {SINGLE_NAME}:
-        write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(
+            partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
     write_json(partial / "config.json", undeclared(source.hf_config))
     copy_side_files(source.folder, partial, say, code=True)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a model folder besides its weights: tokenizer, templates, licence and whatever else lies there."""
+"""The files of a model folder besides its weights.
+
+Tokenizer, templates, licence and whatever else lies there.
+"""
 
 import os
 import re
@@ -13,19 +16,37 @@ from svsk_vllm.format.files import copy_regular
 __all__ = ["copy_side_files"]
 
 _WEIGHTS: Final = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot",
-    ".tflite", ".index.json",
-)  # fmt: skip
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".ggml",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".ot",
+    ".tflite",
+    ".index.json",
+)
 _OURS: Final = ("config.json", "README.md")
 _NOT_OF_THE_MODEL: Final = (".git", ".cache", "__pycache__", "runs")
-_OF_TRAINING: Final = re.compile(r"checkpoint-\d+$|adapter_(config|model)\b|events\.out\.tfevents|global_step\d+$")
-"""Names of what training leaves beside a model: other states of it, adapters without which it is meant, logs."""
+_OF_TRAINING: Final = re.compile(
+    r"checkpoint-\d+$|adapter_(config|model)\b|events\.out\.tfevents|global_step\d+$"
+)
+"""Names of what training leaves beside a model.
+
+Other states of it, adapters without which it is meant, logs.
+"""
 
 
 def copy_side_files(source: Path, target: Path, say: Callable[[str], None], *, code: bool) -> None:
     """Copy everything below a folder except weights of any kind, config.json, the model card, and what training left.
 
-    Links are followed, as those of a hub cache must be. What is no regular file is left out, and named.
+    Links are followed, as those of a hub cache must be. What is no regular file is left out, and
+    named.
 
     Args:
         source: model folder.
@@ -38,7 +59,11 @@ def copy_side_files(source: Path, target: Path, say: Callable[[str], None], *, c
     """
     for path in _files(source):
         name = path.relative_to(source)
-        if path.name.lower().endswith(_WEIGHTS) or str(name) in _OURS or (path.suffix == ".py" and not code):
+        if (
+            path.name.lower().endswith(_WEIGHTS)
+            or str(name) in _OURS
+            or (path.suffix == ".py" and not code)
+        ):
             continue
         if _OF_TRAINING.match(path.name):
             continue
@@ -55,7 +80,11 @@ def _files(folder: Path) -> Iterator[Path]:
     seen = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         found = Path(parent).stat()
-        folders[:] = sorted(name for name in folders if name not in _NOT_OF_THE_MODEL and not _OF_TRAINING.match(name))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if name not in _NOT_OF_THE_MODEL and not _OF_TRAINING.match(name)
+        )
         if (found.st_dev, found.st_ino) in seen:
             folders.clear()
             continue

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which stored tensor fills which parameter of a transformers model, by transformers' own loading rules.
 
-Folders do not always name tensors as the model class does: transformers renames some when it loads and saves (GPT-NeoX,
-Gemma 3), drops or adds the base model's prefix, splits or joins a few, and ties parameters by what is stored rather
-than by the config alone. Everything that reads or writes weights asks here.
+Folders do not always name tensors as the model class does: transformers renames some when it loads
+and saves (GPT-NeoX, Gemma 3), drops or adds the base model's prefix, splits or joins a few, and
+ties parameters by what is stored rather than by the config alone. Everything that reads or writes
+weights asks here.
 """
 
 import copy
@@ -21,7 +22,9 @@ from svsk_vllm.architecture.parameter_names import parameter_names
 
 __all__ = ["Conversion", "TensorMap"]
 
-_OLD_TABLES: Final = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$|\.attention\.bias$")
+_OLD_TABLES: Final = re.compile(
+    r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$|\.attention\.bias$"
+)
 """Tables that older versions of transformers stored and that are computed from the config."""
 
 
@@ -45,14 +48,18 @@ class TensorMap:
         where: folder or checkpoint, for messages.
         model: the transformers model, on the meta device.
         stored: names of the stored tensors.
-        equal: whether two stored tensors hold the same values; asked of the two ends of a tied pair.
+        equal: whether two stored tensors hold the same values; asked of the two ends of a tied
+            pair.
 
     Attributes:
-        sources: stored name by name of the parameter or buffer that it fills, tied ones under each of their names.
-        conversions: how the other parameters are made, by the first parameter each conversion fills.
-        unused: stored tensors that need not go into a checkpoint: second copies of tied ones, and old tables.
-        spare: stored tensors that the model class says it does not use (parts for drafting, towers for images); other
-            programs do.
+        sources: stored name by name of the parameter or buffer that it fills, tied ones under each
+            of their names.
+        conversions: how the other parameters are made, by the first parameter each conversion
+            fills.
+        unused: stored tensors that need not go into a checkpoint: second copies of tied ones, and
+            old tables.
+        spare: stored tensors that the model class says it does not use (parts for drafting, towers
+            for images); other programs do.
         foreign: stored tensors of which the model class knows nothing.
         untied: parameters that the config ties to another but the stored values do not.
 
@@ -60,7 +67,9 @@ class TensorMap:
         SvskError: two stored tensors fill one parameter.
     """
 
-    def __init__(self, where: object, model: Any, stored: Iterable[str], equal: Callable[[str, str], bool]) -> None:
+    def __init__(
+        self, where: object, model: Any, stored: Iterable[str], equal: Callable[[str, str], bool]
+    ) -> None:
         self._where, self._model = where, model
         self.sources: dict[str, str] = {}
         self.conversions: dict[str, Conversion] = {}
@@ -69,12 +78,16 @@ class TensorMap:
         self.foreign: list[str] = []
         self.untied: list[str] = []
         self._known = model.state_dict()
-        self._made: dict[str, str] = {}  # first parameter of the conversion, by each parameter it fills
+        self._made: dict[
+            str, str
+        ] = {}  # first parameter of the conversion, by each parameter it fills
         self._targets: dict[str, tuple[str, ...]] = {}
         self._output: dict[str, str] = {}
         self._match(stored)
         pairs = self._tied_pairs()
-        for target, source in pairs * 2:  # again, for the others of a set whose last member alone is stored
+        for target, source in (
+            pairs * 2
+        ):  # again, for the others of a set whose last member alone is stored
             self._tie(target, source, equal)
 
     def targets(self, stored: str) -> tuple[str, ...]:
@@ -88,7 +101,10 @@ class TensorMap:
         return stored.removesuffix(".weight") if own else None
 
     def output_name(self, stored: str) -> str:
-        """Name for a tensor of the folder in a checkpoint: its own, unless only transformers would find it there."""
+        """Name for a tensor of the folder in a checkpoint.
+
+        Its own, unless only transformers would find it there.
+        """
         return self._output.get(stored, stored)
 
     def inputs_of(self, parameter: str) -> list[str]:
@@ -126,19 +142,23 @@ class TensorMap:
                 if _OLD_TABLES.search(name):
                     self.unused.add(name)
                 else:
-                    (self.spare if self._is_spare(name, found.targets[0]) else self.foreign).append(name)
+                    (self.spare if self._is_spare(name, found.targets[0]) else self.foreign).append(
+                        name
+                    )
                 continue
             self._targets[name] = found.targets
             if found.pattern is not None:
-                conversion = self.conversions.setdefault(found.targets[0], Conversion(found.pattern))
+                conversion = self.conversions.setdefault(
+                    found.targets[0], Conversion(found.pattern)
+                )
                 conversion.inputs.append((name, found.pattern))
                 self._made.update(dict.fromkeys(found.targets, found.targets[0]))
                 continue
             other = self.sources.setdefault(found.targets[0], name)
             if other != name:
                 raise SvskError(
-                    f"{self._where}: {other} and {name} both fill {found.targets[0]} of {type(self._model).__name__}. "
-                    "Remove the one that is not meant."
+                    f"{self._where}: {other} and {name} both fill {found.targets[0]} of"
+                    f" {type(self._model).__name__}. Remove the one that is not meant."
                 )
 
     def _is_spare(self, *names: str) -> bool:
@@ -147,7 +167,10 @@ class TensorMap:
         return any(re.search(pattern, name) for pattern in patterns for name in names)
 
     def _tied_pairs(self) -> list[tuple[str, str]]:
-        """Parameters that are one tensor: those the config ties, and modules that the class uses twice."""
+        """Parameters that are one tensor.
+
+        Those the config ties, and modules that the class uses twice.
+        """
         tied: dict[str, str] = dict(getattr(self._model, "all_tied_weights_keys", None) or {})
         first: dict[int, str] = {}
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
@@ -157,7 +180,10 @@ class TensorMap:
         return list(tied.items())
 
     def _tie(self, target: str, source: str, equal: Callable[[str, str], bool]) -> None:
-        """What transformers' ``tie_weights`` does with a pair: values decide, in either direction."""
+        """What transformers' ``tie_weights`` does with a pair.
+
+        Values decide, in either direction.
+        """
         of_target, of_source = self.sources.get(target), self.sources.get(source)
         if of_target is None and of_source is not None:
             self.sources[target] = of_source
@@ -184,7 +210,9 @@ class TensorMap:
             if head and parameter.startswith(head):
                 candidates.append(new + parameter[len(head) :])
         found = parameter_names(self._model, None, dict.fromkeys(candidates))
-        return next((name for name in reversed(candidates) if found[name].targets == (parameter,)), None)
+        return next(
+            (name for name in reversed(candidates) if found[name].targets == (parameter,)), None
+        )
 
 
 def _common_tail(left: str, right: str) -> int:

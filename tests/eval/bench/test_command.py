@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``svsk bench`` and ``svsk compare`` as commands: what they write, when they exit with 1, what they refuse."""
+"""``svsk bench`` and ``svsk compare`` as commands.
+
+What they write, when they exit with 1, what they refuse.
+"""
 
 import io
 import json
@@ -25,7 +28,9 @@ TASKS = Path(__file__).parent / "bench_tasks"
 
 
 def svsk(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], catch_exceptions=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +43,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, *more: object) -> Result:
     return svsk(
-        "bench", f"variant={folder / 'svsk'}", "--reference", folder / "dense", "--engine", "hf", "--dtype", "float32",
-        "--model-arg", "device=cpu", "--include-path", TASKS, "--work-dir", folder / "work", *more,
-    )  # fmt: skip
+        "bench",
+        f"variant={folder / 'svsk'}",
+        "--reference",
+        folder / "dense",
+        "--engine",
+        "hf",
+        "--dtype",
+        "float32",
+        "--model-arg",
+        "device=cpu",
+        "--include-path",
+        TASKS,
+        "--work-dir",
+        folder / "work",
+        *more,
+    )
 
 
 @pytest.mark.usefixtures("fork_server")
 def test_a_run_and_its_files(folder: Path) -> None:
-    files = {"--json": folder / "a.json", "--markdown": folder / "a.md", "--html": folder / "a.html"}
+    files = {
+        "--json": folder / "a.json",
+        "--markdown": folder / "a.md",
+        "--html": folder / "a.html",
+    }
     written = [part for option in files.items() for part in option]
     text = ["--text", folder / "text.txt", "--chunks", 3, "--seq-len", 64]
     result = run(folder, "--tasks", "mini_mc,mini_gen", "--limit", 6, *text, *written)
@@ -68,7 +90,10 @@ def test_a_run_and_its_files(folder: Path) -> None:
     with forked_processes():
         again = run(folder, "--tasks", "mini_mc", "--limit", 6, "--json", folder / "b.json", *text)
     assert again.exit_code == 0, again.output
-    assert load_report(folder / "b.json").models[1].tasks["mini_mc"] == found.models[1].tasks["mini_mc"]
+    assert (
+        load_report(folder / "b.json").models[1].tasks["mini_mc"]
+        == found.models[1].tasks["mini_mc"]
+    )
     assert load_report(folder / "b.json").models[1].text == found.models[1].text
 
     merged = svsk("compare", folder / "a.json", folder / "a.json", "--json", folder / "c.json")
@@ -84,12 +109,31 @@ def test_the_gate(folder: Path) -> None:
     # The tiny models' answers are never right: a reference that scores 0 cannot be recovered.
     result = run(folder, "--tasks", "mini_gen", "--limit", 6, "--min-recovery", 0.98)
     assert result.exit_code == 1
-    assert "below the minimum: variant, mini_gen: cannot be judged" in " ".join(result.output.split())
+    assert "below the minimum: variant, mini_gen: cannot be judged" in " ".join(
+        result.output.split()
+    )
     same = svsk(
-        "bench", f"copy={folder / 'dense'}", "--reference", folder / "dense", "--engine", "hf", "--dtype", "float32",
-        "--model-arg", "device=cpu", "--include-path", TASKS, "--work-dir", folder / "work", "--tasks", "mini_mc",
-        "--limit", 6, "--min-recovery", 1,
-    )  # fmt: skip
+        "bench",
+        f"copy={folder / 'dense'}",
+        "--reference",
+        folder / "dense",
+        "--engine",
+        "hf",
+        "--dtype",
+        "float32",
+        "--model-arg",
+        "device=cpu",
+        "--include-path",
+        TASKS,
+        "--work-dir",
+        folder / "work",
+        "--tasks",
+        "mini_mc",
+        "--limit",
+        6,
+        "--min-recovery",
+        1,
+    )
     assert same.exit_code == 0, same.output
 
 
@@ -107,7 +151,10 @@ def test_the_gate(folder: Path) -> None:
         (["--html", "nowhere/a.html"], "--html nowhere/a.html: cannot be written"),
         (["--json", "nowhere/a.json"], "--json nowhere/a.json: cannot be written"),
         (["--markdown", TASKS], f"--markdown {TASKS}: cannot be written"),
-        (["--gen-kwargs", "temperature=0.6"], "--gen-kwargs temperature=0.6 with do_sample absent: expected"),
+        (
+            ["--gen-kwargs", "temperature=0.6"],
+            "--gen-kwargs temperature=0.6 with do_sample absent: expected",
+        ),
     ],
 )
 def test_refused(folder: Path, more: list[object], message: str) -> None:
@@ -118,14 +165,26 @@ def test_refused(folder: Path, more: list[object], message: str) -> None:
 
 def settings(gen_kwargs: str) -> BenchSettings:
     return settings_of(
-        "svsk_smoke", engine="hf", limit=None, seed=1, gen_kwargs=gen_kwargs, apply_chat_template=False,
-        system_instruction=None, model_args={},
-    )  # fmt: skip
+        "svsk_smoke",
+        engine="hf",
+        limit=None,
+        seed=1,
+        gen_kwargs=gen_kwargs,
+        apply_chat_template=False,
+        system_instruction=None,
+        model_args={},
+    )
 
 
 def bench_options(work: Path) -> BenchOptions:
     return BenchOptions(
-        work_dir=work, dtype="float32", include_path=None, batch_size=1, consent=False, text=None, command="svsk bench"
+        work_dir=work,
+        dtype="float32",
+        include_path=None,
+        batch_size=1,
+        consent=False,
+        text=None,
+        command="svsk bench",
     )
 
 
@@ -139,17 +198,30 @@ def test_a_temperature_without_effect_is_refused(more: str) -> None:
 
 @pytest.mark.parametrize("value", ["hot", "-1", "nan", "inf", "None", ""])
 def test_a_temperature_that_is_none(value: str) -> None:
-    with pytest.raises(EvalError, match=r"--gen-kwargs temperature=.*: expected a number of 0 or more"):
+    with pytest.raises(
+        EvalError, match=r"--gen-kwargs temperature=.*: expected a number of 0 or more"
+    ):
         settings(f"do_sample=true,temperature={value}")
 
 
 def test_generation_settings() -> None:
-    assert settings("do_sample=true,temperature=0.6").gen_kwargs == {"do_sample": True, "temperature": 0.6}
-    assert settings("temperature=0,max_gen_toks=8").gen_kwargs == {"temperature": 0, "max_gen_toks": 8}
+    assert settings("do_sample=true,temperature=0.6").gen_kwargs == {
+        "do_sample": True,
+        "temperature": 0.6,
+    }
+    assert settings("temperature=0,max_gen_toks=8").gen_kwargs == {
+        "temperature": 0,
+        "max_gen_toks": 8,
+    }
 
 
-def test_the_json_file_is_written_whatever_comes_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = [model_run(label, [task_run(scores, "a")], size_bytes=1) for label, scores in (("x", (1, 0)), ("y", (1,)))]
+def test_the_json_file_is_written_whatever_comes_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [
+        model_run(label, [task_run(scores, "a")], size_bytes=1)
+        for label, scores in (("x", (1, 0)), ("y", (1,)))
+    ]
     measured = report(models)
 
     def ran(*_: object) -> BenchReport:
@@ -159,21 +231,29 @@ def test_the_json_file_is_written_whatever_comes_after(tmp_path: Path, monkeypat
     options = bench_options(tmp_path)
     files = {"json_file": tmp_path / "a.json", "markdown": tmp_path / "a.md", "html": None}
     with pytest.raises(EvalError, match="y: task a: its items differ from those of x"):
-        bench_with_progress(Console(file=io.StringIO()), [], measured.settings, options, min_recovery=None, **files)
+        bench_with_progress(
+            Console(file=io.StringIO()), [], measured.settings, options, min_recovery=None, **files
+        )
     assert load_report(tmp_path / "a.json") == measured
     assert not (tmp_path / "a.md").exists()
 
 
-def test_a_page_whose_packages_are_absent_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_whose_packages_are_absent_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.delitem(sys.modules, "svsk_eval.report.html", raising=False)
     options = bench_options(tmp_path)
     files = {"json_file": None, "markdown": None, "html": tmp_path / "a.html"}
     with pytest.raises(EvalError, match="needs the package jinja2"):
-        bench_with_progress(Console(file=io.StringIO()), [], settings(""), options, min_recovery=None, **files)
+        bench_with_progress(
+            Console(file=io.StringIO()), [], settings(""), options, min_recovery=None, **files
+        )
 
 
-def test_the_shown_command_names_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shown_command_names_no_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "models" / "b").mkdir(parents=True)
     (tmp_path / "a=b").mkdir()
     (tmp_path / "text.txt").touch()
@@ -202,15 +282,22 @@ def test_the_shown_command_names_no_folders(tmp_path: Path, monkeypatch: pytest.
         "--text",
         "/x/t",
     ]
-    assert shown_command([*made, "--reference", "v=/x/q", "--include-path", "."]) == (
-        "svsk --json r.json --html=r.html --markdown r.md --work-dir w --text t --reference v=q --include-path ."
+    assert (
+        shown_command([*made, "--reference", "v=/x/q", "--include-path", "."])
+        == "svsk --json r.json --html=r.html --markdown r.md --work-dir w --text t --reference v=q"
+        " --include-path ."
     )
 
 
-def test_the_shown_command_keeps_what_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shown_command_keeps_what_is_no_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for arguments in (
-        "bench Qwen/Qwen3-4B --reference Qwen/Qwen3-4B-Base --limit 3 --system-instruction /no_think",
+        (
+            "bench Qwen/Qwen3-4B --reference Qwen/Qwen3-4B-Base --limit 3 --system-instruction"
+            " /no_think"
+        ),
         "bench --system-instruction=/no_think --tasks svsk_smoke,mmlu",
         "bench --system-instruction /usr/bin",  # words, even if there is such a folder
         "bench --system-instruction=/usr/bin",

@@ -20,11 +20,20 @@ ARGUMENTS = {"dtype": "float32", "batch_size": 2, "device": "cpu"}
 
 
 def generations(settings: dict[str, Any] = GREEDY, prompts: list[str] = PROMPTS) -> list[Instance]:
-    return [Instance("generate_until", {}, (prompt, settings), index) for index, prompt in enumerate(prompts)]
+    return [
+        Instance("generate_until", {}, (prompt, settings), index)
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 def likelihoods() -> list[Instance]:
-    pairs = [("The rate", " of"), ("The rate", " in a tin"), ("of", " stones"), ("The rate", " of"), ("", "tin")]
+    pairs = [
+        ("The rate", " of"),
+        ("The rate", " in a tin"),
+        ("of", " stones"),
+        ("The rate", " of"),
+        ("", "tin"),
+    ]
     return [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
 
 
@@ -35,7 +44,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def model_of(folder: Path, journal: Path, counts: list[tuple[int, int]]) -> Any:
-    return hf_model({"pretrained": str(folder), **ARGUMENTS}, Journal(journal), lambda *count: counts.append(count))
+    return hf_model(
+        {"pretrained": str(folder), **ARGUMENTS},
+        Journal(journal),
+        lambda *count: counts.append(count),
+    )
 
 
 def test_answers_are_lm_evals_own_and_are_not_asked_twice(
@@ -43,7 +56,9 @@ def test_answers_are_lm_evals_own_and_are_not_asked_twice(
 ) -> None:
     plain = HFLM(pretrained=str(folder), **ARGUMENTS)
     texts, pairs = plain.generate_until(generations()), plain.loglikelihood(likelihoods())
-    rolling = plain.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("The rate of stones",), 0)])
+    rolling = plain.loglikelihood_rolling(
+        [Instance("loglikelihood_rolling", {}, ("The rate of stones",), 0)]
+    )
     assert len(set(texts)) > 2
 
     counts: list[tuple[int, int]] = []
@@ -53,15 +68,15 @@ def test_answers_are_lm_evals_own_and_are_not_asked_twice(
     assert counts[-1] == (9, 9)
     assert len(model.journal) == 5
     first_tokens = model.clock.tokens
-    assert first_tokens == sum(answer.tokens for answer in model.generated([r.args for r in generations()][:3])) + sum(
-        answer.tokens for answer in model.generated([r.args for r in generations()][4:])
-    )
+    assert first_tokens == sum(
+        answer.tokens for answer in model.generated([r.args for r in generations()][:3])
+    ) + sum(answer.tokens for answer in model.generated([r.args for r in generations()][4:]))
     found = model.loglikelihood(likelihoods())
     assert [greedy for _, greedy in found] == [greedy for _, greedy in pairs]
     assert [value for value, _ in found] == pytest.approx([value for value, _ in pairs], abs=1e-5)
-    assert model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("The rate of stones",), 0)]) == (
-        pytest.approx(rolling, abs=1e-5)
-    )
+    assert model.loglikelihood_rolling(
+        [Instance("loglikelihood_rolling", {}, ("The rate of stones",), 0)]
+    ) == (pytest.approx(rolling, abs=1e-5))
     assert counts[-1] == (15, 15)
     model.journal.close()
 
@@ -82,7 +97,8 @@ def test_endings(folder: Path, tmp_path: Path) -> None:
 
     assert ending("sand") == (len(encode("sand")), False)
     assert ending("sand", EOS, EOS) == (len(encode("sand")) + 1, True)
-    # Two tokens make the stop string together; what comes after it does not count, an end of text neither.
+    # Two tokens make the stop string together; what comes after it does not count, an end of text
+    # neither.
     split = [*encode("x e"), *encode("e"), *encode("more"), EOS]
     assert model._ending(split, ["ee"]) == (len(encode("x e")) + 1, True)
     # A stop string after the end of text is none.
@@ -93,7 +109,9 @@ def test_endings_are_recorded(folder: Path, tmp_path: Path) -> None:
     model = model_of(folder, tmp_path / "j.jsonl", [])
     settings = {**GREEDY, "max_gen_toks": 3, "until": []}
     texts = model.generate_until(generations(settings))
-    for answer, text in zip(model.generated([r.args for r in generations(settings)]), texts, strict=True):
+    for answer, text in zip(
+        model.generated([r.args for r in generations(settings)]), texts, strict=True
+    ):
         assert answer.text == text
         assert 1 <= answer.tokens <= 3
         assert answer.stopped or answer.tokens == 3
@@ -109,7 +127,9 @@ def test_sampled_repeats_are_answers_of_their_own(folder: Path, tmp_path: Path) 
     assert len(set(texts)) > 1
     assert len(model.journal) == 4
     assert model.generate_until(requests) == texts
-    assert [answer.text for answer in model.generated([request.args for request in requests])] == texts
+    assert [
+        answer.text for answer in model.generated([request.args for request in requests])
+    ] == texts
 
 
 def test_replicas_are_refused(tmp_path: Path) -> None:

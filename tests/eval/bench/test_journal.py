@@ -42,7 +42,9 @@ def test_every_prefix_of_a_killed_write_can_be_continued(path: Path) -> None:
     assert len(lines) == 3
     for length in range(len(whole) + 1):
         path.write_bytes(whole[:length])
-        kept = sum(1 for end in (len(lines[0]), len(lines[0]) + len(lines[1]), len(whole)) if end <= length)
+        kept = sum(
+            1 for end in (len(lines[0]), len(lines[0]) + len(lines[1]), len(whole)) if end <= length
+        )
         with Journal(path) as journal:
             assert len(journal) == kept
             journal.add("z", Likelihood(logprob=-1.0, greedy=True))
@@ -54,10 +56,15 @@ def test_every_prefix_of_a_killed_write_can_be_continued(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["", "nonsense", '{"key": "a"}', '{"key": "", "answer": {"kind": "likelihood", "logprob": -1, "greedy": true}}',
-     '{"key": "k", "answer": {"kind": "likelihood", "logprob": NaN, "greedy": true}}',
-     '{"key": "k", "answer": {"kind": "generated", "logprob": -1, "greedy": true}}'],
-)  # fmt: skip
+    [
+        "",
+        "nonsense",
+        '{"key": "a"}',
+        '{"key": "", "answer": {"kind": "likelihood", "logprob": -1, "greedy": true}}',
+        '{"key": "k", "answer": {"kind": "likelihood", "logprob": NaN, "greedy": true}}',
+        '{"key": "k", "answer": {"kind": "generated", "logprob": -1, "greedy": true}}',
+    ],
+)
 def test_damage_is_named(path: Path, line: str) -> None:
     lines = path.read_text(encoding="utf-8").split("\n")
     path.write_text("\n".join([lines[0], line, *lines[1:]]), encoding="utf-8")
@@ -74,11 +81,16 @@ def test_two_runs_cannot_share_a_journal(path: Path) -> None:
 
 
 def test_keys() -> None:
-    one, two, again = request_keys("generate_until", [("p", {"a": 1, "b": 2}), ("q", {}), ("p", {"b": 2, "a": 1})])
+    one, two, again = request_keys(
+        "generate_until", [("p", {"a": 1, "b": 2}), ("q", {}), ("p", {"b": 2, "a": 1})]
+    )
     assert one == again != two
     assert request_keys("loglikelihood", [("p", {"a": 1, "b": 2})]) != [one]
     numbered = request_keys("generate_until", [("p", {}), ("q", {}), ("p", {})], numbered=True)
     assert len(set(numbered)) == 3
     # An answer's number depends on equal requests before it only.
-    assert request_keys("generate_until", [("p", {}), ("p", {})], numbered=True) == [numbered[0], numbered[2]]
+    assert request_keys("generate_until", [("p", {}), ("p", {})], numbered=True) == [
+        numbered[0],
+        numbered[2],
+    ]
     assert request_keys("x", [("ab", "c")]) != request_keys("x", [("a", "bc")])

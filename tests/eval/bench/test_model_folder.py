@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model folders of other quantisers: bits per weight by hand, files that count, and damaged ones."""
+"""Model folders of other quantisers.
+
+Bits per weight by hand, files that count, and damaged ones.
+"""
 
 import json
 from pathlib import Path
@@ -21,10 +24,14 @@ AUTO_GPTQ = "gptq_model-4bit-128g.safetensors"
 Tensors = dict[str, torch.Tensor]
 
 
-def write_folder(folder: Path, tensors: Tensors, name: str = SINGLE, method: str | None = None) -> Path:
+def write_folder(
+    folder: Path, tensors: Tensors, name: str = SINGLE, method: str | None = None
+) -> Path:
     """A folder with one file of weights."""
     folder.mkdir(exist_ok=True)
-    config: dict[str, Any] = {} if method is None else {"quantization_config": {"quant_method": method}}
+    config: dict[str, Any] = (
+        {} if method is None else {"quantization_config": {"quant_method": method}}
+    )
     (folder / "config.json").write_text(json.dumps(config))
     save_file({NORM: torch.ones(K), **tensors}, folder / name)
     return folder
@@ -84,12 +91,15 @@ def dense(tmp_path: Path) -> Path:
     [
         # Codes of 4 bits; per group a zero point of 4 bits and a scale of 16.
         ("awq", awq(), SINGLE, 4 + (4 + 16) / 32),
-        # As AWQ, and for each of the 128 inputs its group's number in 32 bits, shared by 64 outputs.
+        # As AWQ, and for each of the 128 inputs its group's number in 32 bits, shared by 64
+        # outputs.
         ("gptq", gptq(), SINGLE, 4 + (4 + 16) / 32 + 32 / 64),
         ("gptq", gptq(), AUTO_GPTQ, 4 + (4 + 16) / 32 + 32 / 64),
-        # Codes of 4 bits, a scale of 16 per group, and the shape in two integers of 64 bits for 8192 weights.
+        # Codes of 4 bits, a scale of 16 per group, and the shape in two integers of 64 bits for
+        # 8192 weights.
         ("compressed-tensors", compressed_tensors(), SINGLE, 4 + 16 / 32 + 2 * 64 / 8192),
-        # Codes of 4 bits, a scale of 32 per block of 64, 16 levels of 32 bits and a state of 90 bytes.
+        # Codes of 4 bits, a scale of 32 per block of 64, 16 levels of 32 bits and a state of 90
+        # bytes.
         ("bitsandbytes", bitsandbytes(), SINGLE, 4 + 32 / 64 + (16 * 32 + 90 * 8) / 8192),
     ],
 )
@@ -111,7 +121,10 @@ def test_several_files_of_other_names(tmp_path: Path, dense: Path) -> None:
     assert bits_per_weight(reference, [found]) == [pytest.approx(5.125)]
     assert found.size_bytes == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     save_file(gptq(), folder / "copy.safetensors")
-    with pytest.raises(EvalError, match=r"is in copy\.safetensors and in gptq_model-00002-of-00002\.safetensors, and"):
+    with pytest.raises(
+        EvalError,
+        match=r"is in copy\.safetensors and in gptq_model-00002-of-00002\.safetensors, and",
+    ):
         read_folder(folder)
 
 
@@ -138,7 +151,9 @@ def test_only_files_that_are_loaded_count(dense: Path) -> None:
     assert found.size_bytes == sum(file.stat().st_size for file in shards)
     assert found.tensors == before.tensors
     save_file({"other": torch.ones(1)}, dense / SINGLE)
-    with pytest.raises(EvalError, match=r"transformers loads model\.safetensors, vLLM what .*index\.json names"):
+    with pytest.raises(
+        EvalError, match=r"transformers loads model\.safetensors, vLLM what .*index\.json names"
+    ):
         read_folder(dense)
     assert found.fingerprint != before.fingerprint
 

@@ -23,15 +23,29 @@ from tests.support.tiny_models import write_dense, write_random_svsk
 ROOT = Path(__file__).parents[2]
 TASKS = Path(__file__).parent / "bench_tasks"
 SETTINGS = BenchSettings(
-    tasks=("mini_gen", "mini_mc"), engine="hf", limit=None, seed=1234, gen_kwargs={}, apply_chat_template=False,
-    fewshot_as_multiturn=False, system_instruction=None, model_args={"device": "cpu"}, data="hub",
+    tasks=("mini_gen", "mini_mc"),
+    engine="hf",
+    limit=None,
+    seed=1234,
+    gen_kwargs={},
+    apply_chat_template=False,
+    fewshot_as_multiturn=False,
+    system_instruction=None,
+    model_args={"device": "cpu"},
+    data="hub",
     versions=package_versions("hf"),
-)  # fmt: skip
+)
 
 
 def options(work: Path, **changes: Any) -> BenchOptions:
     base = BenchOptions(
-        work_dir=work, dtype="auto", include_path=TASKS, batch_size=2, consent=False, text=None, command="svsk bench"
+        work_dir=work,
+        dtype="auto",
+        include_path=TASKS,
+        batch_size=2,
+        consent=False,
+        text=None,
+        command="svsk bench",
     )
     return replace(base, **changes)
 
@@ -68,7 +82,9 @@ def test_report(report: BenchReport, models: list[Candidate]) -> None:
     assert svsk.bpw == pytest.approx(sum(spec.stored_bits for spec in specs) / weights)
     assert dense.bpw == 16
     assert dense.size_bytes == (Path(models[0].name) / "model.safetensors").stat().st_size
-    assert dense.dtype == svsk.dtype == "float32"  # as `svsk eval` takes it on a CPU, although bfloat16 is stored
+    assert (
+        dense.dtype == svsk.dtype == "float32"
+    )  # as `svsk eval` takes it on a CPU, although bfloat16 is stored
     for run in report.models:
         generated, chosen = run.tasks["mini_gen"], run.tasks["mini_mc"]
         assert list(run.tasks) == ["mini_gen", "mini_mc"]
@@ -91,9 +107,13 @@ def test_report(report: BenchReport, models: list[Candidate]) -> None:
 
 
 @pytest.mark.usefixtures("forked")
-def test_a_finished_run_is_not_run_again(report: BenchReport, models: list[Candidate], work: Path) -> None:
+def test_a_finished_run_is_not_run_again(
+    report: BenchReport, models: list[Candidate], work: Path
+) -> None:
     before = {
-        path: path.stat().st_mtime_ns for path in work.glob("*/*") if "journal" in path.name or "task" in path.name
+        path: path.stat().st_mtime_ns
+        for path in work.glob("*/*")
+        if "journal" in path.name or "task" in path.name
     }
     assert len(before) == 6
     told: list[tuple[str, str, int, int]] = []
@@ -104,7 +124,9 @@ def test_a_finished_run_is_not_run_again(report: BenchReport, models: list[Candi
 
 
 @pytest.mark.usefixtures("forked")
-def test_fewer_items_are_taken_from_the_same_answers(report: BenchReport, models: list[Candidate], work: Path) -> None:
+def test_fewer_items_are_taken_from_the_same_answers(
+    report: BenchReport, models: list[Candidate], work: Path
+) -> None:
     sizes = {path: path.stat().st_size for path in work.glob("*/journal.jsonl")}
     changed = SETTINGS.model_copy(update={"limit": 5, "tasks": ("mini_mc",)})
     shorter = bench(models[1:], changed, options(work), lambda *_: None)
@@ -134,7 +156,9 @@ def test_killed_runs_go_on(
     kept: list[bytes] = []
     for task, least in (("mini_gen", 3), ("mini_mc", 40)):
 
-        def kill(label: str, what: str, done: int, asked: int, task: str = task, least: int = least) -> None:
+        def kill(
+            label: str, what: str, done: int, asked: int, task: str = task, least: int = least
+        ) -> None:
             if (label, what) == ("svsk", task) and done >= least:
                 started[-1].kill()
 
@@ -157,7 +181,9 @@ def test_a_worker_does_not_outlive_its_parent(models: list[Candidate], tmp_path:
         "import sys; from tests.eval.bench.test_runner import *; "
         "bench([candidate(sys.argv[1])], SETTINGS, options(Path(sys.argv[2])), lambda *_: None)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", script, f"svsk={models[1].name}", str(tmp_path)], cwd=ROOT)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, f"svsk={models[1].name}", str(tmp_path)], cwd=ROOT
+    )
     end = time.monotonic() + 120
     while not any(lines(journal) for journal in tmp_path.glob("svsk-*/journal.jsonl")):
         assert parent.poll() is None, "the run ended before it was to be killed"
@@ -179,15 +205,21 @@ def test_a_worker_does_not_outlive_its_parent(models: list[Candidate], tmp_path:
 
 @pytest.mark.usefixtures("forked")
 def test_what_is_refused(models: list[Candidate], tmp_path: Path) -> None:
-    def run(*chosen: Candidate, tasks: tuple[str, ...] = ("mini_mc",), **changes: Any) -> BenchReport:
+    def run(
+        *chosen: Candidate, tasks: tuple[str, ...] = ("mini_mc",), **changes: Any
+    ) -> BenchReport:
         settings = SETTINGS.model_copy(update={"tasks": tasks})
         return bench(chosen, settings, options(tmp_path / "work", **changes), lambda *_: None)
 
     with pytest.raises(EvalError, match="svsk: two models have this label"):
         run(models[0], models[1], models[1])
-    with pytest.raises(EvalError, match=r"reference: --tasks mini_mc,mini_none: lm-eval knows no mini_none\."):
+    with pytest.raises(
+        EvalError, match=r"reference: --tasks mini_mc,mini_none: lm-eval knows no mini_none\."
+    ):
         run(models[0], tasks=("mini_mc", "mini_none"))
-    with pytest.raises(EvalError, match="mini_code runs code that the model has written, and not in our sandbox"):
+    with pytest.raises(
+        EvalError, match="mini_code runs code that the model has written, and not in our sandbox"
+    ):
         run(models[0], tasks=("mini_code",))
     (tmp_path / "empty").mkdir()
     with pytest.raises(EvalError, match="empty: not a model folder"):
@@ -195,7 +227,8 @@ def test_what_is_refused(models: list[Candidate], tmp_path: Path) -> None:
     broken = write_dense(tmp_path / "broken")
     edit_json(broken / "config.json", lambda config: config.update(hidden_size=64))
     with pytest.raises(
-        EvalError, match=r"(?s)broken: its process failed \(exit code 1\)\. The end of .*log\.txt:.*size"
+        EvalError,
+        match=r"(?s)broken: its process failed \(exit code 1\)\. The end of .*log\.txt:.*size",
     ):
         run(candidate(str(broken)))
     assert candidate("a=b/c") == Candidate("a", "b/c")

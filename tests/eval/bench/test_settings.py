@@ -32,8 +32,12 @@ def test_sampled_repeats_and_the_same_model_twice(dense: Path, tmp_path: Path) -
     pair = [candidate(f"once={dense}"), candidate(f"twice={dense}")]
     report = bench(pair, settings, options(tmp_path, batch_size=3), lambda *_: None)
     journals = sorted(tmp_path.glob("*-answers-*/journal.jsonl"))
-    assert len(journals) == 2  # a model against itself shows what chance does: its answers are drawn twice
-    kept = [[json.loads(line)["answer"] for line in path.read_text().splitlines()] for path in journals]
+    assert (
+        len(journals) == 2
+    )  # a model against itself shows what chance does: its answers are drawn twice
+    kept = [
+        [json.loads(line)["answer"] for line in path.read_text().splitlines()] for path in journals
+    ]
     for run, answers in zip(report.models, kept, strict=True):
         task = run.tasks["mini_sampled"]
         assert len(answers) == 4 * 2
@@ -58,10 +62,16 @@ def test_answers_belong_to_a_model_and_not_to_its_label(dense: Path, tmp_path: P
 
 def test_chat_templates(dense: Path, tmp_path: Path) -> None:
     chat = ONE.model_copy(
-        update={"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "Be brief."}
+        update={
+            "apply_chat_template": True,
+            "fewshot_as_multiturn": True,
+            "system_instruction": "Be brief.",
+        }
     )
     folders = [shutil.copytree(dense, tmp_path / name) for name in ("one", "same", "other")]
-    for folder, template in zip(folders, (TEMPLATE, TEMPLATE, TEMPLATE.replace("[", "<")), strict=True):
+    for folder, template in zip(
+        folders, (TEMPLATE, TEMPLATE, TEMPLATE.replace("[", "<")), strict=True
+    ):
         (folder / "chat_template.jinja").write_text(template)
     one, same, other = (candidate(str(folder)) for folder in folders)
     report = bench([one, same], chat, options(tmp_path / "work"), lambda *_: None)
@@ -73,19 +83,29 @@ def test_chat_templates(dense: Path, tmp_path: Path) -> None:
         bench([one, other], chat, options(tmp_path / "work"), lambda *_: None)
 
 
-def test_the_variable_of_lm_eval_is_no_consent(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variable_of_lm_eval_is_no_consent(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     row = {"task_id": "HumanEval/0", "prompt": "def one():\n", "entry_point": "one"}
-    row |= {"canonical_solution": "    return 1\n", "test": "def check(candidate):\n    assert candidate() == 1\n"}
+    row |= {
+        "canonical_solution": "    return 1\n",
+        "test": "def check(candidate):\n    assert candidate() == 1\n",
+    }
     (tmp_path / "HumanEval.jsonl").write_text(json.dumps(row) + "\n")
     monkeypatch.setenv("SVSK_DATA", str(tmp_path))
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     settings = SETTINGS.model_copy(update={"tasks": ("svsk_humaneval",)})
-    with pytest.raises(EvalError, match=r"svsk_humaneval runs code .* add --confirm-run-unsafe-code"):
+    with pytest.raises(
+        EvalError, match=r"svsk_humaneval runs code .* add --confirm-run-unsafe-code"
+    ):
         bench([candidate(str(dense))], settings, options(tmp_path / "work"), lambda *_: None)
 
 
 def test_one_run_at_a_time(dense: Path, tmp_path: Path) -> None:
-    with locked(tmp_path / LOCK_NAME, tmp_path), pytest.raises(SvskError, match="another run is under way there"):
+    with (
+        locked(tmp_path / LOCK_NAME, tmp_path),
+        pytest.raises(SvskError, match="another run is under way there"),
+    ):
         bench([candidate(str(dense))], ONE, options(tmp_path), lambda *_: None)
 
 
@@ -116,11 +136,17 @@ def test_other_task_files_are_other_scores(dense: Path, tmp_path: Path) -> None:
     tasks = shutil.copytree(options(tmp_path).include_path or Path(), tmp_path / "tasks")
     settings = ONE.model_copy(update={"tasks": ("mini_gen",)})
     here = replace(options(tmp_path / "work"), include_path=tasks)
-    first = bench([candidate(str(dense))], settings, here, lambda *_: None).models[0].tasks["mini_gen"]
+    first = (
+        bench([candidate(str(dense))], settings, here, lambda *_: None).models[0].tasks["mini_gen"]
+    )
     journal = next((tmp_path / "work").glob("*/journal.jsonl")).read_bytes()
     # What the metric sees changes, the prompts do not: the answers stay, the scores are new.
     yaml = tasks / "mini_gen.yaml"
-    yaml.write_text(yaml.read_text().replace('doc_to_target: "{{answer}}"', 'doc_to_target: "{{answer}}0"'))
-    second = bench([candidate(str(dense))], settings, here, lambda *_: None).models[0].tasks["mini_gen"]
+    yaml.write_text(
+        yaml.read_text().replace('doc_to_target: "{{answer}}"', 'doc_to_target: "{{answer}}0"')
+    )
+    second = (
+        bench([candidate(str(dense))], settings, here, lambda *_: None).models[0].tasks["mini_gen"]
+    )
     assert next((tmp_path / "work").glob("*/journal.jsonl")).read_bytes() == journal
     assert second.item_hashes != first.item_hashes

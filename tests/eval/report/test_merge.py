@@ -32,15 +32,23 @@ WORSE = (1, 0, 0, 1, 0, 1, 1, 0)
 
 
 def model(
-    label: str, scores: tuple[float, ...] = RIGHT, second: tuple[float, ...] = (0.5, 0.25), **fields: Any
+    label: str,
+    scores: tuple[float, ...] = RIGHT,
+    second: tuple[float, ...] = (0.5, 0.25),
+    **fields: Any,
 ) -> ModelRun:
     """A model on two tasks: ``a`` of right and wrong answers, and ``b``."""
-    generated = {"output_tokens": tuple(10.0 + score for score in scores), "terminated": (1.0,) * len(scores)}
+    generated = {
+        "output_tokens": tuple(10.0 + score for score in scores),
+        "terminated": (1.0,) * len(scores),
+    }
     return model_run(label, [task_run(scores, "a", **generated), task_run(second, "b")], **fields)
 
 
 def text(**fields: Any) -> TextScores:
-    return TextScores(engine="hf", text_fingerprint="0f", tokens=62, chunks=2, seq_len=32, nll=2.5, **fields)
+    return TextScores(
+        engine="hf", text_fingerprint="0f", tokens=62, chunks=2, seq_len=32, nll=2.5, **fields
+    )
 
 
 @pytest.fixture
@@ -58,7 +66,10 @@ def test_every_figure_of_a_variant() -> None:
     assert w8.tasks[1].score.difference == 0.125
     raw = [task.score.p for variant in analysis.variants for task in variant.tasks]
     assert [task.p_holm for variant in analysis.variants for task in variant.tasks] == holm(raw)
-    arrays = [(np.array(RIGHT, float), np.array(WORSE, float)), (np.array([0.5, 0.25]), np.array([0.5, 0.25]))]
+    arrays = [
+        (np.array(RIGHT, float), np.array(WORSE, float)),
+        (np.array([0.5, 0.25]), np.array([0.5, 0.25])),
+    ]
     assert w4.pooled == pooled(arrays)
 
 
@@ -66,13 +77,20 @@ def test_answers_are_compared_in_pairs() -> None:
     task = analyse(report([model("dense"), model("w4", WORSE)])).variants[0].tasks[0]
     assert task.output_tokens is not None
     assert task.terminated is not None
-    assert (task.output_tokens.difference, task.output_tokens.lost, task.output_tokens.gained) == (-0.25, 3, 1)
+    assert (task.output_tokens.difference, task.output_tokens.lost, task.output_tokens.gained) == (
+        -0.25,
+        3,
+        1,
+    )
     assert (task.terminated.difference, task.terminated.p) == (0.0, 1.0)
 
 
 def test_what_is_right_or_wrong_is_decided_once_per_task() -> None:
     def run(label: str, score: float, length: float) -> ModelRun:
-        fields: dict[str, Any] = {"output_tokens": (0.0, length, 1.0, 1.0), "terminated": (1.0, 1.0, 0.0, 1.0)}
+        fields: dict[str, Any] = {
+            "output_tokens": (0.0, length, 1.0, 1.0),
+            "terminated": (1.0, 1.0, 0.0, 1.0),
+        }
         return model_run(label, [task_run((0, score, 1, 1), "a", **fields)])
 
     analysis = analyse(report([run("dense", 1, 0), run("w4", 0, 1), run("w8", 1, 1)]))
@@ -80,7 +98,11 @@ def test_what_is_right_or_wrong_is_decided_once_per_task() -> None:
         (task,) = variant.tasks
         assert task.output_tokens is not None
         assert task.terminated is not None
-        assert (task.score.binary, task.terminated.binary, task.output_tokens.binary) == (True, True, False)
+        assert (task.score.binary, task.terminated.binary, task.output_tokens.binary) == (
+            True,
+            True,
+            False,
+        )
         assert task.score.reference == analysis.estimates["dense"]["a"].score
         assert task.output_tokens.variant == analysis.estimates[variant.label]["a"].output_tokens
     # Half a point for one item of one model: the metric is not right or wrong, for no model.
@@ -88,7 +110,10 @@ def test_what_is_right_or_wrong_is_decided_once_per_task() -> None:
     for variant in half.variants:
         assert not variant.tasks[0].score.binary
         assert variant.tasks[0].score.reference == half.estimates["dense"]["a"].score
-        assert half.estimates["dense"]["a"].score.interval != analysis.estimates["dense"]["a"].score.interval
+        assert (
+            half.estimates["dense"]["a"].score.interval
+            != analysis.estimates["dense"]["a"].score.interval
+        )
 
 
 def test_a_task_that_only_one_model_generates_for() -> None:
@@ -109,10 +134,13 @@ def test_the_reference_alone() -> None:
 def test_items_pair_whatever_their_order() -> None:
     scores = (0, 0, 1, 1, 0, 0, 1, 1)
     straight = task_run(scores, "a")
-    turned = task_run(scores[::-1], "a", doc_ids=straight.doc_ids[::-1], item_hashes=straight.item_hashes[::-1])
+    turned = task_run(
+        scores[::-1], "a", doc_ids=straight.doc_ids[::-1], item_hashes=straight.item_hashes[::-1]
+    )
     reference = model_run("dense", [task_run(RIGHT, "a")])
     found = [
-        analyse(report([reference, model_run("w4", [task])])).variants[0].tasks[0].score for task in (straight, turned)
+        analyse(report([reference, model_run("w4", [task])])).variants[0].tasks[0].score
+        for task in (straight, turned)
     ]
     assert found[0] == found[1]
     assert (found[1].lost, found[1].gained) == (2, 0)
@@ -127,21 +155,34 @@ def test_other_items_are_refused() -> None:
         analyse(report([model_run("dense", [other]), changed]))
     message = str(error.value)
     assert message.startswith(
-        "w4: task a: its items differ from those of dense (8 against 8, 2 of them different; item 2:"
+        "w4: task a: its items differ from those of dense (8 against 8, 2 of them different;"
+        " item 2:"
     )
-    assert f"item 2: eeeeeeeeeeee instead of {other.item_hashes[2][:12]}; item 5: ffffffffffff instead of " in message
-    for cause in ("another chat template or tokenizer in one of the two folders", "other data", "another --seed"):
+    assert (
+        f"item 2: eeeeeeeeeeee instead of {other.item_hashes[2][:12]}; item 5: ffffffffffff"
+        " instead of " in message
+    )
+    for cause in (
+        "another chat template or tokenizer in one of the two folders",
+        "other data",
+        "another --seed",
+    ):
         assert cause in message
     fewer = model_run("w4", [task_run(RIGHT[:-1], "a")])
-    with pytest.raises(EvalError, match=r"7 against 8, 1 of them different; item 7: absent instead of "):
+    with pytest.raises(
+        EvalError, match=r"7 against 8, 1 of them different; item 7: absent instead of "
+    ):
         analyse(report([model_run("dense", [other]), fewer]))
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("version", "2.0"), ("num_fewshot", 5), ("output_type", "generate_until"), ("primary", "f1")]
+    ("field", "value"),
+    [("version", "2.0"), ("num_fewshot", 5), ("output_type", "generate_until"), ("primary", "f1")],
 )
 def test_another_kind_of_task_is_refused(field: str, value: object) -> None:
-    task = task_run(RIGHT, "a").model_copy(update={"scores": {"exact_match,none": RIGHT, "f1": RIGHT}, field: value})
+    task = task_run(RIGHT, "a").model_copy(
+        update={"scores": {"exact_match,none": RIGHT, "f1": RIGHT}, field: value}
+    )
     other = model_run("w4", [task])
     with pytest.raises(EvalError, match=f"w4: task a has {field} {value!r}: expected "):
         analyse(report([model_run("dense", [task_run(RIGHT, "a")]), other]))
@@ -156,19 +197,29 @@ def test_other_tasks_are_refused() -> None:
 
 
 def test_models_of_several_files(tmp_path: Path, first: Path) -> None:
-    second = save(tmp_path / "second.json", report([model("dense"), model("gptq", WORSE)], command="svsk bench again"))
+    second = save(
+        tmp_path / "second.json",
+        report([model("dense"), model("gptq", WORSE)], command="svsk bench again"),
+    )
     merged = merge_reports([first, second])
     assert [run.label for run in merged.report.models] == ["dense", "w4", "gptq"]
     assert merged.report.command == "svsk bench\nsvsk bench again"
     assert merged.notes == ()
-    assert [variant.label for variant in compare_reports([first, second]).variants] == ["w4", "gptq"]
+    assert [variant.label for variant in compare_reports([first, second]).variants] == [
+        "w4",
+        "gptq",
+    ]
 
 
 def test_a_model_in_two_files_appears_once(tmp_path: Path, first: Path) -> None:
-    again = save(tmp_path / "again.json", report([model("dense", second=(0.5, 0.5)), model("w4", WORSE)]))
+    again = save(
+        tmp_path / "again.json", report([model("dense", second=(0.5, 0.5)), model("w4", WORSE)])
+    )
     merged = merge_reports([first, again])
     assert [run.label for run in merged.report.models] == ["dense", "w4"]
-    assert merged.notes == (f"{again}: dense scored differently there; the figures of the earlier file are shown.",)
+    assert merged.notes == (
+        f"{again}: dense scored differently there; the figures of the earlier file are shown.",
+    )
     assert merged.report.models[0] == load_report(first).models[0]
 
 
@@ -177,13 +228,23 @@ def test_different_models_of_one_label(tmp_path: Path, first: Path) -> None:
     for number in range(2):
         other = model("w4", WORSE, fingerprint=f"{number}")
         files.append(save(tmp_path / f"{number}.json", report([model("dense"), other])))
-    assert [run.label for run in merge_reports(files).report.models] == ["dense", "w4", "w4 (2)", "w4 (3)"]
+    assert [run.label for run in merge_reports(files).report.models] == [
+        "dense",
+        "w4",
+        "w4 (2)",
+        "w4 (3)",
+    ]
 
 
 def test_figures_against_another_reference_are_left_out(tmp_path: Path) -> None:
     relative = text(delta_nll=0.1, kl_mean=0.05, kl_mean_se=0.01, top1=0.9)
-    first = save(tmp_path / "a.json", report([model("dense", text=(text(),)), model("w4", text=(relative,))]))
-    other = save(tmp_path / "b.json", report([model("other", text=(text(),)), model("gptq", text=(relative,))]))
+    first = save(
+        tmp_path / "a.json", report([model("dense", text=(text(),)), model("w4", text=(relative,))])
+    )
+    other = save(
+        tmp_path / "b.json",
+        report([model("other", text=(text(),)), model("gptq", text=(relative,))]),
+    )
     merged = merge_reports([first, other])
     texts = {run.label: run.text[0] for run in merged.report.models}
     assert texts["w4"] == relative
@@ -205,7 +266,9 @@ def test_figures_against_another_reference_are_left_out(tmp_path: Path) -> None:
     ],
 )
 def test_other_settings_are_refused(tmp_path: Path, first: Path, field: str, value: object) -> None:
-    other = save(tmp_path / "other.json", report([model("dense"), model("w4", WORSE)], **{field: value}))
+    other = save(
+        tmp_path / "other.json", report([model("dense"), model("w4", WORSE)], **{field: value})
+    )
     with pytest.raises(EvalError) as error:
         merge_reports([first, other])
     assert str(error.value).startswith(f"{other}: was run with {field} {value!r}: expected ")
@@ -214,7 +277,9 @@ def test_other_settings_are_refused(tmp_path: Path, first: Path, field: str, val
 
 def test_other_items_in_another_file_are_refused(tmp_path: Path, first: Path) -> None:
     other = save(tmp_path / "other.json", report([model("dense", RIGHT[:4])]))
-    with pytest.raises(EvalError, match=r"other.json: dense: task a: its items differ from those of dense"):
+    with pytest.raises(
+        EvalError, match=r"other.json: dense: task a: its items differ from those of dense"
+    ):
         merge_reports([first, other])
 
 
@@ -225,7 +290,11 @@ def test_what_may_change_scores_is_noted(tmp_path: Path, first: Path) -> None:
     other = save(tmp_path / "other.json", changed)
     analysis = compare_reports([first, other])
     text = "\n".join(analysis.notes)
-    for words in ("max_model_len", "lm_eval 0.4.10 (0.4.9), torch 2.13 (absent).", "a GPU. Speeds cannot be compared"):
+    for words in (
+        "max_model_len",
+        "lm_eval 0.4.10 (0.4.9), torch 2.13 (absent).",
+        "a GPU. Speeds cannot be compared",
+    ):
         assert words in text
     assert analysis.report.hardware == "a processor; a GPU"
     assert set(analysis.notes) <= set(analysis.all_notes())
@@ -237,14 +306,19 @@ def test_which_files_are_of_svsk_bench(tmp_path: Path, first: Path) -> None:
     broken.write_text('{"kind": "svsk-bench"')
     listed = tmp_path / "list.json"
     listed.write_text("[]")
-    found = [is_bench_report(path) for path in (first, other, broken, listed, tmp_path / "absent.json", tmp_path)]
+    found = [
+        is_bench_report(path)
+        for path in (first, other, broken, listed, tmp_path / "absent.json", tmp_path)
+    ]
     assert found == [True, False, False, False, False, False]
 
 
 def test_files_that_cannot_be_merged(tmp_path: Path, first: Path) -> None:
     other = tmp_path / "eval.json"
     other.write_text('{"nll": 2.5}')
-    with pytest.raises(EvalError, match=r"eval.json: not a file of this version's `svsk bench --json`"):
+    with pytest.raises(
+        EvalError, match=r"eval.json: not a file of this version's `svsk bench --json`"
+    ):
         merge_reports([first, other])
     with pytest.raises(EvalError, match="Got no file"):
         merge_reports([])
@@ -268,7 +342,9 @@ def test_the_command_shows_and_writes(tmp_path: Path, first: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "keyword"), [("--json", "json_file"), ("--markdown", "markdown"), ("--html", "html")]
 )
-def test_files_that_cannot_be_written(tmp_path: Path, first: Path, option: str, keyword: str) -> None:
+def test_files_that_cannot_be_written(
+    tmp_path: Path, first: Path, option: str, keyword: str
+) -> None:
     stream = io.StringIO()
     for path in (tmp_path, tmp_path / "absent" / "out.html"):
         with pytest.raises(EvalError, match=f"{option} {path}: cannot be written"):
@@ -277,19 +353,25 @@ def test_files_that_cannot_be_written(tmp_path: Path, first: Path, option: str, 
     check_writable({"--json": tmp_path / "new.json", "--markdown": first, "--html": None})
 
 
-def test_only_a_page_needs_optional_packages(tmp_path: Path, first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_page_needs_optional_packages(
+    tmp_path: Path, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = (
         "import sys; sys.modules['matplotlib'] = sys.modules['jinja2'] = None\n"
         "from pathlib import Path; from rich.console import Console\n"
         "from svsk_eval.report.merge import compare_and_print\n"
         "compare_and_print(Console(), sys.argv[1:])"
     )
-    found = subprocess.run([sys.executable, "-c", script, str(first)], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", script, str(first)], capture_output=True, text=True, check=False
+    )
     assert (found.returncode, found.stderr) == (0, "")
     assert "w4" in found.stdout
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.delitem(sys.modules, "svsk_eval.report.html", raising=False)
-    with pytest.raises(EvalError, match=r"needs the package jinja2, .* pip install 'svsk-vllm\[eval\]'"):
+    with pytest.raises(
+        EvalError, match=r"needs the package jinja2, .* pip install 'svsk-vllm\[eval\]'"
+    ):
         compare_and_print(Console(file=io.StringIO()), [first], html=tmp_path / "out.html")
 
 
@@ -297,21 +379,31 @@ def test_the_gate() -> None:
     found = report([model("dense"), model("w4", WORSE), model("same")])
     results = recovery_gate(found, 0.9)
     assert [(result.variant, result.task, result.passed) for result in results] == [
-        ("w4", "a", False), ("w4", "b", True), ("same", "a", True), ("same", "b", True),
-    ]  # fmt: skip
+        ("w4", "a", False),
+        ("w4", "b", True),
+        ("same", "a", True),
+        ("same", "b", True),
+    ]
     assert results[0].recovery == pytest.approx(4 / 6)
     assert results[0].reason == "recovery 0.6667 is below 0.9"
     assert recovery_gate(analyse(found), 0.9) == results
 
 
 def test_the_gate_at_its_edge() -> None:
-    exact = report([model_run("dense", [task_run([1.0, 0.1], "a")]), model_run("w4", [task_run([0.99, 0.099], "a")])])
+    exact = report(
+        [
+            model_run("dense", [task_run([1.0, 0.1], "a")]),
+            model_run("w4", [task_run([0.99, 0.099], "a")]),
+        ]
+    )
     assert recovery_gate(exact, 0.99)[0].passed
     assert not recovery_gate(exact, 0.991)[0].passed
 
 
 def test_the_gate_cannot_judge_a_reference_that_scores_zero() -> None:
-    (result,) = recovery_gate(report([model_run(name, [task_run((0, 0, 0), "a")]) for name in ("dense", "w4")]), 0.5)
+    (result,) = recovery_gate(
+        report([model_run(name, [task_run((0, 0, 0), "a")]) for name in ("dense", "w4")]), 0.5
+    )
     assert (result.passed, result.recovery) == (False, None)
     assert "cannot be judged: the reference scores 0.0000" in result.reason
 

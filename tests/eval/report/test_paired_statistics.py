@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paired statistics: worked examples, cases by hand, and simulations of what intervals and tests promise."""
+"""Paired statistics.
+
+Worked examples, cases by hand, and simulations of what intervals and tests promise.
+"""
 
 import warnings
 
@@ -41,15 +44,16 @@ def correlated_flips(
     hardness = rng.normal(0, 1.5, (count, n))
     spread = np.sqrt(1.5**2 + 0.5**2)
     first, second = (
-        (hardness + rng.normal(0, 0.5, (count, n))) / spread < stats.norm.ppf(rate) for rate in rates
-    )  # fmt: skip
+        (hardness + rng.normal(0, 0.5, (count, n))) / spread < stats.norm.ppf(rate)
+        for rate in rates
+    )
     return (first & ~second).sum(axis=1), (second & ~first).sum(axis=1)
 
 
 def test_worked_examples_of_the_literature() -> None:
-    # Airway hyper-responsiveness before and after stem cell transplantation (Bentur et al. 2009), 21 pairs, and
-    # complete response before and after consolidation therapy (Cavo et al. 2012), 161 pairs: the examples of
-    # Fagerland, Lydersen and Laake, whose mid-p-values are 0.039 and 0.035.
+    # Airway hyper-responsiveness before and after stem cell transplantation (Bentur et al. 2009),
+    # 21 pairs, and complete response before and after consolidation therapy (Cavo et al. 2012), 161
+    # pairs: the examples of Fagerland, Lydersen and Laake, whose mid-p-values are 0.039 and 0.035.
     assert mcnemar_midp([7, 16], [1, 6]) == pytest.approx([0.0391, 0.0347], abs=5e-5)
     low, high = bonett_price([7, 16], [1, 6], [21, 161])
     assert low == pytest.approx([-0.5084, -0.1195], abs=5e-5)
@@ -75,7 +79,14 @@ def test_bonett_price_by_hand() -> None:
 def test_identical_models() -> None:
     scores = array(1, 0, 1, 1, 0, 0, 1, 1, 0, 1)
     pair = paired(scores, scores, binary=True)
-    assert (pair.n, pair.binary, pair.lost, pair.gained, pair.difference, pair.p) == (10, True, 0, 0, 0.0, 1.0)
+    assert (pair.n, pair.binary, pair.lost, pair.gained, pair.difference, pair.p) == (
+        10,
+        True,
+        0,
+        0,
+        0.0,
+        1.0,
+    )
     assert pair.recovery == 1.0
     low, high = limits(pair.interval)
     assert low < -0.1 < 0.1 < high
@@ -138,18 +149,23 @@ def test_only_the_caller_knows_what_is_right_or_wrong() -> None:
     rates, counts = (paired(reference, variant, binary=binary) for binary in (True, False))
     assert (rates.binary, rates.method) == (True, "Bonett-Price interval, McNemar mid-p")
     assert (counts.binary, counts.method) == (False, "bootstrap (BCa), sign-flip test")
-    # Of the 8 flips of -1, -1 and 1 all sum to at least 1 in size; the mid-p-value is 2 (1 + 3) / 8 - 3 / 8.
+    # Of the 8 flips of -1, -1 and 1 all sum to at least 1 in size; the mid-p-value is 2 (1 + 3) / 8
+    # - 3 / 8.
     assert (counts.p, rates.p) == (1.0, pytest.approx(5 / 8))
     low, high = limits(counts.reference.interval)
     assert (low + high) / 2 == pytest.approx(4 / 6)  # Student's is symmetric, Wilson's is not
     assert high > 1 > limits(rates.reference.interval)[1]
     for pair in ((reference, array(0, 1, 0, 0.25, 1, 1)), (array(0, 1, 0, 0.25, 1, 1), reference)):
-        with pytest.raises(EvalError, match=r"A value of 0\.25 among right or wrong answers: expected 0 or 1"):
+        with pytest.raises(
+            EvalError, match=r"A value of 0\.25 among right or wrong answers: expected 0 or 1"
+        ):
             paired(*pair, binary=True)
 
 
 def test_the_same_difference_everywhere() -> None:
-    interval, method, note = bootstrap_interval(array(0.3, 0.1, 0.7) - array(0.2, 0.0, 0.6))  # equal but for rounding
+    interval, method, note = bootstrap_interval(
+        array(0.3, 0.1, 0.7) - array(0.2, 0.0, 0.6)
+    )  # equal but for rounding
     assert limits(interval) == pytest.approx((0.1, 0.1))
     assert ("percentile" in method, "no width" in note) == (True, True)
 
@@ -180,11 +196,15 @@ def test_estimates() -> None:
     assert limits(found.interval) == pytest.approx((0.4902, 0.9433), abs=5e-5)  # Wilson, 8 of 10
     found = estimate(array(1, 2, 3), binary=False)
     assert (found.value, found.se) == (2.0, pytest.approx(1 / np.sqrt(3)))
-    assert limits(found.interval) == pytest.approx((2 - 4.302653 / np.sqrt(3), 2 + 4.302653 / np.sqrt(3)), abs=1e-5)
+    assert limits(found.interval) == pytest.approx(
+        (2 - 4.302653 / np.sqrt(3), 2 + 4.302653 / np.sqrt(3)), abs=1e-5
+    )
     assert estimate(array(2.5), binary=False).interval is None
 
 
-@pytest.mark.parametrize(("n", "rate"), [(100, 0.7), (150, 0.6), (250, 0.6), (250, 0.8), (1000, 0.9)])
+@pytest.mark.parametrize(
+    ("n", "rate"), [(100, 0.7), (150, 0.6), (250, 0.6), (250, 0.8), (1000, 0.9)]
+)
 def test_rates_under_the_null(n: int, rate: float) -> None:
     lost, gained = correlated_flips(np.random.default_rng(n), n, (rate, rate), 3000)
     low, high = bonett_price(lost, gained, n)
@@ -200,7 +220,9 @@ def test_rates_of_few_items_err_on_the_safe_side(n: int, rate: float) -> None:
     assert (mcnemar_midp(lost, gained) < 0.05).mean() <= 0.05
 
 
-@pytest.mark.parametrize(("n", "rates"), [(100, (0.6, 0.5)), (250, (0.7, 0.65)), (1000, (0.9, 0.87))])
+@pytest.mark.parametrize(
+    ("n", "rates"), [(100, (0.6, 0.5)), (250, (0.7, 0.65)), (1000, (0.9, 0.87))]
+)
 def test_rates_that_differ(n: int, rates: tuple[float, float]) -> None:
     lost, gained = correlated_flips(np.random.default_rng(n), n, rates, 3000)
     low, high = bonett_price(lost, gained, n)
@@ -216,7 +238,9 @@ def test_other_scores_in_simulation(difference: float) -> None:
     for _ in range(count):
         items = rng.beta(2, 2, n)
         reference = items + rng.normal(0, 0.1, n)
-        variant = items + rng.normal(0, 0.1, n) + (rng.exponential(difference, n) if difference else 0.0)
+        variant = (
+            items + rng.normal(0, 0.1, n) + (rng.exponential(difference, n) if difference else 0.0)
+        )
         pair = paired(reference, variant, binary=False, resamples=599)
         low, high = limits(pair.interval)
         covered += low <= difference <= high
@@ -237,7 +261,8 @@ def test_tasks_count_the_same() -> None:
     assert found.recovery == pytest.approx((0.5 + 1.0) / 2)
     low, high = limits(found.interval)
     assert low < found.difference < high
-    # Flips of -1/4, -1/5, 1/5: sums of at least 1/4 in size are all but the two of -1/4 + 2/5 = 0.15.
+    # Flips of -1/4, -1/5, 1/5: sums of at least 1/4 in size are all but the two of -1/4 + 2/5 =
+    # 0.15.
     assert found.p == pytest.approx(6 / 8)
 
 
@@ -296,7 +321,8 @@ def test_the_pooled_test_under_the_null() -> None:
 
 
 def test_holm_by_hand() -> None:
-    # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1: 0.02, 0.03, 0.06, 0.04, and the last not below the one before.
+    # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1: 0.02, 0.03, 0.06, 0.04, and the last not
+    # below the one before.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([]) == []

@@ -68,12 +68,16 @@ def source(analysis: Analysis) -> str:
 
 def shown(found: BenchReport | Analysis, width: int = 160, terminal: bool = False) -> str:
     stream = io.StringIO()
-    print_report(Console(file=stream, width=width, force_terminal=terminal, color_system=None), found)
+    print_report(
+        Console(file=stream, width=width, force_terminal=terminal, color_system=None), found
+    )
     return stream.getvalue()
 
 
 def small(label: str = "w4", task: str = "a") -> BenchReport:
-    return report([model_run("dense", [task_run(RIGHT, task)]), model_run(label, [task_run(WORSE, task)])])
+    return report(
+        [model_run("dense", [task_run(RIGHT, task)]), model_run(label, [task_run(WORSE, task)])]
+    )
 
 
 def figures(analysis: Analysis) -> list[str]:
@@ -87,7 +91,13 @@ def test_every_figure_is_in_the_page(analysis: Analysis, source: str) -> None:
     for cell in figures(analysis):
         for part in cell.split(" · "):
             assert part in page.text or part.replace("-", "\N{MINUS SIGN}") in page.text
-    for words in (*LABELS[:4], *(task[0] for task in TASKS), *HOW_TO_READ, "NVIDIA H100", "lm_eval 0.4.9"):
+    for words in (
+        *LABELS[:4],
+        *(task[0] for task in TASKS),
+        *HOW_TO_READ,
+        "NVIDIA H100",
+        "lm_eval 0.4.9",
+    ):
         assert words in page.text
     assert "svsk bench Qwen3-4B svsk-best-4.62" in page.text
     assert "max_gen_toks = 1024" in page.text
@@ -112,15 +122,27 @@ def test_tables_say_what_was_computed(analysis: Analysis) -> None:
     assert list(tables) == ["Summary", "Over all tasks", "Tasks", "Scores", "Answers", "Text"]
     assert tables["Scores"].groups[0][1] == expected
     assert [len(group) for group in tables["Scores"].groups] == [4] * 5
-    assert [group[0][0] for group in tables["Answers"].groups] == ["gsm8k_cot", "ifeval", "mmlu_pro_law"]
+    assert [group[0][0] for group in tables["Answers"].groups] == [
+        "gsm8k_cot",
+        "ifeval",
+        "mmlu_pro_law",
+    ]
     assert len(tables["Text"].groups) == 2
-    assert tables["Summary"].groups[0][0][:5] == ("Qwen3-4B (reference)", "none", "16.00", "7.50 GiB", "bfloat16")
+    assert tables["Summary"].groups[0][0][:5] == (
+        "Qwen3-4B (reference)",
+        "none",
+        "16.00",
+        "7.50 GiB",
+        "bfloat16",
+    )
 
 
 def test_differences_stand_out_by_their_adjusted_p(analysis: Analysis) -> None:
     (scores,) = (table for table in all_tables(analysis) if table.title == "Scores")
     strong = [isinstance(row[3], Strong) for group in scores.groups for row in group[1:]]
-    assert strong == [analysis.variants[i].tasks[t].p_holm < 0.05 for t in range(5) for i in range(3)]
+    assert strong == [
+        analysis.variants[i].tasks[t].p_holm < 0.05 for t in range(5) for i in range(3)
+    ]
     assert True in strong
     assert False in strong
 
@@ -128,7 +150,17 @@ def test_differences_stand_out_by_their_adjusted_p(analysis: Analysis) -> None:
 def test_the_page_needs_nothing_else(source: str) -> None:
     page = Page(source)
     assert page.open == []
-    assert not page.tags & {"script", "link", "iframe", "img", "object", "embed", "base", "image", "foreignObject"}
+    assert not page.tags & {
+        "script",
+        "link",
+        "iframe",
+        "img",
+        "object",
+        "embed",
+        "base",
+        "image",
+        "foreignObject",
+    }
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(set(ids)) == len(ids)
     for _, name, value in page.attributes:
@@ -145,7 +177,9 @@ def test_the_page_needs_nothing_else(source: str) -> None:
 
 
 def test_the_page_is_the_same_again(analysis: Analysis, source: str) -> None:
-    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.grid": True}):  # of whoever calls it
+    with matplotlib.rc_context(
+        {"font.size": 30, "svg.fonttype": "path", "axes.grid": True}
+    ):  # of whoever calls it
         assert html_report(analysis) == source
     assert html_report(analyse(realistic(), resamples=999)) == source
 
@@ -181,7 +215,12 @@ def test_models_can_be_told_apart_without_colours() -> None:
 
 def test_size_and_quality_need_two_variants_with_bits(analysis: Analysis) -> None:
     runs = analysis.report.models
-    changed = [runs[0], runs[1], runs[2].model_copy(update={"bpw": None}), runs[3].model_copy(update={"bpw": None})]
+    changed = [
+        runs[0],
+        runs[1],
+        runs[2].model_copy(update={"bpw": None}),
+        runs[3].model_copy(update={"bpw": None}),
+    ]
     found = analyse(analysis.report.model_copy(update={"models": tuple(changed)}), resamples=99)
     assert "quality" not in [plot.name for plot in all_plots(found)]
 
@@ -190,7 +229,9 @@ NASTY = '<b>w4</b> & "q" | $x$ `y` *z* [a](b) é模'
 
 
 def test_names_are_escaped_in_the_page() -> None:
-    found = small(NASTY, "<i>task</i>&|").model_copy(update={"command": "svsk bench '<script>alert(1)</script>'"})
+    found = small(NASTY, "<i>task</i>&|").model_copy(
+        update={"command": "svsk bench '<script>alert(1)</script>'"}
+    )
     source = html_report(found)
     page = Page(source)
     assert not page.tags & {"b", "i", "script"}
@@ -242,10 +283,14 @@ def test_markdown(analysis: Analysis) -> None:
 
 def test_markdown_by_hand() -> None:
     text = markdown_report(small())
-    # n = 8, 3 lost, 1 gained: q = 0.4 and 0.2, half width 1.96 sqrt((0.6 - 0.04) / 10); p = 2 (1 + 4) / 16 - 4 / 16
+    # n = 8, 3 lost, 1 gained: q = 0.4 and 0.2, half width 1.96 sqrt((0.6 - 0.04) / 10); p = 2 (1 +
+    # 4) / 16 - 4 / 16
     difference = "-0.2500 [-0.6638, +0.2638]"
     assert f"| a · n = 8 | dense | 0.7500 ± 0.1637 | {DASH} |" in text
-    assert f"| a · n = 8 | w4 | 0.5000 ± 0.1890 | {difference} | 66.7% | 3 | 1 | 0.375 | 0.375 |" in text
+    assert (
+        f"| a · n = 8 | w4 | 0.5000 ± 0.1890 | {difference} | 66.7% | 3 | 1 | 0.375 | 0.375 |"
+        in text
+    )
 
 
 def test_the_console_cuts_no_figure_off(analysis: Analysis) -> None:
@@ -278,7 +323,10 @@ def test_the_reference_alone() -> None:
 
 
 def test_one_item() -> None:
-    runs = [model_run(label, [task_run((score,), "a")]) for label, score in (("dense", 0.5), ("w4", 0.25))]
+    runs = [
+        model_run(label, [task_run((score,), "a")])
+        for label, score in (("dense", 0.5), ("w4", 0.25))
+    ]
     found = report(runs)
     for text in (Page(html_report(found)).text, markdown_report(found), shown(found)):
         assert f"[{DASH}]" in text
@@ -290,7 +338,18 @@ def test_figures_that_are_not_known() -> None:
     idle = model_run("w4", [task_run((0, 0), "a")], generation=Generation(tokens=0, seconds=0.0))
     found = report([model_run("dense", [task_run((0, 0), "a")]), idle])
     (summary, *_) = all_tables(analyse(found))
-    assert summary.groups[1][0] == ("w4", "none", DASH, "0.0 MiB", "bfloat16", "0.0000", DASH, DASH, DASH, DASH)
+    assert summary.groups[1][0] == (
+        "w4",
+        "none",
+        DASH,
+        "0.0 MiB",
+        "bfloat16",
+        "0.0000",
+        DASH,
+        DASH,
+        DASH,
+        DASH,
+    )
     text = Page(html_report(found)).text
     assert "no recovery" in text
     assert "None" not in text

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files are safe from programs in the sandbox: behind both of its layers, and behind either of them alone."""
+"""Files are safe from programs in the sandbox.
+
+Behind both of its layers, and behind either of them alone.
+"""
 
 import os
 import platform
@@ -12,7 +15,8 @@ import pytest
 from svsk_eval.sandbox import CodeLimits, Verdict, policy, run_program, supervise
 
 pytestmark = pytest.mark.skipif(
-    platform.system() != "Linux" or platform.machine() not in policy.MACHINES, reason="the sandbox needs Linux"
+    platform.system() != "Linux" or platform.machine() not in policy.MACHINES,
+    reason="the sandbox needs Linux",
 )
 LIMITS = CodeLimits()
 
@@ -62,7 +66,14 @@ def tree(folder: Path) -> dict[str, Any]:
     for path in [folder, *sorted(folder.rglob("*"))]:
         facts = path.lstat()
         content = path.read_text() if path.is_file() else ""
-        mine = (facts.st_mode, facts.st_uid, facts.st_gid, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_nlink)
+        mine = (
+            facts.st_mode,
+            facts.st_uid,
+            facts.st_gid,
+            facts.st_mtime_ns,
+            facts.st_ctime_ns,
+            facts.st_nlink,
+        )
         found[path.name] = (content, mine)
     return found
 
@@ -104,7 +115,10 @@ def attempt(function, *arguments):
 
     def test_shared_memory(self) -> None:
         before = set(Path("/dev/shm").glob("psm_*"))
-        assert_refused("from multiprocessing import shared_memory\nshared_memory.SharedMemory(create=True, size=64)")
+        assert_refused(
+            "from multiprocessing import shared_memory\nshared_memory.SharedMemory(create=True,"
+            " size=64)"
+        )
         assert set(Path("/dev/shm").glob("psm_*")) <= before
 
     def test_no_temporary_files(self) -> None:
@@ -114,7 +128,12 @@ def attempt(function, *arguments):
         if not policy.landlock_abi():
             pytest.skip("this kernel has no Landlock")
         (tmp_path / "file").write_text("secret")
-        for path in (tmp_path / "file", Path(__file__), Path(f"/proc/{os.getpid()}/environ"), Path("/etc/passwd")):
+        for path in (
+            tmp_path / "file",
+            Path(__file__),
+            Path(f"/proc/{os.getpid()}/environ"),
+            Path("/etc/passwd"),
+        ):
             assert_refused(f"open({str(path)!r}).read()")
         for path in (tmp_path, Path("/home"), Path("/")):
             assert_refused(f"import os\nos.listdir({str(path)!r})")
@@ -128,9 +147,13 @@ class TestLandlockAlone:
     def allow_all_calls(self, monkeypatch: pytest.MonkeyPatch) -> None:
         if not policy.landlock_abi():
             pytest.skip("this kernel has no Landlock")
-        monkeypatch.setattr(policy, "seccomp_program", lambda: bytes.fromhex("060000000000ff7f"))  # return ALLOW
+        monkeypatch.setattr(
+            policy, "seccomp_program", lambda: bytes.fromhex("060000000000ff7f")
+        )  # return ALLOW
 
-    @pytest.mark.parametrize("attack", [a for a in FILE_ATTACKS if not re.search("chmod|chown|utime|xattr", a)])
+    @pytest.mark.parametrize(
+        "attack", [a for a in FILE_ATTACKS if not re.search("chmod|chown|utime|xattr", a)]
+    )
     def test_nothing_changes(self, attack: str, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         (tmp_path / "file").write_text("kept")

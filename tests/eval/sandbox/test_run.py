@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verdicts on programs: what passes, what fails and how, whatever the program does to be taken for a good one."""
+"""Verdicts on programs.
+
+What passes, what fails and how, whatever the program does to be taken for a good one.
+"""
 
 import gzip
 import json
@@ -28,7 +31,8 @@ from svsk_eval.sandbox import (
 )
 
 pytestmark = pytest.mark.skipif(
-    platform.system() != "Linux" or platform.machine() not in policy.MACHINES, reason="the sandbox needs Linux"
+    platform.system() != "Linux" or platform.machine() not in policy.MACHINES,
+    reason="the sandbox needs Linux",
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +44,10 @@ SHORT = CodeLimits(seconds=0.5)  # for what must run into it
 
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """After every test: no child process, no temporary file, no open descriptor more than before."""
+    """After every test.
+
+    No child process, no temporary file, no open descriptor more than before.
+    """
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     run_program("", consent=True)  # what opens descriptors once does so now
     before = len(list(Path("/proc/self/fd").iterdir()))
@@ -57,12 +64,16 @@ def run(program: str, limits: CodeLimits = LIMITS) -> Verdict:
 class TestConsent:
     @pytest.mark.parametrize("consent", [False, None, 1, "yes"])
     def test_refused_without(self, consent: Any) -> None:
-        with pytest.raises(EvalError, match=r"--confirm-run-unsafe-code.*--confirm_run_unsafe_code.*=1"):
+        with pytest.raises(
+            EvalError, match=r"--confirm-run-unsafe-code.*--confirm_run_unsafe_code.*=1"
+        ):
             run_program("", consent=consent)
         with pytest.raises(EvalError, match="nobody has read"):
             run_programs([], consent=consent)
 
-    @pytest.mark.parametrize(("value", "given"), [("1", True), ("0", False), ("true", False), ("", False)])
+    @pytest.mark.parametrize(
+        ("value", "given"), [("1", True), ("0", False), ("true", False), ("", False)]
+    )
     def test_variable(self, value: str, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_ALLOW_CODE_EVAL", value)
         assert consent_given() is given
@@ -79,7 +90,10 @@ class TestArguments:
             ({"seconds": float("inf")}, "seconds is inf"),
             ({"seconds": True}, "seconds is True"),
             ({"seconds": "10"}, "seconds is '10'"),
-            ({"memory_bytes": 1000}, "memory_bytes is 1000: expected a whole number of bytes, 67108864 to"),
+            (
+                {"memory_bytes": 1000},
+                "memory_bytes is 1000: expected a whole number of bytes, 67108864 to",
+            ),
             ({"memory_bytes": 1e9}, "memory_bytes is 1000000000.0"),
             ({"open_files": 3}, "open_files is 3"),
         ],
@@ -120,21 +134,26 @@ PASSING = {
     "Unicode": "é = 'ß∑🙂'\nassert len(é) == 3",
     "a long text": "# " + "x" * 3_000_000,
     "deep recursion": (
-        "import sys\nsys.setrecursionlimit(10**5)\ndef f(n): return n and 1 + f(n - 1)\nassert f(20000) == 20000"
+        "import sys\nsys.setrecursionlimit(10**5)\ndef f(n): return n and 1 + f(n - 1)\nassert"
+        " f(20000) == 20000"
     ),
     "exit handlers do not run": "import atexit, time\natexit.register(time.sleep, 60)",
     "reporting survives replaced functions": (
-        "import builtins, os, sys\nos.write = os._exit = sys.exit = builtins.isinstance = builtins.str = None\n"
-        "vars(builtins).clear()"
+        "import builtins, os, sys\nos.write = os._exit = sys.exit = builtins.isinstance ="
+        " builtins.str = None\nvars(builtins).clear()"
     ),
-    "no arguments, no input": "import sys\nassert len(sys.argv) == 1\nassert sys.stdin.read() == ''",
+    "no arguments, no input": (
+        "import sys\nassert len(sys.argv) == 1\nassert sys.stdin.read() == ''"
+    ),
     "empty folder": "import os\nassert os.listdir('.') == []",
     "clean environment": (
-        "import os\nassert set(os.environ) <= {'HOME', 'LC_ALL', 'PATH', 'TZ', 'PYTHONHASHSEED', 'LD_LIBRARY_PATH', "
-        "'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'NUMEXPR_NUM_THREADS'}, set(os.environ)"
+        "import os\nassert set(os.environ) <= {'HOME', 'LC_ALL', 'PATH', 'TZ', 'PYTHONHASHSEED',"
+        " 'LD_LIBRARY_PATH', 'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS',"
+        " 'NUMEXPR_NUM_THREADS'}, set(os.environ)"
     ),
     "the project is not importable": (
-        "import importlib.util\nassert not [n for n in ('svsk_eval', 'svsk_vllm') if importlib.util.find_spec(n)]"
+        "import importlib.util\nassert not [n for n in ('svsk_eval', 'svsk_vllm') if"
+        " importlib.util.find_spec(n)]"
     ),
 }
 
@@ -145,7 +164,11 @@ def test_passes(name: str) -> None:
 
 
 FAILING: dict[str, tuple[str, Outcome, str]] = {
-    "assertion": ("x = 1\nassert x == 2, 'not two'", "failed", r"AssertionError: not two \(line 2\)"),
+    "assertion": (
+        "x = 1\nassert x == 2, 'not two'",
+        "failed",
+        r"AssertionError: not two \(line 2\)",
+    ),
     "bare assertion": ("assert False", "failed", r"AssertionError \(line 1\)"),
     "line of the program, not the library": (
         "import json\n\njson.loads('{')",
@@ -153,20 +176,30 @@ FAILING: dict[str, tuple[str, Outcome, str]] = {
         r"JSONDecodeError: .* \(line 3\)",
     ),
     "syntax": ("def f(:", "failed", "SyntaxError: .*"),
-    "null": ("x = 1\0", "failed", "(ValueError|SyntaxError): source code (string )?cannot contain null bytes"),
+    "null": (
+        "x = 1\0",
+        "failed",
+        "(ValueError|SyntaxError): source code (string )?cannot contain null bytes",
+    ),
     "lone surrogate": ("x = '\ud800'", "failed", "UnicodeEncodeError: .*"),
     "nesting": ("(" * 100_000, "failed", "SyntaxError: .*"),
     "sys.exit(0)": ("import sys\nsys.exit(0)", "failed", "SystemExit: 0 .*"),
     "exit()": ("exit()", "failed", "SystemExit .*"),
-    "os._exit(0)": ("import os\nos._exit(0)", "failed", "ended with exit status 0 before its end.*"),
+    "os._exit(0)": (
+        "import os\nos._exit(0)",
+        "failed",
+        "ended with exit status 0 before its end.*",
+    ),
     "BaseException": ("class Odd(BaseException): ...\nraise Odd", "failed", "Odd .*"),
     "recursion": ("def f(): f()\nf()", "failed", "RecursionError: .*"),
     "input": ("input()", "failed", "EOFError: .*"),
     "endless loop": ("while True: pass", "timeout", r"not done after 0.5 s"),
     "endless sleep": ("import time\ntime.sleep(1000)", "timeout", ".*"),
     "deaf to everything": (
-        "import signal\nsignal.pthread_sigmask(0, range(1, 64))\nwhile True:\n    try: signal.pause()\n"
-        "    except: pass",
+        (
+            "import signal\nsignal.pthread_sigmask(0, range(1, 64))\nwhile True:\n    try:"
+            " signal.pause()\n    except: pass"
+        ),
         "timeout",
         ".*",
     ),
@@ -187,18 +220,41 @@ FAILING: dict[str, tuple[str, Outcome, str]] = {
         "an exception that cannot be shown",
     ),
     "a huge block": ("bytearray(1 << 40)", "memory", "MemoryError .*"),
-    "segmentation fault": ("import ctypes\nctypes.string_at(0)", "killed", "ended with signal SIGSEGV.*"),
+    "segmentation fault": (
+        "import ctypes\nctypes.string_at(0)",
+        "killed",
+        "ended with signal SIGSEGV.*",
+    ),
     "abort": ("import os\nos.abort()", "killed", "ended with signal SIG.*"),
-    "alarm": ("import signal\nsignal.setitimer(signal.ITIMER_REAL, 0.01)\nsignal.pause()", "killed", ".*SIGALRM.*"),
-    "threads": ("import threading\nthreading.Thread(target=print, daemon=True).start()", "failed", "RuntimeError: .*"),
-    "every descriptor closed": ("import os\nos.closerange(0, 100)", "failed", "ended with exit status 1.*"),
+    "alarm": (
+        "import signal\nsignal.setitimer(signal.ITIMER_REAL, 0.01)\nsignal.pause()",
+        "killed",
+        ".*SIGALRM.*",
+    ),
+    "threads": (
+        "import threading\nthreading.Thread(target=print, daemon=True).start()",
+        "failed",
+        "RuntimeError: .*",
+    ),
+    "every descriptor closed": (
+        "import os\nos.closerange(0, 100)",
+        "failed",
+        "ended with exit status 1.*",
+    ),
     "closed, then endless": ("import os\nos.closerange(0, 100)\nwhile True: pass", "timeout", ".*"),
     "replaced functions": (
-        "import builtins, os\nos._exit = os.write = lambda *a: None\nbuiltins.isinstance = lambda *a: True\n1 / 0",
+        (
+            "import builtins, os\nos._exit = os.write = lambda *a: None\nbuiltins.isinstance ="
+            " lambda *a: True\n1 / 0"
+        ),
         "failed",
         "ZeroDivisionError: .*",
     ),
-    "no builtins left": ("import builtins\nvars(builtins).clear()\n1 / 0", "failed", "ended with exit status 1.*"),
+    "no builtins left": (
+        "import builtins\nvars(builtins).clear()\n1 / 0",
+        "failed",
+        "ended with exit status 1.*",
+    ),
     "exit handler that exits": (
         "import atexit, os, sys\natexit.register(os._exit, 0)\nsys.exit()",
         "failed",
@@ -234,7 +290,8 @@ def test_writing_to_every_descriptor_does_not_pass(junk: str, end: str) -> None:
 
 def test_a_flood_in_the_channel_does_not_stop_the_scorer() -> None:
     flood = (
-        "import os\nwhile True:\n    for descriptor in range(3, 64):\n        try: os.write(descriptor, b'x' * 4096)\n"
+        "import os\nwhile True:\n    for descriptor in range(3, 64):\n        try:"
+        " os.write(descriptor, b'x' * 4096)\n"
     )
     assert run(flood + "        except OSError: pass", SHORT).outcome == "timeout"
 
@@ -260,7 +317,9 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("landlock", [True, False])
-def test_what_was_reported_cannot_be_read_back(landlock: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_reported_cannot_be_read_back(
+    landlock: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first message, which holds the secret, may still be on its way when the program begins."""
     if not landlock:
         monkeypatch.setattr(policy, "landlock_abi", lambda: 0)
@@ -323,7 +382,10 @@ def test_hash_seed_is_fixed() -> None:
 
 @pytest.mark.parametrize("workers", [None, 1, 5])
 def test_order(workers: int | None) -> None:
-    programs = [f"import time\ntime.sleep({(7 * index) % 5} * 0.03)\nraise ValueError({index})" for index in range(20)]
+    programs = [
+        f"import time\ntime.sleep({(7 * index) % 5} * 0.03)\nraise ValueError({index})"
+        for index in range(20)
+    ]
     programs[3], programs[8] = "", "while True: pass"
     verdicts = run_programs(programs, consent=True, limits=CodeLimits(seconds=3), workers=workers)
     for index, verdict in enumerate(verdicts):
@@ -353,7 +415,9 @@ def humaneval(cut: bool) -> list[str]:
         solution = problem["canonical_solution"]
         if cut:
             solution = solution[: len(solution.rstrip()) // 2]
-        programs.append(f"{problem['prompt']}{solution}\n{problem['test']}\ncheck({problem['entry_point']})")
+        programs.append(
+            f"{problem['prompt']}{solution}\n{problem['test']}\ncheck({problem['entry_point']})"
+        )
     return programs
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the sandbox keeps programs from doing. Each attack would leave a trace that the test looks for."""
+"""What the sandbox keeps programs from doing.
+
+Each attack would leave a trace that the test looks for.
+"""
 
 import os
 import platform
@@ -21,7 +24,8 @@ from svsk_eval.errors import EvalError
 from svsk_eval.sandbox import CodeLimits, Verdict, policy, run_program, supervise
 
 pytestmark = pytest.mark.skipif(
-    platform.system() != "Linux" or platform.machine() not in policy.MACHINES, reason="the sandbox needs Linux"
+    platform.system() != "Linux" or platform.machine() not in policy.MACHINES,
+    reason="the sandbox needs Linux",
 )
 
 EVAL = Path(__file__).resolve().parents[2] / "eval"
@@ -55,7 +59,8 @@ class TestSystemCalls:
     def test_every_other_call_is_refused(self) -> None:
         """Those of later kernels too: the numbers go far beyond any that is in use."""
         unknown = {number("clone3"), number("openat2")}
-        # The kernel lets two calls of x86-64 past every filter, uretprobe and uprobe; they do nothing outside a probe.
+        # The kernel lets two calls of x86-64 past every filter, uretprobe and uprobe; they do
+        # nothing outside a probe.
         past = {335, 336} if platform.machine() == "x86_64" else set()
         program = f"""{RAW}
 wrong = []
@@ -71,12 +76,68 @@ assert not wrong, wrong
     @pytest.mark.parametrize(
         "name",
         [
-            *("socket", "socketpair", "connect", "bind", "sendto", "sendmsg", "io_uring_setup", "io_uring_enter"),
-            *("clone", "clone3", "fork", "vfork", "execve", "execveat", "unshare", "setns", "ptrace", "pidfd_open"),
-            *("pidfd_getfd", "pidfd_send_signal", "process_vm_readv", "process_vm_writev", "process_madvise", "kill"),
-            *("tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "timer_create", "setsid", "setpgid"),
-            *("openat2", "creat", "unlink", "unlinkat", "rename", "renameat", "renameat2", "link", "linkat", "symlink"),
-            *("symlinkat", "mkdir", "mkdirat", "rmdir", "mknod", "mknodat", "truncate", "ftruncate", "fallocate"),
+            *(
+                "socket",
+                "socketpair",
+                "connect",
+                "bind",
+                "sendto",
+                "sendmsg",
+                "io_uring_setup",
+                "io_uring_enter",
+            ),
+            *(
+                "clone",
+                "clone3",
+                "fork",
+                "vfork",
+                "execve",
+                "execveat",
+                "unshare",
+                "setns",
+                "ptrace",
+                "pidfd_open",
+            ),
+            *(
+                "pidfd_getfd",
+                "pidfd_send_signal",
+                "process_vm_readv",
+                "process_vm_writev",
+                "process_madvise",
+                "kill",
+            ),
+            *(
+                "tkill",
+                "tgkill",
+                "rt_sigqueueinfo",
+                "rt_tgsigqueueinfo",
+                "timer_create",
+                "setsid",
+                "setpgid",
+            ),
+            *(
+                "openat2",
+                "creat",
+                "unlink",
+                "unlinkat",
+                "rename",
+                "renameat",
+                "renameat2",
+                "link",
+                "linkat",
+                "symlink",
+            ),
+            *(
+                "symlinkat",
+                "mkdir",
+                "mkdirat",
+                "rmdir",
+                "mknod",
+                "mknodat",
+                "truncate",
+                "ftruncate",
+                "fallocate",
+            ),
             *(
                 "chmod",
                 "fchmod",
@@ -91,12 +152,63 @@ assert not wrong, wrong
                 "futimesat",
                 "setxattr",
             ),
-            *("fsetxattr", "removexattr", "mount", "umount2", "move_mount", "open_tree", "fsopen", "pivot_root"),
-            *("chroot", "open_by_handle_at", "name_to_handle_at", "memfd_create", "shmget", "mq_open", "msgget"),
-            *("bpf", "perf_event_open", "keyctl", "add_key", "request_key", "userfaultfd", "seccomp", "prctl"),
-            *("setrlimit", "setuid", "setgid", "setgroups", "setresuid", "capset", "personality", "splice", "sendfile"),
-            *("copy_file_range", "flock", "inotify_init1", "fanotify_init", "init_module", "kexec_load", "reboot"),
-            *("landlock_create_ruleset", "sched_setscheduler", "sched_setaffinity", "setpriority", "vhangup", "sync"),
+            *(
+                "fsetxattr",
+                "removexattr",
+                "mount",
+                "umount2",
+                "move_mount",
+                "open_tree",
+                "fsopen",
+                "pivot_root",
+            ),
+            *(
+                "chroot",
+                "open_by_handle_at",
+                "name_to_handle_at",
+                "memfd_create",
+                "shmget",
+                "mq_open",
+                "msgget",
+            ),
+            *(
+                "bpf",
+                "perf_event_open",
+                "keyctl",
+                "add_key",
+                "request_key",
+                "userfaultfd",
+                "seccomp",
+                "prctl",
+            ),
+            *(
+                "setrlimit",
+                "setuid",
+                "setgid",
+                "setgroups",
+                "setresuid",
+                "capset",
+                "personality",
+                "splice",
+                "sendfile",
+            ),
+            *(
+                "copy_file_range",
+                "flock",
+                "inotify_init1",
+                "fanotify_init",
+                "init_module",
+                "kexec_load",
+                "reboot",
+            ),
+            *(
+                "landlock_create_ruleset",
+                "sched_setscheduler",
+                "sched_setaffinity",
+                "setpriority",
+                "vhangup",
+                "sync",
+            ),
         ],
     )
     def test_is_not_on_the_list(self, name: str) -> None:
@@ -110,14 +222,24 @@ assert not wrong, wrong
         assert (x32.outcome, x32.detail[:24]) == ("killed", "ended with signal SIGSYS")
         code = "b8 14 00 00 00 cd 80 c3"  # mov eax, 20 (getpid of 32-bit x86); int 0x80; ret
         old = run(
-            f"import ctypes, mmap\npage = mmap.mmap(-1, 4096, prot=7)\npage.write(bytes.fromhex('{code}'))\n"
+            "import ctypes, mmap\npage = mmap.mmap(-1, 4096,"
+            f" prot=7)\npage.write(bytes.fromhex('{code}'))\n"
             "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()"
         )
         assert old.outcome == "killed"
 
     @pytest.mark.parametrize(
         "flags",
-        ["O_WRONLY", "O_RDWR", "O_WRONLY | os.O_RDWR", "O_CREAT", "O_TRUNC", "O_APPEND", "O_TMPFILE", "O_PATH"],
+        [
+            "O_WRONLY",
+            "O_RDWR",
+            "O_WRONLY | os.O_RDWR",
+            "O_CREAT",
+            "O_TRUNC",
+            "O_APPEND",
+            "O_TMPFILE",
+            "O_PATH",
+        ],
     )
     def test_open_for_anything_but_reading(self, flags: str) -> None:
         assert_refused(f"import os\nos.open('/dev/null', os.{flags})")
@@ -163,7 +285,8 @@ class TestNetwork:
             port = server.getsockname()[1]
             assert_refused(f"import socket\nsocket.create_connection(('127.0.0.1', {port}))")
             assert_refused(
-                f"import socket\nsocket.socket(socket.AF_UNIX).connect({str(tmp_path / 'socket')!r})",
+                "import"
+                f" socket\nsocket.socket(socket.AF_UNIX).connect({str(tmp_path / 'socket')!r})",
             )
             raw = f"{RAW}assert libc.syscall({number('socket')}, 2, 1, 0) >= 0"
             assert run(raw).detail.startswith("AssertionError")
@@ -172,7 +295,9 @@ class TestNetwork:
                     listener.accept()
 
     def test_no_names_are_resolved(self) -> None:
-        assert run("import socket\nsocket.getaddrinfo('localhost.example', 80)").detail.startswith("gaierror")
+        assert run("import socket\nsocket.getaddrinfo('localhost.example', 80)").detail.startswith(
+            "gaierror"
+        )
 
 
 class TestProcesses:
@@ -185,7 +310,10 @@ class TestProcesses:
             "import subprocess\nsubprocess.run(['true'])",
             "import os\nos.posix_spawn('/bin/true', ['true'], {})",
             "import os\nos.execv('/bin/true', ['true'])",
-            "import multiprocessing\nmultiprocessing.get_context('fork').Process(target=print).start()",
+            (
+                "import"
+                " multiprocessing\nmultiprocessing.get_context('fork').Process(target=print).start()"
+            ),
             "import os\nos.kill(os.getppid(), 9)",
             "import os\nos.kill(-1, 9)",
             "import os\nos.kill(0, 9)",
@@ -211,20 +339,37 @@ class TestProcesses:
             return process
 
         monkeypatch.setattr(supervise, "_spawn", recording)
-        assert run("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", SHORT).outcome == "timeout"
+        assert (
+            run(
+                "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", SHORT
+            ).outcome
+            == "timeout"
+        )
         assert groups
         assert not [pid for pid in psutil.pids() if group_of(pid) in groups]
 
     def test_thread_bomb(self) -> None:
         bomb = "import threading, time\nthreading.stack_size(32768)\nfor _ in range(3):\n    "
-        bomb += "try: threading.Thread(target=time.sleep, args=(99,)).start()\n    except RuntimeError: pass\n"
-        assert run(bomb + "assert threading.active_count() == 1\nassert len(threading.enumerate()) == 1").passed
-        assert run("import _thread\n_thread.start_new_thread(print, ())").detail.startswith("RuntimeError: can't start")
+        bomb += (
+            "try: threading.Thread(target=time.sleep, args=(99,)).start()\n    except RuntimeError:"
+            " pass\n"
+        )
+        assert run(
+            bomb + "assert threading.active_count() == 1\nassert len(threading.enumerate()) == 1"
+        ).passed
+        assert run("import _thread\n_thread.start_new_thread(print, ())").detail.startswith(
+            "RuntimeError: can't start"
+        )
 
     def test_limits_cannot_be_raised(self) -> None:
         for name in ("CPU", "AS", "NOFILE", "NPROC", "FSIZE", "CORE"):
-            lower = f"import resource as r\nr.setrlimit(r.RLIMIT_{name}, (0, r.getrlimit(r.RLIMIT_{name})[1]))"
-            assert run(lower).detail.startswith("ValueError: not allowed")  # what Python makes of EPERM
+            lower = (
+                f"import resource as r\nr.setrlimit(r.RLIMIT_{name}, (0,"
+                f" r.getrlimit(r.RLIMIT_{name})[1]))"
+            )
+            assert run(lower).detail.startswith(
+                "ValueError: not allowed"
+            )  # what Python makes of EPERM
         assert_refused("import os, resource as r\nr.prlimit(os.getppid(), r.RLIMIT_CORE)")
 
     def test_limits_are_those_asked_for(self) -> None:
@@ -235,7 +380,9 @@ found = [r.getrlimit(n) for n in (r.RLIMIT_CPU, r.RLIMIT_AS, r.RLIMIT_NOFILE, r.
 assert found == [(n, n) for n in (5, 1 << 28, 20, 0, 0)], found
 """
         assert run(program, limits) == Verdict(True, "passed", "")
-        assert run("x = [open('/dev/null') for _ in range(20)]", limits).detail.startswith("OSError: [Errno 24]")
+        assert run("x = [open('/dev/null') for _ in range(20)]", limits).detail.startswith(
+            "OSError: [Errno 24]"
+        )
 
     def test_no_rights_are_left(self) -> None:
         status = child_status("import time\ntime.sleep(5)")
@@ -252,13 +399,17 @@ assert found == [(n, n) for n in (5, 1 << 28, 20, 0, 0)], found
         supervisor.wait()
         wait_for(lambda: not sleeper.is_running() or sleeper.status() == psutil.STATUS_ZOMBIE)
 
-    def test_a_child_whose_supervisor_is_gone_runs_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_child_whose_supervisor_is_gone_runs_nothing(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         run("")
         monkeypatch.setattr(os, "getpid", os.getppid)  # what the child is told
         with pytest.raises(EvalError, match="could not be set up: it ended with exit status 1"):
             run("")
 
-    def test_waits_without_spinning_for_one_that_closed_its_channel(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_waits_without_spinning_for_one_that_closed_its_channel(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         waits, wait = [], supervise._Batch.wait
 
         def counting(batch: supervise._Batch) -> None:
@@ -266,7 +417,9 @@ assert found == [(n, n) for n in (5, 1 << 28, 20, 0, 0)], found
             wait(batch)
 
         monkeypatch.setattr(supervise._Batch, "wait", counting)
-        assert run("import os, time\nos.closerange(0, 64)\ntime.sleep(60)", SHORT).outcome == "timeout"
+        assert (
+            run("import os, time\nos.closerange(0, 64)\ntime.sleep(60)", SHORT).outcome == "timeout"
+        )
         assert len(waits) < 20
 
     def test_interrupt_leaves_none(self, monkeypatch: pytest.MonkeyPatch) -> None:

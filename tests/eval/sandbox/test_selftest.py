@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the sandbox works: its test of itself finds holes, other machines are refused, an ordinary user will do."""
+"""Where the sandbox works.
+
+Its test of itself finds holes, other machines are refused, an ordinary user will do.
+"""
 
 import importlib.util
 import os
@@ -17,7 +20,8 @@ from svsk_eval.errors import EvalError
 from svsk_eval.sandbox import CodeLimits, Verdict, policy, run_program, selftest, supervise
 
 pytestmark = pytest.mark.skipif(
-    platform.system() != "Linux" or platform.machine() not in policy.MACHINES, reason="the sandbox needs Linux"
+    platform.system() != "Linux" or platform.machine() not in policy.MACHINES,
+    reason="the sandbox needs Linux",
 )
 
 EVAL = Path(__file__).resolve().parents[2] / "eval"
@@ -44,7 +48,9 @@ class TestSelfTest:
             (["unlink", "unlinkat"], "delete a file"),
         ],
     )
-    def test_finds_a_call_too_many(self, names: list[str], found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_finds_a_call_too_many(
+        self, names: list[str], found: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(policy, "ALLOWED", (*policy.ALLOWED, *names))
         monkeypatch.setattr(policy, "UNKNOWN_TO_KERNEL", ())
         monkeypatch.setattr(policy, "seccomp_program", policy.seccomp_program.__wrapped__)
@@ -61,7 +67,9 @@ class TestSelfTest:
 
     def test_finds_that_good_programs_do_not_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(selftest, "_GOOD", "import numpyy")
-        with pytest.raises(EvalError, match=r"a harmless program does not run in it \(failed: ModuleNotFoundError"):
+        with pytest.raises(
+            EvalError, match=r"a harmless program does not run in it \(failed: ModuleNotFoundError"
+        ):
             selftest._prove(1)
 
     def test_is_made_before_any_program(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,13 +80,19 @@ class TestSelfTest:
         run("")
         assert ran == [1]
 
-    def test_a_kernel_that_refuses_the_filter(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_kernel_that_refuses_the_filter(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Nothing runs unprotected."""
         run("")
         monkeypatch.setattr(policy, "landlock_abi", lambda: 0)
         monkeypatch.setattr(policy, "resource_limits", lambda limits: [])
-        monkeypatch.setattr(policy, "seccomp_program", lambda: bytes(8 * 3))  # it ends without a return
-        with pytest.raises(EvalError, match=r"could not be set up: OSError: \[Errno 22\] prctl\(22\).* No program"):
+        monkeypatch.setattr(
+            policy, "seccomp_program", lambda: bytes(8 * 3)
+        )  # it ends without a return
+        with pytest.raises(
+            EvalError, match=r"could not be set up: OSError: \[Errno 22\] prctl\(22\).* No program"
+        ):
             run(f"open({str(tmp_path / 'file')!r}, 'w')")
         assert list(tmp_path.iterdir()) == []
 
@@ -98,8 +112,12 @@ class TestSelfTest:
 
 
 class TestMachine:
-    @pytest.mark.parametrize(("system", "machine"), [("Darwin", "arm64"), ("Windows", "AMD64"), ("Linux", "riscv64")])
-    def test_others_are_refused(self, system: str, machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        ("system", "machine"), [("Darwin", "arm64"), ("Windows", "AMD64"), ("Linux", "riscv64")]
+    )
+    def test_others_are_refused(
+        self, system: str, machine: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(selftest, "_proven", False)
         monkeypatch.setattr(platform, "system", lambda: system)
         monkeypatch.setattr(platform, "machine", lambda: machine)
@@ -113,13 +131,17 @@ class TestMachine:
 
     def test_missing_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, "pyseccomp")
-        monkeypatch.setattr("ctypes.util.find_library", lambda name: None if name == "seccomp" else "libc.so.6")
+        monkeypatch.setattr(
+            "ctypes.util.find_library", lambda name: None if name == "seccomp" else "libc.so.6"
+        )
         with pytest.raises(EvalError, match=r"libseccomp\.so\.2 .*libseccomp2"):
             policy.seccomp_program.__wrapped__()
 
     def test_old_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(policy, "ALLOWED", ("read", "no_such_call"))
-        with pytest.raises(EvalError, match=r"does not know the system call no_such_call: install version 2\.5"):
+        with pytest.raises(
+            EvalError, match=r"does not know the system call no_such_call: install version 2\.5"
+        ):
             policy.seccomp_program.__wrapped__()
 
     def test_no_landlock_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,20 +186,35 @@ def test_as_an_ordinary_user(tmp_path: Path) -> None:
         folder = Path(name)
         shutil.copy(spec.origin, folder)
         package = folder / "svsk_eval"
-        shutil.copytree(EVAL / "svsk_eval" / "code", package / "code", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            EVAL / "svsk_eval" / "code",
+            package / "code",
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
         for source in ("__init__.py", "errors.py"):
             shutil.copy(EVAL / "svsk_eval" / source, package)
         (folder / "victim").mkdir()
         (folder / "victim" / "file").write_text("kept")
         for path in [folder, *folder.rglob("*")]:
             os.chown(path, 65534, 65534)
-        environment = {"PYTHONPATH": str(folder), "TMPDIR": str(folder), "PATH": os.defpath + ":/usr/sbin:/sbin"}
+        environment = {
+            "PYTHONPATH": str(folder),
+            "TMPDIR": str(folder),
+            "PATH": os.defpath + ":/usr/sbin:/sbin",
+        }
 
         def as_nobody(*arguments: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run(
-                arguments, user=65534, group=65534, extra_groups=(), env=environment, cwd="/", capture_output=True,
-                text=True, check=False,
-            )  # fmt: skip
+                arguments,
+                user=65534,
+                group=65534,
+                extra_groups=(),
+                env=environment,
+                cwd="/",
+                capture_output=True,
+                text=True,
+                check=False,
+            )
 
         usable = "import sys; sys.exit(sys.version_info < (3, 10))"
         for python in (sys.executable, "/usr/bin/python3"):

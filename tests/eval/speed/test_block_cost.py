@@ -21,12 +21,25 @@ calibration: {samples: 4, seq_len: 32}
 
 
 def test_reports_every_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 8, "num_hidden_layers": 36}
+    small = {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 36,
+    }
     monkeypatch.setitem(SHAPES, "qwen3-4b", SHAPES["qwen3-4b"] | small)
     monkeypatch.setattr(block_cost, "_VOCABULARY", 256)
     (tmp_path / "small.yaml").write_text(RECIPE)
     report = tmp_path / "cost.json"
-    arguments = ["qwen3-4b", "--recipe", str(tmp_path / "small.yaml"), "--layers", "2", "--device", "cpu"]
+    arguments = [
+        "qwen3-4b",
+        "--recipe",
+        str(tmp_path / "small.yaml"),
+        "--layers",
+        "2",
+        "--device",
+        "cpu",
+    ]
     done = CliRunner().invoke(app, [*arguments, "--json", str(report)])
     assert done.exit_code == 0, done.output
     found = json.loads(report.read_text())

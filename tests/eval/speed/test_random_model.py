@@ -17,7 +17,12 @@ from svsk_kernels.errors import SvskError
 from svsk_offline.storage.inspection import validate_against_architecture
 from svsk_vllm.format import Checkpoint, ShardedReader, dequantize
 
-SMALL = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 SMALL |= {"head_dim": 64, "num_hidden_layers": 2, "vocab_size": 512}
 STD = 0.02
 
@@ -60,7 +65,9 @@ def test_dense_variant_loads_and_its_logits_are_finite(tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(small(tmp_path, "bf16", "qwen3-4b"))
     assert model.dtype == torch.bfloat16
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert float(model.model.layers[1].mlp.up_proj.weight.detach().float().std()) == pytest.approx(STD, rel=0.1)
+    assert float(model.model.layers[1].mlp.up_proj.weight.detach().float().std()) == pytest.approx(
+        STD, rel=0.1
+    )
     assert bool(model(torch.arange(8)[None]).logits.isfinite().all())
 
 
@@ -68,7 +75,9 @@ def test_seed_decides(tmp_path: Path) -> None:
     changes = SMALL | {"num_hidden_layers": 1}
     name = "model.layers.0.mlp.up_proj.weight_packed"
     words = [
-        ShardedReader(write_random_model(tmp_path / str(i), "qwen3-8b", "svsk-r16", changes, seed=seed)).read(name)
+        ShardedReader(
+            write_random_model(tmp_path / str(i), "qwen3-8b", "svsk-r16", changes, seed=seed)
+        ).read(name)
         for i, seed in enumerate((0, 0, 1))
     ]
     assert torch.equal(words[0], words[1])
@@ -80,7 +89,9 @@ def test_errors_name_what_is_known(tmp_path: Path) -> None:
         write_random_model(tmp_path / "x", "qwen3-9b")
     with pytest.raises(EvalError, match="variant 'w4': expected one of bf16, w4a16"):
         write_random_model(tmp_path / "x", "qwen3-8b", "w4")
-    with pytest.raises(EvalError, match=r"down_proj: 192 columns are not a multiple of W4A16's group size 128"):
+    with pytest.raises(
+        EvalError, match=r"down_proj: 192 columns are not a multiple of W4A16's group size 128"
+    ):
         small(tmp_path, "w4a16", intermediate_size=192)
     assert not (tmp_path / "w4a16").exists()
     small(tmp_path, "bf16")
@@ -90,7 +101,16 @@ def test_errors_name_what_is_known(tmp_path: Path) -> None:
 
 def test_command_leaves_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "qwen3-4b", SHAPES["qwen3-4b"] | SMALL)
-    command = ["qwen3-4b", str(tmp_path), "--variant", "bf16", "--variant", "svsk-r16", "--layers", "1"]
+    command = [
+        "qwen3-4b",
+        str(tmp_path),
+        "--variant",
+        "bf16",
+        "--variant",
+        "svsk-r16",
+        "--layers",
+        "1",
+    ]
     assert CliRunner().invoke(app, command).exit_code == 0
     assert len(Checkpoint(tmp_path / "svsk-r16").linears) == 7
 

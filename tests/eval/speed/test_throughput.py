@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models for the comparison of throughput, and what is reported. Running vLLM is left to the benchmark itself."""
+"""Models for the comparison of throughput, and what is reported.
+
+Running vLLM is left to the benchmark itself.
+"""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +24,10 @@ from tests.support.tiny_models import scheme, write_dense, write_random_svsk
 
 
 def checkpoint(folder: Path, **changes: Any) -> Path:
-    schemes = {"default": scheme("Linear", rank=3, **changes), "o": scheme(r"re:.*\.o_proj$", group_size=32)}
+    schemes = {
+        "default": scheme("Linear", rank=3, **changes),
+        "o": scheme(r"re:.*\.o_proj$", group_size=32),
+    }
     return write_random_svsk(write_dense(folder / "dense"), folder / "svsk", schemes=schemes)
 
 
@@ -30,9 +36,12 @@ def test_base_of_a_checkpoint_as_w4a16(tmp_path: Path) -> None:
     out = write_w4a16(source.folder, tmp_path / "w4a16")
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
-    groups = {g["weights"]["group_size"]: set(g["targets"]) for g in config["config_groups"].values()}
+    groups = {
+        g["weights"]["group_size"]: set(g["targets"]) for g in config["config_groups"].values()
+    }
     assert groups == {
-        size: {name for name, spec in source.linears.items() if spec.group_size == size} for size in (32, 64)
+        size: {name for name, spec in source.linears.items() if spec.group_size == size}
+        for size in (32, 64)
     }
     tensors = load_file(out / "model.safetensors")
     assert not [name for name in tensors if "sidecar" in name]
@@ -60,7 +69,9 @@ class Fake:
     asked: ClassVar[list[tuple[str, int, int]]] = []
     events: ClassVar[list[str]] = []
 
-    def __init__(self, model: Path, load: Load, environment: Mapping[str, str], engine: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: Path, load: Load, environment: Mapping[str, str], engine: Mapping[str, Any]
+    ) -> None:
         self.name = model.name
         self.events.append(f"start {self.name} {environment['SVSK_KERNEL']} {dict(engine)}")
 
@@ -81,7 +92,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
 
 
 def served(**folders: str) -> dict[str, Served]:
-    return {label: Served(Path(folder), {"SVSK_KERNEL": "fused"}) for label, folder in folders.items()}
+    return {
+        label: Served(Path(folder), {"SVSK_KERNEL": "fused"}) for label, folder in folders.items()
+    }
 
 
 def test_models_are_asked_in_turn_and_the_prompt_is_taken_off(fake: type[Fake]) -> None:
@@ -93,12 +106,17 @@ def test_models_are_asked_in_turn_and_the_prompt_is_taken_off(fake: type[Fake]) 
     assert found["x"][8].output == 8 * 11 / 10.0
     assert fake.asked[:4] == [("a", 1, 1), ("a", 1, 11), ("b", 1, 1), ("b", 1, 11)]
     assert len(fake.asked) == 2 * 2 * 2 * 3
-    assert table_rows(found, LOAD, "decode") == [["x", "2 (0.50x)", "16 (0.50x)"], ["y", "4 (1.00x)", "32 (1.00x)"]]
+    assert table_rows(found, LOAD, "decode") == [
+        ["x", "2 (0.50x)", "16 (0.50x)"],
+        ["y", "4 (1.00x)", "32 (1.00x)"],
+    ]
 
 
 def test_one_at_a_time_ends_a_process_before_the_next(fake: type[Fake]) -> None:
     done: list[str] = []
-    found = measure(served(x="a", y="b"), LOAD, one_at_a_time=True, engine={"seed": 1}, done=done.append)
+    found = measure(
+        served(x="a", y="b"), LOAD, one_at_a_time=True, engine={"seed": 1}, done=done.append
+    )
     assert [event.split()[:2] for event in fake.events] == [
         ["start", "a"],
         ["stop", "a"],
@@ -120,7 +138,9 @@ def test_models_share_a_gpu(fake: type[Fake], monkeypatch: pytest.MonkeyPatch) -
     fake.events.clear()
     measure(served(x="a"), LOAD, engine={"gpu_memory_utilization": 0.3})
     assert fake.events[0] == "start a fused {'gpu_memory_utilization': 0.3}"
-    with pytest.raises(EvalError, match="--engine-arg max_model_len: it follows from the other arguments"):
+    with pytest.raises(
+        EvalError, match="--engine-arg max_model_len: it follows from the other arguments"
+    ):
         measure(served(x="a"), LOAD, engine={"max_model_len": 3})
 
 
@@ -136,7 +156,9 @@ def test_decoding_is_measured_from_where_all_prompts_are_read(fake: type[Fake]) 
     found = measure(served(x="a"), load)
     assert fake.asked == [("a", 1, 1), ("a", 1, 21)] * 2 + [("a", 16, 4), ("a", 16, 21)] * 2
     assert found["x"][16].decode == pytest.approx(16 / 0.5)
-    with pytest.raises(EvalError, match=r"batch 64: 64 prompt tokens each take 16 steps of 256.*--tokens to 32"):
+    with pytest.raises(
+        EvalError, match=r"batch 64: 64 prompt tokens each take 16 steps of 256.*--tokens to 32"
+    ):
         measure(served(x="a"), Load(64, 20, (64,), 1, 256))
 
 
@@ -147,7 +169,9 @@ def test_nothing_left_to_measure(fake: type[Fake], monkeypatch: pytest.MonkeyPat
     assert not fake.events
 
 
-def test_a_model_that_fails_leaves_the_others(fake: type[Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_fails_leaves_the_others(
+    fake: type[Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(PER_TOKEN, "a", -1.0)
     known: dict[str, dict[int, Speeds]] = {}
     with pytest.raises(EvalError, match="x, batch 1: 10 more tokens"):
@@ -162,10 +186,27 @@ def folders(tmp_path: Path) -> tuple[str, str]:
     return str(tmp_path / "a"), str(tmp_path / "b")
 
 
-def test_a_run_goes_on_where_it_was_cut_off(fake: type[Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_where_it_was_cut_off(
+    fake: type[Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     a, b = folders(tmp_path)
-    options = ["run", f"x@split={a}", f"y={b}", "--one-at-a-time", "--tokens", "10", "--batches", "1,8"]
-    options += ["--json", str(tmp_path / "f.json"), "--resume", "--markdown", str(tmp_path / "f.md")]
+    options = [
+        "run",
+        f"x@split={a}",
+        f"y={b}",
+        "--one-at-a-time",
+        "--tokens",
+        "10",
+        "--batches",
+        "1,8",
+    ]
+    options += [
+        "--json",
+        str(tmp_path / "f.json"),
+        "--resume",
+        "--markdown",
+        str(tmp_path / "f.md"),
+    ]
     monkeypatch.setitem(PER_TOKEN, "b", -1.0)
     first = CliRunner().invoke(throughput.app, options)
     assert first.exit_code == 1
@@ -186,9 +227,12 @@ def test_a_run_goes_on_where_it_was_cut_off(fake: type[Fake], tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    ("options", "step"), [(["--input-len", "100"], 3200), (["--input-len", "512"], 8192), (["--tokens", "600"], 617)]
+    ("options", "step"),
+    [(["--input-len", "100"], 3200), (["--input-len", "512"], 8192), (["--tokens", "600"], 617)],
 )
-def test_a_step_is_as_long_as_the_prompts_need(fake: type[Fake], tmp_path: Path, options: list[str], step: int) -> None:
+def test_a_step_is_as_long_as_the_prompts_need(
+    fake: type[Fake], tmp_path: Path, options: list[str], step: int
+) -> None:
     a, _ = folders(tmp_path)
     done = CliRunner().invoke(throughput.app, ["run", f"x={a}", *options])
     assert done.exit_code == 0, done.output
@@ -204,9 +248,13 @@ def test_a_step_is_as_long_as_the_prompts_need(fake: type[Fake], tmp_path: Path,
         (["x={a}", "--resume"], "--resume needs --json"),
     ],
 )
-def test_wrong_arguments(fake: type[Fake], tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_wrong_arguments(
+    fake: type[Fake], tmp_path: Path, arguments: list[str], message: str
+) -> None:
     a, b = folders(tmp_path)
-    done = CliRunner().invoke(throughput.app, ["run", *(text.format(a=a, b=b) for text in arguments)])
+    done = CliRunner().invoke(
+        throughput.app, ["run", *(text.format(a=a, b=b) for text in arguments)]
+    )
     assert done.exit_code != 0
     assert message in " ".join(done.output.replace("│", " ").split())
     assert not fake.events

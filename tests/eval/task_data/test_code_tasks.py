@@ -18,7 +18,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from svsk_eval.errors import EvalError
-from svsk_eval.task_data import DATA_VARIABLE, estimate_pass_at_k, first_code_block, load_task, pass_at_k
+from svsk_eval.task_data import (
+    DATA_VARIABLE,
+    estimate_pass_at_k,
+    first_code_block,
+    load_task,
+    pass_at_k,
+)
 from tests.eval.task_data.test_task_data import HUMANEVAL, MBPP, SHARED, write_files
 
 CONSENT = "HF_ALLOW_CODE_EVAL"
@@ -33,7 +39,9 @@ class Verdict:
     detail: str
 
 
-def install_stand_in(monkeypatch: pytest.MonkeyPatch, *, consent: bool = True, works: bool = True) -> list[str]:
+def install_stand_in(
+    monkeypatch: pytest.MonkeyPatch, *, consent: bool = True, works: bool = True
+) -> list[str]:
     """Run programs in this process instead of in the sandbox, and return the list of those that ran.
 
     The programs of these tests are the benchmarks' own solutions and what is written here.
@@ -47,7 +55,9 @@ def install_stand_in(monkeypatch: pytest.MonkeyPatch, *, consent: bool = True, w
         if not consent:
             raise EvalError("no consent")
         ran.extend(programs)
-        return [_run(program) if works else Verdict(False, "sandbox", "seccomp") for program in programs]
+        return [
+            _run(program) if works else Verdict(False, "sandbox", "seccomp") for program in programs
+        ]
 
     module = ModuleType("svsk_eval.sandbox")
     vars(module).update(consent_given=consent_given, run_programs=run_programs)
@@ -74,12 +84,16 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def score(task: Any, doc: Mapping[str, Any], *answers: str) -> dict[str, float]:
     """The task's own filters and metrics on the answers of one document."""
-    instance = Instance("generate_until", doc=dict(doc), arguments=("", {}), idx=0, metadata=("task", 0, 1))
+    instance = Instance(
+        "generate_until", doc=dict(doc), arguments=("", {}), idx=0, metadata=("task", 0, 1)
+    )
     instance.resps = list(answers)
     (ensemble,) = task._filters
     ensemble.apply([instance])
     assert task.config.metadata["primary"] == f"pass@1,{ensemble.name}"
-    found: dict[str, float] = task.process_results(instance.doc, [instance.filtered_resps[ensemble.name]])
+    found: dict[str, float] = task.process_results(
+        instance.doc, [instance.filtered_resps[ensemble.name]]
+    )
     return found
 
 
@@ -116,7 +130,9 @@ class TestHumanEval:
     def test_instruct_answer_ends_with_its_code_block(self, ran: list[str]) -> None:
         task = load_task("svsk_humaneval_instruct")
         doc = task.eval_docs[0]
-        assert score(task, doc, doc["canonical_solution"] + "```\nThis doubles x.") == {"pass@1": 1.0}
+        assert score(task, doc, doc["canonical_solution"] + "```\nThis doubles x.") == {
+            "pass@1": 1.0
+        }
         assert score(task, doc, doc["canonical_solution"]) == {"pass@1": 1.0}
         assert score(task, doc, "```python\n" + doc["canonical_solution"]) == {"pass@1": 0.0}
 
@@ -160,8 +176,12 @@ class TestMbpp:
     def test_instruct_answer_is_its_first_code_block(self, ran: list[str]) -> None:
         task = load_task("svsk_mbpp_instruct")
         doc = task.eval_docs[0]
-        assert score(task, doc, doc["code"] + "\n```\nand ```python\nexit()\n```") == {"pass@1": 1.0}
-        assert score(task, doc, doc["code"]) == {"pass@1": 0.0}, "a block that does not end has no code"
+        assert score(task, doc, doc["code"] + "\n```\nand ```python\nexit()\n```") == {
+            "pass@1": 1.0
+        }
+        assert score(task, doc, doc["code"]) == {"pass@1": 0.0}, (
+            "a block that does not end has no code"
+        )
 
     @pytest.mark.parametrize(
         ("answer", "code"),
@@ -176,28 +196,45 @@ class TestMbpp:
             ("\ndef f():\n    return 1\n```", "def f():\n    return 1"),
         ],
     )
-    def test_extraction_is_that_of_lm_eval(self, answer: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_extraction_is_that_of_lm_eval(
+        self, answer: str, code: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         assert first_code_block(answer) == code
         assert lm_eval_utils("mbpp", monkeypatch).extract_code_blocks(answer) == code
 
-    def test_extraction_keeps_the_first_word_where_lm_eval_drops_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_extraction_keeps_the_first_word_where_lm_eval_drops_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         answer = "def f():\n    return 1\n```"
         assert first_code_block(answer) == "def f():\n    return 1"
-        assert lm_eval_utils("mbpp", monkeypatch).extract_code_blocks(answer) == " f():\n    return 1"
+        assert (
+            lm_eval_utils("mbpp", monkeypatch).extract_code_blocks(answer) == " f():\n    return 1"
+        )
 
 
 @pytest.mark.parametrize("answer", ["    return 2 * x\n", "    return x```\nok```", "", "```"])
-def test_humaneval_programs_are_those_of_lm_eval(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_humaneval_programs_are_those_of_lm_eval(
+    answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     utils = lm_eval_utils("humaneval", monkeypatch)
     folder = Path(__file__).resolve().parents[2] / "eval" / "tasks"
-    for name, theirs in (("", utils.build_predictions), ("_instruct", utils.build_predictions_instruct)):
-        ours = load_yaml(folder / f"svsk_humaneval{name}.yaml")["filter_list"][0]["filter"][0]["filter_fn"]
+    for name, theirs in (
+        ("", utils.build_predictions),
+        ("_instruct", utils.build_predictions_instruct),
+    ):
+        ours = load_yaml(folder / f"svsk_humaneval{name}.yaml")["filter_list"][0]["filter"][0][
+            "filter_fn"
+        ]
         assert ours([[answer, "x"]], HUMANEVAL[:1]) == theirs([[answer, "x"]], HUMANEVAL[:1])
 
 
 class TestPassAtK:
-    @pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (5, 0, 2), (5, 5, 4), (6, 1, 6), (4, 3, 2)])
-    def test_is_the_share_of_samples_of_k_answers_with_a_correct_one(self, n: int, c: int, k: int) -> None:
+    @pytest.mark.parametrize(
+        ("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (5, 0, 2), (5, 5, 4), (6, 1, 6), (4, 3, 2)]
+    )
+    def test_is_the_share_of_samples_of_k_answers_with_a_correct_one(
+        self, n: int, c: int, k: int
+    ) -> None:
         samples = list(itertools.combinations([True] * c + [False] * (n - c), k))
         assert estimate_pass_at_k(n, c, k) == pytest.approx(sum(map(any, samples)) / len(samples))
 
@@ -207,25 +244,38 @@ class TestPassAtK:
             estimate_pass_at_k(2, 1, k)
 
     def test_of_several_problems_and_repeats(self, ran: list[str]) -> None:
-        found = pass_at_k(["assert x == 1", "assert x == 2"], [["x = 1", "x = 2"], ["x = 1", "x = 3"]], k=[1, 2])
+        found = pass_at_k(
+            ["assert x == 1", "assert x == 2"], [["x = 1", "x = 2"], ["x = 1", "x = 3"]], k=[1, 2]
+        )
         assert found == {"pass@1": 0.25, "pass@2": 0.5}
-        assert ran == ["x = 1\nassert x == 1", "x = 2\nassert x == 1", "x = 1\nassert x == 2", "x = 3\nassert x == 2"]
+        assert ran == [
+            "x = 1\nassert x == 1",
+            "x = 2\nassert x == 1",
+            "x = 1\nassert x == 2",
+            "x = 3\nassert x == 2",
+        ]
         assert pass_at_k(["assert x == 1"], ["x = 1"]) == {"pass@1": 1.0}
 
     def test_repeats_of_a_task_count_together(self, ran: list[str]) -> None:
         task = load_task("svsk_humaneval")
         doc = task.eval_docs[0]
-        assert score(task, doc, doc["canonical_solution"], "    return 0\n", "", "    oops") == {"pass@1": 0.25}
+        assert score(task, doc, doc["canonical_solution"], "    return 0\n", "", "    oops") == {
+            "pass@1": 0.25
+        }
 
 
 class TestConsent:
-    @pytest.mark.parametrize("name", ["svsk_humaneval", "svsk_humaneval_instruct", "svsk_mbpp", "svsk_mbpp_instruct"])
+    @pytest.mark.parametrize(
+        "name", ["svsk_humaneval", "svsk_humaneval_instruct", "svsk_mbpp", "svsk_mbpp_instruct"]
+    )
     def test_is_asked_for_before_the_model_writes(
         self, name: str, ran: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         load_task(name)
         monkeypatch.setenv(CONSENT, "0")
-        with pytest.raises(EvalError, match=r"runs programs that the model writes.* set HF_ALLOW_CODE_EVAL=1"):
+        with pytest.raises(
+            EvalError, match=r"runs programs that the model writes.* set HF_ALLOW_CODE_EVAL=1"
+        ):
             load_task(name)
 
     def test_is_asked_for_when_programs_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +284,11 @@ class TestConsent:
             pass_at_k(["assert True"], ["x = 1"])
         assert ran == []
 
-    def test_sandbox_is_tried_before_the_model_writes(self, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_sandbox_is_tried_before_the_model_writes(
+        self, ran: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         install_stand_in(monkeypatch, works=False)
-        with pytest.raises(EvalError, match=r"MBPP runs programs in a sandbox.*sandbox \(seccomp\)"):
+        with pytest.raises(
+            EvalError, match=r"MBPP runs programs in a sandbox.*sandbox \(seccomp\)"
+        ):
             load_task("svsk_mbpp")

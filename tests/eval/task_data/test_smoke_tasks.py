@@ -30,14 +30,19 @@ def make() -> ModuleType:
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="ascii").splitlines()]
+    return [
+        json.loads(line)
+        for line in (DATA / f"{name}.jsonl").read_text(encoding="ascii").splitlines()
+    ]
 
 
 def test_generated_files_are_those_that_are_shipped(make: ModuleType) -> None:
     made = make.generated()
     assert set(made) == {"python.jsonl", "arithmetic.jsonl", "copy.jsonl"}
     for name, text in made.items():
-        assert (DATA / name).read_bytes() == text.encode("ascii"), f"{name}: run eval/tasks/data/make.py"
+        assert (DATA / name).read_bytes() == text.encode("ascii"), (
+            f"{name}: run eval/tasks/data/make.py"
+        )
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -53,7 +58,9 @@ def test_right_choices_are_at_every_position_equally_often(name: str) -> None:
     found = rows(name)
     assert Counter(row["answer"] for row in found) == dict.fromkeys(range(4), SIZES[name] // 4)
     positions = [row["answer"] for row in found]
-    assert len({tuple(positions[start : start + 8]) for start in range(0, len(found), 8)}) > 10, "no pattern"
+    assert len({tuple(positions[start : start + 8]) for start in range(0, len(found), 8)}) > 10, (
+        "no pattern"
+    )
 
 
 @pytest.mark.parametrize("name", ["facts", "python"])
@@ -77,7 +84,9 @@ def test_right_values_of_python_expressions_are_right_and_the_others_wrong() -> 
             continue
         expression = row["question"].removeprefix("assert ").removesuffix(" ==")
         value = eval(expression)
-        assert [ast.literal_eval(choice) == value for choice in row["choices"]].index(True) == row["answer"], row
+        assert [ast.literal_eval(choice) == value for choice in row["choices"]].index(True) == row[
+            "answer"
+        ], row
         assert sum(ast.literal_eval(choice) == value for choice in row["choices"]) == 1, row
         checked += 1
     assert checked == 60
@@ -94,7 +103,9 @@ def test_examples_of_arithmetic_are_right_and_not_asked() -> None:
     samples = task.config.fewshot_config.samples
     assert len(samples) == task.config.num_fewshot
     assert all(str(eval(sample["question"])) == sample["answer"] for sample in samples)
-    assert not {sample["question"] for sample in samples} & {row["question"] for row in rows("arithmetic")}
+    assert not {sample["question"] for sample in samples} & {
+        row["question"] for row in rows("arithmetic")
+    }
     prompt = task.fewshot_context(task.eval_docs[0], task.config.num_fewshot)
     assert prompt.splitlines()[0] == "12 + 7 = 19"
     assert prompt.splitlines()[-1] == f"{rows('arithmetic')[0]['question']} ="
@@ -125,7 +136,10 @@ def test_answers_of_copying_follow_from_the_prompt() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"answer": 4}, "line 1: answer: .*equal to 3, got 4"), ({"choices": ["a", "b"]}, "line 1: choices: .*4 items")],
+    [
+        ({"answer": 4}, "line 1: answer: .*equal to 3, got 4"),
+        ({"choices": ["a", "b"]}, "line 1: choices: .*4 items"),
+    ],
 )
 def test_damaged_data_is_an_error(
     changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents of the tasks: local files in their authors' layouts, the hub, and what is wrong with either."""
+"""Documents of the tasks.
+
+Local files in their authors' layouts, the hub, and what is wrong with either.
+"""
 
 import gzip
 import json
@@ -18,7 +21,9 @@ from svsk_eval.task_data import BENCHMARKS, DATA_VARIABLE, load_documents, local
 
 Rows = list[dict[str, Any]]
 
-SHARED = Path(os.environ.get(DATA_VARIABLE) or Path(__file__).resolve().parents[3] / "shared" / "data")
+SHARED = Path(
+    os.environ.get(DATA_VARIABLE) or Path(__file__).resolve().parents[3] / "shared" / "data"
+)
 """The public benchmarks where they are at hand; they are no part of the project."""
 
 HUMANEVAL: Rows = [
@@ -29,7 +34,10 @@ HUMANEVAL: Rows = [
         "test": f"def check(candidate):\n    assert candidate(5) == 5 {operator} {number}\n",
         "entry_point": name,
     }
-    for number, name, text, operator in [(2, "twice", "Double x.", "*"), (3, "plus_three", "Add {{3}} to x.", "+")]
+    for number, name, text, operator in [
+        (2, "twice", "Double x.", "*"),
+        (3, "plus_three", "Add {{3}} to x.", "+"),
+    ]
 ]
 
 MBPP: Rows = [
@@ -38,15 +46,20 @@ MBPP: Rows = [
         "code": f"def add(x):\r\n  return x + {number}",
         "task_id": number,
         "test_setup_code": "start = 1" if number == 12 else "",
-        "test_list": [f"assert add({x}) == {x + number}" for x in range(2)]
-        + [f"assert add({'start' if number == 12 else 1}) == {1 + number}"],
+        "test_list": (
+            [f"assert add({x}) == {x + number}" for x in range(2)]
+            + [f"assert add({'start' if number == 12 else 1}) == {1 + number}"]
+        ),
         "challenge_test_list": [],
     }
     for number in (1, 2, 3, 4, 10, 11, 12, 510, 511, 974)
 ]
 
 GSM8K: Rows = [
-    {"question": f"What is {n} and {n}?", "answer": f"It is <<{n}+{n}={2 * n}>>{2 * n}.\n#### {2 * n}"}
+    {
+        "question": f"What is {n} and {n}?",
+        "answer": f"It is <<{n}+{n}={2 * n}>>{2 * n}.\n#### {2 * n}",
+    }
     for n in range(1, 9)
 ]
 
@@ -55,7 +68,9 @@ ARC: Rows = [
         "id": f"Q_{number}",
         "question": {
             "stem": stem,
-            "choices": [{"text": text, "label": label} for label, text in zip(labels, texts, strict=True)],
+            "choices": [
+                {"text": text, "label": label} for label, text in zip(labels, texts, strict=True)
+            ],
         },
         "answerKey": key,
     }
@@ -77,7 +92,12 @@ HELLASWAG: Rows = [
         "split": "val",
         "split_type": "indomain",
         "label": 3,
-        "endings": ["sleeps there.", "is a roof.", "[substeps] flies  away.", "starts pulling up roofing."],
+        "endings": [
+            "sleeps there.",
+            "is a roof.",
+            "[substeps] flies  away.",
+            "starts pulling up roofing.",
+        ],
         "source_id": "activitynet~v_x",
     },
     {
@@ -120,11 +140,22 @@ def write_files(folder: Path) -> Path:
 def hub_copies() -> dict[str, DatasetDict]:
     """The same documents by the hub's path, in the hub's splits and columns, converted here by hand."""
     arc = [
-        {"id": "Q_0", "question": "What is wet?", "answerKey": "B",
-         "choices": {"text": ["fire", "water", "\"sand\"", "it's air"], "label": ["A", "B", "C", "D"]}},
-        {"id": "Q_1", "question": "Which is a metal?", "answerKey": "2",
-         "choices": {"text": ["wood", "tin", "wax"], "label": ["1", "2", "3"]}},
-    ]  # fmt: skip
+        {
+            "id": "Q_0",
+            "question": "What is wet?",
+            "answerKey": "B",
+            "choices": {
+                "text": ["fire", "water", '"sand"', "it's air"],
+                "label": ["A", "B", "C", "D"],
+            },
+        },
+        {
+            "id": "Q_1",
+            "question": "Which is a metal?",
+            "answerKey": "2",
+            "choices": {"text": ["wood", "tin", "wax"], "label": ["1", "2", "3"]},
+        },
+    ]
     hellaswag = [{"ctx_b": "", **row, "label": str(row["label"])} for row in HELLASWAG]
     mbpp = {
         "prompt": [row for row in MBPP if row["task_id"] <= 10],
@@ -139,10 +170,15 @@ def hub_copies() -> dict[str, DatasetDict]:
         "allenai/ai2_arc": {"train": arc, "validation": arc, "test": arc},
         "Rowan/hellaswag": {"train": hellaswag, "validation": hellaswag, "test": hellaswag},
     }
-    return {path: DatasetDict({k: Dataset.from_list(v) for k, v in splits.items()}) for path, splits in found.items()}
+    return {
+        path: DatasetDict({k: Dataset.from_list(v) for k, v in splits.items()})
+        for path, splits in found.items()
+    }
 
 
-def use_hub(monkeypatch: pytest.MonkeyPatch, copies: Mapping[str, DatasetDict]) -> list[tuple[str, str | None]]:
+def use_hub(
+    monkeypatch: pytest.MonkeyPatch, copies: Mapping[str, DatasetDict]
+) -> list[tuple[str, str | None]]:
     """Let ``datasets`` load these, and return the list of what it was asked for."""
     asked: list[tuple[str, str | None]] = []
 
@@ -164,7 +200,9 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 class TestLocalFiles:
     @pytest.mark.parametrize("name", BENCHMARKS)
-    def test_give_the_rows_of_the_hub(self, name: str, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_give_the_rows_of_the_hub(
+        self, name: str, local: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         ours = load_documents(name)
         use_hub(monkeypatch, hub_copies())
         theirs = load_documents(name)
@@ -182,7 +220,8 @@ class TestLocalFiles:
         assert found["fewshot"]["task_id"][:] == [2, 3, 4]
 
     @pytest.mark.parametrize(
-        ("file", "other"), [("HumanEval.jsonl.gz", "HumanEval.jsonl"), ("mbpp.jsonl", "mbpp.jsonl.gz")]
+        ("file", "other"),
+        [("HumanEval.jsonl.gz", "HumanEval.jsonl"), ("mbpp.jsonl", "mbpp.jsonl.gz")],
     )
     def test_may_be_compressed_or_not(self, file: str, other: str, local: Path) -> None:
         name = file.partition(".")[0].lower()
@@ -237,29 +276,96 @@ def broken(rows: Rows, index: int, **changes: Any) -> Rows:
 
 
 FAULTS: list[tuple[str, str, Rows, str]] = [
-    ("humaneval", "HumanEval.jsonl.gz", broken(HUMANEVAL, 1, entry_point="other"), "line 2: .*entry_point.*'other'"),
-    ("humaneval", "HumanEval.jsonl.gz", broken(HUMANEVAL, 1, test=...), "line 2: test: Field required"),
-    ("humaneval", "HumanEval.jsonl.gz", broken(HUMANEVAL, 0, test="assert True"), r"line 1: .*check\(candidate\)"),
-    ("humaneval", "HumanEval.jsonl.gz", [*HUMANEVAL, HUMANEVAL[0]], "line 3: task_id 'HumanEval/2' is that of line 1"),
-    ("mbpp", "mbpp.jsonl", broken(MBPP, 5, task_id="11"), "line 6: task_id: .*valid integer, got '11'"),
-    ("mbpp", "mbpp.jsonl", broken(MBPP, 5, test_list=["assert True"]), "line 6: test_list: .*at least 3"),
+    (
+        "humaneval",
+        "HumanEval.jsonl.gz",
+        broken(HUMANEVAL, 1, entry_point="other"),
+        "line 2: .*entry_point.*'other'",
+    ),
+    (
+        "humaneval",
+        "HumanEval.jsonl.gz",
+        broken(HUMANEVAL, 1, test=...),
+        "line 2: test: Field required",
+    ),
+    (
+        "humaneval",
+        "HumanEval.jsonl.gz",
+        broken(HUMANEVAL, 0, test="assert True"),
+        r"line 1: .*check\(candidate\)",
+    ),
+    (
+        "humaneval",
+        "HumanEval.jsonl.gz",
+        [*HUMANEVAL, HUMANEVAL[0]],
+        "line 3: task_id 'HumanEval/2' is that of line 1",
+    ),
+    (
+        "mbpp",
+        "mbpp.jsonl",
+        broken(MBPP, 5, task_id="11"),
+        "line 6: task_id: .*valid integer, got '11'",
+    ),
+    (
+        "mbpp",
+        "mbpp.jsonl",
+        broken(MBPP, 5, test_list=["assert True"]),
+        "line 6: test_list: .*at least 3",
+    ),
     ("mbpp", "mbpp.jsonl", MBPP[5:], "0 row.* 'prompt' .* at least 3"),
     ("mbpp", "mbpp.jsonl", MBPP[:5], "0 row.* 'test' .* at least 1"),
-    ("gsm8k", "gsm8k_test.jsonl", broken(GSM8K, 2, answer="It is 6."), "line 3: .*does not end with '#### '"),
-    ("gsm8k", "gsm8k_test.jsonl", broken(GSM8K, 0, question=""), "line 1: question: .*at least 1 character, got ''"),
+    (
+        "gsm8k",
+        "gsm8k_test.jsonl",
+        broken(GSM8K, 2, answer="It is 6."),
+        "line 3: .*does not end with '#### '",
+    ),
+    (
+        "gsm8k",
+        "gsm8k_test.jsonl",
+        broken(GSM8K, 0, question=""),
+        "line 1: question: .*at least 1 character, got ''",
+    ),
     ("gsm8k", "gsm8k_test.jsonl", [], "has 0 row"),
     ("gsm8k", "gsm8k_train_2000.jsonl", GSM8K[:4], "has 4 row.* 'train' .* at least 5"),
-    ("arc_challenge", "ARC-Challenge-Test.jsonl", broken(ARC, 1, answerKey="B"), "line 2: .*'B'.*1, 2, 3"),
-    ("arc_challenge", "ARC-Challenge-Test.jsonl", broken(ARC, 0, question="What?"), "line 1: question: .*got 'What"),
-    ("hellaswag", "hellaswag_val.jsonl", broken(HELLASWAG, 0, label=4), "line 1: label: .*equal to 3, got 4"),
-    ("hellaswag", "hellaswag_val.jsonl", broken(HELLASWAG, 1, label=...), "line 2: label: Field required"),
-    ("hellaswag", "hellaswag_val.jsonl", broken(HELLASWAG, 1, endings=["a"]), r"line 2: endings: .*4 items.*\['a'\]"),
-]  # fmt: skip
+    (
+        "arc_challenge",
+        "ARC-Challenge-Test.jsonl",
+        broken(ARC, 1, answerKey="B"),
+        "line 2: .*'B'.*1, 2, 3",
+    ),
+    (
+        "arc_challenge",
+        "ARC-Challenge-Test.jsonl",
+        broken(ARC, 0, question="What?"),
+        "line 1: question: .*got 'What",
+    ),
+    (
+        "hellaswag",
+        "hellaswag_val.jsonl",
+        broken(HELLASWAG, 0, label=4),
+        "line 1: label: .*equal to 3, got 4",
+    ),
+    (
+        "hellaswag",
+        "hellaswag_val.jsonl",
+        broken(HELLASWAG, 1, label=...),
+        "line 2: label: Field required",
+    ),
+    (
+        "hellaswag",
+        "hellaswag_val.jsonl",
+        broken(HELLASWAG, 1, endings=["a"]),
+        r"line 2: endings: .*4 items.*\['a'\]",
+    ),
+]
 
 
 class TestMalformedFiles:
     @pytest.mark.parametrize(("name", "file", "rows", "message"), FAULTS)
-    def test_name_file_line_key_and_value(self, name: str, file: str, rows: Rows, message: str, local: Path) -> None:
+    def test_name_file_line_key_and_value(
+        self, name: str, file: str, rows: Rows, message: str, local: Path
+    ) -> None:
         path = write_rows(local / file, rows)
         with pytest.raises(EvalError, match=message) as caught:
             load_documents(name)
@@ -273,7 +379,10 @@ class TestMalformedFiles:
             (lambda path: path.write_bytes(b"plain text"), "cannot read it"),
             (lambda path: path.write_bytes(gzip.compress(b"\xff\xfe")), "not UTF-8"),
             (lambda path: path.write_bytes(gzip.compress(b'{"task_id": \n')), "line 1: not JSON"),
-            (lambda path: path.write_bytes(gzip.compress(b"[1]\n")), r"line 1: the row: .*got \[1\]"),
+            (
+                lambda path: path.write_bytes(gzip.compress(b"[1]\n")),
+                r"line 1: the row: .*got \[1\]",
+            ),
         ],
     )
     def test_damage(self, spoil: Callable[[Path], Any], message: str, local: Path) -> None:
@@ -305,15 +414,27 @@ class TestHub:
         with pytest.raises(EvalError) as caught:
             load_documents("gsm8k")
         message = str(caught.value)
-        found = ("openai/gsm8k (main)", "ConnectionError: no route", "HF_HUB_OFFLINE", DATA_VARIABLE)
-        for part in (*found, "gsm8k_train_2000.jsonl, gsm8k_test.jsonl", "https://github.com/openai/grade-school-math"):
+        found = (
+            "openai/gsm8k (main)",
+            "ConnectionError: no route",
+            "HF_HUB_OFFLINE",
+            DATA_VARIABLE,
+        )
+        for part in (
+            *found,
+            "gsm8k_train_2000.jsonl, gsm8k_test.jsonl",
+            "https://github.com/openai/grade-school-math",
+        ):
             assert part in message
 
     @pytest.mark.parametrize(
         ("splits", "message"),
         [
             ({"test": Dataset.from_list(GSM8K)}, "has the splits test, expected 'train'"),
-            ({"train": Dataset.from_list(GSM8K[:4]), "test": Dataset.from_list(GSM8K)}, "has 4 row.*at least 5"),
+            (
+                {"train": Dataset.from_list(GSM8K[:4]), "test": Dataset.from_list(GSM8K)},
+                "has 4 row.*at least 5",
+            ),
         ],
     )
     def test_other_data_than_expected(
@@ -324,8 +445,12 @@ class TestHub:
             load_documents("gsm8k")
 
 
-@pytest.mark.parametrize(("name", "split", "count"), [("humaneval", "test", 164), ("gsm8k", "test", 1319)])
-def test_the_real_files_are_whole(name: str, split: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "split", "count"), [("humaneval", "test", 164), ("gsm8k", "test", 1319)]
+)
+def test_the_real_files_are_whole(
+    name: str, split: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not (SHARED / "HumanEval.jsonl.gz").is_file() or not (SHARED / "gsm8k_test.jsonl").is_file():
         pytest.skip(f"no benchmark files: set {DATA_VARIABLE} to their folder")
     monkeypatch.setenv(DATA_VARIABLE, str(SHARED))

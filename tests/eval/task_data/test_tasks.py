@@ -21,7 +21,14 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from svsk_eval.errors import EvalError
-from svsk_eval.task_data import BENCHMARKS, DATA_VARIABLE, folder, load_task, task_manager, tasks_folder
+from svsk_eval.task_data import (
+    BENCHMARKS,
+    DATA_VARIABLE,
+    folder,
+    load_task,
+    task_manager,
+    tasks_folder,
+)
 from tests.eval.task_data.test_code_tasks import install_stand_in
 from tests.eval.task_data.test_task_data import MBPP, hub_copies, use_hub, write_files
 from tests.support.tiny_models import write_dense, write_random_svsk
@@ -34,7 +41,12 @@ GROUPS = {
     "svsk_code": ["svsk_humaneval", "svsk_mbpp"],
     "svsk_code_instruct": ["svsk_humaneval_instruct", "svsk_mbpp_instruct"],
     "svsk_reasoning": ["svsk_gsm8k", "svsk_arc_challenge", "svsk_hellaswag"],
-    "svsk_smoke": ["svsk_smoke_facts", "svsk_smoke_python", "svsk_smoke_arithmetic", "svsk_smoke_copy"],
+    "svsk_smoke": [
+        "svsk_smoke_facts",
+        "svsk_smoke_python",
+        "svsk_smoke_arithmetic",
+        "svsk_smoke_copy",
+    ],
 }
 SAME_AS = {
     "svsk_humaneval": "humaneval/humaneval.yaml",
@@ -55,7 +67,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def theirs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """lm-eval's own tasks load without a network: the hub's data is ours, their code metric is not fetched."""
+    """lm-eval's own tasks load without a network.
+
+    The hub's data is ours, their code metric is not fetched.
+    """
 
     class NoMetric:
         def compute(self, **_: object) -> tuple[dict[str, float], None]:
@@ -65,10 +80,16 @@ def theirs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     copies = hub_copies()
     examples = _their_mbpp_examples()
     others = [row for row in MBPP if row["task_id"] in (1, 10)]
-    copies["google-research-datasets/mbpp"]["prompt"] = Dataset.from_list([others[0], *examples, others[1]])
+    copies["google-research-datasets/mbpp"]["prompt"] = Dataset.from_list(
+        [others[0], *examples, others[1]]
+    )
     use_hub(monkeypatch, copies)
     yield
-    for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.") and name.endswith(".utils")]:
+    for name in [
+        name
+        for name in sys.modules
+        if name.startswith("lm_eval.tasks.") and name.endswith(".utils")
+    ]:
         del sys.modules[name]  # those that took their metric from the replaced evaluate
 
 
@@ -77,7 +98,8 @@ def _their_mbpp_examples() -> list[dict[str, Any]]:
     samples = config["fewshot_config"]["samples"]()
     keys = MBPP[0].keys() - {"test_setup_code", "challenge_test_list"}
     return [
-        {key: sample[key] for key in keys} | {"test_setup_code": "", "challenge_test_list": []} for sample in samples
+        {key: sample[key] for key in keys} | {"test_setup_code": "", "challenge_test_list": []}
+        for sample in samples
     ]
 
 
@@ -92,13 +114,20 @@ def their_task(name: str) -> Any:
 
 
 def requests(task: Any, *, chat: bool) -> list[list[tuple[Any, ...]]]:
-    """All that the task sends to a model, per document; in a chat the template only marks who speaks."""
+    """All that the task sends to a model, per document.
+
+    In a chat the template only marks who speaks.
+    """
 
     def template(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         shown = "".join(f"<{message['role']}>{message['content']}" for message in messages)
         return shown + "<assistant>" * add_generation_prompt
 
-    kwargs = {"apply_chat_template": True, "chat_template": template, "fewshot_as_multiturn": True} if chat else {}
+    kwargs = (
+        {"apply_chat_template": True, "chat_template": template, "fewshot_as_multiturn": True}
+        if chat
+        else {}
+    )
     task.build_all_requests(rank=0, world_size=1, **kwargs)
     found: dict[int, list[tuple[Any, ...]]] = {}
     for instance in task.instances:
@@ -112,7 +141,12 @@ class TestFiles:
         assert manager.all_groups == sorted(GROUPS)
         assert manager.all_subtasks == sorted(task for tasks in GROUPS.values() for task in tasks)
         for group, tasks in GROUPS.items():
-            assert yaml.safe_load((tasks_folder() / f"{group}.yaml").read_text(encoding="utf-8"))["task"] == tasks
+            assert (
+                yaml.safe_load((tasks_folder() / f"{group}.yaml").read_text(encoding="utf-8"))[
+                    "task"
+                ]
+                == tasks
+            )
 
     @pytest.mark.parametrize("group", GROUPS)
     def test_groups_load_beside_lm_evals_own_tasks(self, group: str, theirs: None) -> None:
@@ -135,17 +169,29 @@ class TestFiles:
     def test_name_the_hubs_data_that_is_loaded(self) -> None:
         for name, benchmark in BENCHMARKS.items():
             config = load_yaml(tasks_folder() / f"svsk_{name}.yaml", resolve_func=False)
-            assert (config["dataset_path"], config.get("dataset_name")) == (benchmark.hub_path, benchmark.hub_name)
+            assert (config["dataset_path"], config.get("dataset_name")) == (
+                benchmark.hub_path,
+                benchmark.hub_name,
+            )
 
     def test_unknown_task(self) -> None:
-        with pytest.raises(EvalError, match=r"no task 'svsk_smoke'\. Expected one of svsk_arc_challenge, "):
+        with pytest.raises(
+            EvalError, match=r"no task 'svsk_smoke'\. Expected one of svsk_arc_challenge, "
+        ):
             load_task("svsk_smoke")
 
     def test_importing_them_is_cheap(self) -> None:
-        script = "import sys, utils; print([m for m in ('datasets', 'torch', 'lm_eval') if m in sys.modules])"
+        script = (
+            "import sys, utils; print([m for m in ('datasets', 'torch', 'lm_eval') if m in"
+            " sys.modules])"
+        )
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tasks_folder()), SOURCES])}
         done = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", script],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert done.stdout.strip() == "[]"
 
@@ -179,27 +225,41 @@ class TestSameAsLmEval:
         monkeypatch.setenv(DATA_VARIABLE, str(write_files(tmp_path / "data")))
         assert requests(load_task(name), chat=False) == from_hub
 
-    def test_few_shot_arc_takes_its_examples_from_the_training_split(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_few_shot_arc_takes_its_examples_from_the_training_split(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         copies = hub_copies()
         train = Dataset.from_list(
-            [{**row, "question": f"Train {row['question']}"} for row in copies["allenai/ai2_arc"]["train"]]
+            [
+                {**row, "question": f"Train {row['question']}"}
+                for row in copies["allenai/ai2_arc"]["train"]
+            ]
         )
         copies["allenai/ai2_arc"] = DatasetDict({**copies["allenai/ai2_arc"], "train": train})
         use_hub(monkeypatch, copies)
         task = load_task("svsk_arc_challenge")
         task.set_config(key="num_fewshot", value=1)
         task.set_fewshot_seed(0)
-        assert all(text.startswith("Question: Train ") for ((text, _), *_) in requests(task, chat=False))
+        assert all(
+            text.startswith("Question: Train ") for ((text, _), *_) in requests(task, chat=False)
+        )
 
 
 def responses(task: Any, doc: dict[str, Any], *texts: str) -> dict[str, float]:
-    """Score answers to a document through the task's filters and metrics: ``metric,filter`` to value."""
-    instance = Instance("generate_until", doc=doc, arguments=("", {}), idx=0, metadata=("task", 0, 1))
+    """Score answers to a document through the task's filters and metrics.
+
+    ``metric,filter`` to value.
+    """
+    instance = Instance(
+        "generate_until", doc=doc, arguments=("", {}), idx=0, metadata=("task", 0, 1)
+    )
     instance.resps = list(texts)
     found = {}
     for ensemble in task._filters:
         ensemble.apply([instance])
-        for metric, value in task.process_results(doc, [instance.filtered_resps[ensemble.name]]).items():
+        for metric, value in task.process_results(
+            doc, [instance.filtered_resps[ensemble.name]]
+        ).items():
             found[f"{metric},{ensemble.name}"] = float(value)
     return found
 
@@ -213,14 +273,21 @@ def responses(task: Any, doc: dict[str, Any], *texts: str) -> dict[str, float]:
         ("18", "So she has $18.", 0, 1),
         ("-5", "#### -5", 1, 1),
         ("5", "#### -5", 0, 0),
-        ("72", "#### 72\n\nQ 3", 1, 0),  # strict takes the first marked number, flexible the last of all
+        (
+            "72",
+            "#### 72\n\nQ 3",
+            1,
+            0,
+        ),  # strict takes the first marked number, flexible the last of all
         ("72", "I do not know.", 0, 0),
         ("72", "", 0, 0),
         ("0.5", "It is 0.5", 0, 1),
         ("7", "7", 0, 1),
     ],
 )
-def test_gsm8k_reads_answers_as_lm_eval_does(gold: str, answer: str, strict: int, flexible: int, theirs: None) -> None:
+def test_gsm8k_reads_answers_as_lm_eval_does(
+    gold: str, answer: str, strict: int, flexible: int, theirs: None
+) -> None:
     doc = {"question": "How many?", "answer": f"Some steps.\n#### {gold}"}
     expected = {"exact_match,strict-match": strict, "exact_match,flexible-extract": flexible}
     assert responses(load_task("svsk_gsm8k"), doc, answer) == expected
@@ -230,9 +297,12 @@ def test_gsm8k_reads_answers_as_lm_eval_does(gold: str, answer: str, strict: int
 @pytest.mark.parametrize("group", GROUPS)
 def test_lm_eval_runs_the_group_and_reports_the_primary_metrics(group: str, theirs: None) -> None:
     found = simple_evaluate(
-        model="dummy", tasks=[group], task_manager=task_manager(include_defaults=False), bootstrap_iters=0,
+        model="dummy",
+        tasks=[group],
+        task_manager=task_manager(include_defaults=False),
+        bootstrap_iters=0,
         confirm_run_unsafe_code=True,
-    )  # fmt: skip
+    )
     assert found is not None
     for name in GROUPS[group]:
         primary = found["configs"][name]["metadata"]["primary"]
@@ -240,38 +310,58 @@ def test_lm_eval_runs_the_group_and_reports_the_primary_metrics(group: str, thei
         metric = primary.partition(",")[0]
         assert found["higher_is_better"][name][metric] is True
         assert all(sample[metric] in (0, 1) for sample in found["samples"][name])
-    listed = yaml.safe_load((tasks_folder() / f"{group}.yaml").read_text(encoding="utf-8"))["aggregate_metric_list"]
-    assert all(f"{each['metric']},{each['filter_list'][0]}" in found["results"][group] for each in listed)
+    listed = yaml.safe_load((tasks_folder() / f"{group}.yaml").read_text(encoding="utf-8"))[
+        "aggregate_metric_list"
+    ]
+    assert all(
+        f"{each['metric']},{each['filter_list'][0]}" in found["results"][group] for each in listed
+    )
 
 
 class TestFolder:
     def test_is_beside_the_source_in_a_checkout(self) -> None:
         assert tasks_folder() == ROOT / "eval" / "tasks"
 
-    def test_of_a_wheel_is_where_the_installer_put_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_a_wheel_is_where_the_installer_put_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         site = tmp_path / "lib" / "site-packages"
         module = site / "svsk_eval" / "task_data" / "folder.py"
         shared = tmp_path / "share" / "svsk_vllm" / "tasks"
         monkeypatch.setattr(folder, "__file__", str(module))
-        recorded = [PurePosixPath("svsk_eval/x.py"), PurePosixPath("../../share/svsk_vllm/tasks/svsk_smoke.yaml")]
+        recorded = [
+            PurePosixPath("svsk_eval/x.py"),
+            PurePosixPath("../../share/svsk_vllm/tasks/svsk_smoke.yaml"),
+        ]
 
         class Recorded(PurePosixPath):
             def locate(self) -> Path:
                 return site / self
 
         monkeypatch.setattr(metadata, "files", lambda name: [Recorded(path) for path in recorded])
-        with pytest.raises(EvalError, match=r"task files are in none of .*site-packages.*share/svsk_vllm/tasks"):
+        with pytest.raises(
+            EvalError, match=r"task files are in none of .*site-packages.*share/svsk_vllm/tasks"
+        ):
             tasks_folder()
         shared.mkdir(parents=True)
         (shared / "svsk_smoke.yaml").touch()
         assert tasks_folder() == shared
 
     def test_every_file_is_shipped(self) -> None:
-        shipped = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
-            "data-files"
+        shipped = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+            "setuptools"
+        ]["data-files"]
+        found = {
+            path
+            for patterns in shipped.values()
+            for pattern in patterns
+            for path in ROOT.glob(pattern)
+        }
+        wanted = [
+            path
+            for path in (ROOT / "eval" / "tasks").rglob("*")
+            if path.suffix in (".yaml", ".py", ".jsonl")
         ]
-        found = {path for patterns in shipped.values() for pattern in patterns for path in ROOT.glob(pattern)}
-        wanted = [path for path in (ROOT / "eval" / "tasks").rglob("*") if path.suffix in (".yaml", ".py", ".jsonl")]
         assert {path for path in wanted if path.name != "make.py"} == found
         for target, patterns in shipped.items():
             part = target.removeprefix("share/svsk_vllm/tasks").strip("/")
@@ -282,11 +372,28 @@ def test_the_hf_wrapper_runs_a_checkpoint_in_lm_evals_own_command_line(tmp_path:
     write_dense(tmp_path / "dense", seed=0)
     write_random_svsk(tmp_path / "dense", tmp_path / "svsk")
     done = subprocess.run(
-        [sys.executable, "-m", "svsk_eval.lm_eval_hf", "run", "--model", "hf", "--device", "cpu", "--limit", "2",
-         "--model_args", f"pretrained={tmp_path / 'svsk'},dtype=float32", "--tasks", "svsk_smoke_facts",
-         "--include_path", str(tasks_folder())],
-        capture_output=True, text=True, check=False,
+        [
+            sys.executable,
+            "-m",
+            "svsk_eval.lm_eval_hf",
+            "run",
+            "--model",
+            "hf",
+            "--device",
+            "cpu",
+            "--limit",
+            "2",
+            "--model_args",
+            f"pretrained={tmp_path / 'svsk'},dtype=float32",
+            "--tasks",
+            "svsk_smoke_facts",
+            "--include_path",
+            str(tasks_folder()),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PYTHONPATH": SOURCES},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "|svsk_smoke_facts|" in done.stdout

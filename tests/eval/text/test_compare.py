@@ -27,23 +27,41 @@ REF = [2.5, 1.75, 3.5, 2.75]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes a file of four chunks as ``svsk eval --json`` does; keywords replace keys, None removes one."""
+    """Writes a file of four chunks as ``svsk eval --json`` does.
+
+    Keywords replace keys, None removes one.
+    """
 
     def file(name: str, *, kl: float = 0.5, **keys: Any) -> Path:
-        per_chunk = {"nll": NLL, "ref_nll": REF, "kl": [kl, kl + 0.25, kl, kl], "top1": [0.5, 0.75, 0.5, 0.5]}
+        per_chunk = {
+            "nll": NLL,
+            "ref_nll": REF,
+            "kl": [kl, kl + 0.25, kl, kl],
+            "top1": [0.5, 0.75, 0.5, 0.5],
+        }
         scores = {
-            "kl_mean": 0.0, "model": "a/model", "reference": "a/reference", "text_fingerprint": "00ff", "seq_len": 64,
-            "dtype": "float32", "per_chunk": per_chunk, **keys,
-        }  # fmt: skip
+            "kl_mean": 0.0,
+            "model": "a/model",
+            "reference": "a/reference",
+            "text_fingerprint": "00ff",
+            "seq_len": 64,
+            "dtype": "float32",
+            "per_chunk": per_chunk,
+            **keys,
+        }
         path = tmp_path / name
-        path.write_text(json.dumps({key: value for key, value in scores.items() if value is not None}))
+        path.write_text(
+            json.dumps({key: value for key, value in scores.items() if value is not None})
+        )
         return path
 
     return file
 
 
 def svsk(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], catch_exceptions=False
+    )
 
 
 def compare(first: Path, second: Path) -> Comparison:
@@ -52,8 +70,8 @@ def compare(first: Path, second: Path) -> Comparison:
 
 
 def test_a_pair_by_hand() -> None:
-    # Differences 1, 2, 3: mean 2, deviation 1, so t = 2 sqrt(3) with 2 degrees of freedom, for which the t
-    # distribution has the closed form p = 1 - t / sqrt(2 + t^2).
+    # Differences 1, 2, 3: mean 2, deviation 1, so t = 2 sqrt(3) with 2 degrees of freedom, for
+    # which the t distribution has the closed form p = 1 - t / sqrt(2 + t^2).
     pair = paired(np.array([1.0, 1.0, 1.0]), np.array([2.0, 3.0, 4.0]))
     assert (pair.baseline, pair.value, pair.difference) == (1.0, 3.0, 2.0)
     assert pair.se == pytest.approx(1 / math.sqrt(3))
@@ -70,8 +88,17 @@ def test_pairing_removes_the_spread_of_the_text() -> None:
 
 
 def test_every_figure_of_every_file(write: Write) -> None:
-    better = {"nll": [2.75, 2.0, 3.75, 3.0], "ref_nll": REF, "kl": [0.25, 0.5, 0.5, 0.5], "top1": [0.75] * 4}
-    paths = [write("base.json"), write("better.json", per_chunk=better, model="b"), write("worse.json", kl=1.0)]
+    better = {
+        "nll": [2.75, 2.0, 3.75, 3.0],
+        "ref_nll": REF,
+        "kl": [0.25, 0.5, 0.5, 0.5],
+        "top1": [0.75] * 4,
+    }
+    paths = [
+        write("base.json"),
+        write("better.json", per_chunk=better, model="b"),
+        write("worse.json", kl=1.0),
+    ]
     first, second = compare_files(paths)
     assert (first.file, first.model, first.reference_gap) == (str(paths[1]), "b", 0.0)
     expected = {"nll": -0.125, "delta_nll": -0.125, "kl": -0.125, "top1": 0.1875}
@@ -80,7 +107,11 @@ def test_every_figure_of_every_file(write: Write) -> None:
     assert first.metrics["delta_nll"].value == 0.25
     # -0.25, 0, -0.25, 0: deviation 0.25 / sqrt(3)
     assert first.metrics["nll"].se == pytest.approx(0.25 / math.sqrt(3) / 2)
-    assert (second.metrics["kl"].difference, second.metrics["kl"].se, second.metrics["kl"].p) == (0.5, 0.0, 0.0)
+    assert (second.metrics["kl"].difference, second.metrics["kl"].se, second.metrics["kl"].p) == (
+        0.5,
+        0.0,
+        0.0,
+    )
 
 
 def test_a_file_does_not_differ_from_itself(write: Write) -> None:
@@ -97,7 +128,9 @@ def test_a_file_does_not_differ_from_itself(write: Write) -> None:
 
 
 def test_one_chunk_has_a_difference_and_no_error(write: Write) -> None:
-    pair = compare(write("a.json", per_chunk={"nll": [3.0]}), write("b.json", per_chunk={"nll": [3.5]})).metrics["nll"]
+    pair = compare(
+        write("a.json", per_chunk={"nll": [3.0]}), write("b.json", per_chunk={"nll": [3.5]})
+    ).metrics["nll"]
     assert (pair.difference, pair.se, pair.p) == (0.5, None, None)
 
 
@@ -119,7 +152,10 @@ def test_another_reference_is_told(write: Write) -> None:
 
 
 def test_the_command_shows_and_writes_the_figures(write: Write, tmp_path: Path) -> None:
-    paths, target = [write("a.json"), write("b.json", kl=0.625), write("c.json", kl=2.0)], tmp_path / "out.json"
+    paths, target = (
+        [write("a.json"), write("b.json", kl=0.625), write("c.json", kl=2.0)],
+        tmp_path / "out.json",
+    )
     result = svsk("compare", *paths, "--json", target)
     assert result.exit_code == 0, result.output
     for shown in ("0.56250", "0.68750", "+0.12500 ± 0.00000", "+1.50000", "delta NLL", "top-1"):
@@ -174,7 +210,10 @@ def test_errors_of_the_command_are_one_line(write: Write, tmp_path: Path) -> Non
     (tmp_path / "list.json").write_text("[1]")
     for arguments, message in (
         ([good], "Got 1 file(s) to compare"),
-        ([good, tmp_path / "absent.json"], "absent.json: cannot read it (No such file or directory)"),
+        (
+            [good, tmp_path / "absent.json"],
+            "absent.json: cannot read it (No such file or directory)",
+        ),
         ([good, tmp_path / "text.json"], "text.json: not a file of `svsk eval --json`"),
         ([tmp_path / "list.json", good], "list.json: has no per_chunk"),
         ([good, good, "--json", tmp_path / "no" / "x.json"], "its folder does not exist"),

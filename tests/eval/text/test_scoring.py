@@ -13,7 +13,13 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from svsk_eval.errors import EvalError
-from svsk_eval.text.scoring import compare_models, evaluate, load_model, load_tokenizer, token_chunks
+from svsk_eval.text.scoring import (
+    compare_models,
+    evaluate,
+    load_model,
+    load_tokenizer,
+    token_chunks,
+)
 from tests.support.format_builders import edit_json
 from tests.support.tiny_models import (
     BOS,
@@ -41,7 +47,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders: ``dense``, ``other`` (other weights), ``svsk`` (of dense) and ``restored`` (what svsk stands for)."""
+    """Folders.
+
+    ``dense``, ``other`` (other weights), ``svsk`` (of dense) and ``restored`` (what svsk stands
+    for).
+    """
     folder = tmp_path_factory.mktemp("models")
     write_dense(folder / "dense", seed=0)
     write_dense(folder / "other", seed=1)
@@ -84,7 +94,9 @@ def test_of_a_long_text_only_the_beginning_is_read(models: Path, tmp_path: Path)
     assert token_chunks(path, tokenizer, 20, SEQ_LEN).flatten().tolist() == stream[: 20 * SEQ_LEN]
     with pytest.raises(EvalError, match=f"not UTF-8 text .* at byte {len(lines)}"):
         token_chunks(path, tokenizer, None, SEQ_LEN)
-    path.write_bytes(b" " * 5000 + lines.encode())  # many characters a token: more is read until it is enough
+    path.write_bytes(
+        b" " * 5000 + lines.encode()
+    )  # many characters a token: more is read until it is enough
     stream = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
     assert token_chunks(path, tokenizer, 20, SEQ_LEN).flatten().tolist() == stream[: 20 * SEQ_LEN]
 
@@ -99,15 +111,21 @@ def test_chunks_start_with_bos_where_the_tokenizer_puts_one(models: Path, text: 
     tokenizer = AutoTokenizer.from_pretrained(models / "dense")
     stream = tokenizer(text.read_text(encoding="utf-8"))["input_ids"]
     add_bos(tokenizer)
-    assert [tokenizer("a")["input_ids"][place] for place in (0, -1)] == [BOS, EOS], "a case that shows nothing"
+    assert [tokenizer("a")["input_ids"][place] for place in (0, -1)] == [BOS, EOS], (
+        "a case that shows nothing"
+    )
     chunks = token_chunks(text, tokenizer, 3, SEQ_LEN)
     assert chunks.shape == (3, SEQ_LEN)
     assert chunks.dtype == torch.int64
     assert chunks[:, 0].tolist() == [BOS] * 3
-    assert chunks[:, 1:].flatten().tolist() == stream[: 3 * (SEQ_LEN - 1)], "consecutive, nothing lost, no EOS"
+    assert chunks[:, 1:].flatten().tolist() == stream[: 3 * (SEQ_LEN - 1)], (
+        "consecutive, nothing lost, no EOS"
+    )
     every = token_chunks(text, tokenizer, None, SEQ_LEN)
     assert len(every) == len(stream) // (SEQ_LEN - 1)
-    with pytest.raises(EvalError, match=f"chunks of {SEQ_LEN - 1} after BOS, fewer than the 1000 asked"):
+    with pytest.raises(
+        EvalError, match=f"chunks of {SEQ_LEN - 1} after BOS, fewer than the 1000 asked"
+    ):
         token_chunks(text, tokenizer, 1000, SEQ_LEN)
 
 
@@ -123,7 +141,9 @@ def test_a_model_is_scored_with_its_bos(models: Path, text: Path, tmp_path: Path
     chunk = torch.tensor([[BOS, *stream[: SEQ_LEN - 1]]])
     with torch.no_grad():
         logits = model(chunk).logits[0, :-1]
-    assert result.nll == pytest.approx(float(torch.nn.functional.cross_entropy(logits, chunk[0, 1:])), abs=1e-5)
+    assert result.nll == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits, chunk[0, 1:])), abs=1e-5
+    )
     assert result.tokens == SEQ_LEN - 1
     with pytest.raises(EvalError, match=r"tokenizers of .*bos .* differ"):
         evaluate(folder, models / "dense", text, 1, SEQ_LEN)
@@ -136,12 +156,16 @@ def test_the_text_is_scored_byte_for_byte(models: Path, tmp_path: Path) -> None:
     assert tokenizer.decode(token_chunks(path, tokenizer, 1, 4)[0]) == "x\r\ny"
 
 
-def test_a_text_that_cannot_be_cut_is_an_error_that_says_why(models: Path, text: Path, tmp_path: Path) -> None:
+def test_a_text_that_cannot_be_cut_is_an_error_that_says_why(
+    models: Path, text: Path, tmp_path: Path
+) -> None:
     tokenizer = load_tokenizer(models / "dense")
     with pytest.raises(EvalError, match=r"nowhere.txt: cannot read .*No such file"):
         token_chunks(tmp_path / "nowhere.txt", tokenizer, 1, SEQ_LEN)
     tokens = len(tokenizer(text.read_text(encoding="utf-8"))["input_ids"])
-    with pytest.raises(EvalError, match=f"{tokens} tokens are {tokens // SEQ_LEN} chunks of {SEQ_LEN}.* 1000 asked"):
+    with pytest.raises(
+        EvalError, match=f"{tokens} tokens are {tokens // SEQ_LEN} chunks of {SEQ_LEN}.* 1000 asked"
+    ):
         token_chunks(text, tokenizer, 1000, SEQ_LEN)
     with pytest.raises(EvalError, match="are 0 chunks of 5000, fewer than the 1 asked"):
         token_chunks(text, tokenizer, None, 5000)
@@ -156,14 +180,20 @@ def test_a_text_that_cannot_be_cut_is_an_error_that_says_why(models: Path, text:
 
 def test_metrics_equal_those_of_an_independent_forward_pass(models: Path, text: Path) -> None:
     result = evaluate(models / "other", models / "dense", text, chunks=3, seq_len=SEQ_LEN)
-    ids = AutoTokenizer.from_pretrained(models / "dense")(text.read_text(encoding="utf-8"))["input_ids"]
+    ids = AutoTokenizer.from_pretrained(models / "dense")(text.read_text(encoding="utf-8"))[
+        "input_ids"
+    ]
     nll, ref_nll, kl, top1 = [], [], [], []
-    loaded = [AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32) for name in ("other", "dense")]
+    loaded = [
+        AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32)
+        for name in ("other", "dense")
+    ]
     for start in range(0, 3 * SEQ_LEN, SEQ_LEN):
         chunk = ids[start : start + SEQ_LEN]
         with torch.no_grad():
             log_q, log_p = (
-                log_softmax(model(torch.tensor([chunk])).logits[0].double().numpy(), axis=-1) for model in loaded
+                log_softmax(model(torch.tensor([chunk])).logits[0].double().numpy(), axis=-1)
+                for model in loaded
             )
         for position in range(SEQ_LEN - 1):
             nll.append(-log_q[position, chunk[position + 1]])
@@ -182,9 +212,14 @@ def test_metrics_equal_those_of_an_independent_forward_pass(models: Path, text: 
 
 
 def test_what_was_scored_is_recorded(models: Path, text: Path) -> None:
-    result = evaluate(str(models / "svsk"), models / "dense", text, 3, SEQ_LEN, dtype="bfloat16").to_json()
+    result = evaluate(
+        str(models / "svsk"), models / "dense", text, 3, SEQ_LEN, dtype="bfloat16"
+    ).to_json()
     tokens = token_chunks(text, load_tokenizer(models / "dense"), 3, SEQ_LEN)
-    assert result["text_fingerprint"] == hashlib.sha256(np.array(tokens, dtype=np.int64).tobytes()).hexdigest()
+    assert (
+        result["text_fingerprint"]
+        == hashlib.sha256(np.array(tokens, dtype=np.int64).tobytes()).hexdigest()
+    )
     assert (result["model"], result["reference"]) == (str(models / "svsk"), str(models / "dense"))
     assert (result["seq_len"], result["dtype"]) == (SEQ_LEN, "bfloat16")
     for name, mean in (("nll", "nll"), ("ref_nll", "ref_nll"), ("kl", "kl_mean"), ("top1", "top1")):
@@ -208,14 +243,18 @@ def test_a_model_does_not_differ_from_itself(models: Path, text: Path) -> None:
     assert result.nll == result.ref_nll
 
 
-def test_without_a_reference_nll_is_the_same_and_nothing_is_compared(models: Path, text: Path) -> None:
+def test_without_a_reference_nll_is_the_same_and_nothing_is_compared(
+    models: Path, text: Path
+) -> None:
     alone = evaluate(models / "dense", None, text, 2, SEQ_LEN)
     compared = evaluate(models / "dense", models / "other", text, 2, SEQ_LEN)
     assert (alone.nll, alone.nll_se, alone.ppl) == (compared.nll, compared.nll_se, compared.ppl)
     assert (alone.ref_nll, alone.delta_nll, alone.kl_mean, alone.kl_p99, alone.top1) == (None,) * 5
 
 
-def test_an_svsk_checkpoint_scores_as_the_dense_model_it_stands_for(models: Path, text: Path) -> None:
+def test_an_svsk_checkpoint_scores_as_the_dense_model_it_stands_for(
+    models: Path, text: Path
+) -> None:
     restored = evaluate(models / "svsk", models / "restored", text, 2, SEQ_LEN)
     assert (restored.kl_mean, restored.delta_nll, restored.top1) == (0.0, 0.0, 1.0)
     original = evaluate(models / "svsk", models / "dense", text, 2, SEQ_LEN)
@@ -224,7 +263,14 @@ def test_an_svsk_checkpoint_scores_as_the_dense_model_it_stands_for(models: Path
 
 def test_progress_is_reported_after_every_chunk(models: Path, text: Path) -> None:
     calls: list[tuple[int, int]] = []
-    evaluate(models / "dense", None, text, 3, SEQ_LEN, progress=lambda done, total: calls.append((done, total)))
+    evaluate(
+        models / "dense",
+        None,
+        text,
+        3,
+        SEQ_LEN,
+        progress=lambda done, total: calls.append((done, total)),
+    )
     assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -232,7 +278,9 @@ def test_progress_is_reported_after_every_chunk(models: Path, text: Path) -> Non
     ("dtype", "expected"),
     [(None, torch.float32), ("bfloat16", torch.bfloat16), (torch.float64, torch.float64)],
 )
-def test_dtype_of_a_loaded_model(models: Path, dtype: str | torch.dtype | None, expected: torch.dtype) -> None:
+def test_dtype_of_a_loaded_model(
+    models: Path, dtype: str | torch.dtype | None, expected: torch.dtype
+) -> None:
     for name in ("dense", "svsk"):
         model = load_model(models / name, dtype, "cpu")
         assert {parameter.dtype for parameter in model.parameters()} == {expected}
@@ -240,8 +288,13 @@ def test_dtype_of_a_loaded_model(models: Path, dtype: str | torch.dtype | None, 
 
 
 def test_bfloat16_differs_from_float32_by_rounding_only(models: Path, text: Path) -> None:
-    reference, model = load_model(models / "dense", "float32", "cpu"), load_model(models / "dense", "bfloat16", "cpu")
-    result = compare_models(model, reference, token_chunks(text, load_tokenizer(models / "dense"), 2, SEQ_LEN))
+    reference, model = (
+        load_model(models / "dense", "float32", "cpu"),
+        load_model(models / "dense", "bfloat16", "cpu"),
+    )
+    result = compare_models(
+        model, reference, token_chunks(text, load_tokenizer(models / "dense"), 2, SEQ_LEN)
+    )
     assert 0 < known(result.kl_mean) < 0.01
 
 
@@ -264,7 +317,8 @@ def test_a_path_that_is_no_model_is_an_error(models: Path, text: Path, tmp_path:
 def test_a_vocabulary_that_differs_is_an_error(models: Path, text: Path, tmp_path: Path) -> None:
     padded = write_dense(tmp_path / "padded", with_vocabulary(VOCAB + 64))
     with pytest.raises(
-        EvalError, match=f"padded has a vocabulary of {VOCAB + 64}, the reference .*dense one of {VOCAB}"
+        EvalError,
+        match=f"padded has a vocabulary of {VOCAB + 64}, the reference .*dense one of {VOCAB}",
     ):
         evaluate(padded, models / "dense", text, 1, SEQ_LEN)
 
@@ -275,17 +329,22 @@ def test_tokens_beyond_the_vocabulary_are_an_error(text: Path, tmp_path: Path) -
         evaluate(small, None, text, 1, SEQ_LEN)
 
 
-def test_tokenizers_that_name_tokens_differently_are_an_error(models: Path, text: Path, tmp_path: Path) -> None:
+def test_tokenizers_that_name_tokens_differently_are_an_error(
+    models: Path, text: Path, tmp_path: Path
+) -> None:
     renamed = write_dense(tmp_path / "renamed")
     vocabulary = load_tokenizer(renamed).get_vocab()
-    # Bytes that the text does not hold: its tokens are the same, the distributions are not over the same tokens.
+    # Bytes that the text does not hold: its tokens are the same, the distributions are not over the
+    # same tokens.
     vocabulary["~"], vocabulary["^"] = vocabulary["^"], vocabulary["~"]
     edit_tokenizer(renamed, vocab=vocabulary)
     with pytest.raises(EvalError, match=r"tokenizers of .*renamed .* differ"):
         evaluate(renamed, models / "dense", text, 1, SEQ_LEN)
 
 
-def test_tokenizers_that_split_differently_are_an_error(models: Path, text: Path, tmp_path: Path) -> None:
+def test_tokenizers_that_split_differently_are_an_error(
+    models: Path, text: Path, tmp_path: Path
+) -> None:
     unmerged = write_dense(tmp_path / "unmerged")
     edit_tokenizer(unmerged, merges=[])
     assert load_tokenizer(unmerged).get_vocab() == load_tokenizer(models / "dense").get_vocab()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scoring through vLLM, without vLLM: its answers are made by hand, or by a package of its name that runs transformers.
+"""Scoring through vLLM, without vLLM.
+
+Its answers are made by hand, or by a package of its name that runs transformers.
 
 The processes are real. With the real vLLM see ``tests/serving/test_served_scores.py``.
 """
@@ -28,7 +30,14 @@ from svsk_eval.text.compare import compare_files
 from svsk_eval.text.metrics import ChunkScores, EvalInputs, EvalResult, summarise
 from svsk_eval.text.scoring import evaluate, token_chunks
 from svsk_eval.text.served import chunk_scores, evaluate_served, serve, served_scores
-from tests.support.tiny_models import BOS, FAMILIES, VOCAB, write_dense, write_random_svsk, write_restored
+from tests.support.tiny_models import (
+    BOS,
+    FAMILIES,
+    VOCAB,
+    write_dense,
+    write_random_svsk,
+    write_restored,
+)
 
 SEQ_LEN = 400
 """Two chunks fit a step of the engine, three do not."""
@@ -62,13 +71,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(0)
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(rng.choice(["the", "rate", "of", "stones", "é", "not here\n"]) for _ in range(800)))
+    path.write_text(
+        " ".join(rng.choice(["the", "rate", "of", "stones", "é", "not here\n"]) for _ in range(800))
+    )
     return path
 
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict[str, Any]]]:
-    """Put a vLLM in front of the real one, if there is one; the function tells how it was called."""
+    """Put a vLLM in front of the real one, if there is one.
+
+    The function tells how it was called.
+    """
     monkeypatch.syspath_prepend(FAKE)
     monkeypatch.setenv("PYTHONPATH", str(FAKE), prepend=os.pathsep)
     monkeypatch.setenv("FAKE_VLLM_LOG", str(tmp_path / "calls"))
@@ -101,12 +115,18 @@ def in_process(fake: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None
 def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors that must be found before minutes are spent on an engine."""
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True if name == "vllm" else found(name))
-    monkeypatch.setattr("svsk_eval.text.served._run_child", lambda *_: pytest.fail("a process was started"))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: True if name == "vllm" else found(name)
+    )
+    monkeypatch.setattr(
+        "svsk_eval.text.served._run_child", lambda *_: pytest.fail("a process was started")
+    )
 
 
 def svsk(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], catch_exceptions=False
+    )
 
 
 def test_log_probability_of_the_own_token_and_the_token_of_rank_one() -> None:
@@ -114,7 +134,10 @@ def test_log_probability_of_the_own_token_and_the_token_of_rank_one() -> None:
         None,
         {7: Entry(-0.5, 1)},  # the prompt's own token is the likeliest
         {8: Entry(-3.0, 40), 5: Entry(-0.25, 1)},
-        {9: Entry(-0.75, 2), 6: Entry(-0.75, 1)},  # a tie, where the rank counts the tied tokens too
+        {
+            9: Entry(-0.75, 2),
+            6: Entry(-0.75, 1),
+        },  # a tie, where the rank counts the tied tokens too
         {4: Entry(-0.75, 1), 3: Entry(-0.75, 1)},  # a tie, where it counts the likelier ones only
     ]
     assert chunk_scores([BOS, 7, 8, 9, 4], places) == ([-0.5, -3.0, -0.75, -0.75], [7, 5, 6, 3])
@@ -130,10 +153,22 @@ def test_a_log_probability_that_is_not_a_number_is_passed_on() -> None:
     ("places", "message"),
     [
         (None, "gave no prompt log-probabilities for a prompt of 3"),
-        ([None, {7: Entry(-1, 1)}], "gave 2 prompt log-probabilities for a prompt of 3"),  # as with a cached prefix
-        ([None, {7: Entry(-1, 1)}, None], r"Place 2 .* tokens \[\], expected the prompt's own token 8"),
-        ([None, {5: Entry(-1, 1)}, {8: Entry(-1, 1)}], r"Place 1 .* tokens \[5\], expected the prompt's own token 7"),
-        ([None, {7: Entry(-1, 1)}, {8: Entry(-3, 9)}], r"Place 2 .* tokens \[8\], .* and the likeliest one"),
+        (
+            [None, {7: Entry(-1, 1)}],
+            "gave 2 prompt log-probabilities for a prompt of 3",
+        ),  # as with a cached prefix
+        (
+            [None, {7: Entry(-1, 1)}, None],
+            r"Place 2 .* tokens \[\], expected the prompt's own token 8",
+        ),
+        (
+            [None, {5: Entry(-1, 1)}, {8: Entry(-1, 1)}],
+            r"Place 1 .* tokens \[5\], expected the prompt's own token 7",
+        ),
+        (
+            [None, {7: Entry(-1, 1)}, {8: Entry(-3, 9)}],
+            r"Place 2 .* tokens \[8\], .* and the likeliest one",
+        ),
     ],
 )
 def test_missing_entries_are_an_error(places: Any, message: str) -> None:
@@ -141,25 +176,38 @@ def test_missing_entries_are_an_error(places: Any, message: str) -> None:
         chunk_scores([BOS, 7, 8], places)
 
 
-def test_figures_are_those_of_the_transformers_path(models: Path, text: Path, fake: Callable[[], Any]) -> None:
+def test_figures_are_those_of_the_transformers_path(
+    models: Path, text: Path, fake: Callable[[], Any]
+) -> None:
     calls: list[tuple[int, int]] = []
     served = evaluate_served(
-        models / "restored", models / "dense", text, 3, SEQ_LEN, "float32", {"seed": 5},
+        models / "restored",
+        models / "dense",
+        text,
+        3,
+        SEQ_LEN,
+        "float32",
+        {"seed": 5},
         lambda done, total: calls.append((done, total)),
-    )  # fmt: skip
+    )
     expected = evaluate(models / "restored", models / "dense", text, 3, SEQ_LEN, "float32", "cpu")
     for name in ("nll", "nll_se", "ppl", "delta_nll", "delta_nll_se", "ref_nll", "top1", "top1_se"):
         assert getattr(served, name) == pytest.approx(getattr(expected, name), abs=1e-5), name
     assert served.top1 is not None
     assert 0 < served.top1 < 1, "a case that shows nothing"
     for name in ("nll", "ref_nll", "top1"):
-        assert getattr(served.per_chunk, name) == pytest.approx(getattr(expected.per_chunk, name), abs=1e-5)
+        assert getattr(served.per_chunk, name) == pytest.approx(
+            getattr(expected.per_chunk, name), abs=1e-5
+        )
     assert (served.kl_mean, served.kl_p99, served.per_chunk.kl) == (None, None, None)
     assert (served.tokens, served.chunks) == (3 * (SEQ_LEN - 1), 3)
     assert expected.inputs is not None
     settings = {
-        "vllm": "0.0.fake", "device": "cpu", "svsk_kernels": ["FakeKernel"], "engine_args": {"seed": 5},
-    }  # fmt: skip
+        "vllm": "0.0.fake",
+        "device": "cpu",
+        "svsk_kernels": ["FakeKernel"],
+        "engine_args": {"seed": 5},
+    }
     assert served.inputs == replace(expected.inputs, engine="vllm", engine_settings=settings)
     assert served.to_json()["engine_settings"] == settings
     assert calls == [(0, 6), (2, 6), (3, 6), (3, 6), (5, 6), (6, 6)]
@@ -186,7 +234,13 @@ def test_the_reference_is_served_in_the_dtype_of_the_model(
 @pytest.mark.parametrize(
     ("mode", "message"),
     [
-        ("fail", r"dense: vLLM could not score it \(exit code 1\).*log line 99\n.*RuntimeError: no memory for this"),
+        (
+            "fail",
+            (
+                r"dense: vLLM could not score it \(exit code 1\).*log line 99\n.*RuntimeError: no"
+                r" memory for this"
+            ),
+        ),
         ("kill", r"dense: vLLM could not score it \(ended by SIGKILL, as when memory runs out\)"),
     ],
 )
@@ -204,7 +258,13 @@ def test_a_process_that_fails_is_an_error_that_names_the_model(
     ("mode", "message"),
     [
         ("other", "vLLM scored another prompt"),
-        ("nan", "dense: the log-probability of token 3 of chunk 2 is nan, and 1 of 1197 are not finite, in float32"),
+        (
+            "nan",
+            (
+                "dense: the log-probability of token 3 of chunk 2 is nan, and 1 of 1197 are not"
+                " finite, in float32"
+            ),
+        ),
     ],
 )
 def test_answers_that_mean_nothing_are_refused(
@@ -233,14 +293,20 @@ def test_an_interrupted_evaluation_leaves_no_process(
 def test_models_that_do_not_fit_are_refused_before_an_engine_starts(
     models: Path, text: Path, tmp_path: Path, no_process: None
 ) -> None:
-    with pytest.raises(EvalError, match=r"dense: takes 512 tokens at most, .*Use --seq-len 511 or less"):
+    with pytest.raises(
+        EvalError, match=r"dense: takes 512 tokens at most, .*Use --seq-len 511 or less"
+    ):
         evaluate_served(models / "dense", None, text, 1, 512)
     with pytest.raises(EvalError, match="takes 512 tokens at most, chunks have 600"):
         evaluate_served(models / "dense", None, text, 1, 600)
-    padded = replace(FAMILIES["llama"], settings={**FAMILIES["llama"].settings, "vocab_size": VOCAB + 64})
+    padded = replace(
+        FAMILIES["llama"], settings={**FAMILIES["llama"].settings, "vocab_size": VOCAB + 64}
+    )
     for seed, family in enumerate(("llama", padded)):
         write_dense(tmp_path / str(seed), family)
-    with pytest.raises(EvalError, match=f"vocabulary of {VOCAB}, the reference .* one of {VOCAB + 64}"):
+    with pytest.raises(
+        EvalError, match=f"vocabulary of {VOCAB}, the reference .* one of {VOCAB + 64}"
+    ):
         evaluate_served(tmp_path / "0", tmp_path / "1", text, 1, 32)
     with pytest.raises(EvalError, match=r"tokenizers of .* differ"):
         evaluate_served(tmp_path / "0", models / "dense", text, 1, 32)
@@ -254,18 +320,26 @@ def test_models_that_do_not_fit_are_refused_before_an_engine_starts(
         with pytest.raises(EvalError, match=r"shape .* expected \[chunks, seq_len\]"):
             served_scores(models / "dense", torch.ones(shape, dtype=torch.int64))
     with pytest.raises(EvalError, match="are not JSON"):
-        served_scores(models / "dense", torch.ones(1, 8, dtype=torch.int64), engine_args={"a": object()})
+        served_scores(
+            models / "dense", torch.ones(1, 8, dtype=torch.int64), engine_args={"a": object()}
+        )
 
 
-def test_what_cannot_be_served_is_named(models: Path, monkeypatch: pytest.MonkeyPatch, no_process: None) -> None:
+def test_what_cannot_be_served_is_named(
+    models: Path, monkeypatch: pytest.MonkeyPatch, no_process: None
+) -> None:
     tokens = torch.ones(1, 8, dtype=torch.int64)
     with monkeypatch.context() as patch:
         patch.setenv("VLLM_PLUGINS", "other,svsk2")
-        with pytest.raises(EvalError, match="svsk: an SVSK checkpoint, but VLLM_PLUGINS=other,svsk2 keeps"):
+        with pytest.raises(
+            EvalError, match="svsk: an SVSK checkpoint, but VLLM_PLUGINS=other,svsk2 keeps"
+        ):
             served_scores(models / "svsk", tokens)
     with monkeypatch.context() as patch:
         patch.setattr(importlib.metadata, "entry_points", lambda **_: ())
-        with pytest.raises(EvalError, match="svsk: an SVSK checkpoint, but its vLLM plugin is not installed in "):
+        with pytest.raises(
+            EvalError, match="svsk: an SVSK checkpoint, but its vLLM plugin is not installed in "
+        ):
             served_scores(models / "svsk", tokens)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EvalError, match=r"vLLM is not installed .* or use --engine hf"):
@@ -276,11 +350,21 @@ def test_what_cannot_be_served_is_named(models: Path, monkeypatch: pytest.Monkey
 def served_result(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Have the command get a result at once; the list collects what it asks for."""
     asked: list[tuple[Any, ...]] = []
-    rows = [torch.tensor([1.0, 2.0]).numpy(), torch.tensor([1.0, 1.5]).numpy(), None, torch.ones(2).numpy()]
+    rows = [
+        torch.tensor([1.0, 2.0]).numpy(),
+        torch.tensor([1.0, 1.5]).numpy(),
+        None,
+        torch.ones(2).numpy(),
+    ]
     inputs = EvalInputs(
-        "m", "r", "0f", 3, "bfloat16", "vllm",
+        "m",
+        "r",
+        "0f",
+        3,
+        "bfloat16",
+        "vllm",
         {"vllm": "9.9", "device": "cuda", "svsk_kernels": ["TritonKernel"], "engine_args": {}},
-    )  # fmt: skip
+    )
 
     def run(*arguments: Any) -> EvalResult:
         asked.append(arguments[:-1])
@@ -296,14 +380,25 @@ def test_the_command_names_what_was_used(served_result: list[Any], tmp_path: Pat
     target, text = tmp_path / "scores.json", tmp_path / "t.txt"
     text.write_text("A text.")
     options = ["--text", text, "--reference", "r", "--chunks", 2, "--seq-len", 3, "--json", target]
-    engine = ["--engine", "vllm", "--engine-arg", "tensor_parallel_size=2", "--engine-arg", "enforce_eager=true"]
+    engine = [
+        "--engine",
+        "vllm",
+        "--engine-arg",
+        "tensor_parallel_size=2",
+        "--engine-arg",
+        "enforce_eager=true",
+    ]
     result = svsk("eval", "m", *options, *engine)
     assert result.exit_code == 0, result.output
-    assert served_result == [("m", "r", text, 2, 3, "auto", {"tensor_parallel_size": 2, "enforce_eager": True})]
+    assert served_result == [
+        ("m", "r", text, 2, 3, "auto", {"tensor_parallel_size": 2, "enforce_eager": True})
+    ]
     for shown in (
-        "1.50000", "delta NLL", "served by vLLM 9.9 on cuda in bfloat16; SVSK kernels: TritonKernel",
+        "1.50000",
+        "delta NLL",
+        "served by vLLM 9.9 on cuda in bfloat16; SVSK kernels: TritonKernel",
         "KL: none, vLLM does not give whole distributions",
-    ):  # fmt: skip
+    ):
         assert shown in result.output
     assert "KL(reference" not in result.output
     written = json.loads(target.read_text())
@@ -313,7 +408,10 @@ def test_the_command_names_what_was_used(served_result: list[Any], tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--engine", "vllm", "--device", "cuda:1"], "--device cuda:1: vLLM chooses the device itself"),
+        (
+            ["--engine", "vllm", "--device", "cuda:1"],
+            "--device cuda:1: vLLM chooses the device itself",
+        ),
         (["--engine", "tgi"], "--engine tgi: expected one of vllm, hf"),
         (["--engine-arg", "enforce_eager=true"], "enforce_eager: goes with --engine vllm only"),
         (["--engine", "vllm", "--engine-arg", "enforce_eager"], "expected name=value"),
@@ -333,7 +431,14 @@ def test_options_that_do_not_go_together_are_one_line(
 
 def scores_file(path: Path, nll: float, **keys: Any) -> Path:
     per_chunk = {"nll": [nll, nll + 1], "ref_nll": [1.0, 2.0], "top1": [0.5, 0.75]}
-    scores = {"model": "m", "text_fingerprint": "0f", "seq_len": 8, "dtype": "float32", "per_chunk": per_chunk, **keys}
+    scores = {
+        "model": "m",
+        "text_fingerprint": "0f",
+        "seq_len": 8,
+        "dtype": "float32",
+        "per_chunk": per_chunk,
+        **keys,
+    }
     path.write_text(json.dumps(scores))
     return path
 
@@ -356,8 +461,13 @@ def test_engines_are_compared_by_nll_and_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_engine_in_a_file_is_refused(tmp_path: Path) -> None:
-    old, bad = scores_file(tmp_path / "old.json", 1.0), scores_file(tmp_path / "bad.json", 1.0, engine="tgi")
-    with pytest.raises(EvalError, match=r"bad\.json: its engine is 'tgi', expected hf or vllm, .*old\.json"):
+    old, bad = (
+        scores_file(tmp_path / "old.json", 1.0),
+        scores_file(tmp_path / "bad.json", 1.0, engine="tgi"),
+    )
+    with pytest.raises(
+        EvalError, match=r"bad\.json: its engine is 'tgi', expected hf or vllm, .*old\.json"
+    ):
         compare_files([old, bad])
 
 

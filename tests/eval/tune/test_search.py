@@ -32,8 +32,16 @@ class Clock:
 class Bench:
     """Scores recipes by a formula; every trial takes ``seconds``."""
 
-    def __init__(self, kl: Callable[[Recipe], float], bpw: Callable[[Recipe], float], seconds: float) -> None:
-        self.kl, self.bpw, self.seconds, self.clock, self.tried = kl, bpw, seconds, Clock(), list[Recipe]()
+    def __init__(
+        self, kl: Callable[[Recipe], float], bpw: Callable[[Recipe], float], seconds: float
+    ) -> None:
+        self.kl, self.bpw, self.seconds, self.clock, self.tried = (
+            kl,
+            bpw,
+            seconds,
+            Clock(),
+            list[Recipe](),
+        )
 
     def run(self, recipe: Recipe) -> Score:
         self.tried.append(recipe)
@@ -56,7 +64,9 @@ def bench() -> Bench:
     return Bench(kl, lambda recipe: 4.5, 10.0)
 
 
-def search(bench: Bench, path: Path, *, default: Recipe = BEST, budget: float = 1e9, **events: Any) -> Search:
+def search(
+    bench: Bench, path: Path, *, default: Recipe = BEST, budget: float = 1e9, **events: Any
+) -> Search:
     state = State(path, {})
     if path.exists():
         state.restore(json.loads(path.read_text()))
@@ -106,13 +116,16 @@ def test_the_median_decides_what_fits(bench: Bench, tmp_path: Path) -> None:
         bench.seconds = next(lengths)
         return Bench.run(bench, recipe)
 
-    # After 1, 1 and 10 seconds the median is 1, so that the fourth starts (the mean would forbid it); it overruns.
+    # After 1, 1 and 10 seconds the median is 1, so that the fourth starts (the mean would forbid
+    # it); it overruns.
     found = Search(BEST, run, State(tmp_path / "state.json", {}), 13.5, bench.clock)
     assert not found.execute()
     assert len(bench.tried) == 4
 
 
-def test_minutes_of_earlier_runs_count_unless_the_budget_grows(bench: Bench, tmp_path: Path) -> None:
+def test_minutes_of_earlier_runs_count_unless_the_budget_grows(
+    bench: Bench, tmp_path: Path
+) -> None:
     path = tmp_path / "state.json"
     assert not search(bench, path, budget=40).execute()
     assert len(bench.tried) == 4
@@ -176,7 +189,9 @@ def test_a_lower_kl_within_the_noise_is_not_chosen(tmp_path: Path) -> None:
         return score(0.5, 1.05) if lower else score(*((1.0, 1.0) if recipe == BEST else (1.1, 1.1)))
 
     steps: list[Step] = []
-    found = Search(BEST, run, State(tmp_path / "state.json", {}), 1e9, Clock(), on_step=steps.append)
+    found = Search(
+        BEST, run, State(tmp_path / "state.json", {}), 1e9, Clock(), on_step=steps.append
+    )
     assert found.execute()
     assert best_of(found) == {}
     (lower,) = [step for step in steps if step.trial.score and step.trial.score.kl < 1.0]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``svsk tune`` on a tiny model: what is held out, what is chosen and written, what a killed run leaves."""
+"""``svsk tune`` on a tiny model.
+
+What is held out, what is chosen and written, what a killed run leaves.
+"""
 
 import math
 import re
@@ -26,7 +29,10 @@ from svsk_offline.storage.dense_model import ModelSource
 from tests.support.format_builders import edit_json
 from tests.support.tiny_models import write_dense
 
-SMALL = {"calibration": {"samples": 4, "seq_len": 32}, "sidecar": {"rank": 4, "tile_m": 0, "tile_n": 0}}
+SMALL = {
+    "calibration": {"samples": 4, "seq_len": 32},
+    "sidecar": {"rank": 4, "tile_m": 0, "tile_n": 0},
+}
 
 
 def drawn(*rows: int) -> CalibrationSet:
@@ -36,7 +42,9 @@ def drawn(*rows: int) -> CalibrationSet:
 
 @pytest.mark.parametrize(("count", "held_out"), [(20, 4), (7, 6), (33, 2), (5, 3)])
 def test_the_split_shares_nothing_and_covers_the_text(count: int, held_out: int) -> None:
-    training, held = (part.tokens[:, 0].tolist() for part in split_calibration(drawn(*range(count)), held_out))
+    training, held = (
+        part.tokens[:, 0].tolist() for part in split_calibration(drawn(*range(count)), held_out)
+    )
     assert len(held) == held_out
     assert sorted(training + held) == list(range(count))
     assert training == sorted(training)
@@ -94,7 +102,9 @@ def run_tune(dense: Path, out: Path, recipe: Recipe | None = None, **options: An
 
 
 @pytest.mark.usefixtures("few_values")
-def test_the_result_is_never_worse_than_the_default(dense: Path, tmp_path: Path, quantized: list[Recipe]) -> None:
+def test_the_result_is_never_worse_than_the_default(
+    dense: Path, tmp_path: Path, quantized: list[Recipe]
+) -> None:
     out = tmp_path / "tuned.yaml"
     steps: list[Step] = []
     result = run_tune(dense, out, progress=TuneProgress(step=steps.append))
@@ -110,7 +120,11 @@ def test_the_result_is_never_worse_than_the_default(dense: Path, tmp_path: Path,
     written = load_recipe(str(out))
     assert written == result.recipe
     assert written.digest == result.chosen.recipe.digest
-    assert (written.name, written.calibration.samples, written.calibration.seq_len) == ("tuned", 4, 32)
+    assert (written.name, written.calibration.samples, written.calibration.seq_len) == (
+        "tuned",
+        4,
+        32,
+    )
     for found in (result.chosen.score, result.default.score):
         assert f"{found.kl:.5f} ± {found.kl_se:.5f}" in written.description
         assert f"{found.kl:.5f}" in out.read_text().splitlines()[0]
@@ -118,7 +132,9 @@ def test_the_result_is_never_worse_than_the_default(dense: Path, tmp_path: Path,
     assert [path.name for path in (tmp_path / "tuned.yaml.tune").iterdir()] == ["svsk-tune.json"]
 
 
-def test_a_trial_scores_what_its_checkpoint_gives_on_the_held_out_pieces(dense: Path, tmp_path: Path) -> None:
+def test_a_trial_scores_what_its_checkpoint_gives_on_the_held_out_pieces(
+    dense: Path, tmp_path: Path
+) -> None:
     from svsk_eval.text.scoring import compare_models, load_model
 
     result = run_tune(dense, tmp_path / "tuned.yaml", budget_minutes=1e-9)
@@ -134,7 +150,10 @@ def test_a_trial_scores_what_its_checkpoint_gives_on_the_held_out_pieces(dense: 
     assert result.chosen.score.chunk_kl == scores.per_chunk.kl
     assert result.chosen.score.kl == pytest.approx(scores.kl_mean)
     assert result.chosen.score.kl_se == pytest.approx(scores.kl_mean_se)
-    assert (result.chosen.score.top1, result.chosen.score.delta_nll) == (scores.top1, scores.delta_nll)
+    assert (result.chosen.score.top1, result.chosen.score.delta_nll) == (
+        scores.top1,
+        scores.delta_nll,
+    )
 
 
 @pytest.mark.usefixtures("few_values")
@@ -156,7 +175,9 @@ def test_a_killed_run_goes_on(
         run_tune(dense, tmp_path / "again.yaml")
     monkeypatch.setattr(tune_module, "load_model", load)
     assert not (tmp_path / "again.yaml").exists()
-    leftover = tmp_path / "again.yaml.tune" / "svsk-tune-trial.partial"  # as a kill that Python does not see leaves it
+    leftover = (
+        tmp_path / "again.yaml.tune" / "svsk-tune-trial.partial"
+    )  # as a kill that Python does not see leaves it
     leftover.mkdir()
     (leftover / "block-00000.safetensors").write_bytes(b"half")
     result = run_tune(dense, tmp_path / "again.yaml")
@@ -175,7 +196,11 @@ def test_a_killed_run_goes_on(
 
 
 def test_the_target_is_kept(dense: Path, tmp_path: Path) -> None:
-    recipe = small(allocation={"target_bpw": 5.5, "ranks": (0, 2, 4)}, sidecar={"rank": 4}, calibration={"samples": 2})
+    recipe = small(
+        allocation={"target_bpw": 5.5, "ranks": (0, 2, 4)},
+        sidecar={"rank": 4},
+        calibration={"samples": 2},
+    )
     result = run_tune(dense, tmp_path / "tuned.yaml", recipe, budget_minutes=1e-9)
     assert result.chosen.score is not None
     assert result.chosen.score.bits_per_weight <= 5.5
@@ -197,10 +222,14 @@ def test_another_search_is_refused(dense: Path, tmp_path: Path, quantized: list[
     ):
         arguments = {"model": dense, "recipe": small(), "held_out": 4, **another}
         model, recipe = arguments.pop("model"), arguments.pop("recipe")
-        with pytest.raises(EvalError, match=f"of another search, with {named}. Delete it.* --overwrite"):
+        with pytest.raises(
+            EvalError, match=f"of another search, with {named}. Delete it.* --overwrite"
+        ):
             tune(model, out, recipe, **arguments, **options)
     assert len(quantized) == 1
-    edit_json(state, lambda raw: next(iter(raw["trials"].values()))["recipe"]["sink"].update(weight=3.0))
+    edit_json(
+        state, lambda raw: next(iter(raw["trials"].values()))["recipe"]["sink"].update(weight=3.0)
+    )
     with pytest.raises(EvalError, match=r"damaged, .*a recipe that is not the one of its digest"):
         run_tune(dense, out, **options)
     state.write_text("[]")
@@ -212,21 +241,46 @@ def test_another_search_is_refused(dense: Path, tmp_path: Path, quantized: list[
 
 
 def svsk(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], catch_exceptions=False
+    )
 
 
 @pytest.mark.usefixtures("few_values")
 def test_the_command(dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned.yaml"
-    small_options = ["--recipe", "fast", "--tile-m", 0, "--tile-n", 0, "--samples", 4, "--seq-len", 32]
+    small_options = [
+        "--recipe",
+        "fast",
+        "--tile-m",
+        0,
+        "--tile-n",
+        0,
+        "--samples",
+        4,
+        "--seq-len",
+        32,
+    ]
     arguments = ["tune", dense, out, *small_options, "--held-out", 4, "--codebook", "quad8"]
     result = svsk(*arguments)
     assert result.exit_code == 0, result.output
-    for shown in ("trial   1  default: ", "trial   2  gradients.row_power 0.5: ", "to beat", "KL ± se", "→", "wrote "):
+    for shown in (
+        "trial   1  default: ",
+        "trial   2  gradients.row_power 0.5: ",
+        "to beat",
+        "KL ± se",
+        "→",
+        "wrote ",
+    ):
         assert shown in result.output
-    assert re.search(r"\d trials in 0\.\d min; a sweep over all parameters brought nothing more", result.output)
+    assert re.search(
+        r"\d trials in 0\.\d min; a sweep over all parameters brought nothing more", result.output
+    )
     assert load_recipe(str(out)).weights.codebook == "quad8"
-    assert svsk(*arguments).output == f"error: {out} exists. Choose another file, or pass --overwrite to replace it.\n"
+    assert (
+        svsk(*arguments).output
+        == f"error: {out} exists. Choose another file, or pass --overwrite to replace it.\n"
+    )
     again = svsk(*arguments, "--overwrite")
     assert again.exit_code == 0
     assert "Known from earlier runs: " in again.output
@@ -244,7 +298,10 @@ def test_errors_come_before_any_work(dense: Path, tmp_path: Path, quantized: lis
         ([out, "--work-dir", tmp_path / "file"], "is a file, expected a folder"),
         ([out, "--work-dir", dense], "overlaps the model"),
         ([out, "--target-bpw", 3], "allocation.target_bpw: Input should be greater than 4"),
-        ([out, "--target-bpw", 4.5, "--recipe", "published"], "aa goes without gradients and allocation"),
+        (
+            [out, "--target-bpw", 4.5, "--recipe", "published"],
+            "aa goes without gradients and allocation",
+        ),
         ([out, "--dtype", "float32"], "--dtype float32: expected auto, bfloat16 or float16"),
         ([out, "--calibration", tmp_path / "no.txt"], "no such file"),
         ([out, "--calibration", tmp_path / "file", "--samples", 2], "18 samples are asked for"),

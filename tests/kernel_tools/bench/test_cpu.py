@@ -11,19 +11,38 @@ import svsk_kernel_tools.bench.cpu as bench
 from svsk_kernels import cpu_ops_obstacle
 
 
-@pytest.mark.skipif(cpu_ops_obstacle() is not None, reason="the op for this processor cannot be built")
+@pytest.mark.skipif(
+    cpu_ops_obstacle() is not None, reason="the op for this processor cannot be built"
+)
 def test_benchmark_reports_every_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "SHAPES", {"o": (608, 1088)})
     document, table = tmp_path / "bench.json", tmp_path / "bench.md"
-    arguments = ["--shapes", "o", "--rows", "1,3", "--seconds", "0", "--json", str(document), "--markdown", str(table)]
+    arguments = [
+        "--shapes",
+        "o",
+        "--rows",
+        "1,3",
+        "--seconds",
+        "0",
+        "--json",
+        str(document),
+        "--markdown",
+        str(table),
+    ]
     done = CliRunner().invoke(bench.app, arguments)
     assert done.exit_code == 0, done.output
     found = json.loads(document.read_text())["microseconds"]["o"]
     assert list(found) == ["1", "3"]
     for times in found.values():
-        assert {"linear", "int4_base", "int4_tiles", "int4_whole", "quad8_base", "quad8_tiles", "quad8_whole"} <= set(
-            times
-        )
+        assert {
+            "linear",
+            "int4_base",
+            "int4_tiles",
+            "int4_whole",
+            "quad8_base",
+            "quad8_tiles",
+            "quad8_whole",
+        } <= set(times)
         assert min(times.values()) > 0
     lines = table.read_text().splitlines()
     assert len(lines) == 4

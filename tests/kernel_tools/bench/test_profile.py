@@ -42,23 +42,36 @@ UNITS |= {METRICS["instructions"]: "inst"}
 
 
 def test_numbers_units_and_messages() -> None:
-    text = '==PROF== Connected to process 77\n{"shape": "s"}\n' + table([DECODE], UNITS) + "==PROF== Disconnected\n"
+    text = (
+        '==PROF== Connected to process 77\n{"shape": "s"}\n'
+        + table([DECODE], UNITS)
+        + "==PROF== Disconnected\n"
+    )
     (launch,) = parse_ncu(text)
     assert launch.kernel == "decode_kernel"
     assert launch.metrics == {
-        "us": 5.5, "dram_percent": 81.25, "dram_read_bytes": 1.5e6, "instructions": 13107.0,
-    }  # fmt: skip
+        "us": 5.5,
+        "dram_percent": 81.25,
+        "dram_read_bytes": 1.5e6,
+        "instructions": 13107.0,
+    }
 
 
-@pytest.mark.parametrize(("unit", "us"), [("ns", 0.0055), ("nsecond", 0.0055), ("usecond", 5.5), ("msecond", 5500)])
+@pytest.mark.parametrize(
+    ("unit", "us"), [("ns", 0.0055), ("nsecond", 0.0055), ("usecond", 5.5), ("msecond", 5500)]
+)
 def test_time_comes_in_any_unit(unit: str, us: float) -> None:
-    assert parse_ncu(table([DECODE], UNITS | {METRICS["us"]: unit}))[0].metrics["us"] == pytest.approx(us)
+    assert parse_ncu(table([DECODE], UNITS | {METRICS["us"]: unit}))[0].metrics[
+        "us"
+    ] == pytest.approx(us)
 
 
 def test_what_ncu_cannot_say_is_an_error() -> None:
     with pytest.raises(BenchError, match=r"gpu__time_duration\.sum in 'fortnight'"):
         parse_ncu(table([DECODE], UNITS | {METRICS["us"]: "fortnight"}))
-    with pytest.raises(BenchError, match=r"ncu printed no table\. Its output ends: .*ERR_NVGPUCTRPERM"):
+    with pytest.raises(
+        BenchError, match=r"ncu printed no table\. Its output ends: .*ERR_NVGPUCTRPERM"
+    ):
         parse_ncu("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission\n")
 
 
@@ -69,7 +82,9 @@ def test_launches_meet_their_counters_in_order() -> None:
     assert [row["kernel"] for row in rows] == ["shrink_kernel", "decode_kernel"]
     assert rows[1]["instructions_per_weight"] == 16384 * 32 / (256 * 512)
     assert "instructions_per_weight" not in rows[0]
-    with pytest.raises(BenchError, match=r"ncu saw the kernels \['decode_kernel'\], but \['fold_kernel'\]"):
+    with pytest.raises(
+        BenchError, match=r"ncu saw the kernels \['decode_kernel'\], but \['fold_kernel'\]"
+    ):
         rows_of([LAUNCHED | {"kernels": ["fold_kernel"]}], [decode])
 
 
@@ -78,7 +93,9 @@ def test_a_run_with_a_stand_in_for_ncu(monkeypatch: pytest.MonkeyPatch, tmp_path
     printed = json.dumps(LAUNCHED | {"kernels": ["decode_kernel"]}) + "\n" + table([DECODE], UNITS)
     (tmp_path / "printed").write_text(printed)
     stand_in = tmp_path / "ncu"
-    stand_in.write_text(f'#!/bin/sh\necho "$@" > "{tmp_path}/arguments"\ncat "{tmp_path}/printed"\n')
+    stand_in.write_text(
+        f'#!/bin/sh\necho "$@" > "{tmp_path}/arguments"\ncat "{tmp_path}/printed"\n'
+    )
     stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(profile, "open_device", lambda name: name)

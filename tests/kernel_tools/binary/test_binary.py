@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inspection of compiled kernels, on a kernel of its own: good everywhere, and failing each check on request."""
+"""The inspection of compiled kernels, on a kernel of its own.
+
+Good everywhere, and failing each check on request.
+"""
 
 import dataclasses
 import functools
@@ -39,7 +42,13 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled"
 )
 
-SIGNATURE = {"x_ptr": "*fp16", "w_ptr": "*i16", "y_ptr": "*fp16", "part_ptr": "*fp32", "counter_ptr": "*i32"}
+SIGNATURE = {
+    "x_ptr": "*fp16",
+    "w_ptr": "*i16",
+    "y_ptr": "*fp16",
+    "part_ptr": "*fp32",
+    "counter_ptr": "*i32",
+}
 SIZES = {"m": "i32", "n": "i32", "k": "i32", "stride_w": "i32"}
 ALIGNED = ("x_ptr", "w_ptr", "y_ptr", "part_ptr", "n", "k", "stride_w")
 GOOD = {
@@ -63,7 +72,9 @@ def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def make_case(warps: int = 4, aligned: tuple[str, ...] = ALIGNED, cap: float | None = 7, **changes: Any) -> KernelCase:
+def make_case(
+    warps: int = 4, aligned: tuple[str, ...] = ALIGNED, cap: float | None = 7, **changes: Any
+) -> KernelCase:
     constexprs = {**GOOD, **changes}
     return KernelCase(
         name="w4",
@@ -72,7 +83,10 @@ def make_case(warps: int = 4, aligned: tuple[str, ...] = ALIGNED, cap: float | N
         constexprs=constexprs,
         aligned=aligned,
         options={"num_warps": warps},
-        weights_per_thread=constexprs["BLOCK_N"] * 4 * constexprs["WORDS"] / (THREADS_OF_A_WARP * warps),
+        weights_per_thread=constexprs["BLOCK_N"]
+        * 4
+        * constexprs["WORDS"]
+        / (THREADS_OF_A_WARP * warps),
         max_instructions_per_weight=cap,
         split=constexprs["RESULT"] == "split",
         packed_weight_pointer="w_ptr",
@@ -119,7 +133,10 @@ def test_a_good_split_passes_every_check(arch: Arch) -> None:
 # --- each check fails where it has to, alone ---
 
 BAD = {
-    "spill": ({"warps": 1, "BLOCK_N": 128, "BLOCK_M": 64, "WORDS": 16, "STAGES": 1, "cap": None}, "registers spill"),
+    "spill": (
+        {"warps": 1, "BLOCK_N": 128, "BLOCK_M": 64, "WORDS": 16, "STAGES": 1, "cap": None},
+        "registers spill",
+    ),
     "shared": ({"BLOCK_M": 64, "STAGES": 8}, r"\d+ bytes of shared memory, at most 166912"),
     "no tensor cores": ({"DOT": False, "WORDS": 16, "cap": None}, "no tensor-core instruction"),
     "narrow": ({"aligned": ()}, r"loads of w_ptr are 2 bytes wide, expected 16"),
@@ -144,7 +161,10 @@ def test_a_bad_kernel_fails_its_check_only(name: str) -> None:
     [
         ({"aligned": ()}, "loads of w_ptr are 2 bytes wide"),
         ({"RESULT": "atomic"}, "4 atomic additions of floating point"),
-        ({"BLOCK_M": 128, "STAGES": 2, "WORDS": 128, "cap": None}, "bytes of shared memory, at most 65536"),
+        (
+            {"BLOCK_M": 128, "STAGES": 2, "WORDS": 128, "cap": None},
+            "bytes of shared memory, at most 65536",
+        ),
         ({"cap": 1.0}, "instructions per weight"),
     ],
 )
@@ -186,9 +206,13 @@ def test_a_missing_barrier_is_found() -> None:
         ({"instructions_per_weight": None}, "no weights_per_thread"),
     ],
 )
-def test_sentences_for_what_the_compiler_would_not_do(changes: dict[str, Any], sentence: str) -> None:
+def test_sentences_for_what_the_compiler_would_not_do(
+    changes: dict[str, Any], sentence: str
+) -> None:
     kernel = compiled(100, "split")
-    found = failures(dataclasses.replace(read_facts(kernel), **changes), kernel.case, limits_for(100))
+    found = failures(
+        dataclasses.replace(read_facts(kernel), **changes), kernel.case, limits_for(100)
+    )
     assert len(found) == 1, found
     assert sentence in found[0]
 
@@ -202,7 +226,10 @@ def test_sentences_for_what_the_compiler_would_not_do(changes: dict[str, Any], s
         ({"signature": SIGNATURE}, "k, m, n, stride_w: neither in signature nor in constexprs"),
         ({"constexprs": {**GOOD, "EXTRA": 1}}, "EXTRA: not an argument of the kernel"),
         ({"aligned": ("w_pointer",)}, "w_pointer: aligned, but not in signature"),
-        ({"packed_weight_pointer": "weights"}, "weights: packed_weight_pointer, but not in signature"),
+        (
+            {"packed_weight_pointer": "weights"},
+            "weights: packed_weight_pointer, but not in signature",
+        ),
         ({"fn": len}, "expected a function made by @triton.jit, got builtin_function_or_method"),
     ],
 )
@@ -212,7 +239,9 @@ def test_a_case_that_does_not_fit_is_refused(changes: dict[str, Any], sentence: 
 
 
 def test_what_triton_refuses_is_reported_with_the_case() -> None:
-    with pytest.raises(InspectError, match=r"case 'w4' does not compile for sm_80: (.|\n)*Change its block sizes"):
+    with pytest.raises(
+        InspectError, match=r"case 'w4' does not compile for sm_80: (.|\n)*Change its block sizes"
+    ):
         compile_case(make_case(BLOCK_M=17), 80)
 
 
@@ -245,7 +274,12 @@ def test_command_prints_and_writes_facts(register: Any, tmp_path: Path) -> None:
     register(make_case(), dataclasses.replace(make_case(), name="amd only", arches=("gfx942",)))
     out = tmp_path / "facts.json"
     result = CliRunner().invoke(app, ["--arch", "80", "--json", str(out)])
-    assert CliRunner().invoke(app, ["--arch", "80", "--arch", "gfx942", "--kernel", "amd only"]).exit_code == 0
+    assert (
+        CliRunner()
+        .invoke(app, ["--arch", "80", "--arch", "gfx942", "--kernel", "amd only"])
+        .exit_code
+        == 0
+    )
     assert result.exit_code == 0, result.output
     assert "1 passed, 0 failed" in result.output
     (entry,) = json.loads(out.read_text())
@@ -265,7 +299,8 @@ def test_command_fails_with_a_failed_check_or_compilation(register: Any) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"), [(["--kernel", "x"], "no case x"), (["--arch", "1"], "unknown target")]
+    ("arguments", "sentence"),
+    [(["--kernel", "x"], "no case x"), (["--arch", "1"], "unknown target")],
 )
 def test_command_refuses_unknown_names(register: Any, arguments: list[str], sentence: str) -> None:
     register(make_case())

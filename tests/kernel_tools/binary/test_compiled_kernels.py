@@ -37,7 +37,10 @@ def test_every_kernel_passes_every_check(arch: Arch) -> None:
         "fold",
         "feedback",
     }
-    failed = {case.name: failures(read_facts(compile_case(case, arch)), case, limits_for(arch)) for case in found}
+    failed = {
+        case.name: failures(read_facts(compile_case(case, arch)), case, limits_for(arch))
+        for case in found
+    }
     assert {name: sentences for name, sentences in failed.items() if sentences} == {}
 
 
@@ -46,10 +49,16 @@ def test_decode_waits_for_z_only_where_kernels_may_overlap(arch: Arch) -> None:
     for case in cases(arch):
         if case.name in ("decode16-g64", "shrink16-8"):
             ptx = compile_case(case, arch).asm["ptx"]
-            wanted = "griddepcontrol.wait" if case.name.startswith("decode") else "griddepcontrol.launch_dependents"
+            wanted = (
+                "griddepcontrol.wait"
+                if case.name.startswith("decode")
+                else "griddepcontrol.launch_dependents"
+            )
             assert wanted in ptx
             assert case.name.startswith("shrink") == ("griddepcontrol.wait" not in ptx)
 
 
 def test_older_gpus_do_not_overlap_kernels() -> None:
-    assert all("griddepcontrol" not in str(compile_case(case, 80).asm["ptx"]) for case in cases(80)[:2])
+    assert all(
+        "griddepcontrol" not in str(compile_case(case, 80).asm["ptx"]) for case in cases(80)[:2]
+    )

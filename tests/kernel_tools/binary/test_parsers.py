@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parsing of disassemblies and of Triton's IR, on texts made up for the purpose; needs no compiler."""
+"""The parsing of disassemblies and of Triton's IR, on texts made up for the purpose.
+
+Needs no compiler.
+"""
 
 import pytest
 
@@ -12,7 +15,10 @@ from svsk_kernel_tools.binary.ttgir import PointerLoads, count_float_atomics, lo
 
 def sass(*lines: str) -> Program:
     """A program from instructions and labels; addresses are added."""
-    text = [line if line.endswith(":") else f"        /*{i * 16:04x}*/    {line} ;" for i, line in enumerate(lines)]
+    text = [
+        line if line.endswith(":") else f"        /*{i * 16:04x}*/    {line} ;"
+        for i, line in enumerate(lines)
+    ]
     return parse_sass("\n".join(["k:", *text]), "k")
 
 
@@ -37,7 +43,12 @@ def test_innermost_loop_with_most_mma() -> None:
         ".L_trap:",
         "BRA `(.L_trap)",
     )
-    assert opcodes(program, find_main_loop(program)) == ["IADD3", "HMMA.16816.F32", "HMMA.16816.F32", "BRA.U"]
+    assert opcodes(program, find_main_loop(program)) == [
+        "IADD3",
+        "HMMA.16816.F32",
+        "HMMA.16816.F32",
+        "BRA.U",
+    ]
     assert len(natural_loops(program)) == 3  # the trap is never reached
 
 
@@ -59,11 +70,16 @@ def test_waiting_moved_to_the_end_of_the_function_is_no_loop_of_its_own() -> Non
     )
     loop = opcodes(program, find_main_loop(program))
     assert loop.count("UTCHMMA") == 1
-    assert sorted(loop) == sorted(["UTCHMMA", "BRA", "IADD3", "BRA", "SYNCS.PHASECHK", "BRA", "BRA"])
+    assert sorted(loop) == sorted(
+        ["UTCHMMA", "BRA", "IADD3", "BRA", "SYNCS.PHASECHK", "BRA", "BRA"]
+    )
 
 
 def test_no_loop_without_mma() -> None:
-    assert find_main_loop(sass(".L:", "FFMA R0, R1, R2, R3", "@P0 BRA `(.L)", "HMMA R0, R1", "EXIT")) == []
+    assert (
+        find_main_loop(sass(".L:", "FFMA R0, R1, R2, R3", "@P0 BRA `(.L)", "HMMA R0, R1", "EXIT"))
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,11 +133,19 @@ def test_amd_program_and_metadata() -> None:
     program = parse_gcn(text, "k")
     loop = find_main_loop(program)
     assert [program.instructions[i].kind for i in loop] == [
-        "global_load", "mma", "int_to_float", "global_load", "control"
-    ]  # fmt: skip
+        "global_load",
+        "mma",
+        "int_to_float",
+        "global_load",
+        "control",
+    ]
     assert [i.num_bytes for i in program.select("global_load")] == [16, 2]
     metadata = parse_metadata(text)
-    assert (metadata["vgpr_count"], metadata["vgpr_spill_count"], metadata["private_segment_fixed_size"]) == (65, 2, 8)
+    assert (
+        metadata["vgpr_count"],
+        metadata["vgpr_spill_count"],
+        metadata["private_segment_fixed_size"],
+    ) == (65, 2, 8)
 
 
 TTGIR = """
@@ -142,11 +166,17 @@ module attributes {"ttg.num-warps" = 4 : i32, "ttg.threads-per-warp" = 32 : i32}
 
 
 def test_loads_are_followed_through_loops() -> None:
-    assert loads_of_pointer(TTGIR, "w_ptr") == PointerLoads(num_bytes=16, count=2 * 64 * 64 // (8 * 128))
-    assert loads_of_pointer(TTGIR.replace("contiguity = 8", "contiguity = 2"), "w_ptr").num_bytes == 4
+    assert loads_of_pointer(TTGIR, "w_ptr") == PointerLoads(
+        num_bytes=16, count=2 * 64 * 64 // (8 * 128)
+    )
+    assert (
+        loads_of_pointer(TTGIR.replace("contiguity = 8", "contiguity = 2"), "w_ptr").num_bytes == 4
+    )
     assert loads_of_pointer(TTGIR, "x") == PointerLoads(num_bytes=8, count=1)
     assert count_float_atomics(TTGIR) == 1
-    with pytest.raises(InspectError, match="no pointer argument 'v' in the kernel; it has w_ptr, x"):
+    with pytest.raises(
+        InspectError, match="no pointer argument 'v' in the kernel; it has w_ptr, x"
+    ):
         loads_of_pointer(TTGIR, "v")
 
 
@@ -163,5 +193,7 @@ def test_what_is_not_understood_is_said() -> None:
         parse_metadata("")
     with pytest.raises(InspectError, match="no resource usage of the function 'k'"):
         parse_resource_usage("nothing", "k")
-    usage = parse_resource_usage(" Function k:\n  REG:7 STACK:8 SHARED:9 LOCAL:10 CONSTANT[0]:1", "k")
+    usage = parse_resource_usage(
+        " Function k:\n  REG:7 STACK:8 SHARED:9 LOCAL:10 CONSTANT[0]:1", "k"
+    )
     assert (usage.registers, usage.stack_bytes, usage.local_bytes) == (7, 8, 10)

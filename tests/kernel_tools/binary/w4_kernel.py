@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small 4-bit matrix product in Triton, for the tests of the inspection: good as it is, bad on request."""
+"""A small 4-bit matrix product in Triton, for the tests of the inspection.
+
+Good as it is, bad on request.
+"""
 
 import triton
 import triton.language as tl
@@ -7,7 +10,10 @@ import triton.language as tl
 
 @triton.jit
 def unpack(words, plane: tl.constexpr, convert: tl.constexpr):
-    """Nibble ``plane`` of 16-bit words as float16, minus 8: through the mantissa of 1024, or by a conversion."""
+    """Nibble ``plane`` of 16-bit words as float16, minus 8.
+
+    Through the mantissa of 1024, or by a conversion.
+    """
     nibbles = (words >> (4 * plane)) & 0xF
     if convert:
         return (nibbles.to(tl.int32) - 8).to(tl.float32).to(tl.float16)
@@ -34,7 +40,10 @@ def w4_matmul(
     RESULT: tl.constexpr,  # noqa: N803
     ORDER: tl.constexpr,  # noqa: N803
 ):
-    """y [m, n] = x [m, k] W^T; words [n, k/4] hold four planes of WORDS weights. RESULT: "store", "split", "atomic"."""
+    """y [m, n] = x [m, k] W^T.
+
+    Words [n, k/4] hold four planes of WORDS weights. RESULT: "store", "split", "atomic".
+    """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     words = tl.arange(0, WORDS)
@@ -42,10 +51,16 @@ def w4_matmul(
     w_rows = w_ptr + rows.to(tl.int64)[:, None] * stride_w
     x_columns = x_ptr + tokens.to(tl.int64)[None, :] * k
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for block in tl.range(tl.program_id(1), k // (4 * WORDS), tl.num_programs(1), num_stages=STAGES):
+    for block in tl.range(
+        tl.program_id(1), k // (4 * WORDS), tl.num_programs(1), num_stages=STAGES
+    ):
         packed = tl.load(w_rows + (block * WORDS + words)[None, :])
         for plane in tl.static_range(4):
-            x = tl.load(x_columns + ((block * 4 + plane) * WORDS + words)[:, None], mask=inside[None, :], other=0.0)
+            x = tl.load(
+                x_columns + ((block * 4 + plane) * WORDS + words)[:, None],
+                mask=inside[None, :],
+                other=0.0,
+            )
             w = unpack(packed, plane, CONVERT)
             if DOT:  # noqa: SIM108
                 acc = tl.dot(w, x, acc)
@@ -66,6 +81,11 @@ def w4_matmul(
         if tl.atomic_add(counter, 1, sem=ORDER) == splits - 1:
             total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for i in range(splits):
-                total += tl.load(part_ptr + i * size + offsets, mask=inside[:, None], other=0.0, cache_modifier=".cg")
+                total += tl.load(
+                    part_ptr + i * size + offsets,
+                    mask=inside[:, None],
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
             tl.store(y_ptr + offsets, total.to(tl.float16), mask=inside[:, None])
             tl.atomic_xchg(counter, 0)

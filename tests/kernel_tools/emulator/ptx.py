@@ -13,7 +13,9 @@ _BYTES = {torch.int16: 2, torch.int32: 4, torch.int64: 8}
 def kernel(body: str, params: int = 1, threads: int = 32, target: int = 90) -> str:
     """A kernel with pointers as parameters; %rd1, %rd2, ... hold them, %r1 the thread's number."""
     loads = "\n".join(f"ld.param.b64 %rd{index + 1}, [k_param_{index}];" for index in range(params))
-    names = ",\n".join(f".param .u64 .ptr .global .align 1 k_param_{index}" for index in range(params))
+    names = ",\n".join(
+        f".param .u64 .ptr .global .align 1 k_param_{index}" for index in range(params)
+    )
     return f"""
 .version 8.7
 .target sm_{target}a
@@ -47,13 +49,20 @@ def run(
 ) -> Gpu:
     """Run a kernel; its arguments are called a, b, c, ..."""
     gpu = Gpu(capability, order, 0, late)
-    gpu.execute(text, (grid, 1, 1), dict(zip("abcdefgh", tensors, strict=False)), shared_bytes=shared)
+    gpu.execute(
+        text, (grid, 1, 1), dict(zip("abcdefgh", tensors, strict=False)), shared_bytes=shared
+    )
     gpu.flush()
     return gpu
 
 
-def apply(opcode: str, out: torch.dtype, *inputs: torch.Tensor | str, into: str = "") -> torch.Tensor:
-    """One instruction for every element of 1-D inputs of 16-, 32- or 64-bit integers; strings are immediate values."""
+def apply(
+    opcode: str, out: torch.dtype, *inputs: torch.Tensor | str, into: str = ""
+) -> torch.Tensor:
+    """One instruction for every element of 1-D inputs of 16-, 32- or 64-bit integers.
+
+    Strings are immediate values.
+    """
     tensors = [one for one in inputs if isinstance(one, torch.Tensor)]
     threads = tensors[0].numel()
     result = torch.zeros(threads, dtype=out)
@@ -62,7 +71,9 @@ def apply(opcode: str, out: torch.dtype, *inputs: torch.Tensor | str, into: str 
         size = _BYTES[tensor.dtype]
         lines.append(f"mad.wide.u32 %rd{index + 10}, %r1, {size}, %rd{index};")
         if index > 1:
-            lines.append(f"ld.global.b{8 * size} {{ %{names[size]}{index + 20} }}, [ %rd{index + 10} + 0 ];")
+            lines.append(
+                f"ld.global.b{8 * size} {{ %{names[size]}{index + 20} }}, [ %rd{index + 10} + 0 ];"
+            )
     place = 1
     for one in inputs:
         place += isinstance(one, torch.Tensor)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the emulator catches: deliberately broken kernels, by hand in PTX and by taking lines out of compiled ones."""
+"""What the emulator catches.
+
+Deliberately broken kernels, by hand in PTX and by taking lines out of compiled ones.
+"""
 
 import os
 import re
@@ -53,7 +56,9 @@ def matmul_kernel(a, b, c, am, ak, bk, bn, k, M: tl.constexpr, N: tl.constexpr, 
 
 
 @triton.jit
-def split_sum_kernel(x, y, partial, counter, PARTS: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr):  # noqa: N803
+def split_sum_kernel(
+    x, y, partial, counter, PARTS: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr
+):  # noqa: N803
     """The last program to arrive adds what all have written, in order."""
     at, part = tl.arange(0, BLOCK), tl.program_id(0)
     tl.store(partial + part * BLOCK + at, tl.load(x + part * BLOCK + at))
@@ -87,7 +92,9 @@ def test_a_kernel_runs_as_triton_launches_it(capability: int) -> None:
     x, y = torch.randn(1000), torch.full((1000,), 7.0)
     with emulated(capability) as gpu:
         scale_kernel[(4,)](x, y, 1000, 2.5, BLOCK=256, MASKED=True)
-        scale_kernel[(1,)](x[1:], y[1:], 3, -1.0, BLOCK=256, MASKED=True)  # an address off 16, compiled for that
+        scale_kernel[(1,)](
+            x[1:], y[1:], 3, -1.0, BLOCK=256, MASKED=True
+        )  # an address off 16, compiled for that
     wanted = x * 2.5
     wanted[1:4] = -x[1:4]
     assert torch.equal(y, wanted)
@@ -97,7 +104,10 @@ def test_a_kernel_runs_as_triton_launches_it(capability: int) -> None:
 
 
 def test_the_driver_is_given_back() -> None:
-    before, hooks = triton.runtime.driver._active, list(triton.knobs.runtime.kernel_load_start_hook.calls)
+    before, hooks = (
+        triton.runtime.driver._active,
+        list(triton.knobs.runtime.kernel_load_start_hook.calls),
+    )
     with pytest.raises(ZeroDivisionError), emulated(90):
         raise ZeroDivisionError
     assert triton.runtime.driver._active is before
@@ -112,8 +122,12 @@ def test_a_store_out_of_bounds_names_kernel_line_block_and_argument() -> None:
     with pytest.raises(MemoryFaultError) as caught, emulated(90):
         scale_kernel[(4,)](x, y, 1000, 2.5, BLOCK=256, MASKED=False)
     text = str(caught.value)
-    assert re.search(r"scale_kernel: PTX line \d+ \(test_emulate_checks\.py:\d+\), CTA \(3, 0, 0\)", text)
-    assert re.search(r"thread \d+ writes \d+ bytes at 0x[0-9a-f]+, \d+ bytes into the 4000 bytes of y", text)
+    assert re.search(
+        r"scale_kernel: PTX line \d+ \(test_emulate_checks\.py:\d+\), CTA \(3, 0, 0\)", text
+    )
+    assert re.search(
+        r"thread \d+ writes \d+ bytes at 0x[0-9a-f]+, \d+ bytes into the 4000 bytes of y", text
+    )
 
 
 def test_a_view_is_not_the_whole_storage() -> None:
@@ -183,7 +197,9 @@ def test_different_values_to_one_byte() -> None:
 def test_shared_memory_has_bounds_and_begins_unwritten() -> None:
     with pytest.raises(MemoryFaultError, match="byte 124 of shared memory, which has 124"):
         run(kernel(WRITE_OWN), torch.zeros(1), shared=124)
-    with pytest.raises(MemoryFaultError, match="thread 0 reads byte 4 of shared memory, which nobody wrote"):
+    with pytest.raises(
+        MemoryFaultError, match="thread 0 reads byte 4 of shared memory, which nobody wrote"
+    ):
         run(kernel("ld.shared.b32 %r2, [global_smem+4];"), torch.zeros(1), shared=64)
 
 
@@ -202,13 +218,24 @@ COPY = """
 @BOTH
 def test_asynchronous_copies(late: bool) -> None:
     """20 threads copy, the others fill with zeros without reading: the source ends there."""
-    source, out = torch.randint(-9, 9, (80,), dtype=torch.int32), torch.full((128,), 7, dtype=torch.int32)
-    run(kernel(COPY.replace("WAIT", "cp.async.wait_group 0;"), params=2), source, out, shared=512, late=late)
+    source, out = (
+        torch.randint(-9, 9, (80,), dtype=torch.int32),
+        torch.full((128,), 7, dtype=torch.int32),
+    )
+    run(
+        kernel(COPY.replace("WAIT", "cp.async.wait_group 0;"), params=2),
+        source,
+        out,
+        shared=512,
+        late=late,
+    )
     assert torch.equal(out, torch.cat([source, torch.zeros(48, dtype=torch.int32)]))
     for broken in ("", "cp.async.wait_group 1;", "bar.sync 0;"):
         with pytest.raises(RaceError, match=r"which a cp\.async still writes"):
             run(kernel(COPY.replace("WAIT", broken), params=2), source, out, shared=512, late=late)
-    part = COPY.replace("selp.b32 %r3, 16, 0, %p1", "mov.b32 %r3, 4").replace("WAIT", "cp.async.wait_all;")
+    part = COPY.replace("selp.b32 %r3, 16, 0, %p1", "mov.b32 %r3, 4").replace(
+        "WAIT", "cp.async.wait_all;"
+    )
     run(kernel(part, params=2), torch.cat([source, source]), out, shared=512, late=late)
     assert torch.equal(out.view(-1, 4)[:20, 0], source.view(-1, 4)[:, 0])
     assert not out.view(-1, 4)[:, 1:].any()
@@ -249,13 +276,21 @@ def test_a_register_without_a_value() -> None:
 @pytest.mark.parametrize(("n", "k"), [(16, 16), (64, 32), (128, 64)])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_matrix_products(capability: int, n: int, k: int, kind: torch.dtype, late: bool) -> None:
-    """Either operand with either axis contiguous: all swizzles, both directions of ldmatrix and of descriptors."""
+    """Either operand with either axis contiguous.
+
+    All swizzles, both directions of ldmatrix and of descriptors.
+    """
     for order in range(4):
         a, b = torch.randn(64, 2 * k).to(kind), torch.randn(2 * k, n).to(kind)
-        left, right = a if order & 1 else a.mT.contiguous().mT, b if order & 2 else b.mT.contiguous().mT
+        left, right = (
+            a if order & 1 else a.mT.contiguous().mT,
+            b if order & 2 else b.mT.contiguous().mT,
+        )
         c = torch.empty(64, n)
         with emulated(capability, late=late) as gpu:
-            matmul_kernel[(1,)](left, right, c, *left.stride(), *right.stride(), 2 * k, M=64, N=n, K=k, num_warps=4)
+            matmul_kernel[(1,)](
+                left, right, c, *left.stride(), *right.stride(), 2 * k, M=64, N=n, K=k, num_warps=4
+            )
         torch.testing.assert_close(c.double(), a.double() @ b.double(), rtol=1e-6, atol=1e-5)
         wanted = "wgmma.mma_async" if capability == 90 else "mma.sync"
         assert any(opcode.startswith(wanted) for opcode in gpu.launches[0].instructions)
@@ -265,10 +300,16 @@ def _compiled_matmul() -> tuple[Any, dict[str, Any]]:
     """A product whose A comes from registers or shared memory and whose B from shared memory, for sm_90."""
     a, b, c = torch.randn(64, 64).half(), torch.randn(64, 32).half(), torch.zeros(64, 32)
     with emulated(90):
-        compiled = matmul_kernel[(1,)](a, b, c, *a.stride(), *b.stride(), 64, M=64, N=32, K=32, num_warps=4)
+        compiled = matmul_kernel[(1,)](
+            a, b, c, *a.stride(), *b.stride(), 64, M=64, N=32, K=32, num_warps=4
+        )
     constants = compiled.src.signature
-    values = dict(zip(matmul_kernel.arg_names, (a, b, c, *a.stride(), *b.stride(), 64), strict=False))
-    return compiled, {name: value for name, value in values.items() if constants[name] != "constexpr"}
+    values = dict(
+        zip(matmul_kernel.arg_names, (a, b, c, *a.stride(), *b.stride(), 64), strict=False)
+    )
+    return compiled, {
+        name: value for name, value in values.items() if constants[name] != "constexpr"
+    }
 
 
 @BOTH
@@ -281,8 +322,14 @@ def test_every_line_that_orders_a_product_is_needed(late: bool) -> None:
             gpu.execute(text, (1, 1, 1), arguments, shared_bytes=shared)
 
     execute(ptx)
-    assert torch.allclose(arguments["c"], arguments["a"].float() @ arguments["b"].float(), atol=1e-2)
-    for line in ("wgmma.fence.sync.aligned;", "cp.async.wait_group", "wgmma.wait_group.sync.aligned"):
+    assert torch.allclose(
+        arguments["c"], arguments["a"].float() @ arguments["b"].float(), atol=1e-2
+    )
+    for line in (
+        "wgmma.fence.sync.aligned;",
+        "cp.async.wait_group",
+        "wgmma.wait_group.sync.aligned",
+    ):
         assert line in ptx
         with pytest.raises(RaceError):
             execute(re.sub(rf"{re.escape(line)}[^\n]*\n", "\n", ptx))
@@ -306,11 +353,16 @@ def test_the_last_to_arrive_adds_in_every_order(order: Order, seed: int) -> None
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_wrong_counter(order: Order) -> None:
-    """Somebody adds who has not heard of all the others: their sums are not there yet, or nothing orders them."""
+    """Somebody adds who has not heard of all the others.
+
+    Their sums are not there yet, or nothing orders them.
+    """
     x, y, partial = torch.randn(7, 256), torch.zeros(256), torch.full((7, 256), float("nan"))
     try:
         with emulated(80, order=order, seed=3):
-            split_sum_kernel[(7,)](x, y, partial, torch.zeros(1, dtype=torch.int32), PARTS=7, BLOCK=256, LAST=5)
+            split_sum_kernel[(7,)](
+                x, y, partial, torch.zeros(1, dtype=torch.int32), PARTS=7, BLOCK=256, LAST=5
+            )
     except RaceError as error:
         assert "wrote in the same launch, and nothing orders them" in str(error)  # noqa: PT017
     else:
@@ -329,9 +381,15 @@ def test_a_count_that_says_too_much() -> None:
         compiled = split_sum_kernel[(7,)](x, y, partial, counter, PARTS=7, BLOCK=256, LAST=6)
     ptx, shared = str(compiled.asm["ptx"]), compiled.metadata.shared
     before, atomic, after = ptx.partition("atom.global.gpu.acq_rel.add")
-    for broken in (before.replace("bar.sync", "// bar.sync") + atomic + after, ptx.replace("acq_rel", "relaxed")):
+    for broken in (
+        before.replace("bar.sync", "// bar.sync") + atomic + after,
+        ptx.replace("acq_rel", "relaxed"),
+    ):
         tensors = {"x": x, "y": y, "partial": partial, "counter": counter.zero_()}
-        with pytest.raises(RaceError, match=r"of block \d+ wrote in the same launch"), emulated(80) as gpu:
+        with (
+            pytest.raises(RaceError, match=r"of block \d+ wrote in the same launch"),
+            emulated(80) as gpu,
+        ):
             gpu.execute(broken, (7, 1, 1), tensors, shared_bytes=shared)
 
 
@@ -344,7 +402,9 @@ def test_threads_of_a_block_meet_in_global_memory_only_over_a_barrier() -> None:
     out = torch.full((64,), -1, dtype=torch.int32)
     run(kernel(body.replace("WAIT", "bar.sync 0;"), threads=64), out)
     assert out.tolist() == [thread ^ 33 for thread in range(64)]
-    with pytest.raises(RaceError, match="thread 0 reads global memory that thread 33 of block 0 wrote"):
+    with pytest.raises(
+        RaceError, match="thread 0 reads global memory that thread 33 of block 0 wrote"
+    ):
         run(kernel(body.replace("WAIT", ""), threads=64), out)
 
 
@@ -359,8 +419,12 @@ def test_dependent_launch_begins_before_and_waits() -> None:
     assert [launch.overlapped for launch in gpu.launches] == [False, True]
 
 
-@pytest.mark.parametrize(("early", "wait", "pdl"), [(True, False, True), (True, False, False), (False, False, True)])
-def test_a_missing_wait_shows_only_where_kernels_overlap(early: bool, wait: bool, pdl: bool) -> None:
+@pytest.mark.parametrize(
+    ("early", "wait", "pdl"), [(True, False, True), (True, False, False), (False, False, True)]
+)
+def test_a_missing_wait_shows_only_where_kernels_overlap(
+    early: bool, wait: bool, pdl: bool
+) -> None:
     x, z, y = torch.randn(512), torch.full((512,), float("nan")), torch.zeros(512)
     with emulated(90):
         first_kernel[(4,)](x, z, EARLY=early)

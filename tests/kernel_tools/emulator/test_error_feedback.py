@@ -25,7 +25,9 @@ from svsk_offline.quantizers.error_feedback import Levels, round_in_a_loop
         (2, 32, 20, Levels(-127, 127), False),
     ],
 )
-def test_compiled_kernel_is_the_loop(arch: int, batch: int, count: int, n: int, levels: Levels, descent: bool) -> None:
+def test_compiled_kernel_is_the_loop(
+    arch: int, batch: int, count: int, n: int, levels: Levels, descent: bool
+) -> None:
     """A ratio that float32 cannot tell from a border may fall the other way, and change its row from there on."""
     generator = torch.Generator().manual_seed(count)
     work = torch.randn(batch, count, n, generator=generator) * 3
@@ -36,7 +38,14 @@ def test_compiled_kernel_is_the_loop(arch: int, batch: int, count: int, n: int, 
     expected, errors = round_in_a_loop(work.clone(), coupling, pivots, scale, levels, values)
     with emulated(arch) as gpu:
         found, found_errors = feedback_block(
-            work, coupling, pivots, scale, levels.low, levels.high, levels.codebook == "quad8", values
+            work,
+            coupling,
+            pivots,
+            scale,
+            levels.low,
+            levels.high,
+            levels.codebook == "quad8",
+            values,
         )
     assert [launch.kernel for launch in gpu.launches] == ["feedback_kernel"]
     same = (found == expected).cumprod(1).bool()

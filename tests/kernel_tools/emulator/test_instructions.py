@@ -66,7 +66,8 @@ def test_integer_arithmetic(opcode: str) -> None:
     inputs = [words(64, width) for _ in range(count)]
     found = apply(opcode, inputs[0].dtype, *inputs)
     assert found.tolist() == [
-        wrap(function(*values), width) for values in zip(*map(torch.Tensor.tolist, inputs), strict=True)
+        wrap(function(*values), width)
+        for values in zip(*map(torch.Tensor.tolist, inputs), strict=True)
     ]
 
 
@@ -80,8 +81,12 @@ def test_wide_products(signed: bool) -> None:
         else zip(unsigned(a), unsigned(b), unsigned(c), strict=True)
     )
     wanted = [(x * y, x * y + z) for x, y, z in pairs]
-    assert apply(f"mul.wide.{letter}32", torch.int64, a, b).tolist() == [wrap(x, 64) for x, _ in wanted]
-    assert apply(f"mad.wide.{letter}32", torch.int64, a, b, c).tolist() == [wrap(x, 64) for _, x in wanted]
+    assert apply(f"mul.wide.{letter}32", torch.int64, a, b).tolist() == [
+        wrap(x, 64) for x, _ in wanted
+    ]
+    assert apply(f"mad.wide.{letter}32", torch.int64, a, b, c).tolist() == [
+        wrap(x, 64) for _, x in wanted
+    ]
 
 
 @pytest.mark.parametrize("amount", [None, 0, 5, 31, 32, 40])
@@ -93,8 +98,12 @@ def test_shifts_saturate(amount: int | None) -> None:
     left = apply("shl.b32", torch.int32, a, given).tolist()
     logical = apply("shr.u32", torch.int32, a, given).tolist()
     arithmetic = apply("shr.s32", torch.int32, a, given).tolist()
-    assert left == [wrap(value << count, 32) for value, count in zip(a.tolist(), counts, strict=True)]
-    assert logical == [wrap(value >> count, 32) for value, count in zip(unsigned(a), counts, strict=True)]
+    assert left == [
+        wrap(value << count, 32) for value, count in zip(a.tolist(), counts, strict=True)
+    ]
+    assert logical == [
+        wrap(value >> count, 32) for value, count in zip(unsigned(a), counts, strict=True)
+    ]
     assert arithmetic == [value >> count for value, count in zip(a.tolist(), counts, strict=True)]
 
 
@@ -102,7 +111,9 @@ def test_shifts_saturate(amount: int | None) -> None:
 def test_bit_fields(start: int, length: int) -> None:
     a = words(64, 32)
     plain = [(value >> start) & (2**length - 1) for value in unsigned(a)]
-    assert apply("bfe.u32", torch.int32, a, str(start), str(length)).tolist() == [wrap(value, 32) for value in plain]
+    assert apply("bfe.u32", torch.int32, a, str(start), str(length)).tolist() == [
+        wrap(value, 32) for value in plain
+    ]
     kept = min(length, 32 - start)  # beyond the last bit, the sign
     signed = [0 if length == 0 else wrap((value >> start) % 2**kept, kept) for value in unsigned(a)]
     assert apply("bfe.s32", torch.int32, a, str(start), str(length)).tolist() == signed
@@ -113,7 +124,9 @@ def test_lop3(table: int) -> None:
     a, b, c = words(64, 32), words(64, 32), words(64, 32)
     wanted = []
     for x, y, z in zip(unsigned(a), unsigned(b), unsigned(c), strict=True):
-        bits = [table >> (4 * (x >> i & 1) + 2 * (y >> i & 1) + (z >> i & 1)) & 1 for i in range(32)]
+        bits = [
+            table >> (4 * (x >> i & 1) + 2 * (y >> i & 1) + (z >> i & 1)) & 1 for i in range(32)
+        ]
         wanted.append(wrap(sum(bit << i for i, bit in enumerate(bits)), 32))
     assert apply("lop3.b32", torch.int32, a, b, c, hex(table)).tolist() == wanted
 
@@ -137,8 +150,13 @@ def test_comparisons_and_selection() -> None:
     a, b = words(64, 32), words(64, 32)
     b[20:40] = a[20:40]
     tests: dict[str, Callable[[int, int], bool]] = {
-        "eq": int.__eq__, "ne": int.__ne__, "lt": int.__lt__, "le": int.__le__, "gt": int.__gt__, "ge": int.__ge__
-    }  # fmt: skip
+        "eq": int.__eq__,
+        "ne": int.__ne__,
+        "lt": int.__lt__,
+        "le": int.__le__,
+        "gt": int.__gt__,
+        "ge": int.__ge__,
+    }
     for name, test in tests.items():
         found = apply(f"setp.{name}.s32", torch.int32, a, b, into="%p1").tolist()
         assert found == [int(test(x, y)) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
@@ -150,9 +168,13 @@ def test_integer_conversions() -> None:
     a, small = words(64, 32), words(64, 16)
     assert apply("cvt.s64.s32", torch.int64, a).tolist() == a.tolist()
     assert apply("cvt.u64.u32", torch.int64, a).tolist() == unsigned(a)
-    assert apply("cvt.u16.u32", torch.int16, a).tolist() == [wrap(value, 16) for value in unsigned(a)]
+    assert apply("cvt.u16.u32", torch.int16, a).tolist() == [
+        wrap(value, 16) for value in unsigned(a)
+    ]
     assert apply("cvt.u32.u16", torch.int32, small).tolist() == unsigned(small)
-    assert apply("cvt.s32.s8", torch.int32, small).tolist() == [wrap(value, 8) for value in small.tolist()]
+    assert apply("cvt.s32.s8", torch.int32, small).tolist() == [
+        wrap(value, 8) for value in small.tolist()
+    ]
 
 
 def test_vectors_are_packed_low_half_first() -> None:
@@ -187,7 +209,9 @@ def test_vectors_are_packed_low_half_first() -> None:
 def test_shuffles(mode: str, by: int, control: int, source: Callable[[int], int]) -> None:
     a = words(64, 32)
     found = apply(f"shfl.sync.{mode}.b32", torch.int32, a, str(by), str(control), "-1")
-    assert found.tolist() == [a[warp + source(lane)].item() for warp in (0, 32) for lane in range(32)]
+    assert found.tolist() == [
+        a[warp + source(lane)].item() for warp in (0, 32) for lane in range(32)
+    ]
 
 
 def test_reductions_of_a_warp() -> None:
@@ -232,7 +256,10 @@ def test_mma_fragments(kind: str) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ldmatrix_and_stmatrix(transposed: bool) -> None:
-    """Thread 8 i + j points to row j of matrix i; thread t gets elements 2 (t % 4) and on of row t / 4."""
+    """Thread 8 i + j points to row j of matrix i.
+
+    Thread t gets elements 2 (t % 4) and on of row t / 4.
+    """
     matrices = torch.arange(4 * 8 * 8, dtype=torch.int16).view(4, 8, 8)
     out, back = torch.zeros(32, 4, dtype=torch.int32), torch.zeros(4, 8, 8, dtype=torch.int16)
     turn = ".trans" if transposed else ""
@@ -262,7 +289,10 @@ def test_descriptors_without_swizzle() -> None:
     """Core matrices of 8 rows of 16 bytes, 128 bytes each, at the offsets that the descriptor names."""
     start, leading, stride = 2048, 256, 1024
     descriptor = start >> 4 | leading >> 4 << 16 | stride >> 4 << 32
-    by_k, by_outer = descriptor_offsets(descriptor, 32, True), descriptor_offsets(descriptor, 32, False)
+    by_k, by_outer = (
+        descriptor_offsets(descriptor, 32, True),
+        descriptor_offsets(descriptor, 32, False),
+    )
     for outer, k in itertools.product(range(32), range(16)):
         row = outer % 8 * 16 + outer // 8 * stride + k // 8 * leading + k % 8 * 2
         assert by_k[outer, k] == start + row
@@ -294,7 +324,13 @@ def test_a_descriptor_with_unknown_fields_is_refused() -> None:
         ("bar.sync 1;", "barrier 0"),
         ("tcgen05.wait::ld.sync.aligned;", "tcgen05"),
         ("ld.global.v8.b32 { %r2 }, [ %rd1 + 0 ];", "ld.global.v8"),
-        ("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 { %r2 }, { %r2 }, { %r2 }, { %r2 };", "m16n8k8"),
+        (
+            (
+                "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 { %r2 }, { %r2 }, { %r2 }, {"
+                " %r2 };"
+            ),
+            "m16n8k8",
+        ),
         ("ld.local.b32 { %r2 }, [ %rd1 + 0 ];", "ld.local"),
         ("mov.u32 %r2, %clock;", "%clock"),
         ("add.s32 %r2, %r1, %r900;", "%r900"),

@@ -52,7 +52,13 @@ class Case:
 
     def layer(self) -> BenchLayer:
         return random_layer(
-            self.k, self.dtype, CPU, self.parts, codebook=self.codebook, group_size=self.group_size, seed=self.m
+            self.k,
+            self.dtype,
+            CPU,
+            self.parts,
+            codebook=self.codebook,
+            group_size=self.group_size,
+            seed=self.m,
         )
 
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -71,20 +77,77 @@ MIXED = (Part(50, 16, 4, 24, 128), Part(10), Part(60, 24, 8, 32, 96))
 
 CASES = (
     Case("1 token, 8 bits", 1, 512, (EIGHT,), plain=True),
-    Case("5 tokens, packed, quad8, split", 5, 768, (FOUR,), {"split": 3}, codebook="quad8", plain=True),
+    Case(
+        "5 tokens, packed, quad8, split",
+        5,
+        768,
+        (FOUR,),
+        {"split": 3},
+        codebook="quad8",
+        plain=True,
+    ),
     Case("16 tokens, no sidecar, float16, bias", 16, 512, (Part(128),), dtype=HALF, bias=True),
-    Case("17 tokens, float16, split", 17, 512, (EIGHT,), {"block_m": 32, "split": 2}, dtype=HALF, plain=True),
+    Case(
+        "17 tokens, float16, split",
+        17,
+        512,
+        (EIGHT,),
+        {"block_m": 32, "split": 2},
+        dtype=HALF,
+        plain=True,
+    ),
     Case("64 tokens, packed", 64, 512, (FOUR,), {"block_m": 64, "step": 32, "split": 2}),
-    Case("ragged, groups of 32", 16, 288, (Part(33, 24, 8, 16, 128),), {}, "decode", HALF, "quad8", 32, True),
+    Case(
+        "ragged, groups of 32",
+        16,
+        288,
+        (Part(33, 24, 8, 16, 128),),
+        {},
+        "decode",
+        HALF,
+        "quad8",
+        32,
+        True,
+    ),
     Case("odd tiles, packed", 3, 96, (Part(100, 8, 4, 48, 40),), group_size=32),
-    Case("parts of different ranks, tiles and bits", 33, 512, MIXED, {"block_m": 32, "split": 2}, bias=True),
-    Case("tiles longer than a job", 17, 4352, (Part(40, 16, 8, 0, 0),), {"block_m": 32, "split": 4}),
-    Case("gemm", 100, 256, (EIGHT,), {"block_m": 128, "block_n": 128, "step": 32, "num_warps": 8}, "gemm"),
-    Case("gemm, ragged", 65, 288, MIXED, {"block_m": 64, "block_n": 128}, "gemm", HALF, "quad8", 32, True, True),
+    Case(
+        "parts of different ranks, tiles and bits",
+        33,
+        512,
+        MIXED,
+        {"block_m": 32, "split": 2},
+        bias=True,
+    ),
+    Case(
+        "tiles longer than a job", 17, 4352, (Part(40, 16, 8, 0, 0),), {"block_m": 32, "split": 4}
+    ),
+    Case(
+        "gemm",
+        100,
+        256,
+        (EIGHT,),
+        {"block_m": 128, "block_n": 128, "step": 32, "num_warps": 8},
+        "gemm",
+    ),
+    Case(
+        "gemm, ragged",
+        65,
+        288,
+        MIXED,
+        {"block_m": 64, "block_n": 128},
+        "gemm",
+        HALF,
+        "quad8",
+        32,
+        True,
+        True,
+    ),
 )
 
 
-def run(case: Case, arch: int, pdl: bool = False, asm: bool | None = None, **settings: Any) -> tuple[torch.Tensor, Gpu]:
+def run(
+    case: Case, arch: int, pdl: bool = False, asm: bool | None = None, **settings: Any
+) -> tuple[torch.Tensor, Gpu]:
     """The product, in memory that was filled before."""
     layer, (x, bias) = case.layer(), case.inputs()
     with poisoned(), emulated(arch, **settings) as gpu:
@@ -96,7 +159,10 @@ def run(case: Case, arch: int, pdl: bool = False, asm: bool | None = None, **set
 @ARCHES
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_products(case: Case, arch: int) -> None:
-    """Near the reference; the same bits in any order of blocks, with and without inline PTX and dependent launch."""
+    """Near the reference.
+
+    The same bits in any order of blocks, with and without inline PTX and dependent launch.
+    """
     pdl = arch >= 90 and case.kernel == "decode"
     y, gpu = run(case, arch, pdl)
     layer, (x, bias) = case.layer(), case.inputs()
@@ -121,7 +187,11 @@ def test_split_products_in_every_order(arch: int) -> None:
 @ARCHES
 @pytest.mark.parametrize(
     ("parts", "codebook"),
-    [((Part(100, 32, 4, 48, 128),), "quad8"), ((Part(130, 24, 8, 64, 96),), "int4"), ((Part(128),), "quad8")],
+    [
+        ((Part(100, 32, 4, 48, 128),), "quad8"),
+        ((Part(130, 24, 8, 64, 96),), "int4"),
+        ((Part(128),), "quad8"),
+    ],
 )
 def test_fold(parts: tuple[Part, ...], codebook: Codebook, arch: int) -> None:
     layer = random_layer(288, BFLOAT, CPU, parts, codebook=codebook, group_size=32)
@@ -129,7 +199,10 @@ def test_fold(parts: tuple[Part, ...], codebook: Codebook, arch: int) -> None:
     with poisoned(), emulated(arch, order="shuffled"):
         found = fold(layer.base, layer.sidecar, layer.sidecar_bits, BFLOAT, rows)
         plain = fold(layer.base, layer.sidecar, layer.sidecar_bits, BFLOAT, rows, asm=False)
-    assert relative_error(found, naive_matmul(torch.eye(288), layer.linears[0]).T[rows]) < BOUNDS[BFLOAT]
+    assert (
+        relative_error(found, naive_matmul(torch.eye(288), layer.linears[0]).T[rows])
+        < BOUNDS[BFLOAT]
+    )
     assert torch.equal(found, plain)
 
 
@@ -150,7 +223,9 @@ def test_the_tensor_cores_of_the_target_do_the_work(arch: int) -> None:
     assert "wgmma" in found if arch == 90 else found == {"mma"}
 
 
-def broken(monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str], only: str = "decode_kernel") -> None:
+def broken(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str], only: str = "decode_kernel"
+) -> None:
     """Have the kernels executed with changed PTX."""
 
     def code_of(text: str) -> code.Code:
@@ -163,7 +238,9 @@ def broken(monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str], only: 
 
 @ARCHES
 @pytest.mark.parametrize("late", [False, True])
-def test_copies_have_to_be_waited_for(arch: int, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_have_to_be_waited_for(
+    arch: int, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken(monkeypatch, lambda text: re.sub(r"(cp\.async\.wait_group\s+)[1-9]", r"\g<1>15", text))
     with pytest.raises(RaceError, match=r"decode_kernel.*which a cp\.async still writes"):
         run(CASES[0], arch, late=late)

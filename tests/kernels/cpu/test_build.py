@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the CPU's library is looked for and built, and which one is taken. Nothing is compiled or loaded here."""
+"""Where the CPU's library is looked for and built, and which one is taken.
+
+Nothing is compiled or loaded here.
+"""
 
 import subprocess
 from collections.abc import Callable
@@ -65,7 +68,9 @@ def test_a_library_of_another_machine_is_not_taken(
     elif change == "processor":
         read = Path.read_text
         monkeypatch.setattr(
-            Path, "read_text", lambda self, **how: "flags : avx2" if self.name == "cpuinfo" else read(self, **how)
+            Path,
+            "read_text",
+            lambda self, **how: "flags : avx2" if self.name == "cpuinfo" else read(self, **how),
         )
     elif change == "torch":
         monkeypatch.setattr(torch, "__version__", "9.9")
@@ -75,7 +80,9 @@ def test_a_library_of_another_machine_is_not_taken(
     assert len({path.name for path in built}) == 2
 
 
-def test_without_a_compiler_what_is_there_is_taken(built: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_what_is_there_is_taken(
+    built: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cpu_build, "_version", lambda compiler: None)
     assert obstacle() == "there is no C++ compiler 'g++'; install g++ or set CXX"
     monkeypatch.setattr(cpu_build, "_version", lambda compiler: "g++ 12.2")
@@ -92,7 +99,9 @@ def test_a_damaged_library_is_built_anew(built: list[Path]) -> None:
     assert built[1:] == built[:1]
 
 
-def test_a_cache_that_cannot_be_written_is_replaced_by_a_folder_of_the_user(built: list[Path], tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_replaced_by_a_folder_of_the_user(
+    built: list[Path], tmp_path: Path
+) -> None:
     (tmp_path / "cache").touch()
     assert (obstacle(), obstacle()) == (None, None)
     own = built[0].parent
@@ -112,7 +121,9 @@ def test_a_folder_that_others_can_write_is_not_trusted(
     assert len(built) == 1
 
 
-def test_what_the_compiler_says_is_in_the_obstacle(built: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_compiler_says_is_in_the_obstacle(
+    built: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(library: Path, compiler: str) -> None:
         raise subprocess.CalledProcessError(1, [compiler], stderr="cpu.cpp:1: unknown type name")
 
@@ -122,7 +133,9 @@ def test_what_the_compiler_says_is_in_the_obstacle(built: list[Path], monkeypatc
     assert "cpu.cpp:1: unknown type name" in found
 
 
-def test_a_home_that_nobody_knows_is_no_traceback(built: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_nobody_knows_is_no_traceback(
+    built: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unknown() -> Path:
         raise RuntimeError("Could not determine home directory.")
 

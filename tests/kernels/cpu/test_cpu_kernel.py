@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel for CPUs against the float64 reference: every layout of tiles, both codebooks, both dtypes.
+"""The kernel for CPUs against the float64 reference.
+
+Every layout of tiles, both codebooks, both dtypes.
 
 Skipped where the processor lacks AVX512-BF16; there the plugin keeps base and sidecar apart.
 """
@@ -38,9 +40,17 @@ BOUND = {torch.bfloat16: 3.5e-3, torch.float16: 3e-4}
 
 
 def linear(
-    n: int, k: int, rank: int = 4, tiles: tuple[int, int] = (0, 0), *, codebook: Codebook = "int4", group_size: int = 32
+    n: int,
+    k: int,
+    rank: int = 4,
+    tiles: tuple[int, int] = (0, 0),
+    *,
+    codebook: Codebook = "int4",
+    group_size: int = 32,
 ) -> QuantizedLinear:
-    group = make_group(rank=rank, tile_m=tiles[0], tile_n=tiles[1], group_size=group_size, codebook=codebook)
+    group = make_group(
+        rank=rank, tile_m=tiles[0], tile_n=tiles[1], group_size=group_size, codebook=codebook
+    )
     return random_linear(LinearSpec("m.proj", n, k, group), 0)
 
 
@@ -79,7 +89,14 @@ def test_op_builds_here() -> None:
 )
 @pytest.mark.parametrize("m", [1, 2, 3, 7, 17])
 def test_layer_equals_reference(
-    n: int, k: int, rank: int, tiles: tuple[int, int], group_size: int, m: int, codebook: Codebook, dtype: torch.dtype
+    n: int,
+    k: int,
+    rank: int,
+    tiles: tuple[int, int],
+    group_size: int,
+    m: int,
+    codebook: Codebook,
+    dtype: torch.dtype,
 ) -> None:
     source = linear(n, k, rank, tiles, codebook=codebook, group_size=group_size)
     kernel, layer = prepared(source, dtype)
@@ -132,7 +149,10 @@ def test_many_rows_and_threads_change_nothing(dtype: torch.dtype) -> None:
 
 
 def test_large_and_tiny_float16_activations() -> None:
-    """A float16 activation is two bfloat16 terms: nothing is lost over its whole range, nothing overflows inside."""
+    """A float16 activation is two bfloat16 terms.
+
+    Nothing is lost over its whole range, nothing overflows inside.
+    """
     source = linear(32, 64, 8)
     kernel, layer = prepared(source, torch.float16)
     for size in (2.0**-10, 1.0, 2.0**6):
@@ -150,13 +170,18 @@ def test_rows_without_sidecar_and_bundles() -> None:
     moved = Bundle(spec_2.plan.bundles[0].bounds, (SlotGroup(1, 6, 3, 10),))
     names = ("sidecar_u", "sidecar_v", "sidecar_gain")
     tensors: dict[str, Any] = {
-        name: torch.cat([getattr(layer, name).data for layer in (layer_1, layer_2)]) for name in names
+        name: torch.cat([getattr(layer, name).data for layer in (layer_1, layer_2)])
+        for name in names
     }
     tensors["weight_packed"] = pack_codes(torch.zeros(16, 64, dtype=torch.int8))
     tensors["weight_scale"] = torch.ones(16, 2, dtype=torch.bfloat16)
     layer = torch.nn.Module()
     replace_parameters(layer, tensors)
-    kernel = CpuKernel(LayerSpec(16, 64, 32, "int4", torch.bfloat16, SidecarPlan(16, (spec_1.plan.bundles[0], moved))))
+    kernel = CpuKernel(
+        LayerSpec(
+            16, 64, 32, "int4", torch.bfloat16, SidecarPlan(16, (spec_1.plan.bundles[0], moved))
+        )
+    )
     kernel.prepare(layer)
     x = activations(5, 64, torch.bfloat16)
     y = kernel(layer, x, None)
@@ -181,7 +206,9 @@ def test_any_layout(n: int, k: int, rank: int, tiles: tuple[int, int], m: int) -
     expected = naive_matmul(x, source.plain)
     assert kernel(layer, x, None).shape == expected.shape
     size = float(expected.abs().max()) if m else 0.0
-    torch.testing.assert_close(kernel(layer, x, None).double(), expected, rtol=1e-3, atol=2e-3 * size)
+    torch.testing.assert_close(
+        kernel(layer, x, None).double(), expected, rtol=1e-3, atol=2e-3 * size
+    )
 
 
 @pytest.mark.parametrize("m", [0, 1, 4])
@@ -222,11 +249,21 @@ def test_wrong_activations_are_refused() -> None:
 def test_memory_of_the_base_is_that_of_the_checkpoint() -> None:
     source = linear(256, 512, 0)
     _, layer = prepared(source, torch.bfloat16)
-    assert sum(tensor.nbytes for tensor in layer.parameters()) == 256 * 512 // 2 + 256 * (512 // 32) * 2
+    assert (
+        sum(tensor.nbytes for tensor in layer.parameters())
+        == 256 * 512 // 2 + 256 * (512 // 32) * 2
+    )
 
 
 def test_obstacle_names_what_is_missing(tmp_path: Path) -> None:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path), "CXX": "no-such-compiler"}
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+        "CXX": "no-such-compiler",
+    }
     script = "from svsk_kernels import cpu_ops_obstacle; print(cpu_ops_obstacle())"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
     assert "there is no C++ compiler 'no-such-compiler'; install g++ or set CXX" in done.stdout

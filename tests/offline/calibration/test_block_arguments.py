@@ -71,8 +71,18 @@ def test_equal_values_that_are_other_objects() -> None:
         nan = torch.tensor([1.0, torch.nan])
         cache = Cache(torch.ones(2))
         cache.layers[0]["owner"] = cache  # refers back to itself
-        rest = {"cache": cache, "slots": Slotted(1), "mask": Mask(nan), "where": above(3), "scale": float("nan")}
-        return (nan, [1, (2.5, "a")]), {**rest, "dtype": torch.float32, "partial": functools.partial(above, 1)}
+        rest = {
+            "cache": cache,
+            "slots": Slotted(1),
+            "mask": Mask(nan),
+            "where": above(3),
+            "scale": float("nan"),
+        }
+        return (nan, [1, (2.5, "a")]), {
+            **rest,
+            "dtype": torch.float32,
+            "partial": functools.partial(above, 1),
+        }
 
     assert Comparison().difference(call(), call()) is None
 
@@ -98,7 +108,11 @@ def runner(folder: Path, change: Callable[[nn.Module], None]) -> BlockRunner:
     change(source.model)
     tokens = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
     return BlockRunner(
-        source, CalibrationSet(tokens, "random", "0"), torch.device("cpu"), torch.float32, batch_tokens=16
+        source,
+        CalibrationSet(tokens, "random", "0"),
+        torch.device("cpu"),
+        torch.float32,
+        batch_tokens=16,
     )
 
 

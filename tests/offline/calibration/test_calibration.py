@@ -34,8 +34,14 @@ def jsonl(tmp_path: Path) -> Callable[..., str]:
     return write
 
 
-def text_of(tokenizer: Any, source: str, samples: int = 1, seq_len: int = 16, **options: Any) -> str:
-    return str(tokenizer.decode(load_calibration(source, tokenizer, samples, seq_len, 0, **options).tokens[0]))
+def text_of(
+    tokenizer: Any, source: str, samples: int = 1, seq_len: int = 16, **options: Any
+) -> str:
+    return str(
+        tokenizer.decode(
+            load_calibration(source, tokenizer, samples, seq_len, 0, **options).tokens[0]
+        )
+    )
 
 
 def test_standard_library_has_prose_and_code(tokenizer: Any) -> None:
@@ -57,7 +63,9 @@ def test_samples_are_drawn_from_all_over_the_text(tokenizer: Any, tmp_path: Path
     other = load_calibration(str(path), tokenizer, 10, 32, 1)
     assert calibration.fingerprint != other.fingerprint
     assert calibration.fingerprint == load_calibration(str(path), tokenizer, 10, 32, 0).fingerprint
-    assert calibration.describe()["source"] == "text.txt"  # no folder of this machine in the checkpoint
+    assert (
+        calibration.describe()["source"] == "text.txt"
+    )  # no folder of this machine in the checkpoint
 
 
 def with_template(folder: Path, template: str) -> Any:
@@ -88,7 +96,9 @@ class SlowTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
     def _convert_id_to_token(self, index: int) -> str:
         return chr(index)
 
-    def build_inputs_with_special_tokens(self, first: list[int], second: list[int] | None = None) -> list[int]:
+    def build_inputs_with_special_tokens(
+        self, first: list[int], second: list[int] | None = None
+    ) -> list[int]:
         return [1, *first, 2]
 
 
@@ -129,35 +139,54 @@ def test_a_prefix_that_cannot_be_told_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("prefix", [[BOS], [PAD, BOS]])
-def test_samples_start_with_bos_and_hold_consecutive_text(tiny_llama: Path, tmp_path: Path, prefix: list[int]) -> None:
-    tokenizer = with_template(tiny_llama, " ".join({PAD: "<pad>", BOS: "<bos>"}[i] for i in prefix) + " $A <eos>")
+def test_samples_start_with_bos_and_hold_consecutive_text(
+    tiny_llama: Path, tmp_path: Path, prefix: list[int]
+) -> None:
+    tokenizer = with_template(
+        tiny_llama, " ".join({PAD: "<pad>", BOS: "<bos>"}[i] for i in prefix) + " $A <eos>"
+    )
     path = tmp_path / "text.txt"
     path.write_text("".join(f"<{i:06d}>" for i in range(100)))
     stream = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
     width = 32 - len(prefix)
     pieces = len(stream) // width
-    calibration = load_calibration(str(path), tokenizer, pieces, 32, 0)  # as many as there are: all are drawn
+    calibration = load_calibration(
+        str(path), tokenizer, pieces, 32, 0
+    )  # as many as there are: all are drawn
     assert calibration.tokens.shape == (pieces, 32)
     assert calibration.tokens.dtype == torch.int64
     assert calibration.tokens[:, : len(prefix)].tolist() == [prefix] * pieces
     assert calibration.tokens[:, len(prefix) :].flatten().tolist() == stream[: pieces * width]
     assert calibration.describe()["bos"] is True
-    assert calibration.fingerprint == hashlib.sha256(calibration.tokens.numpy().tobytes()).hexdigest()
+    assert (
+        calibration.fingerprint == hashlib.sha256(calibration.tokens.numpy().tobytes()).hexdigest()
+    )
     with pytest.raises(SvskError, match=f"pieces of {width} after BOS; {pieces + 1} samples"):
         load_calibration(str(path), tokenizer, pieces + 1, 32, 0)
-    with pytest.raises(SvskError, match=rf"puts {len(prefix)} token\(s\) in front .* {len(prefix) + 1} or more"):
+    with pytest.raises(
+        SvskError, match=rf"puts {len(prefix)} token\(s\) in front .* {len(prefix) + 1} or more"
+    ):
         load_calibration(str(path), tokenizer, 1, len(prefix), 0)
 
 
 @pytest.mark.parametrize("template", [None, "$A <eos>"])
-def test_without_bos_samples_are_what_they_always_were(tiny_llama: Path, tmp_path: Path, template: str | None) -> None:
-    tokenizer = with_template(tiny_llama, template) if template else ModelSource(tiny_llama).tokenizer
+def test_without_bos_samples_are_what_they_always_were(
+    tiny_llama: Path, tmp_path: Path, template: str | None
+) -> None:
+    tokenizer = (
+        with_template(tiny_llama, template) if template else ModelSource(tiny_llama).tokenizer
+    )
     path = tmp_path / "text.txt"
     path.write_text("".join(f"<{i:06d}>" for i in range(4000)))
     calibration = load_calibration(str(path), tokenizer, 10, 32, 0)
     # Noted before there was a prefix: checkpoints that exist name it.
     before = "307ad9829aa0ea86229a61354b9e32b5b15d9bfe28bb8b45b0877855e05d1bce"
-    assert calibration.describe() == {"source": "text.txt", "samples": 10, "seq_len": 32, "fingerprint": before}
+    assert calibration.describe() == {
+        "source": "text.txt",
+        "samples": 10,
+        "seq_len": 32,
+        "fingerprint": before,
+    }
 
 
 def test_rows(tokenizer: Any, jsonl: Callable[..., str]) -> None:
@@ -168,10 +197,19 @@ def test_rows(tokenizer: Any, jsonl: Callable[..., str]) -> None:
     assert "one plus one\ntwo" in text_of(tokenizer, jsonl(row), seq_len=20)
 
 
-def test_messages_and_chat_template(tokenizer: Any, jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    messages = {"messages": [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "hi"}]}
+def test_messages_and_chat_template(
+    tokenizer: Any, jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = {
+        "messages": [
+            {"role": "user", "content": "hello there"},
+            {"role": "assistant", "content": "hi"},
+        ]
+    }
     monkeypatch.setattr(tokenizer, "chat_template", None)
-    with pytest.raises(SvskError, match=r"rows\.jsonl, line 1: holds messages, .* no chat template"):
+    with pytest.raises(
+        SvskError, match=r"rows\.jsonl, line 1: holds messages, .* no chat template"
+    ):
         text_of(tokenizer, jsonl(messages))
     template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", template)
@@ -192,11 +230,15 @@ def test_messages_and_chat_template(tokenizer: Any, jsonl: Callable[..., str], m
     ],
 )
 def test_messages_that_the_chat_template_rejects_are_named(
-    tokenizer: Any, jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch, messages: list[Any], message: str
+    tokenizer: Any,
+    jsonl: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    messages: list[Any],
+    message: str,
 ) -> None:
     template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
-        "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{%"
+        " endif %}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
     )
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(SvskError, match=rf"rows\.jsonl, line 2: .*{message}"):
@@ -221,7 +263,9 @@ def test_bad_rows_are_named(tokenizer: Any, tmp_path: Path, content: str, messag
 def test_too_little_text(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("abcdef" * 10)
-    with pytest.raises(SvskError, match=r"tokens, \d+ pieces of 16; 50 samples are asked for.*lower --samples"):
+    with pytest.raises(
+        SvskError, match=r"tokens, \d+ pieces of 16; 50 samples are asked for.*lower --samples"
+    ):
         load_calibration(str(path), tokenizer, 50, 16, 0)
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file of calibration text is, told by its content; encodings; and large files, of which little is read."""
+"""What a file of calibration text is, told by its content.
+
+Encodings; and large files, of which little is read.
+"""
 
 import gzip
 import json
@@ -31,11 +34,15 @@ def tokenizer(tiny_llama: Path) -> Any:
 def load(tokenizer: Any, tmp_path: Path) -> Callable[..., str]:
     """Writes a file and gives the text of all samples drawn of it."""
 
-    def loaded(name: str, content: bytes, samples: int = 4, seq_len: int = 64, **options: Any) -> str:
+    def loaded(
+        name: str, content: bytes, samples: int = 4, seq_len: int = 64, **options: Any
+    ) -> str:
         path = tmp_path / name
         path.write_bytes(content)
         found = load_calibration(str(path), tokenizer, samples, seq_len, 0, **options)
-        return "".join(tokenizer.decode(row).strip("\ufffd") for row in found.tokens)  # half a letter at an end
+        return "".join(
+            tokenizer.decode(row).strip("\ufffd") for row in found.tokens
+        )  # half a letter at an end
 
     return loaded
 
@@ -79,7 +86,9 @@ def test_a_file_is_what_it_holds(load: Callable[..., str], name: str, content: b
         ("numbers.txt", "[1, 2, 3]\n" * 60),
     ],
 )
-def test_brackets_alone_do_not_make_text_json(load: Callable[..., str], name: str, content: str) -> None:
+def test_brackets_alone_do_not_make_text_json(
+    load: Callable[..., str], name: str, content: str
+) -> None:
     assert load(name, content.encode())[:10] in content
 
 
@@ -113,7 +122,11 @@ def test_parquet(load: Callable[..., str], tmp_path: Path) -> None:
         ("utf32.txt", "abc".encode("utf-32"), r"is UTF-32"),
         ("odd.txt", "abc".encode("utf-16") + b"\x00\xd8", r"not UTF-16: byte 8"),
         ("empty.txt", b"", r"is empty"),
-        ("notgzip.gz", b"\x1f\x8b\x08\x00", r"begins like gzip, but cannot be unpacked|cannot be read"),
+        (
+            "notgzip.gz",
+            b"\x1f\x8b\x08\x00",
+            r"begins like gzip, but cannot be unpacked|cannot be read",
+        ),
         ("cut.gz", gzip.compress(LINES.encode())[:200], r"cannot be read after byte"),
         (
             "list.json",
@@ -127,8 +140,16 @@ def test_parquet(load: Callable[..., str], tmp_path: Path) -> None:
         ("open.json", b'{"text": "a\n', r"line 1: not JSON"),
         ("deep.json", b"[" * 200_000, r"line 1: not JSON|expected an object"),
         ("null.jsonl", b'{"text": "a"}\n{"text": null}\n', r"line 2: text is null"),
-        ("number.jsonl", b'{"text": 3}\n{"text": "a"}\n', r"line 1: text is a int, expected a string"),
-        ("half.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', r"line 2: holds \\ud800, half of a pair"),
+        (
+            "number.jsonl",
+            b'{"text": 3}\n{"text": "a"}\n',
+            r"line 1: text is a int, expected a string",
+        ),
+        (
+            "half.jsonl",
+            b'{"text": "a"}\n{"text": "\\ud800"}\n',
+            r"line 2: holds \\ud800, half of a pair",
+        ),
         ("answer.jsonl", b'{"question": "a", "answer": null}\n{}\n', r"line 1: answer is null"),
         ("none.jsonl", b"{}\n{}\n", r"line 1: has no key; expected text, messages"),
     ],
@@ -155,9 +176,13 @@ def test_rows_of_conversations(tiny_llama: Path, tmp_path: Path) -> None:
     spoken = {"conversations": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": said}]}
     assert f"<user>why?<assistant>{said}" in text(spoken)
     assert f"<user>why?<assistant>{said}" in text({"messages": spoken["conversations"]})
-    with pytest.raises(SvskError, match=r"line 1: a message is from 'nobody', expected one of human"):
+    with pytest.raises(
+        SvskError, match=r"line 1: a message is from 'nobody', expected one of human"
+    ):
         text({"conversations": [{"from": "nobody", "value": "why?"}]})
-    with pytest.raises(SvskError, match="line 1: conversations is a str, expected a list of messages"):
+    with pytest.raises(
+        SvskError, match="line 1: conversations is a str, expected a list of messages"
+    ):
         text({"conversations": "why?"})
     alpaca = {"instruction": "Say it", "input": "twice", "output": said}
     assert f"Say it\ntwice\n{said}\n\n" in text(alpaca)
@@ -167,10 +192,16 @@ def test_rows_of_conversations(tiny_llama: Path, tmp_path: Path) -> None:
     assert f"Say it\n{said}\n\n" in text({"text": None, **alpaca, "input": None})
 
 
-def test_a_chat_template_that_nothing_is_rendered_with_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_chat_template_that_nothing_is_rendered_with_is_refused(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     (tmp_path / "a.jsonl").write_text(LINES)
     (tmp_path / "a.txt").write_text("some text, and more of it. " * 80)
-    for source, holds in (("a.jsonl", "no row with messages"), ("a.txt", "plain text"), ("python", "documentation")):
+    for source, holds in (
+        ("a.jsonl", "no row with messages"),
+        ("a.txt", "plain text"),
+        ("python", "documentation"),
+    ):
         name = source if source == "python" else str(tmp_path / source)
         with pytest.raises(SvskError, match=f"--chat-template has no effect: .* has {holds}"):
             load_calibration(name, tokenizer, 2, 32, 0, chat_template=True)
@@ -180,7 +211,8 @@ def large(kind: str, count: int) -> bytes:
     """Numbered items, so that a sample tells its place."""
     if kind == "rows":
         return "".join(
-            json.dumps({"text": f"<{i:07d}> caf\u00e9"}, ensure_ascii=False) + "\n" for i in range(count)
+            json.dumps({"text": f"<{i:07d}> caf\u00e9"}, ensure_ascii=False) + "\n"
+            for i in range(count)
         ).encode()
     if kind == "list":
         return json.dumps([{"text": f"<{i:07d}>"} for i in range(count)]).encode()
@@ -192,7 +224,9 @@ def large(kind: str, count: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["text", "wide", "unbroken", "rows", "list", "packed"])
-def test_samples_of_a_large_file_are_drawn_from_all_over_it(tokenizer: Any, tmp_path: Path, kind: str) -> None:
+def test_samples_of_a_large_file_are_drawn_from_all_over_it(
+    tokenizer: Any, tmp_path: Path, kind: str
+) -> None:
     path, count = tmp_path / "large", 24_000
     path.write_bytes(large(kind, count))
     found = load_calibration(str(path), tokenizer, 10, 48, 0)
@@ -246,7 +280,11 @@ def test_only_regular_files(tmp_path: Path) -> None:
     import os
 
     os.mkfifo(tmp_path / "pipe")
-    for name, message in (("pipe", "not a regular file"), ("nothing", "no such file"), (".", "is a folder")):
+    for name, message in (
+        ("pipe", "not a regular file"),
+        ("nothing", "no such file"),
+        (".", "is a folder"),
+    ):
         with pytest.raises(SvskError, match=message):
             open_text(tmp_path / name)
 
@@ -274,13 +312,18 @@ class Config:
         (
             Config(
                 max_position_embeddings=400,
-                rope_parameters={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100},
+                rope_parameters={
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 100,
+                },
             ),
             400,
         ),
         (
             Config(
-                max_position_embeddings=100, rope_parameters={"full_attention": {"rope_type": "linear", "factor": 2}}
+                max_position_embeddings=100,
+                rope_parameters={"full_attention": {"rope_type": "linear", "factor": 2}},
             ),
             200,
         ),
@@ -290,7 +333,9 @@ def test_longest_sequence(config: Config, longest: int | None) -> None:
     assert longest_sequence(config) == longest
     if longest is not None:
         check_length(longest, config, "m")
-        with pytest.raises(SvskError, match=f"--seq-len is {longest + 1}, but m takes {longest} tokens at most"):
+        with pytest.raises(
+            SvskError, match=f"--seq-len is {longest + 1}, but m takes {longest} tokens at most"
+        ):
             check_length(longest + 1, config, "m")
 
 
@@ -299,12 +344,17 @@ def test_token_ids(tokenizer: Any) -> None:
     check_token_ids(torch.tensor([[0, 99]]), 100, spell, "m", "text.txt")
     with pytest.raises(
         SvskError,
-        match=r"m: its tokenizer makes token 258 \('<bos>'\) of text\.txt, but the model's vocabulary has 258",
+        match=(
+            r"m: its tokenizer makes token 258 \('<bos>'\) of text\.txt, but the model's vocabulary"
+            r" has 258"
+        ),
     ):
         check_token_ids(torch.tensor([[0, 258]]), 258, spell, "m", "text.txt")
 
 
-def test_what_a_model_cannot_take_is_refused_before_any_work(tiny_llama: Path, tmp_path: Path) -> None:
+def test_what_a_model_cannot_take_is_refused_before_any_work(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     """By the rows of its embedding and its positions; a run and a search alike."""
     import shutil
 
@@ -322,9 +372,13 @@ def test_what_a_model_cannot_take_is_refused_before_any_work(tiny_llama: Path, t
     recipe = load_recipe("fast").override({"calibration": {"samples": 4, "seq_len": 64}})
     long = recipe.override({"calibration": {"seq_len": 600}})
     for run, name in ((quantize, "out"), (tune, "out.yaml")):
-        with pytest.raises(SvskError, match=r"token 320 \('<\|new\|>'\) of calibration text rows\.jsonl.* has 320"):
+        with pytest.raises(
+            SvskError, match=r"token 320 \('<\|new\|>'\) of calibration text rows\.jsonl.* has 320"
+        ):
             run(model, tmp_path / name, recipe, calibration=str(text))  # type: ignore[operator]
-        with pytest.raises(SvskError, match=r"--seq-len is 600, but .*model takes 512 tokens at most"):
+        with pytest.raises(
+            SvskError, match=r"--seq-len is 600, but .*model takes 512 tokens at most"
+        ):
             run(model, tmp_path / name, long, calibration=str(text))  # type: ignore[operator]
     left = [path for path in tmp_path.rglob("*") if path.is_file() and model not in path.parents]
     assert left == [text]

@@ -9,7 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from svsk_offline.calibration import InputStatistics, OutputGradients, load_calibration, sweep_gradients
+from svsk_offline.calibration import (
+    InputStatistics,
+    OutputGradients,
+    load_calibration,
+    sweep_gradients,
+)
 from svsk_offline.calibration.gradients import draw_labels
 from svsk_offline.storage.dense_model import ModelSource, linear_modules
 from tests.support.tiny_models import write_dense
@@ -17,7 +22,9 @@ from tests.support.tiny_models import write_dense
 CPU = torch.device("cpu")
 
 
-def whole_model(folder: Path, tokens: torch.Tensor, seed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def whole_model(
+    folder: Path, tokens: torch.Tensor, seed: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Input and output gradient of every linear, by one backward pass per sample with the same labels."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +44,10 @@ def whole_model(folder: Path, tokens: torch.Tensor, seed: int) -> dict[str, tupl
         logits = model(input_ids=sample.unsqueeze(0)).logits[0]
         labels = draw_labels(logits.detach().softmax(-1), generator)
         nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-    return {name: (torch.cat(inputs), torch.cat(gradients)) for name, (inputs, gradients) in found.items()}
+    return {
+        name: (torch.cat(inputs), torch.cat(gradients))
+        for name, (inputs, gradients) in found.items()
+    }
 
 
 @pytest.mark.parametrize(("family", "limit"), [("llama", 1 << 30), ("qwen2", 0)])
@@ -60,18 +70,30 @@ def test_sweep_equals_one_backward_pass(tmp_path: Path, family: str, limit: int)
     for _ in range(2):  # the model's skeleton is left as it was found
         order.clear()
         sweep_gradients(
-            source, texts, CPU, torch.float32, visit, full=True, seed=3, memory_limit=limit, scratch=tmp_path
-        )  # fmt: skip
+            source,
+            texts,
+            CPU,
+            torch.float32,
+            visit,
+            full=True,
+            seed=3,
+            memory_limit=limit,
+            scratch=tmp_path,
+        )
         assert order == [1, 0]
     assert gradients.keys() == expected.keys()
     for name, (inputs, gradient) in expected.items():
         squares = gradient.square()
         torch.testing.assert_close(gradients[name].tokens, squares.sum(-1), rtol=1e-3, atol=1e-9)
-        torch.testing.assert_close(gradients[name].rows, squares.mean((0, 1)), rtol=1e-3, atol=1e-10)
+        torch.testing.assert_close(
+            gradients[name].rows, squares.mean((0, 1)), rtol=1e-3, atol=1e-10
+        )
         weights = squares.sum(-1).flatten()
         rows = inputs.flatten(0, 1)
         hessian = rows.T @ (rows * weights.unsqueeze(1)) / weights.sum()
-        torch.testing.assert_close(statistics[name].hessian, hessian, rtol=1e-3, atol=1e-4 * float(hessian.max()))
+        torch.testing.assert_close(
+            statistics[name].hessian, hessian, rtol=1e-3, atol=1e-4 * float(hessian.max())
+        )
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
 
 
@@ -85,7 +107,10 @@ def test_labels_follow_the_distribution() -> None:
 
 
 def test_token_weights() -> None:
-    """A token of weight w counts like w copies of it; first tokens are counted apart, without weights."""
+    """A token of weight w counts like w copies of it.
+
+    First tokens are counted apart, without weights.
+    """
     x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
     weights = torch.tensor([[1.0, 2, 0, 3], [1, 1, 1, 1], [0, 0, 2, 1]])
     weighted = InputStatistics(8, CPU, full=True, first=True)

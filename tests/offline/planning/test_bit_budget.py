@@ -19,7 +19,9 @@ def problem(seed: int, matrices: int) -> dict[str, list[Choice]]:
         options = []
         for group, rank in itertools.product((64, 32), (0, 8, 16)):
             bits = size * (17 if group == 64 else 18) // 4 + size * rank // 40
-            loss = weight * generator.uniform(0.9, 1.0) / (1 + rank / 10) * (0.8 if group == 32 else 1)
+            loss = (
+                weight * generator.uniform(0.9, 1.0) / (1 + rank / 10) * (0.8 if group == 32 else 1)
+            )
             options.append(Choice(group, rank, 4, bits, loss))
         choices[f"m{index}"] = options
     return choices
@@ -31,7 +33,9 @@ def best_of_all(choices: dict[str, list[Choice]], fused: dict[str, str], budget:
         sizes: dict[str, set[int]] = {}
         for name, pick in zip(choices, picks, strict=True):
             sizes.setdefault(fused[name], set()).add(pick.group_size)
-        if sum(p.stored_bits for p in picks) <= budget and all(len(found) == 1 for found in sizes.values()):
+        if sum(p.stored_bits for p in picks) <= budget and all(
+            len(found) == 1 for found in sizes.values()
+        ):
             least = min(least, sum(p.loss for p in picks))
     return least
 
@@ -60,5 +64,7 @@ def test_sensitive_matrices_get_more() -> None:
 
 
 def test_budget_below_the_smallest() -> None:
-    with pytest.raises(SvskError, match=r"A target of 4\.2 bits per weight is less than the 4\.2500 "):
+    with pytest.raises(
+        SvskError, match=r"A target of 4\.2 bits per weight is less than the 4\.2500 "
+    ):
         allocate({"a": [Choice(64, 0, 4, 425, 1.0)]}, {"a": "a"}, 4.2, 100)

@@ -21,7 +21,9 @@ def test_losses_fall_as_they_do_in_fact(tile_m: int, tile_n: int) -> None:
     group = make_group(tile_m=tile_m, tile_n=tile_n, num_bits=4)
     spec = LinearSpec("m", 48, 192, group)
     ranks = (0, 2, 4, 8)
-    choices = choices_of(w, found.hessian, rows, spec, GptqBase(), AllocationArgs(ranks=ranks), rounds=1)
+    choices = choices_of(
+        w, found.hessian, rows, spec, GptqBase(), AllocationArgs(ranks=ranks), rounds=1
+    )
     assert {(c.group_size, c.rank) for c in choices} == {(g, r) for g in (64, 32) for r in ranks}
     for size in (64, 32):
         losses = [c.loss for c in choices if c.group_size == size]
@@ -29,9 +31,13 @@ def test_losses_fall_as_they_do_in_fact(tile_m: int, tile_n: int) -> None:
         assert losses == sorted(losses, reverse=True)
         assert bits == sorted(bits)
         for choice in (c for c in choices if c.group_size == size):
-            own = make_group(tile_m=tile_m, tile_n=tile_n, num_bits=4, rank=choice.rank, group_size=size)
+            own = make_group(
+                tile_m=tile_m, tile_n=tile_n, num_bits=4, rank=choice.rank, group_size=size
+            )
             stored = LinearSpec("m", 48, 192, own)
-            linear = quantize_alternating(w, found, stored, GptqBase(), HessianFit(rounds=1), row_weights=rows)
+            linear = quantize_alternating(
+                w, found, stored, GptqBase(), HessianFit(rounds=1), row_weights=rows
+            )
             real = 0.5 * output_error(w - dequantize(linear), found.hessian, rows)
             assert 0.5 < choice.loss / real < 2
             assert choice.stored_bits == stored.stored_bits

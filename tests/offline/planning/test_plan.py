@@ -27,17 +27,26 @@ from tests.support.tiny_models import FAMILIES, write_dense
 def hessian_recipe() -> Recipe:
     """Error feedback and a sidecar, on a handful of short samples."""
     return load_recipe("fast").override(
-        {"calibration": {"samples": 6, "seq_len": 32}, "sidecar": {"rank": 4, "tile_m": 0, "tile_n": 0}}
+        {
+            "calibration": {"samples": 6, "seq_len": 32},
+            "sidecar": {"rank": 4, "tile_m": 0, "tile_n": 0},
+        }
     )
 
 
 @pytest.mark.parametrize("target", [4.3, 4.9])
-def test_budget_is_kept_and_used(tmp_path: Path, tiny_qwen2: Path, hessian_recipe: Recipe, target: float) -> None:
-    recipe = hessian_recipe.override({"allocation": {"target_bpw": target, "ranks": (0, 2, 4, 8, 16)}})
+def test_budget_is_kept_and_used(
+    tmp_path: Path, tiny_qwen2: Path, hessian_recipe: Recipe, target: float
+) -> None:
+    recipe = hessian_recipe.override(
+        {"allocation": {"target_bpw": target, "ranks": (0, 2, 4, 8, 16)}}
+    )
     result = quantize(tiny_qwen2, tmp_path / "out", recipe)
     assert target - 0.1 < result.bits_per_weight <= target
     assert validate_against_architecture(tmp_path / "out") == []
-    assert inspect_checkpoint(tmp_path / "out")["bits_per_weight"] == pytest.approx(result.bits_per_weight)
+    assert inspect_checkpoint(tmp_path / "out")["bits_per_weight"] == pytest.approx(
+        result.bits_per_weight
+    )
     linears = Checkpoint(tmp_path / "out").linears
     schemes = {(spec.rank, spec.group_size) for spec in linears.values()}
     assert len(schemes) > 1
@@ -50,7 +59,11 @@ def test_budget_is_kept_and_used(tmp_path: Path, tiny_qwen2: Path, hessian_recip
 
 def test_budget_too_small(tmp_path: Path, tiny_llama: Path, hessian_recipe: Recipe) -> None:
     with pytest.raises(SvskError, match=r"A target of 4\.1 bits per weight .* Raise the target"):
-        quantize(tiny_llama, tmp_path / "out", hessian_recipe.override({"allocation": {"target_bpw": 4.1}}))
+        quantize(
+            tiny_llama,
+            tmp_path / "out",
+            hessian_recipe.override({"allocation": {"target_bpw": 4.1}}),
+        )
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0])
@@ -60,13 +73,18 @@ def test_gradient_weights_change_what_is_fitted(
 ) -> None:
     quantize(tiny_llama, tmp_path / "plain", hessian_recipe)
     weighted = hessian_recipe.override(
-        {"gradients": {"token_power": power, "row_power": power, "shared": shared}, "calibration": {"samples": 6}}
+        {
+            "gradients": {"token_power": power, "row_power": power, "shared": shared},
+            "calibration": {"samples": 6},
+        }
     )
     quantize(tiny_llama, tmp_path / "weighted", weighted)
     assert validate_against_architecture(tmp_path / "weighted") == []
     plain, other = Checkpoint(tmp_path / "plain"), Checkpoint(tmp_path / "weighted")
     for name in plain.linears:
-        assert not torch.equal(dequantize(plain.read_linear(name)), dequantize(other.read_linear(name)))
+        assert not torch.equal(
+            dequantize(plain.read_linear(name)), dequantize(other.read_linear(name))
+        )
 
 
 def test_sequential_calibration_sees_the_quantised_blocks(
@@ -103,7 +121,10 @@ def test_sequential_calibration_sees_the_quantised_blocks(
     "changes",
     [
         {"calibration": {"sequential": True}},
-        {"gradients": {"token_power": 1.0}, "allocation": {"target_bpw": 4.8, "ranks": (0, 2, 4, 8)}},
+        {
+            "gradients": {"token_power": 1.0},
+            "allocation": {"target_bpw": 4.8, "ranks": (0, 2, 4, 8)},
+        },
         {"gradients": {"token_power": 0.5, "shared": True, "samples": 2}},
     ],
 )
@@ -133,29 +154,43 @@ def test_budget_on_features_that_fit_no_group(tmp_path: Path, hessian_recipe: Re
     )
     with pytest.raises(SvskError, match=r"q_proj: K = 96 .* allocation\.group_sizes \(64,\)"):
         quantize(dense, tmp_path / "out", recipe)
-    quantize(dense, tmp_path / "out", recipe.override({"allocation": {"group_sizes": (64, 32), "ranks": (0, 2, 4)}}))
+    quantize(
+        dense,
+        tmp_path / "out",
+        recipe.override({"allocation": {"group_sizes": (64, 32), "ranks": (0, 2, 4)}}),
+    )
     assert validate_against_architecture(tmp_path / "out") == []
 
 
-def test_full_disk_is_an_error_with_a_remedy(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_an_error_with_a_remedy(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(SvskError, match=r"no room for 0\.0 GB of hidden states \(No space left on device\)"):
+    with pytest.raises(
+        SvskError, match=r"no room for 0\.0 GB of hidden states \(No space left on device\)"
+    ):
         scratch_tensor((4, 8), torch.float32, 0, tmp_path)
     assert not any(tmp_path.iterdir())
 
 
 def test_plan_survives_its_file(tmp_path: Path) -> None:
     tokens = torch.rand(2, 3)
-    plan = Plan({"a.b": make_group(rank=4), "a.c": make_group(rank=0)}, {"a.b": tokens, "a.c": tokens}, {"a.b": tokens})
+    plan = Plan(
+        {"a.b": make_group(rank=4), "a.c": make_group(rank=0)},
+        {"a.b": tokens, "a.c": tokens},
+        {"a.b": tokens},
+    )
     plan.save(tmp_path / "plan.safetensors")
     found = Plan.load(tmp_path / "plan.safetensors")
     assert found.schemes == plan.schemes
     assert found.tokens.keys() == {"a.b", "a.c"}
     assert torch.equal(found.tokens["a.c"], tokens)
-    assert found.tokens["a.b"] is found.tokens["a.c"]  # or linears of one input would no longer share statistics
+    assert (
+        found.tokens["a.b"] is found.tokens["a.c"]
+    )  # or linears of one input would no longer share statistics
     assert torch.equal(found.rows["a.b"], tokens)
     assert [group.targets for group in found.groups().values()] == [("a.b",), ("a.c",)]
 

@@ -40,10 +40,17 @@ def texts(model: Path) -> CalibrationSet:
     ],
 )
 def test_half_a_fused_layer(
-    tmp_path: Path, tiny_qwen2: Path, tiny_recipe: Recipe, nothing_is_computed: None, ignore: str, named: str
+    tmp_path: Path,
+    tiny_qwen2: Path,
+    tiny_recipe: Recipe,
+    nothing_is_computed: None,
+    ignore: str,
+    named: str,
 ) -> None:
     recipe = tiny_recipe.override({"ignore": (ignore,)})
-    with pytest.raises(SvskError, match=r"vLLM fuses them .* Put all of them on the ignore list, or none") as caught:
+    with pytest.raises(
+        SvskError, match=r"vLLM fuses them .* Put all of them on the ignore list, or none"
+    ) as caught:
         quantize(tiny_qwen2, tmp_path / "out", recipe, calibration=texts(tiny_qwen2))
     assert named in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -65,13 +72,19 @@ def test_a_sidecar_that_would_lose_its_rows(
     model = write_dense(tmp_path / "bloom", "bloom")
     recipe = tiny_recipe.override({"sidecar": {"rank": 0}}) if target is None else None
     if recipe is not None:
-        with pytest.raises(AssertionError, match="the run has begun"):  # without a sidecar it is served
+        with pytest.raises(
+            AssertionError, match="the run has begun"
+        ):  # without a sidecar it is served
             quantize(model, tmp_path / "out", recipe, calibration=texts(model))
         return
     from svsk_offline.recipe import load_recipe
 
-    recipe = load_recipe("fast").override({"sidecar": {"rank": 0}, "allocation": {"target_bpw": target}})
-    with pytest.raises(SvskError, match=r"query_key_value: a sidecar of rank \d+, but BloomForCausalLM"):
+    recipe = load_recipe("fast").override(
+        {"sidecar": {"rank": 0}, "allocation": {"target_bpw": target}}
+    )
+    with pytest.raises(
+        SvskError, match=r"query_key_value: a sidecar of rank \d+, but BloomForCausalLM"
+    ):
         quantize(model, tmp_path / "out", recipe, calibration=texts(model))
 
 
@@ -79,10 +92,18 @@ def test_unknown_to_vllm_is_said_and_done(
     tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe, nothing_is_computed: None
 ) -> None:
     model = write_dense(tmp_path / "dense", "llama")
-    edit_json(model / "config.json", lambda config: config.update(architectures=["OwnLlamaForCausalLM"]))
+    edit_json(
+        model / "config.json", lambda config: config.update(architectures=["OwnLlamaForCausalLM"])
+    )
     said: list[str] = []
     with pytest.raises(AssertionError, match="the run has begun"):
-        quantize(model, tmp_path / "out", tiny_recipe, calibration=texts(model), progress=Progress(message=said.append))
+        quantize(
+            model,
+            tmp_path / "out",
+            tiny_recipe,
+            calibration=texts(model),
+            progress=Progress(message=said.append),
+        )
     assert any("OwnLlamaForCausalLM: vLLM 0." in line for line in said)
 
 
@@ -95,7 +116,10 @@ def test_validate_finds_what_vllm_refuses(tmp_path: Path, tiny_qwen2: Path) -> N
     folder = write_random_svsk(tiny_qwen2, tmp_path / "half", ignore=("lm_head", "re:.*up_proj"))
     problems = validate_against_architecture(folder)
     assert len(problems) == 2
-    assert "model.layers.0.mlp.up_proj is not quantised while model.layers.0.mlp.gate_proj is" in problems[0]
+    assert (
+        "model.layers.0.mlp.up_proj is not quantised while model.layers.0.mlp.gate_proj is"
+        in problems[0]
+    )
     assert serving_note(folder) is None
 
 

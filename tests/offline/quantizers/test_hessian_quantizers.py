@@ -9,7 +9,14 @@ from svsk_offline.calibration import InputStatistics
 from svsk_offline.quantizers import quantize_aa, quantize_rtn
 from svsk_offline.quantizers.alternating import output_error, quantize_alternating
 from svsk_offline.quantizers.error_feedback import Levels, round_with_feedback
-from svsk_offline.quantizers.gptq import gptq, initial_scales, level_values, polish, refit_scales, search_scales
+from svsk_offline.quantizers.gptq import (
+    gptq,
+    initial_scales,
+    level_values,
+    polish,
+    refit_scales,
+    search_scales,
+)
 from svsk_offline.quantizers.hessian import ColumnOrder, damped, inverse_root
 from svsk_offline.quantizers.hessian_sidecar import HessianSidecar, column_tiles, sidecar_weight
 from svsk_offline.quantizers.rounding import nearest_codes
@@ -22,7 +29,11 @@ from tests.support.format_builders import make_group
 def inputs(k: int, tokens: int = 600, seed: int = 0) -> torch.Tensor:
     """Correlated inputs with a few channels ten times as large, [1, tokens, k]."""
     generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(tokens, k, generator=generator) @ torch.randn(k, k, generator=generator) / k**0.5
+    mixed = (
+        torch.randn(tokens, k, generator=generator)
+        @ torch.randn(k, k, generator=generator)
+        / k**0.5
+    )
     mixed[:, :: k // 4] *= 10
     return mixed.unsqueeze(0)
 
@@ -122,7 +133,8 @@ def test_refitted_scales_are_the_least_squares_ones(codebook: Codebook) -> None:
     assert torch.isfinite(found).all()
     for row in range(n):
         before, after = (
-            output_error((noisy - level_values(levels, s))[row : row + 1], hessian) for s in (start, found)
+            output_error((noisy - level_values(levels, s))[row : row + 1], hessian)
+            for s in (start, found)
         )
         assert after <= before * (1 + 1e-5)
 
@@ -130,10 +142,15 @@ def test_refitted_scales_are_the_least_squares_ones(codebook: Codebook) -> None:
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 def test_searched_scales_are_no_worse_than_clipped_ones(codebook: Codebook) -> None:
     """Under plain rounding with the same weights; least squares and both signs can only help."""
-    w, importance = weight(40, 128), torch.rand(128, generator=torch.Generator().manual_seed(0)) + 0.1
+    w, importance = (
+        weight(40, 128),
+        torch.rand(128, generator=torch.Generator().manual_seed(0)) + 0.1,
+    )
 
     def rounded(scale: torch.Tensor) -> torch.Tensor:
-        return values_of(nearest_codes(w / scale.float().repeat_interleave(64, 1), codebook), scale, 64, codebook)
+        return values_of(
+            nearest_codes(w / scale.float().repeat_interleave(64, 1), codebook), scale, 64, codebook
+        )
 
     searched = rounded(initial_scales("search", w, importance, 64, codebook, torch.bfloat16))
     plain = rounded(initial_scales("absmax", w, importance, 64, codebook, torch.bfloat16))
@@ -149,7 +166,9 @@ def test_searched_scales_are_no_worse_than_clipped_ones(codebook: Codebook) -> N
 
 @pytest.mark.parametrize("num_bits", [4, 8])
 @pytest.mark.parametrize(("tile_m", "tile_n"), [(0, 0), (20, 0), (16, 40), (512, 30)])
-def test_hessian_sidecar_lowers_the_error_and_ranks_help(num_bits: int, tile_m: int, tile_n: int) -> None:
+def test_hessian_sidecar_lowers_the_error_and_ranks_help(
+    num_bits: int, tile_m: int, tile_n: int
+) -> None:
     found = statistics(96)
     residual = weight(50, 96, 5) * 0.1
     grid = TileGrid(50, 96, tile_m, tile_n)
@@ -160,7 +179,8 @@ def test_hessian_sidecar_lowers_the_error_and_ranks_help(num_bits: int, tile_m: 
         assert int(side.u.abs().max()) <= (8 if num_bits == 4 else 127)
         assert int(side.v.min()) >= (-8 if num_bits == 4 else -127)
         errors.append(output_error(residual - sidecar_weight(side, grid), found.hessian))
-    # In tiles this small, 4-bit rounding of the strongest factors can outweigh what further ranks add.
+    # In tiles this small, 4-bit rounding of the strongest factors can outweigh what further ranks
+    # add.
     assert errors[0] > errors[1] > (errors[2] if num_bits == 8 else 0)
     assert errors[2] < 0.1 * errors[0]
 
@@ -176,7 +196,10 @@ def test_tiles_larger_than_the_matrix() -> None:
 
 
 def test_column_tiles_cooperate() -> None:
-    """Each tile on its own is the first sweep; further sweeps use the correlation between tiles and never hurt much."""
+    """Each tile on its own is the first sweep.
+
+    Further sweeps use the correlation between tiles and never hurt much.
+    """
     found, residual = statistics(512, 3000), weight(128, 512, 1) * 0.1
     grid = TileGrid(128, 512, 0, 100)
     sidecar = HessianSidecar(column_tiles(found.hessian, grid, 1e-4), grid, 8, 8)
@@ -222,10 +245,14 @@ def test_alternation(rank: int, codebook: Codebook) -> None:
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 def test_closing_rounds_lower_the_error(rank: int, codebook: Codebook) -> None:
     w, found = weight(48, 128), statistics(128)
-    spec = LinearSpec("m", 48, 128, make_group(rank=rank, tile_m=0, tile_n=0, num_bits=4, codebook=codebook))
+    spec = LinearSpec(
+        "m", 48, 128, make_group(rank=rank, tile_m=0, tile_n=0, num_bits=4, codebook=codebook)
+    )
     errors = []
     for polish_rounds in (0, 1, 4):
-        linear = quantize_alternating(w, found, spec, GptqBase(polish=polish_rounds), HessianFit(rounds=2))
+        linear = quantize_alternating(
+            w, found, spec, GptqBase(polish=polish_rounds), HessianFit(rounds=2)
+        )
         errors.append(output_error(w - dequantize(linear), found.hessian))
     assert errors[2] < errors[1] < errors[0]
 
@@ -236,9 +263,13 @@ def test_row_weights_move_the_error_to_rows_that_count_less() -> None:
     rows = torch.where(torch.arange(48) < 8, 100.0, 1.0)
     shares = []
     for weights in (None, rows):
-        linear = quantize_alternating(w, found, spec, GptqBase(), HessianFit(rounds=2), row_weights=weights)
+        linear = quantize_alternating(
+            w, found, spec, GptqBase(), HessianFit(rounds=2), row_weights=weights
+        )
         residual = w - dequantize(linear)
-        shares.append(output_error(residual[:8], found.hessian) / output_error(residual, found.hessian))
+        shares.append(
+            output_error(residual[:8], found.hessian) / output_error(residual, found.hessian)
+        )
     assert shares[1] < 0.8 * shares[0]
 
 
@@ -251,7 +282,9 @@ def test_sink_weight_moves_the_error_away_from_the_first_token() -> None:
     spec = LinearSpec("m", 48, 128, make_group())
     errors = []
     for sink in (0.0, 10.0):
-        residual = w - dequantize(quantize_alternating(w, found, spec, GptqBase(), HessianFit(), sink))
+        residual = w - dequantize(
+            quantize_alternating(w, found, spec, GptqBase(), HessianFit(), sink)
+        )
         errors.append(output_error(residual, found.first_hessian))
     assert errors[1] < 0.5 * errors[0]
 

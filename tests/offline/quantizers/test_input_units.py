@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scale of a layer's inputs is a matter of units: the same codes come out, and unused channels cost nothing."""
+"""The scale of a layer's inputs is a matter of units.
+
+The same codes come out, and unused channels cost nothing.
+"""
 
 import pytest
 import torch
@@ -25,7 +28,10 @@ def gathered(x: torch.Tensor) -> InputStatistics:
 
 
 def sample(dead: bool = True) -> torch.Tensor:
-    """Inputs [samples, tokens, K] of root mean square near 1; with ``dead``, a channel in 16 is zero, a tile too."""
+    """Inputs [samples, tokens, K] of root mean square near 1.
+
+    With ``dead``, a channel in 16 is zero, a tile too.
+    """
     x = inputs(K).view(6, 100, K).clone()
     if dead:
         x[..., DEAD] = 0
@@ -38,7 +44,9 @@ def quantised(x: torch.Tensor, recipe: str, w: torch.Tensor | None = None) -> Qu
     scheme = ConfigGroup(targets=("Linear",), weights=chosen.weights, sidecar=chosen.sidecar)
     rows = torch.linspace(0.5, 2, N) if chosen.gradients.row_power else None
     w = weight(N, K) if w is None else w
-    return quantize_linear("model.layers.0.self_attn.q_proj", w, gathered(x), chosen, scheme, torch.bfloat16, rows)[0]
+    return quantize_linear(
+        "model.layers.0.self_attn.q_proj", w, gathered(x), chosen, scheme, torch.bfloat16, rows
+    )[0]
 
 
 @pytest.mark.parametrize("recipe", ["published", "fast", "best"])
@@ -49,17 +57,27 @@ def test_codes_do_not_depend_on_the_scale_of_the_inputs(recipe: str, dead: bool)
         other = quantised(sample(dead) * 2.0**power, recipe)
         assert torch.equal(other.codes, plain.codes)
         assert torch.equal(other.scale, plain.scale)
-        # A power of two may go from one factor's scale to the other's: what they stand for together is the same.
+        # A power of two may go from one factor's scale to the other's: what they stand for together
+        # is the same.
         assert torch.equal(dequantize(other), dequantize(plain))
-    for factor in (1e-3, 1e3):  # which rounds, so near ties fall otherwise and error feedback carries them on
+    for factor in (
+        1e-3,
+        1e3,
+    ):  # which rounds, so near ties fall otherwise and error feedback carries them on
         other = quantised(sample(dead) * factor, recipe)
-        assert float((other.codes != plain.codes).float().mean()) < (0 if recipe == "published" else 0.05) + 1e-9
+        assert (
+            float((other.codes != plain.codes).float().mean())
+            < (0 if recipe == "published" else 0.05) + 1e-9
+        )
 
 
 @pytest.mark.parametrize("recipe", ["published", "fast", "best"])
 @pytest.mark.parametrize("rms", [0.03, 30.0])
 def test_channels_never_used_cost_the_others_nothing(recipe: str, rms: float) -> None:
-    """Their weights are not outliers; the error of what is used is that without them, whatever the inputs' scale."""
+    """Their weights are not outliers.
+
+    The error of what is used is that without them, whatever the inputs' scale.
+    """
     x = sample(dead=False) * rms
     used = x.clone()
     used[..., DEAD] = 0
@@ -79,7 +97,13 @@ def test_a_bit_budget_is_spent_the_same_whatever_the_unit_of_the_losses() -> Non
     def spent(factor: float) -> list[tuple[int, int, int]]:
         choices = {
             name: choices_of(
-                weight(N, K, seed), gathered(sample() * factor).hessian, rows * (seed + 1), spec, GptqBase(), args, 3
+                weight(N, K, seed),
+                gathered(sample() * factor).hessian,
+                rows * (seed + 1),
+                spec,
+                GptqBase(),
+                args,
+                3,
             )
             for seed, name in enumerate(("a", "b", "c"))
         }
@@ -97,7 +121,13 @@ def test_a_column_tile_that_is_never_used_takes_no_share_of_the_error() -> None:
     x[..., :96] = 0
     spec = LinearSpec("m", N, K, make_group(tile_m=0, tile_n=96, num_bits=4))
     choices = choices_of(
-        weight(N, K), gathered(x).hessian, torch.ones(N), spec, GptqBase(), AllocationArgs(ranks=(0, 16)), 1
+        weight(N, K),
+        gathered(x).hessian,
+        torch.ones(N),
+        spec,
+        GptqBase(),
+        AllocationArgs(ranks=(0, 16)),
+        1,
     )
     without, with_sidecar = (c.loss for c in choices if c.group_size == 64)
     assert with_sidecar < 0.8 * without

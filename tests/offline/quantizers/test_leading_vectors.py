@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leading right singular vectors: how much of a matrix they hold, against the exact decomposition."""
+"""Leading right singular vectors.
+
+How much of a matrix they hold, against the exact decomposition.
+"""
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ def matrices(count: int, m: int, n: int, decay: float, seed: int = 0) -> torch.T
     """Random matrices whose column scales fall as a power, in a random basis."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(n, n, generator=generator))[0]
-    return torch.randn(count, m, n, generator=generator) @ (basis * torch.arange(1, n + 1).float() ** -decay)
+    return torch.randn(count, m, n, generator=generator) @ (
+        basis * torch.arange(1, n + 1).float() ** -decay
+    )
 
 
 def energy(matrix: torch.Tensor, rows: torch.Tensor) -> float:
@@ -21,9 +26,12 @@ def energy(matrix: torch.Tensor, rows: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("m", "n"), [(256, 320), (320, 256), (300, 300)])
 @pytest.mark.parametrize(
-    ("decay", "exact", "lost"), [(1.0, False, 1e-6), (0.5, False, 1e-4), (0.0, False, 0.02), (0.0, True, 1e-6)]
+    ("decay", "exact", "lost"),
+    [(1.0, False, 1e-6), (0.5, False, 1e-4), (0.0, False, 0.02), (0.0, True, 1e-6)],
 )
-def test_energy_is_that_of_the_exact_vectors(m: int, n: int, decay: float, exact: bool, lost: float) -> None:
+def test_energy_is_that_of_the_exact_vectors(
+    m: int, n: int, decay: float, exact: bool, lost: float
+) -> None:
     """A flat spectrum is the worst case; there any vectors are nearly as good as the best."""
     rank = 24
     given = matrices(2, m, n, decay)
@@ -50,12 +58,16 @@ def test_vectors_come_in_the_order_of_their_singular_values(size: int, exact: bo
 @pytest.mark.parametrize(("m", "n"), [(200, 260), (260, 200), (20, 30)])
 def test_missing_rank_gives_zeros_or_orthonormal_rows(m: int, n: int, exact: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    given = (torch.randn(m, 5, generator=generator) @ torch.randn(5, n, generator=generator)).unsqueeze(0)
+    given = (
+        torch.randn(m, 5, generator=generator) @ torch.randn(5, n, generator=generator)
+    ).unsqueeze(0)
     found = leading_right_vectors(given, 16, exact)[0]
     assert bool(found.isfinite().all())
     norms = found.norm(dim=1)
     assert bool(((norms < 1e-6) | ((norms - 1).abs() < 1e-4)).all())
-    assert energy(given[0], found[:5]) == pytest.approx(float(given.double().square().sum()), rel=1e-5)
+    assert energy(given[0], found[:5]) == pytest.approx(
+        float(given.double().square().sum()), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -6,7 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svsk_offline.quantizers import channel_importance, fit_diagonal_sidecar, nearest_codes, quantize_aa, quantize_rtn
+from svsk_offline.quantizers import (
+    channel_importance,
+    fit_diagonal_sidecar,
+    nearest_codes,
+    quantize_aa,
+    quantize_rtn,
+)
 from svsk_offline.quantizers.lowrank import round_rows, truncated_svd
 from svsk_vllm.format import (
     Codebook,
@@ -35,8 +41,12 @@ def moments(k: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(k, generator=torch.Generator().manual_seed(seed)).pow(4) * 100 + 1e-4
 
 
-def values_of(codes: torch.Tensor, scale: torch.Tensor, group: int, codebook: Codebook) -> torch.Tensor:
-    return (code_values(codes, codebook).view(codes.shape[0], -1, group) * scale.float().unsqueeze(-1)).flatten(1)
+def values_of(
+    codes: torch.Tensor, scale: torch.Tensor, group: int, codebook: Codebook
+) -> torch.Tensor:
+    return (
+        code_values(codes, codebook).view(codes.shape[0], -1, group) * scale.float().unsqueeze(-1)
+    ).flatten(1)
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
@@ -87,7 +97,9 @@ def test_zero_and_tiny_groups(codebook: Codebook) -> None:
 def test_importance_is_clipped_and_relative() -> None:
     importance = channel_importance(torch.tensor([0.0, 1.0, 1.0, 1e6]), 0.5, (0.25, 4.0))
     assert float(importance[0]) == 0.25
-    assert float(importance[3]) == pytest.approx(3**0.5, rel=1e-3)  # of three in use: the zero is not
+    assert float(importance[3]) == pytest.approx(
+        3**0.5, rel=1e-3
+    )  # of three in use: the zero is not
     assert torch.equal(channel_importance(torch.zeros(4), 0.5, (0.25, 4.0)), torch.full((4,), 0.25))
 
 
@@ -107,7 +119,9 @@ def test_sidecar_never_raises_the_weighted_error_of_a_tile(
         for b in range(grid.num_col_tiles):
             rows, cols = grid.row_slice(a), grid.col_slice(b)
             before_tile = float((residual[rows, cols].square() @ moment[cols]).sum())
-            assert float((after[rows, cols].square() @ moment[cols]).sum()) <= before_tile * (1 + 1e-3)
+            assert float((after[rows, cols].square() @ moment[cols]).sum()) <= before_tile * (
+                1 + 1e-3
+            )
     assert float((after.square() @ moment).sum()) < 0.95 * float((residual.square() @ moment).sum())
 
 
@@ -139,7 +153,9 @@ def test_an_exactly_low_rank_residual_is_repaired() -> None:
 
 
 def test_a_zero_residual_gives_no_sidecar() -> None:
-    side = fit_diagonal_sidecar(torch.zeros(8, 32), torch.ones(32), TileGrid(8, 32, 4, 16), 4, 8, 1e-4)
+    side = fit_diagonal_sidecar(
+        torch.zeros(8, 32), torch.ones(32), TileGrid(8, 32, 4, 16), 4, 8, 1e-4
+    )
     assert not any(tensor.any() for tensor in (side.u, side.v, side.gain))
 
 
@@ -148,7 +164,9 @@ def test_a_larger_rank_is_no_worse() -> None:
     errors = []
     for rank in (1, 4, 16):
         side = fit_diagonal_sidecar(residual, moment, grid, rank, 8, 1e-4)
-        errors.append(float(((residual - product(side.u, side.v, side.gain, grid)).square() @ moment).sum()))
+        errors.append(
+            float(((residual - product(side.u, side.v, side.gain, grid)).square() @ moment).sum())
+        )
     assert errors[0] > errors[1] > errors[2]
 
 

@@ -32,7 +32,9 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 @pytest.fixture
 def quick() -> Recipe:
-    return load_recipe("fast").override({"calibration": {"samples": 2, "seq_len": 16}, "sidecar": {"rank": 2}})
+    return load_recipe("fast").override(
+        {"calibration": {"samples": 2, "seq_len": 16}, "sidecar": {"rank": 2}}
+    )
 
 
 @pytest.fixture
@@ -49,7 +51,9 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
 
 
 def loaded(folder: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    state: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32
+    ).state_dict()
     return state
 
 
@@ -62,7 +66,11 @@ def everything(source: ModelSource) -> dict[str, torch.Tensor]:
         source.load(block, f"{name}.{index}.", torch.float32, cpu)
         state |= {f"{name}.{index}.{key}": value for key, value in block.state_dict().items()}
     with source.loaded_outside(torch.float32, cpu):
-        state |= {key: value.clone() for key, value in source.model.state_dict().items() if key not in state}
+        state |= {
+            key: value.clone()
+            for key, value in source.model.state_dict().items()
+            if key not in state
+        }
     return state
 
 
@@ -78,7 +86,9 @@ def assert_same(folder: Path) -> None:
         lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] + 1}),
         lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}),
         lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}),
-        lambda tensors: tensors.update({name.removeprefix("model."): tensors.pop(name) for name in list(tensors)}),
+        lambda tensors: tensors.update(
+            {name.removeprefix("model."): tensors.pop(name) for name in list(tensors)}
+        ),
     ],
     ids=["untied by values", "second copy", "under the head's name", "names of the base model"],
 )
@@ -94,17 +104,25 @@ def test_values_are_those_transformers_loads(
         assert torch.equal(before[name], after[name])
 
 
-def test_a_head_the_values_untie_is_untied_in_the_config(model: Path, tmp_path: Path, quick: Recipe) -> None:
+def test_a_head_the_values_untie_is_untied_in_the_config(
+    model: Path, tmp_path: Path, quick: Recipe
+) -> None:
     """vLLM goes by the flag and would serve the embedding as the head."""
     change_tensors(model, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] + 1}))
     quantize(model, tmp_path / "out", quick)
     assert Checkpoint(tmp_path / "out").hf_config["tie_word_embeddings"] is False
-    edit_json(tmp_path / "out" / "config.json", lambda config: config.update(tie_word_embeddings=True))
+    edit_json(
+        tmp_path / "out" / "config.json", lambda config: config.update(tie_word_embeddings=True)
+    )
     (problem,) = validate_against_architecture(tmp_path / "out")
-    assert problem.startswith("lm_head.weight: differs from model.embed_tokens.weight, to which config.json ties it")
+    assert problem.startswith(
+        "lm_head.weight: differs from model.embed_tokens.weight, to which config.json ties it"
+    )
 
 
-def test_a_pair_under_the_heads_name_gets_the_embeddings(model: Path, tmp_path: Path, quick: Recipe) -> None:
+def test_a_pair_under_the_heads_name_gets_the_embeddings(
+    model: Path, tmp_path: Path, quick: Recipe
+) -> None:
     """vLLM skips the head of a tied model when it loads."""
     change_tensors(model, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
     quantize(model, tmp_path / "out", quick)
@@ -114,7 +132,10 @@ def test_a_pair_under_the_heads_name_gets_the_embeddings(model: Path, tmp_path: 
 
 
 def test_a_single_file_beside_an_old_index_counts(model: Path) -> None:
-    old = {name: torch.zeros_like(tensor) for name, tensor in load_file(model / "model.safetensors").items()}
+    old = {
+        name: torch.zeros_like(tensor)
+        for name, tensor in load_file(model / "model.safetensors").items()
+    }
     save_file(old, model / "model-00001-of-00001.safetensors", {"format": "pt"})
     index = {"weight_map": dict.fromkeys(old, "model-00001-of-00001.safetensors")}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -127,15 +148,21 @@ def test_files_decide_which_tensors_there_are_not_the_index(model: Path) -> None
     (model / "model.safetensors").unlink()
     names = list(tensors)
     for file, part in (("a", names[::2]), ("b", names[1::2])):
-        save_file({name: tensors[name] for name in part}, model / f"{file}.safetensors", {"format": "pt"})
+        save_file(
+            {name: tensors[name] for name in part}, model / f"{file}.safetensors", {"format": "pt"}
+        )
     index = {"metadata": {}, "weight_map": {names[0]: "b.safetensors", names[1]: "a.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     assert_same(model)
 
 
 @pytest.mark.parametrize("recipe", ["fast", "published", "best"])
-@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", EMBEDDING])
-def test_a_missing_tensor_is_found_before_any_work(model: Path, tmp_path: Path, recipe: str, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", EMBEDDING]
+)
+def test_a_missing_tensor_is_found_before_any_work(
+    model: Path, tmp_path: Path, recipe: str, name: str
+) -> None:
     change_tensors(model, lambda tensors: tensors.pop(name))
     with pytest.raises(SvskError, match=f"no tensor {name}"):
         quantize(model, tmp_path / "out", recipe)
@@ -147,7 +174,11 @@ def test_a_shard_cut_short_is_found_before_any_work(model: Path, tmp_path: Path)
     (model / "model.safetensors").unlink()
     files = {name: f"{number % 2}.safetensors" for number, name in enumerate(tensors)}
     for file in set(files.values()):
-        save_file({n: tensors[n] for n, its in files.items() if its == file}, model / file, {"format": "pt"})
+        save_file(
+            {n: tensors[n] for n, its in files.items() if its == file},
+            model / file,
+            {"format": "pt"},
+        )
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     with (model / "1.safetensors").open("r+b") as shard:
         shard.truncate((model / "1.safetensors").stat().st_size - 10)
@@ -159,12 +190,16 @@ def test_a_shard_cut_short_is_found_before_any_work(model: Path, tmp_path: Path)
 
 
 def test_two_tensors_for_one_parameter(model: Path) -> None:
-    change_tensors(model, lambda tensors: tensors.update({"norm.weight": tensors["model.norm.weight"] + 1}))
+    change_tensors(
+        model, lambda tensors: tensors.update({"norm.weight": tensors["model.norm.weight"] + 1})
+    )
     with pytest.raises(SvskError, match=r"norm\.weight.* both fill model\.norm\.weight"):
         ModelSource(model).check()
 
 
-def test_null_says_that_there_is_no_quantization_config(model: Path, tmp_path: Path, quick: Recipe) -> None:
+def test_null_says_that_there_is_no_quantization_config(
+    model: Path, tmp_path: Path, quick: Recipe
+) -> None:
     edit_json(model / "config.json", lambda config: config.update(quantization_config=None))
     quantize(model, tmp_path / "out", quick)
     assert validate_against_architecture(tmp_path / "out") == []
@@ -175,11 +210,15 @@ def test_null_says_that_there_is_no_quantization_config(model: Path, tmp_path: P
 
 def test_a_config_no_model_can_be_built_from(model: Path) -> None:
     edit_json(model / "config.json", lambda config: config.update(num_attention_heads=0))
-    with pytest.raises(SvskError, match=r"cannot build a causal language model from its config\.json \("):
+    with pytest.raises(
+        SvskError, match=r"cannot build a causal language model from its config\.json \("
+    ):
         ModelSource(model).check()
 
 
-def test_tensors_the_class_expects_to_be_left_over_travel(model: Path, tmp_path: Path, quick: Recipe) -> None:
+def test_tensors_the_class_expects_to_be_left_over_travel(
+    model: Path, tmp_path: Path, quick: Recipe
+) -> None:
     """A part for drafting that transformers does not build and other programs do."""
     source = ModelSource(model)
     kind: Any = type(source.model)
@@ -196,16 +235,27 @@ def test_tensors_the_class_expects_to_be_left_over_travel(model: Path, tmp_path:
 
 
 def test_soft_caps_are_computed(tmp_path: Path) -> None:
-    """torch's attention leaves the cap out: the quantiser and every evaluation take the one that has it."""
+    """torch's attention leaves the cap out.
+
+    The quantiser and every evaluation take the one that has it.
+    """
     settings = {"head_dim": 32, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 1}
     dense = write_dense(tmp_path / "dense", Family("gemma2", settings))
-    (tmp_path / "text.txt").write_text("A few words to be scored one after the other, 0123456789. " * 8)
-    means: Any = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, attn_implementation="eager")
-    drops: Any = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, attn_implementation="sdpa")
+    (tmp_path / "text.txt").write_text(
+        "A few words to be scored one after the other, 0123456789. " * 8
+    )
+    means: Any = AutoModelForCausalLM.from_pretrained(
+        dense, dtype=torch.float32, attn_implementation="eager"
+    )
+    drops: Any = AutoModelForCausalLM.from_pretrained(
+        dense, dtype=torch.float32, attn_implementation="sdpa"
+    )
     tokens = torch.arange(40).unsqueeze(0)
     with torch.no_grad():
         expected, other = means(tokens).logits, drops(tokens).logits
-        assert not torch.allclose(expected, other, atol=0.1), "the model does not tell the two apart"
+        assert not torch.allclose(expected, other, atol=0.1), (
+            "the model does not tell the two apart"
+        )
         assert torch.equal(load_model(dense, "float32", "cpu")(tokens).logits, expected)
     assert ModelSource(dense).model.config._attn_implementation == "eager"  # type: ignore[union-attr]
     assert attention_arguments(means.config) == {"attn_implementation": "eager"}
@@ -213,7 +263,9 @@ def test_soft_caps_are_computed(tmp_path: Path) -> None:
     assert attention_arguments(read_model_config(dense)) == {}
 
 
-OWN_CONFIG = "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+OWN_CONFIG = (
+    "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+)
 OWN_MODEL = """
 from pathlib import Path
 from transformers import LlamaForCausalLM
@@ -238,8 +290,13 @@ def own(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, modules: N
     """A model with its own class, which leaves a file ``ran`` behind when it is run."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
     (model / "configuration_own.py").write_text(OWN_CONFIG)
-    (model / "modeling_own.py").write_text(OWN_MODEL.replace("WITNESS", repr(str(tmp_path / "ran"))))
-    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (model / "modeling_own.py").write_text(
+        OWN_MODEL.replace("WITNESS", repr(str(tmp_path / "ran")))
+    )
+    classes = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
     own = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": classes}
     edit_json(model / "config.json", lambda config: config.update(own))
     return model
@@ -258,7 +315,9 @@ def test_code_of_a_model_runs_only_when_told(own: Path, tmp_path: Path, quick: R
         lambda: load_model(own),
         lambda: evaluate(own, None, tmp_path / "text.txt", 1, 16),
     ):
-        with pytest.raises(SvskError, match=r"Python files of its own .* only with --trust-remote-code"):
+        with pytest.raises(
+            SvskError, match=r"Python files of its own .* only with --trust-remote-code"
+        ):
             run()
     assert not (tmp_path / "ran").exists()
     quantize(own, tmp_path / "out", quick, trust_remote_code=True)
@@ -269,7 +328,9 @@ def test_code_of_a_model_runs_only_when_told(own: Path, tmp_path: Path, quick: R
     assert result.kl_mean < 0.5
 
 
-def test_validate_runs_no_code_unless_told_and_says_what_it_left_out(own: Path, tmp_path: Path, quick: Recipe) -> None:
+def test_validate_runs_no_code_unless_told_and_says_what_it_left_out(
+    own: Path, tmp_path: Path, quick: Recipe
+) -> None:
     quantize(own, tmp_path / "out", quick, trust_remote_code=True)
     copy_code(own, tmp_path / "out")
     (tmp_path / "ran").unlink(missing_ok=True)
@@ -297,19 +358,38 @@ def test_what_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tru
     assert resolve_model("some/model", trust_remote_code=trusted) == tmp_path
 
     def comes(file: str) -> bool:
-        wanted, unwanted = (any(fnmatch(file, p) for p in asked[key]) for key in ("allow", "ignore"))
+        wanted, unwanted = (
+            any(fnmatch(file, p) for p in asked[key]) for key in ("allow", "ignore")
+        )
         return wanted and not unwanted
 
     for file in (
-        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model",
-        "chat_template.jinja", "additional_chat_templates/tool.jinja", "LICENSE", "README.md", "merges.txt",
-        "generation_config.json", "preprocessor_config.json", "qwen.tiktoken", "NOTICE.txt",
-    ):  # fmt: skip
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+        "LICENSE",
+        "README.md",
+        "merges.txt",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "qwen.tiktoken",
+        "NOTICE.txt",
+    ):
         assert comes(file), file
     for file in (
-        "pytorch_model.bin", "consolidated.safetensors", "onnx/config.json", "original/params.json", "model.gguf",
-        "original/consolidated.00.pth", "model.fp16.safetensors", "tf_model.h5", "figures/plot.png",
-    ):  # fmt: skip
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "onnx/config.json",
+        "original/params.json",
+        "model.gguf",
+        "original/consolidated.00.pth",
+        "model.fp16.safetensors",
+        "tf_model.h5",
+        "figures/plot.png",
+    ):
         assert not comes(file), file
     assert comes("modeling_own.py") == trusted
 
@@ -319,6 +399,8 @@ def test_reader_by_headers_and_by_index(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     (model / "model.safetensors").rename(model / "a.safetensors")
     name = next(iter(tensors))
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: "a.safetensors"}}))
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {name: "a.safetensors"}})
+    )
     assert ShardedReader(model).names == [name]
     assert set(ShardedReader(model, by_headers=True).names) == set(tensors)

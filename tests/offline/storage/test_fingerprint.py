@@ -22,11 +22,15 @@ SHARD = "model-00002-of-00003.safetensors"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path, tiny_recipe: Recipe) -> tuple[Path, Path]:
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path, tiny_recipe: Recipe
+) -> tuple[Path, Path]:
     """Two checkpoints of one model that differ in the seed of the calibration samples."""
     folder = tmp_path_factory.mktemp("runs")
     other = tiny_recipe.override({"calibration": {"seed": 1}})
-    return quantize(tiny_qwen2, folder / "a", tiny_recipe).folder, quantize(tiny_qwen2, folder / "b", other).folder
+    return quantize(tiny_qwen2, folder / "a", tiny_recipe).folder, quantize(
+        tiny_qwen2, folder / "b", other
+    ).folder
 
 
 def refused(folder: Path, message: str) -> None:
@@ -45,7 +49,9 @@ def test_a_shard_of_another_run_is_refused(tmp_path: Path, runs: tuple[Path, Pat
     refused(mixed, "shards of 2 runs")
 
 
-def test_all_shards_of_another_run_than_the_config_are_refused(tmp_path: Path, runs: tuple[Path, Path]) -> None:
+def test_all_shards_of_another_run_than_the_config_are_refused(
+    tmp_path: Path, runs: tuple[Path, Path]
+) -> None:
     mixed = shutil.copytree(runs[0], tmp_path / "mixed")
     for shard in runs[1].glob("*.safetensors"):
         shutil.copyfile(shard, mixed / shard.name)
@@ -54,7 +60,9 @@ def test_all_shards_of_another_run_than_the_config_are_refused(tmp_path: Path, r
     assert validate_checkpoint(mixed) == []
 
 
-def test_shards_with_and_without_are_refused_and_all_without_are_not(tmp_path: Path, runs: tuple[Path, Path]) -> None:
+def test_shards_with_and_without_are_refused_and_all_without_are_not(
+    tmp_path: Path, runs: tuple[Path, Path]
+) -> None:
     mixed = shutil.copytree(runs[0], tmp_path / "mixed")
     save_file(load_file(mixed / SHARD), mixed / SHARD, {"format": "pt"})
     refused(mixed, "a run without fingerprint has model-00002")
@@ -62,7 +70,8 @@ def test_shards_with_and_without_are_refused_and_all_without_are_not(tmp_path: P
         save_file(load_file(shard), shard, {"format": "pt"})
     refused(mixed, "shards of a run without fingerprint")
     edit_json(
-        mixed / "config.json", lambda config: config["quantization_config"]["producer"].pop(FINGERPRINT_KEY)
+        mixed / "config.json",
+        lambda config: config["quantization_config"]["producer"].pop(FINGERPRINT_KEY),
     )  # as an earlier version wrote it
     assert validate_checkpoint(mixed) == []
     AutoModelForCausalLM.from_pretrained(mixed)
@@ -72,7 +81,10 @@ def test_models_that_differ_in_one_value_differ(
     tmp_path: Path, tiny_qwen2: Path, tiny_recipe: Recipe, runs: tuple[Path, Path]
 ) -> None:
     model = shutil.copytree(tiny_qwen2, tmp_path / "elsewhere")
-    assert folder_bytes(quantize(model, tmp_path / "same", tiny_recipe).folder).keys() == folder_bytes(runs[0]).keys()
+    assert (
+        folder_bytes(quantize(model, tmp_path / "same", tiny_recipe).folder).keys()
+        == folder_bytes(runs[0]).keys()
+    )
     assert shard_fingerprint(tmp_path / "same" / SHARD) == shard_fingerprint(runs[0] / SHARD)
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"][64] += 1

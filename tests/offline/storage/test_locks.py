@@ -23,7 +23,9 @@ from svsk_offline.storage.restore import restore
 from tests.offline.folders import folder_bytes
 
 
-def test_a_second_run_is_told_of_the_first(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+def test_a_second_run_is_told_of_the_first(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
     told: list[str] = []
 
     def second(report: LayerReport) -> None:
@@ -36,7 +38,8 @@ def test_a_second_run_is_told_of_the_first(tmp_path: Path, tiny_llama: Path, tin
 
     quantize(tiny_llama, tmp_path / "out", tiny_recipe, progress=Progress(layer=second))
     pattern = (
-        rf"another run is under way there: process {os.getpid()} on {re.escape(platform.node())}, started \d{{4}}-"
+        rf"another run is under way there: process {os.getpid()} on {re.escape(platform.node())},"
+        r" started \d{4}-"
     )
     assert len(told) == 2
     assert all(re.search(pattern, text) for text in told)
@@ -44,7 +47,9 @@ def test_a_second_run_is_told_of_the_first(tmp_path: Path, tiny_llama: Path, tin
     assert validate_against_architecture(tmp_path / "out") == []
 
 
-def test_restore_deletes_no_folder_of_something_else(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+def test_restore_deletes_no_folder_of_something_else(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
     made = quantize(tiny_llama, tmp_path / "made", tiny_recipe).folder
     own = tmp_path / "out.restoring" / "thesis.txt"
     own.parent.mkdir()
@@ -56,7 +61,9 @@ def test_restore_deletes_no_folder_of_something_else(tmp_path: Path, tiny_llama:
     assert restore(made, tmp_path / "out") == tmp_path / "out"
 
 
-def test_restore_and_quantize_do_not_meet(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
+def test_restore_and_quantize_do_not_meet(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
     quantize(tiny_llama, tmp_path / "svsk", tiny_recipe)
 
     def meet(done: int, total: int) -> None:
@@ -80,8 +87,13 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     assert not lock.exists()
 
 
-def test_a_lock_that_was_removed_is_not_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between opening and locking, the holder removes the file and a third run makes it anew: that one has it."""
+def test_a_lock_that_was_removed_is_not_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening and locking, the holder removes the file and a third run makes it anew.
+
+    That one has it.
+    """
     lock, opens = tmp_path / "lock", 0
     real = os.open
 
@@ -114,7 +126,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_qwen2: Path, tiny_recip
 
 @pytest.mark.parametrize("late", [False, True])
 def test_killed_at_every_write(
-    tmp_path: Path, tiny_qwen2: Path, tiny_recipe: Recipe, whole: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+    tmp_path: Path,
+    tiny_qwen2: Path,
+    tiny_recipe: Recipe,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    late: bool,
 ) -> None:
     """The run is killed at its first write, started again, killed at the second one of that run, and so on."""
     real, out = svsk_offline.storage.atomic._replace, tmp_path / "out"
@@ -147,7 +164,12 @@ def test_killed_at_every_write(
 
 @pytest.mark.parametrize("calls", [0, 1])
 def test_killed_between_the_renames(
-    tmp_path: Path, tiny_qwen2: Path, tiny_recipe: Recipe, whole: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+    tmp_path: Path,
+    tiny_qwen2: Path,
+    tiny_recipe: Recipe,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    calls: int,
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole, out)

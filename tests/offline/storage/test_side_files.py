@@ -64,16 +64,26 @@ def model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 def test_everything_but_weights_travels(tmp_path: Path, model: Path, tiny_recipe: Recipe) -> None:
     said: list[str] = []
-    out = quantize(model, tmp_path / "out", tiny_recipe, progress=Progress(message=said.append)).folder
+    out = quantize(
+        model, tmp_path / "out", tiny_recipe, progress=Progress(message=said.append)
+    ).folder
     restored = restore(out, tmp_path / "restored")
     for folder in (out, restored):
-        assert {name: (folder / name).read_text() for name in TRAVEL} == {name: name for name in TRAVEL}
-        assert not [name for name in (*STAY, "modeling_own.py", "pipe") if os.path.lexists(folder / name)]
+        assert {name: (folder / name).read_text() for name in TRAVEL} == {
+            name: name for name in TRAVEL
+        }
+        assert not [
+            name for name in (*STAY, "modeling_own.py", "pipe") if os.path.lexists(folder / name)
+        ]
         assert not (folder / "linked.txt").is_symlink()
     assert len([text for text in said if "pipe: is a FIFO" in text and "left out" in text]) == 1
     card = ModelCard.load(out / "README.md")
     data = card.data.to_dict()
-    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "mine", "LICENSE")
+    assert (data["license"], data["license_name"], data["license_link"]) == (
+        "other",
+        "mine",
+        "LICENSE",
+    )
     assert data["language"] == ["en", "fr"]
     assert (data["base_model"], data["base_model_relation"]) == (["org/before"], "quantized")
     assert card.text.strip().startswith("# model, quantised with SVSK\n\nStock transformers")
@@ -85,12 +95,18 @@ def test_origin(tmp_path: Path, tiny_llama: Path) -> None:
     shutil.copytree(tiny_llama, snapshot)
     (snapshot / "README.md").write_text(CARD)
     found = Origin.of(snapshot)
-    assert (found.name, found.base_model, found.carried["license"]) == ("org/name", ("org/name",), "other")
+    assert (found.name, found.base_model, found.carried["license"]) == (
+        "org/name",
+        ("org/name",),
+        "other",
+    )
     (snapshot / "README.md").write_text("---\n: [\n---\n")
     assert Origin.of(snapshot).carried == {}
     local = tmp_path / "local"
     shutil.copytree(tiny_llama, local)
     assert Origin.of(local) == Origin("local", (), {})
     for path, known in (("org/other", ("org/other",)), ("/home/me/run", ()), (3, ())):
-        edit_json(local / "config.json", lambda config, path=path: config.update(_name_or_path=path))
+        edit_json(
+            local / "config.json", lambda config, path=path: config.update(_name_or_path=path)
+        )
         assert Origin.of(local).base_model == known

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``svsk_eval.text.served`` uses of vLLM, computed by transformers: its processes are tested with it.
+"""What ``svsk_eval.text.served`` uses of vLLM, computed by transformers.
 
-The environment variable ``FAKE_VLLM_LOG`` names a file for the arguments of every engine, ``FAKE_VLLM`` what goes
-wrong: ``fail``, ``kill``, ``hang``, ``other`` (an answer for another prompt) or ``nan``.
+Its processes are tested with it.
+
+The environment variable ``FAKE_VLLM_LOG`` names a file for the arguments of every engine,
+``FAKE_VLLM`` what goes wrong: ``fail``, ``kill``, ``hang``, ``other`` (an answer for another
+prompt) or ``nan``.
 """
 
 import json
@@ -32,7 +35,9 @@ class LLM:
             raise RuntimeError("no memory for this model")
         from transformers import AutoModelForCausalLM
 
-        dtype = torch.bfloat16 if arguments["dtype"] == "auto" else getattr(torch, arguments["dtype"])
+        dtype = (
+            torch.bfloat16 if arguments["dtype"] == "auto" else getattr(torch, arguments["dtype"])
+        )
         self.model: Any = AutoModelForCausalLM.from_pretrained(arguments["model"], dtype=dtype)
         config = SimpleNamespace(
             additional_config={"svsk_kernels": ["FakeKernel"]},
@@ -41,7 +46,9 @@ class LLM:
         )
         self.llm_engine = SimpleNamespace(vllm_config=config)
 
-    def generate(self, prompts: list[dict[str, list[int]]], params: None, use_tqdm: bool) -> list[SimpleNamespace]:
+    def generate(
+        self, prompts: list[dict[str, list[int]]], params: None, use_tqdm: bool
+    ) -> list[SimpleNamespace]:
         assert not use_tqdm
         assert len(prompts) <= self.arguments["max_num_seqs"]
         self.calls += 1
@@ -58,8 +65,12 @@ class LLM:
         places: list[Any] = [None]
         for own, row in zip(ids[1:], rows, strict=True):
             top = int(row.argmax())
-            places.append({own: SimpleNamespace(logprob=float(row[own]), rank=int((row >= row[own]).sum()))})
+            places.append(
+                {own: SimpleNamespace(logprob=float(row[own]), rank=int((row >= row[own]).sum()))}
+            )
             places[-1][top] = SimpleNamespace(logprob=float(row[top]), rank=1)
         if self.mode == "nan" and self.calls == 2:
             places[3][ids[3]].logprob = float("nan")
-        return SimpleNamespace(prompt_token_ids=ids[1:] if self.mode == "other" else ids, prompt_logprobs=places)
+        return SimpleNamespace(
+            prompt_token_ids=ids[1:] if self.mode == "other" else ids, prompt_logprobs=places
+        )

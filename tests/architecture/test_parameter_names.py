@@ -19,7 +19,8 @@ def llama(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
         WeightConverter("gate_and_up", ["gate_proj", "up_proj"], operations=[Chunk(dim=0)]),
     ]
     monkeypatch.setattr(
-        "svsk_vllm.hf.matching.get_model_conversion_mapping", lambda model, keys, quantizer: conversions
+        "svsk_vllm.architecture.parameter_names.get_model_conversion_mapping",
+        lambda model, keys, quantizer: conversions,
     )
     with torch.device("meta"):
         return LlamaForCausalLM(LlamaConfig(**FAMILIES["llama"].hf_config))
@@ -39,7 +40,9 @@ def llama(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
         ),
     ],
 )
-def test_parameter_names(llama: LlamaForCausalLM, stored: str, targets: list[str], pattern: str | None) -> None:
+def test_parameter_names(
+    llama: LlamaForCausalLM, stored: str, targets: list[str], pattern: str | None
+) -> None:
     found = parameter_names(llama, None, [stored])[stored]
     assert list(found.targets) == targets
     assert found.pattern == pattern
