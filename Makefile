@@ -55,9 +55,10 @@ setup-cuda: ## make .venv with vLLM for CUDA instead
 lock: ## write the list of pinned packages anew from pyproject.toml with uv; ARGS="--upgrade" takes newer ones
 	@python3 .ci/lock.py $(ARGS)
 
-lint: setup ## check style and format
+lint: setup ## check style, format and the direction of imports
 	@$(VPY) -m ruff check .
 	@$(VPY) -m ruff format --check .
+	@$(VENV)/bin/lint-imports
 
 types: setup ## check types
 	@$(VPY) -m mypy
