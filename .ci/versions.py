@@ -62,9 +62,10 @@ PYTHON_TESTS = (*STORED, *PLUGIN, *SERVED)
 HEAD = """\
 # Versions that were tried
 
-Written by `.ci/run --all` (`.ci/versions.py`). pyproject.toml allows of each package what lies between the oldest and
-the newest version here; everything else is as pinned in `.ci/requirements-cpu.txt`, but for what "with" names, which
-the version asks for. `.ci/run` alone runs all tests with the pinned versions.
+Written by `.ci/run --all` (`.ci/versions.py`). pyproject.toml allows of each package what lies
+between the oldest and the newest version here; everything else is as pinned in
+`.ci/requirements-cpu.txt`, but for what "with" names, which the version asks for. `.ci/run` alone
+runs all tests with the pinned versions.
 
 | what | which | version | with | tests | passed | failed | skipped | date |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -146,7 +147,7 @@ def find_pythons(folders: Sequence[Path]) -> dict[str, Path]:
 def run_tests(
     python: Path, tests: Sequence[str], front: Path | None, report: Path, *options: str
 ) -> tuple[int, ...]:
-    """Run tests with a folder in front of the environment, and return how many passed, failed and were skipped.
+    """Run tests with a folder in front of the environment: how many passed, failed, were skipped.
 
     A run that ends before it has a report counts as one failure.
     """
@@ -219,7 +220,7 @@ def try_package(trial: Trial, work: Path) -> Row:
 
 
 def try_python(trial: Trial, interpreter: Path, work: Path) -> Row:
-    """Try another Python in an environment of its own, .venv-py312 for 3.12, which stays for the next time.
+    """Try another Python in an environment of its own, .venv-py312 for 3.12, which stays.
 
     Raises:
         OverlayError: the environment cannot be made.

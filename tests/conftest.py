@@ -14,7 +14,7 @@ from svsk_eval.smollm2 import build_smollm2, default_cache
 # their own, see the Makefile.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 
-ONE_WORKER = "tests/vllm/"
+ONE_WORKER = "tests/serving/"
 """Tests that stay on one worker of pytest-xdist.
 
 Their dearest fixtures live for the session, an engine is large.

@@ -95,7 +95,7 @@ class _Class:
 
 @dataclass
 class _Sources:
-    """VLLM's source, read as needed."""
+    """vLLM's source, read as needed."""
 
     root: Path
     _modules: dict[str, _Module | None] = field(default_factory=dict)

@@ -190,7 +190,7 @@ class SvskLinearMethod(LinearMethodBase):
         return y.reshape(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
     def _shard_ids(self, layer: Any) -> list[ShardId]:
-        """VLLM's name of each part, as its loaders are called with it."""
+        """vLLM's name of each part, as its loaders are called with it."""
         if len(self.parts) == 1:
             return [None]
         if isinstance(layer, QKVParallelLinear) and len(self.parts) == 3:
@@ -208,7 +208,7 @@ class SvskLinearMethod(LinearMethodBase):
     def _check_sizes(self, layer: Any, input_size: int, output_size: int) -> None:
         """Refuse tensors of other sizes than the layer's.
 
-        VLLM's loaders take the first rows of a larger one.
+        vLLM's loaders take the first rows of a larger one.
         """
         if self.origin.stored is None:
             return

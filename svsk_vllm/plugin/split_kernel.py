@@ -132,7 +132,7 @@ def _never_loaded(*_: Any) -> None:
 def _vllm_kernel(
     prefix: str, spec: LayerSpec, full_shape: tuple[int, int], device: torch.device
 ) -> Any:
-    """VLLM's mixed-precision kernel for the base; vLLM's shapes are [in, out]."""
+    """vLLM's mixed-precision kernel for the base; vLLM's shapes are [in, out]."""
     times = 2 if spec.codebook == "quad8" else 1
     values: dict[str, Any] = {
         "full_weight_shape": (full_shape[1] * times, full_shape[0]),
@@ -181,7 +181,7 @@ def _instance(kernel: type, config: MPLinearLayerConfig) -> Any:
 def _cpu_obstacle(kernel: type, config: MPLinearLayerConfig) -> str | None:
     """Why a kernel that says it takes a layer cannot run on this processor; None when it can.
 
-    VLLM compiles some of its operators for some processors and dtypes only, and asks for them at
+    vLLM compiles some of its operators for some processors and dtypes only, and asks for them at
     the first product.
     """
     if simulated_features() == "avx2":

@@ -214,6 +214,7 @@ def test_an_operator_that_is_missing_or_wrong_is_found_before_it_is_needed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As vLLM's own kernel is on processors for which its operator was not compiled."""
+    monkeypatch.delenv("SVSK_CPU_FEATURES", raising=False)
     monkeypatch.setattr(cpu, "cpu_ops_obstacle", lambda: "there is no compiler")
 
     def missing(x: torch.Tensor) -> torch.Tensor:

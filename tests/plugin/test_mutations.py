@@ -6,7 +6,6 @@ a decoder of its own; whatever is refused is refused in words of ours, within se
 much memory.
 """
 
-import os
 import resource
 import shutil
 import time
@@ -25,14 +24,12 @@ import svsk_vllm.hf
 from svsk_vllm.architecture.folder_check import checkpoint_problems
 from svsk_vllm.format import SvskFormatError
 from svsk_vllm.format.shards import read_json
-from tests.conftest import ALL_TESTS
 from tests.support.independent_decoder import decode, read_folder
 from tests.support.mutations import Mutation, mutations
 from tests.support.tiny_models import FAMILIES, Family, write_dense, write_random_svsk
 
 SECONDS = 30
 KIBIBYTES = 2**20
-EXAMPLES = 2000 if os.environ.get(ALL_TESTS) == "1" else 150
 MODEL = Family(
     "qwen2", {**FAMILIES["qwen2"].settings, "num_hidden_layers": 1, "intermediate_size": 192}
 )
@@ -241,14 +238,16 @@ def test_a_sound_checkpoint_is_taken_by_all(folders: Folders, vllm_loader: Loade
         assert_close(weights, expected, who)
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("examples", [150, pytest.param(2000, marks=pytest.mark.slow)])
 def test_mutations(
-    folders: Folders, vllm_loader: Loader, capsys: pytest.CaptureFixture[str]
+    folders: Folders, vllm_loader: Loader, capsys: pytest.CaptureFixture[str], examples: int
 ) -> None:
+    folders.counts.clear()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=examples,
         deadline=None,
         derandomize=True,
         database=None,

@@ -6,8 +6,6 @@ The module is skipped where vLLM is not installed; the set-up of the project ins
 
 import json
 import os
-import select
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ from svsk_offline.pipeline import quantize
 from svsk_offline.recipe import load_recipe
 from svsk_offline.storage.restore import restore
 from svsk_vllm.format import Checkpoint, Codebook, ConfigGroup
+from tests.support.forked import ForkedPopen, ForkServer
 from tests.support.tiny_models import scheme as make_scheme
 from tests.support.tiny_models import write_dense, write_random_svsk, write_restored
 
@@ -63,63 +62,40 @@ Run = Callable[..., dict[str, Any]]
 Fork = Callable[[Path, Mapping[str, str]], int]
 
 
-def start_vllm(folder: Path, environment: Mapping[str, str]) -> int:
-    """Run the job in a folder in a process from the start, which several ranks need, and return the exit code."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.serving.worker",
-        str(folder / "job.json"),
-        str(folder / "answer.json"),
-    ]
-    with (folder / "log").open("w") as log:
-        return subprocess.run(
-            command, env=environment, cwd=ROOT, stdout=log, stderr=log, timeout=SECONDS, check=False
-        ).returncode
+class VllmPopen(ForkedPopen):
+    """Jobs as forks of a process that has imported vLLM, but nothing that reads their settings."""
+
+    server = ForkServer(
+        "torch._inductor.compile_fx",
+        "vllm.entrypoints.llm",
+        "vllm.model_executor.models.llama",
+        "vllm.v1.engine.llm_engine",
+        "vllm.v1.worker.cpu_worker",
+        environment=serving_environment(),
+    )
+    modules = ("tests.serving.worker",)
+
+
+def start_vllm(folder: Path, environment: Mapping[str, str], popen: Any = subprocess.Popen) -> int:
+    """Run the job in a folder, and return the exit code of its process."""
+    files = [str(folder / name) for name in ("job.json", "answer.json")]
+    command = [sys.executable, "-m", "tests.serving.worker", *files]
+    with (folder / "log").open("wb") as log:
+        process = popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            return process.wait(SECONDS)
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="package")
-def fork_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
-    """Runs the job in a folder in a fork of a process that has imported vLLM, and returns the exit code."""
-    if (
-        torch.cuda.is_available()
-    ):  # what is imported before the fork is a CPU's, and takes torch.cuda's streams away
+def fork_vllm() -> Iterator[Fork]:
+    """Runs a job in a fork; from the start where there is a GPU, which no fork could use."""
+    if torch.cuda.is_available():
         yield start_vllm
         return
-    log = tmp_path_factory.mktemp("vllm-server") / "log"
-    with (
-        log.open("w") as sink,
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.serving.worker"],
-            env=serving_environment(),
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=sink,
-            text=True,
-            start_new_session=True,
-        ) as server,
-    ):
-        assert server.stdin is not None
-        assert server.stdout is not None
-
-        def fork(folder: Path, environment: Mapping[str, str]) -> int:
-            assert server.stdin is not None
-            assert server.stdout is not None
-            files = [str(folder / name) for name in ("job.json", "answer.json", "log")]
-            print(json.dumps([*files, dict(environment)]), file=server.stdin, flush=True)
-            if not select.select([server.stdout], [], [], SECONDS)[0]:
-                raise TimeoutError(f"{folder}: no answer in {SECONDS} s")
-            if not (line := server.stdout.readline()):
-                raise RuntimeError(
-                    f"the process that is forked has ended:\n{log.read_text()[-6000:]}"
-                )
-            return int(line)
-
-        try:
-            yield fork
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)  # it has nothing to finish
+    yield partial(start_vllm, popen=VllmPopen)
+    VllmPopen.server.stop()
 
 
 @pytest.fixture(scope="package")
@@ -176,7 +152,7 @@ def run_vllm(tmp_path_factory: pytest.TempPathFactory, fork_vllm: Fork) -> Run:
 
 
 def served_schemes(codebook: Codebook = "int4") -> Mapping[str, ConfigGroup]:
-    """Ranks and factor widths that differ within fused layers, two column tilings in gate_up, misaligned tiles."""
+    """Ranks and widths that differ within fused layers, two tilings in gate_up, odd tiles."""
     scheme = partial(make_scheme, codebook=codebook)
     return {
         "default": scheme("Linear", rank=3),
@@ -214,7 +190,7 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
 def smollm2_pair(
     tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path
 ) -> Callable[[str], Pair]:
-    """SmolLM2 quantised on little text with tiles of 256 x 200, and restored, by dtype of the checkpoint.
+    """SmolLM2 quantised on little text, tiles of 256 x 200, and restored, by stored dtype.
 
     The dtype matters: a restored bfloat16 folder has rounded weights, which serving it in float16
     does not undo. In bfloat16 it is the recipe ``best`` in a single round, ranks and group sizes

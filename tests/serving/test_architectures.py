@@ -33,8 +33,8 @@ It is 0.002 at most; a sidecar on the wrong rows makes it 0.04.
 """
 CLEAR_CHOICE = 0.1
 ALWAYS = ("falcon", "gemma2", "glm4", "phi3", "stablelm", "starcoder2")
-"""Those that run in every test run: rows moved while loading, soft caps, stored fused though vLLM lists the parts,
-stored fused, fused though vLLM's class does not say so, transformers' class in vLLM."""
+"""Those that run in every test run: rows moved while loading, soft caps, stored fused though vLLM
+lists the parts, stored fused, fused though vLLM's class does not say so, transformers' class."""
 # GPT-NeoX is not among them: vLLM 0.32 computes the dense model itself otherwise than transformers.
 OTHERS = (
     "apertus",
@@ -65,7 +65,7 @@ def prompts() -> list[list[int]]:
 
 
 def transformers_scores(folder: Path, sequences: list[list[int]]) -> list[torch.Tensor]:
-    """Log-probabilities of every token at every position but the last, float32 [tokens - 1, vocabulary] each."""
+    """Log-probabilities at every position but the last, float32 [tokens - 1, vocabulary] each."""
     # `sdpa`, the usual implementation of attention, leaves Gemma 2's soft caps out
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lm-eval's vllm model with a journal answers as lm-eval's own does, on the same engine, and asks nothing twice."""
+"""lm-eval's vllm model with a journal answers as lm-eval's own does, and asks nothing twice."""
 
 import json
 import subprocess
@@ -24,10 +24,15 @@ greedy = {"until": ["e", "\\n"], "max_gen_toks": 16, "do_sample": False}
 short = {"until": [], "max_gen_toks": 3, "do_sample": False}
 silent = {"until": [], "max_gen_toks": 3}
 sampled = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
-pairs = [("The rate", " of"), ("The rate", " in a tin"), ("of", " stones"), ("The rate", " of"), ("", "tin")]
+pairs = [("The rate", " of"), ("The rate", " in a tin"), ("of", " stones")]
+pairs += [("The rate", " of"), ("", "tin")]
 
 def generations(settings):
-    return [Instance("generate_until", {}, (prompt, settings), i) for i, prompt in enumerate(prompts)]
+    arguments = [(prompt, settings) for prompt in prompts]
+    return [Instance("generate_until", {}, pair, i) for i, pair in enumerate(arguments)]
+
+def answers_to(*settings):
+    return [model.generate_until(generations(one)) for one in settings]
 
 def plain(answers):
     return [[float(value), bool(greedy)] for value, greedy in answers]
@@ -35,15 +40,18 @@ def plain(answers):
 likely = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
 rolling = [Instance("loglikelihood_rolling", {}, ("The rate of stones in a tin",), 0)]
 counts = []
-arguments = {"pretrained": sys.argv[1], "dtype": "float16", "max_model_len": 256, "enforce_eager": True}
+arguments = {"pretrained": sys.argv[1], "dtype": "float16", "max_model_len": 256}
+arguments |= {"seed": 1234, "batch_size": "auto", "enforce_eager": True}
 journal = Journal(Path(sys.argv[2]))
-model = vllm_model({"seed": 1234, "batch_size": "auto", **arguments}, journal, lambda *count: counts.append(count))
+model = vllm_model(arguments, journal, lambda *count: counts.append(count))
 inner = model._loglikelihood_tokens
-found = {"texts": [model.generate_until(generations(settings)) for settings in (greedy, short)]}
-found["likely"], found["rolling"] = plain(model.loglikelihood(likely)), model.loglikelihood_rolling(rolling)
-found["own_texts"] = [VLLM.generate_until(model, generations(settings)) for settings in (greedy, short)]
+found = {"texts": answers_to(greedy, short)}
+found["likely"] = plain(model.loglikelihood(likely))
+found["rolling"] = model.loglikelihood_rolling(rolling)
+found["own_texts"] = [VLLM.generate_until(model, generations(one)) for one in (greedy, short)]
 model._loglikelihood_tokens = lambda *a, **k: VLLM._loglikelihood_tokens(model, *a, **k)
-found["own_likely"], found["own_rolling"] = plain(model.loglikelihood(likely)), model.loglikelihood_rolling(rolling)
+found["own_likely"] = plain(model.loglikelihood(likely))
+found["own_rolling"] = model.loglikelihood_rolling(rolling)
 model._loglikelihood_tokens = inner
 found["sampled"] = model.generate_until(generations(sampled))
 found["silent"] = model.generate_until(generations(silent))
@@ -54,7 +62,7 @@ journal.close()
 again = Journal(Path(sys.argv[2]))
 model.attach(again, lambda *count: None)
 model.model.llm_engine.add_request = None  # nothing may be asked
-found["again"] = [model.generate_until(generations(settings)) for settings in (greedy, short, sampled)]
+found["again"] = answers_to(greedy, short, sampled)
 found["again_likely"] = plain(model.loglikelihood(likely))
 again.close()
 Path(sys.argv[2]).unlink()

@@ -110,7 +110,7 @@ def test_what_vllm_refuses_is_in_the_error(tiny_pair: Any) -> None:
 
 
 def test_smollm2(smollm2_pair: Any, tmp_path: Path) -> None:
-    """A trained model on English and code, with compiled graphs, on the kernel that serves by default."""
+    """A trained model on English and code, with compiled graphs, on the default kernel."""
     pair = smollm2_pair("bfloat16")
     text = tmp_path / "text.txt"
     text.write_text(inspect.getsource(textwrap) + inspect.getsource(random))

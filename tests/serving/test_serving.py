@@ -44,8 +44,11 @@ def random_requests() -> list[list[int]]:
 
 
 def text_requests(model: Path) -> list[list[int]]:
-    """Beginnings of passages from Python's documentation. On random tokens a trained model's log-probabilities are
-    around -15 and say more about rounding than about the model."""
+    """Beginnings of passages from Python's documentation.
+
+    On random tokens a trained model's log-probabilities are around -15 and say more about rounding
+    than about the model.
+    """
     text = load_calibration("python", ModelSource(model).tokenizer, COUNT, 128, 0).tokens
     return [row[:length].tolist() for row, length in zip(text, LENGTHS, strict=True)]
 
@@ -58,7 +61,7 @@ def assert_same_model(
     linears: int,
     coarse: bool,
 ) -> None:
-    """Compare the checkpoint with the restored model, teacher-forced on the restored model's own answers.
+    """Compare the checkpoint with the restored model, both forced to the latter's answers.
 
     ``coarse``: the model's logits are rounded more coarsely than what is compared.
     """
@@ -178,7 +181,7 @@ def test_an_incomplete_checkpoint_ends_in_its_name(
 ) -> None:
     """Not in answers of uninitialised memory.
 
-    VLLM itself does not look for what a quantised model lacks.
+    vLLM itself does not look for what a quantised model lacks.
     """
     folder = shutil.copytree(tiny_pair("llama", torch.bfloat16).svsk, tmp_path / "svsk")
     for shard in folder.glob("*.safetensors"):

@@ -1,32 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs one model through vLLM in a process of its own and writes what it answered as JSON.
 
-A process per model: vLLM keeps global state. Importing vLLM takes longer than all that a tiny model
-does with it, so without arguments this is a server, which imports it once and forks for every job.
+A process per model: vLLM keeps global state.
 
     python -m tests.serving.worker JOB.json ANSWER.json
-    python -m tests.serving.worker < ORDERS
 """
 
-import importlib
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
-
-IMPORTED = (
-    "torch._inductor.compile_fx",
-    "vllm.entrypoints.llm",
-    "vllm.model_executor.models.llama",
-    "vllm.v1.engine.llm_engine",
-    "vllm.v1.worker.cpu_worker",
-)
-"""What every job imports.
-
-Nothing of the project's own, and nothing that reads a setting of a job.
-"""
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +79,7 @@ def count_methods(model: Any) -> dict[str, int]:
 
 
 def imitate(features: str) -> None:
-    """Let PyTorch say what a lesser processor has, so that vLLM loads the operators that it compiles for that one."""
+    """Let PyTorch say what a lesser processor has, so that vLLM loads that one's operators."""
     import torch
 
     lacking = ["_is_avx512_bf16_supported", "_is_amx_tile_supported"]
@@ -111,40 +95,5 @@ def run(job: str, to: str) -> None:
     Path(to).write_text(json.dumps(answer(json.loads(Path(job).read_text()))))
 
 
-def serve() -> None:
-    """Fork for each line of standard input, ``[JOB, ANSWER, LOG, ENVIRONMENT]``, and print its exit code."""
-    codes = os.dup(1)
-    os.dup2(2, 1)  # what is printed while importing is no exit code
-    for name in IMPORTED:
-        importlib.import_module(name)
-    for line in sys.stdin:
-        job, to, log, environment = json.loads(line)
-        if not (pid := os.fork()):
-            run_fork(job, to, log, environment)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        os.write(codes, f"{code}\n".encode())
-
-
-def run_fork(job: str, to: str, log: str, environment: dict[str, str]) -> None:
-    """The rest of a forked process: a job in its environment, with what it prints in a log."""
-    code = 1
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.environ.clear()
-        os.environ.update(environment)
-        run(job, to)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        run(*sys.argv[1:])
-    else:
-        serve()
+    run(*sys.argv[1:])

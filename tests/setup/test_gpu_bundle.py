@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing wheels for a GPU machine without a network, and installing them there, with tiny wheels in their place."""
+"""Packing wheels for a GPU machine without a network and installing them, with tiny wheels."""
 
 import base64
 import hashlib

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of this interpreter that need not import torch, transformers and lm-eval.
-
-Copies of one that has.
+"""Processes that need not import torch, transformers, lm-eval or vLLM: forks of one that has.
 
 Importing them takes longer than everything that a tiny model does afterwards. A server, ``python -m
-tests.support.forked SOCKET``, imports them once and forks at each start. The process is one of its
-own all the same: it has its memory, its files, its environment and its end, and runs the project's
-own modules, which the server has not imported, from the start.
+tests.support.forked SOCKET MODULE ...``, imports them once and forks at each start. The process is
+one of its own all the same: it has its memory, its files, its environment and its end, and runs the
+project's own modules, which the server has not imported, from the start.
 """
 
 import fcntl
@@ -22,18 +20,11 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import pytest
 
 ROOT: Final = Path(__file__).parents[2]
-IMPORTED: Final = (
-    "lm_eval.evaluator",
-    "lm_eval.models.huggingface",
-    "lm_eval.tasks",
-    "transformers.models.llama.modeling_llama",
-)
-MODULES: Final = ("svsk_eval.bench.worker", "svsk_eval.cli")
 
 _FREE: Final = 200
 """Descriptors from here on are taken by nobody else."""
@@ -43,9 +34,17 @@ _LONGEST: Final = 1 << 17
 
 
 class ForkServer:
-    """A process to fork, started by the first who needs it and ended with everything of it by :meth:`stop`."""
+    """A process to fork, started by the first who needs it and ended by :meth:`stop`.
 
-    def __init__(self) -> None:
+    Args:
+        imported: modules that the process imports before it is forked: none of the project's own,
+            and none that reads its environment once and for all.
+        environment: of the process that imports; every fork has its own.
+    """
+
+    def __init__(self, *imported: str, environment: Mapping[str, str] | None = None) -> None:
+        self.imported = imported
+        self.environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
@@ -56,7 +55,11 @@ class ForkServer:
             command = [sys.executable, "-m", "tests.support.forked", str(theirs.fileno())]
             with theirs:
                 self._process = _POPEN(
-                    command, cwd=ROOT, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+                    [*command, *self.imported],
+                    cwd=ROOT,
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
                 )
         socket.send_fds(self._socket, [json.dumps(order).encode()], list(files))
         answer = self._socket.recv(16)
@@ -72,11 +75,23 @@ class ForkServer:
 
 
 _POPEN: Final = subprocess.Popen
-_server: Final = ForkServer()
 
 
 class ForkedPopen(subprocess.Popen[bytes]):
-    """``subprocess.Popen`` that forks a process of the server for the modules in :data:`MODULES`."""
+    """``subprocess.Popen`` that forks a process of the server for ``python -m`` with some modules.
+
+    Attributes:
+        server: who forks.
+        modules: which modules it runs; anything else is started as ever.
+    """
+
+    server = ForkServer(
+        "lm_eval.evaluator",
+        "lm_eval.models.huggingface",
+        "lm_eval.tasks",
+        "transformers.models.llama.modeling_llama",
+    )
+    modules: ClassVar[tuple[str, ...]] = ("svsk_eval.bench.worker", "svsk_eval.cli")
 
     _status = -1
     """Read end of a pipe that brings the exit code; -1 if the process is no fork."""
@@ -84,20 +99,15 @@ class ForkedPopen(subprocess.Popen[bytes]):
     def __init__(
         self, args: Sequence[str], *, env: Mapping[str, str] | None = None, **options: Any
     ) -> None:
-        if list(args[:2]) != [sys.executable, "-m"] or args[2] not in MODULES:
+        if list(args[:2]) != [sys.executable, "-m"] or args[2] not in self.modules:
             super().__init__(args, env=env, **options)
             return
         stdin, stdout, stderr = (options.pop(name, None) for name in ("stdin", "stdout", "stderr"))
         passed = list(options.pop("pass_fds", ()))
         assert not options, f"ForkedPopen does not know {options}"
         assert stdin in (subprocess.PIPE, subprocess.DEVNULL)
-        self.args, self.returncode, self.stdin, self.stdout, self.stderr = (
-            args,
-            None,
-            None,
-            None,
-            None,
-        )
+        self.args, self.returncode = args, None
+        self.stdin = self.stdout = self.stderr = None
         read, write = os.pipe()
         if stdin == subprocess.PIPE:
             theirs, ours = os.pipe()
@@ -113,7 +123,7 @@ class ForkedPopen(subprocess.Popen[bytes]):
         }
         order |= {"numbers": [0, 1, 2, *passed]}
         try:
-            self.pid = _server.fork(
+            self.pid = self.server.fork(
                 order, [write, theirs, stdout.fileno(), stderr.fileno(), *passed]
             )
         except BaseException:
@@ -149,7 +159,7 @@ class ForkedPopen(subprocess.Popen[bytes]):
 
 @contextmanager
 def forked_processes() -> Iterator[None]:
-    """While it lasts, ``subprocess`` starts the modules in :data:`MODULES` as forks."""
+    """While it lasts, ``subprocess`` starts the modules of :class:`ForkedPopen` as forks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "Popen", ForkedPopen)
         yield
@@ -157,21 +167,16 @@ def forked_processes() -> Iterator[None]:
 
 def stop_server() -> None:
     """End the server: some tests ask that no process is left."""
-    _server.stop()
+    ForkedPopen.server.stop()
 
 
-def serve(number: int) -> None:
-    """The server.
-
-    Fork at each order that comes through a socket, and report exit codes, until the socket is
-    closed.
-    """
-    for name in IMPORTED:
+def serve(number: int, imported: Sequence[str]) -> None:
+    """The server: fork at each order that comes through a socket, until the socket is closed."""
+    for name in imported:
         importlib.import_module(name)
     orders = socket.socket(fileno=number)
-    running: dict[
-        int, tuple[int, int]
-    ] = {}  # process and pipe for its exit code, by a descriptor of the process
+    # Process, and pipe for its exit code, by a descriptor of the process.
+    running: dict[int, tuple[int, int]] = {}
     while True:
         ready = select.select([orders, *running], [], [])[0]
         for ended in (one for one in ready if one is not orders):
@@ -199,10 +204,7 @@ def serve(number: int) -> None:
 
 
 def run(order: dict[str, Any], files: Sequence[int]) -> None:
-    """The rest of a forked process.
-
-    ``python -m`` with the arguments, the environment and the files of an order.
-    """
+    """The rest of a forked process: ``python -m`` as an order says."""
     code = 1
     try:
         received = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, _FREE) for file in files]
@@ -237,4 +239,4 @@ def _is_open(number: int) -> bool:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), sys.argv[2:])

@@ -388,7 +388,7 @@ def _simulation(kernels: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def simulated_cuda(kernels: Mapping[Any, Callable[..., Any]] | None = None) -> Iterator[None]:
-    """While inside, ``torch.device("cuda")`` is a GPU of compute capability 9.0 whose arithmetic is the CPU's.
+    """While inside, ``torch.device("cuda")`` is a GPU of capability 9.0 that computes as the CPU.
 
     Tensors on it lose their device when the context ends: use none of them afterwards.
 

@@ -100,7 +100,7 @@ def random_layer(
 
 
 def _vllm_w4a16(n: int, k: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """VLLM's CPUWNA16 kernel without a sidecar, on random codes in its own layout."""
+    """vLLM's CPUWNA16 kernel without a sidecar, on random codes in its own layout."""
     try:
         from vllm import _custom_ops as ops
         from vllm.model_executor.kernels.linear.mixed_precision.cpu import _get_isa_hint

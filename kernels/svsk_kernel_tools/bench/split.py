@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model would do without fused kernels.
 
-VLLM's Marlin kernel for the base, the sidecar apart.
+vLLM's Marlin kernel for the base, the sidecar apart.
 """
 
 import inspect
