@@ -115,7 +115,7 @@ def feedback_kernel(
         level = nearest_level(ratio, LOW, HIGH, QUAD8)
         value = level * step
         # the error that later columns make up for
-        if DESCENT:  # noqa: SIM108 - a compile-time branch
+        if DESCENT:
             error = value - previous
         else:
             error = tl.div_rn(target - value, pivot + tl.zeros((BLOCK_N,), tl.float32))

@@ -62,7 +62,7 @@ def w4_matmul(
                 other=0.0,
             )
             w = unpack(packed, plane, CONVERT)
-            if DOT:  # noqa: SIM108
+            if DOT:
                 acc = tl.dot(w, x, acc)
             else:  # float32 at full precision is multiplied without tensor cores
                 acc = tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")

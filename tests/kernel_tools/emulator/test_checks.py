@@ -35,7 +35,7 @@ BOTH = pytest.mark.parametrize("late", [False, True])
 
 
 @triton.jit
-def scale_kernel(x, y, n, factor, BLOCK: tl.constexpr, MASKED: tl.constexpr):  # noqa: N803
+def scale_kernel(x, y, n, factor, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, mask=at < n, other=0.0)
     if MASKED:
@@ -45,7 +45,7 @@ def scale_kernel(x, y, n, factor, BLOCK: tl.constexpr, MASKED: tl.constexpr):  #
 
 
 @triton.jit
-def matmul_kernel(a, b, c, am, ak, bk, bn, k, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # noqa: N803
+def matmul_kernel(a, b, c, am, ak, bk, bn, k, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     rows, columns, inner = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     total = tl.zeros((M, N), tl.float32)
     for start in tl.range(0, k, K, num_stages=3):
@@ -58,7 +58,7 @@ def matmul_kernel(a, b, c, am, ak, bk, bn, k, M: tl.constexpr, N: tl.constexpr, 
 @triton.jit
 def split_sum_kernel(
     x, y, partial, counter, PARTS: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr
-):  # noqa: N803
+):
     """The last program to arrive adds what all have written, in order."""
     at, part = tl.arange(0, BLOCK), tl.program_id(0)
     tl.store(partial + part * BLOCK + at, tl.load(x + part * BLOCK + at))
@@ -72,7 +72,7 @@ def split_sum_kernel(
 
 
 @triton.jit
-def first_kernel(x, z, EARLY: tl.constexpr):  # noqa: N803
+def first_kernel(x, z, EARLY: tl.constexpr):
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     at = tl.program_id(0) * 128 + tl.arange(0, 128)
@@ -80,7 +80,7 @@ def first_kernel(x, z, EARLY: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def second_kernel(z, y, WAIT: tl.constexpr):  # noqa: N803
+def second_kernel(z, y, WAIT: tl.constexpr):
     at = tl.program_id(0) * 128 + tl.arange(0, 128)
     if WAIT:
         tl.extra.cuda.gdc_wait()
