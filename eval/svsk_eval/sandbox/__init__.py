@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running Python programs that a model wrote (HumanEval, MBPP.
+"""Running and judging Python programs that a model wrote.
 
-A candidate and its asserts), and scoring them.
+A program is a candidate and its asserts, as in HumanEval and MBPP.
 
 Each program gets a fresh Python process that gives up its rights before the program is compiled
 (:mod:`svsk_eval.sandbox.child`). A program passes if it runs to its end; an exception, an exit by
@@ -41,7 +41,7 @@ libraries held to one thread.
 """
 
 from svsk_eval.sandbox.limits import CONSENT_VARIABLE, CodeLimits, Outcome, Verdict, consent_given
-from svsk_eval.sandbox.run import run_program, run_programs
+from svsk_eval.sandbox.run import run_programs
 
 __all__ = [
     "CONSENT_VARIABLE",
@@ -49,6 +49,5 @@ __all__ = [
     "Outcome",
     "Verdict",
     "consent_given",
-    "run_program",
     "run_programs",
 ]

@@ -137,20 +137,13 @@ def _pyseccomp() -> Any:
 
 def _number(seccomp: Any, name: str) -> int | None:
     """Return a call's number, None if this machine has no such call."""
-    found = int(seccomp.resolve_syscall(seccomp.Arch.NATIVE, name))
-    if found == -1:
+    number = int(seccomp.resolve_syscall(seccomp.Arch.NATIVE, name))
+    if number == -1:
         raise EvalError(
             f"The installed libseccomp does not know the system call {name}: install version 2.5 or"
             " later."
         )
-    return found if found >= 0 else None
-
-
-def allowed_numbers() -> set[int]:
-    """Return the numbers on this machine of all calls that the filter allows with some arguments."""
-    seccomp = _pyseccomp()
-    names = (*ALLOWED, "open", "openat", "fcntl", "ioctl", "prlimit64")
-    return {number for name in names if (number := _number(seccomp, name)) is not None}
+    return number if number >= 0 else None
 
 
 @cache

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two functions that the package offers.
-
-Consent and arguments are checked, then the sandbox, then programs run.
-"""
+"""Run programs: consent and arguments are checked, then the sandbox."""
 
 import os
 from collections.abc import Sequence
@@ -12,14 +9,9 @@ from svsk_eval.sandbox.limits import CodeLimits, Verdict, check_consent
 from svsk_eval.sandbox.selftest import prove_sandbox
 from svsk_eval.sandbox.supervise import run_all
 
-__all__ = ["run_program", "run_programs"]
+__all__ = ["run_programs"]
 
 _DEFAULT_LIMITS = CodeLimits()
-
-
-def run_program(program: str, *, consent: bool, limits: CodeLimits = _DEFAULT_LIMITS) -> Verdict:
-    """Run one program in the sandbox; see :func:`run_programs`."""
-    return run_programs([program], consent=consent, limits=limits, workers=1)[0]
 
 
 def run_programs(
@@ -49,9 +41,7 @@ def run_programs(
     """
     check_consent(consent)
     if isinstance(programs, str):
-        raise EvalError(
-            "programs is a single text: expected a sequence of them. Use run_program for one."
-        )
+        raise EvalError("programs is a single text: expected a sequence of them.")
     for index, program in enumerate(programs):
         if not isinstance(program, str):
             raise EvalError(f"programs[{index}] is {type(program).__name__}: expected a text.")

@@ -32,9 +32,9 @@ Documents = Sequence[Mapping[str, Any]]
 
 _FENCE: Final = "```"
 _BLOCK: Final = re.compile(r"```(?:\w*\n)?(.*?)\n?```", re.DOTALL)
-"""lm-eval's pattern but for one thing: a word after the fence is the name of a language only if its line ends there.
-lm-eval also drops the ``def`` of an answer that starts with it. Answers do, unless the model's chat
-template strips the newline that the prompt ends with.
+"""lm-eval's pattern but for one thing: a word after the fence names a language only if its line ends
+there. lm-eval drops the ``def`` of an answer that starts with it, as answers do where the model's
+chat template strips the newline that the prompt ends with.
 """
 
 
@@ -82,15 +82,15 @@ def pass_at_k(
     """
     from svsk_eval.sandbox import consent_given, run_programs
 
-    wanted = [k] if isinstance(k, int) else list(k)
-    found: dict[str, list[float]] = {f"pass@{each}": [] for each in wanted}
+    ks = [k] if isinstance(k, int) else list(k)
+    estimates: dict[str, list[float]] = {f"pass@{each}": [] for each in ks}
     for tests, answers in zip(references, predictions, strict=True):
         drawn = [answers] if isinstance(answers, str) else answers
         verdicts = run_programs([f"{answer}\n{tests}" for answer in drawn], consent=consent_given())
         correct = sum(verdict.passed for verdict in verdicts)
-        for each in wanted:
-            found[f"pass@{each}"].append(estimate_pass_at_k(len(verdicts), correct, each))
-    return {name: math.fsum(values) / len(values) for name, values in found.items()}
+        for each in ks:
+            estimates[f"pass@{each}"].append(estimate_pass_at_k(len(verdicts), correct, each))
+    return {name: math.fsum(values) / len(values) for name, values in estimates.items()}
 
 
 def require_sandbox(task: str) -> None:
@@ -141,12 +141,13 @@ def mbpp_instruct_programs(answers: Answers, documents: Documents) -> list[list[
 
 
 def first_code_block(text: str) -> str:
-    """The code in the first block between fences of an answer whose first block was opened by the prompt.
+    """The code in an answer's first block between fences, which the prompt has opened.
 
     An answer that opens a block of its own is understood as well.
 
     Returns:
         The code; empty if no block ends.
     """
-    found = _BLOCK.findall(_FENCE + text) or _BLOCK.findall(text.replace(f"{_FENCE}python", _FENCE))
-    return str(found[0]) if found else ""
+    opened = _BLOCK.findall(_FENCE + text)
+    blocks = opened or _BLOCK.findall(text.replace(f"{_FENCE}python", _FENCE))
+    return str(blocks[0]) if blocks else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of the task files, and loading tasks from it."""
+"""The folder of the task files."""
 
 from importlib import metadata
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from svsk_eval.errors import EvalError
 
-__all__ = ["load_task", "task_manager", "tasks_folder"]
+__all__ = ["task_manager", "tasks_folder"]
 
 _MARKER: Final = "svsk_smoke.yaml"
 _SHARED: Final = "share/svsk_vllm/tasks"
@@ -23,9 +23,8 @@ def tasks_folder() -> Path:
     Raises:
         EvalError: it is in neither place.
     """
-    source = (
-        Path(__file__).resolve().parents[2]
-    )  # eval/ of a checkout, else site-packages or pip's --target
+    # eval/ of a checkout, else site-packages or pip's --target
+    source = Path(__file__).resolve().parents[2]
     places = [source / "tasks", source / _SHARED, *_recorded()]
     for place in places:
         if (place / _MARKER).is_file():
@@ -42,8 +41,8 @@ def _recorded() -> list[Path]:
         files = metadata.files(_DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
         return []
-    found = [file for file in files if file.as_posix().endswith(f"{_SHARED}/{_MARKER}")]
-    return [Path(str(file.locate())).resolve().parent for file in found]
+    markers = [file for file in files if file.as_posix().endswith(f"{_SHARED}/{_MARKER}")]
+    return [Path(str(file.locate())).resolve().parent for file in markers]
 
 
 def task_manager(*, include_defaults: bool = True) -> Any:
@@ -55,23 +54,3 @@ def task_manager(*, include_defaults: bool = True) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(tasks_folder()), include_defaults=include_defaults)
-
-
-def load_task(name: str) -> Any:
-    """Load one of our tasks with its documents.
-
-    Args:
-        name: of a task, not of a group.
-
-    Returns:
-        An ``lm_eval.api.task.ConfigurableTask``.
-
-    Raises:
-        EvalError: there is no such task, or its documents cannot be loaded.
-    """
-    manager = task_manager(include_defaults=False)
-    if name not in manager.all_subtasks:
-        raise EvalError(
-            f"There is no task {name!r}. Expected one of {', '.join(manager.all_subtasks)}."
-        )
-    return manager.load(name)["tasks"][name]

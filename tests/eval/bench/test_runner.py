@@ -20,7 +20,7 @@ from svsk_vllm.format import Checkpoint
 from tests.support.format_builders import edit_json
 from tests.support.tiny_models import write_dense, write_random_svsk
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TASKS = Path(__file__).parent / "bench_tasks"
 SETTINGS = BenchSettings(
     tasks=("mini_gen", "mini_mc"),

@@ -12,17 +12,13 @@ from typing import Any
 
 import pytest
 
-from svsk_eval.sandbox import CodeLimits, Verdict, policy, run_program, supervise
+from svsk_eval.sandbox import CodeLimits, policy, supervise
+from tests.eval.support import run
 
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux" or platform.machine() not in policy.MACHINES,
     reason="the sandbox needs Linux",
 )
-LIMITS = CodeLimits()
-
-
-def run(program: str, limits: CodeLimits = LIMITS) -> Verdict:
-    return run_program(program, consent=True, limits=limits)
 
 
 def assert_refused(program: str) -> None:

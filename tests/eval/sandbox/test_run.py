@@ -6,7 +6,6 @@ What passes, what fails and how, whatever the program does to be taken for a goo
 
 import gzip
 import json
-import os
 import platform
 import re
 import tempfile
@@ -26,19 +25,15 @@ from svsk_eval.sandbox import (
     Verdict,
     consent_given,
     policy,
-    run_program,
     run_programs,
 )
+from tests.eval.support import LIMITS, published_file, run
 
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux" or platform.machine() not in policy.MACHINES,
     reason="the sandbox needs Linux",
 )
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("SVSK_DATA") or ROOT.parent / "shared" / "data")
-HUMANEVAL = DATA / "HumanEval.jsonl.gz"
-LIMITS = CodeLimits()
 SHORT = CodeLimits(seconds=0.5)  # for what must run into it
 
 
@@ -49,16 +44,12 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     No child process, no temporary file, no open descriptor more than before.
     """
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    run_program("", consent=True)  # what opens descriptors once does so now
+    run("")  # what opens descriptors once does so now
     before = len(list(Path("/proc/self/fd").iterdir()))
     yield
     assert psutil.Process().children(recursive=True) == []
     assert list(tmp_path.glob("svsk-code-*")) == []
     assert len(list(Path("/proc/self/fd").iterdir())) == before
-
-
-def run(program: str, limits: CodeLimits = LIMITS) -> Verdict:
-    return run_program(program, consent=True, limits=limits)
 
 
 class TestConsent:
@@ -67,7 +58,7 @@ class TestConsent:
         with pytest.raises(
             EvalError, match=r"--confirm-run-unsafe-code.*--confirm_run_unsafe_code.*=1"
         ):
-            run_program("", consent=consent)
+            run("", consent=consent)
         with pytest.raises(EvalError, match="nobody has read"):
             run_programs([], consent=consent)
 
@@ -406,9 +397,7 @@ def test_several_callers_at_once() -> None:
 
 
 def humaneval(cut: bool) -> list[str]:
-    if not HUMANEVAL.is_file():
-        pytest.skip("HumanEval.jsonl.gz is not in the data folder (SVSK_DATA)")
-    with gzip.open(HUMANEVAL, "rt", encoding="utf-8") as lines:
+    with gzip.open(published_file("HumanEval.jsonl.gz"), "rt", encoding="utf-8") as lines:
         problems = [json.loads(line) for line in lines]
     programs = []
     for problem in problems:

@@ -17,19 +17,13 @@ import pyseccomp
 import pytest
 
 from svsk_eval.errors import EvalError
-from svsk_eval.sandbox import CodeLimits, Verdict, policy, run_program, selftest, supervise
+from svsk_eval.sandbox import policy, selftest, supervise
+from tests.eval.support import EVAL, ROOT, run
 
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux" or platform.machine() not in policy.MACHINES,
     reason="the sandbox needs Linux",
 )
-
-EVAL = Path(__file__).resolve().parents[2] / "eval"
-LIMITS = CodeLimits()
-
-
-def run(program: str, limits: CodeLimits = LIMITS) -> Verdict:
-    return run_program(program, consent=True, limits=limits)
 
 
 class TestSelfTest:
@@ -157,7 +151,7 @@ class TestMachine:
 
 ORDINARY = """
 import os, sys
-from svsk_eval.code import CodeLimits, run_programs
+from svsk_eval.sandbox import CodeLimits, run_programs
 folder = sys.argv[1]
 assert os.getuid() == 65534 and os.access(folder + "/file", os.W_OK)
 programs = [
@@ -187,12 +181,15 @@ def test_as_an_ordinary_user(tmp_path: Path) -> None:
         shutil.copy(spec.origin, folder)
         package = folder / "svsk_eval"
         shutil.copytree(
-            EVAL / "svsk_eval" / "code",
-            package / "code",
+            EVAL / "svsk_eval" / "sandbox",
+            package / "sandbox",
             ignore=shutil.ignore_patterns("__pycache__"),
         )
         for source in ("__init__.py", "errors.py"):
             shutil.copy(EVAL / "svsk_eval" / source, package)
+        # the root of the errors, without the package's torch, which that interpreter need not have
+        (folder / "svsk_kernels").mkdir()
+        shutil.copy(ROOT / "kernels" / "svsk_kernels" / "errors.py", folder / "svsk_kernels")
         (folder / "victim").mkdir()
         (folder / "victim" / "file").write_text("kept")
         for path in [folder, *folder.rglob("*")]:

@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The code tasks: from answers to programs, their score, and consent."""
 
-import contextlib
-import io
 import itertools
-import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import evaluate
@@ -18,61 +13,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from svsk_eval.errors import EvalError
-from svsk_eval.task_data import (
-    DATA_VARIABLE,
-    estimate_pass_at_k,
-    first_code_block,
-    load_task,
-    pass_at_k,
-)
-from tests.eval.task_data.test_task_data import HUMANEVAL, MBPP, SHARED, write_files
-
-CONSENT = "HF_ALLOW_CODE_EVAL"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the sandbox says of one program."""
-
-    passed: bool
-    outcome: str
-    detail: str
-
-
-def install_stand_in(
-    monkeypatch: pytest.MonkeyPatch, *, consent: bool = True, works: bool = True
-) -> list[str]:
-    """Run programs in this process instead of in the sandbox, and return the list of those that ran.
-
-    The programs of these tests are the benchmarks' own solutions and what is written here.
-    """
-    ran: list[str] = []
-
-    def consent_given() -> bool:
-        return os.environ.get(CONSENT) == "1"
-
-    def run_programs(programs: Sequence[str], *, consent: bool) -> list[Verdict]:
-        if not consent:
-            raise EvalError("no consent")
-        ran.extend(programs)
-        return [
-            _run(program) if works else Verdict(False, "sandbox", "seccomp") for program in programs
-        ]
-
-    module = ModuleType("svsk_eval.sandbox")
-    vars(module).update(consent_given=consent_given, run_programs=run_programs)
-    monkeypatch.setitem(sys.modules, "svsk_eval.sandbox", module)
-    monkeypatch.setenv(CONSENT, "1" if consent else "0")
-    return ran
-
-
-def _run(program: str) -> Verdict:
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            exec(compile(program, "<program>", "exec"), {"__name__": "program"})
-    except Exception as error:
-        return Verdict(False, "exception", repr(error))
-    return Verdict(True, "passed", "")
+from svsk_eval.task_data import DATA_VARIABLE
+from svsk_eval.task_data.code_tasks import estimate_pass_at_k, first_code_block, pass_at_k
+from tests.eval.support import EVAL, load_task, published_file
+from tests.eval.task_data.stand_in import CONSENT, install_stand_in
+from tests.eval.task_data.test_task_data import HUMANEVAL, MBPP, write_files
 
 
 @pytest.fixture
@@ -91,10 +36,10 @@ def score(task: Any, doc: Mapping[str, Any], *answers: str) -> dict[str, float]:
     (ensemble,) = task._filters
     ensemble.apply([instance])
     assert task.config.metadata["primary"] == f"pass@1,{ensemble.name}"
-    found: dict[str, float] = task.process_results(
+    scores: dict[str, float] = task.process_results(
         instance.doc, [instance.filtered_resps[ensemble.name]]
     )
-    return found
+    return scores
 
 
 def lm_eval_utils(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -137,10 +82,8 @@ class TestHumanEval:
         assert score(task, doc, "```python\n" + doc["canonical_solution"]) == {"pass@1": 0.0}
 
     def test_all_published_solutions_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        if not (SHARED / "HumanEval.jsonl.gz").is_file():
-            pytest.skip(f"no HumanEval.jsonl.gz: set {DATA_VARIABLE} to its folder")
         install_stand_in(monkeypatch)
-        monkeypatch.setenv(DATA_VARIABLE, str(SHARED))
+        monkeypatch.setenv(DATA_VARIABLE, str(published_file("HumanEval.jsonl.gz").parent))
         task = load_task("svsk_humaneval")
         assert len(task.eval_docs) == 164
         for doc in task.eval_docs:
@@ -217,14 +160,13 @@ def test_humaneval_programs_are_those_of_lm_eval(
     answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     utils = lm_eval_utils("humaneval", monkeypatch)
-    folder = Path(__file__).resolve().parents[2] / "eval" / "tasks"
     for name, theirs in (
         ("", utils.build_predictions),
         ("_instruct", utils.build_predictions_instruct),
     ):
-        ours = load_yaml(folder / f"svsk_humaneval{name}.yaml")["filter_list"][0]["filter"][0][
-            "filter_fn"
-        ]
+        ours = load_yaml(EVAL / "tasks" / f"svsk_humaneval{name}.yaml")["filter_list"][0]["filter"][
+            0
+        ]["filter_fn"]
         assert ours([[answer, "x"]], HUMANEVAL[:1]) == theirs([[answer, "x"]], HUMANEVAL[:1])
 
 
@@ -244,10 +186,10 @@ class TestPassAtK:
             estimate_pass_at_k(2, 1, k)
 
     def test_of_several_problems_and_repeats(self, ran: list[str]) -> None:
-        found = pass_at_k(
+        estimates = pass_at_k(
             ["assert x == 1", "assert x == 2"], [["x = 1", "x = 2"], ["x = 1", "x = 3"]], k=[1, 2]
         )
-        assert found == {"pass@1": 0.25, "pass@2": 0.5}
+        assert estimates == {"pass@1": 0.25, "pass@2": 0.5}
         assert ran == [
             "x = 1\nassert x == 1",
             "x = 2\nassert x == 1",
@@ -289,6 +231,6 @@ class TestConsent:
     ) -> None:
         install_stand_in(monkeypatch, works=False)
         with pytest.raises(
-            EvalError, match=r"MBPP runs programs in a sandbox.*sandbox \(seccomp\)"
+            EvalError, match=r"mbpp runs programs in a sandbox.*sandbox \(seccomp\)"
         ):
             load_task("svsk_mbpp")

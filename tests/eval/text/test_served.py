@@ -42,7 +42,7 @@ from tests.support.tiny_models import (
 SEQ_LEN = 400
 """Two chunks fit a step of the engine, three do not."""
 
-FAKE = Path(__file__).parents[1] / "support" / "fake_vllm"
+FAKE = Path(__file__).parents[2] / "support" / "fake_vllm"
 
 
 @dataclass
