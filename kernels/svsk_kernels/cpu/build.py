@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds ``cpu.cpp`` once per compiler, processor and PyTorch, and loads it."""
+"""Builds ``linear.cpp`` once per compiler, processor and PyTorch, and loads it."""
 
 import hashlib
 import os

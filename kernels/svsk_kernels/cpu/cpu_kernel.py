@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole layers on a CPU with AVX512-BF16, by the op ``svsk::cpu_linear`` of ``cpu.cpp``.
+"""Whole layers on a CPU with AVX512-BF16, by the op ``svsk::cpu_linear`` of ``linear.cpp``.
 
 The packed weight is decoded in registers for any number of rows of activations: decoding costs less
 than it takes an ordinary product to read a 16-bit weight.
