@@ -37,7 +37,9 @@ def test_the_tree_of_the_architecture_page_is_the_tree() -> None:
     page = set()
     for section in text.split("\n### `")[1:]:
         folder = section.partition("`")[0]
-        page |= {f"{folder}/{name}" for name in re.findall(r"^- `([\w.]+)`: ", section, re.MULTILINE)}
+        page |= {
+            f"{folder}/{name}" for name in re.findall(r"^- `([\w.]+)`: ", section, re.MULTILINE)
+        }
     packages = ["svsk_vllm", "kernels", "offline", "eval/svsk_eval"]
     listed = subprocess.run(
         ["git", "ls-files", *packages], cwd=ROOT, capture_output=True, text=True, check=False
