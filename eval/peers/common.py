@@ -190,12 +190,12 @@ def versions(*packages: str) -> dict[str, str]:
     }
 
 
-def run_job(quantise: Callable[[Job], Result]) -> None:
+def run_job(quantize: Callable[[Job], Result]) -> None:
     """Do the job whose file is named by the first argument of the command, and write its result beside it."""
     job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     torch.manual_seed(job.seed)
     started = time.monotonic()
-    result = quantise(job)
+    result = quantize(job)
     work = Path(job.work)
     save_file(
         {name: tensor.float().contiguous() for name, tensor in result.tensors.items()},

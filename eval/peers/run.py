@@ -32,7 +32,7 @@ from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import CalibrationSet, load_calibration
 from svsk_offline.recipe import load_recipe
 
-__all__ = ["PEERS", "Peer", "compare_peer", "summarise"]
+__all__ = ["PEERS", "Peer", "compare_peer", "summarize"]
 
 HERE = Path(__file__).resolve().parent
 RECORD = "peer.json"
@@ -194,7 +194,7 @@ def compare_peer(
         run_script(python, PEERS[peer].folder, job)
         result = json.loads((work / RESULT).read_text(encoding="utf-8"))
         write_dense(model, reference, load_weights(work / WEIGHTS), partial)
-    record = summarise(peer, job, result, tokens, model)
+    record = summarize(peer, job, result, tokens, model)
     (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     partial.rename(out)
     return record
@@ -293,7 +293,7 @@ def write_dense(
             shutil.copyfile(model / name, out / name)
 
 
-def summarise(
+def summarize(
     peer: str, job: Job, result: dict[str, Any], tokens: CalibrationSet, model: Path
 ) -> dict[str, Any]:
     """What ``peer.json`` says of a run.

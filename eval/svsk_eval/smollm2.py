@@ -88,7 +88,7 @@ def build_smollm2(out: Path, *, dither: bool = False, cache: Path | None = None)
         )
     if importlib.util.find_spec("gguf") is None:
         raise EvalError("The package gguf is needed to read the model: pip install gguf.")
-    model, tokenizer = _dequantise(
+    model, tokenizer = _dequantize(
         _fetch_gguf(Path(cache) if cache is not None else default_cache())
     )
     if dither:
@@ -127,7 +127,7 @@ def dither_(model: torch.nn.Module, seed: int) -> None:
         parameter.data.add_(noise.view_as(parameter))
 
 
-def _dequantise(gguf: Path) -> tuple[PreTrainedModel, Any]:
+def _dequantize(gguf: Path) -> tuple[PreTrainedModel, Any]:
     """The model in float32, and the tokenizer, of a GGUF file."""
     source = {"gguf_file": gguf.name, "local_files_only": True}
     loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **source)

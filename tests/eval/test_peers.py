@@ -228,7 +228,7 @@ def test_summary_counts_types() -> None:
     result = {"linears": linears, "seconds": 1.5, "settings": {}, "versions": {}, "notes": ["n"]}
     result |= {"calibrated": True}
     tokens = SimpleNamespace(describe=lambda: {"source": "text"})
-    record = run.summarise("gguf", job, result, tokens, Path("folder", "name"))
+    record = run.summarize("gguf", job, result, tokens, Path("folder", "name"))
     assert record["bits_per_weight"] == pytest.approx((6 * 5.5 + 4.5) / 7, abs=1e-6)
     assert record["types"]["Q4_K"] == {
         "tensors": 1,
@@ -241,7 +241,7 @@ def test_summary_counts_types() -> None:
     assert record["calibration"] == {"source": "text", "seed": 3}
     assert record["reference"] == "name"
     result["calibrated"] = False
-    assert run.summarise("gguf", job, result, tokens, Path("name"))["calibration"] is None
+    assert run.summarize("gguf", job, result, tokens, Path("name"))["calibration"] is None
 
 
 class TestGguf:

@@ -190,11 +190,11 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             raise KeyboardInterrupt
         (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
 
-    def dequantise(_: Path) -> tuple[Any, Any]:
+    def dequantize(_: Path) -> tuple[Any, Any]:
         state.loads += 1
         return StubModel(32, 2), SimpleNamespace(save_pretrained=save_tokenizer)
 
-    monkeypatch.setattr(smollm2, "_dequantise", dequantise)
+    monkeypatch.setattr(smollm2, "_dequantize", dequantize)
     monkeypatch.setattr(smollm2, "GGUF_SHA256", hashlib.sha256(b"a model").hexdigest())
     return state
 
@@ -258,14 +258,14 @@ def test_a_folder_that_appears_meanwhile_is_taken_if_it_is_the_same_build(
 ) -> None:
     put_wheel(tmp_path)
     out = tmp_path / "out"
-    dequantise = smollm2._dequantise
+    dequantize = smollm2._dequantize
 
     def overtaken(path: Path) -> tuple[Any, Any]:
-        monkeypatch.setattr(smollm2, "_dequantise", dequantise)
+        monkeypatch.setattr(smollm2, "_dequantize", dequantize)
         build_smollm2(out, dither=not same, cache=tmp_path)
-        return dequantise(path)
+        return dequantize(path)
 
-    monkeypatch.setattr(smollm2, "_dequantise", overtaken)
+    monkeypatch.setattr(smollm2, "_dequantize", overtaken)
     if same:
         assert build_smollm2(out, cache=tmp_path) == out
     else:

@@ -29,7 +29,7 @@ PACKING = "auto_round:auto_gptq"
 """The package's own choice for symmetric weights: GPTQ's layout, zero points stored less one."""
 
 
-def quantise(job: Job) -> Result:
+def quantize(job: Job) -> Result:
     """Quantise the linears of the decoder blocks, save the checkpoint, and read it back."""
     tokens = load_tokens(job.tokens)
     names = block_linears(load_folder(job.model))
@@ -62,7 +62,7 @@ def quantise(job: Job) -> Result:
     linears, tensors = {}, {}
     for name in names:
         module = name.removesuffix(".weight")
-        tensors[name] = dequantise(stored, module, job.group_size)
+        tensors[name] = dequantize(stored, module, job.group_size)
         kind = f"int4 g{job.group_size} symmetric"
         linears[name] = StoredLinear(
             kind, tensors[name].numel(), stored_bits(stored, module, PARTS)
@@ -85,7 +85,7 @@ def notes(job: Job) -> list[str]:
     ]
 
 
-def dequantise(stored: dict[str, torch.Tensor], module: str, group_size: int) -> torch.Tensor:
+def dequantize(stored: dict[str, torch.Tensor], module: str, group_size: int) -> torch.Tensor:
     """Weight of a layer in GPTQ's layout.
 
     Args:
@@ -121,4 +121,4 @@ def dequantise(stored: dict[str, torch.Tensor], module: str, group_size: int) ->
 
 
 if __name__ == "__main__":
-    run_job(quantise)
+    run_job(quantize)

@@ -100,7 +100,7 @@ class LlamaCpp:
         """Release of llama.cpp."""
         return str(self._llama.llama_version().decode())
 
-    def quantise(
+    def quantize(
         self, source: Path, target: Path, file_type: str, imatrix: dict[str, torch.Tensor] | None
     ) -> None:
         """Quantise a GGUF file as ``llama-quantize SOURCE TARGET FILE_TYPE`` does.

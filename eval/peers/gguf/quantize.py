@@ -26,7 +26,7 @@ PACKAGE = Path("node_modules", "@node-llama-cpp", "linux-x64")
 LIBRARIES = Path("bins", "linux-x64")
 
 
-def quantise(job: Job) -> Result:
+def quantize(job: Job) -> Result:
     """Convert the model to GGUF, quantise it with llama.cpp, and read it back."""
     package = Path(job.environment) / PACKAGE
     tensors = load_folder(job.model)
@@ -41,7 +41,7 @@ def quantise(job: Job) -> Result:
         llama_cpp = LlamaCpp(package / LIBRARIES)
         imatrix = importance(job, names) if use_imatrix else None
         final = Path(job.work) / "model.gguf"
-        llama_cpp.quantise(plain, final, file_type, imatrix)
+        llama_cpp.quantize(plain, final, file_type, imatrix)
         released = json.loads((package / "package.json").read_text(encoding="utf-8"))
         used |= {"llama.cpp": llama_cpp.version, str(released["name"]): str(released["version"])}
         notes.append(
@@ -105,4 +105,4 @@ def importance(job: Job, names: list[str]) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    run_job(quantise)
+    run_job(quantize)

@@ -39,7 +39,7 @@ SHOWN = ("block_size", "dampening_frac", "actorder", "n_grid", "duo_scaling")
 """Settings of the methods that peer.json shows, the package's defaults where PEERS says nothing."""
 
 
-def quantise(job: Job) -> Result:
+def quantize(job: Job) -> Result:
     """Quantise the linears of the decoder blocks, save the checkpoint, and read it back."""
     tokens = load_tokens(job.tokens)
     names = block_linears(load_folder(job.model))
@@ -67,7 +67,7 @@ def quantise(job: Job) -> Result:
     linears, tensors = {}, {}
     for name in names:
         module = name.removesuffix(".weight")
-        tensors[name] = dequantise(stored, module, job.group_size)
+        tensors[name] = dequantize(stored, module, job.group_size)
         kind = f"int4 g{job.group_size}" + (
             " asymmetric" if f"{module}.weight_zero_point" in stored else " symmetric"
         )
@@ -124,7 +124,7 @@ def scheme_of(job: Job) -> QuantizationScheme:
     return scheme
 
 
-def dequantise(stored: dict[str, torch.Tensor], module: str, group_size: int) -> torch.Tensor:
+def dequantize(stored: dict[str, torch.Tensor], module: str, group_size: int) -> torch.Tensor:
     """Weight of a layer of a ``pack-quantized`` checkpoint.
 
     Args:
@@ -160,4 +160,4 @@ def dequantise(stored: dict[str, torch.Tensor], module: str, group_size: int) ->
 
 
 if __name__ == "__main__":
-    run_job(quantise)
+    run_job(quantize)

@@ -21,7 +21,7 @@ from rich.progress import (
 
 from svsk_eval.bench.runner import BenchOptions, Candidate, bench, package_versions
 from svsk_eval.errors import EvalError
-from svsk_eval.report.analysis import analyse
+from svsk_eval.report.analysis import analyze
 from svsk_eval.report.console import print_report
 from svsk_eval.report.markdown import markdown_report
 from svsk_eval.report.merge import check_writable, html_writer, recovery_gate
@@ -201,7 +201,7 @@ def bench_with_progress(
     report = _run(console, candidates, settings, options)
     if json_file is not None:  # before anything that can fail: it took hours
         write_text(json_file, report.model_dump_json(indent=1) + "\n")
-    analysis = analyse(report)
+    analysis = analyze(report)
     print_report(console, analysis)
     if markdown is not None:
         write_text(markdown, markdown_report(analysis))

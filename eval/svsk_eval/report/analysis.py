@@ -29,8 +29,7 @@ __all__ = [
     "TaskComparison",
     "TaskEstimates",
     "VariantComparison",
-    "analyse",
-    "as_analysis",
+    "analyze",
     "check_tasks",
 ]
 
@@ -122,18 +121,18 @@ class Analysis:
 
     def all_notes(self) -> list[str]:
         """The notes of the report and of every figure; those with the same words are one."""
-        found: dict[str, list[str]] = {note: [] for note in self.notes}
+        places: dict[str, list[str]] = {note: [] for note in self.notes}
         for variant in self.variants:
             for task in variant.tasks:
                 for name in _FIGURES:
                     pair: Paired | None = getattr(task, name)
                     for note in pair.notes if pair else ():
-                        found.setdefault(note, []).append(
+                        places.setdefault(note, []).append(
                             f"{variant.label}, {task.task}, {name.replace('_', ' ')}"
                         )
             for note in variant.pooled.notes:
-                found.setdefault(note, []).append(variant.label)
-        return [f"{note} ({'; '.join(where)})" if where else note for note, where in found.items()]
+                places.setdefault(note, []).append(variant.label)
+        return [f"{note} ({'; '.join(where)})" if where else note for note, where in places.items()]
 
     def to_json(self) -> dict[str, Any]:
         """The comparisons, without the items, as a dictionary that ``json`` can write.
@@ -142,10 +141,10 @@ class Analysis:
         """
         comparisons = []
         for variant in self.variants:
-            found = asdict(variant)
-            for task, stored in zip(variant.tasks, found["tasks"], strict=True):
+            comparison = asdict(variant)
+            for task, stored in zip(variant.tasks, comparison["tasks"], strict=True):
                 stored["score"]["recovery"] = task.score.recovery
-            comparisons.append(found)
+            comparisons.append(comparison)
         return {
             "kind": "svsk-bench-comparison",
             "schema_version": 1,
@@ -155,7 +154,7 @@ class Analysis:
         }
 
 
-def analyse(report: BenchReport, notes: Sequence[str] = (), resamples: int = RESAMPLES) -> Analysis:
+def analyze(report: BenchReport, notes: Sequence[str] = (), resamples: int = RESAMPLES) -> Analysis:
     """Compare every variant of a report with its reference, the first model.
 
     Args:
@@ -191,11 +190,6 @@ def analyse(report: BenchReport, notes: Sequence[str] = (), resamples: int = RES
     return Analysis(report, estimates, tuple(variants), tuple(notes))
 
 
-def as_analysis(report: BenchReport | Analysis) -> Analysis:
-    """A report with its comparisons, which are computed unless they come along."""
-    return report if isinstance(report, Analysis) else analyse(report)
-
-
 def check_tasks(reference: ModelRun, other: ModelRun, where: str = "") -> None:
     """Refuse two models whose items cannot be paired.
 
@@ -209,35 +203,33 @@ def check_tasks(reference: ModelRun, other: ModelRun, where: str = "") -> None:
             items in one.
     """
     name = f"{where}: {other.label}" if where else other.label
-    missing, extra = (
-        sorted(reference.tasks.keys() - other.tasks),
-        sorted(other.tasks.keys() - reference.tasks),
-    )
-    if missing or extra:
-        differs = [f"lacks {', '.join(missing)}"] * bool(missing) + [
-            f"also has {', '.join(extra)}"
-        ] * bool(extra)
-        raise EvalError(
-            f"{name} {' and '.join(differs)}: expected the tasks of {reference.label}. {_AGAIN}"
+    if reference.tasks.keys() != other.tasks.keys():
+        parts = (
+            ("lacks", reference.tasks.keys() - other.tasks),
+            ("also has", other.tasks.keys() - reference.tasks),
         )
+        differs = " and ".join(
+            f"{verb} {', '.join(sorted(names))}" for verb, names in parts if names
+        )
+        raise EvalError(f"{name} {differs}: expected the tasks of {reference.label}. {_AGAIN}")
     for task, expected in reference.tasks.items():
-        found = other.tasks[task]
+        task_run = other.tasks[task]
         for field in _COMMON:
-            ours, theirs = getattr(expected, field), getattr(found, field)
+            ours, theirs = getattr(expected, field), getattr(task_run, field)
             if ours != theirs:
                 raise EvalError(
                     f"{name}: task {task} has {field} {theirs!r}: expected {ours!r} as for"
                     f" {reference.label}. {_AGAIN}"
                 )
-        _check_items(reference.label, name, expected, found)
+        _check_items(reference.label, name, expected, task_run)
 
 
-def _check_items(reference: str, name: str, expected: TaskRun, found: TaskRun) -> None:
+def _check_items(reference: str, name: str, expected: TaskRun, other: TaskRun) -> None:
     """Refuse other items in a task.
 
     The message names both models and the first items that differ.
     """
-    ours, theirs = _items(expected), _items(found)
+    ours, theirs = _items(expected), _items(other)
     if ours == theirs:
         return
     doc_ids = sorted({doc for doc, _ in set(ours) ^ set(theirs)}) or sorted(
@@ -263,10 +255,7 @@ def _items(task: TaskRun) -> list[tuple[int, str]]:
 
 
 def _values(task: TaskRun, name: str) -> FloatArray | None:
-    """A list of a task as an array in the order of its items, so that two models' lists pair.
-
-    [n].
-    """
+    """A list of a task as an array [n] in the order of its items, so that two models' lists pair."""
     stored = task.scores[task.primary] if name == "score" else getattr(task, name)
     if stored is None:
         return None
@@ -282,22 +271,22 @@ def _binary_figures(runs: Sequence[TaskRun]) -> frozenset[str]:
     One model alone may have them by chance, and models that are compared need the same method.
     Lengths are counts, also where all of them are 0 or 1.
     """
-    found = {
+    figures = {
         name: [_values(run, name) for run in runs] for name in _FIGURES if name != "output_tokens"
     }
     return frozenset(
         name
-        for name, lists in found.items()
+        for name, lists in figures.items()
         if all(is_binary(values) for values in lists if values is not None)
     )
 
 
 def _estimates(task: TaskRun, binary: frozenset[str]) -> TaskEstimates:
-    found: list[Estimate | None] = []
+    figures: list[Estimate | None] = []
     for name in _FIGURES:
         values = _values(task, name)
-        found.append(None if values is None else estimate(values, name in binary))
-    score, terminated, tokens = found
+        figures.append(None if values is None else estimate(values, name in binary))
+    score, terminated, tokens = figures
     assert score is not None  # the schema requires scores of the primary metric
     return TaskEstimates(score, terminated, tokens)
 
@@ -305,7 +294,7 @@ def _estimates(task: TaskRun, binary: frozenset[str]) -> TaskEstimates:
 def _variant(
     reference: ModelRun, run: ModelRun, binary: Mapping[str, frozenset[str]], resamples: int
 ) -> VariantComparison:
-    """A variant's comparisons, with raw p-values in the place of Holm's, which need all variants."""
+    """A variant's comparisons, with raw p-values for Holm's, which need all variants."""
     tasks, scores = [], []
     for name, expected in reference.tasks.items():
         pairs: dict[str, Paired | None] = {}

@@ -9,8 +9,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table as RichTable
 
-from svsk_eval.report.analysis import Analysis, as_analysis
-from svsk_eval.report.schema import BenchReport
+from svsk_eval.report.analysis import Analysis
 from svsk_eval.report.tables import METHODS, Strong, Table, all_tables
 
 __all__ = ["print_report"]
@@ -18,20 +17,12 @@ __all__ = ["print_report"]
 _ANY: Final = 10_000
 
 
-def print_report(console: Console, report: BenchReport | Analysis) -> None:
+def print_report(console: Console, analysis: Analysis) -> None:
     """Show all tables of a report, and how its figures were computed.
 
     In a narrow terminal cells are folded, elsewhere tables keep their width: no figure is cut off
     in a log.
-
-    Args:
-        console: where to.
-        report: of ``svsk bench``, or its comparisons if they were already computed.
-
-    Raises:
-        EvalError: the models cannot be compared.
     """
-    analysis = as_analysis(report)
     for table in all_tables(analysis):
         console.print(f"[bold]{escape(table.title)}[/bold]")
         if table.note:

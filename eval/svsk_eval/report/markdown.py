@@ -4,8 +4,7 @@
 import re
 from collections.abc import Iterator
 
-from svsk_eval.report.analysis import Analysis, as_analysis
-from svsk_eval.report.schema import BenchReport
+from svsk_eval.report.analysis import Analysis
 from svsk_eval.report.tables import HOW_TO_READ, METHODS, Strong, Table, all_tables, run_facts
 
 __all__ = ["markdown_report"]
@@ -13,19 +12,8 @@ __all__ = ["markdown_report"]
 _ESCAPED = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
-def markdown_report(report: BenchReport | Analysis) -> str:
-    """Write a report as Markdown.
-
-    Args:
-        report: of ``svsk bench``, or its comparisons if they were already computed.
-
-    Returns:
-        The text, which is the same for the same report.
-
-    Raises:
-        EvalError: the models cannot be compared.
-    """
-    analysis = as_analysis(report)
+def markdown_report(analysis: Analysis) -> str:
+    """A report as Markdown, the same for the same report."""
     lines = ["# Task scores", ""]
     lines += [f"- {name}: {_escape(value)}" for name, value in run_facts(analysis)]
     lines += ["", *_code(analysis.report.command)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put several files of ``svsk bench --json`` into one comparison, and hold variants to a minimum recovery."""
+"""Several files of ``svsk bench --json`` in one comparison, and variants held to a minimum."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -10,14 +10,13 @@ from typing import Final
 from rich.console import Console
 
 from svsk_eval.errors import EvalError
-from svsk_eval.report.analysis import Analysis, analyse, as_analysis, check_tasks
+from svsk_eval.report.analysis import Analysis, analyze, check_tasks
 from svsk_eval.report.console import print_report
 from svsk_eval.report.markdown import markdown_report
 from svsk_eval.report.schema import BenchReport, ModelRun, TextScores, load_report
 
 __all__ = [
     "GateResult",
-    "MergedReports",
     "check_writable",
     "compare_and_print",
     "compare_reports",
@@ -42,19 +41,6 @@ _AGAINST_REFERENCE: Final = ("delta_nll", "kl_mean", "kl_p99", "top1")
 
 
 @dataclass(frozen=True)
-class MergedReports:
-    """Several reports as one: the models of all, on the first one's reference.
-
-    Attributes:
-        report: the whole.
-        notes: what a reader should know about the merging, in sentences.
-    """
-
-    report: BenchReport
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class GateResult:
     """Whether a variant keeps enough of the reference's score on a task.
 
@@ -63,7 +49,6 @@ class GateResult:
         task: name of the task.
         recovery: the variant's score divided by the reference's; None if the reference's is not
             above zero.
-        minimum: that was asked for.
         passed: recovery is known and at least the minimum.
         reason: in words.
     """
@@ -71,7 +56,6 @@ class GateResult:
     variant: str
     task: str
     recovery: float | None
-    minimum: float
     passed: bool
     reason: str
 
@@ -82,16 +66,14 @@ def is_bench_report(path: str | Path) -> bool:
     A file that cannot be read does not say so.
     """
     try:
-        found = json.loads(Path(path).read_bytes())
+        content = json.loads(Path(path).read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and found.get("kind") == "svsk-bench"
+    return isinstance(content, dict) and content.get("kind") == "svsk-bench"
 
 
-def merge_reports(paths: Sequence[str | Path]) -> MergedReports:
-    """Put the models of several files into one report.
-
-    The first file's reference is the reference of all.
+def merge_reports(paths: Sequence[str | Path]) -> tuple[BenchReport, list[str]]:
+    """Put the models of several files into one report, whose reference is the first file's.
 
     A model that was in an earlier file (same label, same fingerprint) is taken from there.
     Different models of the same label get a number. Figures of a text that are relative to a
@@ -99,6 +81,9 @@ def merge_reports(paths: Sequence[str | Path]) -> MergedReports:
 
     Args:
         paths: files of ``svsk bench --json``.
+
+    Returns:
+        The whole, and what a reader should know about the merging, in sentences.
 
     Raises:
         EvalError: there is no file; one is missing or damaged; or it was run with other settings,
@@ -121,10 +106,10 @@ def merge_reports(paths: Sequence[str | Path]) -> MergedReports:
             )
         for run in report.models:
             check_tasks(first.models[0], run, str(path))
-            known = next((old for old in models if _identity(old) == _identity(run)), None)
-            if known is None:
+            earlier = next((old for old in models if _identity(old) == _identity(run)), None)
+            if earlier is None:
                 models.append(run if same_reference else _without_relative(run))
-            elif known.tasks != run.tasks:
+            elif earlier.tasks != run.tasks:
                 notes.append(
                     f"{path}: {run.label} scored differently there; the figures of the earlier file"
                     " are shown."
@@ -136,7 +121,7 @@ def merge_reports(paths: Sequence[str | Path]) -> MergedReports:
             "hardware": "; ".join(dict.fromkeys(report.hardware for report in reports)),
         }
     )
-    return MergedReports(BenchReport.model_validate(merged.model_dump()), tuple(notes))
+    return BenchReport.model_validate(merged.model_dump()), notes
 
 
 def compare_reports(paths: Sequence[str | Path]) -> Analysis:
@@ -145,8 +130,7 @@ def compare_reports(paths: Sequence[str | Path]) -> Analysis:
     Raises:
         EvalError: as there.
     """
-    merged = merge_reports(paths)
-    return analyse(merged.report, merged.notes)
+    return analyze(*merge_reports(paths))
 
 
 def check_writable(files: Mapping[str, Path | None]) -> None:
@@ -172,9 +156,7 @@ def compare_and_print(
     markdown: Path | None = None,
     html: Path | None = None,
 ) -> Analysis:
-    """What ``svsk compare`` does with files of ``svsk bench``.
-
-    Show the comparison, and write it where asked.
+    """Compare files of ``svsk bench``: show the comparison, and write it where asked.
 
     Args:
         console: where to show it.
@@ -193,10 +175,8 @@ def compare_and_print(
     print_report(console, analysis)
     if json_file is None and markdown is None and html is None:
         return analysis
-    from svsk_offline.storage.atomic import (
-        write_json,
-        write_text,
-    )  # brings in torch, which nothing else here needs
+    # brings in torch, which nothing else here needs
+    from svsk_offline.storage.atomic import write_json, write_text
 
     if json_file is not None:
         write_json(json_file, {"files": [str(path) for path in files], **analysis.to_json()})
@@ -207,13 +187,13 @@ def compare_and_print(
     return analysis
 
 
-def recovery_gate(report: BenchReport | Analysis, minimum: float) -> list[GateResult]:
+def recovery_gate(analysis: Analysis, minimum: float) -> list[GateResult]:
     """Hold every variant to a share of the reference's score on every task.
 
     The standard errors are not considered.
 
     Args:
-        report: of ``svsk bench``, or its comparisons.
+        analysis: the comparisons.
         minimum: share, 0.99 for 99%.
 
     Returns:
@@ -221,15 +201,13 @@ def recovery_gate(report: BenchReport | Analysis, minimum: float) -> list[GateRe
             cannot be judged.
 
     Raises:
-        EvalError: the minimum is not a share, there is no variant, or the models cannot be
-            compared.
+        EvalError: the minimum is not a share, or there is no variant.
     """
     if not 0 < minimum <= 1:
         raise EvalError(
             f"Minimum recovery {minimum}: expected a share of the reference's score, such as 0.99"
             " for 99%."
         )
-    analysis = as_analysis(report)
     if not analysis.variants:
         raise EvalError(
             "There is no variant to hold to a minimum recovery. Name a model besides the reference."
@@ -243,11 +221,11 @@ def recovery_gate(report: BenchReport | Analysis, minimum: float) -> list[GateRe
                     f"cannot be judged: the reference scores {task.score.reference.value:.4f} on"
                     " these items, so there is nothing to recover"
                 )
-                results.append(GateResult(variant.label, task.task, None, minimum, False, reason))
+                results.append(GateResult(variant.label, task.task, None, False, reason))
                 continue
             passed = recovery >= minimum - _ROUNDING
             reason = f"recovery {recovery:.4f} is {'at least' if passed else 'below'} {minimum:g}"
-            results.append(GateResult(variant.label, task.task, recovery, minimum, passed, reason))
+            results.append(GateResult(variant.label, task.task, recovery, passed, reason))
     return results
 
 
@@ -321,13 +299,13 @@ def _without_relative(run: ModelRun) -> ModelRun:
 
 def _distinct_labels(models: Sequence[ModelRun]) -> list[ModelRun]:
     """The models, with a number after a label that an earlier one has."""
-    taken = {run.label for run in models}
+    labels = {run.label for run in models}
     seen: set[str] = set()
-    found = []
+    renamed = []
     for run in models:
         label, number = run.label, 2
-        while label in seen or (label != run.label and label in taken):
+        while label in seen or (label != run.label and label in labels):
             label, number = f"{run.label} ({number})", number + 1
         seen.add(label)
-        found.append(run.model_copy(update={"label": label}))
-    return found
+        renamed.append(run.model_copy(update={"label": label}))
+    return renamed

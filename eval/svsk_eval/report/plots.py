@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots of task scores as SVG that can be put into an HTML page.
+"""Plots of task scores as SVG files, with a legend in each.
 
 Text stays text, and the same report gives the same.
 
 Colours are those of Okabe and Ito, "Color Universal Design" (2008), which people with colour
-blindness can tell apart; every model also has a marker of its own. The page draws the legend.
+blindness can tell apart; every model also has a marker of its own.
 """
 
 import io
-import re
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
-from xml.etree import ElementTree
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from svsk_eval.report.analysis import Analysis
@@ -32,6 +32,8 @@ _MARKERS: Final = ("s", "^", "D", "v", "P", "X", "<", ">")
 _WIDTH: Final = 7.4  # inches; a point of the SVG is 4/3 pixels of the page
 _ROW: Final = 0.17  # inches per model
 _LONGEST_NAME: Final = 34
+_LINE: Final = 96  # characters across the legend
+_LEGEND_ROW: Final = 0.2  # inches
 _GREY: Final = "#8a8a8a"
 _NORMAL_95: Final = 1.96
 _RECOVERY: Final = "mean recovery"
@@ -40,9 +42,8 @@ _STYLE: Final = {
     "svg.fonttype": "none",
     "svg.hashsalt": "svsk",
     "font.family": "sans-serif",
-    "font.sans-serif": [
-        "DejaVu Sans"
-    ],  # comes with matplotlib, so that the layout is the same everywhere
+    # comes with matplotlib, so that the layout is the same everywhere
+    "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
     "text.parse_math": False,
     "text.usetex": False,
@@ -69,15 +70,13 @@ class Plot:
         name: short, unique in a report: letters and hyphens.
         title: what it shows.
         caption: how to read it.
-        labels: of the models in it, for the legend.
-        svg: the drawing, an ``svg`` element.
+        svg: the drawing, a file.
     """
 
     name: str
     title: str
     caption: str
-    labels: tuple[str, ...]
-    svg: str
+    svg: bytes
 
 
 def all_plots(analysis: Analysis) -> list[Plot]:
@@ -92,9 +91,8 @@ def all_plots(analysis: Analysis) -> list[Plot]:
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing from font"
-        )  # the reader's fonts draw the text
+        # the reader's fonts draw the text
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         return [plot for plot in (make(analysis) for make in makers) if plot is not None]
 
 
@@ -115,16 +113,14 @@ def _scores(analysis: Analysis) -> Plot:
     }
     _dots(axes, analysis, rows)
     axes.set_xlabel("score, with 95% confidence interval")
+    where = (
+        "the differences below" if analysis.variants else "the differences, once there is a variant"
+    )
     caption = (
         "Each model's own interval. Models are compared in pairs of items, so overlap here decides"
-        " nothing: see "
+        f" nothing: see {where}."
     )
-    caption += (
-        "the differences below."
-        if analysis.variants
-        else "the differences, once there is a variant."
-    )
-    return _plot("scores", "Score per task", caption, labels, figure)
+    return _plot(analysis, "scores", "Score per task", caption, labels, figure)
 
 
 def _differences(analysis: Analysis) -> Plot | None:
@@ -149,20 +145,20 @@ def _differences(analysis: Analysis) -> Plot | None:
         "Right of the line the variant scores higher. An interval that crosses the line is no"
         " evidence of equality."
     )
-    return _plot("differences", "Paired difference per task", caption, labels, figure)
+    return _plot(analysis, "differences", "Paired difference per task", caption, labels, figure)
 
 
 def _flips(analysis: Analysis) -> Plot | None:
     if not analysis.variants:
         return None
-    found = [{task.task: task.score for task in variant.tasks} for variant in analysis.variants]
-    tasks = [task for task in analysis.tasks if all(scores[task].binary for scores in found)]
-    if not tasks or not analysis.variants:
+    pairs = [{task.task: task.score for task in variant.tasks} for variant in analysis.variants]
+    tasks = [task for task in analysis.tasks if all(scores[task].binary for scores in pairs)]
+    if not tasks:
         return None
     labels = [variant.label for variant in analysis.variants]
     figure, axes = _canvas(len(tasks), len(labels))
     most = 0.0
-    for offset, label, scores in zip(_offsets(len(labels)), labels, found, strict=True):
+    for offset, label, scores in zip(_offsets(len(labels)), labels, pairs, strict=True):
         colour, _ = model_style(analysis, label)
         for row, score in enumerate(scores[task] for task in tasks):
             lost, gained = score.lost / score.n, score.gained / score.n
@@ -187,26 +183,22 @@ def _flips(analysis: Analysis) -> Plot | None:
     axes.axvline(0, color="#222222", linewidth=1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * abs(value):g}%")
     axes.set_xlabel("share of items: lost to the left, gained to the right")
+    partly = "; only tasks whose answers are right or wrong"
     caption = (
         "Items that only the reference gets right (left) and only the variant (right), with their"
-        " number"
+        f" number{partly * (len(tasks) < len(analysis.tasks))}."
     )
-    caption += (
-        "."
-        if len(tasks) == len(analysis.tasks)
-        else "; only tasks whose answers are right or wrong."
-    )
-    return _plot("flips", "Items lost and gained", caption, labels, figure)
+    return _plot(analysis, "flips", "Items lost and gained", caption, labels, figure)
 
 
 def _quality(analysis: Analysis) -> Plot | None:
-    """Mean recovery and KL against bits per weight, each if at least two variants have both figures."""
-    found = {title: points for title, points in _against_size(analysis).items() if len(points) > 1}
-    if not found:
+    """Mean recovery and KL against bits per weight, where two variants or more have both."""
+    panels = {title: points for title, points in _against_size(analysis).items() if len(points) > 1}
+    if not panels:
         return None
     figure = Figure(figsize=(_WIDTH, 2.9), layout="constrained")
-    for number, (title, points) in enumerate(found.items(), 1):
-        axes = figure.add_subplot(1, len(found), number)
+    for number, (title, points) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, len(panels), number)
         for label, (bpw, point) in points.items():
             _dot(axes, analysis, label, point, place=bpw, upright=True)
         axes.set_title(title)
@@ -221,24 +213,24 @@ def _quality(analysis: Analysis) -> Plot | None:
     labels = [
         run.label
         for run in analysis.report.models
-        if any(run.label in points for points in found.values())
+        if any(run.label in points for points in panels.values())
     ]
     caption = (
         "With 95% confidence intervals. Fewer bits are cheaper; a high recovery and a low KL are"
         " good."
     )
-    return _plot("quality", "Quality against size", caption, labels, figure)
+    return _plot(analysis, "quality", "Quality against size", caption, labels, figure)
 
 
 def _against_size(analysis: Analysis) -> dict[str, dict[str, tuple[float, Estimate]]]:
     """Per panel and label: bits per weight, and the figure with its interval."""
-    found: dict[str, dict[str, tuple[float, Estimate]]] = {_RECOVERY: {}, _KL: {}}
+    panels: dict[str, dict[str, tuple[float, Estimate]]] = {_RECOVERY: {}, _KL: {}}
     for variant, run in zip(analysis.variants, analysis.report.models[1:], strict=True):
         if run.bpw is None:
             continue
         over = variant.pooled
         if over.recovery is not None:
-            found[_RECOVERY][run.label] = (
+            panels[_RECOVERY][run.label] = (
                 run.bpw,
                 Estimate(over.recovery, None, over.recovery_interval),
             )
@@ -248,8 +240,8 @@ def _against_size(analysis: Analysis) -> dict[str, dict[str, tuple[float, Estima
             if text.kl_mean_se is not None:
                 half = _NORMAL_95 * text.kl_mean_se
                 limits = Interval(text.kl_mean - half, text.kl_mean + half)
-            found[_KL][run.label] = (run.bpw, Estimate(text.kl_mean, text.kl_mean_se, limits))
-    return found
+            panels[_KL][run.label] = (run.bpw, Estimate(text.kl_mean, text.kl_mean_se, limits))
+    return panels
 
 
 def _answers(analysis: Analysis) -> Plot | None:
@@ -267,9 +259,9 @@ def _answers(analysis: Analysis) -> Plot | None:
         rows: dict[str, dict[str, Estimate]] = {task: {} for task in tasks}
         for task in tasks:
             for label in labels:
-                found: Estimate | None = getattr(analysis.estimates[label][task], name)
-                if found is not None:
-                    rows[task][label] = found
+                estimate: Estimate | None = getattr(analysis.estimates[label][task], name)
+                if estimate is not None:
+                    rows[task][label] = estimate
         _dots(axes, analysis, rows)
     left.xaxis.set_major_formatter(PercentFormatter(1.0))
     left.set_xlabel("answers that ended by themselves")
@@ -279,7 +271,7 @@ def _answers(analysis: Analysis) -> Plot | None:
         "With 95% confidence intervals. Answers that hit the limit of tokens, or become longer,"
         " cost scores and time."
     )
-    return _plot("answers", "How answers end, and their length", caption, labels, figure)
+    return _plot(analysis, "answers", "How answers end, and their length", caption, labels, figure)
 
 
 def _height(rows: int, models: int) -> float:
@@ -345,47 +337,24 @@ def _task_axis(axes: Axes, tasks: Sequence[str]) -> None:
 def _shortened(name: str) -> str:
     """A name that fits beside a plot, without characters that XML does not know."""
     name = "".join(letter if letter.isprintable() else "?" for letter in name)
+    # matplotlib leaves names that begin with an underscore out of the legend
+    name = f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name
     half = _LONGEST_NAME // 2
     return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
 
 
-def _plot(name: str, title: str, caption: str, labels: Sequence[str], figure: Figure) -> Plot:
-    return Plot(name, title, caption, tuple(labels), _inline_svg(figure, name, title))
-
-
-def _inline_svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an ``svg`` element for an HTML page.
-
-    Matplotlib's file header, metadata, style sheet and namespaces go, as does every address in
-    them; ids get ``name`` as a prefix, so that several drawings can share a page; text is drawn in
-    the page's own font.
-    """
+def _plot(
+    analysis: Analysis, name: str, title: str, caption: str, labels: Sequence[str], figure: Figure
+) -> Plot:
+    """The finished figure, with a legend above it."""
+    keys = []
+    for label in labels:
+        colour, marker = model_style(analysis, label)
+        keys.append(Line2D([], [], color=colour, marker=marker, markersize=5, linestyle="none"))
+    names = [_shortened(label) for label in labels]
+    columns = max(1, min(len(names), _LINE // (max(map(len, names)) + 5)))
+    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * math.ceil(len(names) / columns))
+    figure.legend(keys, names, loc="outside upper left", ncols=columns, frameon=False)
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
-    root = ElementTree.fromstring(stream.getvalue())
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if _local(child.tag) in ("metadata", "style"):
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = _local(element.tag)
-        element.attrib = {
-            _local(key): _renamed(_local(key), value, name) for key, value in element.attrib.items()
-        }
-    root.set("role", "img")
-    root.set("aria-label", title)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _local(name: str) -> str:
-    return name.rpartition("}")[2]
-
-
-def _renamed(key: str, value: str, prefix: str) -> str:
-    """An attribute's value after ids got a prefix and the font became the page's."""
-    if key == "id":
-        return f"{prefix}-{value}"
-    if key == "href" and value.startswith("#"):
-        return f"#{prefix}-{value[1:]}"
-    value = re.sub(r"url\(#", f"url(#{prefix}-", value)
-    return value.replace("'DejaVu Sans', sans-serif", "system-ui, sans-serif")
+    return Plot(name, title, caption, stream.getvalue())

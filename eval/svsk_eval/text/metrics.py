@@ -2,7 +2,7 @@
 """How far a model's next-token distributions are from the text and from a reference model's distributions.
 
 :func:`score_chunk` turns the logits of one chunk of text into a few numbers per token, so that
-logits never outlive their chunk; :func:`summarise` turns the numbers of all chunks into the metrics
+logits never outlive their chunk; :func:`summarize` turns the numbers of all chunks into the metrics
 with standard errors. Everything is in nats. With p the reference's and q the model's distribution
 over the vocabulary, for the token t that follows:
 
@@ -32,7 +32,7 @@ __all__ = [
     "jackknife_se",
     "mean_se",
     "score_chunk",
-    "summarise",
+    "summarize",
 ]
 
 FloatArray = npt.NDArray[np.float64]
@@ -219,7 +219,7 @@ def score_chunk(
     return ChunkScores(*scores)
 
 
-def summarise(chunks: Sequence[ChunkScores]) -> EvalResult:
+def summarize(chunks: Sequence[ChunkScores]) -> EvalResult:
     """Metrics and standard errors of all chunks.
 
     Chunks have equal length, so the mean over all tokens is the mean of the chunk means, and its

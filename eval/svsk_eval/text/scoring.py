@@ -19,7 +19,7 @@ from transformers import (
 
 from svsk_eval.errors import EvalError
 from svsk_eval.text.leading_tokens import leading_tokens
-from svsk_eval.text.metrics import EvalInputs, EvalResult, score_chunk, summarise
+from svsk_eval.text.metrics import EvalInputs, EvalResult, score_chunk, summarize
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.limits import check_token_ids, longest_sequence
 from svsk_offline.calibration.text import bos_prefix, cut_pieces, token_fingerprint
@@ -215,7 +215,7 @@ def compare_models(
         scores.append(score_chunk(_next_token_logits(model, chunk), chunk[1:], ref_logits))
         if progress is not None:
             progress(done, len(tokens))
-    return summarise(scores)
+    return summarize(scores)
 
 
 def evaluate(

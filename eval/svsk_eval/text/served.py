@@ -33,7 +33,7 @@ from safetensors import safe_open
 from svsk_eval.errors import EvalError
 from svsk_eval.processes import die_with_parent, ending, log_tail, run_module
 from svsk_eval.text.engine_args import engine_arguments
-from svsk_eval.text.metrics import ChunkScores, EvalInputs, EvalResult, FloatArray, summarise
+from svsk_eval.text.metrics import ChunkScores, EvalInputs, EvalResult, FloatArray, summarize
 from svsk_eval.text.scoring import (
     Progress,
     check_fits,
@@ -136,7 +136,7 @@ def evaluate_served(
         engine="vllm",
         engine_settings=model.settings,
     )
-    return replace(summarise(_paired(model, reference)), inputs=inputs)
+    return replace(summarize(_paired(model, reference)), inputs=inputs)
 
 
 def served_scores(

@@ -20,7 +20,7 @@ from svsk_eval.text.metrics import (
     jackknife_se,
     mean_se,
     score_chunk,
-    summarise,
+    summarize,
 )
 
 Value = TypeVar("Value")
@@ -121,7 +121,7 @@ def test_nll_without_a_reference_is_the_same() -> None:
 
 def test_identical_logits_give_zero_kl_and_full_agreement() -> None:
     logits, targets, _ = random_chunk(64, 1000, 0.0)
-    result = summarise([score_chunk(logits, targets, logits.clone())] * 2)
+    result = summarize([score_chunk(logits, targets, logits.clone())] * 2)
     assert (result.delta_nll, result.kl_mean, result.kl_p99, result.top1) == (0.0, 0.0, 0.0, 1.0)
     assert (result.delta_nll_se, result.kl_mean_se, result.kl_p99_se, result.top1_se) == (
         0.0,
@@ -187,7 +187,7 @@ def test_score_chunk_rejects_logits_that_are_not_finite(value: float, of_referen
 
 def test_summary_equals_numpy_over_all_tokens() -> None:
     chunks = random_scores(7, 30)
-    result = summarise(chunks)
+    result = summarize(chunks)
     nll, ref_nll, kl, top1 = (
         np.concatenate([getattr(c, n) for c in chunks]) for n in ("nll", "ref_nll", "kl", "top1")
     )
@@ -207,7 +207,7 @@ def test_standard_errors_of_means_by_hand() -> None:
     rows = zip([1.0, 2.0, 3.0], [0.5, 1.5, 1.0], strict=True)
     spread = np.array([-1.0, 1.0])  # within a chunk: must not matter
     zeros = np.zeros(2)
-    result = summarise(
+    result = summarize(
         [ChunkScores(mean + spread, ref + spread, zeros, zeros) for mean, ref in rows]
     )
     assert result.nll_se == pytest.approx(1 / math.sqrt(3))
@@ -242,7 +242,7 @@ def test_jackknife_equals_brute_force() -> None:
     assert expected > 0
     assert jackknife_se(values, 0.99) == pytest.approx(expected, rel=1e-12)
     scores = [ChunkScores(row, row, row, row) for row in values]
-    assert summarise(scores).kl_p99_se == pytest.approx(expected, rel=1e-12)
+    assert summarize(scores).kl_p99_se == pytest.approx(expected, rel=1e-12)
 
 
 def test_jackknife_is_about_the_spread_of_repeated_evaluations() -> None:
@@ -253,7 +253,7 @@ def test_jackknife_is_about_the_spread_of_repeated_evaluations() -> None:
 
 
 def test_one_chunk_has_no_standard_error() -> None:
-    result = summarise(random_scores(1, 20)).to_json()
+    result = summarize(random_scores(1, 20)).to_json()
     assert {key for key, value in result.items() if value is None} == {
         key for key in KEYS if key.endswith("_se")
     }
@@ -261,14 +261,14 @@ def test_one_chunk_has_no_standard_error() -> None:
 
 def test_without_a_reference_only_nll_and_ppl_are_known() -> None:
     chunks = [ChunkScores(nll=scores.nll) for scores in random_scores(3, 20)]
-    result = summarise(chunks).to_json()
+    result = summarize(chunks).to_json()
     known = {key for key, value in result.items() if value is not None}
     assert known == {"nll", "nll_se", "ppl", "ppl_se", "tokens", "chunks", "per_chunk"}
     assert result["per_chunk"].keys() == {"nll"}
 
 
 def test_json_has_exactly_the_documented_keys() -> None:
-    result = summarise(random_scores(3, 20))
+    result = summarize(random_scores(3, 20))
     written = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert written.keys() == KEYS
     assert written["kl_mean"] == result.kl_mean
@@ -279,7 +279,7 @@ def test_json_holds_the_means_of_every_chunk() -> None:
         ([1.0, 2.0], [0.5, 1.0], [0.25, 0.5], [1.0, 0.0]),
         ([4.0, 4.0], [3.0, 2.0], [1.0, 0.5], [1.0, 1.0]),
     ]
-    result = summarise([ChunkScores(*map(np.array, row)) for row in rows]).to_json()
+    result = summarize([ChunkScores(*map(np.array, row)) for row in rows]).to_json()
     expected = {"nll": [1.5, 4.0], "ref_nll": [0.75, 2.5], "kl": [0.375, 0.75], "top1": [0.5, 1.0]}
     assert json.loads(json.dumps(result["per_chunk"])) == expected
     assert "model" not in result, "nobody said which model this was"
@@ -287,7 +287,7 @@ def test_json_holds_the_means_of_every_chunk() -> None:
 
 def test_inputs_are_keys_beside_the_figures() -> None:
     inputs = EvalInputs("folder/model", None, "0f", 512, "float32")
-    result = replace(summarise(random_scores(3, 20)), inputs=inputs).to_json()
+    result = replace(summarize(random_scores(3, 20)), inputs=inputs).to_json()
     assert result.keys() == KEYS | {
         "model",
         "reference",
@@ -302,11 +302,11 @@ def test_inputs_are_keys_beside_the_figures() -> None:
 
 def test_summarise_rejects_chunks_that_do_not_belong_together() -> None:
     with pytest.raises(EvalError, match="no chunk was scored"):
-        summarise([])
+        summarize([])
     with pytest.raises(EvalError, match="chunks of 10 and of 20 tokens"):
-        summarise([*random_scores(1, 20), *random_scores(1, 10)])
+        summarize([*random_scores(1, 20), *random_scores(1, 10)])
     with pytest.raises(EvalError, match="no predicted token"):
-        summarise([ChunkScores(np.zeros(0))])
+        summarize([ChunkScores(np.zeros(0))])
     scores = random_scores(2, 10)
     with pytest.raises(EvalError, match="ref_nll: 1 of 2 chunks"):
-        summarise([scores[0], ChunkScores(scores[1].nll)])
+        summarize([scores[0], ChunkScores(scores[1].nll)])

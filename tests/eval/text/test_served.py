@@ -27,7 +27,7 @@ from typer.testing import CliRunner, Result
 from svsk_eval.cli import app
 from svsk_eval.errors import EvalError
 from svsk_eval.text.compare import compare_files
-from svsk_eval.text.metrics import ChunkScores, EvalInputs, EvalResult, summarise
+from svsk_eval.text.metrics import ChunkScores, EvalInputs, EvalResult, summarize
 from svsk_eval.text.scoring import evaluate, token_chunks
 from svsk_eval.text.served import chunk_scores, evaluate_served, serve, served_scores
 from tests.support.tiny_models import (
@@ -370,7 +370,7 @@ def served_result(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         asked.append(arguments[:-1])
         arguments[-1](0, 4)
         arguments[-1](4, 4)
-        return replace(summarise([ChunkScores(*rows)] * 2), inputs=inputs)
+        return replace(summarize([ChunkScores(*rows)] * 2), inputs=inputs)
 
     monkeypatch.setattr("svsk_eval.text.console.evaluate_served", run)
     return asked
