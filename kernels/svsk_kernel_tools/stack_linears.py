@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised linears that share an input, stacked into one layer as an inference engine fuses them."""
+"""Layers for tests and benchmarks.
+
+Random linears, and linears that share an input stacked into one layer as an inference engine does.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from svsk_kernels.codebook import Codebook
+from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.naive import PlainLinear
-from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup
+from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup, append_slot
+from svsk_kernels.tile_grid import TileGrid
 
-__all__ = ["StackedLinear", "pack_words", "stack_linears"]
+__all__ = ["StackedLinear", "pack_words", "random_linear", "stack_linears"]
 
 
 @dataclass(frozen=True)
@@ -21,93 +26,123 @@ class StackedLinear:
     Factors and gains flat, in the plan's order.
     """
 
+    spec: LayerSpec
     packed: torch.Tensor  # int32 [N, K / 8]
     scale: torch.Tensor  # [N, K / g]
-    plan: SidecarPlan | None
     u: torch.Tensor  # int8
     v: torch.Tensor  # int8
     gain: torch.Tensor  # float32
-    num_bits: Literal[4, 8]  # 4 when all factors have 4 bits
+
+    def module(self) -> torch.nn.Module:
+        """The layer with the parameters that :meth:`LayerKernel.prepare` reads."""
+        tensors = {"weight_packed": self.packed, "weight_scale": self.scale}
+        if self.spec.plan:
+            tensors |= {"sidecar_u": self.u, "sidecar_v": self.v, "sidecar_gain": self.gain}
+        layer = torch.nn.Module()
+        replace_parameters(layer, tensors)
+        return layer
 
 
-@dataclass
-class _Members:
-    """Slots with the same column tiles, and their factors."""
+def random_linear(
+    grid: TileGrid,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    codebook: Codebook = "int4",
+    group_size: int = 64,
+    rank: int = 0,
+    factor_bits: Literal[4, 8] = 8,
+) -> PlainLinear:
+    """Every code, scales of ``dtype`` and both signs, full-range factors, on the generator's device.
 
-    groups: list[SlotGroup] = field(default_factory=list)
-    u: list[torch.Tensor] = field(default_factory=list)  # flat [rows, B * r]
-    v: list[torch.Tensor] = field(default_factory=list)  # [B, r, width]
-    gain: list[torch.Tensor] = field(default_factory=list)  # [B, r]
+    Gains make the sidecar about as large as the base, so that a mistake in either shows.
+    """
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(
+            low, high, shape, generator=generator, dtype=torch.int8, device=generator.device
+        )
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=generator.device)
+
+    codes = integers(-8, 8, grid.n, grid.k)
+    scale = (normal(grid.n, grid.k // group_size) * 0.02).to(dtype)
+    if not rank:
+        return PlainLinear(codes, scale, codebook, grid)
+    rows, cols = grid.num_row_tiles, grid.num_col_tiles
+    limit = 8 if factor_bits == 4 else 127
+    u = integers(-limit, limit, grid.n, cols, rank)
+    v = integers(-limit, limit, rows, rank, grid.k)
+    gain = normal(rows, cols, rank) * (0.1 / limit**2)
+    return PlainLinear(codes, scale, codebook, grid, u, v, gain, factor_bits)
 
 
-def stack_linears(linears: Sequence[PlainLinear]) -> StackedLinear:
+def stack_linears(
+    linears: Sequence[PlainLinear], dtype: torch.dtype | None = None
+) -> StackedLinear:
     """Stack linears along their rows.
 
     Args:
         linears: of one K, group size and codebook; ranks, tiles and factor bits may differ.
+        dtype: of the layer and its scales; None for that of the first linear's scales.
 
     Raises:
         ValueError: their K, group sizes or codebooks differ.
     """
     first = linears[0]
-    for number, linear in enumerate(linears):
-        if (linear.grid.k, linear.group_size, linear.codebook) != (
-            first.grid.k,
-            first.group_size,
-            first.codebook,
-        ):
-            raise ValueError(f"Linears {number} and 0 differ in columns, group size or codebook.")
-    bundles: dict[tuple[int, ...], _Members] = {}
+    columns = {(linear.grid.k, linear.group_size, linear.codebook) for linear in linears}
+    if len(columns) > 1:
+        raise ValueError(f"The linears differ in columns, group size or codebook: {columns}.")
+    bundles: dict[tuple[int, ...], list[tuple[PlainLinear, int]]] = {}  # linears and first rows
     row = 0
     for linear in linears:
-        grid = linear.grid
         if linear.rank:
-            bounds = (*range(0, grid.k, grid.tile_cols), grid.k)
-            _add_slots(bundles.setdefault(bounds, _Members()), linear, bounds, row)
-        row += grid.n
-    packed = torch.cat([pack_words(linear.codes) for linear in linears])
-    scale = torch.cat([linear.scale for linear in linears])
-    if not bundles:
-        empty = torch.empty(0, dtype=torch.int8)
-        return StackedLinear(packed, scale, None, empty, empty, torch.empty(0), 8)
-    members = bundles.values()
-    return StackedLinear(
-        packed,
-        scale,
-        SidecarPlan(
-            row, tuple(Bundle(bounds, tuple(found.groups)) for bounds, found in bundles.items())
-        ),
-        torch.cat([piece for found in members for piece in found.u]),
-        torch.cat([torch.cat(found.v, dim=1).flatten() for found in members]),
-        torch.cat([torch.cat(found.gain, dim=1).flatten() for found in members]),
-        4 if {linear.factor_bits for linear in linears if linear.rank} == {4} else 8,
+            bounds = (*range(0, linear.grid.k, linear.grid.tile_cols), linear.grid.k)
+            bundles.setdefault(bounds, []).append((linear, row))
+        row += linear.grid.n
+    plan = SidecarPlan(row, tuple(_bundle(*entry) for entry in bundles.items()))
+    members = [linear for entries in bundles.values() for linear, _ in entries]
+    spec = LayerSpec(
+        row,
+        first.grid.k,
+        first.group_size,
+        first.codebook,
+        dtype or first.scale.dtype,
+        plan if members else None,
+        4 if members and all(linear.factor_bits == 4 for linear in members) else 8,
     )
+    packed = torch.cat([pack_words(linear.codes) for linear in linears])
+    scale = torch.cat([linear.scale for linear in linears]).to(spec.dtype)
+    u, v, gain = plan.zeros(packed.device)
+    sources = [(linear, a) for linear in members for a in range(linear.grid.num_row_tiles)]
+    views = zip(plan.slots, plan.u_slots(u), plan.v_slots(v), plan.gain_slots(gain), strict=True)
+    for (linear, a), (slot, slot_u, slot_v, slot_gain) in zip(sources, views, strict=True):
+        assert linear.u is not None
+        assert linear.v is not None
+        assert linear.gain is not None
+        slot_u.copy_(linear.u[linear.grid.row_slice(a)])
+        slot_gain.copy_(linear.gain[a])
+        for cols, tile in plan.bundles[slot.bundle].column_tiles(slot_v):
+            tile.copy_(linear.v[a, :, cols])
+    return StackedLinear(spec, packed, scale, u, v, gain)
+
+
+def _bundle(bounds: tuple[int, ...], entries: Sequence[tuple[PlainLinear, int]]) -> Bundle:
+    """Slots of the rows of tiles of linears, each given with its first output row."""
+    groups: list[SlotGroup] = []
+    for linear, row in entries:
+        for a in range(linear.grid.num_row_tiles):
+            rows = linear.grid.row_slice(a)
+            append_slot(groups, rows.stop - rows.start, linear.rank, row + rows.start)
+    return Bundle(bounds, tuple(groups))
 
 
 def pack_words(codes: torch.Tensor) -> torch.Tensor:
-    """Codes int8 [N, K] as int32 [N, K / 8], as ``svsk_vllm.format.pack_codes`` does, which needs another library."""
+    """Codes int8 [N, K] as int32 [N, K / 8]: ``svsk_vllm.format.pack_codes`` on torch alone."""
     packed = torch.zeros(
         codes.shape[0], codes.shape[1] // 8, dtype=torch.int32, device=codes.device
     )
     for place in range(8):
         packed |= (codes[:, place::8].to(torch.int32) + 8) << (4 * place)
     return packed
-
-
-def _add_slots(members: _Members, linear: PlainLinear, bounds: tuple[int, ...], row: int) -> None:
-    """Add the rows of tiles of one linear, which begins at output row ``row``."""
-    assert linear.u is not None
-    assert linear.v is not None
-    assert linear.gain is not None
-    rank, grid = linear.rank, linear.grid
-    for a in range(grid.num_row_tiles):
-        rows = grid.row_slice(a)
-        tiles = linear.v.new_zeros(
-            len(bounds) - 1, rank, max(stop - start for start, stop in pairwise(bounds))
-        )
-        for b, (start, stop) in enumerate(pairwise(bounds)):
-            tiles[b, :, : stop - start] = linear.v[a, :, start:stop]
-        members.groups.append(SlotGroup(1, rows.stop - rows.start, rank, row + rows.start))
-        members.u.append(linear.u[rows].flatten())
-        members.v.append(tiles)
-        members.gain.append(linear.gain[a])

@@ -80,26 +80,8 @@ def dequantize_layer(
 def _add_sidecar(
     weight: torch.Tensor, plan: SidecarPlan, u: torch.Tensor, v: torch.Tensor, gain: torch.Tensor
 ) -> None:
-    u_start = v_start = gain_start = 0
-    for bundle in plan.bundles:
-        factors = v.narrow(0, v_start, bundle.v_numel).view(bundle.v_shape).float()
-        gains = gain.narrow(0, gain_start, bundle.gain_numel).view(bundle.gain_shape)
-        v_start, gain_start = v_start + bundle.v_numel, gain_start + bundle.gain_numel
-        rank_start = 0
-        for group in bundle.groups:
-            for slot in range(group.slots):
-                ranks = slice(rank_start, rank_start + group.rank)
-                rows = slice(
-                    group.row_start + slot * group.rows, group.row_start + (slot + 1) * group.rows
-                )
-                size = group.rows * bundle.num_col_tiles * group.rank
-                left = (
-                    u.narrow(0, u_start, size)
-                    .view(group.rows, bundle.num_col_tiles, group.rank)
-                    .float()
-                )
-                for b in range(bundle.num_col_tiles):
-                    columns = slice(bundle.bounds[b], bundle.bounds[b + 1])
-                    right = factors[b, ranks, : columns.stop - columns.start]
-                    weight[rows, columns] += (left[:, b] * gains[b, ranks]) @ right
-                u_start, rank_start = u_start + size, rank_start + group.rank
+    parts = zip(plan.slots, plan.u_slots(u), plan.v_slots(v), plan.gain_slots(gain), strict=True)
+    for slot, slot_u, slot_v, slot_gain in parts:
+        tiles = plan.bundles[slot.bundle].column_tiles(slot_v.float())
+        for b, (columns, tile_v) in enumerate(tiles):
+            weight[slot.rows, columns] += (slot_u[:, b].float() * slot_gain[b]) @ tile_v

@@ -8,7 +8,6 @@ Two batched matrix products over the tiles.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Final
 
 import torch
@@ -61,34 +60,32 @@ def sidecar_matmul(
     Returns:
         Contiguous [M, N] of the dtype of ``x``; rows (outputs) without a sidecar are zero.
     """
-    layout = SidecarPlan.decode(plan)
+    where = SidecarPlan.decode(plan)
     m = x.shape[0]
-    y = (x.new_empty if layout.covers_all_rows else x.new_zeros)(m, layout.n)
+    y = (x.new_empty if where.covers_all_rows else x.new_zeros)(m, where.n)
     if m == 0:
         return y
     work = x.to(u.dtype)
-    u_start = v_start = gain_start = 0
-    for bundle in layout.bundles:
-        b, total, width = bundle.v_shape
-        tile_v = v.narrow(0, v_start, bundle.v_numel).view(b, total, width)
-        tile_gain = gain.narrow(0, gain_start, bundle.gain_numel).view(b, 1, total)
-        v_start += bundle.v_numel
-        gain_start += bundle.gain_numel
-        z = torch.bmm(_column_tiles(work, bundle), tile_v.transpose(1, 2))  # [B, M, R]
-        z = (z.float() * tile_gain).to(u.dtype)
-        offset = 0
-        for group in bundle.groups:
-            ranks, rows = group.slots * group.rank, group.slots * group.rows
-            part = z[:, :, offset : offset + ranks].view(b, m, group.slots, group.rank)
-            left = part.permute(2, 1, 0, 3).reshape(group.slots, m, b * group.rank)
-            size = rows * b * group.rank
-            right = u.narrow(0, u_start, size).view(group.slots, group.rows, b * group.rank)
-            out = torch.bmm(left, right.transpose(1, 2))  # [slots, M, rows]
-            y[:, group.row_start : group.row_start + rows].view(m, group.slots, group.rows).copy_(
-                out.transpose(0, 1)
-            )
-            offset += ranks
-            u_start += size
+    parts = zip(
+        where.bundles,
+        where.u_bundles(u),
+        where.v_bundles(v),
+        where.gain_bundles(gain),
+        strict=True,
+    )
+    for bundle, group_us, bundle_v, bundle_gain in parts:
+        b = bundle.num_col_tiles
+        z = torch.bmm(_column_tiles(work, bundle), bundle_v.transpose(1, 2))  # [B, M, R]
+        # Gains differ by many powers of two: only their product with V x is of an ordinary size.
+        z = (z.float() * bundle_gain.unsqueeze(1)).to(u.dtype)
+        group_zs = z.split([group.slots * group.rank for group in bundle.groups], dim=2)
+        for group, group_u, group_z in zip(bundle.groups, group_us, group_zs, strict=True):
+            # One batch of products over the group's slots, each over all column tiles at once.
+            part = group_z.view(b, m, group.slots, group.rank).permute(2, 1, 0, 3)
+            left = part.reshape(group.slots, m, b * group.rank)
+            out = torch.bmm(left, group_u.flatten(2).transpose(1, 2))  # [slots, M, rows]
+            rows = y[:, group.row_start : group.row_stop].view(m, group.slots, group.rows)
+            rows.copy_(out.transpose(0, 1))
     return y
 
 
@@ -98,8 +95,8 @@ def _column_tiles(x: torch.Tensor, bundle: Bundle) -> torch.Tensor:
     if bundle.uniform:
         return x.reshape(m, b, bundle.width).transpose(0, 1)
     tiles = x.new_zeros(b, m, bundle.width)
-    for index, (start, stop) in enumerate(pairwise(bundle.bounds)):
-        tiles[index, :, : stop - start] = x[:, start:stop]
+    for columns, tile in bundle.column_tiles(tiles):
+        tile.copy_(x[:, columns])
     return tiles
 
 

@@ -12,14 +12,21 @@ Run-time tensors are flat, bundle after bundle, group after group:
   column tile; columns beyond a tile's own width are zero;
 - ``gain``: per bundle [B, R];
 - ``u``: per group [slots, rows, B * rank].
+
+Nobody else counts offsets: :class:`SidecarPlan` gives the parts of the flat tensors as views, to read
+and to write, per bundle (``v_bundles``, ...) or per slot (``slots``, ``u_slots``, ``v_slots``,
+``gain_slots``, all in one order), and :meth:`Bundle.column_tiles` cuts those of ``v`` into tiles.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
-__all__ = ["Bundle", "SidecarPlan", "SlotGroup"]
+import torch
+
+__all__ = ["Bundle", "SidecarPlan", "Slot", "SlotGroup", "append_slot"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,35 @@ class SlotGroup:
     rows: int  # output rows per slot
     rank: int
     row_start: int  # first output row of the first slot
+
+    @property
+    def row_stop(self) -> int:
+        """End of the output rows of the last slot."""
+        return self.row_start + self.slots * self.rows
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Consecutive output rows that share a V."""
+
+    bundle: int  # index into the plan's bundles
+    rows: slice  # of the layer's outputs
+    ranks: slice  # along R within the bundle
+
+    @property
+    def rank(self) -> int:
+        """Ranks per column tile."""
+        return int(self.ranks.stop - self.ranks.start)
+
+
+def append_slot(groups: list[SlotGroup], rows: int, rank: int, row_start: int) -> None:
+    """Add a slot of ``rows`` outputs from ``row_start``: to the last group if it goes on there."""
+    if groups:
+        last = groups[-1]
+        if (last.rows, last.rank, last.row_stop) == (rows, rank, row_start):
+            groups[-1] = replace(last, slots=last.slots + 1)
+            return
+    groups.append(SlotGroup(1, rows, rank, row_start))
 
 
 @dataclass(frozen=True)
@@ -63,24 +99,21 @@ class Bundle:
         return sum(group.slots * group.rank for group in self.groups)
 
     @property
-    def v_shape(self) -> tuple[int, int, int]:
-        """Shape of this bundle's part of ``v``."""
-        return self.num_col_tiles, self.total_rank, self.width
+    def slot_ranks(self) -> list[int]:
+        """Rank of each slot, in order; they add up to R."""
+        return [group.rank for group in self.groups for _ in range(group.slots)]
 
-    @property
-    def v_numel(self) -> int:
-        """Elements of this bundle's part of ``v``."""
-        return self.num_col_tiles * self.total_rank * self.width
+    def column_tiles(self, v: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Walk over the column tiles.
 
-    @property
-    def gain_shape(self) -> tuple[int, int]:
-        """Shape of this bundle's part of ``gain``."""
-        return self.num_col_tiles, self.total_rank
+        Args:
+            v: any [B, ..., width], such as this bundle's part of ``v`` or that of a slot.
 
-    @property
-    def gain_numel(self) -> int:
-        """Elements of this bundle's part of ``gain``."""
-        return self.num_col_tiles * self.total_rank
+        Yields:
+            The columns of each tile, and its view [..., columns] without the padding.
+        """
+        for tile, (start, stop) in zip(v, pairwise(self.bounds), strict=True):
+            yield slice(start, stop), tile[..., : stop - start]
 
 
 @dataclass(frozen=True)
@@ -93,29 +126,88 @@ class SidecarPlan:
     @cached_property
     def covers_all_rows(self) -> bool:
         """Whether every output row belongs to a slot."""
-        return (
-            sum(group.slots * group.rows for bundle in self.bundles for group in bundle.groups)
-            == self.n
-        )
+        groups = [group for bundle in self.bundles for group in bundle.groups]
+        return sum(group.slots * group.rows for group in groups) == self.n
 
     @cached_property
-    def u_numel(self) -> int:
-        """Elements of ``u``."""
-        return sum(
-            group.slots * group.rows * bundle.num_col_tiles * group.rank
+    def slots(self) -> tuple[Slot, ...]:
+        """All slots, in the order in which the flat tensors hold them."""
+        slots = []
+        for index, bundle in enumerate(self.bundles):
+            rank_start = 0
+            for group in bundle.groups:
+                for row in range(group.row_start, group.row_stop, group.rows):
+                    ranks = slice(rank_start, rank_start + group.rank)
+                    slots.append(Slot(index, slice(row, row + group.rows), ranks))
+                    rank_start += group.rank
+        return tuple(slots)
+
+    @cached_property
+    def u_shapes(self) -> list[tuple[int, ...]]:
+        """[slots, rows, B, rank] of each group, bundle after bundle."""
+        return [
+            (group.slots, group.rows, bundle.num_col_tiles, group.rank)
             for bundle in self.bundles
             for group in bundle.groups
+        ]
+
+    @cached_property
+    def v_shapes(self) -> list[tuple[int, ...]]:
+        """[B, R, width] of each bundle."""
+        return [(b.num_col_tiles, b.total_rank, b.width) for b in self.bundles]
+
+    @cached_property
+    def gain_shapes(self) -> list[tuple[int, ...]]:
+        """[B, R] of each bundle."""
+        return [(b.num_col_tiles, b.total_rank) for b in self.bundles]
+
+    def zeros(
+        self, device: torch.device | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Flat ``u`` and ``v``, int8, and ``gain``, float32, to be filled.
+
+        Args:
+            device: None for PyTorch's default device, where an engine loads parameters.
+        """
+        u, v, gain = (
+            sum(math.prod(shape) for shape in shapes)
+            for shapes in (self.u_shapes, self.v_shapes, self.gain_shapes)
+        )
+        return (
+            torch.zeros(u, dtype=torch.int8, device=device),
+            torch.zeros(v, dtype=torch.int8, device=device),
+            torch.zeros(gain, dtype=torch.float32, device=device),
         )
 
-    @cached_property
-    def v_numel(self) -> int:
-        """Elements of ``v``."""
-        return sum(bundle.v_numel for bundle in self.bundles)
+    def u_bundles(self, u: torch.Tensor) -> list[list[torch.Tensor]]:
+        """Views of a flat ``u``: per bundle, per group [slots, rows, B, rank]."""
+        parts = iter(_views(u, self.u_shapes))
+        return [[next(parts) for _ in bundle.groups] for bundle in self.bundles]
 
-    @cached_property
-    def gain_numel(self) -> int:
-        """Elements of ``gain``."""
-        return sum(bundle.gain_numel for bundle in self.bundles)
+    def v_bundles(self, v: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a flat ``v``: per bundle [B, R, width]."""
+        return _views(v, self.v_shapes)
+
+    def gain_bundles(self, gain: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a flat ``gain``: per bundle [B, R]."""
+        return _views(gain, self.gain_shapes)
+
+    def u_slots(self, u: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a flat ``u``: per slot [rows, B, rank]."""
+        return [slot for groups in self.u_bundles(u) for group in groups for slot in group]
+
+    def v_slots(self, v: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a flat ``v``: per slot [B, rank, width], padded as its bundle is."""
+        return self._by_slot(self.v_bundles(v))
+
+    def gain_slots(self, gain: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a flat ``gain``: per slot [B, rank]."""
+        return self._by_slot(self.gain_bundles(gain))
+
+    def _by_slot(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Views [B, rank, ...] of each slot, from those [B, R, ...] of each bundle."""
+        pairs = zip(self.bundles, parts, strict=True)
+        return [slot for bundle, part in pairs for slot in part.split(bundle.slot_ranks, dim=1)]
 
     def encode(self) -> list[int]:
         """The plan as integers, to pass through a custom op."""
@@ -146,3 +238,9 @@ def _decode(code: tuple[int, ...]) -> SidecarPlan:
         groups = tuple(SlotGroup(*take(4)) for _ in range(next(numbers)))
         bundles.append(Bundle(bounds, groups))
     return SidecarPlan(n, tuple(bundles))
+
+
+def _views(flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    """Consecutive parts of a flat tensor, viewed in the given shapes, which cover it."""
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -172,7 +172,7 @@ class SvskLinearMethod(LinearMethodBase):
             self.arrived.check(self.prefix)
             _check_finite(self.prefix, layer)
         if self.layout:
-            clear_padding(layer.sidecar_v.data, self.layout)
+            clear_padding(layer.sidecar_v.data, self.layout.plan)
         self.kernel.prepare(layer)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -235,15 +235,8 @@ class SvskLinearMethod(LinearMethodBase):
         )
 
     def _register_sidecar(self, layer: Any, layout: SidecarLayout) -> None:
-        plan = layout.plan
-        sizes = {
-            "sidecar_u": plan.u_numel,
-            "sidecar_v": plan.v_numel,
-            "sidecar_gain": plan.gain_numel,
-        }
-        for name, dtype in SIDECAR_DTYPES.items():
+        for name, data in zip(SIDECAR_DTYPES, layout.plan.zeros(), strict=True):
             loader = tile_loader(self.prefix, name, layout, self.input_size, self.arrived)
-            data = torch.zeros(sizes[name], dtype=dtype)
             layer.register_parameter(name, BasevLLMParameter(data=data, weight_loader=loader))
 
 

@@ -14,41 +14,37 @@ from itertools import pairwise
 
 import torch
 
-from svsk_kernels import Bundle, SidecarPlan, SlotGroup
+from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup, append_slot
 from svsk_vllm.format import ConfigGroup, SidecarArgs, SvskFormatError
 from svsk_vllm.plugin.shard_probe import ShardId
 
-__all__ = ["PartLayout", "SidecarLayout", "Slot", "build_layout"]
+__all__ = ["PartLayout", "SidecarLayout", "StoredSlot", "build_layout"]
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Consecutive output rows of this layer that lie in one row of tiles of one checkpoint tensor."""
+class StoredSlot:
+    """Where the checkpoint holds what goes into a slot of the layer's plan."""
 
-    row_start: int  # first row in this layer
-    rows: int
-    source_row: int  # first row in the checkpoint tensor
+    index: int  # into the plan's slots
+    row: int  # first row in the checkpoint tensor
     tile: int  # row of tiles
-    u_start: int  # offset in the flat u
-    rank_start: int  # offset along R within the bundle
 
 
 @dataclass(frozen=True)
 class PartLayout:
-    """One checkpoint tensor's place in the layer's run-time tensors."""
+    """What of one checkpoint tensor this layer holds."""
 
     sidecar: SidecarArgs
     tile_n: int  # resolved: never 0
     col_start: int  # first checkpoint column this layer holds
     bundle: Bundle
-    v_start: int  # offset of the bundle in the flat v
-    gain_start: int  # offset of the bundle in the flat gain
-    slots: tuple[Slot, ...]
+    slots: tuple[StoredSlot, ...]
 
     @property
-    def first_tile(self) -> int:
-        """Column tile of the checkpoint that this layer's first column lies in."""
-        return self.col_start // self.tile_n
+    def tile_columns(self) -> slice:
+        """Column tiles of the checkpoint that this layer's columns touch."""
+        first = self.col_start // self.tile_n
+        return slice(first, first + self.bundle.num_col_tiles)
 
 
 @dataclass(frozen=True)
@@ -100,9 +96,8 @@ def build_layout(
             continue
         columns = columns_of(shard)
         start, count = int(columns[0]), len(columns)
-        if start < 0 or bool(
-            (columns.diff() != 1).any()
-        ):  # probes are on the CPU, and an arange here need not be
+        # No comparison with an arange: probes are on the CPU, and an arange here need not be.
+        if start < 0 or bool((columns.diff() != 1).any()):
             raise SvskFormatError(
                 f"{prefix}: vLLM loads columns that do not follow each other; a sidecar needs a run"
                 " of them."
@@ -115,37 +110,28 @@ def build_layout(
         return None
     built: list[Bundle] = []
     parts: dict[ShardId, PartLayout] = {}
-    u_start = v_start = gain_start = 0
+    index = 0  # of a slot in the plan
     for bounds, members in bundles.items():
         groups: list[SlotGroup] = []
-        slots: list[list[Slot]] = []
-        rank_start = 0
         for member in members:
-            slots.append([])
-            for row_start, rows, source_row, tile in member.runs:
-                slots[-1].append(Slot(row_start, rows, source_row, tile, u_start, rank_start))
-                u_start += rows * (len(bounds) - 1) * member.sidecar.rank
-                rank_start += member.sidecar.rank
-                _append(groups, SlotGroup(1, rows, member.sidecar.rank, row_start))
+            for row_start, rows, _, _ in member.runs:
+                append_slot(groups, rows, member.sidecar.rank, row_start)
         bundle = Bundle(bounds, tuple(groups))
-        for member, placed in zip(members, slots, strict=True):
-            parts[member.shard] = PartLayout(
-                member.sidecar,
-                member.tile_n,
-                member.col_start,
-                bundle,
-                v_start,
-                gain_start,
-                tuple(placed),
+        for member in members:
+            stored = tuple(
+                StoredSlot(number, row, tile)
+                for number, (_, _, row, tile) in enumerate(member.runs, index)
             )
+            parts[member.shard] = PartLayout(
+                member.sidecar, member.tile_n, member.col_start, bundle, stored
+            )
+            index += len(stored)
         built.append(bundle)
-        v_start += bundle.v_numel
-        gain_start += bundle.gain_numel
     return SidecarLayout(SidecarPlan(n, tuple(built)), parts)
 
 
 def _bounds(start: int, count: int, tile_n: int) -> tuple[int, ...]:
-    """Edges, counted from the layer's first column, of the column tiles that ``count`` columns from ``start`` touch."""
+    """Edges, from the layer's first column, of the tiles that ``count`` columns from ``start`` touch."""
     inner = range((start // tile_n + 1) * tile_n, start + count, tile_n)
     return (0, *(edge - start for edge in inner), count)
 
@@ -156,27 +142,13 @@ def _runs(source_rows: torch.Tensor, tile_m: int) -> list[tuple[int, int, int, i
     Returns:
         Tuples of first row here, number of rows, first checkpoint row, row of tiles.
     """
-    here = (source_rows >= 0).nonzero().flatten()
-    there = source_rows[here]
-    tiles = there // tile_m
-    breaks = (here.diff() != 1) | (there.diff() != 1) | (tiles.diff() != 0)
-    edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), len(here)]
+    rows = (source_rows >= 0).nonzero().flatten()
+    stored = source_rows[rows]
+    tiles = stored // tile_m
+    breaks = (rows.diff() != 1) | (stored.diff() != 1) | (tiles.diff() != 0)
+    edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), len(rows)]
     return [
-        (int(here[first]), last - first, int(there[first]), int(tiles[first]))
+        (int(rows[first]), last - first, int(stored[first]), int(tiles[first]))
         for first, last in pairwise(edges)
         if last > first
     ]
-
-
-def _append(groups: list[SlotGroup], slot: SlotGroup) -> None:
-    """Join a slot to the last group if it continues it, or start a group."""
-    if groups:
-        last = groups[-1]
-        if (last.rows, last.rank, last.row_start + last.slots * last.rows) == (
-            slot.rows,
-            slot.rank,
-            slot.row_start,
-        ):
-            groups[-1] = SlotGroup(last.slots + 1, last.rows, last.rank, last.row_start)
-            return
-    groups.append(slot)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from svsk_kernels import SidecarPlan
 from svsk_vllm.format import ConfigGroup, SvskFormatError, unpack_factors
 from svsk_vllm.plugin.arrival import loaded_shards, stored_tensor
 from svsk_vllm.plugin.shard_probe import ShardId
@@ -133,10 +134,10 @@ def _same_rows(
     return len(order) == len(stored) and torch.equal(stored[order.to(stored.device)], arrived)
 
 
-def _require_dtype(name: str, found: torch.dtype, want: torch.dtype) -> None:
-    if found != want:
+def _require_dtype(name: str, dtype: torch.dtype, expected: torch.dtype) -> None:
+    if dtype != expected:
         raise SvskFormatError(
-            f"{name}: {found}, expected {want}. Run `svsk validate` on the folder."
+            f"{name}: {dtype}, expected {expected}. Run `svsk validate` on the folder."
         )
 
 
@@ -179,54 +180,43 @@ def tile_loader(
             if part.sidecar.num_bits == 4 and loaded_weight.dtype == torch.int8:
                 loaded_weight = loaded_weight.view(torch.uint8)  # see arrival.py
             loaded_weight = unpack_factors(loaded_weight, part.sidecar.num_bits)
-        copy(param.data, loaded_weight, part, f"{prefix}.{name}", input_size)
+        rank, tiles = part.sidecar.rank, -(-input_size // part.tile_n)
+        inner = (rank, input_size) if name == "sidecar_v" else (tiles, rank)
+        _require_shape(f"{prefix}.{name}", loaded_weight, (len(loaded_weight), *inner))
+        copy(param.data, loaded_weight, layout.plan, part)
         if arrived is not None:
             arrived.note(name, (loaded_shard_id,))
 
     return load
 
 
-def _copy_u(
-    data: torch.Tensor, source: torch.Tensor, part: PartLayout, name: str, input_size: int
-) -> None:
+def _copy_u(data: torch.Tensor, source: torch.Tensor, plan: SidecarPlan, part: PartLayout) -> None:
     """From int8 [N, B, r]."""
-    tiles, rank = part.bundle.num_col_tiles, part.sidecar.rank
-    _require(name, source, (source.shape[0], -(-input_size // part.tile_n), rank))
+    views = plan.u_slots(data)
     for slot in part.slots:
-        rows = source[
-            slot.source_row : slot.source_row + slot.rows, part.first_tile : part.first_tile + tiles
-        ]
-        place = data.narrow(0, slot.u_start, slot.rows * tiles * rank).view(slot.rows, tiles, rank)
-        place.copy_(rows)
+        view = views[slot.index]
+        view.copy_(source[slot.row : slot.row + len(view), part.tile_columns])
 
 
-def _copy_v(
-    data: torch.Tensor, source: torch.Tensor, part: PartLayout, name: str, input_size: int
-) -> None:
+def _copy_v(data: torch.Tensor, source: torch.Tensor, plan: SidecarPlan, part: PartLayout) -> None:
     """From int8 [A, r, K]."""
-    bundle, rank = part.bundle, part.sidecar.rank
-    _require(name, source, (source.shape[0], rank, input_size))
-    tiles = data.narrow(0, part.v_start, bundle.v_numel).view(bundle.v_shape)
+    views = plan.v_slots(data)
     for slot in part.slots:
-        for index, (start, stop) in enumerate(pairwise(bundle.bounds)):
-            place = tiles[index, slot.rank_start : slot.rank_start + rank, : stop - start]
-            columns = source[slot.tile, :, part.col_start + start : part.col_start + stop]
-            place.copy_(columns)
+        held = source[slot.tile, :, part.col_start :]
+        for columns, tile in part.bundle.column_tiles(views[slot.index]):
+            tile.copy_(held[:, columns])
 
 
 def _copy_gain(
-    data: torch.Tensor, source: torch.Tensor, part: PartLayout, name: str, input_size: int
+    data: torch.Tensor, source: torch.Tensor, plan: SidecarPlan, part: PartLayout
 ) -> None:
     """From float32 [A, B, r]."""
-    shape, rank = part.bundle.gain_shape, part.sidecar.rank
-    _require(name, source, (source.shape[0], -(-input_size // part.tile_n), rank))
-    gains = data.narrow(0, part.gain_start, part.bundle.gain_numel).view(shape)
+    views = plan.gain_slots(data)
     for slot in part.slots:
-        place = gains[:, slot.rank_start : slot.rank_start + rank]
-        place.copy_(source[slot.tile, part.first_tile : part.first_tile + shape[0]])
+        views[slot.index].copy_(source[slot.tile, part.tile_columns])
 
 
-def _require(name: str, source: torch.Tensor, shape: tuple[int, ...]) -> None:
+def _require_shape(name: str, source: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tuple(source.shape) != shape:
         raise SvskFormatError(
             f"{name}: the checkpoint holds shape {list(source.shape)}, its config.json asks for"
@@ -234,11 +224,8 @@ def _require(name: str, source: torch.Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def clear_padding(v: torch.Tensor, layout: SidecarLayout) -> None:
+def clear_padding(v: torch.Tensor, plan: SidecarPlan) -> None:
     """Zero the columns beyond narrow tiles: a reload starts from uninitialised memory."""
-    start = 0
-    for bundle in layout.plan.bundles:
-        tiles = v.narrow(0, start, bundle.v_numel).view(bundle.v_shape)
-        for index, (first, last) in enumerate(pairwise(bundle.bounds)):
-            tiles[index, :, last - first :].zero_()
-        start += tiles.numel()
+    for bundle, view in zip(plan.bundles, plan.v_bundles(v), strict=True):
+        for tile, (start, stop) in zip(view, pairwise(bundle.bounds), strict=True):
+            tile[:, stop - start :].zero_()

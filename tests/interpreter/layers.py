@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers for the kernels' tests: linears with random content, fused and repacked."""
+"""Layers for the kernels' tests: linears with random content, stacked and repacked."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,6 @@ import torch
 
 from svsk_kernel_tools.bench.layers import BenchLayer
 from svsk_kernel_tools.stack_linears import StackedLinear, stack_linears
-from svsk_kernels import LayerSpec
 from svsk_kernels.gpu.matmul_op import SvskMatmul
 from svsk_vllm.format import LinearSpec
 from tests.support.format_builders import make_group, random_linear
@@ -22,11 +21,11 @@ BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 class Layer(BenchLayer):
     """A layer in every form."""
 
-    fused: StackedLinear
+    stacked: StackedLinear
 
 
 def make_layer(k: int, dtype: torch.dtype, *parts: dict[str, Any], **common: Any) -> Layer:
-    """A layer of fused linears.
+    """A layer of stacked linears.
 
     Each part gives ``n`` and arguments of ``make_group``, ``common`` those of all.
     """
@@ -36,24 +35,10 @@ def make_layer(k: int, dtype: torch.dtype, *parts: dict[str, Any], **common: Any
         n = arguments.pop("n")
         linear = random_linear(LinearSpec(f"m.{seed}", n, k, make_group(**arguments), dtype), seed)
         linears.append(linear.plain)
-    fused = stack_linears(linears)
-    first = linears[0]
-    spec = LayerSpec(
-        fused.packed.shape[0],
-        k,
-        first.group_size,
-        first.codebook,
-        dtype,
-        fused.plan,
-        fused.num_bits,
-    )
-    matmul = SvskMatmul(spec)
-    return Layer(
-        tuple(linears),
-        matmul,
-        matmul.prepare(fused.packed, fused.scale, fused.u, fused.v, fused.gain),
-        fused,
-    )
+    stacked = stack_linears(linears)
+    matmul = SvskMatmul(stacked.spec)
+    tensors = matmul.prepare(stacked.packed, stacked.scale, stacked.u, stacked.v, stacked.gain)
+    return Layer(tuple(linears), matmul, tensors, stacked)
 
 
 def activations(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:

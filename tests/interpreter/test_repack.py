@@ -83,16 +83,16 @@ def test_base_follows_its_definition_and_comes_back(n: int, blocks: int, seed: i
 @pytest.mark.parametrize("k", [64, 160, 1024])
 def test_sidecar_comes_back(num_bits: int, k: int) -> None:
     layer = make_layer(k, torch.bfloat16, *QKV, group_size=32, num_bits=num_bits)
-    fused, side = layer.fused, layer.sidecar
-    assert fused.plan is not None
+    stacked, side = layer.stacked, layer.sidecar
+    assert stacked.spec.plan is not None
     assert side is not None
-    assert fused.num_bits == num_bits
-    for found, wanted in zip(
-        unpack_sidecar(side, fused.plan, k, num_bits), (fused.u, fused.v, fused.gain), strict=True
-    ):
-        assert torch.equal(found, wanted)
+    assert stacked.spec.factor_bits == num_bits
+    unpacked = unpack_sidecar(side, stacked.spec.plan, k, num_bits)
+    for tensor, expected in zip(unpacked, (stacked.u, stacked.v, stacked.gain), strict=True):
+        assert torch.equal(tensor, expected)
     stored = side.u.numel() + side.v.numel() - 1024
-    assert stored < (1.3 if k == 1024 else 4) * (fused.u.numel() + fused.v.numel()) * num_bits / 8
+    loaded = (stacked.u.numel() + stacked.v.numel()) * num_bits / 8
+    assert stored < (1.3 if k == 1024 else 4) * loaded
 
 
 def test_tables_lead_to_every_factor() -> None:
@@ -140,12 +140,11 @@ def test_alignment_of_tiles() -> None:
 
 
 def test_factors_that_do_not_fit_and_uneven_tiles_are_refused() -> None:
-    fused = make_layer(64, torch.float16, {"n": 32, "rank": 4}).fused
-    assert fused.plan is not None
+    stacked = make_layer(64, torch.float16, {"n": 32, "rank": 4}).stacked
+    assert stacked.spec.plan is not None
     with pytest.raises(ValueError, match=r"U factors outside \[-8, 7\]"):
-        pack_sidecar(fused.plan, 64, fused.u, fused.v, fused.gain, 4)
+        pack_sidecar(stacked.spec.plan, 64, stacked.u, stacked.v, stacked.gain, 4)
     group = SlotGroup(1, 8, 2, 0)
     plan = SidecarPlan(8, (Bundle((0, 16, 48, 64, 96), (group,)),))
-    empty = torch.zeros(2048, dtype=torch.int8)
     with pytest.raises(ValueError, match="expected inner tiles of one width"):
-        pack_sidecar(plan, 96, empty, empty, torch.zeros(64), 8)
+        pack_sidecar(plan, 96, *plan.zeros(), 8)

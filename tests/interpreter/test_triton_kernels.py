@@ -46,7 +46,7 @@ def run(
     layer: Layer, x: torch.Tensor, chosen: Choice, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     return packed_matmul(
-        x, layer.base, layer.sidecar, layer.fused.num_bits, bias, chosen, layer.tiles
+        x, layer.base, layer.sidecar, layer.stacked.spec.factor_bits, bias, chosen, layer.tiles
     )
 
 
@@ -62,7 +62,7 @@ def test_kernel_equals_reference(
     layer = layer_of(shape, codebook, num_bits)
     x = activations(shape["m"], shape["k"], torch.float16)
     if kernel == "fold":
-        found = matmul_folded(x, layer.base, layer.sidecar, layer.fused.num_bits, None)
+        found = matmul_folded(x, layer.base, layer.sidecar, layer.stacked.spec.factor_bits, None)
     else:
         block_m = next(size for size in (16, 32, 64, 128) if size >= min(shape["m"], 64))
         found = run(
@@ -100,11 +100,11 @@ def test_parts_of_a_fused_layer_differ(kernel: str, mixed: bool) -> None:
         {"n": 20, "rank": 2, "tile_m": 0, "tile_n": 64, "num_bits": 4},
     )
     layer = make_layer(320, torch.float16, *parts, group_size=32)
-    assert layer.fused.num_bits == (8 if mixed else 4)
+    assert layer.stacked.spec.factor_bits == (8 if mixed else 4)
     x = activations(6, 320, torch.float16)
     bias = torch.randn(layer.base.n).half()
     if kernel == "fold":
-        found = matmul_folded(x, layer.base, layer.sidecar, layer.fused.num_bits, bias)
+        found = matmul_folded(x, layer.base, layer.sidecar, layer.stacked.spec.factor_bits, bias)
     else:
         found = run(layer, x, choice(kernel, layer), bias)
     assert relative_error(found, layer.expected(x) + bias.double()) < BOUNDS[torch.float16]
@@ -194,7 +194,9 @@ def test_fold_writes_any_rows_rounded_once(num_bits: int) -> None:
     )
     whole = naive_matmul(torch.eye(320), layer.linears[0]).T
     for rows in (slice(0, 200), slice(64, 200), slice(128, 192)):
-        found = fold(layer.base, layer.sidecar, layer.fused.num_bits, torch.bfloat16, rows)
+        found = fold(
+            layer.base, layer.sidecar, layer.stacked.spec.factor_bits, torch.bfloat16, rows
+        )
         assert found.shape == (rows.stop - rows.start, 320)
         assert relative_error(found, whole[rows]) < BOUNDS[torch.bfloat16]
 
@@ -224,8 +226,6 @@ def test_small_and_large_values_survive_float16() -> None:
         assert relative_error(found, layer.expected(x)) < 2 * BOUNDS[torch.float16]
 
 
-def test_fused_linears_must_share_columns_groups_and_codebook() -> None:
-    with pytest.raises(
-        ValueError, match=r"Linears 1 and 0 differ in columns, group size or codebook"
-    ):
+def test_stacked_linears_must_share_columns_groups_and_codebook() -> None:
+    with pytest.raises(ValueError, match="differ in columns, group size or codebook"):
         make_layer(64, torch.float16, {"n": 8, "group_size": 32}, {"n": 8, "group_size": 64})

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from svsk_kernel_tools.stack_linears import stack_linears
-from svsk_kernels import LayerSpec, ReferenceKernel
+from svsk_kernels import ReferenceKernel
 from svsk_kernels.reference_kernel import dequantize_layer
 from svsk_vllm.format import LinearSpec, dequantize, pack_codes
 from tests.support.format_builders import make_group, random_linear
@@ -13,7 +13,7 @@ from tests.support.layers import loaded_layer
 
 
 @pytest.mark.parametrize("codebook", ["int4", "quad8"])
-def test_fused_layer_is_its_linears_stacked(codebook: str) -> None:
+def test_stacked_layer_is_its_linears_stacked(codebook: str) -> None:
     shapes = ((70, 6, 32, 0), (40, 0, 0, 0), (33, 4, 16, 40))
     linears = [
         random_linear(
@@ -27,13 +27,13 @@ def test_fused_layer_is_its_linears_stacked(codebook: str) -> None:
         )
         for n, rank, tm, tn in shapes
     ]
-    fused = stack_linears([linear.plain for linear in linears])
-    assert torch.equal(fused.packed, torch.cat([pack_codes(linear.codes) for linear in linears]))
-    spec = LayerSpec(143, 96, 32, codebook, torch.bfloat16, fused.plan)
-    found = dequantize_layer(spec, fused.packed, fused.scale, (fused.u, fused.v, fused.gain))
-    torch.testing.assert_close(
-        found, torch.cat([dequantize(linear) for linear in linears]), rtol=1e-5, atol=1e-6
-    )
+    stacked = stack_linears([linear.plain for linear in linears])
+    assert torch.equal(stacked.packed, torch.cat([pack_codes(linear.codes) for linear in linears]))
+    assert (stacked.spec.n, stacked.spec.k, stacked.spec.group_size) == (143, 96, 32)
+    sidecar = (stacked.u, stacked.v, stacked.gain)
+    weight = dequantize_layer(stacked.spec, stacked.packed, stacked.scale, sidecar)
+    expected = torch.cat([dequantize(linear) for linear in linears])
+    torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rank", [0, 4])

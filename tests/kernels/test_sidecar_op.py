@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from svsk_kernel_tools.stack_linears import stack_linears
 from svsk_kernels import (
     Bundle,
     SidecarPlan,
@@ -24,7 +25,6 @@ from svsk_kernels import (
 from svsk_kernels.naive import naive_sidecar
 from svsk_vllm.format import LinearSpec, QuantizedLinear, dequantize
 from tests.support.format_builders import make_group, property_test, random_linear
-from tests.support.layers import loaded_sidecar
 
 
 def linear(
@@ -38,8 +38,9 @@ def runtime_tensors(
     layer: QuantizedLinear, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SidecarPlan]:
     """Run-time tensors of a whole, unfused layer."""
-    u, v, gain, plan = loaded_sidecar(layer)
-    return *prepare_sidecar(u, v, gain, dtype), plan
+    stacked = stack_linears([layer.plain])
+    assert stacked.spec.plan is not None
+    return *prepare_sidecar(stacked.u, stacked.v, stacked.gain, dtype), stacked.spec.plan
 
 
 @pytest.mark.parametrize(

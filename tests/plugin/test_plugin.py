@@ -369,11 +369,7 @@ def load_sharded(
     layout = build_layout("layer", shards, rows_of, columns_of, k, starts[-1])
     if layout is None:
         return None
-    sizes = (layout.plan.u_numel, layout.plan.v_numel, layout.plan.gain_numel)
-    tensors = {
-        name: torch.zeros(size, dtype=dtype)
-        for (name, dtype), size in zip(SIDECAR_DTYPES.items(), sizes, strict=True)
-    }
+    tensors = dict(zip(SIDECAR_DTYPES, layout.plan.zeros(), strict=True))
     for (shard, _), linear in zip(shards, linears, strict=True):
         if linear.u is None or linear.v is None or linear.gain is None:
             continue
@@ -459,7 +455,7 @@ def test_loader_names_what_does_not_fit() -> None:
         "layer", shards, lambda _: torch.arange(32), lambda _: torch.arange(64), 64, 32
     )
     assert layout is not None
-    gain = torch.nn.Parameter(torch.zeros(layout.plan.gain_numel), requires_grad=False)
+    gain = torch.nn.Parameter(layout.plan.zeros()[2], requires_grad=False)
     with pytest.raises(
         SvskFormatError, match=r"layer\.sidecar_gain: the checkpoint holds shape \[2, 2, 5\]"
     ):

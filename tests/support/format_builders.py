@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file, save_file
 
+from svsk_kernel_tools.stack_linears import random_linear as random_plain
 from svsk_vllm.format import (
     Codebook,
     ConfigGroup,
@@ -52,32 +53,17 @@ def make_group(
 
 
 def random_linear(spec: LinearSpec, seed: int = 0) -> QuantizedLinear:
-    """A quantised linear with random content: every code, scales of both signs, full-range factors.
-
-    Gains make the sidecar about as large as the base, so that a mistake in either shows.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(low, high, shape, generator=generator, dtype=torch.int8)
-
-    codes = integers(-8, 8, spec.n, spec.k)
-    scale = (torch.randn(spec.n, spec.k // spec.group_size, generator=generator) * 0.02).to(
-        spec.scale_dtype
+    """A quantised linear of random content: every code, scales of both signs, full-range factors."""
+    plain = random_plain(
+        spec.grid,
+        spec.scale_dtype,
+        torch.Generator().manual_seed(seed),
+        codebook=spec.scheme.weights.codebook,
+        group_size=spec.group_size,
+        rank=spec.rank,
+        factor_bits=spec.factor_bits,
     )
-    if not spec.rank:
-        return QuantizedLinear(spec, codes, scale)
-    rows, cols, r = spec.grid.num_row_tiles, spec.grid.num_col_tiles, spec.rank
-    limit = 8 if spec.factor_bits == 4 else 127
-    gain = torch.randn(rows, cols, r, generator=generator) * (0.1 / limit**2)
-    return QuantizedLinear(
-        spec,
-        codes,
-        scale,
-        integers(-limit, limit, spec.n, cols, r),
-        integers(-limit, limit, rows, r, spec.k),
-        gain,
-    )
+    return QuantizedLinear(spec, plain.codes, plain.scale, plain.u, plain.v, plain.gain)
 
 
 def write_checkpoint(

@@ -276,7 +276,7 @@ def write_random_svsk(
         tensors |= (
             {name: tensor}
             if group is None
-            else random_linear(module, tensor, group, generator).to_tensors()
+            else round_with_sidecar(module, tensor, group, generator).to_tensors()
         )
     _copy_side_files(dense, out)
     hf_config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
@@ -293,7 +293,7 @@ def _packed(name: str) -> str | None:
     return module if last == "weight_packed" else None
 
 
-def random_linear(
+def round_with_sidecar(
     name: str, weight: torch.Tensor, group: ConfigGroup, generator: torch.Generator
 ) -> QuantizedLinear:
     """Round a weight to the nearest codes with absmax scales, and give it a random sidecar.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random layers on any device, in the kernels' layout, with the reference they are checked against."""
+"""Random layers on any device, repacked for the GPU, with the reference to check them against."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from svsk_kernel_tools.bench.shapes import GROUP_SIZE, TILE_M, TILE_N, Shape, Variant
-from svsk_kernel_tools.stack_linears import stack_linears
+from svsk_kernel_tools.stack_linears import random_linear, stack_linears
 from svsk_kernels.codebook import Codebook
 from svsk_kernels.gpu.launch import Base, matmul_folded, packed_matmul
 from svsk_kernels.gpu.matmul_op import SvskMatmul
@@ -123,13 +123,21 @@ def random_layer(
 ) -> BenchLayer:
     """A layer of random linears that share an input of ``k`` columns, on ``device``."""
     generator = torch.Generator(device).manual_seed(seed)
-    linears = [_random_linear(part, k, dtype, codebook, group_size, generator) for part in parts]
-    fused = stack_linears(linears)
-    spec = LayerSpec(
-        fused.packed.shape[0], k, group_size, codebook, dtype, fused.plan, fused.num_bits
-    )
-    matmul = SvskMatmul(spec)
-    tensors = matmul.prepare(fused.packed, fused.scale, fused.u, fused.v, fused.gain)
+    linears = [
+        random_linear(
+            TileGrid(part.n, k, part.tile_m, part.tile_n),
+            dtype,
+            generator,
+            codebook=codebook,
+            group_size=group_size,
+            rank=part.rank,
+            factor_bits=part.bits,
+        )
+        for part in parts
+    ]
+    stacked = stack_linears(linears)
+    matmul = SvskMatmul(stacked.spec)
+    tensors = matmul.prepare(stacked.packed, stacked.scale, stacked.u, stacked.v, stacked.gain)
     return BenchLayer(tuple(linears), matmul, tensors)
 
 
@@ -144,37 +152,3 @@ def layer_of_shape(
         [Part(shape.n, variant.rank, variant.bits)],
         codebook=variant.codebook,
     )
-
-
-def _random_linear(
-    part: Part,
-    k: int,
-    dtype: torch.dtype,
-    codebook: Codebook,
-    group_size: int,
-    generator: torch.Generator,
-) -> PlainLinear:
-    """Every code, scales of both signs, full-range factors.
-
-    Gains make the sidecar about as large as the base.
-    """
-
-    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(
-            low, high, shape, generator=generator, dtype=torch.int8, device=generator.device
-        )
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=generator.device)
-
-    grid = TileGrid(part.n, k, part.tile_m, part.tile_n)
-    codes = integers(-8, 8, part.n, k)
-    scale = (normal(part.n, k // group_size) * 0.02).to(dtype)
-    if not part.rank:
-        return PlainLinear(codes, scale, codebook, grid)
-    rows, cols, rank = grid.num_row_tiles, grid.num_col_tiles, part.rank
-    limit = 8 if part.bits == 4 else 127
-    u = integers(-limit, limit, part.n, cols, rank)
-    v = integers(-limit, limit, rows, rank, k)
-    gain = normal(rows, cols, rank) * (0.1 / limit**2)
-    return PlainLinear(codes, scale, codebook, grid, u, v, gain, part.bits)

@@ -27,12 +27,12 @@ from rich.table import Table
 from svsk_kernel_tools.bench.errors import BenchError
 from svsk_kernel_tools.bench.layers import BenchLayer, layer_of_shape
 from svsk_kernel_tools.bench.machine import describe, open_device
-from svsk_kernel_tools.bench.report import write_atomically
 from svsk_kernel_tools.bench.shapes import VARIANTS, Shape, find_shapes
 from svsk_kernels.gpu.launch import rows_at_a_time
 from svsk_kernels.gpu.matmul_op import gpu_of
 from svsk_kernels.gpu.tuning import choice_for, choices_for
 from svsk_kernels.tile_grid import ceil_div
+from svsk_offline.storage.atomic import write_json, write_text
 
 __all__ = ["METRICS", "Profiled", "app", "parse_ncu", "rows_of"]
 
@@ -230,14 +230,14 @@ def _profile(shapes: Sequence[Shape], tokens: Sequence[int], text: Path) -> list
     command += ["-k", f"regex:^({'|'.join(_KERNELS)})$", "--metrics", ",".join(METRICS.values())]
     command += [sys.executable, "-m", "svsk_kernel_tools.bench.profile", "--launch"]
     command += [f"--shape={shape.name}" for shape in shapes] + [f"--tokens={m}" for m in tokens]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    write_atomically(text, done.stdout + done.stderr)
-    if done.returncode:
-        raise BenchError(f"ncu ended with {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
-    launched = [
-        json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"shape"')
-    ]
-    return rows_of(launched, parse_ncu(done.stdout))
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    output = run.stdout + run.stderr
+    text.parent.mkdir(parents=True, exist_ok=True)
+    write_text(text, output)
+    if run.returncode:
+        raise BenchError(f"ncu ended with {run.returncode}: {output[-1500:]}")
+    launched = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"shape"')]
+    return rows_of(launched, parse_ncu(run.stdout))
 
 
 def _print(console: Console, rows: Sequence[dict[str, Any]]) -> None:
@@ -293,7 +293,7 @@ def main(
     except BenchError as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
         raise typer.Exit(2) from error
-    write_atomically(json_file, json.dumps({"machine": machine, "launches": rows}, indent=1) + "\n")
+    write_json(json_file, {"machine": machine, "launches": rows})
     _print(Console(width=200), rows)
 
 

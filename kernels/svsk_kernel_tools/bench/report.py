@@ -14,14 +14,14 @@ Every record has a ``kind`` and a ``group``; the records of a group are written 
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from svsk_kernel_tools.bench.errors import BenchError
+from svsk_offline.storage.atomic import write_json
 
-__all__ = ["Report", "markdown", "write_atomically"]
+__all__ = ["Report", "markdown", "table"]
 
 _VERSION: Final = 1
 _SAME: Final = ("gpu", "torch", "triton", "source")
@@ -38,19 +38,6 @@ _HEADER: Final = (
 )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file, so that at no time there is half of one; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(
-            file.fileno()
-        )  # a machine that goes away must not leave a name without its content
-    partial.replace(path)
-
-
 class Report:
     """The records of a run, written out whenever some are added.
 
@@ -65,18 +52,21 @@ class Report:
 
     def __init__(self, path: Path | None, machine: dict[str, Any], resume: bool = False) -> None:
         self.path, self.machine = path, machine
+        if path is not None:  # a folder that cannot be made is told before anything is measured
+            path.parent.mkdir(parents=True, exist_ok=True)
         self.records: list[dict[str, Any]] = []
         if resume and path is not None and path.exists():
-            found = _read(path)
+            earlier = _read(path)
             for name in _SAME:
-                if found["machine"].get(name) != machine.get(name):
+                if earlier["machine"].get(name) != machine.get(name):
                     raise BenchError(
-                        f"{path}: {name} was {found['machine'].get(name)}, expected"
+                        f"{path}: {name} was {earlier['machine'].get(name)}, expected"
                         f" {machine.get(name)}. Give another --json, or leave --resume out to begin"
                         " anew."
                     )
-            failed = {record["group"] for record in found["records"] if record.get("problems")}
-            self.records = [record for record in found["records"] if record["group"] not in failed]
+            records = earlier["records"]
+            failed = {record["group"] for record in records if record.get("problems")}
+            self.records = [record for record in records if record["group"] not in failed]
         self._groups = {record["group"] for record in self.records}
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
@@ -86,7 +76,7 @@ class Report:
         self._groups |= {record["group"] for record in new}
         if self.path is not None:
             content = {"schema_version": _VERSION, "machine": self.machine, "records": self.records}
-            write_atomically(self.path, json.dumps(content, indent=1) + "\n")
+            write_json(self.path, content)
 
     def note(self, text: str) -> None:
         """Add a remark, once."""
@@ -104,17 +94,17 @@ class Report:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise BenchError(
             f"{path}: not JSON ({error}). Remove it, or leave --resume out."
         ) from error
-    if not isinstance(found, dict) or found.get("schema_version") != _VERSION:
+    if not isinstance(content, dict) or content.get("schema_version") != _VERSION:
         raise BenchError(
             f"{path}: expected a report of schema version {_VERSION}. Remove it, or leave --resume"
             " out."
         )
-    return found
+    return content
 
 
 def markdown(report: Report) -> str:
@@ -126,26 +116,22 @@ def markdown(report: Report) -> str:
     failed = [record for record in checks if record["problems"]]
     lines = ["# Kernel benchmark", ""]
     lines += [f"- {name}: {value}" for name, value in report.machine.items()]
-    lines += [
-        (
-            f"- checks: {len(checks) - len(failed)} of {len(checks)} passed"
-            if checks
-            else "- checks: none made"
-        )
-    ]
+    passed = f"{len(checks) - len(failed)} of {len(checks)} passed" if checks else "none made"
+    lines += [f"- checks: {passed}"]
     lines += [f"- failed: {record['what']}: {'; '.join(record['problems'])}" for record in failed]
     lines += [f"- {record['text']}" for record in report.of_kind("note")]
     times = report.of_kind("time")
     for variant in dict.fromkeys(record["variant"] for record in times):
         rows = [record for record in times if record["variant"] == variant]
-        lines += ["", f"## {variant}", "", *_table([_cells(record) for record in rows])]
+        lines += ["", f"## {variant}", "", *table([_cells(record) for record in rows])]
     tuned = [record for record in report.of_kind("tune") if record.get("chosen")]
     if tuned:
         lines += ["", "## Chosen", "", *_tuned(tuned)]
     return "\n".join(lines) + "\n"
 
 
-def _table(rows: Sequence[Sequence[str]], header: Sequence[str] = _HEADER) -> list[str]:
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] = _HEADER) -> list[str]:
+    """Lines of a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
@@ -184,4 +170,4 @@ def _tuned(records: Sequence[dict[str, Any]]) -> list[str]:
         ]
         for record in records
     ]
-    return _table(rows, ("shape", "M up to", "kernel", "µs", *names))
+    return table(rows, ("shape", "M up to", "kernel", "µs", *names))

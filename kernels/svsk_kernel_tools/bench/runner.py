@@ -18,7 +18,7 @@ from svsk_kernel_tools.bench.errors import BenchError
 from svsk_kernel_tools.bench.grid import group_key, load_weights, time_group
 from svsk_kernel_tools.bench.layers import layer_of_shape
 from svsk_kernel_tools.bench.machine import describe, open_device
-from svsk_kernel_tools.bench.report import Report, markdown, write_atomically
+from svsk_kernel_tools.bench.report import Report, markdown
 from svsk_kernel_tools.bench.shapes import (
     GROUP_SIZE,
     SHAPES,
@@ -33,6 +33,7 @@ from svsk_kernel_tools.bench.timing import FAILURES, Budget, GpuTimer, Timer, co
 from svsk_kernel_tools.bench.tune import BUCKETS, bucket_key, select, time_bucket, write_table
 from svsk_kernels.gpu.matmul_op import gpu_of
 from svsk_kernels.gpu.tuning import Choice, Entry
+from svsk_offline.storage.atomic import write_text
 
 __all__ = [
     "FAILED",
@@ -132,7 +133,8 @@ def _finish(
     report.add([])
     text = markdown(report)
     if settings.markdown_file is not None:
-        write_atomically(settings.markdown_file, text)
+        settings.markdown_file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(settings.markdown_file, text)
     if device.type == "cuda":
         console.print(text, markup=False, highlight=False)
     elif state == FINISHED:

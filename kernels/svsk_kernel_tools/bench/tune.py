@@ -14,7 +14,6 @@ import triton
 
 from svsk_kernel_tools.bench.errors import BenchError
 from svsk_kernel_tools.bench.layers import BenchLayer
-from svsk_kernel_tools.bench.report import write_atomically
 from svsk_kernel_tools.bench.shapes import GROUP_SIZE, VARIANTS, Shape, bytes_needed
 from svsk_kernel_tools.bench.timing import FAILURES, Call, Sampler, Timer, launches_needed, measure
 from svsk_kernels.gpu import launch
@@ -30,6 +29,7 @@ from svsk_kernels.gpu.tuning import (
     load_table,
     table_name,
 )
+from svsk_offline.storage.atomic import write_text
 
 __all__ = [
     "BUCKETS",
@@ -316,7 +316,8 @@ def write_table(folder: Path, device: str, entries: Iterable[Entry]) -> Path:
     for entry in (*known, *entries):
         merged[entry.n, entry.k, entry.group_size] = entry
     table = TuningTable(device=device, triton=triton.__version__, entries=tuple(merged.values()))
-    write_atomically(path, table.to_json())
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, table.to_json())
     if TuningTable.from_json(path.read_text(encoding="utf-8")) != table:
         raise BenchError(
             f"{path}: reads back otherwise than it was written. Remove it and tune again."

@@ -20,9 +20,7 @@ inputs:
   its place in z, and the number of pairs.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Final
 
 import torch
@@ -30,7 +28,7 @@ import torch.nn.functional as F
 
 from svsk_kernels.cpu.build import cpu_ops_obstacle
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
-from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup
+from svsk_kernels.sidecar_plan import SidecarPlan
 
 __all__ = ["CpuKernel", "cpu_ops_obstacle"]
 
@@ -134,55 +132,39 @@ def _prepare_sidecar(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """U, V, gain and index as the op wants them, from the plan's flat tensors."""
     left, right = _Panels(), _Panels()
+    blocks: list[int] = []  # of each U panel
+    width = 0  # numbers z per row of activations so far
+    # Place in z of each rank of a bundle's first column tile, and by how much it moves per tile.
+    first = [torch.empty(bundle.total_rank, dtype=torch.int32) for bundle in plan.bundles]
+    step = [torch.empty_like(starts) for starts in first]
+    for slot, slot_u in zip(plan.slots, plan.u_slots(u), strict=True):
+        row, rank = slot.rows.start, slot.rank
+        first[slot.bundle][slot.ranks] = torch.arange(width, width + rank, dtype=torch.int32)
+        step[slot.bundle][slot.ranks] = rank
+        rows = slot_u.flatten(1)
+        panels = _panels(F.pad(rows, (0, 0, row % _LANES, -slot.rows.stop % _LANES)))
+        left.add(panels, width)
+        blocks += range(row // _LANES, row // _LANES + panels.shape[0])
+        width += rows.shape[1] + rows.shape[1] % 2  # a U panel takes z in pairs
     gains: list[torch.Tensor] = []
     places: list[torch.Tensor] = []
-    blocks: list[int] = []  # of each U panel
-    u_start = v_start = gain_start = width = 0
-    for bundle in plan.bundles:
-        tiles, total, _ = bundle.v_shape
-        # Place in z of each rank of the first column tile, and by how much it moves per tile.
-        first, step = torch.empty(total, dtype=torch.int32), torch.empty(total, dtype=torch.int32)
-        rank_start = 0
-        for group, row in _slots(bundle):
-            ranks = slice(rank_start, rank_start + group.rank)
-            first[ranks] = torch.arange(width, width + group.rank)
-            step[ranks] = group.rank
-            count = group.rows * tiles * group.rank
-            rows = u.narrow(0, u_start, count).view(group.rows, -1)
-            panels = _panels(F.pad(rows, (0, 0, row % _LANES, -(row + group.rows) % _LANES)))
-            left.add(panels, width)
-            blocks += range(row // _LANES, row // _LANES + panels.shape[0])
-            u_start, rank_start = u_start + count, rank_start + group.rank
-            width += tiles * group.rank + tiles * group.rank % 2
-        factors = v.narrow(0, v_start, bundle.v_numel).view(bundle.v_shape)
-        gains.append(
-            F.pad(
-                gain.narrow(0, gain_start, bundle.gain_numel).view(tiles, total),
-                (0, -total % _LANES),
-            )
-        )
-        for tile, (start, stop) in enumerate(pairwise(bundle.bounds)):
-            odd = start % 2  # panels begin at an even column, so that no pair reaches beyond K
-            ranks_by_columns = factors[tile, :, : stop - start]
-            right.add(_panels(F.pad(ranks_by_columns, (odd, 0, 0, -total % _LANES))), start - odd)
-            places.append(F.pad(first + tile * step, (0, -total % _LANES), value=-1))
-        v_start, gain_start = v_start + bundle.v_numel, gain_start + bundle.gain_numel
+    views = zip(plan.bundles, plan.v_bundles(v), plan.gain_bundles(gain), strict=True)
+    for number, (bundle, bundle_v, bundle_gain) in enumerate(views):
+        pad = -bundle.total_rank % _LANES
+        gains.append(F.pad(bundle_gain, (0, pad)).flatten())
+        for tile, (columns, factors) in enumerate(bundle.column_tiles(bundle_v)):
+            odd = columns.start % 2  # panels begin at an even column: no pair reaches beyond K
+            right.add(_panels(F.pad(factors, (odd, 0, 0, pad))), columns.start - odd)
+            places.append(F.pad(first[number] + tile * step[number], (0, pad), value=-1))
     order = sorted(range(len(blocks)), key=blocks.__getitem__)
     count = -(-plan.n // _LANES)
     starts = torch.bincount(torch.tensor(blocks), minlength=count).cumsum(0)
-    index = [
+    parts = [
         torch.tensor([len(right.entries), width, count]),
         torch.tensor(right.entries).flatten(),
         *places,
         F.pad(starts, (1, 0)),
         torch.tensor([left.entries[panel] for panel in order]).flatten(),
     ]
-    flat_gain = torch.cat([part.flatten() for part in gains])
-    return left.flat, right.flat, flat_gain, torch.cat([part.to(torch.int32) for part in index])
-
-
-def _slots(bundle: Bundle) -> Iterator[tuple[SlotGroup, int]]:
-    """Every slot's group and first row, in the order of the flat tensors."""
-    for group in bundle.groups:
-        for slot in range(group.slots):
-            yield group, group.row_start + slot * group.rows
+    index = torch.cat([part.to(torch.int32) for part in parts])
+    return left.flat, right.flat, torch.cat(gains), index

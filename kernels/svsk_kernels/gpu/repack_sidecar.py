@@ -15,16 +15,17 @@ parts of a fused layer may differ in rank, tiles and tile edges without another 
 4-bit factors stay packed: two per byte, 16 z columns (U) or 64 columns (V) apart.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 
 from svsk_kernels.errors import KernelError
 from svsk_kernels.gpu.repack_base import ROW_PAD
-from svsk_kernels.sidecar_plan import Bundle, SidecarPlan
+from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, Slot
 from svsk_kernels.tile_grid import ceil_div
 
 __all__ = [
@@ -121,51 +122,32 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class _Slot:
-    """A slot with its place in the plan's tensors and in the run-time ones."""
+class _PlacedSlot:
+    """A slot with its place in the run-time tensors."""
 
-    bundle: int
-    row_start: int
-    rows: int
-    rank: int
+    index: int  # in the plan's order
+    slot: Slot
     tiles: int
-    u_start: int  # in the plan's flat u
-    rank_start: int  # along R within the bundle
+    v_row: int  # first of its rows of V
     z_start: int
+    z_stop: int  # end of its z columns with their padding
 
-    def columns(self, num_bits: int) -> int:
-        """Its z columns with padding."""
-        align = z_alignment(num_bits)
-        return ceil_div(self.tiles * self.rank, align) * align
+    @property
+    def z(self) -> slice:
+        """Its z columns without padding: column tile by column tile, rank by rank."""
+        return slice(self.z_start, self.z_start + self.tiles * self.slot.rank)
 
 
-def _slots(plan: SidecarPlan, num_bits: int) -> list[_Slot]:
+def _place(plan: SidecarPlan, num_bits: int) -> list[_PlacedSlot]:
     """All slots in the order of their rows."""
-    found, u_start = [], 0
-    for index, bundle in enumerate(plan.bundles):
-        rank_start = 0
-        for group in bundle.groups:
-            for number in range(group.slots):
-                row = group.row_start + number * group.rows
-                found.append(
-                    _Slot(
-                        index,
-                        row,
-                        group.rows,
-                        group.rank,
-                        bundle.num_col_tiles,
-                        u_start,
-                        rank_start,
-                        0,
-                    )
-                )
-                u_start += group.rows * bundle.num_col_tiles * group.rank
-                rank_start += group.rank
-    found.sort(key=lambda slot: slot.row_start)
-    placed, z_start = [], 0
-    for slot in found:
-        placed.append(_Slot(**{**vars(slot), "z_start": z_start}))
-        z_start += slot.columns(num_bits)
+    placed: list[_PlacedSlot] = []
+    align, v_starts, z = z_alignment(num_bits), _v_rows(plan), 0
+    for index, slot in sorted(enumerate(plan.slots), key=lambda entry: entry[1].rows.start):
+        tiles = plan.bundles[slot.bundle].num_col_tiles
+        z_stop = z + ceil_div(tiles * slot.rank, align) * align
+        v_row = v_starts[slot.bundle] + slot.ranks.start
+        placed.append(_PlacedSlot(index, slot, tiles, v_row, z, z_stop))
+        z = z_stop
     return placed
 
 
@@ -242,59 +224,38 @@ def pack_sidecar(
     """
     if num_bits == 4:
         _require_4_bits(u=u, v=v)
-    slots, starts, device = _slots(plan, num_bits), _v_rows(plan), u.device
-    columns = slots[-1].z_start + slots[-1].columns(num_bits)
-    n_padded = ceil_div(plan.n, ROW_PAD) * ROW_PAD
+    placed, starts, device = _place(plan, num_bits), _v_rows(plan), u.device
+    n_padded, z_columns = ceil_div(plan.n, ROW_PAD) * ROW_PAD, placed[-1].z_stop
     row_table = torch.tensor([[0], [_NO_COLUMN], [0]], dtype=torch.int32).repeat(1, n_padded)
     v_table = torch.tensor([[-1], [0]], dtype=torch.int32).repeat(1, starts[-1])
-    gains = torch.zeros(columns, dtype=torch.float32, device=device)
-    used = torch.zeros(columns, dtype=torch.uint8, device=device)
-    slot_table = torch.zeros(len(slots), 8, dtype=torch.int32)
-    pitch = v_pitch(k, num_bits)
-    v_all = torch.zeros(
-        starts[-1], pitch * (2 if num_bits == 4 else 1), dtype=torch.int8, device=device
-    )
-    for start, bundle, part in zip(starts, plan.bundles, _bundle_views(plan, v), strict=False):
-        for b, (first, stop) in enumerate(pairwise(bundle.bounds)):
-            v_all[start : start + bundle.total_rank, first:stop] = part[b, :, : stop - first]
-    gain_views = list(_bundle_views(plan, gain, of_gain=True))
-    pieces, place = [], 0
-    for index, slot in enumerate(slots):
-        width, taken = slot.columns(num_bits), slot.tiles * slot.rank
-        rows = slice(slot.row_start, slot.row_start + slot.rows)
-        values = u.new_zeros(slot.rows, width)
-        values[:, :taken] = u[slot.u_start : slot.u_start + slot.rows * taken].view(
-            slot.rows, taken
-        )
-        stored = _store(values, num_bits, _U_HALF)
+    slot_table = torch.zeros(len(placed), 8, dtype=torch.int32)
+    gains = torch.zeros(z_columns, dtype=torch.float32, device=device)
+    used = torch.zeros(z_columns, dtype=torch.uint8, device=device)
+    v_width = v_pitch(k, num_bits) * (8 // num_bits)
+    v_rows = torch.zeros(starts[-1], v_width, dtype=torch.int8, device=device)
+    for start, bundle, part in zip(starts, plan.bundles, plan.v_bundles(v), strict=False):
+        for columns, tile in bundle.column_tiles(part):
+            v_rows[start : start + bundle.total_rank, columns] = tile
+    u_views, gain_views = plan.u_slots(u), plan.gain_slots(gain)
+    pieces, u_start = [], 0
+    for entry, place in zip(slot_table, placed, strict=True):
+        slot, rank, height = place.slot, place.slot.rank, len(u_views[place.index])
+        padding = place.z_stop - place.z.stop
+        stored = _store(F.pad(u_views[place.index].flatten(1), (0, padding)), num_bits, _U_HALF)
         pieces.append(stored.flatten())
-        row_table[0, rows] = place + stored.shape[1] * torch.arange(slot.rows, dtype=torch.int32)
-        row_table[1, rows], row_table[2, rows] = slot.z_start, slot.z_start + width
-        place += stored.numel()
-        v_row = starts[slot.bundle] + slot.rank_start
-        ranks = slice(v_row, v_row + slot.rank)
-        v_table[0, ranks] = slot.z_start + torch.arange(slot.rank, dtype=torch.int32)
-        v_table[1, ranks] = slot.rank
-        z = slice(slot.z_start, slot.z_start + taken)
-        gains[z] = gain_views[slot.bundle][
-            :, slot.rank_start : slot.rank_start + slot.rank
-        ].flatten()
-        used[z] = 1
-        edges = _edges(plan.bundles[slot.bundle])
-        slot_table[index] = torch.tensor(
-            [
-                slot.row_start,
-                slot.row_start + slot.rows,
-                v_row,
-                slot.rank,
-                slot.z_start,
-                *edges,
-                slot.tiles,
-            ]
-        )
+        row_table[0, slot.rows] = u_start + stored.shape[1] * torch.arange(height)
+        row_table[1, slot.rows], row_table[2, slot.rows] = place.z_start, place.z_stop
+        u_start += stored.numel()
+        v_ranks = slice(place.v_row, place.v_row + rank)
+        v_table[0, v_ranks] = place.z_start + torch.arange(rank)
+        v_table[1, v_ranks] = rank
+        gains[place.z] = gain_views[place.index].flatten()
+        used[place.z] = 1
+        numbers = (place.v_row, rank, place.z_start, *_edges(plan.bundles[slot.bundle]))
+        entry.copy_(torch.tensor([slot.rows.start, slot.rows.stop, *numbers, place.tiles]))
     tail = torch.zeros(_V_TAIL, dtype=torch.uint8, device=device)
-    stored_v = torch.cat((_store(v_all, num_bits, _V_HALF).flatten(), tail))
-    tables = (row_table, v_table, _jobs(plan, starts), slot_table, _block_slots(slots, n_padded))
+    stored_v = torch.cat((_store(v_rows, num_bits, _V_HALF).flatten(), tail))
+    tables = (row_table, v_table, _jobs(plan, starts), slot_table, _block_slots(placed, n_padded))
     return PlanarSidecar(
         torch.cat(pieces), stored_v, gains, used, *(table.to(device) for table in tables)
     )
@@ -312,39 +273,22 @@ def unpack_sidecar(
     packed: PlanarSidecar, plan: SidecarPlan, k: int, num_bits: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inverse of :func:`pack_sidecar`: ``u``, ``v`` and ``gain``, flat, in the plan's order."""
-    slots, starts = _slots(plan, num_bits), _v_rows(plan)
-    u = torch.zeros(plan.u_numel, dtype=torch.int8, device=packed.u.device)
-    v = torch.zeros(plan.v_numel, dtype=torch.int8, device=packed.u.device)
-    gain = torch.zeros(plan.gain_numel, dtype=torch.float32, device=packed.u.device)
-    pitch = v_pitch(k, num_bits)
-    rows_of_v = _read(packed.v[: starts[-1] * pitch].view(starts[-1], pitch), num_bits, _V_HALF)
-    for start, bundle, part in zip(starts, plan.bundles, _bundle_views(plan, v), strict=False):
-        for b, (first, stop) in enumerate(pairwise(bundle.bounds)):
-            part[b, :, : stop - first] = rows_of_v[start : start + bundle.total_rank, first:stop]
-    gain_views, place = list(_bundle_views(plan, gain, of_gain=True)), 0
-    for slot in slots:
-        taken = slot.tiles * slot.rank
-        pitch = slot.columns(num_bits) // (2 if num_bits == 4 else 1)
-        stored = packed.u[place : place + slot.rows * pitch].view(slot.rows, pitch)
-        place += stored.numel()
-        u[slot.u_start : slot.u_start + slot.rows * taken] = _read(stored, num_bits, _U_HALF)[
-            :, :taken
-        ].flatten()
-        view = gain_views[slot.bundle][:, slot.rank_start : slot.rank_start + slot.rank]
-        view.copy_(packed.gain[slot.z_start : slot.z_start + taken].view(slot.tiles, slot.rank))
+    starts, pitch = _v_rows(plan), v_pitch(k, num_bits)
+    u, v, gain = plan.zeros(packed.u.device)
+    v_rows = _read(packed.v[: starts[-1] * pitch].view(starts[-1], pitch), num_bits, _V_HALF)
+    for start, bundle, part in zip(starts, plan.bundles, plan.v_bundles(v), strict=False):
+        for columns, tile in bundle.column_tiles(part):
+            tile.copy_(v_rows[start : start + bundle.total_rank, columns])
+    u_views, gain_views, u_start = plan.u_slots(u), plan.gain_slots(gain), 0
+    for place in _place(plan, num_bits):
+        view, z = u_views[place.index], place.z
+        row_bytes = (place.z_stop - place.z_start) * num_bits // 8
+        u_stop = u_start + len(view) * row_bytes
+        values = _read(packed.u[u_start:u_stop].view(-1, row_bytes), num_bits, _U_HALF)
+        view.copy_(values[:, : z.stop - z.start].view(view.shape))
+        gain_views[place.index].copy_(packed.gain[z].view(place.tiles, -1))
+        u_start = u_stop
     return u, v, gain
-
-
-def _bundle_views(
-    plan: SidecarPlan, flat: torch.Tensor, of_gain: bool = False
-) -> Iterator[torch.Tensor]:
-    """Each bundle's part of the plan's flat ``v`` [B, R, width] or ``gain`` [B, R]."""
-    start = 0
-    for bundle in plan.bundles:
-        shape: Sequence[int] = bundle.gain_shape if of_gain else bundle.v_shape
-        part = flat[start : start + (bundle.gain_numel if of_gain else bundle.v_numel)].view(*shape)
-        start += part.numel()
-        yield part
 
 
 def _jobs(plan: SidecarPlan, starts: Sequence[int]) -> torch.Tensor:
@@ -354,21 +298,19 @@ def _jobs(plan: SidecarPlan, starts: Sequence[int]) -> torch.Tensor:
         for row in range(start, stop, V_ROWS):
             for b, (first, end) in enumerate(pairwise(bundle.bounds)):
                 cuts = [*range(first, end, MAX_JOB_COLUMNS), end]
-                own = len(jobs)
-                jobs += [
-                    (row, left, right, b, own, len(cuts) - 1) for left, right in pairwise(cuts)
-                ]
+                same_sums = (len(jobs), len(cuts) - 1)
+                jobs += [(row, left, right, b, *same_sums) for left, right in pairwise(cuts)]
     return torch.tensor(jobs, dtype=torch.int32)
 
 
-def _block_slots(slots: Sequence[_Slot], n_padded: int) -> torch.Tensor:
+def _block_slots(placed: Sequence[_PlacedSlot], n_padded: int) -> torch.Tensor:
     """The slots each block of FOLD_ROWS rows meets, int32 [blocks, 2]."""
-    found = []
+    ranges = []
     for start in range(0, n_padded, FOLD_ROWS):
         met = [
             index
-            for index, slot in enumerate(slots)
-            if slot.row_start < start + FOLD_ROWS and slot.row_start + slot.rows > start
+            for index, place in enumerate(placed)
+            if place.slot.rows.start < start + FOLD_ROWS and place.slot.rows.stop > start
         ]
-        found.append((met[0], met[-1] + 1) if met else (0, 0))
-    return torch.tensor(found, dtype=torch.int32)
+        ranges.append((met[0], met[-1] + 1) if met else (0, 0))
+    return torch.tensor(ranges, dtype=torch.int32)
