@@ -2,7 +2,7 @@
 # `make demo` and `make test` do everything, the virtual environment included; `make help` lists the rest.
 
 VENV := .venv
-TRITON_TESTS := $(wildcard tests/kernels/test_inspect*.py tests/kernels/test_compiled*.py tests/kernels/test_emulate*.py)
+TRITON_TESTS := tests/kernel_tools/binary tests/kernel_tools/emulator
 VPY := $(VENV)/bin/python
 ARGS ?=
 PYTEST := $(VPY) -m pytest
@@ -43,7 +43,7 @@ test: setup ## run the tests
 test-triton36: ## run the Triton kernels' tests with the oldest supported Triton, in .venv-triton36
 	$(call setup_env,triton36)
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
-	TRITON_CACHE_DIR="$$cache" $(VENV)-triton36/bin/python -m pytest --confcutdir=tests/kernels $(TRITON_TESTS) $(ARGS)
+	TRITON_CACHE_DIR="$$cache" $(VENV)-triton36/bin/python -m pytest --confcutdir=tests/kernel_tools $(TRITON_TESTS) $(ARGS)
 	$(if $(ARGS),,@TRITON_INTERPRET=1 $(VENV)-triton36/bin/python -m pytest --confcutdir=tests/interpreter tests/interpreter)
 
 setup: ## make .venv for a CPU from the pinned packages (Linux x86-64, Python 3.11 to 3.13)
@@ -62,7 +62,7 @@ lint: setup ## check style, format and the direction of imports
 
 types: setup ## check types
 	@$(VPY) -m mypy
-	@MYPYPATH=.ci $(VPY) -m mypy .ci/setup_env.py .ci/lock.py .ci/versions.py
+	@MYPYPATH=.ci $(VPY) -m mypy .ci/setup_env.py .ci/lock.py .ci/versions.py .ci/vllm_architectures.py
 
 clean: ## remove the environments, caches and build output
 	rm -rf $(VENV) $(VENV)-triton36 $(VENV)-py3* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -4,7 +4,7 @@
 Which linears it fuses, and so must be quantised alike.
 
 ``architectures.json`` says so for the version of vLLM it was made from
-(``svsk_vllm.plugin.architectures`` makes it).
+(``.ci/vllm_architectures.py`` makes it).
 """
 
 import json

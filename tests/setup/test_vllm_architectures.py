@@ -3,29 +3,40 @@
 
 import importlib
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from svsk_vllm.format.architectures import vllm_class
-from svsk_vllm.plugin.architectures import TABLE, read_table, write_table
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make setup` installs it")
 
+SCRIPTS = Path(__file__).resolve().parents[2] / ".ci"
 
-def test_the_table_is_up_to_date(tmp_path: Path) -> None:
-    """Made from another version than the one installed, the classes of the table are compared below all the same."""
-    table, stored = read_table(), json.loads(TABLE.read_text(encoding="utf-8"))
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    yield importlib.import_module("vllm_architectures")
+    sys.modules.pop("vllm_architectures", None)
+
+
+def test_the_table_is_up_to_date(script: ModuleType, tmp_path: Path) -> None:
+    """Made from another vLLM than is installed, the table's classes are compared below all the same."""
+    table, stored = script.read_table(), json.loads(script.TABLE.read_text(encoding="utf-8"))
     if stored["vllm"] != table["vllm"]:
         pytest.skip(f"made from vLLM {stored['vllm']}, installed is {table['vllm']}")
-    assert stored == table, "run python -m svsk_vllm.plugin.architectures --write"
-    write_table(table, tmp_path / "table.json")
-    assert (tmp_path / "table.json").read_bytes() == TABLE.read_bytes()
+    assert stored == table, "run python .ci/vllm_architectures.py --write"
+    script.write_table(table, tmp_path / "table.json")
+    assert (tmp_path / "table.json").read_bytes() == script.TABLE.read_bytes()
 
 
 def test_classes_that_can_be_imported_say_the_same() -> None:
-    """Every set that a class declares, and every one that its mapper of names makes, is in the table."""
+    """Every set that a class declares, or that its mapper of names makes, is in the table."""
     from vllm.model_executor.models import registry
 
     wrong: dict[str, Any] = {}
@@ -37,21 +48,20 @@ def test_classes_that_can_be_imported_say_the_same() -> None:
         except ImportError:  # an optional package is missing
             continue
         compared += 1
-        found = [set(parts) for parts in vllm_class({"architectures": [architecture]}).fused]
+        listed = [set(parts) for parts in vllm_class({"architectures": [architecture]}).fused]
         declared = getattr(cls, "packed_modules_mapping", None) or {}
         for parts in declared.values():
-            if len(parts) > 1 and set(parts) not in found:
+            if len(parts) > 1 and set(parts) not in listed:
                 wrong[architecture] = parts
         mapper = getattr(cls, "hf_to_vllm_mapper", None)
         stacked: dict[str, set[str]] = {}
         for part, (target, _) in (getattr(mapper, "orig_to_new_stacked", None) or {}).items():
-            if (
-                target.rpartition(".")[2] not in declared
-            ):  # Phi3's mapper is Llama's, its folders hold one tensor
+            # Phi3's mapper is Llama's, its folders hold one tensor.
+            if target.rpartition(".")[2] not in declared:
                 stacked.setdefault(target, set()).add(part.rpartition(".")[2])
         for parts in stacked.values():
             if len(parts) > 1 and not any(
-                parts <= {part.rpartition(".")[2] for part in other} for other in found
+                parts <= {part.rpartition(".")[2] for part in other} for other in listed
             ):
                 wrong[architecture] = sorted(parts)
     assert wrong == {}

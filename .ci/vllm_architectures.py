@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes ``svsk_vllm/format/architectures.json``.
+"""Writes ``svsk_vllm/format/architectures.json``: what vLLM fuses, per architecture it registers.
 
-What vLLM fuses, per architecture of its registry.
-
-    python -m svsk_vllm.plugin.architectures [--write]
+    python .ci/vllm_architectures.py [--write]
 
 The table is read from the source of the installed vLLM, not from its classes: a third of them
 cannot be imported where an optional package (torchvision, say) is missing, and what the table says
@@ -30,7 +28,7 @@ from typing import Any, Final
 
 __all__ = ["TABLE", "read_table", "write_table"]
 
-TABLE: Final = Path(__file__).parents[1] / "format" / "architectures.json"
+TABLE: Final = Path(__file__).resolve().parents[1] / "svsk_vllm/format/architectures.json"
 
 _MODELS: Final = "vllm.model_executor.models"
 _TEXT: Final = "_TEXT_GENERATION_MODELS"
@@ -41,9 +39,10 @@ _USUAL: Final = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
 }
-"""What is assumed where the class does not tell: the backend for transformers' classes finds what reads one input by
-tracing, and a multimodal class hands its text to another class, which the configuration of the
-model chooses.
+"""What is assumed where the class does not tell.
+
+The backend for transformers' classes finds what reads one input by tracing, and a multimodal class
+hands its text to another class, which the configuration of the model chooses.
 """
 
 Fused = dict[str, list[str]]
