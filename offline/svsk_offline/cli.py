@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from svsk_kernels.errors import SvskError
 from svsk_offline.cli_options import (
     CalibrationText,
     ChatTemplate,
@@ -30,7 +29,7 @@ from svsk_offline.cli_options import (
     console,
 )
 from svsk_offline.endings import plain_endings
-from svsk_offline.preflight import calibration_path, check_effect, check_output
+from svsk_offline.preflight import calibration_path, check_output
 from svsk_vllm.version import __version__
 
 __all__ = ["Commands", "app"]
@@ -139,28 +138,33 @@ def quantize(
     from svsk_offline.console import quantize_with_progress
     from svsk_offline.recipe import load_recipe
 
-    chosen = load_recipe(recipe).override(
+    loaded = load_recipe(recipe)
+    sidecar = {"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": factor_bits}
+    budget: dict[str, Any] = {"target_bpw": target_bpw}
+    if group_size and (target_bpw or loaded.target_bpw):
+        budget["group_sizes"] = (group_size,)
+    chosen = loaded.override(
         {
             "weights": {"group_size": group_size, "codebook": codebook},
-            "sidecar": {"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": factor_bits},
+            "sidecar": sidecar,
             "calibration": {
                 "samples": samples,
                 "seq_len": seq_len,
                 "seed": seed,
                 "sequential": sequential,
             },
-            "allocation": {"target_bpw": target_bpw, "group_sizes": group_size and (group_size,)},
+            "allocation": budget,
             "ignore": tuple(ignore or ()),
         }
     )
-    if chosen.allocation.target_bpw is not None and (rank is not None or factor_bits is not None):
-        raise SvskError(
-            f"Under a target of {chosen.allocation.target_bpw} bits per weight ranks and factor"
-            " bits are chosen: leave --rank and --factor-bits out."
-        )
-    if chosen.allocation.target_bpw is None and not chosen.sidecar.rank:
-        tiles = {"--tile-m": tile_m, "--tile-n": tile_n, "--factor-bits": factor_bits}
-        check_effect(tiles, "at rank 0, which has no sidecar")
+    options = ("--rank", "--tile-m", "--tile-n", "--factor-bits")
+    chosen.refuse_idle(
+        {
+            f"sidecar.{key}": option
+            for (key, value), option in zip(sidecar.items(), options, strict=True)
+            if value is not None
+        }
+    )
     quantize_with_progress(
         console,
         model,
@@ -180,14 +184,15 @@ def recipes() -> None:
     """List the recipes shipped with the package."""
     from svsk_offline.recipe import load_recipe, recipe_names
 
-    table = Table("name", "base", "sidecar", "description")
+    table = Table("name", "method", "weights", "sidecar", "description")
     for name in recipe_names():
         recipe = load_recipe(name)
         side, weights = recipe.sidecar, recipe.weights
         table.add_row(
             name,
-            f"{recipe.base.method}, {weights.codebook} g{weights.group_size}",
-            f"{recipe.fit.method}, r{side.rank} {side.num_bits} bit, {side.tile_m}x{side.tile_n}",
+            recipe.method,
+            f"{weights.codebook} g{weights.group_size}",
+            f"r{side.rank} {side.num_bits} bit, {side.tile_m}x{side.tile_n}",
             recipe.description,
         )
     console.print(table)

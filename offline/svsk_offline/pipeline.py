@@ -32,7 +32,7 @@ from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import check_servable
 from svsk_offline.preflight import check_output, check_recipe
 from svsk_offline.quantizers.quantize_linear import quantize_linear
-from svsk_offline.recipe import CalibrationArgs, Recipe, load_recipe
+from svsk_offline.recipe import AlternatingRecipe, CalibrationArgs, Recipe, load_recipe
 from svsk_offline.storage.atomic import PartialFolder, write_json
 from svsk_offline.storage.checkpoint_writer import CheckpointWriter
 from svsk_offline.storage.dense_model import ModelSource
@@ -215,6 +215,8 @@ class _Run:
         progress: Progress,
     ) -> None:
         self.source, self.folder, self.recipe = source, folder, recipe
+        self.alternating = recipe if isinstance(recipe, AlternatingRecipe) else None
+        self.allocation = self.alternating.allocation if self.alternating else None
         self.device, self.scale_dtype, self.progress = device, scale_dtype, progress
         self.blocks_name, self.blocks = source.blocks
         self.config = self._uniform_config({})
@@ -238,7 +240,7 @@ class _Run:
             self.config.producer[FINGERPRINT_KEY],
         )
         layers, seconds = self._write_blocks(writer, plan)
-        if self.recipe.allocation.target_bpw is not None:
+        if self.allocation is not None:
             self.config = self.config.model_copy(update={"config_groups": plan.groups()})
         writer.finish(self.config, layers, self.progress.message)
         out = self.folder.commit()
@@ -265,7 +267,7 @@ class _Run:
             "svsk": __version__,
             "recipe": recipe.name,
             "recipe_hash": recipe.digest,
-            "recipe_values": recipe.model_dump(mode="json", exclude={"name", "description"}),
+            "recipe_values": recipe.values(),
             "calibration": dict(calibration),
         }
         # Linears outside the decoder blocks (an output head, say) stay as they are, so the config
@@ -287,11 +289,11 @@ class _Run:
                 " quantise."
             )
         self.schemes = uniform_schemes(self.source, self.config, self.scale_dtype)
-        budget = self.recipe.allocation
-        most = 0 if budget.target_bpw is None else max(budget.ranks)
+        budget = self.allocation
+        most = 0 if budget is None else max(budget.ranks)
         check_servable(self.source, self.schemes, self.progress.message, most=most)
-        sizes = budget.group_sizes
-        for name in self.schemes if budget.target_bpw is not None else ():
+        sizes = () if budget is None else budget.group_sizes
+        for name in self.schemes if sizes else ():
             k = self.source.tensors.describe(f"{name}.weight").shape[1]
             if all(k % size for size in sizes):
                 raise SvskError(
@@ -340,7 +342,7 @@ class _Run:
         path = self.folder.path / _PLAN_NAME
         if path.exists():
             return Plan.load(path)
-        if self.recipe.needs_gradients:
+        if self.alternating and self.alternating.needs_gradients:
             self.progress.message("Measuring how much the predictions feel each matrix")
         plan = make_plan(
             self.source,
@@ -374,7 +376,7 @@ class _Run:
                     statistics = runner.collect(
                         index,
                         block,
-                        full=self.recipe.needs_hessians,
+                        full=self.alternating is not None,
                         first=self._sink_names(index),
                         weights=self._token_weights(plan, index),
                         advance=not sequential,
@@ -401,8 +403,11 @@ class _Run:
 
     def _sink_names(self, index: int) -> frozenset[str]:
         """Linears below a block whose first tokens count more."""
+        recipe = self.alternating
         return frozenset(
-            name for name, full, _ in self.source.linears(index) if self.recipe.sink_weight(full)
+            name
+            for name, full, _ in self.source.linears(index)
+            if recipe and recipe.sink_weight(full)
         )
 
     def _token_weights(self, plan: Plan, index: int) -> dict[str, torch.Tensor] | None:

@@ -7,9 +7,9 @@ The functions up to :func:`check_recipe` import nothing heavy: a command runs th
 import difflib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from svsk_kernels.errors import SvskError
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "calibration_path",
-    "check_effect",
     "check_output",
     "check_recipe",
     "check_recipe_file",
@@ -161,23 +160,6 @@ def check_report_files(**files: Path | None) -> None:
             raise SvskError(f"--{option} {target}: cannot be written, it is a folder.")
 
 
-def check_effect(given: Mapping[str, Any], why: str) -> None:
-    """Refuse options that have a value and no effect.
-
-    Args:
-        given: values by option; None is not given.
-        why: they have none.
-
-    Raises:
-        SvskError: one is given.
-    """
-    named = [option for option, value in given.items() if value is not None]
-    if named:
-        raise SvskError(
-            f"{', '.join(named)}: no effect {why}. Leave {'it' if len(named) == 1 else 'them'} out."
-        )
-
-
 def check_recipe(
     recipe: "Recipe", linears: Collection[str], message: Callable[[str], None] = lambda text: None
 ) -> None:
@@ -194,15 +176,16 @@ def check_recipe(
     Raises:
         SvskError: an entry of the user's has no match.
     """
-    from svsk_offline.recipe import Recipe, SinkArgs
+    from svsk_offline.recipe import USUAL_IGNORE, PublishedRecipe, SinkArgs
     from svsk_vllm.format.config import matches
 
-    usual = Recipe.model_fields["ignore"].default
     for entry in recipe.ignore:
-        if entry not in usual and not any(matches(name, (entry,)) for name in linears):
+        if entry not in USUAL_IGNORE and not any(matches(name, (entry,)) for name in linears):
             raise SvskError(
                 f"--ignore {entry}: matches no linear layer of the model{_nearest(entry, linears)}."
             )
+    if isinstance(recipe, PublishedRecipe):
+        return
     sink = recipe.sink
     if not sink.weight or any(matches(name, sink.targets) for name in linears):
         return

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: how a model is quantised, as a few lines of YAML."""
+"""Recipes: how a model is quantised, as a few lines of YAML.
 
+A recipe names a method, ``published`` or ``alternating``, and has a section of that name with the
+method's own settings. What a method does not know cannot be said, and a file that sets a key
+without effect is refused.
+"""
+
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,40 +22,47 @@ from svsk_vllm.format import SidecarArgs, WeightArgs
 from svsk_vllm.format.config import MAX_RANK, matches
 
 __all__ = [
-    "AaBase",
+    "USUAL_IGNORE",
     "AllocationArgs",
+    "AlternatingArgs",
+    "AlternatingRecipe",
     "CalibrationArgs",
-    "DiagonalFit",
-    "GptqBase",
     "GradientArgs",
-    "HessianFit",
+    "PublishedArgs",
+    "PublishedRecipe",
     "Recipe",
     "SinkArgs",
     "load_recipe",
+    "parse_recipe",
     "recipe_names",
 ]
+
+USUAL_IGNORE: Final = ("lm_head",)
+"""What recipes leave alone in every model."""
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class AaBase(_Strict):
-    """Activation-aware round-to-nearest: the scale of each group is searched over clipped maxima.
+class PublishedArgs(_Strict):
+    """The original method: rounding by channel importance, a sidecar by channel energy.
 
-    The error of weight j counts ``clip((E[x_j^2] / mean_j E[x_j^2]) ** alpha, *importance_clip)``.
+    Rounding searches the scale of each group over clipped maxima; the error of weight j counts
+    ``clip((E[x_j^2] / mean_j E[x_j^2]) ** alpha, *importance_clip)``. The sidecar is a truncated
+    SVD of what is left, columns weighted by ``sqrt(E[x_j^2] + ridge * mean)``.
     """
 
-    method: Literal["aa"] = "aa"
     alpha: float = Field(default=0.5, ge=0, le=2)
     importance_clip: tuple[float, float] = (0.25, 4.0)
     clip_grid: tuple[float, ...] = Field(
         default=(1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), min_length=1
     )
+    ridge: float = Field(default=1e-4, gt=0)
 
     @field_validator("clip_grid")
     @classmethod
-    def _starts_at_one(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+    def _holds_one(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if 1.0 not in value or any(not 0 < clip <= 1 for clip in value):
             raise ValueError(
                 f"expected factors in (0, 1] with 1.0 among them (plain rounding), got {value}"
@@ -57,34 +70,24 @@ class AaBase(_Strict):
         return value
 
 
-class DiagonalFit(_Strict):
-    """Sidecar from a truncated SVD of the residual, columns weighted by ``sqrt(E[x_j^2] + ridge * mean)``."""
+class AlternatingArgs(_Strict):
+    """Base and sidecar under the input's Hessian, each fitted to what the other leaves.
 
-    method: Literal["diagonal"] = "diagonal"
+    The base is error feedback (GPTQ with static groups, activation order).
+
+    Attributes:
+        scales: least weighted error, or each group's largest magnitude.
+        damping: of the base's Hessian, relative to the mean of its diagonal.
+        ridge: of each tile's block of the Hessian in the sidecar's fit, relative likewise.
+        rounds: of base and sidecar, each fitted from scratch.
+        polish: rounds at the end that refit all scales together and move single codes.
+    """
+
+    scales: Literal["search", "absmax"] = "search"
+    damping: float = Field(default=0.01, gt=0)
     ridge: float = Field(default=1e-4, gt=0)
-
-
-class GptqBase(_Strict):
-    """Error feedback under the Hessian of the input (GPTQ with static groups, activation order)."""
-
-    method: Literal["gptq"] = "gptq"
-    scales: Literal["search", "absmax"] = (
-        "search"  # the least weighted error, or each group's largest magnitude
-    )
-    damping: float = Field(default=0.01, gt=0)  # relative to the mean of the Hessian's diagonal
-    polish: int = Field(
-        default=0, ge=0
-    )  # rounds at the end that refit all scales together and move single codes
-
-
-class HessianFit(_Strict):
-    """Sidecar fitted under the full Hessian, alternating with the base."""
-
-    method: Literal["hessian"] = "hessian"
-    ridge: float = Field(default=1e-4, gt=0)
-    rounds: int = Field(
-        default=3, ge=1
-    )  # of base and sidecar, each fitted from scratch to what the other leaves
+    rounds: int = Field(default=3, ge=1)
+    polish: int = Field(default=0, ge=0)
 
 
 class SinkArgs(_Strict):
@@ -99,40 +102,29 @@ class SinkArgs(_Strict):
 
 
 class GradientArgs(_Strict):
-    """Weights from the gradient of the model's own loss, one more pass over the calibration text, there and back.
+    """Weights from the gradient of the model's own loss, by one more pass over the text.
 
     A token counts in a linear's Hessian in proportion to ``|g_t| ** (2 token_power)``, g_t the
     gradient of the linear's output at that token; a row of the weight counts in the sidecar's fit
     in proportion to ``E[g_tn^2] ** row_power``. 0 is off: all count the same.
+
+    Attributes:
+        shared: one weighting of tokens for all linears of one input: fewer Hessians.
+        samples: calibration samples to measure with, None for all; all with ``token_power``.
     """
 
     token_power: float = Field(default=0.0, ge=0, le=1)
     row_power: float = Field(default=0.0, ge=0, le=1)
-    shared: bool = False  # one weighting for all linears of one input: fewer Hessians
-    samples: int | None = Field(
-        default=None, ge=1
-    )  # calibration samples to measure with; all where token_power is on
+    shared: bool = False
+    samples: int | None = Field(default=None, ge=1)
 
 
 class AllocationArgs(_Strict):
-    """Rank, factor bits and group size per matrix under a bit budget.
+    """Rank, factor bits and group size chosen per matrix under a budget of bits per weight."""
 
-    Without a target all are as the recipe says.
-    """
-
-    target_bpw: float | None = Field(default=None, gt=4, le=8)
-    ranks: tuple[Annotated[int, Field(ge=0, le=MAX_RANK)], ...] = (
-        0,
-        8,
-        16,
-        24,
-        32,
-        40,
-        48,
-        64,
-        80,
-        96,
-        128,
+    target_bpw: float = Field(gt=4, le=8)
+    ranks: tuple[Annotated[int, Field(ge=0, le=MAX_RANK)], ...] = Field(
+        default=(0, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128)
     )
     factor_bits: tuple[Literal[4, 8], ...] = (4,)
     group_sizes: tuple[Literal[32, 64], ...] = (64, 32)
@@ -145,7 +137,7 @@ class AllocationArgs(_Strict):
         return value
 
     @model_validator(mode="after")
-    def _ranks_pack(self) -> "AllocationArgs":
+    def _ranks_pack(self) -> Self:
         if 4 in self.factor_bits and any(rank % 2 for rank in self.ranks):
             raise ValueError(f"ranks {self.ranks}: with 4-bit factors every rank must be even")
         return self
@@ -160,51 +152,47 @@ class CalibrationArgs(_Strict):
     sequential: bool = False  # each block sees the outputs of the quantised blocks before it
 
 
-class Recipe(_Strict):
-    """Everything that decides the bytes of a checkpoint, apart from the model and the calibration text."""
+class _Recipe(_Strict):
+    """What recipes of both methods say: with model and text, it decides every stored byte."""
 
     name: str
     description: str = ""
+    method: str
     weights: WeightArgs = WeightArgs()
     sidecar: SidecarArgs = SidecarArgs(rank=16)
-    base: AaBase | GptqBase = Field(default=AaBase(), discriminator="method")
-    fit: DiagonalFit | HessianFit = Field(default=DiagonalFit(), discriminator="method")
-    sink: SinkArgs = SinkArgs()
-    gradients: GradientArgs = GradientArgs()
-    allocation: AllocationArgs = AllocationArgs()
     calibration: CalibrationArgs = CalibrationArgs()
-    ignore: tuple[str, ...] = ("lm_head",)
+    ignore: tuple[str, ...] = USUAL_IGNORE
 
-    @model_validator(mode="after")
-    def _fit_has_its_statistics(self) -> "Recipe":
-        if isinstance(self.base, AaBase):
-            if isinstance(self.fit, HessianFit) or self.sink.weight:
-                raise ValueError("base.method aa goes with fit.method diagonal and no sink weight")
-            if self.needs_gradients:
-                raise ValueError("base.method aa goes without gradients and allocation")
-        if isinstance(self.base, GptqBase) and isinstance(self.fit, DiagonalFit):
-            raise ValueError("base.method gptq goes with fit.method hessian")
-        return self
+    @classmethod
+    def checked(cls, raw: Mapping[str, Any], source: str) -> Self:
+        """A recipe of these values.
 
-    def sink_weight(self, name: str) -> float:
-        """Extra weight of the first token in the Hessian of the linear ``name``.
-
-        0 where it has none.
+        Raises:
+            SvskError: there is none; ``source`` and every wrong key are named.
         """
-        return self.sink.weight if matches(name, self.sink.targets) else 0.0
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            problems = "; ".join(map(_problem, error.errors()))
+            raise SvskError(f"{source}: {problems}.") from error
 
     @property
-    def needs_gradients(self) -> bool:
-        """Whether the gradient of the model's loss must be taken first."""
-        rows = self.gradients.row_power and self.sidecar.rank
-        return bool(self.gradients.token_power or rows) or self.allocation.target_bpw is not None
+    def largest_rank(self) -> int:
+        """Of any sidecar that the recipe can give."""
+        return self.sidecar.rank
 
     @property
-    def needs_hessians(self) -> bool:
-        """Whether calibration must keep whole second-moment matrices."""
-        return isinstance(self.base, GptqBase)
+    def target_bpw(self) -> float | None:
+        """Bits per weight that may be spent; None without a budget."""
+        return None
 
-    def override(self, changes: Mapping[str, Mapping[str, Any] | tuple[str, ...]]) -> "Recipe":
+    @property
+    def idle(self) -> dict[str, str]:
+        """Keys whose value changes nothing, by ``section.key``, and why."""
+        keys = ("sidecar.tile_m", "sidecar.tile_n", "sidecar.num_bits", f"{self.method}.ridge")
+        return {} if self.largest_rank else dict.fromkeys(keys, _NO_SIDECAR)
+
+    def override(self, changes: Mapping[str, Mapping[str, Any] | tuple[str, ...]]) -> Self:
         """A copy with some values replaced and checked again; None leaves a value as it is.
 
         Args:
@@ -214,29 +202,196 @@ class Recipe(_Strict):
         raw = self.model_dump(mode="python")
         for section, values in changes.items():
             if isinstance(values, Mapping):
-                raw[section] |= {key: value for key, value in values.items() if value is not None}
+                given = {key: value for key, value in values.items() if value is not None}
+                raw |= {section: (raw.get(section) or {}) | given} if given else {}
             else:
                 raw[section] = tuple(raw[section]) + values
-        return _parse(raw, f"recipe {self.name}")
+        return self.checked(raw, f"recipe {self.name}")
+
+    def refuse_idle(self, given: Mapping[str, str], source: str = "") -> None:
+        """Refuse values that were given and change nothing.
+
+        Args:
+            given: what the user calls each of them, by ``section.key``.
+            source: where they were given, in front of the message.
+
+        Raises:
+            SvskError: there are some.
+        """
+        reasons: dict[str, list[str]] = {}
+        for key, why in self.idle.items():
+            if key in given:
+                reasons.setdefault(why, []).append(given[key])
+        if reasons:
+            problems = (f"{', '.join(names)}: no effect {why}" for why, names in reasons.items())
+            raise SvskError(f"{source}{'; '.join(problems)}. Leave that out.")
+
+    def written(self) -> dict[str, Any]:
+        """What :func:`parse_recipe` reads back: every value that has an effect, as JSON."""
+        raw = self.model_dump(mode="json", exclude_none=True)
+        _leave_out(raw, self.idle)
+        return raw
+
+    def values(self) -> dict[str, Any]:
+        """Every value that has an effect, as JSON; name and description left out."""
+        written = self.written()
+        return {key: written[key] for key in written if key not in ("name", "description")}
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the recipe's values, name and description left out."""
-        values = self.model_dump(mode="json", exclude={"name", "description"})
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        """SHA-256 of :meth:`values`."""
+        return hashlib.sha256(json.dumps(self.values(), sort_keys=True).encode()).hexdigest()
 
 
-def _parse(raw: Any, source: str) -> Recipe:
+class PublishedRecipe(_Recipe):
+    """A recipe of the original method, which knows neither sink, gradients nor a bit budget."""
+
+    method: Literal["published"] = "published"
+    published: PublishedArgs = PublishedArgs()
+
+
+class AlternatingRecipe(_Recipe):
+    """A recipe that fits base and sidecar in turn under whole Hessians."""
+
+    method: Literal["alternating"] = "alternating"
+    alternating: AlternatingArgs = AlternatingArgs()
+    sink: SinkArgs = SinkArgs()
+    gradients: GradientArgs = GradientArgs()
+    allocation: AllocationArgs | None = None
+
+    @property
+    def largest_rank(self) -> int:
+        return max(self.allocation.ranks) if self.allocation else self.sidecar.rank
+
+    @property
+    def target_bpw(self) -> float | None:
+        return self.allocation.target_bpw if self.allocation else None
+
+    @property
+    def idle(self) -> dict[str, str]:
+        idle = super().idle
+        if not self.largest_rank:
+            idle |= dict.fromkeys(("alternating.rounds", "gradients.row_power"), _NO_SIDECAR)
+        if self.allocation is not None:
+            idle |= dict.fromkeys(("sidecar.rank", "sidecar.num_bits"), _CHOSEN)
+        if not self.sink.weight:
+            idle["sink.targets"] = "without sink.weight"
+        if not self.gradients.token_power:
+            idle["gradients.shared"] = "without gradients.token_power"
+        if self.gradients.token_power:
+            idle["gradients.samples"] = "beside gradients.token_power, which measures all samples"
+        elif not self.needs_gradients:
+            idle["gradients.samples"] = "where no gradient is measured"
+        return idle
+
+    def sink_weight(self, name: str) -> float:
+        """Extra weight of the first token in the Hessian of the linear ``name``, 0 for none."""
+        return self.sink.weight if matches(name, self.sink.targets) else 0.0
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the gradient of the model's loss must be taken first."""
+        rows = self.gradients.row_power and self.largest_rank
+        return bool(self.gradients.token_power or rows) or self.allocation is not None
+
+
+Recipe = PublishedRecipe | AlternatingRecipe
+
+_METHODS: Final[dict[str, type[Recipe]]] = {
+    "published": PublishedRecipe,
+    "alternating": AlternatingRecipe,
+}
+_NO_SIDECAR: Final = "at rank 0, which has no sidecar"
+_CHOSEN: Final = "under a bit budget, which chooses it per matrix"
+
+_SWITCHES: Final = {
+    "sink": ("weight",),
+    "gradients": ("token_power", "row_power"),
+    "allocation": ("target_bpw",),
+}
+"""Keys that turn a section on."""
+_FORMER: Final = {("aa", "diagonal"): "published", ("gptq", "hessian"): "alternating"}
+"""Methods by the base and the fit that recipe files once named apart."""
+
+
+def parse_recipe(raw: Any, source: str) -> Recipe:
+    """Check the values of a recipe file.
+
+    Raises:
+        SvskError: they are no recipe's, or some have no effect; ``source`` is named.
+    """
     if not isinstance(raw, dict):
         raise SvskError(f"{source}: holds a {type(raw).__name__}, expected a mapping of sections.")
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']} (got {item['input']!r})"
-            for item in error.errors()
+    if "method" not in raw or "base" in raw or "fit" in raw:
+        raise SvskError(_former(raw, source))
+    kind = _METHODS.get(str(raw["method"]))
+    if kind is None:
+        raise SvskError(
+            f"{source}: method: expected published or alternating, got {raw['method']!r}."
         )
-        raise SvskError(f"{source}: {problems}.") from error
+    recipe = kind.checked(raw, source)
+    recipe.refuse_idle({key: key for key in recipe.idle if _says(raw, key)}, f"{source}: ")
+    return recipe
+
+
+def _problem(item: Any) -> str:
+    key = ".".join(map(str, item["loc"]))
+    methods = [name for name, kind in _METHODS.items() if key in kind.model_fields]
+    if item["type"] == "extra_forbidden" and methods:
+        return f"{key}: goes with method {methods[0]} only"
+    return f"{key}: {item['msg']} (got {item['input']!r})"
+
+
+def _says(raw: Mapping[str, Any], key: str) -> bool:
+    section, _, name = key.partition(".")
+    return isinstance(raw.get(section), dict) and name in raw[section]
+
+
+def _leave_out(raw: dict[str, Any], keys: Mapping[str, str]) -> list[str]:
+    """Take keys out of the sections of a recipe; which ones it had."""
+    present = [key for key in keys if _says(raw, key)]
+    for key in present:
+        section, _, name = key.partition(".")
+        del raw[section][name]
+    return present
+
+
+def _former(raw: dict[str, Any], source: str) -> str:
+    """What to say of a file in the form that named base and fit apart: the same in today's form."""
+    parts = {"base": {"method": "aa"}, "fit": {"method": "diagonal"}} | raw
+    sections = [parts.pop(key) for key in ("base", "fit")]
+    if not all(isinstance(section, dict) for section in sections):
+        return f"{source}: base: or fit: is no mapping. Say method: published or alternating."
+    base, fit = map(dict, sections)
+    names = base.pop("method", "aa"), fit.pop("method", "diagonal")
+    method = parts.pop("method", None) or _FORMER.get(names)
+    if method not in _METHODS:
+        return (
+            f"{source}: base {names[0]} with fit {names[1]} is no method. Say method: published or"
+            " method: alternating, with a section of that name for its settings."
+        )
+    head = {key: parts.pop(key) for key in ("name", "description") if key in parts}
+    new = {**head, "method": method, method: base | fit, **parts}
+    off = [
+        section
+        for section, switches in _SWITCHES.items()
+        if section in new and not any((new[section] or {}).get(switch) for switch in switches)
+    ]
+    new = copy.deepcopy({key: value for key, value in new.items() if key not in off})
+    idle = _METHODS[method].checked(new, source).idle
+    left_out = off + _leave_out(new, idle)
+    text = yaml.safe_dump(
+        {key: value for key, value in new.items() if value != {}},
+        sort_keys=False,
+        default_flow_style=None,
+        allow_unicode=True,
+        width=100,
+    )
+    note = f"\n({', '.join(left_out)}: had no effect.)" if left_out else ""
+    return (
+        f"{source}: recipes name one method, published or alternating, in place of base and fit."
+        f" Write this one as:\n\n{text}{note}"
+    )
 
 
 def recipe_names() -> list[str]:
@@ -270,6 +425,6 @@ def load_recipe(name: str) -> Recipe:
             " .yaml."
         )
     try:
-        return _parse(yaml.safe_load(text), f"recipe {name}")
+        return parse_recipe(yaml.safe_load(text), f"recipe {name}")
     except yaml.YAMLError as error:
         raise SvskError(f"Recipe {name}: not valid YAML: {error}.") from error

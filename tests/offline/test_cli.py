@@ -163,11 +163,11 @@ def test_generate_with_transformers(checkpoint: Path, tmp_path: Path) -> None:
         (["quantize", "MODEL", "out", "--group-size", "100"], "group_size"),
         (
             ["quantize", "MODEL", "out", "--target-bpw", "4.5", "--rank", "8"],
-            "leave --rank and --factor-bits out",
+            "--rank: no effect under a bit budget",
         ),
         (
             ["quantize", "MODEL", "out", "--target-bpw", "4.5", "--recipe", "published"],
-            "without gradients",
+            "allocation: goes with method alternating only",
         ),
         (["quantize", "MODEL", "out", "--target-bpw", "3"], "allocation.target_bpw"),
         (["quantize", "MODEL", "out", "--codebook", "nf4"], "codebook"),
@@ -289,10 +289,13 @@ def test_recipes_are_listed_and_files_accepted(tiny_llama: Path, tmp_path: Path)
     assert all(name in listed for name in recipe_names())
     assert "published" in recipe_names()
     mine = tmp_path / "mine.yaml"
-    mine.write_text("name: mine\nsidecar: {rank: 2}\ncalibration: {samples: 4, seq_len: 32}\n")
+    mine.write_text(
+        "name: mine\nmethod: published\nsidecar: {rank: 2}\n"
+        "calibration: {samples: 4, seq_len: 32}\n"
+    )
     assert svsk("quantize", tiny_llama, tmp_path / "out", "--recipe", mine).exit_code == 0
     assert Checkpoint(tmp_path / "out").config.producer["recipe"] == "mine"
-    mine.write_text("name: mine\nsidecars: {rank: 2}\n")
+    mine.write_text("name: mine\nmethod: published\nsidecars: {rank: 2}\n")
     wrong = svsk("quantize", tiny_llama, tmp_path / "out2", "--recipe", mine)
     assert wrong.exit_code == 1
     assert "sidecars" in wrong.output

@@ -58,21 +58,6 @@ def test_hessian_recipes(
     assert len(ours.layers) == 14
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ("base: {method: gptq}\n", "gptq goes with fit.method hessian"),
-        ("fit: {method: hessian}\n", "aa goes with fit.method diagonal"),
-        ("sink: {weight: 0.5}\n", "no sink weight"),
-    ],
-)
-def test_recipe_that_mixes_methods_is_refused(tmp_path: Path, lines: str, message: str) -> None:
-    path = tmp_path / "mixed.yaml"
-    path.write_text(f"name: mixed\n{lines}")
-    with pytest.raises(SvskError, match=message):
-        load_recipe(str(path))
-
-
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_checkpoint_is_valid_and_close_to_the_model(

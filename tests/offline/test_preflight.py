@@ -12,7 +12,7 @@ import pytest
 from svsk_kernels.errors import SvskError
 from svsk_offline import pipeline
 from svsk_offline.pipeline import Progress, quantize
-from svsk_offline.preflight import check_effect, check_output, check_recipe, check_report_files
+from svsk_offline.preflight import check_output, check_recipe, check_report_files
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.restore import restore
 
@@ -71,14 +71,6 @@ def test_a_sink_of_the_users_own_without_targets() -> None:
         check_recipe(recipe, LINEARS)
     check_recipe(recipe, [*LINEARS, "model.layers.0.attn.Wqkv"])
     check_recipe(recipe.override({"sink": {"weight": 0.0}}), LINEARS)
-
-
-def test_options_without_effect_are_named() -> None:
-    check_effect({"--tile-m": None, "--tile-n": None}, "at rank 0")
-    with pytest.raises(
-        SvskError, match=r"^--tile-m, --tile-n: no effect at rank 0\. Leave them out"
-    ):
-        check_effect({"--tile-m": 0, "--tile-n": 8, "--factor-bits": None}, "at rank 0")
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -209,8 +209,7 @@ def smollm2_pair(
             if dtype == "bfloat16":
                 changes |= {
                     "allocation": {"target_bpw": 5.0},
-                    "fit": {"rounds": 1},
-                    "base": {"polish": 0},
+                    "alternating": {"rounds": 1, "polish": 0},
                 }
             recipe = load_recipe("best" if dtype == "bfloat16" else "published").override(changes)
             quantize(smollm2_dir, folder / "svsk", recipe, dtype=dtype)

@@ -140,11 +140,15 @@ def without_fingerprint(folder: Path) -> dict[str, bytes]:
             },
         ),
         ("qwen2", "fast", {}),
-        ("llama", "fast", {"base": {"polish": 1, "scales": "absmax"}, "sidecar": {"rank": 0}}),
+        (
+            "llama",
+            "fast",
+            {"alternating": {"polish": 1, "scales": "absmax"}, "sidecar": {"rank": 0}},
+        ),
         (
             "qwen3",
             "best",
-            {"fit": {"rounds": 2}, "calibration": {"sequential": True}, "ignore": FEW},
+            {"alternating": {"rounds": 2}, "calibration": {"sequential": True}, "ignore": FEW},
         ),
         (
             "mistral",
@@ -152,7 +156,7 @@ def without_fingerprint(folder: Path) -> dict[str, bytes]:
             {
                 "ignore": FEW,
                 "weights": {"codebook": "quad8"},
-                "fit": {"rounds": 1},
+                "alternating": {"rounds": 1},
                 "allocation": BUDGET,
             },
         ),

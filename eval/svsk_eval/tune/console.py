@@ -37,7 +37,7 @@ def tune_with_progress(
     budget_minutes: float,
     **options: Any,
 ) -> TuneResult:
-    """Run :func:`svsk_eval.tune.tune.tune` with a bar and a line per trial, and show all trials at the end.
+    """Run :func:`svsk_eval.tune.tune.tune` with a bar and a line per trial; show all at the end.
 
     Args:
         console: where to.

@@ -25,13 +25,16 @@ from typing import Any, Final, Literal
 from svsk_eval.errors import EvalError
 from svsk_eval.tune.trials import Score, State, Trial, is_better, paired_kl
 from svsk_kernels.errors import SvskError
-from svsk_offline.recipe import AaBase, Recipe
+from svsk_offline.recipe import Recipe
 
 __all__ = ["SEARCHED", "Parameter", "Search", "Step"]
 
 Verdict = Literal["first", "better", "noise", "worse", "over", "failed"]
-"""What became of a trial: the first that counts, a new best, lower by less than the noise, not lower, larger than the
-target, without a score."""
+"""What became of a trial.
+
+The first that counts, a new best, lower by less than the noise, not lower, larger than the target,
+without a score.
+"""
 
 _ROUNDING: Final = 1e-9
 """Bits per weight by which a trial may exceed its target."""
@@ -45,49 +48,42 @@ class Parameter:
         section: of the recipe.
         key: in the section.
         ladder: values in order of size; a recipe's own value that is missing is put in its place.
-        applies: whether it changes anything in a recipe.
     """
 
     section: str
     key: str
     ladder: tuple[Any, ...]
-    applies: Callable[[Recipe], bool] = lambda recipe: True
+
+    def applies(self, recipe: Recipe) -> bool:
+        """Whether the recipe has it, and it changes anything there."""
+        name = f"{self.section}.{self.key}"
+        if getattr(recipe, self.section, None) is None or name in recipe.idle:
+            return False
+        # A bit budget chooses the group size; the recipe's is only where errors are measured.
+        return name != "weights.group_size" or getattr(recipe, "allocation", None) is None
 
     def neighbour(self, recipe: Recipe, direction: int) -> Any:
         """The next value up (1) or down (-1) from a recipe's; None at the end of the ladder."""
-        current = getattr(getattr(recipe, self.section), self.key, None)
-        if current is None:  # a parameter of another method: the recipe will refuse it
-            return self.ladder[0] if direction > 0 else None
+        current = getattr(getattr(recipe, self.section), self.key)
         ladder = self.ladder if current in self.ladder else tuple(sorted((*self.ladder, current)))
         place = ladder.index(current) + direction
         return ladder[place] if 0 <= place < len(ladder) else None
 
 
-def _allocated(recipe: Recipe) -> bool:
-    return recipe.allocation.target_bpw is not None
-
-
-def _has_sidecar(recipe: Recipe) -> bool:
-    return _allocated(recipe) or recipe.sidecar.rank > 0
-
-
 SEARCHED: Final = (
     Parameter("gradients", "token_power", (0.0, 0.25, 0.5, 0.75, 1.0)),
-    Parameter("gradients", "row_power", (0.0, 0.25, 0.5, 0.75, 1.0), _has_sidecar),
-    Parameter(
-        "gradients", "shared", (False, True), lambda recipe: recipe.gradients.token_power > 0
-    ),
+    Parameter("gradients", "row_power", (0.0, 0.25, 0.5, 0.75, 1.0)),
+    Parameter("gradients", "shared", (False, True)),
     Parameter("calibration", "sequential", (False, True)),
     Parameter("sink", "weight", (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)),
-    Parameter("base", "damping", (0.001, 0.003, 0.01, 0.03, 0.1)),
-    Parameter("fit", "rounds", (1, 3, 6, 12), _has_sidecar),
-    Parameter("base", "polish", (0, 1, 2, 4)),
-    Parameter("fit", "ridge", (1e-6, 1e-5, 1e-4, 1e-3, 1e-2), _has_sidecar),
-    Parameter("allocation", "factor_bits", ((4,), (4, 8), (8,)), _allocated),
-    Parameter("weights", "group_size", (32, 64), lambda recipe: not _allocated(recipe)),
-    Parameter(
-        "base", "alpha", (0.25, 0.5, 0.75, 1.0), lambda recipe: isinstance(recipe.base, AaBase)
-    ),
+    Parameter("alternating", "damping", (0.001, 0.003, 0.01, 0.03, 0.1)),
+    Parameter("alternating", "rounds", (1, 3, 6, 12)),
+    Parameter("alternating", "polish", (0, 1, 2, 4)),
+    Parameter("alternating", "ridge", (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)),
+    Parameter("published", "ridge", (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)),
+    Parameter("allocation", "factor_bits", ((4,), (4, 8), (8,))),
+    Parameter("weights", "group_size", (32, 64)),
+    Parameter("published", "alpha", (0.25, 0.5, 0.75, 1.0)),
 )
 """In the order of the search.
 
@@ -180,7 +176,7 @@ class Search:
         except _BudgetSpentError:
             converged = False
         if self.best is None:
-            target = self.default.allocation.target_bpw
+            target = self.default.target_bpw
             least = min(
                 trial.score.bits_per_weight for trial in self.state.trials.values() if trial.score
             )
@@ -252,7 +248,7 @@ class Search:
     def _judge(self, trial: Trial) -> Verdict:
         if trial.score is None:
             return "failed"
-        target = self.default.allocation.target_bpw
+        target = self.default.target_bpw
         if target is not None and trial.score.bits_per_weight > target + _ROUNDING:
             return "over"
         if self.best is None or self.best.score is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
 from svsk_eval.errors import EvalError
 from svsk_eval.text.metrics import mean_se
@@ -77,7 +78,8 @@ class Trial:
         score = raw["score"]
         if score is not None:
             score = Score(**{**score, "chunk_kl": tuple(map(float, score["chunk_kl"]))})
-        return cls(Recipe.model_validate(raw["recipe"]), score, raw["error"])
+        recipe: Recipe = TypeAdapter(Recipe).validate_python(raw["recipe"])
+        return cls(recipe, score, raw["error"])
 
 
 @dataclass
@@ -123,13 +125,13 @@ class State:
 
 
 def paired_kl(score: Score, other: Score) -> tuple[float, float]:
-    """Mean KL of a score less that of another on the same pieces, and the standard error of the difference."""
+    """Mean KL of a score less that of another on the same pieces, and its paired standard error."""
     values = np.array(score.chunk_kl) - np.array(other.chunk_kl)
     return float(values.mean()), _se(values)
 
 
 def is_better(challenger: Score, best: Score) -> bool:
-    """Whether the challenger's KL is lower by at least one standard error of the paired difference."""
+    """Whether the challenger's KL is lower by one paired standard error or more."""
     difference, error = paired_kl(challenger, best)
     return difference < 0 and difference <= -error
 
@@ -146,8 +148,9 @@ def differences(recipe: Recipe, default: Recipe) -> dict[str, Any]:
     return {
         f"{section}.{key}": value
         for section, values in ours.items()
+        if isinstance(values, dict)
         for key, value in values.items()
-        if key not in theirs[section] or theirs[section][key] != value
+        if (theirs[section] or {}).get(key) != value
     }
 
 

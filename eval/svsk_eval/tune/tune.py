@@ -165,7 +165,9 @@ def tune(
 def split_calibration(
     drawn: CalibrationSet, held_out: int
 ) -> tuple[CalibrationSet, CalibrationSet]:
-    """Split calibration text into pieces to calibrate with and pieces to score on, both spread over the text.
+    """Split calibration text into pieces to calibrate with and pieces to score on.
+
+    Both are spread over the text.
 
     A piece that occurs twice, in a text that repeats itself, is never held out: no held-out piece
     equals another one.
@@ -396,7 +398,7 @@ def _write_recipe(
     calibration: str,
     held: CalibrationSet,
 ) -> Recipe:
-    """Write a trial's recipe, named after the file, so that ``load_recipe`` reads it back to the same digest."""
+    """Write a trial's recipe, named after the file; read back, it has the same digest."""
     figures = []
     for trial in (best, default):
         assert trial.score is not None, "it would have ended the search"
@@ -415,8 +417,6 @@ def _write_recipe(
         f"Use: svsk quantize {model} OUT --recipe {out.name} --calibration {calibration}",
     )
     recipe = best.recipe.model_copy(update={"name": out.stem, "description": description})
-    values = yaml.safe_dump(
-        recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
-    )
+    values = yaml.safe_dump(recipe.written(), sort_keys=False, allow_unicode=True, width=120)
     write_text(out, "".join(f"# {' '.join(line.split())}\n" for line in lines) + values)
     return recipe

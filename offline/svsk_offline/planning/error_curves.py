@@ -10,7 +10,7 @@ from svsk_offline.quantizers.gptq import gptq, initial_scales
 from svsk_offline.quantizers.hessian import ColumnOrder, damped, lower_factor
 from svsk_offline.quantizers.lowrank import truncated_svd
 from svsk_offline.quantizers.rounding import nearest_levels
-from svsk_offline.recipe import AllocationArgs, GptqBase
+from svsk_offline.recipe import AllocationArgs, AlternatingArgs
 from svsk_vllm.format import ConfigGroup, LinearSpec
 
 __all__ = ["choices_of", "scheme_with"]
@@ -28,9 +28,8 @@ def choices_of(
     hessian: torch.Tensor,
     row_energy: torch.Tensor,
     spec: LinearSpec,
-    base: GptqBase,
+    args: AlternatingArgs,
     allocation: AllocationArgs,
-    rounds: int,
 ) -> list[Choice]:
     """All ways to store a matrix that an allocation may choose from, with their losses.
 
@@ -45,26 +44,25 @@ def choices_of(
         hessian: float32 [K, K], tokens weighted by their squared gradients.
         row_energy: float32 [N], ``E[g_n^2]``, the diagonal of D.
         spec: shape, and the scheme without allocation.
-        base: settings of the base.
+        args: settings of the method.
         allocation: what may be chosen.
-        rounds: how often base and sidecar will be fitted in turn.
     """
     scheme = spec.scheme
-    order = ColumnOrder.of(damped(hessian, base.damping))
+    order = ColumnOrder.of(damped(hessian, args.damping))
     codebook, dtype = scheme.weights.codebook, spec.scale_dtype
-    scale = initial_scales(base.scales, weight, order.importance, spec.group_size, codebook, dtype)
+    scale = initial_scales(args.scales, weight, order.importance, spec.group_size, codebook, dtype)
     residual = weight - gptq(weight, order, scale, codebook)[1]
     loss = 0.5 * float(((residual @ hessian) * residual).sum(1) @ row_energy)
     reference = _rounding_error(weight, scale, order.importance, row_energy, spec)
     taken = _taken(residual, hessian, row_energy, spec, max(allocation.ranks))
-    power = 1 + _ALTERNATION * (1 - 0.5 ** ((rounds - 1) / 2))
+    power = 1 + _ALTERNATION * (1 - 0.5 ** ((args.rounds - 1) / 2))
     found = []
     for size in allocation.group_sizes:
         if spec.k % size:
             continue
         other = scale
         if size != spec.group_size:
-            other = initial_scales(base.scales, weight, order.importance, size, codebook, dtype)
+            other = initial_scales(args.scales, weight, order.importance, size, codebook, dtype)
         ratio = (
             _rounding_error(weight, other, order.importance, row_energy, spec) / reference
             if reference

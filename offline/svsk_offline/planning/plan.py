@@ -28,7 +28,7 @@ from svsk_offline.calibration import (
 from svsk_offline.planning.bit_budget import Choice, allocate
 from svsk_offline.planning.error_curves import choices_of, scheme_with
 from svsk_offline.planning.serving import vllm_class_of
-from svsk_offline.recipe import GptqBase, HessianFit, Recipe
+from svsk_offline.recipe import AlternatingRecipe, Recipe
 from svsk_offline.storage.atomic import write_tensors
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_vllm.format import ConfigGroup, LinearSpec, SvskCheckpointConfig
@@ -140,7 +140,7 @@ def make_plan(
         SvskError: the budget is less than the smallest choices take, or the gradients are not
             finite.
     """
-    if not recipe.needs_gradients:
+    if not (isinstance(recipe, AlternatingRecipe) and recipe.needs_gradients):
         return Plan(schemes)
     measured = _Measured(source, recipe, schemes, scale_dtype)
     sweep_gradients(
@@ -149,7 +149,7 @@ def make_plan(
         device,
         sweep_dtype(device),
         measured.visit,
-        full=recipe.allocation.target_bpw is not None,
+        full=recipe.allocation is not None,
         seed=recipe.calibration.seed,
         scratch=scratch,
         progress=progress,
@@ -175,16 +175,12 @@ class _Measured:
     def __init__(
         self,
         source: ModelSource,
-        recipe: Recipe,
+        recipe: AlternatingRecipe,
         schemes: Mapping[str, ConfigGroup],
         scale_dtype: torch.dtype,
     ) -> None:
-        self.source, self.recipe, self.schemes, self.scale_dtype = (
-            source,
-            recipe,
-            schemes,
-            scale_dtype,
-        )
+        self.source, self.recipe = source, recipe
+        self.schemes, self.scale_dtype = schemes, scale_dtype
         self.tokens: dict[str, torch.Tensor] = {}
         self.rows: dict[str, torch.Tensor] = {}
         self.choices: dict[str, list[Choice]] = {}
@@ -210,10 +206,7 @@ class _Measured:
                 self.tokens[full] = _relative(own.tokens, args.token_power)
             if args.row_power:
                 self.rows[full] = _relative(own.rows, args.row_power).cpu()
-            if self.recipe.allocation.target_bpw is not None:
-                base, fit = self.recipe.base, self.recipe.fit
-                assert isinstance(base, GptqBase), "the recipe checks it"
-                assert isinstance(fit, HessianFit), "the recipe checks it"
+            if self.recipe.allocation is not None:
                 weight = self.source.tensors.read(f"{full}.weight").to(own.rows.device).float()
                 spec = LinearSpec(
                     full,
@@ -228,9 +221,8 @@ class _Measured:
                         statistics[name].hessian,
                         own.rows,
                         spec,
-                        base,
+                        self.recipe.alternating,
                         self.recipe.allocation,
-                        fit.rounds,
                     )
                 except SvskError as error:
                     raise SvskError(f"{full}: {error}") from error
@@ -239,14 +231,13 @@ class _Measured:
 
     def plan(self) -> Plan:
         """What all blocks together say."""
-        target = self.recipe.allocation.target_bpw
-        if target is None:
+        if self.recipe.allocation is None:
             return Plan(self.schemes, self.tokens, self.rows)
         weights = sum(self._size(name) for name in self.schemes)
         fused: dict[str, tuple[str, ...]] = {name: (name,) for name in self.schemes}
         for members in vllm_class_of(self.source).fused_sets(self.schemes):
             fused |= dict.fromkeys(members, members)
-        chosen = allocate(self.choices, fused, target, weights)
+        chosen = allocate(self.choices, fused, self.recipe.allocation.target_bpw, weights)
         schemes = {
             name: scheme_with(scheme, pick.group_size, pick.rank, pick.factor_bits)
             for name, scheme in self.schemes.items()

@@ -16,7 +16,7 @@ from svsk_offline.quantizers.hessian_sidecar import (
     sidecar_weight,
 )
 from svsk_offline.quantizers.rounding import nearest_codes
-from svsk_offline.recipe import GptqBase, HessianFit
+from svsk_offline.recipe import AlternatingArgs
 from svsk_vllm.format import LinearSpec, QuantizedLinear
 
 __all__ = ["output_error", "quantize_alternating"]
@@ -46,8 +46,7 @@ def quantize_alternating(
     weight: torch.Tensor,
     statistics: InputStatistics,
     spec: LinearSpec,
-    base: GptqBase,
-    fit: HessianFit,
+    args: AlternatingArgs,
     sink_weight: float = 0.0,
     row_weights: torch.Tensor | None = None,
 ) -> QuantizedLinear:
@@ -59,8 +58,7 @@ def quantize_alternating(
         weight: float32 [N, K].
         statistics: of the input, whole matrices.
         spec: name, shape and scheme.
-        base: settings of the base.
-        fit: settings of the sidecar.
+        args: settings of the method.
         sink_weight: weight of the first token's second moment, added to the Hessian.
         row_weights: float32 [N], how much each output feature counts in the sidecar's fit; None is
             1 each.
@@ -68,20 +66,20 @@ def quantize_alternating(
     Raises:
         SvskError: the Hessian cannot be used.
     """
-    shared = _prepare(statistics, base, sink_weight)
+    shared = _prepare(statistics, args, sink_weight)
     codebook, rank = spec.scheme.weights.codebook, spec.rank
     sidecar = None
     if rank:
-        key = (spec.grid.tile_cols, fit.ridge)
+        key = (spec.grid.tile_cols, args.ridge)
         if key not in shared.tiles:
-            shared.tiles[key] = column_tiles(shared.hessian, spec.grid, fit.ridge)
+            shared.tiles[key] = column_tiles(shared.hessian, spec.grid, args.ridge)
         sidecar = HessianSidecar(shared.tiles[key], spec.grid, rank, spec.factor_bits, row_weights)
     target, best, least = weight, None, float("inf")
-    rounds = fit.rounds if sidecar else 1
-    for number in range(1, rounds + max(1, base.polish)):
+    rounds = args.rounds if sidecar else 1
+    for number in range(1, rounds + max(1, args.polish)):
         if number <= rounds:  # from scratch, to what the sidecar leaves now
             scale = initial_scales(
-                base.scales,
+                args.scales,
                 target,
                 shared.order.importance,
                 spec.group_size,
@@ -89,7 +87,7 @@ def quantize_alternating(
                 spec.scale_dtype,
             )
             levels, values = gptq(target, shared.order, scale, codebook)
-        if number >= rounds and base.polish:
+        if number >= rounds and args.polish:
             scale = refit_scales(target, shared.order.hessian, levels, scale)
             levels = polish(target, shared.order.hessian, levels, scale, codebook)
             values = level_values(levels, scale)
@@ -111,8 +109,8 @@ def quantize_alternating(
     return best
 
 
-def _prepare(statistics: InputStatistics, base: GptqBase, sink_weight: float) -> _Prepared:
-    key = ("alternating", base.damping, sink_weight)
+def _prepare(statistics: InputStatistics, args: AlternatingArgs, sink_weight: float) -> _Prepared:
+    key = ("alternating", args.damping, sink_weight)
     if key not in statistics.prepared:
         hessian = statistics.hessian
         mean = float(
@@ -120,7 +118,7 @@ def _prepare(statistics: InputStatistics, base: GptqBase, sink_weight: float) ->
         )  # before the sink, which would raise the damping of everything
         if sink_weight:
             hessian = hessian + sink_weight * statistics.first_hessian
-        order = ColumnOrder.of(damped(hessian, base.damping, mean))
+        order = ColumnOrder.of(damped(hessian, args.damping, mean))
         statistics.prepared[key] = _Prepared(hessian, order, {})
     prepared: _Prepared = statistics.prepared[key]
     return prepared

@@ -9,7 +9,7 @@ from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.input_statistics import InputStatistics
 from svsk_offline.quantizers import channel_importance, fit_diagonal_sidecar, quantize_aa
 from svsk_offline.quantizers.alternating import quantize_alternating
-from svsk_offline.recipe import AaBase, GptqBase, HessianFit, Recipe
+from svsk_offline.recipe import PublishedArgs, PublishedRecipe, Recipe
 from svsk_offline.storage.layer_report import LayerReport
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, dequantize
 
@@ -43,8 +43,7 @@ def quantize_linear(
     Args:
         name: Hugging Face module name.
         weight: [N, K], any floating dtype.
-        statistics: of the layer's input; with whole matrices where :attr:`Recipe.needs_hessians`
-            says so.
+        statistics: of the layer's input; whole matrices for the method alternating.
         recipe: how.
         scheme: group size, codebook, sidecar shape.
         scale_dtype: stored dtype of the scales.
@@ -65,14 +64,15 @@ def quantize_linear(
     started = time.perf_counter()  # after a question that waits for what a GPU was given before
     weight = weight.float()
     spec = LinearSpec(name, weight.shape[0], weight.shape[1], scheme, scale_dtype)
-    if isinstance(recipe.base, GptqBase) and isinstance(recipe.fit, HessianFit):
+    moment = statistics.second_moment
+    if isinstance(recipe, PublishedRecipe):
+        seed = recipe.calibration.seed
+        linear = _quantize_published(weight, moment, spec, recipe.published, seed)
+    else:
         sink = recipe.sink_weight(name)
         linear = quantize_alternating(
-            weight, statistics, spec, recipe.base, recipe.fit, sink, row_weights
+            weight, statistics, spec, recipe.alternating, sink, row_weights
         )
-    else:
-        linear = _quantize_published(weight, statistics.second_moment, spec, recipe)
-    moment = statistics.second_moment
     base = dequantize(linear, with_sidecar=False)
     whole = dequantize(linear) if spec.rank else base
     noise = float((weight - whole).square().sum())
@@ -90,18 +90,16 @@ def quantize_linear(
 
 
 def _quantize_published(
-    weight: torch.Tensor, moment: torch.Tensor, spec: LinearSpec, recipe: Recipe
+    weight: torch.Tensor, moment: torch.Tensor, spec: LinearSpec, args: PublishedArgs, seed: int
 ) -> QuantizedLinear:
     """The original method.
 
     Activation-aware rounding, then a sidecar under the diagonal weighting.
     """
-    base, fit = recipe.base, recipe.fit
-    assert isinstance(base, AaBase), "the recipe checks which base goes with which fit"
-    importance = channel_importance(moment, base.alpha, base.importance_clip)
+    importance = channel_importance(moment, args.alpha, args.importance_clip)
     codebook = spec.scheme.weights.codebook
     codes, scale = quantize_aa(
-        weight, importance, spec.group_size, codebook, spec.scale_dtype, base.clip_grid
+        weight, importance, spec.group_size, codebook, spec.scale_dtype, args.clip_grid
     )
     linear = QuantizedLinear(spec, codes, scale)
     if not spec.rank:
@@ -112,8 +110,8 @@ def _quantize_published(
         spec.grid,
         spec.rank,
         spec.factor_bits,
-        fit.ridge,
-        recipe.calibration.seed,
+        args.ridge,
+        seed,
     )
     return QuantizedLinear(spec, codes, scale, side.u, side.v, side.gain)
 

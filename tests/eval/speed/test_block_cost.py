@@ -14,8 +14,8 @@ from svsk_eval.speed.random_model import SHAPES
 RECIPE = """
 name: small
 sidecar: {rank: 4, num_bits: 4}
-base: {method: gptq}
-fit: {method: hessian, rounds: 1}
+method: alternating
+alternating: {rounds: 1}
 calibration: {samples: 4, seq_len: 32}
 """
 

@@ -16,7 +16,7 @@ from svsk_eval.tune.trials import Score, State, Trial, differences, is_better, p
 from svsk_kernels.errors import SvskError
 from svsk_offline.recipe import Recipe, load_recipe
 
-BEST = load_recipe("fast").override({"fit": {"rounds": 6}, "base": {"polish": 1}})
+BEST = load_recipe("fast").override({"alternating": {"rounds": 6, "polish": 1}})
 
 
 class Clock:
@@ -58,8 +58,11 @@ def bench() -> Bench:
 
     def kl(recipe: Recipe) -> float:
         raw = recipe.model_dump()
-        away = (abs(math.log10(raw["base"]["damping"]) + 1), abs(raw["fit"]["rounds"] - 12) / 6)
-        return 1 + sum(away) + abs(math.log10(raw["fit"]["ridge"]) + 5)
+        away = (
+            abs(math.log10(raw["alternating"]["damping"]) + 1),
+            abs(raw["alternating"]["rounds"] - 12) / 6,
+        )
+        return 1 + sum(away) + abs(math.log10(raw["alternating"]["ridge"]) + 5)
 
     return Bench(kl, lambda recipe: 4.5, 10.0)
 
@@ -86,7 +89,11 @@ def test_the_search_walks_to_the_best_and_stops(bench: Bench, tmp_path: Path) ->
     steps: list[Step] = []
     found = search(bench, tmp_path / "state.json", on_step=steps.append)
     assert found.execute()
-    assert best_of(found) == {"base.damping": 0.1, "fit.rounds": 12, "fit.ridge": 1e-5}
+    assert best_of(found) == {
+        "alternating.damping": 0.1,
+        "alternating.rounds": 12,
+        "alternating.ridge": 1e-5,
+    }
     assert bench.tried[0] == BEST
     digests = [recipe.digest for recipe in bench.tried]
     assert len(set(digests)) == len(digests), "no recipe is tried twice"
@@ -202,17 +209,23 @@ def test_a_lower_kl_within_the_noise_is_not_chosen(tmp_path: Path) -> None:
 
 def test_trials_above_the_target_are_not_chosen(bench: Bench, tmp_path: Path) -> None:
     default = BEST.override({"allocation": {"target_bpw": 4.5}})
-    bench.bpw = lambda recipe: 4.6 if recipe.model_dump()["fit"]["rounds"] == 12 else 4.5 + 5e-10
+    bench.bpw = lambda recipe: (
+        4.6 if recipe.model_dump()["alternating"]["rounds"] == 12 else 4.5 + 5e-10
+    )
     steps: list[Step] = []
     found = search(bench, tmp_path / "state.json", default=default, on_step=steps.append)
     assert found.execute()
-    assert best_of(found) == {"base.damping": 0.1, "fit.ridge": 1e-5}
+    assert best_of(found) == {"alternating.damping": 0.1, "alternating.ridge": 1e-5}
     assert {step.verdict for step in steps} == {"first", "better", "over", "worse"}
     # Where the default itself is too large, the first that is not takes its place.
-    bench.bpw = lambda recipe: 4.5 if recipe.model_dump()["fit"]["rounds"] == 3 else 4.6
+    bench.bpw = lambda recipe: 4.5 if recipe.model_dump()["alternating"]["rounds"] == 3 else 4.6
     found = search(bench, tmp_path / "other.json", default=default)
     assert found.execute()
-    assert best_of(found) == {"fit.rounds": 3, "base.damping": 0.1, "fit.ridge": 1e-5}
+    assert best_of(found) == {
+        "alternating.rounds": 3,
+        "alternating.damping": 0.1,
+        "alternating.ridge": 1e-5,
+    }
     bench.bpw = lambda recipe: 4.6
     with pytest.raises(EvalError, match=r"within 4\.5 bits per weight; the smallest has 4\.6000"):
         search(bench, tmp_path / "none.json", default=default).execute()
@@ -227,25 +240,28 @@ def test_what_is_searched_depends_on_the_recipe(bench: Bench, tmp_path: Path) ->
 
     every = {f"{parameter.section}.{parameter.key}" for parameter in SEARCHED}
     plain, refused = keys(BEST)
-    assert plain == every - {"allocation.factor_bits", "base.alpha", "gradients.shared"}
+    other = {"published.alpha", "published.ridge"}
+    assert plain == every - other - {"allocation.factor_bits", "gradients.shared"}
     assert refused == 0
     target, _ = keys(BEST.override({"allocation": {"target_bpw": 4.5}}))
     assert target == plain - {"weights.group_size"} | {"allocation.factor_bits"}
     tokens, _ = keys(BEST.override({"gradients": {"token_power": 0.5}}))
     assert tokens == plain | {"gradients.shared"}
     base, _ = keys(BEST.override({"sidecar": {"rank": 0}}))
-    assert base == plain - {"gradients.row_power", "fit.rounds", "fit.ridge"}
+    assert base == plain - {"gradients.row_power", "alternating.rounds", "alternating.ridge"}
     published, refused = keys(load_recipe("published"))
-    assert published == {"calibration.sequential", "fit.ridge", "weights.group_size", "base.alpha"}
-    # token_power, row_power, sink.weight and the three values that only the other methods have
-    assert refused == 6
+    assert published == other | {"calibration.sequential", "weights.group_size"}
+    assert refused == 0
+    odd = {"target_bpw": 4.5, "factor_bits": (8,), "ranks": (0, 3)}
+    _, refused = keys(BEST.override({"allocation": odd}))
+    assert refused == 1, "4-bit factors want even ranks"
 
 
 def test_a_value_beside_the_ladder_has_its_neighbours() -> None:
     damping = next(parameter for parameter in SEARCHED if parameter.key == "damping")
-    recipe = BEST.override({"base": {"damping": 0.02}})
+    recipe = BEST.override({"alternating": {"damping": 0.02}})
     assert (damping.neighbour(recipe, -1), damping.neighbour(recipe, 1)) == (0.01, 0.03)
-    assert damping.neighbour(BEST.override({"base": {"damping": 0.5}}), 1) is None
+    assert damping.neighbour(BEST.override({"alternating": {"damping": 0.5}}), 1) is None
 
 
 def test_failed_trials_are_noted_and_passed_over(bench: Bench, tmp_path: Path) -> None:

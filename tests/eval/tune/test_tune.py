@@ -204,7 +204,7 @@ def test_the_target_is_kept(dense: Path, tmp_path: Path) -> None:
     result = run_tune(dense, tmp_path / "tuned.yaml", recipe, budget_minutes=1e-9)
     assert result.chosen.score is not None
     assert result.chosen.score.bits_per_weight <= 5.5
-    assert load_recipe(str(result.out)).allocation.target_bpw == 5.5
+    assert load_recipe(str(result.out)).target_bpw == 5.5
 
 
 def test_another_search_is_refused(dense: Path, tmp_path: Path, quantized: list[Recipe]) -> None:
@@ -217,7 +217,7 @@ def test_another_search_is_refused(dense: Path, tmp_path: Path, quantized: list[
         ({"model": other}, "another model, files"),
         ({"held_out": 5}, "another calibration"),
         ({"dtype": "float16"}, "another dtype"),
-        ({"recipe": small(fit={"rounds": 2})}, "another recipe"),
+        ({"recipe": small(alternating={"rounds": 2})}, "another recipe"),
         ({"recipe": small(calibration={"seed": 1})}, "another calibration, recipe"),
     ):
         arguments = {"model": dense, "recipe": small(), "held_out": 4, **another}
@@ -300,7 +300,7 @@ def test_errors_come_before_any_work(dense: Path, tmp_path: Path, quantized: lis
         ([out, "--target-bpw", 3], "allocation.target_bpw: Input should be greater than 4"),
         (
             [out, "--target-bpw", 4.5, "--recipe", "published"],
-            "aa goes without gradients and allocation",
+            "allocation: goes with method alternating only",
         ),
         ([out, "--dtype", "float32"], "--dtype float32: expected auto, bfloat16 or float16"),
         ([out, "--calibration", tmp_path / "no.txt"], "no such file"),

@@ -6,7 +6,7 @@ import torch
 
 from svsk_offline.planning.error_curves import choices_of
 from svsk_offline.quantizers.alternating import output_error, quantize_alternating
-from svsk_offline.recipe import AllocationArgs, GptqBase, HessianFit
+from svsk_offline.recipe import AllocationArgs, AlternatingArgs
 from svsk_vllm.format import LinearSpec, dequantize
 from tests.offline.quantizers.test_hessian_quantizers import statistics
 from tests.offline.quantizers.test_quantizers import weight
@@ -22,7 +22,12 @@ def test_losses_fall_as_they_do_in_fact(tile_m: int, tile_n: int) -> None:
     spec = LinearSpec("m", 48, 192, group)
     ranks = (0, 2, 4, 8)
     choices = choices_of(
-        w, found.hessian, rows, spec, GptqBase(), AllocationArgs(ranks=ranks), rounds=1
+        w,
+        found.hessian,
+        rows,
+        spec,
+        AlternatingArgs(rounds=1),
+        AllocationArgs(target_bpw=5, ranks=ranks),
     )
     assert {(c.group_size, c.rank) for c in choices} == {(g, r) for g in (64, 32) for r in ranks}
     for size in (64, 32):
@@ -36,7 +41,7 @@ def test_losses_fall_as_they_do_in_fact(tile_m: int, tile_n: int) -> None:
             )
             stored = LinearSpec("m", 48, 192, own)
             linear = quantize_alternating(
-                w, found, stored, GptqBase(), HessianFit(rounds=1), row_weights=rows
+                w, found, stored, AlternatingArgs(rounds=1), row_weights=rows
             )
             real = 0.5 * output_error(w - dequantize(linear), found.hessian, rows)
             assert 0.5 < choice.loss / real < 2

@@ -193,21 +193,3 @@ def test_plan_survives_its_file(tmp_path: Path) -> None:
     )  # or linears of one input would no longer share statistics
     assert torch.equal(found.rows["a.b"], tokens)
     assert [group.targets for group in found.groups().values()] == [("a.b",), ("a.c",)]
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ("gradients: {row_power: 1.0}\n", "without gradients and allocation"),
-        ("allocation: {target_bpw: 4.5}\n", "without gradients and allocation"),
-        ("allocation: {target_bpw: 3.5}\n", "greater than 4"),
-        ("allocation: {ranks: [0, 3]}\n", "must be even"),
-        ("allocation: {ranks: []}\n", "one or more"),
-        ("allocation: {group_sizes: [128]}\n", "group_sizes"),
-    ],
-)
-def test_recipes_that_cannot_be(tmp_path: Path, lines: str, message: str) -> None:
-    path = tmp_path / "mixed.yaml"
-    path.write_text(f"name: mixed\n{lines}")
-    with pytest.raises(SvskError, match=message):
-        load_recipe(str(path))

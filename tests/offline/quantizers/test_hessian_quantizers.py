@@ -20,7 +20,7 @@ from svsk_offline.quantizers.gptq import (
 from svsk_offline.quantizers.hessian import ColumnOrder, damped, inverse_root
 from svsk_offline.quantizers.hessian_sidecar import HessianSidecar, column_tiles, sidecar_weight
 from svsk_offline.quantizers.rounding import nearest_codes
-from svsk_offline.recipe import GptqBase, HessianFit
+from svsk_offline.recipe import AlternatingArgs
 from svsk_vllm.format import Codebook, LinearSpec, TileGrid, codebook_levels, dequantize
 from tests.offline.quantizers.test_quantizers import CODEBOOKS, GRID, values_of, weight
 from tests.support.format_builders import make_group
@@ -231,13 +231,13 @@ def test_alternation(rank: int, codebook: Codebook) -> None:
     spec = LinearSpec("m", 48, 128, group)
     errors = []
     for rounds in (1, 4):
-        linear = quantize_alternating(w, found, spec, GptqBase(), HessianFit(rounds=rounds))
+        linear = quantize_alternating(w, found, spec, AlternatingArgs(rounds=rounds))
         linear.to_tensors()  # raises when a tensor does not follow the format
         errors.append(output_error(w - dequantize(linear), found.hessian))
     assert errors[1] <= errors[0]
     if rank:
         bare = LinearSpec("m", 48, 128, make_group(codebook=codebook))
-        base = quantize_alternating(w, found, bare, GptqBase(), HessianFit())
+        base = quantize_alternating(w, found, bare, AlternatingArgs())
         assert errors[1] <= errors[0] < output_error(w - dequantize(base), found.hessian)
 
 
@@ -251,7 +251,7 @@ def test_closing_rounds_lower_the_error(rank: int, codebook: Codebook) -> None:
     errors = []
     for polish_rounds in (0, 1, 4):
         linear = quantize_alternating(
-            w, found, spec, GptqBase(polish=polish_rounds), HessianFit(rounds=2)
+            w, found, spec, AlternatingArgs(rounds=2, polish=polish_rounds)
         )
         errors.append(output_error(w - dequantize(linear), found.hessian))
     assert errors[2] < errors[1] < errors[0]
@@ -264,7 +264,7 @@ def test_row_weights_move_the_error_to_rows_that_count_less() -> None:
     shares = []
     for weights in (None, rows):
         linear = quantize_alternating(
-            w, found, spec, GptqBase(), HessianFit(rounds=2), row_weights=weights
+            w, found, spec, AlternatingArgs(rounds=2), row_weights=weights
         )
         residual = w - dequantize(linear)
         shares.append(
@@ -282,9 +282,7 @@ def test_sink_weight_moves_the_error_away_from_the_first_token() -> None:
     spec = LinearSpec("m", 48, 128, make_group())
     errors = []
     for sink in (0.0, 10.0):
-        residual = w - dequantize(
-            quantize_alternating(w, found, spec, GptqBase(), HessianFit(), sink)
-        )
+        residual = w - dequantize(quantize_alternating(w, found, spec, AlternatingArgs(), sink))
         errors.append(output_error(residual, found.first_hessian))
     assert errors[1] < 0.5 * errors[0]
 
@@ -297,5 +295,5 @@ def test_unused_channels_and_layers() -> None:
         found = InputStatistics(64, torch.device("cpu"), full=True)
         found.add(data)
         spec = LinearSpec("m", 32, 64, make_group(rank=4, tile_m=0, tile_n=0))
-        linear = quantize_alternating(weight(32, 64), found, spec, GptqBase(), HessianFit())
+        linear = quantize_alternating(weight(32, 64), found, spec, AlternatingArgs())
         assert torch.isfinite(dequantize(linear)).all()

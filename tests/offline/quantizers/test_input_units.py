@@ -11,7 +11,7 @@ from svsk_offline.calibration import InputStatistics
 from svsk_offline.planning.bit_budget import allocate
 from svsk_offline.planning.error_curves import choices_of
 from svsk_offline.quantizers.quantize_linear import quantize_linear
-from svsk_offline.recipe import AllocationArgs, GptqBase, load_recipe
+from svsk_offline.recipe import AllocationArgs, AlternatingArgs, load_recipe
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, dequantize
 from tests.offline.quantizers.test_hessian_quantizers import inputs
 from tests.offline.quantizers.test_quantizers import weight
@@ -42,7 +42,7 @@ def sample(dead: bool = True) -> torch.Tensor:
 def quantised(x: torch.Tensor, recipe: str, w: torch.Tensor | None = None) -> QuantizedLinear:
     chosen = load_recipe(recipe).override({"sidecar": {"rank": 4, "tile_m": 20, "tile_n": 96}})
     scheme = ConfigGroup(targets=("Linear",), weights=chosen.weights, sidecar=chosen.sidecar)
-    rows = torch.linspace(0.5, 2, N) if chosen.gradients.row_power else None
+    rows = torch.linspace(0.5, 2, N) if recipe == "best" else None
     w = weight(N, K) if w is None else w
     return quantize_linear(
         "model.layers.0.self_attn.q_proj", w, gathered(x), chosen, scheme, torch.bfloat16, rows
@@ -92,7 +92,7 @@ def test_channels_never_used_cost_the_others_nothing(recipe: str, rms: float) ->
 def test_a_bit_budget_is_spent_the_same_whatever_the_unit_of_the_losses() -> None:
     rows = 0.5 + torch.rand(N, generator=torch.Generator().manual_seed(0))
     spec = LinearSpec("m", N, K, make_group(tile_m=0, tile_n=96, num_bits=4))
-    args = AllocationArgs(ranks=(0, 2, 4, 8))
+    args = AllocationArgs(target_bpw=5, ranks=(0, 2, 4, 8))
 
     def spent(factor: float) -> list[tuple[int, int, int]]:
         choices = {
@@ -101,9 +101,8 @@ def test_a_bit_budget_is_spent_the_same_whatever_the_unit_of_the_losses() -> Non
                 gathered(sample() * factor).hessian,
                 rows * (seed + 1),
                 spec,
-                GptqBase(),
+                AlternatingArgs(),
                 args,
-                3,
             )
             for seed, name in enumerate(("a", "b", "c"))
         }
@@ -125,9 +124,8 @@ def test_a_column_tile_that_is_never_used_takes_no_share_of_the_error() -> None:
         gathered(x).hessian,
         torch.ones(N),
         spec,
-        GptqBase(),
-        AllocationArgs(ranks=(0, 16)),
-        1,
+        AlternatingArgs(rounds=1),
+        AllocationArgs(target_bpw=5, ranks=(0, 16)),
     )
     without, with_sidecar = (c.loss for c in choices if c.group_size == 64)
     assert with_sidecar < 0.8 * without
