@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ from svsk_offline.calibration.sources import check_source
 from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import check_servable
 from svsk_offline.preflight import check_output, check_recipe
+from svsk_offline.quantizers.alternating import PreparedInput
 from svsk_offline.quantizers.quantize_linear import quantize_linear
 from svsk_offline.recipe import AlternatingRecipe, CalibrationArgs, Recipe, load_recipe
 from svsk_offline.storage.atomic import PartialFolder, write_json
@@ -120,8 +122,8 @@ def quantize(
     check_output(Path(out), overwrite=overwrite, source=model)
     if isinstance(calibration, str):
         check_source(calibration, chat_template)
-    found = resolve_model(str(model), trust_remote_code=trust_remote_code)
-    source = ModelSource(found, trust_remote_code=trust_remote_code)
+    model_folder = resolve_model(str(model), trust_remote_code=trust_remote_code)
+    source = ModelSource(model_folder, trust_remote_code=trust_remote_code)
     folder = PartialFolder(Path(out), source.folder, overwrite=overwrite)
     with folder.locked():
         scale_dtype = source.model_dtype(dtype)
@@ -285,8 +287,8 @@ class _Run:
         """Refuse before any work what would fail in the middle."""
         if all(self.config.scheme_for(name) is None for name in self._linear_names()):
             raise SvskError(
-                f"{self.source.folder}: every linear layer is on the ignore list; nothing to"
-                " quantise."
+                f"{self.source.folder}: every linear layer is"
+                " on the ignore list; nothing to quantise."
             )
         self.schemes = uniform_schemes(self.source, self.config, self.scale_dtype)
         budget = self.allocation
@@ -323,8 +325,8 @@ class _Run:
         )
         if unknown:
             raise SvskError(
-                f"{partial}: holds something that is not an unfinished run. It is not deleted: move"
-                " it away."
+                f"{partial}: holds something that is not an"
+                " unfinished run. It is not deleted: move it away."
             )
         if state.exists() and read_json(state) != identity:
             if not overwrite:
@@ -418,23 +420,23 @@ class _Run:
         if not plan.tokens:
             return None
         names = {name: full for name, full, _ in self.source.linears(index)}
-        known = {name: plan.tokens[full] for name, full in names.items() if full in plan.tokens}
-        return (
-            {name: known.get(name, next(iter(known.values()))) for name in names} if known else None
-        )
+        weights = {name: plan.tokens[full] for name, full in names.items() if full in plan.tokens}
+        first = next(iter(weights.values()), None)
+        return None if first is None else {name: weights.get(name, first) for name in names}
 
     def _quantize_block(
         self, index: int, statistics: dict[str, InputStatistics], plan: Plan
     ) -> tuple[list[QuantizedLinear], list[LayerReport]]:
         linears, reports = [], []
+        prepare = cache(PreparedInput)  # linears of one input share their statistics
         for name, full, _ in self.source.linears(index):
             scheme = plan.schemes.get(full)
             if scheme is None:
                 continue
             if name not in statistics:
                 raise SvskError(
-                    f"{full}: saw no calibration token, so it cannot be quantised. Add it to"
-                    " --ignore."
+                    f"{full}: saw no calibration token, so it"
+                    " cannot be quantised. Add it to --ignore."
                 )
             weight = self.source.tensors.read(f"{full}.weight").to(self.device)
             rows = plan.rows.get(full)
@@ -447,6 +449,7 @@ class _Run:
                     scheme,
                     self.scale_dtype,
                     None if rows is None else rows.to(self.device),
+                    prepare,
                 )
             except SvskError as error:
                 raise error if full in str(error) else SvskError(f"{full}: {error}") from error

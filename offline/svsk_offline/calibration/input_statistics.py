@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second moments of a linear's input."""
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -29,8 +29,6 @@ class InputStatistics:
         self._first = torch.zeros(shape, device=device) if first else None
         self._weight = 0.0
         self._samples = 0
-        self.prepared: dict[Any, Any] = {}
-        """Whatever is derived from these statistics once for all linears that share them, by the deriver's key."""
 
     def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Take in the inputs of some samples.
@@ -47,9 +45,8 @@ class InputStatistics:
             rows = rows * weights.reshape(-1, 1).to(rows).sqrt()
             self._weight += float(weights.sum())
         self._accumulate(self._sum, rows)
-        if (
-            inputs.ndim == 3 and self._first is not None
-        ):  # a flattened input does not say where samples begin
+        # A flattened input does not say where samples begin.
+        if inputs.ndim == 3 and self._first is not None:
             self._accumulate(self._first, inputs.detach()[:, 0].float())
             self._samples += inputs.shape[0]
 

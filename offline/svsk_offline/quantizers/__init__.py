@@ -3,7 +3,7 @@
 
 from svsk_offline.quantizers.activation_aware import channel_importance, quantize_aa
 from svsk_offline.quantizers.diagonal_sidecar import Sidecar, fit_diagonal_sidecar
-from svsk_offline.quantizers.rounding import nearest_codes, quantize_rtn
+from svsk_offline.quantizers.rounding import nearest_codes
 
 __all__ = [
     "Sidecar",
@@ -11,5 +11,4 @@ __all__ = [
     "fit_diagonal_sidecar",
     "nearest_codes",
     "quantize_aa",
-    "quantize_rtn",
 ]

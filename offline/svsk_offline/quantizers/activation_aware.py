@@ -44,10 +44,10 @@ def quantize_aa(
     scale_dtype: torch.dtype,
     clip_grid: Sequence[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per group, the scale ``clip * absmax / highest level`` with the least importance-weighted squared error.
+    """Round under the clip of each group's maximum with the least weighted squared error.
 
     Scales are rounded to ``scale_dtype`` before the codes are chosen. A clip of 1 is plain rounding
-    to nearest, so the weighted error of no group exceeds that of :func:`quantize_rtn`.
+    to nearest, so the weighted error of no group exceeds that of plain rounding.
 
     Args:
         weight: float32 [N, K], K a multiple of ``group_size``.
@@ -70,7 +70,7 @@ def quantize_aa(
         scale = (full * clip).to(scale_dtype)
         codes, values = scaled_codes(groups, scale.float(), codebook)
         error = ((groups - values).square_() * weights).sum(-1)
-        better = error < best_error
+        better = error < best_error  # of equal ones the first, in the order of the grid
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
         best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Base and sidecar of one linear, each fitted in turn to what the other leaves."""
 
-from dataclasses import dataclass
-
 import torch
 
 from svsk_kernels.errors import SvskError
@@ -17,18 +15,40 @@ from svsk_offline.quantizers.hessian_sidecar import (
 )
 from svsk_offline.quantizers.rounding import nearest_codes
 from svsk_offline.recipe import AlternatingArgs
-from svsk_vllm.format import LinearSpec, QuantizedLinear
+from svsk_vllm.format import LinearSpec, QuantizedLinear, TileGrid
 
-__all__ = ["output_error", "quantize_alternating"]
+__all__ = ["PreparedInput", "output_error", "quantize_alternating"]
 
 
-@dataclass
-class _Prepared:
-    """What all linears with the same input share."""
+class PreparedInput:
+    """What the method derives from a linear's input; linears of one input may share it.
 
-    hessian: torch.Tensor  # sink weight included, not damped
-    order: ColumnOrder
-    tiles: dict[tuple[int, float], list[ColumnTile]]
+    Args:
+        statistics: of the input, whole matrices.
+        args: settings of the method.
+        sink_weight: weight of the first token's second moment, added to the Hessian.
+
+    Raises:
+        SvskError: the Hessian cannot be used.
+    """
+
+    def __init__(
+        self, statistics: InputStatistics, args: AlternatingArgs, sink_weight: float = 0.0
+    ) -> None:
+        self.args = args
+        self.hessian = statistics.hessian  # sink weight included, not damped
+        # Before the sink is added, which would raise the damping of every channel.
+        mean = float(self.hessian.diagonal().mean())
+        if sink_weight:
+            self.hessian = self.hessian + sink_weight * statistics.first_hessian
+        self.order = ColumnOrder.of(damped(self.hessian, args.damping, mean))
+        self._tiles: dict[int, list[ColumnTile]] = {}
+
+    def tiles(self, grid: TileGrid) -> list[ColumnTile]:
+        """The Hessian's column tiles for a grid; decomposed once for each width of tiles."""
+        if grid.tile_cols not in self._tiles:
+            self._tiles[grid.tile_cols] = column_tiles(self.hessian, grid, self.args.ridge)
+        return self._tiles[grid.tile_cols]
 
 
 def output_error(
@@ -44,81 +64,57 @@ def output_error(
 
 def quantize_alternating(
     weight: torch.Tensor,
-    statistics: InputStatistics,
+    given: PreparedInput,
     spec: LinearSpec,
-    args: AlternatingArgs,
-    sink_weight: float = 0.0,
     row_weights: torch.Tensor | None = None,
 ) -> QuantizedLinear:
     """Quantise a weight to the least error of its output that a few rounds find.
 
-    The best round is kept.
-
     Args:
         weight: float32 [N, K].
-        statistics: of the input, whole matrices.
+        given: its input.
         spec: name, shape and scheme.
-        args: settings of the method.
-        sink_weight: weight of the first token's second moment, added to the Hessian.
         row_weights: float32 [N], how much each output feature counts in the sidecar's fit; None is
             1 each.
 
     Raises:
-        SvskError: the Hessian cannot be used.
+        SvskError: the Hessian cannot be used, or no round's error is finite.
     """
-    shared = _prepare(statistics, args, sink_weight)
+    args, order = given.args, given.order
     codebook, rank = spec.scheme.weights.codebook, spec.rank
     sidecar = None
     if rank:
-        key = (spec.grid.tile_cols, args.ridge)
-        if key not in shared.tiles:
-            shared.tiles[key] = column_tiles(shared.hessian, spec.grid, args.ridge)
-        sidecar = HessianSidecar(shared.tiles[key], spec.grid, rank, spec.factor_bits, row_weights)
+        tiles = given.tiles(spec.grid)
+        sidecar = HessianSidecar(tiles, spec.grid, rank, spec.factor_bits, row_weights)
     target, best, least = weight, None, float("inf")
+    # Without a sidecar the base would see the same target again and again.
     rounds = args.rounds if sidecar else 1
+    # The last of the rounds is the first of polish.
     for number in range(1, rounds + max(1, args.polish)):
         if number <= rounds:  # from scratch, to what the sidecar leaves now
             scale = initial_scales(
-                args.scales,
-                target,
-                shared.order.importance,
-                spec.group_size,
-                codebook,
-                spec.scale_dtype,
+                args.scales, target, order.importance, spec.group_size, codebook, spec.scale_dtype
             )
-            levels, values = gptq(target, shared.order, scale, codebook)
+            levels, values = gptq(target, order, scale, codebook)
         if number >= rounds and args.polish:
-            scale = refit_scales(target, shared.order.hessian, levels, scale)
-            levels = polish(target, shared.order.hessian, levels, scale, codebook)
+            # Scales first: the codes then move under the scales they will be stored with.
+            scale = refit_scales(target, order.hessian, levels, scale)
+            levels = polish(target, order.hessian, levels, scale, codebook)
             values = level_values(levels, scale)
         if sidecar is None:
             best = QuantizedLinear(spec, nearest_codes(levels, codebook), scale)
             continue
         side = sidecar.fit(weight - values)
         product = sidecar_weight(side, spec.grid)
-        error = output_error(weight - values - product, shared.hessian, row_weights)
+        # A round may end worse than one before it, since factors are rounded: the best is kept.
+        error = output_error(weight - values - product, given.hessian, row_weights)
         if error < least:
             codes = nearest_codes(levels, codebook)
             least, best = error, QuantizedLinear(spec, codes, scale, side.u, side.v, side.gain)
         target = weight - product
     if best is None:
         raise SvskError(
-            "the error of its output is not finite in any round. Is the weight or an activation"
-            " infinite?"
+            "the error of its output is not finite in any"
+            " round. Is the weight or an activation infinite?"
         )
     return best
-
-
-def _prepare(statistics: InputStatistics, args: AlternatingArgs, sink_weight: float) -> _Prepared:
-    key = ("alternating", args.damping, sink_weight)
-    if key not in statistics.prepared:
-        hessian = statistics.hessian
-        mean = float(
-            hessian.diagonal().mean()
-        )  # before the sink, which would raise the damping of everything
-        if sink_weight:
-            hessian = hessian + sink_weight * statistics.first_hessian
-        order = ColumnOrder.of(damped(hessian, args.damping, mean))
-        statistics.prepared[key] = _Prepared(hessian, order, {})
-    prepared: _Prepared = statistics.prepared[key]
-    return prepared

@@ -53,6 +53,7 @@ def fit_diagonal_sidecar(
     v = torch.zeros(grid.num_row_tiles, rank, grid.k, dtype=torch.int8, device=device)
     gain = torch.zeros(grid.num_row_tiles, grid.num_col_tiles, rank, device=device)
     mean = second_moment.mean()
+    # The ridge keeps channels that calibration never used from an infinite factor in V.
     root = (second_moment + ridge * torch.where(mean > 0, mean, 1.0)).sqrt()
     for a in range(grid.num_row_tiles):
         rows = grid.row_slice(a)
@@ -64,10 +65,11 @@ def fit_diagonal_sidecar(
             v_codes, v_scale = round_rows(right / weight, num_bits)
             tile_gain = u_scale * v_scale
             product = (u_codes.float().T * tile_gain) @ v_codes.float()
+            # Rounding can cost more than a weak direction brings: then the tile goes without.
             if ((tile - product) * weight).square().sum() > (tile * weight).square().sum():
                 continue
-            found = tile_gain.numel()
-            u[rows, b, :found] = u_codes.T
-            v[a, :found, cols] = v_codes
-            gain[a, b, :found] = tile_gain
+            kept = tile_gain.numel()  # less than the rank in a tile too small for it
+            u[rows, b, :kept] = u_codes.T
+            v[a, :kept, cols] = v_codes
+            gain[a, b, :kept] = tile_gain
     return Sidecar(u, v, gain)

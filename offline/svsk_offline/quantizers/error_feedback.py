@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding one column at a time, each error made up for by the columns still to come (GPTQ, Frantar et al. 2022)."""
+"""Rounding one column at a time, each error made up for by the columns still to come.
+
+This is GPTQ (Frantar et al. 2022), its updates gathered in blocks.
+"""
 
 from dataclasses import dataclass
 from typing import Final
@@ -20,7 +23,11 @@ __all__ = [
 ]
 
 BLOCK: Final = 128
-"""Columns whose updates are applied to the rest of the matrix in one product."""
+"""Columns whose updates are applied to the rest of the matrix in one product.
+
+As in the GPTQ paper: the rounding within a block is one column after the other, what it changes
+outside is a matrix product wide enough to run at speed.
+"""
 
 
 @dataclass(frozen=True)
@@ -109,20 +116,20 @@ def round_in_a_loop(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`round_block` on any device, a few operations per column."""
     divisor = torch.where(scale == 0, torch.inf, scale)  # which gives a ratio of zero
-    found, errors = torch.empty_like(work), torch.empty_like(work)
+    chosen, errors = torch.empty_like(work), torch.empty_like(work)
     single = len(work) == 1
     for i in range(work.shape[1]):
-        wanted, pivot = work[:, i], pivots[:, i : i + 1]
-        if values is not None:
-            wanted = values[:, i] + wanted / pivot
-        found[:, i] = levels.nearest(wanted / divisor[:, i])
-        value = found[:, i] * scale[:, i]
-        errors[:, i] = (wanted - value).div_(pivot) if values is None else value - values[:, i]
-        if single:
+        target, pivot = work[:, i], pivots[:, i : i + 1]
+        if values is not None:  # a step of Newton's method, exact for a quadratic form
+            target = values[:, i] + target / pivot
+        chosen[:, i] = levels.nearest(target / divisor[:, i])
+        value = chosen[:, i] * scale[:, i]
+        errors[:, i] = (target - value).div_(pivot) if values is None else value - values[:, i]
+        if single:  # a rank-one update in place, without the temporary of the batched form
             work[0, i + 1 :].addr_(coupling[0, i, i + 1 :], errors[0, i], alpha=-1)
         else:
             work[:, i + 1 :] -= coupling[:, i, i + 1 :].unsqueeze(2) * errors[:, i].unsqueeze(1)
-    return found, errors
+    return chosen, errors
 
 
 def round_with_feedback(
@@ -139,11 +146,12 @@ def round_with_feedback(
     Returns:
         Levels, float32 [K, N], in the original column order.
     """
+    # Columns of large diagonal first, while most columns are left to make up for their errors.
     work, root = columns[order.order], order.root
     size = work.shape[0]
     pivots = root.diagonal()
     groups = torch.div(order.order, size // scale.shape[0], rounding_mode="floor")
-    found = torch.empty_like(columns)
+    chosen = torch.empty_like(columns)
     for start in range(0, size, BLOCK):
         part = slice(start, min(start + BLOCK, size))
         rounded, errors = round_block(
@@ -153,7 +161,7 @@ def round_with_feedback(
             scale[groups[part]].unsqueeze(0),
             levels,
         )
-        found[order.order[part]] = rounded[0]
+        chosen[order.order[part]] = rounded[0]
         if part.stop < size:
             work[part.stop :].addmm_(root[part, part.stop :].T, errors[0], alpha=-1)
-    return found
+    return chosen

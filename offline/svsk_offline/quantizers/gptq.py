@@ -25,7 +25,11 @@ __all__ = [
 ]
 
 DEFAULT_CANDIDATES: Final = tuple(1.12 - 0.045 * step for step in range(12))
-"""Factors on the scale that puts the largest magnitude on the codebook's widest level."""
+"""Factors on the scale that puts the largest magnitude on the codebook's widest level.
+
+Below 1 the largest weights are clipped for finer steps of all others. Above 1 no weight is clipped,
+and the one of largest magnitude falls between two levels.
+"""
 
 _CHUNK: Final = (1 << 20, 1 << 25)
 """Weights searched at a time.
@@ -105,6 +109,8 @@ def _search(
 ) -> torch.Tensor:
     groups = weight.view(weight.shape[0], -1, group_size)
     weights = importance.view(-1, group_size)
+    # The error is expanded, sum p (w - s c)^2 = sum p w^2 - 2 s sum p w c + s^2 sum p c^2, so that
+    # each candidate passes over the weights once for its codes and once for its sums.
     weighted = groups * weights
     energy = (weighted * groups).sum(-1)
     full = groups.abs().amax(-1) / float(codebook_levels(codebook).abs().max())
@@ -116,9 +122,10 @@ def _search(
         levels = nearest_levels(groups * inverse.unsqueeze(-1), codebook)
         cross = (weighted * levels).sum(-1)
         square = (levels.square_() * weights).sum(-1)
+        # Rounded before its error is taken: the stored scale is the one that is used.
         scale = torch.where(square > 0, cross / square, start).to(scale_dtype).float()
         error = energy - 2 * scale * cross + scale.square() * square
-        better = error < best_error
+        better = error < best_error  # strictly: of equal ones the first, whose sign is positive
         best_error = torch.where(better, error, best_error)
         best = torch.where(better, scale, best)
     return best.to(scale_dtype)
@@ -140,8 +147,8 @@ def gptq(
     """
     by_group = scale.float().T.contiguous()  # [G, N]
     levels = round_with_feedback(weight.T.contiguous(), order, by_group, Levels(codebook=codebook))
-    found = levels.T.contiguous()
-    return found, level_values(found, scale)
+    levels = levels.T.contiguous()
+    return levels, level_values(levels, scale)
 
 
 def level_values(levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -178,8 +185,10 @@ def polish(
     steps = by_group.repeat_interleave(k // by_group.shape[0], 0)  # [K, N]
     current = levels.T.contiguous()
     values = current * steps
-    gradient = hessian @ (weight.T - values)  # [K, N]
+    gradient = hessian @ (weight.T - values)  # [K, N], half of it and of opposite sign
     curvature = hessian.diagonal()
+    # A block of columns at a time: within it each move changes the gradient of the columns after
+    # it, all other columns get the block's moves in one product.
     for _ in range(sweeps):
         for start in range(0, k, BLOCK):
             part = slice(start, min(start + BLOCK, k))
@@ -216,18 +225,16 @@ def refit_scales(
         Scales of the same shape and dtype.
     """
     rows = max(1, _at_a_time(_SYSTEMS, weight) // scale.shape[1] ** 2)
-    felt = weight @ hessian
-    parts = [
-        _refit(f, hessian, q, s)
-        for f, q, s in zip(felt.split(rows), levels.split(rows), scale.split(rows), strict=True)
-    ]
+    weighted = weight @ hessian
+    split = (weighted.split(rows), levels.split(rows), scale.split(rows))
+    parts = [_refit(w, hessian, q, s) for w, q, s in zip(*split, strict=True)]
     return torch.cat(parts)
 
 
 def _refit(
-    felt: torch.Tensor, hessian: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor
+    weighted: torch.Tensor, hessian: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """New scales of some rows; ``felt`` is ``W H``."""
+    """New scales of some rows; ``weighted`` is ``W H`` of these rows."""
     n, groups = scale.shape
     size = levels.shape[1] // groups
     system = torch.empty(n, groups, groups, dtype=torch.float64, device=levels.device)
@@ -236,15 +243,16 @@ def _refit(
         system[:, g] = (
             ((levels[:, columns] @ hessian[columns]) * levels).view(n, groups, size).sum(-1)
         )
-    right = (felt * levels).view(n, groups, size).sum(-1).double()
+    right = (weighted * levels).view(n, groups, size).sum(-1).double()
     old = scale.double()
-    damping = (
-        1e-9 * system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-        + torch.finfo(torch.float64).tiny
-    )
+    # A group whose codes are all 0 has a row of zeros, which leaves its scale open. A pull towards
+    # the old scales, far below the float32 rounding of the system, settles it; `tiny` does where
+    # the whole system is zero.
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    damping = 1e-9 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float64).tiny
     damped = system + torch.diag_embed(damping.expand(n, groups))
     solved, failed = torch.linalg.solve_ex(damped, right + damping * old)
-    new = solved.to(scale.dtype).double()
+    new = solved.to(scale.dtype).double()  # as stored, for rounding may undo the gain
 
     def objective(candidate: torch.Tensor) -> torch.Tensor:
         return (

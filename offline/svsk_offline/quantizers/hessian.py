@@ -12,7 +12,11 @@ from svsk_kernels.errors import SvskError
 __all__ = ["ColumnOrder", "damped", "damped_batch", "inverse_root", "inverse_roots", "lower_factor"]
 
 _DAMPING_STEPS: Final = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
-"""Further relative damping to try when the Cholesky decomposition fails."""
+"""Further relative damping to try when the Cholesky decomposition fails.
+
+It begins at 0, so that a matrix which decomposes is left as it is, and ends where the damping is as
+large as the mean of the diagonal.
+"""
 
 
 def damped(hessian: torch.Tensor, relative: float, scale: float | None = None) -> torch.Tensor:
@@ -31,7 +35,7 @@ def damped(hessian: torch.Tensor, relative: float, scale: float | None = None) -
         A new float32 [K, K].
     """
     result = hessian.clone()
-    diagonal = result.diagonal()
+    diagonal = result.diagonal()  # a view: what follows changes `result`
     mean = float(diagonal.mean()) if scale is None else scale
     diagonal.add_(relative * mean)
     if not bool(diagonal.any()):
@@ -56,9 +60,10 @@ def inverse_root(matrix: torch.Tensor) -> torch.Tensor:
     """
     if not bool(torch.isfinite(matrix).all()):
         raise SvskError(
-            "A calibration Hessian holds values that are not finite: the model's activations"
-            " overflow."
+            "A calibration Hessian holds values that are"
+            " not finite: the model's activations overflow."
         )
+    # The inverse may be indefinite by rounding although the matrix was not: then more damping.
     for lower in _lower_factors(matrix):
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not int(failed):
@@ -108,7 +113,7 @@ def lower_factor(matrix: torch.Tensor) -> torch.Tensor:
 
 def _lower_factors(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
     """Cholesky factors in float64 under growing damping, where they exist."""
-    work = matrix.double()
+    work = matrix.double()  # float32 products of correlated inputs lose definiteness in float32
     mean = float(work.diagonal().mean())
     for extra in _DAMPING_STEPS:
         shifted = work.clone()

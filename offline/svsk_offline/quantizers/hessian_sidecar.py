@@ -28,7 +28,16 @@ _CLIPS: Final = (1.0, 0.9, 0.8, 0.7, 0.62, 0.55, 0.48, 0.42, 0.36)
 """Fractions of the absolute maximum tried as the range of 4-bit factors."""
 
 _RIDGE: Final = 1e-6
-"""Relative ridge of the r x r systems."""
+"""Relative ridge of the r x r systems.
+
+Their entries are float32 products, whose rounding (about 1e-7 of the largest) must not decide.
+"""
+
+_GAIN_RIDGE: Final = 1e-9
+"""Relative ridge of the systems for the gains.
+
+Smaller, since they are solved in float64 and only kept where they lower the error.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,8 @@ class ColumnTile:
     columns: slice
     order: ColumnOrder
     lower: torch.Tensor  # Cholesky factor of the tile's Hessian, float32
-    coupling: (
-        torch.Tensor | None
-    )  # inv(H_cc) H_c, float32 [w, K]; None when the tile is the whole dimension
+    # inv(H_cc) H_c, float32 [w, K]; None when the tile is the whole dimension.
+    coupling: torch.Tensor | None
 
 
 def column_tiles(hessian: torch.Tensor, grid: TileGrid, ridge: float) -> list[ColumnTile]:
@@ -54,10 +62,10 @@ def column_tiles(hessian: torch.Tensor, grid: TileGrid, ridge: float) -> list[Co
     tiles = []
     for b in range(grid.num_col_tiles):
         columns = grid.col_slice(b)
-        own = damped(hessian[columns, columns], ridge)
-        order = ColumnOrder.of(own)
-        lower = lower_factor(own)
-        whole = own.shape[0] == grid.k
+        block = damped(hessian[columns, columns], ridge)
+        order = ColumnOrder.of(block)
+        lower = lower_factor(block)
+        whole = block.shape[0] == grid.k
         coupling = None if whole else torch.cholesky_solve(hessian[columns].double(), lower).float()
         tiles.append(ColumnTile(columns, order, lower.float(), coupling))
     return tiles
@@ -88,7 +96,9 @@ class HessianSidecar:
         )
 
     def fit(self, residual: torch.Tensor, sweeps: int = 3) -> Sidecar:
-        """Minimise ``tr(D (R - U diag(gain) V) H (R - U diag(gain) V)^T)`` over rounded factors, D the row weights.
+        """Minimise ``tr(D E H E^T)`` with ``E = R - U diag(gain) V`` over rounded factors.
+
+        R is the residual, D the row weights.
 
         All rows of tiles are fitted at once. Column tiles are fitted in turn: in the first sweep to
         their own columns of the residual, then to what all others leave, as far as a tile can make
@@ -102,27 +112,24 @@ class HessianSidecar:
             sweeps: passes over the column tiles; one is enough when there is only one.
         """
         grid, device = self.grid, residual.device
-        left = self._by_tile(
-            residual
-        ).clone()  # [A, rows, K], minus the product of every fitted tile
+        # [A, rows, K], minus the product of every fitted tile.
+        left = self._by_tile(residual).clone()
         count, rows, _ = left.shape
         u = torch.zeros(count, rows, grid.num_col_tiles, self.rank, dtype=torch.int8, device=device)
         v = torch.zeros(count, self.rank, grid.k, dtype=torch.int8, device=device)
         gain = torch.zeros(count, grid.num_col_tiles, self.rank, device=device)
         for sweep in range(sweeps if len(self.tiles) > 1 else 1):
             for b, tile in enumerate(self.tiles):
-                own = left[:, :, tile.columns]
-                if sweep:
-                    own += _product(u[:, :, b], v[:, :, tile.columns], gain[:, b])
-                target = own if sweep == 0 or tile.coupling is None else left @ tile.coupling.T
+                part = left[:, :, tile.columns]  # a view
+                if sweep:  # what this tile took off in the last sweep is put back
+                    part += _product(u[:, :, b], v[:, :, tile.columns], gain[:, b])
+                target = part if sweep == 0 or tile.coupling is None else left @ tile.coupling.T
                 codes_u, codes_v, scale = self._fit_tiles(target.contiguous(), tile)
-                found = scale.shape[1]
-                u[:, :, b, :found], v[:, :found, tile.columns], gain[:, b, :found] = (
-                    codes_u,
-                    codes_v,
-                    scale,
-                )
-                own -= _product(u[:, :, b], v[:, :, tile.columns], gain[:, b])
+                rank = scale.shape[1]  # less than self.rank in a tile too small for it
+                u[:, :, b, :rank] = codes_u
+                v[:, :rank, tile.columns] = codes_v
+                gain[:, b, :rank] = scale
+                part -= _product(u[:, :, b], v[:, :, tile.columns], gain[:, b])
         return Sidecar(u.flatten(0, 1)[: grid.n], v, gain)
 
     def _by_tile(self, matrix: torch.Tensor) -> torch.Tensor:
@@ -134,28 +141,33 @@ class HessianSidecar:
     def _fit_tiles(
         self, target: torch.Tensor, tile: ColumnTile
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rounded U [A, rows, f], V [A, f, w] and gains [A, f] for targets [A, rows, w], f = min(rank, rows, w)."""
-        felt_by = target if self.weights is None else target * self.weights.sqrt().unsqueeze(2)
-        right = leading_right_vectors(felt_by @ tile.lower, self.rank)
+        """Rounded U [A, rows, f], V [A, f, w] and gains [A, f] for targets [A, rows, w].
+
+        f is the rank, or less where a tile is smaller: min(rank, rows, w).
+        """
+        weighted = target if self.weights is None else target * self.weights.sqrt().unsqueeze(2)
+        # With H = L L^T the error is the squared norm of D^1/2 E L: the best V is Q^T L^-1, Q^T the
+        # leading right vectors of D^1/2 T L.
+        right = leading_right_vectors(weighted @ tile.lower, self.rank)
         count, ranks, width = right.shape
-        vectors = torch.linalg.solve_triangular(
-            tile.lower.T, right.flatten(0, 1).T, upper=True
-        ).T  # V = Q^T L^-1
+        vectors = torch.linalg.solve_triangular(tile.lower.T, right.flatten(0, 1).T, upper=True).T
+        # V is rounded first, and U fitted to the rounded V: so U makes up for V's rounding.
         v_codes, v_scale = self._round_v(vectors.contiguous(), tile.order)
-        felt_codes = (v_codes @ tile.order.hessian).view(count, ranks, width)
+        # Products of the integers, scaled afterwards: the gains below need both.
+        codes_h = (v_codes @ tile.order.hessian).view(count, ranks, width)
         v_codes, v_scale = v_codes.view(count, ranks, width), v_scale.view(count, ranks)
-        felt = felt_codes * v_scale.unsqueeze(2)  # V H
-        small = damped_batch(felt @ (v_codes * v_scale.unsqueeze(2)).mT, _RIDGE)
-        wanted = felt @ target.mT
-        free = torch.linalg.solve(small.double(), wanted.double()).float()  # U^T [A, f, rows]
+        vh = codes_h * v_scale.unsqueeze(2)
+        small = damped_batch(vh @ (v_codes * v_scale.unsqueeze(2)).mT, _RIDGE)
+        right_side = vh @ target.mT
+        free = torch.linalg.solve(small.double(), right_side.double()).float()  # U^T [A, f, rows]
         u_codes, u_scale = self._round_u(free, small)
         gains = self._refit_gains(
-            wanted / v_scale.unsqueeze(2), u_codes, felt_codes @ v_codes.mT, u_scale * v_scale
+            right_side / v_scale.unsqueeze(2), u_codes, codes_h @ v_codes.mT, u_scale * v_scale
         )
         return u_codes.mT.to(torch.int8), v_codes.to(torch.int8), gains
 
     def _round_v(self, rows: torch.Tensor, order: ColumnOrder) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integers (as float32) of V [n, w] and scales [n], with feedback along columns under the tile's Hessian."""
+        """Integers (as float32) of V [n, w] and scales [n], with feedback along the columns."""
         scale = _row_scales(rows, order.importance, self.num_bits)
         codes = round_with_feedback(rows.T.contiguous(), order, scale.unsqueeze(0), self._levels)
         return codes.T.contiguous(), scale
@@ -163,7 +175,10 @@ class HessianSidecar:
     def _round_u(
         self, rows: torch.Tensor, small: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integers of U^T [A, f, rows] and scales [A, f], with feedback along the ranks under ``V H V^T`` [A, f, f]."""
+        """Integers of U^T [A, f, rows] and scales [A, f], with feedback along the ranks.
+
+        Under ``small``, which is ``V H V^T`` [A, f, f].
+        """
         weights = torch.ones_like(rows[:, 0]) if self.weights is None else self.weights
         each = weights.unsqueeze(1).expand_as(rows).flatten(0, 1)
         scale = _row_scales(rows.flatten(0, 1), each, self.num_bits).view(rows.shape[:2])
@@ -179,24 +194,26 @@ class HessianSidecar:
 
     @property
     def _levels(self) -> Levels:
+        # Of 8 bits -128 is left out, which has no counterpart; of 4 bits -8 is a sixteenth level.
         return Levels(max(-(2 ** (self.num_bits - 1)), -127), 2 ** (self.num_bits - 1) - 1)
 
     def _refit_gains(
-        self, wanted: torch.Tensor, u: torch.Tensor, gram: torch.Tensor, start: torch.Tensor
+        self, right_side: torch.Tensor, u: torch.Tensor, gram: torch.Tensor, start: torch.Tensor
     ) -> torch.Tensor:
         """Least-squares gains [A, f] for the integers of U^T [A, f, rows] and V.
 
         Args:
-            wanted: ``V H T^T`` [A, f, rows] of the integers, T the target.
+            right_side: ``V H T^T`` [A, f, rows] of the integers, T the target.
             u: the integers of U^T.
             gram: ``V H V^T`` [A, f, f] of the integers.
             start: gains to keep where the new ones are no better.
         """
         counted = u if self.weights is None else u * self.weights.unsqueeze(1)
         system = ((counted @ u.mT) * gram).double()
-        right = (counted * wanted).sum(2).double()
+        right = (counted * right_side).sum(2).double()
         diagonal = system.diagonal(dim1=1, dim2=2)
-        ridge = 1e-9 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float64).tiny
+        # `tiny` where all of a tile's integers are 0.
+        ridge = _GAIN_RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float64).tiny
         solved, failed = torch.linalg.solve_ex(
             system + torch.diag_embed(ridge.expand_as(right)), right
         )
@@ -218,9 +235,9 @@ def _row_scales(rows: torch.Tensor, importance: torch.Tensor, num_bits: int) -> 
     Absolute maximum for 8 bits, searched over clips by weighted error for 4. Never zero.
     """
     high = 2 ** (num_bits - 1) - 1
-    full: torch.Tensor = (
-        rows.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny * 2**20) / high
-    )
+    # No maximum below 2^20 times the smallest normal float32: the scale's inverse stays finite.
+    largest = rows.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny * 2**20)
+    full: torch.Tensor = largest / high
     if num_bits == 8:
         return full
     best_error = torch.full_like(full, torch.inf)

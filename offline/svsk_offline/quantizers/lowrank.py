@@ -11,10 +11,16 @@ from svsk_kernels.errors import SvskError
 __all__ = ["leading_right_vectors", "round_rows", "truncated_svd"]
 
 _EXACT_LIMIT: Final = 1536
-"""Smaller dimension up to which the decomposition is exact (an eigenproblem of that size)."""
+"""Smaller dimension up to which the decomposition is exact (an eigenproblem of that size).
+
+Its time grows with the third power: beyond, one tile would take longer than all else of a matrix.
+"""
 
 _ZERO: Final = 1e-6
-"""Singular values below this share of the largest are rounding."""
+"""Singular values below this share of the largest are rounding.
+
+The vectors come from float32 products, so what is smaller has no direction of its own.
+"""
 
 _RIDGE: Final = 1e-14
 """Relative to the trace.
@@ -23,8 +29,13 @@ What makes the Gram matrix of dependent columns decomposable in float64.
 """
 
 _OVERSAMPLING: Final = 16
+"""Vectors carried along beyond the rank: the last of the rank converge by the gap behind them."""
+
 _POWER_ITERATIONS: Final = 6
+"""Products with the matrix and its transpose; each widens the gaps between singular values."""
+
 _GRAM_ITERATIONS: Final = 8
+"""Products with a Gram matrix, in float32, before the Rayleigh-Ritz step."""
 
 
 def truncated_svd(
@@ -107,19 +118,18 @@ def _leading_vectors(gram: torch.Tensor, rank: int, exact: bool) -> torch.Tensor
     count, size, _ = gram.shape
     width = rank + _OVERSAMPLING
     if exact or size <= 2 * width:
-        found: torch.Tensor = torch.linalg.eigh(gram.double())[1][:, :, -rank:].flip(2).float()
-        return found
+        vectors: torch.Tensor = torch.linalg.eigh(gram.double())[1][:, :, -rank:].flip(2).float()
+        return vectors
     basis = _start(size, width, gram.device).expand(count, size, width)
     for _ in range(_GRAM_ITERATIONS):
         basis = _orthonormal((gram @ basis).double()).float()
-    basis = _orthonormal(
-        _orthonormal(basis.double())
-    )  # twice: directions that are only rounding come out shorter
+    # Twice: directions that are only rounding come out shorter the first time.
+    basis = _orthonormal(_orthonormal(basis.double()))
     projected = basis.mT @ (gram @ basis.float()).double()
     if not bool(projected.isfinite().all()):
         raise SvskError(
-            "singular vectors of a residual are not finite. Is the weight or an activation"
-            " infinite?"
+            "singular vectors of a residual are not finite."
+            " Is the weight or an activation infinite?"
         )
     turned: torch.Tensor = basis @ torch.linalg.eigh(projected + projected.mT)[1][
         :, :, -rank:
@@ -144,12 +154,12 @@ def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
         + torch.finfo(torch.float64).tiny
     )
     lower = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge.expand(gram.shape[:2])))[0]
-    found: torch.Tensor = torch.linalg.solve_triangular(lower, columns.mT, upper=False).mT
-    return found
+    result: torch.Tensor = torch.linalg.solve_triangular(lower, columns.mT, upper=False).mT
+    return result
 
 
 def _leading_eigenvectors(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvectors [m, rank] of a symmetric matrix by descending eigenvalue, and the roots of the eigenvalues."""
+    """Eigenvectors [m, rank] of a symmetric matrix and the roots of its eigenvalues, descending."""
     eigenvalues, vectors = torch.linalg.eigh(gram)
     return vectors[:, -rank:].flip(1), eigenvalues[-rank:].flip(0).clamp_min(0).sqrt()
 

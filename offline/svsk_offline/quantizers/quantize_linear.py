@@ -2,14 +2,15 @@
 """Quantising one linear layer, and how well it went."""
 
 import time
+from collections.abc import Callable
 
 import torch
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.input_statistics import InputStatistics
 from svsk_offline.quantizers import channel_importance, fit_diagonal_sidecar, quantize_aa
-from svsk_offline.quantizers.alternating import quantize_alternating
-from svsk_offline.recipe import PublishedArgs, PublishedRecipe, Recipe
+from svsk_offline.quantizers.alternating import PreparedInput, quantize_alternating
+from svsk_offline.recipe import AlternatingArgs, PublishedArgs, PublishedRecipe, Recipe
 from svsk_offline.storage.layer_report import LayerReport
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, dequantize
 
@@ -37,6 +38,7 @@ def quantize_linear(
     scheme: ConfigGroup,
     scale_dtype: torch.dtype,
     row_weights: torch.Tensor | None = None,
+    prepare: Callable[[InputStatistics, AlternatingArgs, float], PreparedInput] = PreparedInput,
 ) -> tuple[QuantizedLinear, LayerReport]:
     """Quantise one weight by a recipe.
 
@@ -49,6 +51,8 @@ def quantize_linear(
         scale_dtype: stored dtype of the scales.
         row_weights: float32 [N], how much each output feature counts in a Hessian fit; None is 1
             each.
+        prepare: derives from an input what the method alternating needs of it; one that remembers
+            saves that work for linears of one input.
 
     Returns:
         The quantised linear on the CPU, and its report.
@@ -69,10 +73,8 @@ def quantize_linear(
         seed = recipe.calibration.seed
         linear = _quantize_published(weight, moment, spec, recipe.published, seed)
     else:
-        sink = recipe.sink_weight(name)
-        linear = quantize_alternating(
-            weight, statistics, spec, recipe.alternating, sink, row_weights
-        )
+        given = prepare(statistics, recipe.alternating, recipe.sink_weight(name))
+        linear = quantize_alternating(weight, given, spec, row_weights)
     base = dequantize(linear, with_sidecar=False)
     whole = dequantize(linear) if spec.rank else base
     noise = float((weight - whole).square().sum())

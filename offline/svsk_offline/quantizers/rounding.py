@@ -11,7 +11,6 @@ __all__ = [
     "nearest_indices",
     "nearest_integers",
     "nearest_levels",
-    "quantize_rtn",
     "scaled_codes",
 ]
 
@@ -24,6 +23,7 @@ def nearest_indices(ratio: torch.Tensor, codebook: Codebook) -> torch.Tensor:
     level exactly.
     """
     if codebook == "quad8":
+        # 15.75 = 16 - 8 / 32: the inverse of v(q) = q (8 + q) / 8 is sqrt(8 x + 16) - 4.
         ratio = torch.copysign((ratio.abs() * 8 + 15.75).sqrt_().sub_(4), ratio)
     return nearest_integers(ratio, CODE_MIN, CODE_MAX)
 
@@ -88,25 +88,3 @@ def scaled_codes(
         torch.where(scale.unsqueeze(-1) == 0, torch.zeros_like(groups), groups / usable), codebook
     )
     return codes, code_values(codes, codebook) * scale.unsqueeze(-1)
-
-
-def quantize_rtn(
-    weight: torch.Tensor, group_size: int, codebook: Codebook, scale_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to nearest with absolute-maximum scales.
-
-    The plainest base, and the bound for the others.
-
-    Args:
-        weight: float32 [N, K], K a multiple of ``group_size``.
-        group_size: weights per scale.
-        codebook: the 16 levels.
-        scale_dtype: stored dtype of the scales.
-
-    Returns:
-        int8 codes [N, K] and scales [N, K / group_size] of ``scale_dtype``.
-    """
-    groups = weight.view(weight.shape[0], -1, group_size)
-    scale = absmax_scale(groups, codebook).to(scale_dtype)
-    codes, _ = scaled_codes(groups, scale.float(), codebook)
-    return codes.flatten(1), scale

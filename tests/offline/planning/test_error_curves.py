@@ -5,7 +5,11 @@ import pytest
 import torch
 
 from svsk_offline.planning.error_curves import choices_of
-from svsk_offline.quantizers.alternating import output_error, quantize_alternating
+from svsk_offline.quantizers.alternating import (
+    PreparedInput,
+    output_error,
+    quantize_alternating,
+)
 from svsk_offline.recipe import AllocationArgs, AlternatingArgs
 from svsk_vllm.format import LinearSpec, dequantize
 from tests.offline.quantizers.test_hessian_quantizers import statistics
@@ -41,7 +45,7 @@ def test_losses_fall_as_they_do_in_fact(tile_m: int, tile_n: int) -> None:
             )
             stored = LinearSpec("m", 48, 192, own)
             linear = quantize_alternating(
-                w, found, stored, AlternatingArgs(rounds=1), row_weights=rows
+                w, PreparedInput(found, AlternatingArgs(rounds=1)), stored, row_weights=rows
             )
             real = 0.5 * output_error(w - dequantize(linear), found.hessian, rows)
             assert 0.5 < choice.loss / real < 2

@@ -90,7 +90,7 @@ def test_gradient_weights_change_what_is_fitted(
 def test_sequential_calibration_sees_the_quantised_blocks(
     tmp_path: Path, tiny_recipe: Recipe, hessian_recipe: Recipe
 ) -> None:
-    """Block 1 comes out as if block 0 had been replaced by what was stored of it in the model beforehand."""
+    """Block 1 comes out as if block 0 had been what was stored of it."""
     dense = write_dense(tmp_path / "dense", "llama", dtype=torch.float32)
     for recipe in (tiny_recipe, hessian_recipe):
         sequential = recipe.override({"calibration": {"sequential": True}})
@@ -188,8 +188,7 @@ def test_plan_survives_its_file(tmp_path: Path) -> None:
     assert found.schemes == plan.schemes
     assert found.tokens.keys() == {"a.b", "a.c"}
     assert torch.equal(found.tokens["a.c"], tokens)
-    assert (
-        found.tokens["a.b"] is found.tokens["a.c"]
-    )  # or linears of one input would no longer share statistics
+    # Or linears of one input would no longer share statistics.
+    assert found.tokens["a.b"] is found.tokens["a.c"]
     assert torch.equal(found.rows["a.b"], tokens)
     assert [group.targets for group in found.groups().values()] == [("a.b",), ("a.c",)]

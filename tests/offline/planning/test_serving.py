@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM would refuse is refused before anything is computed, and found in a folder that has it."""
+"""What vLLM would refuse is refused before any work, and found in a folder that has it."""
 
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,12 @@ def test_a_whole_fused_layer_may_be_ignored(
 def test_a_sidecar_that_would_lose_its_rows(
     tmp_path: Path, tiny_recipe: Recipe, nothing_is_computed: None, target: float | None
 ) -> None:
-    """Bloom's loader in vLLM regroups query_key_value by its name, and cannot do so with a sidecar."""
+    """vLLM's loader of Bloom regroups query_key_value by name, and cannot with a sidecar."""
     model = write_dense(tmp_path / "bloom", "bloom")
     recipe = tiny_recipe.override({"sidecar": {"rank": 0}}) if target is None else None
     if recipe is not None:
-        with pytest.raises(
-            AssertionError, match="the run has begun"
-        ):  # without a sidecar it is served
+        # Without a sidecar it is served.
+        with pytest.raises(AssertionError, match="the run has begun"):
             quantize(model, tmp_path / "out", recipe, calibration=texts(model))
         return
     from svsk_offline.recipe import load_recipe

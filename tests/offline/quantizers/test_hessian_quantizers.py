@@ -6,8 +6,12 @@ import torch
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import InputStatistics
-from svsk_offline.quantizers import quantize_aa, quantize_rtn
-from svsk_offline.quantizers.alternating import output_error, quantize_alternating
+from svsk_offline.quantizers import quantize_aa
+from svsk_offline.quantizers.alternating import (
+    PreparedInput,
+    output_error,
+    quantize_alternating,
+)
 from svsk_offline.quantizers.error_feedback import Levels, round_with_feedback
 from svsk_offline.quantizers.gptq import (
     gptq,
@@ -22,6 +26,7 @@ from svsk_offline.quantizers.hessian_sidecar import HessianSidecar, column_tiles
 from svsk_offline.quantizers.rounding import nearest_codes
 from svsk_offline.recipe import AlternatingArgs
 from svsk_vllm.format import Codebook, LinearSpec, TileGrid, codebook_levels, dequantize
+from tests.offline.quantizers.plain import quantize_rtn
 from tests.offline.quantizers.test_quantizers import CODEBOOKS, GRID, values_of, weight
 from tests.support.format_builders import make_group
 
@@ -77,7 +82,7 @@ def test_inverse_root_and_damping() -> None:
 
 @pytest.mark.parametrize("k", [5, 128, 200])
 def test_feedback_equals_the_textbook_recursion(k: int) -> None:
-    """The blocked procedure against one column at a time with the inverse Hessian updated by elimination."""
+    """The blocked procedure against single columns and an inverse updated by elimination."""
     hessian = damped(statistics(k).hessian, 0.05).double().float()
     order = ColumnOrder.of(hessian)
     target = torch.randn(7, k, generator=torch.Generator().manual_seed(1))
@@ -116,7 +121,7 @@ def test_each_step_lowers_the_error(codebook: Codebook, dtype: torch.dtype, grou
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 def test_refitted_scales_are_the_least_squares_ones(codebook: Codebook) -> None:
-    """They find the scales a weight was made with, never raise a row's error, and leave unused groups alone."""
+    """They find a weight's scales, never raise a row's error, and leave unused groups alone."""
     k, group, n = 96, 32, 20
     hessian = damped(statistics(k).hessian, 0.01)
     generator = torch.Generator().manual_seed(1)
@@ -231,13 +236,13 @@ def test_alternation(rank: int, codebook: Codebook) -> None:
     spec = LinearSpec("m", 48, 128, group)
     errors = []
     for rounds in (1, 4):
-        linear = quantize_alternating(w, found, spec, AlternatingArgs(rounds=rounds))
+        linear = quantize_alternating(w, PreparedInput(found, AlternatingArgs(rounds=rounds)), spec)
         linear.to_tensors()  # raises when a tensor does not follow the format
         errors.append(output_error(w - dequantize(linear), found.hessian))
     assert errors[1] <= errors[0]
     if rank:
         bare = LinearSpec("m", 48, 128, make_group(codebook=codebook))
-        base = quantize_alternating(w, found, bare, AlternatingArgs())
+        base = quantize_alternating(w, PreparedInput(found, AlternatingArgs()), bare)
         assert errors[1] <= errors[0] < output_error(w - dequantize(base), found.hessian)
 
 
@@ -251,7 +256,7 @@ def test_closing_rounds_lower_the_error(rank: int, codebook: Codebook) -> None:
     errors = []
     for polish_rounds in (0, 1, 4):
         linear = quantize_alternating(
-            w, found, spec, AlternatingArgs(rounds=2, polish=polish_rounds)
+            w, PreparedInput(found, AlternatingArgs(rounds=2, polish=polish_rounds)), spec
         )
         errors.append(output_error(w - dequantize(linear), found.hessian))
     assert errors[2] < errors[1] < errors[0]
@@ -264,7 +269,7 @@ def test_row_weights_move_the_error_to_rows_that_count_less() -> None:
     shares = []
     for weights in (None, rows):
         linear = quantize_alternating(
-            w, found, spec, AlternatingArgs(rounds=2), row_weights=weights
+            w, PreparedInput(found, AlternatingArgs(rounds=2)), spec, row_weights=weights
         )
         residual = w - dequantize(linear)
         shares.append(
@@ -282,7 +287,9 @@ def test_sink_weight_moves_the_error_away_from_the_first_token() -> None:
     spec = LinearSpec("m", 48, 128, make_group())
     errors = []
     for sink in (0.0, 10.0):
-        residual = w - dequantize(quantize_alternating(w, found, spec, AlternatingArgs(), sink))
+        residual = w - dequantize(
+            quantize_alternating(w, PreparedInput(found, AlternatingArgs(), sink), spec)
+        )
         errors.append(output_error(residual, found.first_hessian))
     assert errors[1] < 0.5 * errors[0]
 
@@ -295,5 +302,5 @@ def test_unused_channels_and_layers() -> None:
         found = InputStatistics(64, torch.device("cpu"), full=True)
         found.add(data)
         spec = LinearSpec("m", 32, 64, make_group(rank=4, tile_m=0, tile_n=0))
-        linear = quantize_alternating(weight(32, 64), found, spec, AlternatingArgs())
+        linear = quantize_alternating(weight(32, 64), PreparedInput(found, AlternatingArgs()), spec)
         assert torch.isfinite(dequantize(linear)).all()

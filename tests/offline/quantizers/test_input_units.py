@@ -60,10 +60,11 @@ def test_codes_do_not_depend_on_the_scale_of_the_inputs(recipe: str, dead: bool)
         # A power of two may go from one factor's scale to the other's: what they stand for together
         # is the same.
         assert torch.equal(dequantize(other), dequantize(plain))
+    # Which rounds, so near ties fall otherwise and error feedback carries them on.
     for factor in (
         1e-3,
         1e3,
-    ):  # which rounds, so near ties fall otherwise and error feedback carries them on
+    ):
         other = quantised(sample(dead) * factor, recipe)
         assert (
             float((other.codes != plain.codes).float().mean())

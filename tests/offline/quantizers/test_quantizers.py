@@ -11,7 +11,6 @@ from svsk_offline.quantizers import (
     fit_diagonal_sidecar,
     nearest_codes,
     quantize_aa,
-    quantize_rtn,
 )
 from svsk_offline.quantizers.lowrank import round_rows, truncated_svd
 from svsk_vllm.format import (
@@ -23,6 +22,7 @@ from svsk_vllm.format import (
     codebook_levels,
     dequantize,
 )
+from tests.offline.quantizers.plain import quantize_rtn
 from tests.support.format_builders import make_group, property_test
 
 CODEBOOKS: tuple[Codebook, ...] = ("int4", "quad8")
@@ -97,9 +97,8 @@ def test_zero_and_tiny_groups(codebook: Codebook) -> None:
 def test_importance_is_clipped_and_relative() -> None:
     importance = channel_importance(torch.tensor([0.0, 1.0, 1.0, 1e6]), 0.5, (0.25, 4.0))
     assert float(importance[0]) == 0.25
-    assert float(importance[3]) == pytest.approx(
-        3**0.5, rel=1e-3
-    )  # of three in use: the zero is not
+    # Of three in use: the zero is not.
+    assert float(importance[3]) == pytest.approx(3**0.5, rel=1e-3)
     assert torch.equal(channel_importance(torch.zeros(4), 0.5, (0.25, 4.0)), torch.full((4,), 0.25))
 
 
