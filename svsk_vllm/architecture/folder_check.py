@@ -52,8 +52,8 @@ def checkpoint_problems(
         _check_numbers(folder, hf_config)
         model = build_architecture(folder, len(stored), trust_remote_code=trust_remote_code)
     except SvskFormatError as error:
-        found = validate_checkpoint(folder, serving=serving)
-        return found if str(error) in found else [*found, str(error)]
+        problems = validate_checkpoint(folder, serving=serving)
+        return problems if str(error) in problems else [*problems, str(error)]
     return validate_checkpoint(
         folder, architecture=describe_architecture(model, stored), serving=serving
     )
@@ -85,10 +85,11 @@ def require_sound(folder: Path, hf_config: Any) -> None:
         raise SvskFormatError(f"{folder}: cannot be read ({error}).") from error
     module = type(hf_config).__module__
     own_code, known = module.startswith("transformers_modules."), module.startswith("transformers.")
+    # Transformers asks while it builds a model on another device.
     with (
         torch.device("cpu"),
         _one_thread(),
-    ):  # transformers asks while it builds a model on another device
+    ):
         problems = _problems_of(folder.absolute(), files, own_code, own_code or known)
     if problems:
         more = f" And {len(problems) - _MAX_SHOWN} more: `svsk validate {folder}`."
@@ -160,23 +161,22 @@ def build_architecture(folder: Path, stored: int, *, trust_remote_code: bool = F
 
 
 def describe_architecture(model: Any, stored: list[str]) -> Architecture:
-    """Parameters of a model, and which of them transformers fills from each stored tensor, by its own rules."""
-    from svsk_vllm.architecture.parameter_names import (
-        parameter_names,
-    )  # imports transformers: seconds
+    """Parameters of a model, and which of them transformers fills from each stored tensor."""
+    # Here, for it imports transformers, which takes seconds.
+    from svsk_vllm.architecture.parameter_names import parameter_names
 
     parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     everything = {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
     def targets(names: list[str]) -> dict[str, tuple[tuple[str, ...], bool]]:
-        found = parameter_names(model, None, names)
+        filled = parameter_names(model, None, names)
         whole = any(name.startswith(prefix) for name in names)
         return {
             name: (
                 ((name,), True)
-                if _only_prefixed(name, found[name].targets[0], prefix, whole)
-                else (found[name].targets, found[name].pattern is None)
+                if _only_prefixed(name, filled[name].targets[0], prefix, whole)
+                else (filled[name].targets, filled[name].pattern is None)
             )
             for name in names
         }
@@ -199,7 +199,7 @@ def describe_architecture(model: Any, stored: list[str]) -> Architecture:
 
 
 def _only_prefixed(name: str, target: str, prefix: str, whole: bool) -> bool:
-    """Whether transformers finds a tensor's parameter only by its tolerance for prefixes, which vLLM does not have.
+    """Whether only transformers' tolerance for prefixes, which vLLM lacks, finds its parameter.
 
     A checkpoint of the body alone, without the prefix on any name, is in order.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameter of a transformers model is filled from which stored tensor, by transformers' own loading rules."""
+"""Which parameter is filled from which stored tensor, by transformers' own loading rules."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -69,8 +69,8 @@ class VllmClass:
                 joined = [other for other in joined if not other & members]
                 joined.append(members.union(*touching))
         order = {name: index for index, name in enumerate(names)}
-        found = [tuple(sorted(members, key=order.__getitem__)) for members in joined]
-        return sorted(found, key=lambda members: order[members[0]])
+        ordered = [tuple(sorted(members, key=order.__getitem__)) for members in joined]
+        return sorted(ordered, key=lambda members: order[members[0]])
 
     def fused_problems(self, schemes: Mapping[str, ConfigGroup | None]) -> list[str]:
         """What about the schemes of a model's linears vLLM would refuse, one line each.
@@ -90,13 +90,13 @@ class VllmClass:
                 )
             bases = {scheme.weights for scheme in chosen.values()}
             if len(bases) > 1:
-                told = ", ".join(
+                described = ", ".join(
                     f"{n}: {s.weights.codebook} g{s.weights.group_size}" for n, s in chosen.items()
                 )
                 problems.append(
                     f"{', '.join(chosen)}: vLLM fuses them into one layer ({self.name}), but their"
-                    f" bases differ ({told}). Give them one group size and one codebook; ranks and"
-                    " tiles may differ."
+                    f" bases differ ({described}). Give them one group size and one codebook;"
+                    " ranks and tiles may differ."
                 )
         return problems
 
@@ -107,14 +107,14 @@ class VllmClass:
         """
         if self.support == "removed":
             return (
-                f"{self.name}: vLLM {self.last} was the last to serve it. transformers can use the"
-                " checkpoint."
+                f"{self.name}: vLLM {self.last} was the last to"
+                " serve it. transformers can use the checkpoint."
             )
         if self.support == "unknown":
             return (
-                f"{self.name or 'config.json names no architecture'}: vLLM {self.vllm} has no class"
-                " for it. It may serve it through its backend for transformers' classes, or not at"
-                " all."
+                f"{self.name or 'config.json names no architecture'}: vLLM"
+                f" {self.vllm} has no class for it. It may serve it through"
+                " its backend for transformers' classes, or not at all."
             )
         return None
 
@@ -141,7 +141,7 @@ def vllm_class(hf_config: Mapping[str, Any], default: str = "") -> VllmClass:
 
 
 def serving_problems(checkpoint: Checkpoint) -> list[str]:
-    """What vLLM would refuse, or serve wrong, of a checkpoint of this class with these schemes, one line each."""
+    """What vLLM would refuse, or serve wrong, of this class with these schemes, a line each."""
     schemes: dict[str, ConfigGroup | None] = {}
     for module in dict.fromkeys(
         parts[0] for name in checkpoint.tensors.names if (parts := split_suffix(name))
@@ -152,9 +152,9 @@ def serving_problems(checkpoint: Checkpoint) -> list[str]:
             continue
         if scheme is not None:
             schemes[module] = scheme
-    found = vllm_class(checkpoint.hf_config)
+    served = vllm_class(checkpoint.hf_config)
     rows = (
-        row_order_problem([found.name], name, group.sidecar.rank)
+        row_order_problem([served.name], name, group.sidecar.rank)
         for name, group in schemes.items()
         if group
     )
@@ -162,7 +162,7 @@ def serving_problems(checkpoint: Checkpoint) -> list[str]:
     for name in checkpoint.dense_names:
         if name.endswith(".weight"):
             schemes.setdefault(name.removesuffix(".weight"), None)
-    return problems + found.fused_problems(schemes)
+    return problems + served.fused_problems(schemes)
 
 
 @cache

@@ -18,7 +18,7 @@ __all__ = ["Checkpoint", "split_suffix"]
 
 
 def split_suffix(name: str) -> tuple[str, str] | None:
-    """``(module, suffix)`` of a tensor name that belongs to a quantised linear, None for any other."""
+    """``(module, suffix)`` of a quantised linear's tensor name, None for any other."""
     module, _, suffix = name.rpartition(".")
     return (module, suffix) if module and suffix in SUFFIXES else None
 
@@ -105,8 +105,8 @@ class Checkpoint:
         packed = self.tensors.describe(f"{module}.{WEIGHT_PACKED}")
         if len(packed.shape) != 2 or 0 in packed.shape:
             raise SvskFormatError(
-                f"{module}.{WEIGHT_PACKED}: shape {list(packed.shape)}, expected a matrix of one"
-                " row or more."
+                f"{module}.{WEIGHT_PACKED}: shape {list(packed.shape)},"
+                " expected a matrix of one row or more."
             )
         scheme = self.config.scheme_for(module)
         if scheme is None:

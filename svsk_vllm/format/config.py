@@ -72,8 +72,8 @@ def _valid_pattern(entry: str) -> str:
             raise ValueError(f"not a valid regular expression ({error})") from error
         if re.search(r"\)[*+{]", entry) or len(re.findall(r"[*+{]", entry)) > _MAX_REPEATS:
             raise ValueError(
-                f"a repeated group, or more than {_MAX_REPEATS} repeats: matching could take for"
-                " ever"
+                f"a repeated group, or more than {_MAX_REPEATS}"
+                " repeats: matching could take for ever"
             )
     return entry
 
@@ -120,8 +120,8 @@ class SidecarArgs(_Strict):
     def _even_axes(self) -> "SidecarArgs":
         if self.num_bits == 4 and self.rank % 2:
             raise ValueError(
-                f"rank {self.rank} with num_bits 4: the rank must be even (two factors share a"
-                " byte)"
+                f"rank {self.rank} with num_bits 4: the rank"
+                " must be even (two factors share a byte)"
             )
         return self
 
@@ -197,7 +197,7 @@ class SvskCheckpointConfig(_Strict):
         return matches(name, self.ignore)
 
     def scheme_for(self, name: str, *, by_class: bool = True) -> ConfigGroup | None:
-        """The group that quantises the linear module ``name``, None when it is ignored or not targeted.
+        """The group that quantises a linear module, None when it is ignored or not targeted.
 
         Where several groups match, an exact name wins over a regular expression and that over a
         class name.
@@ -224,8 +224,8 @@ class SvskCheckpointConfig(_Strict):
         keys = best[min(best)]
         if len(keys) > 1:
             raise SvskFormatError(
-                f"{name}: config groups {', '.join(keys)} match equally well. Make one target more"
-                " specific."
+                f"{name}: config groups {', '.join(keys)} match"
+                " equally well. Make one target more specific."
             )
         return self.config_groups[keys[0]]
 
@@ -285,8 +285,8 @@ def _check_version(version: Any, source: str) -> None:
         )
     if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
         raise SvskFormatError(
-            f"{source}: format version {version} is not readable by svsk-vllm {__version__}, which"
-            f" reads version {FORMAT_VERSION.split('.')[0]}.x. Install the release of svsk-vllm"
-            " that wrote the checkpoint (producer.svsk in config.json names it), or quantise the"
-            " model again."
+            f"{source}: format version {version} is not readable by svsk-vllm"
+            f" {__version__}, which reads version {FORMAT_VERSION.split('.')[0]}.x."
+            " Install the release of svsk-vllm that wrote the checkpoint"
+            " (producer.svsk in config.json names it), or quantise the model again."
         )

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from svsk_vllm.format.errors import SvskFormatError
 
-__all__ = ["MAX_INDEX_BYTES", "copy_regular", "open_regular", "open_safetensors", "read_json"]
+__all__ = ["MAX_INDEX_BYTES", "copy_regular", "open_regular", "read_json", "safe_handle"]
 
 MAX_JSON_BYTES: Final = 16 * 2**20
 """Of a config.json.
@@ -146,34 +146,15 @@ def _depth(value: Any) -> int:
     return depth
 
 
-@contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
-    """A ``safe_open`` handle of a regular file.
-
-    Raises:
-        SvskFormatError: it is not a regular file, or not a whole safetensors file.
-    """
-    with _as_format_error(path), safe_handle(path) as handle:
-        yield handle
-
-
 def safe_handle(path: Path) -> Any:
     """A ``safe_open`` handle that stays open.
-
-    For :func:`open_safetensors` where it is used at once.
 
     Raises:
         SvskFormatError: it is not a regular file, or not a whole safetensors file.
     """
     require_regular(path)
-    with _as_format_error(path):
-        return safe_open(path, framework="pt", device="cpu")
-
-
-@contextmanager
-def _as_format_error(path: Path) -> Iterator[None]:
     try:
-        yield
+        return safe_open(path, framework="pt", device="cpu")
     except (OSError, SafetensorError) as error:
         raise SvskFormatError(
             f"{path}: cannot be opened ({error}). Copy or download the file again."

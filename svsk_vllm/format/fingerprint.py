@@ -4,12 +4,13 @@
 Shards of two runs in one folder fit by name and shape, and are a model of neither.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from svsk_vllm.format.checkpoint import Checkpoint
 from svsk_vllm.format.errors import SvskFormatError
-from svsk_vllm.format.files import open_safetensors
+from svsk_vllm.format.shards import ShardedReader
 
 __all__ = ["FINGERPRINT_KEY", "fingerprint_problems", "shard_fingerprint"]
 
@@ -24,9 +25,8 @@ def shard_fingerprint(path: Path) -> str | None:
     Raises:
         SvskFormatError: the file cannot be opened.
     """
-    with open_safetensors(path) as handle:
-        metadata: dict[str, str] = handle.metadata() or {}
-    return metadata.get(FINGERPRINT_KEY)
+    reader = ShardedReader(path.parent, shards=[path.name])
+    return reader.metadata(path.name).get(FINGERPRINT_KEY)
 
 
 def fingerprint_problems(checkpoint: Checkpoint) -> list[str]:
@@ -37,20 +37,17 @@ def fingerprint_problems(checkpoint: Checkpoint) -> list[str]:
     A config.json that names no run goes with shards of any one run. Shards that cannot be opened
     are left out.
     """
-    found: dict[str | None, list[str]] = {}
-    for shard in sorted({checkpoint.tensors.shard_of(name) for name in checkpoint.tensors.names}):
-        try:
-            found.setdefault(shard_fingerprint(checkpoint.folder / shard), []).append(shard)
-        except SvskFormatError:
-            continue
+    runs: dict[str | None, list[str]] = {}
+    for shard in checkpoint.tensors.shards:
+        with suppress(SvskFormatError):  # reported with the shards
+            run = checkpoint.tensors.metadata(shard).get(FINGERPRINT_KEY)
+            runs.setdefault(run, []).append(shard)
     declared = checkpoint.config.producer.get(FINGERPRINT_KEY)
-    if len(found) > 1:
-        runs = "; ".join(f"{_shown(run)} has {_few(shards)}" for run, shards in found.items())
-        what = f"shards of {len(found)} runs: {runs}"
-    elif (
-        declared is not None and found and declared not in [*found]
-    ):  # JSON may hold anything there
-        what = f"config.json of {_shown(declared)}, shards of {_shown(next(iter(found)))}"
+    if len(runs) > 1:
+        each = "; ".join(f"{_shown(run)} has {_few(shards)}" for run, shards in runs.items())
+        what = f"shards of {len(runs)} runs: {each}"
+    elif declared is not None and runs and declared not in [*runs]:  # JSON may hold a list there
+        what = f"config.json of {_shown(declared)}, shards of {_shown(next(iter(runs)))}"
     else:
         return []
     return [

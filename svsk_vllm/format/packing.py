@@ -38,8 +38,8 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
         )
     if codes.numel() and (int(codes.min()) < CODE_MIN or int(codes.max()) > CODE_MAX):
         raise SvskFormatError(
-            f"Codes span {int(codes.min())} to {int(codes.max())}: expected {CODE_MIN} to"
-            f" {CODE_MAX}."
+            f"Codes span {int(codes.min())} to {int(codes.max())}:"
+            f" expected {CODE_MIN} to {CODE_MAX}."
         )
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
@@ -60,8 +60,8 @@ def unpack_codes(packed: torch.Tensor, k: int) -> torch.Tensor:
         )
     if packed.shape[1] * _CODES_PER_WORD != k:
         raise SvskFormatError(
-            f"Packed codes of shape {list(packed.shape)} hold {packed.shape[1] * 8} columns, not"
-            f" {k}."
+            f"Packed codes of shape {list(packed.shape)}"
+            f" hold {packed.shape[1] * 8} columns, not {k}."
         )
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 

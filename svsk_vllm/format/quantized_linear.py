@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A quantised linear in memory, its stored form, and the float reference of the weight it stands for."""
+"""A quantised linear in memory, its stored form, and the weight it stands for."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ class QuantizedLinear:
 
 
 def tensor_problems(spec: LinearSpec, stored: Mapping[str, torch.Tensor | TensorSpec]) -> list[str]:
-    """What is wrong with the stored tensors of one linear (given by suffix, or their specifications)."""
+    """What is wrong with the tensors of one linear, or their specifications, by suffix."""
     problems = []
     expected = spec.tensors()
     for suffix, want in expected.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Architectures whose vLLM loaders change the rows of a weight by its name, and what the plugin serves of them.
+"""Architectures whose vLLM loaders move rows by a weight's name; what the plugin serves of them.
 
 A loader that moves rows (one fused tensor interleaved by heads, rotary halves) does so for the
 names and parameters it knows. It leaves a sidecar behind, whose rows then belong to other rows of
@@ -49,14 +49,14 @@ _FUSED_UNTIL_032 = replace(_FUSED_BY_NAME, only_before_032=True)
 _LLAMA4 = RowOrder(
     _QK,
     "rank 0",
-    "vLLM's loader regroups the rows of q_proj and k_proj for rotary embedding, but not a"
-    " sidecar's",
+    "vLLM's loader regroups the rows of q_proj and"
+    " k_proj for rotary embedding, but not a sidecar's",
 )
 _K2_HORIZON = RowOrder(
     _QK,
     "no rank",
-    "vLLM's loader regroups the rows of q_proj and k_proj for rotary embedding in dense weights"
-    " only",
+    "vLLM's loader regroups the rows of q_proj and"
+    " k_proj for rotary embedding in dense weights only",
 )
 _TELECHAT2 = RowOrder(
     r"(^|\.)key_value$", "no rank", "vLLM's loader splits key_value by heads, in dense weights only"
@@ -84,7 +84,7 @@ ROW_ORDERS: Final[Mapping[str, RowOrder]] = MappingProxyType(
 def row_order_problem(
     architectures: Iterable[str], module: str, rank: int, *, own_class: bool = False
 ) -> str | None:
-    """Why a quantised module would be served wrong for the order of its rows, with the remedy, or None.
+    """Why a module would be served with its rows in another order, and the remedy; or None.
 
     Args:
         architectures: ``architectures`` of config.json.

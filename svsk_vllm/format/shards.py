@@ -71,8 +71,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
             or Path(shard).name != shard
         ):
             raise SvskFormatError(
-                f"{index}: {name} is in {shard!r}, expected the name of a .safetensors file"
-                " beside it."
+                f"{index}: {name} is in {shard!r}, expected"
+                " the name of a .safetensors file beside it."
             )
     return weight_map
 
@@ -90,21 +90,6 @@ def require_printable(path: Path, names: Iterable[str]) -> None:
             )
 
 
-def described(path: Path, name: str, view: Any) -> TensorSpec:
-    """Dtype and shape of a tensor of a file, from its ``get_slice``.
-
-    Raises:
-        SvskFormatError: torch has no such tensor.
-    """
-    code, shape = view.get_dtype(), tuple(view.get_shape())
-    dtype = STORED_DTYPES.get(code)
-    if dtype is None or max(shape, default=0) > _MAX_DIMENSION:
-        raise SvskFormatError(
-            f"{path}: {name} has dtype {code} and shape {list(shape)}, which cannot be read."
-        )
-    return TensorSpec(dtype, shape)
-
-
 class ShardedReader:
     """Tensors of a model folder by name, each read when asked for.
 
@@ -113,25 +98,26 @@ class ShardedReader:
             both, the single file counts, as it does for transformers.
         by_headers: let the index only name the files, as transformers does, and open all of them at
             once to see which tensors they hold; of two with one name the later file's counts.
+        shards: names of the files to read, whatever an index says; opened like that too.
 
     Raises:
         SvskFormatError: neither is there, the index is damaged, or a shard cannot be opened.
     """
 
-    def __init__(self, folder: Path, *, by_headers: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, by_headers: bool = False, shards: Iterable[str] | None = None
+    ) -> None:
         self.folder = folder
         self._handles: dict[str, Any] = {}
         index = folder / INDEX_NAME
-        if (folder / SINGLE_NAME).exists():
-            self._shard_of = dict.fromkeys(self._open(SINGLE_NAME).keys(), SINGLE_NAME)
-            require_printable(folder / SINGLE_NAME, self._shard_of)
+        if shards is not None:
+            self._shard_of = self._held(shards)
+        elif (folder / SINGLE_NAME).exists():
+            self._shard_of = self._held([SINGLE_NAME])
         elif index.exists():
             self._shard_of = read_weight_map(index)
             if by_headers:
-                shards = sorted(set(self._shard_of.values()))
-                held = {shard: list(self._open(shard).keys()) for shard in shards}
-                self._shard_of = {name: shard for shard in shards for name in held[shard]}
-                require_printable(index, self._shard_of)
+                self._shard_of = self._held(self.shards)
         else:
             raise SvskFormatError(
                 f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME}. Only safetensors are read:"
@@ -160,17 +146,25 @@ class ShardedReader:
 
     def metadata(self, shard: str) -> dict[str, str]:
         """The ``__metadata__`` of a shard's header."""
-        found: dict[str, str] | None = self._open(shard).metadata()
-        return found or {}
+        metadata: dict[str, str] | None = self._open(shard).metadata()
+        return metadata or {}
 
     def describe(self, name: str) -> TensorSpec:
-        """Dtype and shape of a tensor, without reading its data."""
+        """Dtype and shape of a tensor, without reading its data.
+
+        Raises:
+            SvskFormatError: there is none, or torch has no such tensor.
+        """
+        path = self.folder / self.shard_of(name)
         with self._errors(name):
-            return described(
-                self.folder / self.shard_of(name),
-                name,
-                self._open(self.shard_of(name)).get_slice(name),
+            view = self._open(path.name).get_slice(name)
+            code, shape = view.get_dtype(), tuple(view.get_shape())
+        dtype = STORED_DTYPES.get(code)
+        if dtype is None or max(shape, default=0) > _MAX_DIMENSION:
+            raise SvskFormatError(
+                f"{path}: {name} has dtype {code} and shape {list(shape)}, which cannot be read."
             )
+        return TensorSpec(dtype, shape)
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor to the CPU."""
@@ -196,6 +190,15 @@ class ShardedReader:
             ValueError,
         ) as error:
             raise SvskFormatError(f"{self.folder / shard}: cannot read {name}: {error}.") from error
+
+    def _held(self, shards: Iterable[str]) -> dict[str, str]:
+        """Shard by tensor name, from the headers of the shards."""
+        shard_of: dict[str, str] = {}
+        for shard in shards:
+            names = list(self._open(shard).keys())
+            require_printable(self.folder / shard, names)
+            shard_of |= dict.fromkeys(names, shard)
+        return shard_of
 
     def _open(self, shard: str) -> Any:
         if shard not in self._handles:

@@ -12,7 +12,7 @@ from svsk_vllm.format.architectures import serving_problems
 from svsk_vllm.format.checkpoint import Checkpoint, parse_quantization_config, split_suffix
 from svsk_vllm.format.config import LINEAR_CLASS
 from svsk_vllm.format.errors import SvskFormatError
-from svsk_vllm.format.files import MAX_INDEX_BYTES, open_safetensors
+from svsk_vllm.format.files import MAX_INDEX_BYTES
 from svsk_vllm.format.fingerprint import fingerprint_problems
 from svsk_vllm.format.quantized_linear import tensor_problems
 from svsk_vllm.format.seal import scheme_problems
@@ -22,7 +22,6 @@ from svsk_vllm.format.shards import (
     ShardedReader,
     read_json,
     read_weight_map,
-    require_printable,
 )
 from svsk_vllm.format.spec import (
     SIDECAR_GAIN,
@@ -133,9 +132,7 @@ def _shard_problems(folder: Path) -> tuple[list[str], set[str]]:
         path = folder / shard
         listed = {name for name, file in weight_map.items() if file == shard}
         try:
-            with open_safetensors(path) as handle:
-                held = set(handle.keys())
-            require_printable(path, held)
+            held = set(ShardedReader(folder, shards=[shard]).names)
         except SvskFormatError as error:
             problems.append(f"{error} The index lists {len(listed)} tensors in it.")
             unreadable |= listed
@@ -184,27 +181,27 @@ def _linear_problems(checkpoint: Checkpoint, unreadable: set[str]) -> list[str]:
             problems.append(str(error))
     if not stored:
         problems.append(
-            f"{checkpoint.folder}: no quantised linear, although config.json declares quant_method"
-            " svsk."
+            f"{checkpoint.folder}: no quantised linear,"
+            " although config.json declares quant_method svsk."
         )
     return problems
 
 
 def _one_linear(checkpoint: Checkpoint, spec: LinearSpec, suffixes: set[str]) -> list[str]:
-    found: dict[str, torch.Tensor | TensorSpec] = {
+    tensors: dict[str, torch.Tensor | TensorSpec] = {
         s: checkpoint.tensors.describe(f"{spec.name}.{s}") for s in SUFFIXES if s in suffixes
     }
-    problems = tensor_problems(spec, found)
+    problems = tensor_problems(spec, tensors)
     model_dtype = checkpoint.model_dtype
     # A scale of any other dtype than the specification's is in the list already.
-    stored = found[WEIGHT_SCALE].dtype if WEIGHT_SCALE in found else None
+    stored = tensors[WEIGHT_SCALE].dtype if WEIGHT_SCALE in tensors else None
     if model_dtype is not None and stored == spec.scale_dtype != model_dtype:
         problems.append(
             f"{spec.name}.{WEIGHT_SCALE}: {stored}, expected the model's dtype {model_dtype}."
         )
     if problems:
         values = [
-            f"{spec.name}.{suffix}" for suffix in (WEIGHT_SCALE, SIDECAR_GAIN) if suffix in found
+            f"{spec.name}.{suffix}" for suffix in (WEIGHT_SCALE, SIDECAR_GAIN) if suffix in tensors
         ]
         return problems + [
             p for name in values for p in finite_problems(name, checkpoint.tensors.read(name))
@@ -261,26 +258,26 @@ def _architecture_problems(
         for name, shape in model.required.items()
         if name not in filled
     ]
-    known = {**model.optional, **model.required}
+    shapes = {**model.optional, **model.required}
     for name in dense:
         found, as_it_is = targets[name]
-        if found[0] not in known:
+        if found[0] not in shapes:
             if not any(re.search(pattern, name) for pattern in model.ignored):
                 problems.append(f"{name}: the architecture has no such parameter.")
         elif as_it_is:
-            problems += _shape_problems(checkpoint, name, known[found[0]], unreadable)
+            problems += _shape_problems(checkpoint, name, shapes[found[0]], unreadable)
             problems += _dense_linear_problems(checkpoint, model, name, found[0])
         if found[0] in model.floating and name not in unreadable:
             problems += _integer_problems(checkpoint, name)
     for module in modules:
         found, as_it_is = targets[f"{module}.weight"]
         packed = f"{module}.{WEIGHT_PACKED}"
-        if found[0] not in known:
+        if found[0] not in shapes:
             problems.append(
                 f"{module}: stored quantised, but the architecture has no {module}.weight."
             )
         elif as_it_is and packed in checkpoint.tensors:  # its absence is reported with the linear
-            problems += _shape_problems(checkpoint, packed, known[found[0]], unreadable)
+            problems += _shape_problems(checkpoint, packed, shapes[found[0]], unreadable)
     return problems + _tie_problems(
         checkpoint, model, {found[0]: name for name, (found, _) in targets.items()}
     )
@@ -311,8 +308,8 @@ def _dense_linear_problems(
     if target in model.tied or checkpoint.config.scheme_for(module) is None:
         return []
     return [
-        f"{name}: stored as it was, but config.json quantises {module}. Add it to the ignore list,"
-        " or quantise it."
+        f"{name}: stored as it was, but config.json quantises"
+        f" {module}. Add it to the ignore list, or quantise it."
     ]
 
 
@@ -335,8 +332,8 @@ def _tie_problems(
             continue  # reported with its shard
         if not torch.equal(*values):
             problems.append(
-                f"{names[1]}: differs from {names[0]}, to which config.json ties it. Remove one, or"
-                " the tie."
+                f"{names[1]}: differs from {names[0]}, to which"
+                " config.json ties it. Remove one, or the tie."
             )
     return problems
 
@@ -348,11 +345,11 @@ def _shape_problems(
     if name in unreadable:
         return []
     try:
-        found = checkpoint.tensors.describe(name).shape
+        stored = checkpoint.tensors.describe(name).shape
     except SvskFormatError as error:
         return [str(error)]
     if name.endswith(f".{WEIGHT_PACKED}"):
-        found = (*found[:-1], found[-1] * 8) if found else found
-    if found == tuple(shape):
+        stored = (*stored[:-1], stored[-1] * 8) if stored else stored
+    if stored == tuple(shape):
         return []
-    return [f"{name}: holds {list(found)}, the architecture expects {list(shape)}."]
+    return [f"{name}: holds {list(stored)}, the architecture expects {list(shape)}."]

@@ -30,7 +30,7 @@ _FLOAT32_MAX: Final = torch.finfo(torch.float32).max
 
 
 def finite_problems(name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> list[str]:
-    """Values of a stored floating tensor that are not finite, or not in the dtype it is cast to when it is loaded."""
+    """Floating values that are not finite, or would not be in the dtype they are loaded in."""
     if tensor.dtype not in _FLOATS or not tensor.numel():
         return []
     # torch.isfinite lacks float8; a float64 must not be narrowed before it is looked at
@@ -39,8 +39,8 @@ def finite_problems(name: str, tensor: torch.Tensor, dtype: torch.dtype | None =
         return [f"{name}: {bad} of {tensor.numel()} values are not finite."]
     if dtype is not None and not torch.isfinite(wide.abs().max().to(dtype)):
         return [
-            f"{name}: a value of {float(wide.abs().max()):.3g}, beyond what the model's {dtype} can"
-            " hold."
+            f"{name}: a value of {float(wide.abs().max()):.3g},"
+            f" beyond what the model's {dtype} can hold."
         ]
     return []
 

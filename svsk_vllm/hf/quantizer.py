@@ -44,9 +44,8 @@ from svsk_vllm.hf.matching import (
     USE_RESTORE,
     listed,
     match_model,
+    open_checkpoint,
     parameter_dtypes,
-    read_headers,
-    stored_linears,
 )
 
 __all__ = ["SvskHfConfig", "SvskHfQuantizer", "register_with_transformers"]
@@ -147,9 +146,8 @@ class SvskHfQuantizer(HfQuantizer):
         """
         if not self._sound:
             name = getattr(config, "_name_or_path", "")
-            if (
-                name and (Path(name) / "config.json").is_file()
-            ):  # not a hub id, nor a config that somebody made
+            # Not a hub id, nor a config that somebody made.
+            if name and (Path(name) / "config.json").is_file():
                 require_sound(Path(name), config)
             self._sound = True
         if hasattr(config, STOCK_LOADER_KEY):
@@ -159,19 +157,17 @@ class SvskHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        """Compare what is stored with the config and the model, and note what each weight is made from.
+        """Compare what is stored with the model, and note what each weight is made from.
 
         Raises:
             SvskFormatError: something is missing, contradicts the config, or does not fit the
                 model.
         """
-        config: SvskCheckpointConfig = self.quantization_config.checkpoint
-        stored = read_headers(checkpoint_files)
-        require_sound(Path(next(iter(checkpoint_files or ()))).parent, model.config)
-        linears = stored_linears(config, stored)
-        names = parameter_names(model, self, stored)
+        checkpoint = open_checkpoint(checkpoint_files or [])
+        require_sound(checkpoint.folder, model.config)
+        names = parameter_names(model, self, checkpoint.tensors.names)
         self._dtypes = parameter_dtypes(model)
-        self._dequantize_linear.specs = match_model(model, config, stored, linears, names)
+        self._dequantize_linear.specs = match_model(model, checkpoint, names)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Leave an ordinary dense model behind.
@@ -180,7 +176,7 @@ class SvskHfQuantizer(HfQuantizer):
             SvskFormatError: transformers loaded a weight from something else than its quantised
                 form.
         """
-        skipped = self._dequantize_linear.specs.keys() - self._dequantize_linear.done
+        skipped = self._dequantize_linear.specs.keys() - self._dequantize_linear.made
         if skipped:
             raise SvskFormatError(
                 f"{listed(sorted(skipped))}: stored quantised but not loaded by this version of"
@@ -196,9 +192,9 @@ class SvskHfQuantizer(HfQuantizer):
         # With a quantiser, transformers leaves tensors whose name changed in the dtype they are
         # stored in: ours, and dense ones as well (a dropped "model." is enough).
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            wanted = self._dtypes.get(name, tensor.dtype)
-            if tensor.dtype != wanted and tensor.device.type != "meta":
-                tensor.data = tensor.data.to(wanted)
+            dtype = self._dtypes.get(name, tensor.dtype)
+            if tensor.dtype != dtype and tensor.device.type != "meta":
+                tensor.data = tensor.data.to(dtype)
         return model
 
     @property
@@ -219,12 +215,12 @@ class _DequantizeLinear(ConversionOps):
 
     Attributes:
         specs: linear by name of the parameter its weight becomes.
-        done: parameters made so far.
+        made: parameters made so far.
     """
 
     def __init__(self) -> None:
         self.specs: dict[str, LinearSpec] = {}
-        self.done: set[str] = set()
+        self.made: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_DequantizeLinear":
         # transformers copies the converter for every tensor of the checkpoint; all of them share
@@ -251,7 +247,7 @@ class _DequantizeLinear(ConversionOps):
             device = tensor.device
             stored[f"{spec.name}.{SUFFIX_OF_PATTERN[pattern]}"] = tensor.cpu()
         weight = restored_weight(QuantizedLinear.from_tensors(spec, stored))
-        self.done.add(full_layer_name)
+        self.made.add(full_layer_name)
         # The full name, not the target pattern: transformers would look for the pattern anywhere in
         # the name.
         return {full_layer_name: weight.to(device)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameter a stored tensor becomes, where the model's class renames or splits what is stored."""
+"""Which parameter a stored tensor becomes where the model's class renames or splits it."""
 
 import pytest
 import torch
@@ -12,7 +12,10 @@ from tests.support.tiny_models import FAMILIES
 
 @pytest.fixture
 def llama(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
-    """A model whose checkpoints fuse gate and up, call the layers "blocks", and rename a part that has its name."""
+    """A model whose checkpoints fuse gate and up and call layers blocks.
+
+    They also rename a part that has the name of another.
+    """
     conversions = [
         WeightRenaming("model.blocks", "model.layers"),
         WeightRenaming("embed_tokens", "embedding"),

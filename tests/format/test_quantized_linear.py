@@ -162,9 +162,8 @@ def test_dequantize_of_views_that_are_not_contiguous() -> None:
 def test_stored_and_read_back_is_bit_identical(bits: int, rank: int) -> None:
     scheme = make_group(rank=rank, tile_m=5, tile_n=48, num_bits=bits)
     linear = random_linear(LinearSpec(NAME, 13, 128, scheme))
-    others = {
-        "model.norm.weight": torch.ones(3)
-    }  # what does not belong to the linear is passed over
+    # What does not belong to the linear is passed over.
+    others = {"model.norm.weight": torch.ones(3)}
     back = QuantizedLinear.from_tensors(linear.spec, linear.to_tensors() | others)
     for field in ("codes", "scale", "u", "v", "gain"):
         ours, read = getattr(linear, field), getattr(back, field)

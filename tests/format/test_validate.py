@@ -30,7 +30,7 @@ SHARD_2 = "model-00002-of-00003.safetensors"
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of damage to a checkpoint of three shards, and what each problem line must hold, one entry per line."""
+    """Damage to a checkpoint of three shards, and what each line of its problems must hold."""
 
     name: str
     damage: Damage
@@ -531,11 +531,9 @@ def test_a_bound_that_no_weight_reaches_is_no_problem(tmp_path: Path) -> None:
     small = build_small_checkpoint(tmp_path, dtype=torch.float16)
     small.replace(f"{Q_PROJ}.weight_scale", lambda scale: torch.full_like(scale, 8190.0))
     assert validate_checkpoint(tmp_path) != []
-    small.replace(
-        f"{Q_PROJ}.weight_packed", torch.zeros_like
-    )  # every code is -8, 65,520: rounds to infinity
+    # Every code is -8, 65,520: rounds to infinity.
+    small.replace(f"{Q_PROJ}.weight_packed", torch.zeros_like)
     assert validate_checkpoint(tmp_path) != []
-    small.replace(
-        f"{Q_PROJ}.weight_packed", lambda packed: torch.full_like(packed, 0x11111111)
-    )  # every code is -7
+    # Every code is -7.
+    small.replace(f"{Q_PROJ}.weight_packed", lambda packed: torch.full_like(packed, 0x11111111))
     assert validate_checkpoint(tmp_path) == []

@@ -19,7 +19,8 @@ from tests.support.tiny_models import write_random_svsk
 
 ASK_TRANSFORMERS = """
 import sys
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, pipeline
+from transformers import AutoModelForSequenceClassification
 for load in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification):
     try:
         load.from_pretrained(sys.argv[1])
@@ -74,9 +75,8 @@ def test_lm_eval_stops(qwen2: Folders) -> None:
         str(Path(__file__).parents[2] / "eval" / "tasks"),
     )
     assert code != 0
-    assert (
-        "Unknown quantization type, got svsk" in printed
-    )  # it asks for the method before it asks for the weights
+    # It asks for the method before it asks for the weights.
+    assert "Unknown quantization type, got svsk" in printed
 
 
 def test_vllm_without_the_plugin_stops(qwen2: Folders) -> None:

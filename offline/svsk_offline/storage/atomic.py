@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.storage.locks import locked
+from svsk_vllm.format.shards import INDEX_NAME, ShardedReader
 
-__all__ = ["PartialFolder", "write_json", "write_tensors", "write_text"]
+__all__ = ["PartialFolder", "write_index", "write_json", "write_tensors", "write_text"]
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
@@ -69,9 +70,9 @@ def write_tensors(
     ready: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
-        found = tensor.detach().cpu().contiguous()
-        ready[name] = found.clone() if found.data_ptr() in seen else found
-        seen.add(found.data_ptr())
+        tensor = tensor.detach().cpu().contiguous()
+        ready[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
     header = {"format": "pt", **(metadata or {})}
 
     def write(temporary: Path) -> None:
@@ -87,6 +88,15 @@ def write_tensors(
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
     _replace(path, write)
+
+
+def write_index(folder: Path, shards: Iterable[str]) -> None:
+    """Write the index of a folder's shards, atomically, by what their headers say."""
+    reader = ShardedReader(folder, shards=shards)
+    weight_map = {name: reader.shard_of(name) for name in reader.names}
+    size = sum(reader.describe(name).num_bits for name in reader.names) // 8
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_json(folder / INDEX_NAME, index)
 
 
 def _sort_metadata(path: Path, metadata: Mapping[str, str]) -> None:
@@ -170,7 +180,7 @@ class PartialFolder:
             yield
 
     def create(self) -> Path:
-        """Make the working folder and the one in it (existing ones are kept) and return the latter."""
+        """Make the working folder and the one in it, where they are missing; the latter."""
         self.result.mkdir(parents=True, exist_ok=True)
         return self.result
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from svsk_kernels.errors import SvskError
-from svsk_offline.storage.atomic import write_json, write_tensors, write_text
+from svsk_offline.storage.atomic import write_index, write_json, write_tensors, write_text
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.layer_report import LayerReport
 from svsk_offline.storage.model_card import Origin, model_card
@@ -30,7 +30,7 @@ from svsk_vllm.format import (
 from svsk_vllm.format.config import declared
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY, shard_fingerprint
 from svsk_vllm.format.seal import schemes_metadata
-from svsk_vllm.format.shards import INDEX_NAME, read_json
+from svsk_vllm.format.shards import read_json
 
 __all__ = ["CheckpointWriter"]
 
@@ -65,7 +65,7 @@ class CheckpointWriter:
         self.blocks = source.blocks[1]
 
     def finished(self, index: int) -> list[LayerReport] | None:
-        """Reports of block ``index`` if its shard, written by a run with these inputs, is there already."""
+        """Reports of block ``index`` if a run with these inputs has written its shard."""
         shard = self.shard_path(index + 1)
         reports = self._reports_path(index)
         if not shard.exists() or not reports.exists():
@@ -98,19 +98,19 @@ class CheckpointWriter:
     def read_block(self, index: int, schemes: Mapping[str, ConfigGroup]) -> list[QuantizedLinear]:
         """The quantised linears of block ``index`` from its shard."""
         tensors = load_file(self.shard_path(index + 1))
-        found = []
+        linears = []
         for _, full, linear in self.source.linears(index):
             if full in schemes:
                 spec = LinearSpec(
                     full, linear.out_features, linear.in_features, schemes[full], self.scale_dtype
                 )
-                found.append(QuantizedLinear.from_tensors(spec, tensors))
-        return found
+                linears.append(QuantizedLinear.from_tensors(spec, tensors))
+        return linears
 
     def finish(
         self, config: SvskCheckpointConfig, layers: list[LayerReport], say: Callable[[str], None]
     ) -> None:
-        """Write embedding, norm and head, index, configuration, tokenizer and other files, and model card.
+        """Write what is outside the blocks, the index, the config, the other files and the card.
 
         ``say`` is told of files that are left out.
         """
@@ -122,7 +122,8 @@ class CheckpointWriter:
             for name in self.source.outside_tensors()
         }
         self._write(self.shard_path(0), outside, schemes_metadata(quantised))
-        write_json(self.folder / INDEX_NAME, self._index())
+        shards = (self.shard_path(number).name for number in range(len(self.blocks) + 1))
+        write_index(self.folder, shards)
         model = {
             key: value
             for key, value in self.source.output_config.items()
@@ -150,29 +151,15 @@ class CheckpointWriter:
     def _reports_path(self, index: int) -> Path:
         return self.notes / f"block-{index:05d}.report.json"
 
-    def _index(self) -> Mapping[str, object]:
-        from safetensors import safe_open
-
-        weight_map: dict[str, str] = {}
-        total = 0
-        for number in range(len(self.blocks) + 1):
-            shard = self.shard_path(number)
-            with safe_open(shard, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 - not a mapping
-                    weight_map[name] = shard.name
-                    tensor = handle.get_tensor(name)
-                    total += tensor.numel() * tensor.element_size()
-        return {"metadata": {"total_size": total}, "weight_map": weight_map}
-
     @cached_property
     def _float32_names(self) -> frozenset[str]:
         """Tensors that the model's class keeps in float32 in a model of another dtype."""
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
-        own: Any = self.source.model
+        skeleton: Any = self.source.model
         with init_empty_weights(include_buffers=True):
-            model: Any = AutoModelForCausalLM.from_config(own.config, dtype=self.scale_dtype)
+            model: Any = AutoModelForCausalLM.from_config(skeleton.config, dtype=self.scale_dtype)
         kept = {name for name, value in model.state_dict().items() if value.dtype == torch.float32}
         patterns = {
             *(model._keep_in_fp32_modules or ()),

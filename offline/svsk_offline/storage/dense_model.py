@@ -82,7 +82,7 @@ class ModelSource:
                     json.dumps([self.config_dict, shards], sort_keys=True).encode()
                 ).hexdigest()
             ),
-            "files": [[name, found.st_size, found.st_mtime_ns] for name, found in files],
+            "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files],
         }
 
     def content_sample(self) -> str:
@@ -93,9 +93,8 @@ class ModelSource:
         """
         digest = hashlib.sha256(json.dumps(self.config_dict, sort_keys=True).encode())
         for name in sorted(self.tensors.names):
-            values = self.tensors.read(
-                name
-            ).flatten()  # mapped: only the pages of the piece are read
+            # Mapped: only the pages of the piece are read.
+            values = self.tensors.read(name).flatten()
             middle = len(values) // 2
             piece = values[middle : middle + _SAMPLE].clone().view(torch.uint8)
             digest.update(
@@ -117,33 +116,34 @@ class ModelSource:
                 holds one that the model class does not know, or two for one parameter.
             SvskFormatError: a shard is damaged.
         """
-        found = TensorMap(self.folder, self.model, self.tensors.names, self._equal)
+        tensor_map = TensorMap(self.folder, self.model, self.tensors.names, self._equal)
         kind = type(self.model).__name__
-        if found.foreign:
-            more = f", and {len(found.foreign) - 1} more" if len(found.foreign) > 1 else ""
+        if tensor_map.foreign:
+            more = (
+                f", and {len(tensor_map.foreign) - 1} more" if len(tensor_map.foreign) > 1 else ""
+            )
             raise SvskError(
-                f"{self.folder}: {kind} has no tensor {found.foreign[0]}{more}: transformers would"
-                " leave it out of the model. If config.json is the right one, take the tensor out"
-                " of the folder."
+                f"{self.folder}: {kind} has no tensor {tensor_map.foreign[0]}{more}:"
+                " transformers would leave it out of the model. If config.json"
+                " is the right one, take the tensor out of the folder."
             )
         parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         for name, want in self.model.state_dict().items():
-            inputs = found.inputs_of(name)
+            inputs = tensor_map.inputs_of(name)
             if not inputs and name in parameters:
                 raise SvskError(
-                    f"{self.folder}: no tensor {name}, which {kind} needs. Download or copy the"
-                    " model again."
+                    f"{self.folder}: no tensor {name}, which {kind}"
+                    " needs. Download or copy the model again."
                 )
             for stored in inputs:
-                shape = self.tensors.describe(
-                    stored
-                ).shape  # of a converter's inputs, only whether they can be read
-                if name in found.sources and tuple(shape) != tuple(want.shape):
+                # Of a converter's inputs, only whether they can be read.
+                shape = self.tensors.describe(stored).shape
+                if name in tensor_map.sources and tuple(shape) != tuple(want.shape):
                     raise SvskError(
                         f"{self.folder}: {stored} has shape {list(shape)}, expected"
                         f" {list(want.shape)} by config.json."
                     )
-        return found
+        return tensor_map
 
     def check(self) -> None:
         """Refuse what cannot be quantised before any work is done on it.
@@ -225,7 +225,7 @@ class ModelSource:
         ]
 
     def other_linears(self) -> list[str]:
-        """Names, in the folder and in the model class, of what is or may be a linear outside the decoder blocks."""
+        """Names, in folder and model class, of what may be a linear outside the decoder blocks."""
         prefix = f"{self.blocks[0]}."
         names = [name for name, _ in linear_modules(self.model) if not name.startswith(prefix)]
         spare = [
@@ -284,9 +284,8 @@ class ModelSource:
             and len(module) == count
             and list(linear_modules(module))
         ]
-        lists.sort(
-            key=lambda found: id(found[1]) not in inside
-        )  # a tower for images may have as many blocks
+        # A tower for images may have as many blocks.
+        lists.sort(key=lambda named: id(named[1]) not in inside)
         if not lists:
             raise SvskError(
                 f"{self.folder}: found no list of {count} decoder blocks with nn.Linear layers in"
@@ -418,12 +417,12 @@ class ModelSource:
             requested: ``auto`` (the model's own; bfloat16 for float32 models), ``bfloat16`` or
                 ``float16``.
         """
-        known = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+        dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16}
         if requested == "auto":
-            return self.native_dtype if self.native_dtype in known.values() else torch.bfloat16
-        if requested not in known:
+            return self.native_dtype if self.native_dtype in dtypes.values() else torch.bfloat16
+        if requested not in dtypes:
             raise SvskError(f"--dtype {requested}: expected auto, bfloat16 or float16.")
-        return known[requested]
+        return dtypes[requested]
 
 
 def linear_modules(module: nn.Module) -> Iterable[tuple[str, nn.Linear]]:

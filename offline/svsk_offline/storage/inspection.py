@@ -74,10 +74,10 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     }
 
 
-def print_inspection(console: Console, found: dict[str, Any]) -> None:
+def print_inspection(console: Console, inspection: dict[str, Any]) -> None:
     """Show the result of :func:`inspect_checkpoint` as a table."""
     table = Table("layers", "count", "N x K", "base", "sidecar", "bits/weight", "MB")
-    for row in found["groups"]:
+    for row in inspection["groups"]:
         tile_m, tile_n = (size or "all" for size in row["tile"])
         sidecar = (
             f"r{row['rank']} {row['factor_bits']} bit, {tile_m} x {tile_n}"
@@ -94,20 +94,20 @@ def print_inspection(console: Console, found: dict[str, Any]) -> None:
             f"{sum(row['bits'].values()) / 8e6:.2f}",
         )
     console.print(table)
-    producer = found["producer"]
-    bpw = found["bits_per_weight"]
+    producer = inspection["producer"]
+    bpw = inspection["bits_per_weight"]
     for line in (
         (
-            f"format {found['version']}, {found['linears']} quantised linears,"
-            f" {found['quantized_weights']:,} weights"
+            f"format {inspection['version']}, {inspection['linears']} quantised linears,"
+            f" {inspection['quantized_weights']:,} weights"
         ),
         "bits per weight "
         + ("none" if bpw is None else f"{bpw:.4f}")
         + " (every stored bit of the quantised linears)",
         (
-            f"on disk {found['bytes_on_disk'] / 1e6:.1f} MB, of which"
-            f" {found['dense_bytes'] / 1e6:.1f} MB in {found['dense_tensors']} tensors kept as they"
-            " were"
+            f"on disk {inspection['bytes_on_disk'] / 1e6:.1f} MB, of"
+            f" which {inspection['dense_bytes'] / 1e6:.1f} MB in"
+            f" {inspection['dense_tensors']} tensors kept as they were"
         ),
         (
             f"recipe {producer.get('recipe', 'unknown')}"
@@ -150,9 +150,9 @@ def validate_against_architecture(
             unknown = False  # listed as a problem below
         if unknown:
             note(
-                f"{folder}: its model class is among Python files of its own, which are run only"
-                " with --trust-remote-code. Read them first. Its tensors were not compared with"
-                " that class."
+                f"{folder}: its model class is among Python files of its own,"
+                " which are run only with --trust-remote-code. Read them"
+                " first. Its tensors were not compared with that class."
             )
             return validate_checkpoint(folder)
     return checkpoint_problems(folder, trust_remote_code=trust_remote_code)

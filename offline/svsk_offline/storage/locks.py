@@ -48,9 +48,8 @@ def locked(lock: Path, what: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            with suppress(
-                OSError
-            ):  # the folder may be gone, or not be writable any more; the lock goes all the same
+            # The folder may be gone, or not be writable any more; the lock goes all the same.
+            with suppress(OSError):
                 lock.unlink()
             os.close(descriptor)
 
@@ -72,8 +71,8 @@ def _acquire(lock: Path, what: Path) -> int | None:
             os.close(descriptor)
             if error.errno in _HELD:
                 raise SvskError(
-                    f"{what}: another run is under way there{holder}. Wait until it ends, or choose"
-                    " another folder."
+                    f"{what}: another run is under way there{holder}."
+                    " Wait until it ends, or choose another folder."
                 ) from error
             if error.errno not in _NOT_SUPPORTED:
                 raise
@@ -88,9 +87,8 @@ def _acquire(lock: Path, what: Path) -> int | None:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(
-            descriptor
-        )  # the one that held it has removed it: take the file that has the name now
+        # The one that held it has removed it: take the file that has the name now.
+        os.close(descriptor)
 
 
 def _has_name(descriptor: int, path: Path) -> bool:

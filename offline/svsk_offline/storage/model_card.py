@@ -20,11 +20,14 @@ _MAX_CARD: Final = 1 << 20
 _TEMPLATE = """
 # {name}, quantised with SVSK
 
-Stock transformers does not know these weights: `import svsk_vllm.hf` (package `svsk-vllm`) before you load them. vLLM
+Stock transformers does not know these weights: `import svsk_vllm.hf` (package `svsk-vllm`) \
+before you load them. vLLM
 serves them where that package is installed.
 
-4-bit weights with a tile-local low-rank sidecar: **{bpw:.3f} bits per weight** over {count} quantised linear layers
-(every stored bit counted). Recipe `{recipe}`, calibrated on `{source}` ({samples} x {seq_len} tokens).
+4-bit weights with a tile-local low-rank sidecar: **{bpw:.3f} bits per weight** \
+over {count} quantised linear layers
+(every stored bit counted). Recipe `{recipe}`, calibrated on `{source}` \
+({samples} x {seq_len} tokens).
 
 ## Use
 
@@ -33,7 +36,8 @@ pip install svsk-vllm
 vllm serve THIS_FOLDER --quantization svsk
 ```
 
-With transformers (dequantised when loaded): `import svsk_vllm.hf`, then `AutoModelForCausalLM.from_pretrained(...)`.
+With transformers (dequantised when loaded): `import svsk_vllm.hf`, then \
+`AutoModelForCausalLM.from_pretrained(...)`.
 
 ## Error by layer kind
 
@@ -79,10 +83,10 @@ class Origin:
             else []
         )
         path = read_json(folder / "config.json").get("_name_or_path")
-        known = tuple(
+        hub_ids = tuple(
             name for name in named or [path] if isinstance(name, str) and _ID.fullmatch(name)
         )
-        return cls(folder.resolve().name, known, carried)
+        return cls(folder.resolve().name, hub_ids, carried)
 
 
 def _hub_id(folder: Path) -> str | None:
@@ -124,11 +128,13 @@ def model_card(origin: Origin, config: SvskCheckpointConfig, layers: Sequence[La
     for layer in layers:
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
     rows = []
-    for kind, found in kinds.items():
-        bits = sum(layer.stored_bits for layer in found) / sum(layer.num_weights for layer in found)
-        base = sum(layer.base_error for layer in found) / len(found)
-        error = sum(layer.error for layer in found) / len(found)
-        rows.append(f"| {kind} | {len(found)} | {bits:.3f} | {base:.2e} | {error:.2e} |")
+    for kind, reports in kinds.items():
+        bits = sum(layer.stored_bits for layer in reports) / sum(
+            layer.num_weights for layer in reports
+        )
+        base = sum(layer.base_error for layer in reports) / len(reports)
+        error = sum(layer.error for layer in reports) / len(reports)
+        rows.append(f"| {kind} | {len(reports)} | {bits:.3f} | {base:.2e} | {error:.2e} |")
     calibration = config.producer["calibration"]
     text = _TEMPLATE.format(
         name=origin.name,

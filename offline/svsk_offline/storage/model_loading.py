@@ -81,10 +81,10 @@ def resolve_model(model: str, *, trust_remote_code: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = [*_WANTED_FILES, *(["*.py"] if trust_remote_code else [])]
+    patterns = [*_WANTED_FILES, *(["*.py"] if trust_remote_code else [])]
     try:
         return Path(
-            snapshot_download(model, allow_patterns=wanted, ignore_patterns=list(_UNWANTED_FILES))
+            snapshot_download(model, allow_patterns=patterns, ignore_patterns=list(_UNWANTED_FILES))
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SvskError(f"{model}: not a folder, and the hub did not give it ({error}).") from error
@@ -92,7 +92,7 @@ def resolve_model(model: str, *, trust_remote_code: bool = False) -> Path:
 
 @contextlib.contextmanager
 def own_code_refused(where: object) -> Iterator[None]:
-    """Turn transformers' refusal to run a model's own Python files into one line that names the option.
+    """Turn transformers' refusal to run a model's own code into a line that names the option.
 
     Raises:
         SvskError: the model needs its own code, and was loaded with ``trust_remote_code=False``.
@@ -109,7 +109,7 @@ def own_code_refused(where: object) -> Iterator[None]:
 
 
 def needs_own_code(config: dict[str, Any]) -> bool:
-    """Whether the model class that a config.json means is in Python files beside it, and not in transformers."""
+    """Whether the class that a config.json names is in files beside it, not in transformers."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -135,7 +135,7 @@ def read_model_config(where: str | Path, *, trust_remote_code: bool = False) -> 
 
 
 def attention_arguments(config: Any) -> dict[str, Any]:
-    """Keyword arguments for ``from_config`` and ``from_pretrained`` that make attention compute what the model means.
+    """Keywords for ``from_config`` and ``from_pretrained`` under which attention is the model's.
 
     transformers' default, torch's scaled_dot_product_attention, leaves out the soft cap of Gemma
     2's attention logits without a word. Models with other such features (attention sinks) declare
@@ -153,7 +153,9 @@ def attention_arguments(config: Any) -> dict[str, Any]:
 
 
 def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
-    """The causal language model of a folder with parameters on the meta device and real buffers, in evaluation mode.
+    """The causal language model of a folder, parameters on the meta device, buffers real.
+
+    In evaluation mode.
 
     Raises:
         SvskError: transformers has no such causal language model, cannot build it from config.json,

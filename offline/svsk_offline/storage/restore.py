@@ -6,12 +6,12 @@ from pathlib import Path
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.preflight import check_output
-from svsk_offline.storage.atomic import PartialFolder, write_json, write_tensors
+from svsk_offline.storage.atomic import PartialFolder, write_index, write_json, write_tensors
 from svsk_offline.storage.side_files import copy_side_files
 from svsk_vllm.format import Checkpoint, SvskFormatError, restored_weight, validate_checkpoint
 from svsk_vllm.format.checkpoint import split_suffix
 from svsk_vllm.format.config import undeclared
-from svsk_vllm.format.shards import INDEX_NAME, SINGLE_NAME
+from svsk_vllm.format.shards import SINGLE_NAME
 
 __all__ = ["restore"]
 
@@ -24,7 +24,7 @@ def restore(
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Write the dense model a checkpoint stands for, weights rounded to the model's dtype, shard by shard.
+    """Write the dense model a checkpoint stands for, rounded to its dtype, shard by shard.
 
     Args:
         checkpoint: SVSK folder.
@@ -47,8 +47,8 @@ def restore(
     with folder.locked():
         if folder.path.exists() and any(path != folder.result for path in folder.path.iterdir()):
             raise SvskError(
-                f"{folder.path} holds something else than an unfinished run. Move it, or name"
-                " another OUT."
+                f"{folder.path} holds something else than an"
+                " unfinished run. Move it, or name another OUT."
             )
         folder.discard()
         _write_dense(source, folder.create(), progress, say)
@@ -64,24 +64,19 @@ def _write_dense(
     shards: dict[str, list[str]] = {}
     for name in source.tensors.names:
         shards.setdefault(source.tensors.shard_of(name), []).append(name)
-    weight_map: dict[str, str] = {}
-    total = 0
+    restored: set[str] = set()  # a linear's tensors may be in several shards
     for done, (shard, names) in enumerate(shards.items(), 1):
         tensors = {}
         for name in names:
             parts = split_suffix(name)
             if parts is None:
                 tensors[name] = source.read_dense(name)
-            elif f"{parts[0]}.weight" not in weight_map:
+            elif parts[0] not in restored:
                 tensors[f"{parts[0]}.weight"] = restored_weight(source.read_linear(parts[0]))
-                weight_map[f"{parts[0]}.weight"] = shard
-        weight_map |= dict.fromkeys(tensors, shard)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+                restored.add(parts[0])
         write_tensors(partial / shard, tensors)
         progress(done, len(shards))
     if set(shards) != {SINGLE_NAME}:
-        write_json(
-            partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        write_index(partial, shards)
     write_json(partial / "config.json", undeclared(source.hf_config))
     copy_side_files(source.folder, partial, say, code=True)

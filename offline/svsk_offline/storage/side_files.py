@@ -43,7 +43,9 @@ Other states of it, adapters without which it is meant, logs.
 
 
 def copy_side_files(source: Path, target: Path, say: Callable[[str], None], *, code: bool) -> None:
-    """Copy everything below a folder except weights of any kind, config.json, the model card, and what training left.
+    """Copy what a model folder holds besides its weights.
+
+    Left out are weights of any kind, config.json, the model card, and what training left.
 
     Links are followed, as those of a hub cache must be. What is no regular file is left out, and
     named.
@@ -76,17 +78,17 @@ def copy_side_files(source: Path, target: Path, say: Callable[[str], None], *, c
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder in the order of their names, each folder once, however many links lead to it."""
+    """All files below a folder by name; a folder that links lead to counts once."""
     seen = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        found = Path(parent).stat()
+        stat = Path(parent).stat()
         folders[:] = sorted(
             name
             for name in folders
             if name not in _NOT_OF_THE_MODEL and not _OF_TRAINING.match(name)
         )
-        if (found.st_dev, found.st_ino) in seen:
+        if (stat.st_dev, stat.st_ino) in seen:
             folders.clear()
             continue
-        seen.add((found.st_dev, found.st_ino))
+        seen.add((stat.st_dev, stat.st_ino))
         yield from (Path(parent) / name for name in sorted(files))

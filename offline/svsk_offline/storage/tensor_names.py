@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which stored tensor fills which parameter of a transformers model, by transformers' own loading rules.
+"""Which stored tensor fills which parameter, by transformers' own loading rules.
 
 Folders do not always name tensors as the model class does: transformers renames some when it loads
 and saves (GPT-NeoX, Gemma 3), drops or adds the base model's prefix, splits or joins a few, and
@@ -78,27 +78,25 @@ class TensorMap:
         self.foreign: list[str] = []
         self.untied: list[str] = []
         self._known = model.state_dict()
-        self._made: dict[
-            str, str
-        ] = {}  # first parameter of the conversion, by each parameter it fills
+        # First parameter of the conversion, by each parameter it fills.
+        self._made: dict[str, str] = {}
         self._targets: dict[str, tuple[str, ...]] = {}
         self._output: dict[str, str] = {}
         self._match(stored)
         pairs = self._tied_pairs()
-        for target, source in (
-            pairs * 2
-        ):  # again, for the others of a set whose last member alone is stored
+        # Again, for the others of a set whose last member alone is stored.
+        for target, source in pairs * 2:
             self._tie(target, source, equal)
 
     def targets(self, stored: str) -> tuple[str, ...]:
-        """Parameters that a stored tensor fills, none for one of :attr:`unused` or :attr:`spare`."""
+        """Parameters that a tensor fills, none for :attr:`unused` and :attr:`spare` ones."""
         return () if stored in self.unused else self._targets.get(stored, ())
 
     def stored_module(self, module: str) -> str | None:
         """Name in the folder of a module whose weight is stored as one tensor for it, else None."""
         stored = self.sources.get(f"{module}.weight", "")
-        own = self._targets.get(stored) == (f"{module}.weight",) and stored.endswith(".weight")
-        return stored.removesuffix(".weight") if own else None
+        alone = self._targets.get(stored) == (f"{module}.weight",) and stored.endswith(".weight")
+        return stored.removesuffix(".weight") if alone else None
 
     def output_name(self, stored: str) -> str:
         """Name for a tensor of the folder in a checkpoint.
@@ -115,7 +113,7 @@ class TensorMap:
         return [] if first is None else [name for name, _ in self.conversions[first].inputs]
 
     def convert(self, parameter: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """A parameter that is not simply stored, by transformers' converter from the tensors that are.
+        """A parameter that transformers converts from stored tensors.
 
         Args:
             parameter: one for which :meth:`inputs_of` names tensors and :attr:`sources` none.
@@ -137,27 +135,27 @@ class TensorMap:
 
     def _match(self, stored: Iterable[str]) -> None:
         ordered = sorted(stored, key=dot_natural_key)  # some renamings depend on what came before
-        for name, found in parameter_names(self._model, None, ordered).items():
-            if found.targets[0] not in self._known:
+        for name, place in parameter_names(self._model, None, ordered).items():
+            if place.targets[0] not in self._known:
                 if _OLD_TABLES.search(name):
                     self.unused.add(name)
                 else:
-                    (self.spare if self._is_spare(name, found.targets[0]) else self.foreign).append(
+                    (self.spare if self._is_spare(name, place.targets[0]) else self.foreign).append(
                         name
                     )
                 continue
-            self._targets[name] = found.targets
-            if found.pattern is not None:
+            self._targets[name] = place.targets
+            if place.pattern is not None:
                 conversion = self.conversions.setdefault(
-                    found.targets[0], Conversion(found.pattern)
+                    place.targets[0], Conversion(place.pattern)
                 )
-                conversion.inputs.append((name, found.pattern))
-                self._made.update(dict.fromkeys(found.targets, found.targets[0]))
+                conversion.inputs.append((name, place.pattern))
+                self._made.update(dict.fromkeys(place.targets, place.targets[0]))
                 continue
-            other = self.sources.setdefault(found.targets[0], name)
+            other = self.sources.setdefault(place.targets[0], name)
             if other != name:
                 raise SvskError(
-                    f"{self._where}: {other} and {name} both fill {found.targets[0]} of"
+                    f"{self._where}: {other} and {name} both fill {place.targets[0]} of"
                     f" {type(self._model).__name__}. Remove the one that is not meant."
                 )
 
@@ -199,7 +197,7 @@ class TensorMap:
                 self.untied.append(target)
 
     def _name_for(self, parameter: str) -> str | None:
-        """A name under which transformers finds a parameter in this folder, None if there is no telling.
+        """A name by which transformers finds a parameter in this folder; None if it is unclear.
 
         The names of its neighbours tell how the folder names things.
         """
@@ -209,9 +207,10 @@ class TensorMap:
             head, new = target[: len(target) - tail], stored[: len(stored) - tail]
             if head and parameter.startswith(head):
                 candidates.append(new + parameter[len(head) :])
-        found = parameter_names(self._model, None, dict.fromkeys(candidates))
+        parameters = parameter_names(self._model, None, dict.fromkeys(candidates))
         return next(
-            (name for name in reversed(candidates) if found[name].targets == (parameter,)), None
+            (name for name in reversed(candidates) if parameters[name].targets == (parameter,)),
+            None,
         )
 
 
