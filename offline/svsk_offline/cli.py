@@ -131,9 +131,8 @@ def quantize(
 
     Example: `svsk quantize Qwen/Qwen3-4B qwen3-4b-svsk --calibration text.txt --target-bpw 4.5`
     """
-    check_output(
-        out, overwrite=overwrite, source=model
-    )  # what takes no time comes before imports that do
+    # What takes no time comes before imports that do.
+    check_output(out, overwrite=overwrite, source=model)
     calibration_path(calibration)
     from svsk_offline.console import quantize_with_progress
     from svsk_offline.recipe import load_recipe
@@ -209,11 +208,11 @@ def inspect(
     """
     from svsk_offline.storage.inspection import inspect_checkpoint, print_inspection
 
-    found = inspect_checkpoint(folder)
+    inspection = inspect_checkpoint(folder)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(inspection, indent=2))
     else:
-        print_inspection(console, found)
+        print_inspection(console, inspection)
 
 
 @app.command()

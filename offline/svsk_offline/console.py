@@ -35,7 +35,7 @@ def peak_memory_gib() -> float:
 def quantize_with_progress(
     console: Console, model: str | Path, out: Path, recipe: Recipe, **options: Any
 ) -> QuantizationResult:
-    """Run :func:`svsk_offline.pipeline.quantize` with a progress bar, a line per matrix and a summary."""
+    """Run :func:`svsk_offline.pipeline.quantize` with a bar, a line per matrix and a summary."""
     started = time.perf_counter()
     columns = (
         TextColumn("{task.description}"),

@@ -116,9 +116,8 @@ def _line(error: Exception, continues: str | None) -> str:
 
 def _is_memory(error: Exception) -> bool:
     """Whether memory ran out, on the device or not."""
-    if (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    ):  # the latter is torch's
+    # The latter is torch's.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
@@ -162,7 +161,7 @@ def _tracker() -> str | None:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Let signals that end a program unwind it, so that locks are released and processes it started are ended.
+    """Let signals that end a program unwind it: locks are released, its processes are ended.
 
     Signals that are ignored (``nohup``) or have a handler stay as they are.
     """
@@ -177,13 +176,13 @@ def _signals_raise() -> Iterator[None]:
             os.kill(os.getpid(), number)
         raise Stopped(number)
 
-    taken = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
-    for number in taken:
+    handled = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    for number in handled:
         signal.signal(number, stop)
     try:
         yield
     finally:
-        for number in taken:
+        for number in handled:
             signal.signal(number, signal.SIG_DFL)
 
 

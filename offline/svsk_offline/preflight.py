@@ -57,16 +57,16 @@ def check_output(
         SvskError: it is a file, it exists, it holds something else, or its place cannot be written.
     """
     if source is not None and Path(source).is_dir():
-        folder, own = Path(source).resolve(), out.resolve()
-        if own == folder or own in folder.parents or folder in own.parents:
+        folder, target = Path(source).resolve(), out.resolve()
+        if target == folder or target in folder.parents or folder in target.parents:
             raise SvskError(
                 f"{out}: overlaps the model it is made from, {source}. Choose another folder."
             )
     if out.exists() or out.is_symlink():
         if not out.is_dir():
             raise SvskError(
-                f"{out}: is a file, expected a folder to write. Choose another name; a file is"
-                " never replaced."
+                f"{out}: is a file, expected a folder to write."
+                " Choose another name; a file is never replaced."
             )
         if not overwrite:
             raise SvskError(
@@ -146,7 +146,7 @@ def check_recipe_file(out: Path, *, overwrite: bool) -> None:
 
 
 def check_report_files(**files: Path | None) -> None:
-    """Refuse files to write, by the name of their option, whose folder is missing or that are folders.
+    """Refuse files to write, by their option, that are folders or whose folder is missing.
 
     Raises:
         SvskError: one cannot be written.
@@ -215,5 +215,5 @@ def _nearest(entry: str, linears: Collection[str]) -> str:
             f" 're:.*\\.{pattern}$'"
         )
     close = difflib.get_close_matches(entry, names, 1)
-    found = close or names[:1]
-    return f" (there is {found[0]})" if found else ""
+    nearest = close or names[:1]
+    return f" (there is {nearest[0]})" if nearest else ""

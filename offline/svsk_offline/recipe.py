@@ -421,8 +421,8 @@ def load_recipe(name: str) -> Recipe:
         )
     else:
         raise SvskError(
-            f"Recipe {name!r} is not one of {', '.join(recipe_names())}, nor a file ending in"
-            " .yaml."
+            f"Recipe {name!r} is not one of"
+            f" {', '.join(recipe_names())}, nor a file ending in .yaml."
         )
     try:
         return parse_recipe(yaml.safe_load(text), f"recipe {name}")

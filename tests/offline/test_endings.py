@@ -117,9 +117,8 @@ def test_a_bug_says_where_to_report_it_and_keeps_its_traceback(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_unwind(number: signal.Signals) -> None:
-    signal.signal(
-        number, signal.SIG_DFL
-    )  # the tests themselves may run where it is ignored, as under nohup
+    # The tests themselves may run where it is ignored, as under nohup.
+    signal.signal(number, signal.SIG_DFL)
     lines: list[str] = []
     unwound = []
 

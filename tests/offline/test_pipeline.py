@@ -86,7 +86,7 @@ def test_checkpoint_is_valid_and_close_to_the_model(
 def test_reports_are_those_of_what_is_stored(
     tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
 ) -> None:
-    """The reported errors, bits and SQNR belong to the written tensors and to the inputs the layer really sees."""
+    """Reported errors, bits and SQNR are of the written tensors and the layer's real inputs."""
     result = quantize(tiny_llama, tmp_path / "out", tiny_recipe)
     inputs: dict[str, torch.Tensor] = {}
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
@@ -298,7 +298,7 @@ def test_tensors_the_model_class_does_not_know(
 def test_dense_tensors_are_in_the_declared_dtype(
     tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
 ) -> None:
-    """Float32 tensors under a bfloat16 config take twice the room and are loaded as bfloat16 anyway."""
+    """Float32 tensors under a bfloat16 config would take twice the room, to be rounded anyway."""
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
     tensors = {

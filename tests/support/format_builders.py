@@ -176,7 +176,7 @@ class SmallCheckpoint:
         self._save({**load_file(path), name: tensor}, path)
 
     def _save(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
-        """Save a shard and keep the size in the index true, so that a test sees only the damage it means to do."""
+        """Save a shard and keep the index's size true: a test sees only the damage it means."""
         save_file(tensors, path)
         if (self.folder / INDEX).exists():
             total = sum(total_bytes(load_file(file)) for file in self.folder.glob("*.safetensors"))

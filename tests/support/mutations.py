@@ -120,7 +120,7 @@ class Mutation:
 
     @property
     def changes_values(self) -> bool:
-        """Whether the folder may be whole and mean other numbers, as only somebody's own edit can make it."""
+        """Whether the folder may be whole and mean other numbers, as after somebody's own edit."""
         return self.kind in ("value", "swap names")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny Hugging Face models and SVSK checkpoints of them, for tests of everything that loads a whole model.
+"""Tiny Hugging Face models and SVSK checkpoints of them, for tests that load a whole model.
 
 ``write_dense`` makes a random model folder, ``write_random_svsk`` an SVSK checkpoint of it, and
 ``write_restored`` the dense folder the checkpoint stands for, which is what a loader is compared
@@ -318,9 +318,8 @@ def round_with_sidecar(
     u = torch.randint(-limit, limit, (n, cols, r), generator=generator, dtype=torch.int8)
     v = torch.randint(-limit, limit, (rows, r, k), generator=generator, dtype=torch.int8)
     rms = weight.float().square().mean().sqrt() * SIDECAR_FRACTION
-    unit = float(rms) / (
-        r**0.5 * limit**2 / 3
-    )  # a uniform factor has the root mean square limit / sqrt(3)
+    # A uniform factor has the root mean square limit / sqrt(3)
+    unit = float(rms) / (r**0.5 * limit**2 / 3)
     gain = unit * (0.5 + torch.rand(rows, cols, r, generator=generator))
     return QuantizedLinear(spec, codes, scale, u, v, gain)
 

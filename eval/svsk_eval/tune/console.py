@@ -100,8 +100,8 @@ def print_trials(console: Console, result: TuneResult) -> None:
         table.add_row(marks, *_cells(score), changed, style="bold" if chosen else None)
     console.print(table)
     console.print(
-        "→ chosen (a KL lower by less than the noise is not)   * no trial beats it in both bpw"
-        " and KL",
+        "→ chosen (a KL lower by less than the noise is"
+        " not)   * no trial beats it in both bpw and KL",
         highlight=False,
     )
     for trial in result.trials:
@@ -139,8 +139,8 @@ def _line(step: Step, default: Recipe, budget_minutes: float) -> str:
     if step.difference is not None:
         verdict += f" ({step.difference:+.5f} ± {step.se:.5f})"
     return (
-        f"{head}{score.bits_per_weight:.4f} bpw, KL {score.kl:.5f} ± {score.kl_se:.5f}, {verdict},"
-        f" {spent}"
+        f"{head}{score.bits_per_weight:.4f} bpw, KL"
+        f" {score.kl:.5f} ± {score.kl_se:.5f}, {verdict}, {spent}"
     )
 
 

@@ -181,8 +181,8 @@ class Search:
                 trial.score.bits_per_weight for trial in self.state.trials.values() if trial.score
             )
             raise EvalError(
-                f"No trial is within {target} bits per weight; the smallest has {least:.4f}. Raise"
-                " --target-bpw."
+                f"No trial is within {target} bits per weight; the"
+                f" smallest has {least:.4f}. Raise --target-bpw."
             )
         return converged
 

@@ -145,9 +145,8 @@ def tune(
     found = resolve_model(str(model), trust_remote_code=trust_remote_code)
     source = ModelSource(found, trust_remote_code=trust_remote_code)
     source.check()
-    PartialFolder(
-        work / _TRIAL_NAME, source.folder, overwrite=True
-    )  # refuses a folder that overlaps the model's
+    # Refuses a folder that overlaps the model's.
+    PartialFolder(work / _TRIAL_NAME, source.folder, overwrite=True)
     check_recipe(start, source.linear_names(), progress.message)
     work.mkdir(parents=True, exist_ok=True)
     with locked(work / LOCK_NAME, work):

@@ -27,16 +27,15 @@ def containers(value: Any) -> Any:
 
 
 class Comparison:
-    """Compares nests of values that hold tensors and objects with no equality of their own, such as caches.
+    """Compares nests of values that hold tensors, and objects without equality such as caches.
 
     What was found equal is remembered by identity: all blocks of a model share one mask, which is
     compared once. So both sides must stay alive while the comparison does.
     """
 
     def __init__(self) -> None:
-        self._equal: dict[
-            tuple[int, int], tuple[Any, Any]
-        ] = {}  # keeps both alive, so that no id is used again
+        # Keeps both alive, so that no id is used again.
+        self._equal: dict[tuple[int, int], tuple[Any, Any]] = {}
 
     def difference(self, left: Any, right: Any) -> str | None:
         """Where two values differ, such as ``attention_mask`` or ``cache.layers[0].keys``.
@@ -61,10 +60,10 @@ class Comparison:
         if type(left) is not type(right):
             return where
         self._equal[key] = (left, right)  # before its parts: one may refer back to it
-        found = self._parts(left, right, where)
-        if found is not None:
+        difference = self._parts(left, right, where)
+        if difference is not None:
             del self._equal[key]
-        return found
+        return difference
 
     def _parts(self, left: Any, right: Any, where: str) -> str | None:
         if isinstance(left, torch.Tensor):
@@ -90,10 +89,10 @@ class Comparison:
         own_equality = getattr(type(left), "__eq__", None) is not getattr(object, "__eq__", None)
         if own_equality and not dataclasses.is_dataclass(left):
             return None if bool(left == right) else where
-        found = _attributes(left)
-        if not found and not hasattr(left, "__dict__"):
+        attributes = _attributes(left)
+        if not attributes and not hasattr(left, "__dict__"):
             return where  # a dtype, say, which is one object per value
-        return self._differ(found, _attributes(right), where)
+        return self._differ(attributes, _attributes(right), where)
 
 
 def _parts_of(function: Any) -> tuple[Any, ...]:
@@ -124,5 +123,5 @@ def _equal_tensors(left: torch.Tensor, right: torch.Tensor) -> bool:
     )
 
 
-def _first(found: Any) -> str | None:
-    return next((item for item in found if item is not None), None)
+def _first(differences: Any) -> str | None:
+    return next((item for item in differences if item is not None), None)

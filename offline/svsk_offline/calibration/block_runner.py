@@ -60,8 +60,8 @@ class StandIn(nn.Module):
         return attributes[name] if name in attributes else super().__getattr__(name)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = self._respond(hidden_states, args, kwargs)
-        return (found, *[None] * (self._members - 1)) if self._members else found
+        output = self._respond(hidden_states, args, kwargs)
+        return (output, *[None] * (self._members - 1)) if self._members else output
 
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -166,7 +166,7 @@ class BlockRunner:
         weights: Mapping[str, torch.Tensor] | None = None,
         advance: bool = True,
     ) -> dict[str, InputStatistics]:
-        """Run every sample through block ``index``, whose weights are loaded, and gather its linears' inputs.
+        """Run every sample through a loaded block and gather its linears' inputs.
 
         Args:
             index: number of the block.
@@ -202,7 +202,7 @@ class BlockRunner:
 
     @torch.no_grad()
     def advance(self, index: int, block: nn.Module) -> None:
-        """Run every sample through block ``index``, whose weights are loaded, and keep its outputs."""
+        """Run every sample through block ``index``, which is loaded, and keep its outputs."""
         for part in self.batches():
             self.hidden[part] = self.forward(index, block, self.hidden[part]).to(self.hidden)
 
@@ -212,7 +212,7 @@ class BlockRunner:
             yield slice(start, start + self._batch)
 
     def forward(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Output [samples, tokens, features] of block ``index`` for some samples' inputs of the same shape."""
+        """Output of block ``index`` for inputs of samples, both [samples, tokens, features]."""
         # Copied, as a block may fill caches and change masks in place.
         args, kwargs = copy.deepcopy(self._calls[len(hidden)][index])
         output = block(hidden.to(self.device, self.dtype), *args, **kwargs)
@@ -238,7 +238,7 @@ class BlockRunner:
         weights: Mapping[str, torch.Tensor] | None,
         window: list[slice],
     ) -> list[Any]:
-        """Hooks that add each distinct input tensor, under each distinct weighting, to its moments once."""
+        """Hooks that add each input tensor, under each weighting, to its moments once."""
         seen: dict[str, Any] = {"tensor": None, "weights": None, "statistics": None}
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -246,16 +246,15 @@ class BlockRunner:
 
             def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
                 tensor = inputs[0]
-                if (
-                    tensor is seen["tensor"] and own_weights is seen["weights"]
-                ):  # q, k and v, or gate and up
+                # Q, k and v, or gate and up.
+                if tensor is seen["tensor"] and own_weights is seen["weights"]:
                     statistics[name] = seen["statistics"]
                     return
                 if name not in statistics:
                     statistics[name] = create(name, tensor.shape[-1])
-                own = statistics[name]
-                own.add(tensor, None if own_weights is None else own_weights[window[0]])
-                seen.update(tensor=tensor, weights=own_weights, statistics=own)
+                shared = statistics[name]
+                shared.add(tensor, None if own_weights is None else own_weights[window[0]])
+                seen.update(tensor=tensor, weights=own_weights, statistics=shared)
 
             return before
 
@@ -290,10 +289,10 @@ class BlockRunner:
         assert hidden is not None, "a calibration set has at least one sample"
         return hidden
 
-    def _compare(self, known: list[_Call], calls: list[_Call]) -> None:
+    def _compare(self, first: list[_Call], calls: list[_Call]) -> None:
         """Refuse a model whose blocks' arguments differ from one sample to another."""
         comparison = Comparison()  # its memory is of one sample's objects
-        for number, (ours, theirs) in enumerate(zip(known, calls, strict=True)):
+        for number, (ours, theirs) in enumerate(zip(first, calls, strict=True)):
             if (differs := comparison.difference(ours, theirs)) is not None:
                 raise SvskError(
                     f"{self.source.folder}: {type(self.source.model).__name__} calls its decoder"
@@ -335,7 +334,7 @@ class BlockRunner:
 def scratch_tensor(
     shape: tuple[int, ...], dtype: torch.dtype, memory_limit: int, folder: Path | None
 ) -> tuple[torch.Tensor, IO[bytes] | None]:
-    """An uninitialised tensor in memory, or in a nameless temporary file of ``folder`` above ``memory_limit`` bytes.
+    """An uninitialised tensor in memory, or in a nameless file of ``folder`` if it is too large.
 
     Returns:
         The tensor, and the file to close when it is no longer used (None in memory).
@@ -345,9 +344,8 @@ def scratch_tensor(
         return torch.empty(shape, dtype=dtype), None
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - has no name, closed by the caller
     try:
-        if hasattr(
-            os, "posix_fallocate"
-        ):  # a sparse file on a full disk would end the process without a word
+        # A sparse file on a full disk would end the process without a word.
+        if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         file.close()

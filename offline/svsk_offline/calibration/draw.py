@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawing calibration samples from all over a source, with memory for the samples and not for the source."""
+"""Drawing calibration samples from all over a source.
+
+Memory is needed for the samples, not for the source.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
@@ -83,28 +86,28 @@ def load_calibration(
     prefix = bos_prefix(tokenizer)
     cut_pieces([], prefix, seq_len)  # refuses samples that hold no text
     width = seq_len - len(prefix)
-    found = Source(source, tokenizer, chat_template)
+    text_source = Source(source, tokenizer, chat_template)
     limit = max(_WHOLE, _PLENTY * _CHARACTERS * samples * width)
     generator = torch.Generator().manual_seed(seed)
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    if found.size is not None and found.size > limit:
-        text = _at_places(found, found.size, encode, samples, width, generator)
+    if text_source.size is not None and text_source.size > limit:
+        text = _at_places(text_source, text_source.size, encode, samples, width, generator)
     elif (
-        found.file is not None
-        and found.size is None
-        and (total := sum(map(len, found.documents()))) > limit
+        text_source.file is not None
+        and text_source.size is None
+        and (total := sum(map(len, text_source.documents()))) > limit
     ):
-        text = _on_the_way(found, total, encode, samples, width, generator)
+        text = _on_the_way(text_source, total, encode, samples, width, generator)
     else:
-        text = _of_the_whole(found, encode, samples, width, generator, bool(prefix))
-    found.check_chat()
+        text = _of_the_whole(text_source, encode, samples, width, generator, bool(prefix))
+    text_source.check_chat()
     tokens = torch.cat(
         [torch.tensor(prefix, dtype=torch.int64).expand(samples, len(prefix)), text], dim=1
     )
-    name = found.file.path.name if found.file else source
+    name = text_source.file.path.name if text_source.file else source
     return CalibrationSet(tokens, name, token_fingerprint(tokens), bos=bool(prefix))
 
 
@@ -134,7 +137,7 @@ def _of_the_whole(
 
 
 def _places(total: int, samples: int, width: int, generator: torch.Generator) -> list[int]:
-    """A place in each of equal parts of a source, so far from its end that a sample fits in by and large."""
+    """A place in each of equal parts of a source, far enough from its end for most samples."""
     part = total / samples
     room = max(0.0, part - _REACH * (width + _MARGIN))
     draw = torch.rand(samples, generator=generator, dtype=torch.float64)
@@ -169,12 +172,13 @@ def _on_the_way(
     source: Source, total: int, encode: Encode, samples: int, width: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Samples [samples, width] of a source that can only be gone through from its beginning."""
-    found = []
+    drawn = []
+    # `ahead` is the text from `place` on that was read.
     documents, ahead, place = (
         source.documents(),
         "",
         0,
-    )  # `ahead` is the text from `place` on that was read
+    )
     for start in _places(total, samples, width, generator):
         while place + len(ahead) <= start and (document := next(documents, None)) is not None:
             place, ahead = place + len(ahead), document
@@ -194,9 +198,9 @@ def _on_the_way(
         ids = _window(following(), encode, width)
         if len(ids) < width:
             raise _too_little(source, width)
-        found.append(ids)
+        drawn.append(ids)
         ahead = "".join(read)
-    return torch.tensor(found, dtype=torch.int64)
+    return torch.tensor(drawn, dtype=torch.int64)
 
 
 def _window(pieces: Iterator[str], encode: Encode, width: int) -> list[int]:
@@ -205,15 +209,15 @@ def _window(pieces: Iterator[str], encode: Encode, width: int) -> list[int]:
     Reads and tokenises little more than it takes.
     """
     read: list[str] = []
-    length, wanted = 0, _REACH * (width + _MARGIN)
+    length, enough = 0, _REACH * (width + _MARGIN)
     for piece in pieces:
         read.append(piece)
         length += len(piece)
-        while length >= wanted:
-            ids = encode("".join(read)[:wanted])
+        while length >= enough:
+            ids = encode("".join(read)[:enough])
             if len(ids) >= width + _MARGIN:
                 return ids[:width]
-            wanted *= 2
+            enough *= 2
     return encode("".join(read))[:width]
 
 

@@ -67,15 +67,15 @@ class TextFile:
         """
         newlines = io.IncrementalNewlineDecoder(None, translate=True)
         for number, block in enumerate(self._decoded(start)):
-            found = str(newlines.decode(block))
+            text = str(newlines.decode(block))
             yield (
-                _after_break(found)
+                _after_break(text)
                 if number == 0 and start is not None and start > self.start
-                else found
+                else text
             )
 
     def lines(self, start: int | None = None) -> Iterator[tuple[str, str]]:
-        """Where they are, and the lines that are not blank, from the first one that begins after byte ``start``."""
+        """Lines that are not blank and their places, the first of which begins after ``start``."""
         skip = start is not None and start > self.start
         rest, number = "", 0
         for block in self._decoded(start):
@@ -143,16 +143,16 @@ class TextFile:
                     ) from error
                 begin = place - len(decoder.getstate()[0])
                 try:
-                    found = decoder.decode(data, final=not data)
+                    text = decoder.decode(data, final=not data)
                 except UnicodeDecodeError as error:
                     raise self._undecodable(
                         begin + error.start, error.object[error.start], error.reason
                     ) from error
-                if "\0" in found:
-                    before = found[: found.index("\0")].encode(self.encoding)
+                if "\0" in text:
+                    before = text[: text.index("\0")].encode(self.encoding)
                     raise self._undecodable(begin + len(before), 0, "no text has it")
                 place += len(data)
-                yield found
+                yield text
 
     def _to_character(self, raw: IO[bytes]) -> int:
         """Move on to where a character begins; how many bytes that was."""
@@ -208,8 +208,8 @@ def open_text(path: Path) -> TextFile:
     if not head:
         raise SvskError(f"Calibration text {path}: is empty.")
     encoding, start = _encoding(path, head)
-    found = TextFile(path, "text", encoding, start, compressed, size)
-    return TextFile(path, _kind(found, name), encoding, start, compressed, size)
+    file = TextFile(path, "text", encoding, start, compressed, size)
+    return TextFile(path, _kind(file, name), encoding, start, compressed, size)
 
 
 def _encoding(path: Path, head: bytes) -> tuple[str, int]:
@@ -229,10 +229,10 @@ def _check_parquet(path: Path, head: bytes, size: int) -> None:
     with path.open("rb") as raw:
         raw.seek(max(0, size - 4))
         tail = raw.read(4)
-    for place, found in (("begins", head), ("ends", tail)):
-        if found != _PARQUET:
+    for place, magic in (("begins", head), ("ends", tail)):
+        if magic != _PARQUET:
             raise SvskError(
-                f"Calibration text {path}: {place} with {found!r}, a parquet file with"
+                f"Calibration text {path}: {place} with {magic!r}, a parquet file with"
                 f" {_PARQUET!r}. Is it cut short, or of another kind?"
             )
 
@@ -294,15 +294,15 @@ class _Values:
         if listed:
             self._move(1)
         number = 0
-        while (found := self._next()) or listed:
+        while (character := self._next()) or listed:
             number += 1
-            if listed and found == "]":
+            if listed and character == "]":
                 self._move(1)
                 if self._next():
                     raise self._error("text after the end of the list", self._place)
                 return
             if listed and number > 1:
-                if found != ",":
+                if character != ",":
                     raise self._error("expected a comma or the end of the list", self._place)
                 self._move(1)
                 self._next()

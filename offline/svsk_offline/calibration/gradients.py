@@ -39,8 +39,11 @@ class OutputGradients:
 
 
 Visit = Callable[[int, nn.Module, dict[str, OutputGradients], dict[str, InputStatistics]], None]
-"""Called per block, last block first, with its number, the loaded block, and by the names of the linears below it their
-gradients and the statistics of their inputs, each token weighted by its squared gradient."""
+"""Called per block, last block first, with what was gathered of its linears.
+
+Its number, the loaded block, and by the names of the linears below it their gradients and the
+statistics of their inputs, each token weighted by its squared gradient.
+"""
 
 
 @dataclass
@@ -64,7 +67,9 @@ def sweep_gradients(
     scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Run the samples forward through the model and the gradient of their loss back, one block in memory at a time.
+    """Run the samples forward through the model and the gradient of their loss back.
+
+    One block is in memory at a time.
 
     The inputs of all blocks are kept, in a temporary file above ``memory_limit`` bytes; the way
     back runs each block again from them.
@@ -101,8 +106,8 @@ def sweep_gradients(
         for index in reversed(range(len(blocks))):
             source.load(blocks[index], f"{name}.{index}.", dtype, device)
             observed = _step_back(runner, index, blocks[index], inputs[index], gradient, full)
-            for key, found in observed.gradients.items():
-                if not bool(torch.isfinite(found.rows).all()):
+            for key, gradients in observed.gradients.items():
+                if not bool(torch.isfinite(gradients.rows).all()):
                     raise SvskError(
                         f"{name}.{index}.{key}: its output's gradient is not finite on the"
                         " calibration text."
@@ -124,7 +129,10 @@ def _step_back(
     gradient: torch.Tensor,
     full: bool,
 ) -> _Observed:
-    """Turn the gradient of the block's output into that of its input, in place, and note those of its linears."""
+    """Turn the gradient of a block's output into that of its input, and note its linears' own.
+
+    In place.
+    """
     observed = _Observed()
     tokens = inputs.shape[:2]
 
@@ -132,24 +140,23 @@ def _step_back(
         def after(module: nn.Module, given: tuple[Any, ...], output: torch.Tensor) -> None:
             if output.requires_grad:
                 part, sources = window, given[0].detach()
-                output.register_hook(lambda found: note(name, part, sources, found))
+                output.register_hook(lambda gradient: note(name, part, sources, gradient))
 
         return after
 
-    def note(name: str, part: slice, given: torch.Tensor, found: torch.Tensor) -> None:
-        squares = (
-            found.detach().float().flatten(0, -2).square()
-        )  # some blocks flatten samples and tokens
+    def note(name: str, part: slice, inputs: torch.Tensor, slope: torch.Tensor) -> None:
+        # Some blocks flatten samples and tokens.
+        squares = slope.detach().float().flatten(0, -2).square()
         if name not in observed.gradients:
             observed.gradients[name] = OutputGradients(
                 torch.zeros(tokens), torch.zeros(squares.shape[-1], device=squares.device)
             )
-            observed.statistics[name] = InputStatistics(given.shape[-1], runner.device, full=full)
-        own = observed.gradients[name]
+            observed.statistics[name] = InputStatistics(inputs.shape[-1], runner.device, full=full)
+        total = observed.gradients[name]
         per_token = squares.sum(1)
-        own.rows += squares.sum(0) / tokens.numel()
-        own.tokens[part] = per_token.cpu().view_as(own.tokens[part])
-        observed.statistics[name].add(given, per_token)
+        total.rows += squares.sum(0) / tokens.numel()
+        total.tokens[part] = per_token.cpu().view_as(total.tokens[part])
+        observed.statistics[name].add(inputs, per_token)
 
     hooks = [module.register_forward_hook(hook(key)) for key, module in linear_modules(block)]
     try:
@@ -181,9 +188,8 @@ def _loss_gradient(
             current = hidden[index : index + 1].to(device, dtype).requires_grad_()
             with torch.enable_grad():
                 logits = model(input_ids=sample.unsqueeze(0).to(device), use_cache=False).logits
-            slope = (
-                logits[0].detach().float().softmax(-1)
-            )  # of the loss with respect to the logits, but for the labels
+            # Of the loss with respect to the logits, but for the labels.
+            slope = logits[0].detach().float().softmax(-1)
             labels = draw_labels(slope, generator)
             slope[torch.arange(len(labels), device=device), labels] -= 1
             (back,) = torch.autograd.grad(logits, current, slope.unsqueeze(0).to(logits))
@@ -191,7 +197,7 @@ def _loss_gradient(
 
 
 def draw_labels(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One label per row by inversion (``torch.multinomial`` is many times slower over a vocabulary).
+    """One label per row, by inversion: ``torch.multinomial`` is many times slower here.
 
     Args:
         probabilities: float [T, V], on the generator's device.

@@ -26,13 +26,13 @@ def longest_sequence(config: Any) -> int | None:
     config = config.get_text_config()
     if getattr(config, "alibi", False):
         return None
-    found = next(
+    positions = next(
         (value for key in _POSITIONS if isinstance(value := getattr(config, key, None), int)), None
     )
-    if found is None or found < 1:
+    if positions is None or positions < 1:
         return None
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    return max([found, *_stretched(scaling, found)])
+    return max([positions, *_stretched(scaling, positions)])
 
 
 def _stretched(scaling: Any, positions: int) -> Iterator[int]:

@@ -20,8 +20,8 @@ _KINDS: Final = (("text",), *((name,) for name in _CONVERSATIONS), *_PAIRS)
 """Keys of the kinds of rows, in the order in which they are looked for."""
 
 _EXPECTED: Final = (
-    "text, messages, conversations, question and answer, prompt and completion, or instruction and"
-    " output"
+    "text, messages, conversations, question and answer,"
+    " prompt and completion, or instruction and output"
 )
 
 _ROLES: Final = {
@@ -75,15 +75,15 @@ class RowReader:
         )
         if keys is None:
             raise self._unknown(row, where)
-        found = self._text(row, keys, where)
+        text = self._text(row, keys, where)
         try:
-            found.encode()
+            text.encode()
         except UnicodeEncodeError as error:
             raise SvskError(
-                f"Calibration {where}: holds \\u{ord(found[error.start]):04x}, half of a pair that"
+                f"Calibration {where}: holds \\u{ord(text[error.start]):04x}, half of a pair that"
                 " is no character."
             ) from error
-        return found
+        return text
 
     def _text(self, row: Mapping[str, Any], keys: tuple[str, ...], where: str) -> str:
         if keys[0] in _CONVERSATIONS:
@@ -91,17 +91,17 @@ class RowReader:
         values = {key: _string(row[key], key, where) for key in keys}
         if keys == ("text",):
             return values["text"] + "\n\n"
-        asked, answered = values.values()
+        question, answer = values.values()
         extra = row.get("input") if keys[0] == "instruction" else None
         if extra:
-            asked += "\n" + _string(extra, "input", where)
+            question += "\n" + _string(extra, "input", where)
         if self.chat_template:
             messages = [
-                {"role": "user", "content": asked},
-                {"role": "assistant", "content": answered},
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
             ]
             return self._render(messages, where)
-        return f"{asked}\n{answered}\n\n"
+        return f"{question}\n{answer}\n\n"
 
     def _unknown(self, row: Mapping[str, Any], where: str) -> SvskError:
         for keys in _KINDS:
@@ -111,16 +111,16 @@ class RowReader:
                     f"Calibration {where}: {missing[0]} is null. Drop the row, or give it a value."
                 )
         return SvskError(
-            f"Calibration {where}: has {', '.join(map(str, row)) or 'no key'}; expected"
-            f" {_EXPECTED}."
+            f"Calibration {where}: has"
+            f" {', '.join(map(str, row)) or 'no key'}; expected {_EXPECTED}."
         )
 
     def _render(self, messages: Sequence[Mapping[str, Any]], where: str) -> str:
         self.rendered = True
         if not getattr(self.tokenizer, "chat_template", None):
             raise SvskError(
-                f"Calibration {where}: holds messages, but the model's tokenizer has no chat"
-                " template."
+                f"Calibration {where}: holds messages, but the"
+                " model's tokenizer has no chat template."
             )
         from jinja2 import TemplateError
 
@@ -151,13 +151,13 @@ def _messages(value: Any, key: str, where: str) -> list[Mapping[str, Any]]:
         )
     if not all(isinstance(message, Mapping) for message in value):
         raise SvskError(
-            f"Calibration {where}: messages must be objects with role and content, or from and"
-            " value."
+            f"Calibration {where}: messages must be objects"
+            " with role and content, or from and value."
         )
-    found: list[Mapping[str, Any]] = []
+    messages: list[Mapping[str, Any]] = []
     for message in value:
         if "role" in message or "from" not in message:
-            found.append(message)
+            messages.append(message)
             continue
         speaker = message["from"]
         if not isinstance(speaker, str) or speaker.lower() not in _ROLES:
@@ -165,5 +165,5 @@ def _messages(value: Any, key: str, where: str) -> list[Mapping[str, Any]]:
                 f"Calibration {where}: a message is from {speaker!r}, expected one of"
                 f" {', '.join(_ROLES)}."
             )
-        found.append({"role": _ROLES[speaker.lower()], "content": message.get("value")})
-    return found
+        messages.append({"role": _ROLES[speaker.lower()], "content": message.get("value")})
+    return messages

@@ -95,7 +95,7 @@ class Source:
             yield from self.after(None)
 
     def after(self, start: int | None) -> Iterator[str]:
-        """Text of a file from the first line that begins after byte ``start`` on, pieces or rows."""
+        """Pieces or rows of a file from the first line that begins after byte ``start``."""
         assert self.file is not None, "only files have places"
         if self.file.kind == "text":
             yield from self.file.text(start)
@@ -133,10 +133,10 @@ def check_source(name: str, chat_template: bool = False) -> TextFile | None:
     path = calibration_path(name)
     if path is None:
         return None
-    found = open_text(path)
-    if chat_template and found.kind == "text":
+    file = open_text(path)
+    if chat_template and file.kind == "text":
         raise _no_chat(name, "plain text")
-    return found
+    return file
 
 
 def _no_chat(name: str, holds: str) -> SvskError:
@@ -147,15 +147,15 @@ def _no_chat(name: str, holds: str) -> SvskError:
 
 
 def _standard_library() -> Iterator[str]:
-    """Prose about Python, then code and docstrings, in turn so that every part of the stream has both."""
+    """Prose about Python, and code with docstrings, in turn: every part of the stream has both."""
     from pydoc_data.topics import topics
 
     prose = [topics[key] for key in sorted(topics)]
     sources = []
     for name in _STANDARD_MODULES:
-        found = importlib.util.find_spec(name)
-        if found and found.origin and found.origin.endswith(".py"):
-            sources.append(Path(found.origin).read_text(encoding="utf-8"))
+        module = importlib.util.find_spec(name)
+        if module and module.origin and module.origin.endswith(".py"):
+            sources.append(Path(module.origin).read_text(encoding="utf-8"))
     step = -(-len(prose) // max(1, len(sources)))
     for index, code in enumerate(sources):
         yield "\n\n".join(prose[index * step : (index + 1) * step])
@@ -174,9 +174,8 @@ def _dataset_rows(source: str) -> Iterator[Mapping[str, Any]]:
     config = rest[0] if len(rest) > 1 else None
     try:
         yield from load_dataset(name, config, split=split, streaming=True)
-    except (
-        Exception
-    ) as error:  # the package raises many kinds, all meaning that the data cannot be had
+    # The package raises many kinds, all meaning that the data cannot be had.
+    except Exception as error:
         raise SvskError(
             f"Calibration {source}: neither a file nor a dataset that can be loaded"
             f" ({_one_line(error)})."

@@ -82,7 +82,7 @@ def bos_prefix(tokenizer: Any) -> list[int]:
 
 
 def cut_pieces(ids: Sequence[int], prefix: Sequence[int], seq_len: int) -> torch.Tensor:
-    """Cut a stream of tokens into consecutive pieces that do not overlap, each behind the same prefix.
+    """Cut a stream of tokens into consecutive pieces, each behind the same prefix.
 
     Args:
         ids: the stream, without special tokens; what is left after the last whole piece is not

@@ -10,12 +10,14 @@ to the budget. What that leaves unused is then spent, step by step, where it gai
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from svsk_kernels.errors import SvskError
 
 __all__ = ["Choice", "allocate"]
 
-_BISECTIONS = 60
+_BISECTIONS: Final = 60
+"""Each halves the interval of prices: 60 are more than the bits of a float64."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def allocate(
     target_bpw: float,
     num_weights: int,
 ) -> dict[str, Choice]:
-    """Pick a choice for every matrix so that the total loss is small and the total size within the budget.
+    """Pick a choice for every matrix: a small total loss, and a total size within the budget.
 
     Args:
         choices: by matrix name, all that are possible.
@@ -70,13 +72,12 @@ def allocate(
             " the target, or allow smaller ranks or larger groups."
         )
     # In the unit of the losses: they scale with the inputs, and what is chosen must not.
-    low, high = (
-        0.0,
-        max((c.loss for options in choices.values() for c in options), default=0.0) / budget or 1.0,
-    )
+    largest = max((c.loss for options in choices.values() for c in options), default=0.0)
+    low, high = 0.0, largest / budget or 1.0
     while _size(_at_price(sets, high)) > budget:
         low, high = high, high * 16
     for _ in range(_BISECTIONS):
+        # By powers while there is no lower bound: the price may be any share of the losses.
         middle = (low + high) / 2 if low else high / 16
         if _size(_at_price(sets, middle)) > budget:
             low = middle
@@ -99,7 +100,7 @@ def _at_price(
             return float(choice.stored_bits), choice.loss
         return choice.loss + price * choice.stored_bits, float(choice.stored_bits)
 
-    found: dict[str, Choice] = {}
+    chosen: dict[str, Choice] = {}
     for members in sets.values():
         sizes = sorted(
             {choice.group_size for options in members.values() for choice in options}, reverse=True
@@ -115,14 +116,17 @@ def _at_price(
         best: dict[str, Choice] = min(
             picks, key=lambda pick: tuple(map(sum, zip(*map(cost, pick.values()), strict=True)))
         )
-        found |= best
-    return found
+        chosen |= best
+    return chosen
 
 
 def _spend(
     choices: Mapping[str, Sequence[Choice]], chosen: dict[str, Choice], budget: float
 ) -> dict[str, Choice]:
-    """Take the steps that gain most per bit, within a group size, until none fits the rest of the budget."""
+    """Take the steps that gain most per bit until none fits what is left of the budget.
+
+    Group sizes stay, since fused matrices would have to change theirs together.
+    """
     rest = budget - _size(chosen)
     while True:
         best, rate = None, 0.0

@@ -19,8 +19,11 @@ _KEPT: Final = {8: 1.0, 4: 0.93}
 """Share of what a sidecar takes off that is left when its factors are rounded."""
 
 _ALTERNATION: Final = 0.8
-"""How much alternating adds: after many rounds the share of the error that is left is that after one round to the power
-1.8. Fitted to matrices of SmolLM2 at ranks 16 to 64 (docs/benchmarks/quality.md)."""
+"""How much alternating adds.
+
+After many rounds the share of the error that is left is that after one round, to the power 1.8.
+Fitted to matrices of SmolLM2 at ranks 16 to 64 (docs/benchmarks/quality.md).
+"""
 
 
 def choices_of(
@@ -54,9 +57,10 @@ def choices_of(
     residual = weight - gptq(weight, order, scale, codebook)[1]
     loss = 0.5 * float(((residual @ hessian) * residual).sum(1) @ row_energy)
     reference = _rounding_error(weight, scale, order.importance, row_energy, spec)
-    taken = _taken(residual, hessian, row_energy, spec, max(allocation.ranks))
+    shares = _rank_shares(residual, hessian, row_energy, spec, max(allocation.ranks))
+    # From 1 at one round to 1 + _ALTERNATION at many; every two rounds bring half of the rest.
     power = 1 + _ALTERNATION * (1 - 0.5 ** ((args.rounds - 1) / 2))
-    found = []
+    choices = []
     for size in allocation.group_sizes:
         if spec.k % size:
             continue
@@ -73,9 +77,9 @@ def choices_of(
                 stored = LinearSpec(
                     spec.name, spec.n, spec.k, scheme_with(scheme, size, rank, bits), dtype
                 ).stored_bits
-                left = max(1 - _KEPT[bits] * float(taken[:rank].sum()), 0.0)
-                found.append(Choice(size, rank, bits, stored, loss * ratio * left**power))
-    return found
+                left = max(1 - _KEPT[bits] * float(shares[:rank].sum()), 0.0)
+                choices.append(Choice(size, rank, bits, stored, loss * ratio * left**power))
+    return choices
 
 
 def scheme_with(scheme: ConfigGroup, group_size: int, rank: int, factor_bits: int) -> ConfigGroup:
@@ -103,7 +107,7 @@ def _rounding_error(
     return float(error @ row_energy)
 
 
-def _taken(
+def _rank_shares(
     residual: torch.Tensor,
     hessian: torch.Tensor,
     row_energy: torch.Tensor,
@@ -119,20 +123,20 @@ def _taken(
     total = torch.zeros(rank)
     if not rank:
         return total
-    own = 0.0
+    error = 0.0
     grid = spec.grid
     for b in range(grid.num_col_tiles):
         columns = grid.col_slice(b)
         block = hessian[columns, columns]
-        if not bool(
-            block.any()
-        ):  # never used: its error is not felt, in whatever unit the others' is
+        # Never used: its error is not felt, in whatever unit the others' is.
+        if not bool(block.any()):
             continue
+        # The default ridge of the fit; it only has to make the block decomposable.
         lower = lower_factor(damped(block, 1e-4)).float()
         for a in range(grid.num_row_tiles):
             rows = grid.row_slice(a)
-            felt = (residual[rows, columns] * row_energy[rows].sqrt().unsqueeze(1)) @ lower
-            own += float(felt.square().sum())
-            values = truncated_svd(felt, rank)[1].square().cpu()
+            weighted = (residual[rows, columns] * row_energy[rows].sqrt().unsqueeze(1)) @ lower
+            error += float(weighted.square().sum())
+            values = truncated_svd(weighted, rank)[1].square().cpu()
             total[: len(values)] += values
-    return total / own if own else total
+    return total / error if error else total

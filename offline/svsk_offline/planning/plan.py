@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from svsk_kernels import has_bf16_products
@@ -31,7 +30,7 @@ from svsk_offline.planning.serving import vllm_class_of
 from svsk_offline.recipe import AlternatingRecipe, Recipe
 from svsk_offline.storage.atomic import write_tensors
 from svsk_offline.storage.dense_model import ModelSource
-from svsk_vllm.format import ConfigGroup, LinearSpec, SvskCheckpointConfig
+from svsk_vllm.format import ConfigGroup, LinearSpec, ShardedReader, SvskCheckpointConfig
 
 __all__ = ["Plan", "make_plan", "uniform_schemes"]
 
@@ -53,7 +52,7 @@ class Plan:
     rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def groups(self) -> dict[str, ConfigGroup]:
-        """Config groups that list the linears of each scheme by name, the most frequent scheme first."""
+        """A config group per scheme that lists its linears, the most frequent scheme first."""
         members: dict[ConfigGroup, list[str]] = {}
         for name, scheme in self.schemes.items():
             members.setdefault(scheme, []).append(name)
@@ -65,9 +64,8 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the plan to a safetensors file, atomically."""
-        owners: dict[
-            int, str
-        ] = {}  # shared weightings are stored once, and are shared again when loaded
+        # Shared weightings are stored once, and are shared again when loaded.
+        owners: dict[int, str] = {}
         tokens = {name: owners.setdefault(id(tensor), name) for name, tensor in self.tokens.items()}
         tensors = {f"{name}:tokens": self.tokens[name] for name in owners.values()}
         tensors |= {f"{name}:rows": tensor for name, tensor in self.rows.items()}
@@ -79,11 +77,12 @@ class Plan:
         """Read what :meth:`save` wrote."""
         tokens: dict[str, torch.Tensor] = {}
         rows: dict[str, torch.Tensor] = {}
-        with safe_open(path, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a mapping
-                name, _, kind = key.rpartition(":")
-                (tokens if kind == "tokens" else rows)[name] = handle.get_tensor(key)
-            schemes, owners = (json.loads(handle.metadata()[key]) for key in ("schemes", "tokens"))
+        reader = ShardedReader(path.parent, shards=[path.name])
+        for key in reader.names:
+            name, _, kind = key.rpartition(":")
+            (tokens if kind == "tokens" else rows)[name] = reader.read(key)
+        metadata = reader.metadata(path.name)
+        schemes, owners = (json.loads(metadata[key]) for key in ("schemes", "tokens"))
         tokens = {name: tokens[owner] for name, owner in owners.items()}
         return cls(
             {name: ConfigGroup.model_validate(scheme) for name, scheme in schemes.items()},
@@ -107,9 +106,8 @@ def uniform_schemes(
             scheme = config.scheme_for(full)
             if scheme is not None:
                 source.check_quantisable(full)
-                LinearSpec(
-                    full, linear.out_features, linear.in_features, scheme, scale_dtype
-                )  # checks it
+                # Checks it.
+                LinearSpec(full, linear.out_features, linear.in_features, scheme, scale_dtype)
                 schemes[full] = scheme
     return schemes
 
@@ -201,13 +199,13 @@ class _Measured:
                 raise SvskError(
                     f"{full}: the model's output does not depend on it. Add it to --ignore."
                 )
-            own = gradients[name]
+            gradient = gradients[name]
             if args.token_power:
-                self.tokens[full] = _relative(own.tokens, args.token_power)
+                self.tokens[full] = _relative(gradient.tokens, args.token_power)
             if args.row_power:
-                self.rows[full] = _relative(own.rows, args.row_power).cpu()
+                self.rows[full] = _relative(gradient.rows, args.row_power).cpu()
             if self.recipe.allocation is not None:
-                weight = self.source.tensors.read(f"{full}.weight").to(own.rows.device).float()
+                weight = self.source.tensors.read(f"{full}.weight").to(gradient.rows.device).float()
                 spec = LinearSpec(
                     full,
                     linear.out_features,
@@ -219,7 +217,7 @@ class _Measured:
                     self.choices[full] = choices_of(
                         weight,
                         statistics[name].hessian,
-                        own.rows,
+                        gradient.rows,
                         spec,
                         self.recipe.alternating,
                         self.recipe.allocation,
@@ -253,9 +251,9 @@ class _Measured:
         """Give linears of one input one token weighting, the mean of theirs."""
         linears = [full for _, full, _ in self.source.linears(index)]
         for names in vllm_class_of(self.source).fused_sets(linears):
-            found = [self.tokens[name] for name in names if name in self.tokens]
-            if found:
-                mean = torch.stack(found).mean(0)
+            weightings = [self.tokens[name] for name in names if name in self.tokens]
+            if weightings:
+                mean = torch.stack(weightings).mean(0)
                 self.tokens.update(dict.fromkeys(names, mean))
 
 

@@ -63,9 +63,8 @@ def test_samples_are_drawn_from_all_over_the_text(tokenizer: Any, tmp_path: Path
     other = load_calibration(str(path), tokenizer, 10, 32, 1)
     assert calibration.fingerprint != other.fingerprint
     assert calibration.fingerprint == load_calibration(str(path), tokenizer, 10, 32, 0).fingerprint
-    assert (
-        calibration.describe()["source"] == "text.txt"
-    )  # no folder of this machine in the checkpoint
+    # No folder of this machine in the checkpoint.
+    assert calibration.describe()["source"] == "text.txt"
 
 
 def with_template(folder: Path, template: str) -> Any:
@@ -150,9 +149,8 @@ def test_samples_start_with_bos_and_hold_consecutive_text(
     stream = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
     width = 32 - len(prefix)
     pieces = len(stream) // width
-    calibration = load_calibration(
-        str(path), tokenizer, pieces, 32, 0
-    )  # as many as there are: all are drawn
+    # As many as there are: all are drawn.
+    calibration = load_calibration(str(path), tokenizer, pieces, 32, 0)
     assert calibration.tokens.shape == (pieces, 32)
     assert calibration.tokens.dtype == torch.int64
     assert calibration.tokens[:, : len(prefix)].tolist() == [prefix] * pieces

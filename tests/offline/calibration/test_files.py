@@ -40,9 +40,8 @@ def load(tokenizer: Any, tmp_path: Path) -> Callable[..., str]:
         path = tmp_path / name
         path.write_bytes(content)
         found = load_calibration(str(path), tokenizer, samples, seq_len, 0, **options)
-        return "".join(
-            tokenizer.decode(row).strip("\ufffd") for row in found.tokens
-        )  # half a letter at an end
+        # Half a letter at an end.
+        return "".join(tokenizer.decode(row).strip("\ufffd") for row in found.tokens)
 
     return loaded
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sweep of the loss's gradient, block by block, against one backward pass through the whole model."""
+"""The sweep of gradients, block by block, against a backward pass through the whole model."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def whole_model(
     folder: Path, tokens: torch.Tensor, seed: int
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Input and output gradient of every linear, by one backward pass per sample with the same labels."""
+    """Input and output gradient of every linear, by a backward pass per sample."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}

@@ -69,10 +69,11 @@ def test_shards_with_and_without_are_refused_and_all_without_are_not(
     for shard in mixed.glob("*.safetensors"):
         save_file(load_file(shard), shard, {"format": "pt"})
     refused(mixed, "shards of a run without fingerprint")
+    # As an earlier version wrote it.
     edit_json(
         mixed / "config.json",
         lambda config: config["quantization_config"]["producer"].pop(FINGERPRINT_KEY),
-    )  # as an earlier version wrote it
+    )
     assert validate_checkpoint(mixed) == []
     AutoModelForCausalLM.from_pretrained(mixed)
 

@@ -133,7 +133,7 @@ def test_killed_at_every_write(
     monkeypatch: pytest.MonkeyPatch,
     late: bool,
 ) -> None:
-    """The run is killed at its first write, started again, killed at the second one of that run, and so on."""
+    """The run is killed at its first write, started again, killed at its second, and so on."""
     real, out = svsk_offline.storage.atomic._replace, tmp_path / "out"
     left = 0
 
