@@ -7,43 +7,25 @@ again with the same inputs, and writes the same bytes: the hidden states are com
 with a shard are not quantised again. A lock keeps a second run away from ``OUT``.
 """
 
-import hashlib
-import json
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
-from torch import nn
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import (
     DEFAULT_SOURCE,
-    BlockRunner,
     CalibrationSet,
-    InputStatistics,
     load_calibration,
 )
 from svsk_offline.calibration.limits import check_length, check_token_ids
 from svsk_offline.calibration.sources import check_source
-from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
-from svsk_offline.planning.serving import check_servable
 from svsk_offline.preflight import check_output, check_recipe
-from svsk_offline.quantizers.alternating import PreparedInput
-from svsk_offline.quantizers.quantize_linear import quantize_linear
-from svsk_offline.recipe import AlternatingRecipe, CalibrationArgs, Recipe, load_recipe
-from svsk_offline.storage.atomic import PartialFolder, write_json
-from svsk_offline.storage.checkpoint_writer import CheckpointWriter
+from svsk_offline.recipe import CalibrationArgs, Recipe, load_recipe
+from svsk_offline.run import Progress, QuantizationResult, Run
+from svsk_offline.storage.atomic import PartialFolder
 from svsk_offline.storage.dense_model import ModelSource
-from svsk_offline.storage.layer_report import LayerReport
 from svsk_offline.storage.model_loading import resolve_model
-from svsk_vllm.format import ConfigGroup, QuantizedLinear, SvskCheckpointConfig, dequantize
-from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
-from svsk_vllm.format.shards import read_json
-from svsk_vllm.version import __version__
 
 __all__ = [
     "Progress",
@@ -53,35 +35,6 @@ __all__ = [
     "quantize",
     "resolve_device",
 ]
-
-_STATE_NAME: Final = "svsk-state.json"
-_PLAN_NAME: Final = "svsk-plan.safetensors"
-
-
-@dataclass
-class Progress:
-    """Callbacks of a run; the default ones do nothing."""
-
-    message: Callable[[str], None] = lambda text: None
-    block: Callable[[int, int], None] = lambda index, total: None
-    layer: Callable[[LayerReport], None] = lambda report: None
-
-
-@dataclass(frozen=True)
-class QuantizationResult:
-    """What a run did."""
-
-    folder: Path
-    layers: list[LayerReport]
-    block_seconds: list[float] = field(default_factory=list)
-    plan_seconds: float = 0.0  # spent measuring gradients and error curves
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits of all quantised linears over their weights."""
-        return sum(layer.stored_bits for layer in self.layers) / sum(
-            layer.num_weights for layer in self.layers
-        )
 
 
 def quantize(
@@ -144,7 +97,7 @@ def quantize(
             check_takes(source, drawn)
             return drawn
 
-        run = _Run(source, folder, recipe, texts, torch_device, scale_dtype, progress)
+        run = Run(source, folder, recipe, texts, torch_device, scale_dtype, progress)
         return run.execute(overwrite)
 
 
@@ -196,276 +149,3 @@ def resolve_device(name: str) -> torch.device:
             f"--device {name}: not usable here ({str(error).splitlines()[0]})."
         ) from error
     return device
-
-
-def _compute_dtype(device: torch.device) -> torch.dtype:
-    """Dtype in which the decoder blocks run."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-class _Run:
-    """State of one quantisation."""
-
-    def __init__(
-        self,
-        source: ModelSource,
-        folder: PartialFolder,
-        recipe: Recipe,
-        texts: Callable[[], CalibrationSet],
-        device: torch.device,
-        scale_dtype: torch.dtype,
-        progress: Progress,
-    ) -> None:
-        self.source, self.folder, self.recipe = source, folder, recipe
-        self.alternating = recipe if isinstance(recipe, AlternatingRecipe) else None
-        self.allocation = self.alternating.allocation if self.alternating else None
-        self.device, self.scale_dtype, self.progress = device, scale_dtype, progress
-        self.blocks_name, self.blocks = source.blocks
-        self.config = self._uniform_config({})
-        self._check_targets()
-        self.texts = texts()  # only now: it takes time
-        self.config = self._uniform_config(self.texts.describe())
-        producer = {**self.config.producer, FINGERPRINT_KEY: self._fingerprint()}
-        self.config = self.config.model_copy(update={"producer": producer})
-
-    def execute(self, overwrite: bool) -> QuantizationResult:
-        """Decide, write all shards, then the rest of the folder."""
-        result = self._claim(overwrite)
-        started = time.perf_counter()
-        plan = self._plan()
-        planned = time.perf_counter() - started
-        writer = CheckpointWriter(
-            result,
-            self.folder.path,
-            self.source,
-            self.scale_dtype,
-            self.config.producer[FINGERPRINT_KEY],
-        )
-        layers, seconds = self._write_blocks(writer, plan)
-        if self.allocation is not None:
-            self.config = self.config.model_copy(update={"config_groups": plan.groups()})
-        writer.finish(self.config, layers, self.progress.message)
-        out = self.folder.commit()
-        return QuantizationResult(out, layers, seconds, planned)
-
-    def _fingerprint(self) -> str:
-        """What tells the shards of this run from those of others.
-
-        The same for a run with the same inputs.
-        """
-        inputs = [
-            self.config.to_dict(),
-            self.source.content_sample(),
-            self.device.type,
-            str(self.scale_dtype),
-        ]
-        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-    def _uniform_config(self, calibration: Mapping[str, Any]) -> SvskCheckpointConfig:
-        """The checkpoint's config, every linear with the recipe's scheme."""
-        recipe = self.recipe
-        group = ConfigGroup(targets=("Linear",), weights=recipe.weights, sidecar=recipe.sidecar)
-        producer = {
-            "svsk": __version__,
-            "recipe": recipe.name,
-            "recipe_hash": recipe.digest,
-            "recipe_values": recipe.values(),
-            "calibration": dict(calibration),
-        }
-        # Linears outside the decoder blocks (an output head, say) stay as they are, so the config
-        # must say so.
-        ignore = dict.fromkeys((*recipe.ignore, *self.source.other_linears()))
-        return SvskCheckpointConfig(
-            config_groups={"group_0": group}, ignore=tuple(ignore), producer=producer
-        )
-
-    def _linear_names(self) -> Iterator[str]:
-        for index in range(len(self.blocks)):
-            yield from (full for _, full, _ in self.source.linears(index))
-
-    def _check_targets(self) -> None:
-        """Refuse before any work what would fail in the middle."""
-        if all(self.config.scheme_for(name) is None for name in self._linear_names()):
-            raise SvskError(
-                f"{self.source.folder}: every linear layer is"
-                " on the ignore list; nothing to quantise."
-            )
-        self.schemes = uniform_schemes(self.source, self.config, self.scale_dtype)
-        budget = self.allocation
-        most = 0 if budget is None else max(budget.ranks)
-        check_servable(self.source, self.schemes, self.progress.message, most=most)
-        sizes = () if budget is None else budget.group_sizes
-        for name in self.schemes if sizes else ():
-            k = self.source.tensors.describe(f"{name}.weight").shape[1]
-            if all(k % size for size in sizes):
-                raise SvskError(
-                    f"{name}: K = {k} input features is a multiple of none of"
-                    f" allocation.group_sizes {sizes}. Add 32, or add the module to --ignore."
-                )
-
-    def _claim(self, overwrite: bool) -> Path:
-        """Note what this run is, or check that the unfinished one found is the same.
-
-        The folder of the result.
-        """
-        identity = {
-            **self.source.identity(),
-            "device": self.device.type,
-            "config": self.config.to_dict(),
-            "dtype": str(self.scale_dtype),
-        }
-        identity = json.loads(json.dumps(identity))
-        partial = self.folder.path
-        state = partial / _STATE_NAME
-        # A run that is killed while it writes its state leaves a temporary file and nothing else.
-        unknown = (
-            not state.exists()
-            and partial.exists()
-            and any(p.suffix != ".tmp" for p in partial.iterdir())
-        )
-        if unknown:
-            raise SvskError(
-                f"{partial}: holds something that is not an"
-                " unfinished run. It is not deleted: move it away."
-            )
-        if state.exists() and read_json(state) != identity:
-            if not overwrite:
-                raise SvskError(
-                    f"{partial} holds an unfinished run of another model, recipe, calibration or"
-                    " device. Delete it, or pass --overwrite."
-                )
-            self.folder.discard()
-        partial.mkdir(parents=True, exist_ok=True)
-        write_json(state, identity)  # first: nothing is in the folder without it
-        return self.folder.create()
-
-    def _plan(self) -> Plan:
-        """What to do with each linear: as an earlier run decided, or measured now."""
-        path = self.folder.path / _PLAN_NAME
-        if path.exists():
-            return Plan.load(path)
-        if self.alternating and self.alternating.needs_gradients:
-            self.progress.message("Measuring how much the predictions feel each matrix")
-        plan = make_plan(
-            self.source,
-            self.schemes,
-            self.recipe,
-            self.texts,
-            self.device,
-            self.scale_dtype,
-            self.folder.path,
-            progress=self.progress.block,
-        )
-        plan.save(path)
-        return plan
-
-    def _write_blocks(
-        self, writer: CheckpointWriter, plan: Plan
-    ) -> tuple[list[LayerReport], list[float]]:
-        compute = _compute_dtype(self.device)
-        runner = BlockRunner(
-            self.source, self.texts, self.device, compute, scratch=self.folder.path
-        )
-        sequential = self.recipe.calibration.sequential
-        layers: list[LayerReport] = []
-        seconds: list[float] = []
-        try:
-            for index, block in enumerate(self.blocks):
-                started = time.perf_counter()
-                self.source.load(block, f"{self.blocks_name}.{index}.", compute, self.device)
-                reports = writer.finished(index)
-                if reports is None:
-                    statistics = runner.collect(
-                        index,
-                        block,
-                        full=self.alternating is not None,
-                        first=self._sink_names(index),
-                        weights=self._token_weights(plan, index),
-                        advance=not sequential,
-                    )
-                    linears, reports = self._quantize_block(index, statistics, plan)
-                    writer.write_block(index, linears, reports)
-                elif sequential:
-                    linears = writer.read_block(index, plan.schemes)
-                else:
-                    self.progress.message(f"Block {index}: finished by an earlier run")
-                    runner.advance(index, block)
-                if sequential:
-                    _put_weights(
-                        block, {full: name for name, full, _ in self.source.linears(index)}, linears
-                    )
-                    runner.advance(index, block)
-                self.source.unload(block)
-                layers += reports
-                seconds.append(time.perf_counter() - started)
-                self.progress.block(index + 1, len(self.blocks))
-        finally:
-            runner.close()
-        return layers, seconds
-
-    def _sink_names(self, index: int) -> frozenset[str]:
-        """Linears below a block whose first tokens count more."""
-        recipe = self.alternating
-        return frozenset(
-            name
-            for name, full, _ in self.source.linears(index)
-            if recipe and recipe.sink_weight(full)
-        )
-
-    def _token_weights(self, plan: Plan, index: int) -> dict[str, torch.Tensor] | None:
-        """Token weights by the names below a block.
-
-        Linears that are not quantised share the first one's.
-        """
-        if not plan.tokens:
-            return None
-        names = {name: full for name, full, _ in self.source.linears(index)}
-        weights = {name: plan.tokens[full] for name, full in names.items() if full in plan.tokens}
-        first = next(iter(weights.values()), None)
-        return None if first is None else {name: weights.get(name, first) for name in names}
-
-    def _quantize_block(
-        self, index: int, statistics: dict[str, InputStatistics], plan: Plan
-    ) -> tuple[list[QuantizedLinear], list[LayerReport]]:
-        linears, reports = [], []
-        prepare = cache(PreparedInput)  # linears of one input share their statistics
-        for name, full, _ in self.source.linears(index):
-            scheme = plan.schemes.get(full)
-            if scheme is None:
-                continue
-            if name not in statistics:
-                raise SvskError(
-                    f"{full}: saw no calibration token, so it"
-                    " cannot be quantised. Add it to --ignore."
-                )
-            weight = self.source.tensors.read(f"{full}.weight").to(self.device)
-            rows = plan.rows.get(full)
-            try:
-                linear, report = quantize_linear(
-                    full,
-                    weight,
-                    statistics[name],
-                    self.recipe,
-                    scheme,
-                    self.scale_dtype,
-                    None if rows is None else rows.to(self.device),
-                    prepare,
-                )
-            except SvskError as error:
-                raise error if full in str(error) else SvskError(f"{full}: {error}") from error
-            linears.append(linear)
-            reports.append(report)
-            self.progress.layer(report)
-        return linears, reports
-
-
-def _put_weights(
-    block: nn.Module, names: Mapping[str, str], linears: list[QuantizedLinear]
-) -> None:
-    """Replace the weights of a loaded block by what was stored of them.
-
-    ``names`` are those below the block.
-    """
-    for linear in linears:
-        weight = block.get_parameter(f"{names[linear.spec.name]}.weight")
-        weight.data = dequantize(linear).to(weight.device, weight.dtype)

@@ -12,14 +12,23 @@ import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError
 
 from svsk_kernels.errors import SvskError
+from svsk_offline.recipe_sections import (
+    AllocationArgs,
+    AlternatingArgs,
+    CalibrationArgs,
+    GradientArgs,
+    PublishedArgs,
+    SinkArgs,
+    Strict,
+)
 from svsk_vllm.format import SidecarArgs, WeightArgs
-from svsk_vllm.format.config import MAX_RANK, matches
+from svsk_vllm.format.config import matches
 
 __all__ = [
     "USUAL_IGNORE",
@@ -41,118 +50,7 @@ USUAL_IGNORE: Final = ("lm_head",)
 """What recipes leave alone in every model."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PublishedArgs(_Strict):
-    """The original method: rounding by channel importance, a sidecar by channel energy.
-
-    Rounding searches the scale of each group over clipped maxima; the error of weight j counts
-    ``clip((E[x_j^2] / mean_j E[x_j^2]) ** alpha, *importance_clip)``. The sidecar is a truncated
-    SVD of what is left, columns weighted by ``sqrt(E[x_j^2] + ridge * mean)``.
-    """
-
-    alpha: float = Field(default=0.5, ge=0, le=2)
-    importance_clip: tuple[float, float] = (0.25, 4.0)
-    clip_grid: tuple[float, ...] = Field(
-        default=(1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), min_length=1
-    )
-    ridge: float = Field(default=1e-4, gt=0)
-
-    @field_validator("clip_grid")
-    @classmethod
-    def _holds_one(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if 1.0 not in value or any(not 0 < clip <= 1 for clip in value):
-            raise ValueError(
-                f"expected factors in (0, 1] with 1.0 among them (plain rounding), got {value}"
-            )
-        return value
-
-
-class AlternatingArgs(_Strict):
-    """Base and sidecar under the input's Hessian, each fitted to what the other leaves.
-
-    The base is error feedback (GPTQ with static groups, activation order).
-
-    Attributes:
-        scales: least weighted error, or each group's largest magnitude.
-        damping: of the base's Hessian, relative to the mean of its diagonal.
-        ridge: of each tile's block of the Hessian in the sidecar's fit, relative likewise.
-        rounds: of base and sidecar, each fitted from scratch.
-        polish: rounds at the end that refit all scales together and move single codes.
-    """
-
-    scales: Literal["search", "absmax"] = "search"
-    damping: float = Field(default=0.01, gt=0)
-    ridge: float = Field(default=1e-4, gt=0)
-    rounds: int = Field(default=3, ge=1)
-    polish: int = Field(default=0, ge=0)
-
-
-class SinkArgs(_Strict):
-    """Extra weight of the first token in the Hessians of the modules named.
-
-    Every later token attends to the first one (the attention sink), so its error is felt coherently
-    everywhere.
-    """
-
-    weight: float = Field(default=0.0, ge=0)
-    targets: tuple[str, ...] = (r"re:.*\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value)$",)
-
-
-class GradientArgs(_Strict):
-    """Weights from the gradient of the model's own loss, by one more pass over the text.
-
-    A token counts in a linear's Hessian in proportion to ``|g_t| ** (2 token_power)``, g_t the
-    gradient of the linear's output at that token; a row of the weight counts in the sidecar's fit
-    in proportion to ``E[g_tn^2] ** row_power``. 0 is off: all count the same.
-
-    Attributes:
-        shared: one weighting of tokens for all linears of one input: fewer Hessians.
-        samples: calibration samples to measure with, None for all; all with ``token_power``.
-    """
-
-    token_power: float = Field(default=0.0, ge=0, le=1)
-    row_power: float = Field(default=0.0, ge=0, le=1)
-    shared: bool = False
-    samples: int | None = Field(default=None, ge=1)
-
-
-class AllocationArgs(_Strict):
-    """Rank, factor bits and group size chosen per matrix under a budget of bits per weight."""
-
-    target_bpw: float = Field(gt=4, le=8)
-    ranks: tuple[Annotated[int, Field(ge=0, le=MAX_RANK)], ...] = Field(
-        default=(0, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128)
-    )
-    factor_bits: tuple[Literal[4, 8], ...] = (4,)
-    group_sizes: tuple[Literal[32, 64], ...] = (64, 32)
-
-    @field_validator("ranks", "factor_bits", "group_sizes")
-    @classmethod
-    def _not_empty(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or len(set(value)) != len(value):
-            raise ValueError(f"expected one or more different values, got {value}")
-        return value
-
-    @model_validator(mode="after")
-    def _ranks_pack(self) -> Self:
-        if 4 in self.factor_bits and any(rank % 2 for rank in self.ranks):
-            raise ValueError(f"ranks {self.ranks}: with 4-bit factors every rank must be even")
-        return self
-
-
-class CalibrationArgs(_Strict):
-    """How much text the statistics are taken from."""
-
-    samples: int = Field(default=64, ge=1)
-    seq_len: int = Field(default=512, ge=16)
-    seed: int = Field(default=0, ge=0)
-    sequential: bool = False  # each block sees the outputs of the quantised blocks before it
-
-
-class _Recipe(_Strict):
+class _Recipe(Strict):
     """What recipes of both methods say: with model and text, it decides every stored byte."""
 
     name: str

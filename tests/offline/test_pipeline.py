@@ -16,7 +16,8 @@ from svsk_offline.calibration import BlockRunner, load_calibration
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.quantizers.quantize_linear import weighted_error
 from svsk_offline.recipe import Recipe, load_recipe
-from svsk_offline.storage.dense_model import ModelSource, linear_modules
+from svsk_offline.storage.decoder_blocks import linear_modules
+from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.inspection import inspect_checkpoint, validate_against_architecture
 from svsk_offline.storage.layer_report import LayerReport
 from svsk_offline.storage.restore import restore

@@ -22,7 +22,7 @@ from svsk_eval.text.generate import generate_texts
 from svsk_eval.text.scoring import EvalResult, evaluate, load_model
 from svsk_kernels.errors import SvskError
 from svsk_kernels.gpu import error_feedback as feedback
-from svsk_offline import pipeline
+from svsk_offline import run
 from svsk_offline.calibration import BlockRunner, load_calibration
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.planning import plan
@@ -61,7 +61,7 @@ def one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Here in that everywhere, to compare the results.
     """
-    monkeypatch.setattr(pipeline, "_compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(run, "_compute_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(plan, "sweep_dtype", lambda device: torch.bfloat16)
 
 
@@ -185,13 +185,13 @@ def test_quantize_gives_the_bytes_of_a_cpu(
 def test_blocks_run_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above means something: what is compared was computed there."""
     seen = []
-    original = pipeline.quantize_linear
+    original = run.quantize_linear
 
     def spy(name: str, weight: torch.Tensor, statistics: Any, *rest: Any) -> Any:
         seen.append((weight.device, statistics.hessian.device))
         return original(name, weight, statistics, *rest)
 
-    monkeypatch.setattr(pipeline, "quantize_linear", spy)
+    monkeypatch.setattr(run, "quantize_linear", spy)
     dense = small_model(tmp_path / "dense", num_hidden_layers=1)
     with simulated_cuda():
         quantize(

@@ -20,7 +20,8 @@ from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.block_runner import BlockRunner, StandIn, scratch_tensor
 from svsk_offline.calibration.input_statistics import InputStatistics
 from svsk_offline.calibration.text import CalibrationSet
-from svsk_offline.storage.dense_model import ModelSource, linear_modules
+from svsk_offline.storage.decoder_blocks import linear_modules
+from svsk_offline.storage.dense_model import ModelSource
 
 __all__ = ["OutputGradients", "draw_labels", "sweep_gradients"]
 

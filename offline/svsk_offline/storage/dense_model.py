@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,12 +14,13 @@ import torch
 from torch import nn
 
 from svsk_kernels.errors import SvskError
+from svsk_offline.storage.decoder_blocks import decoder_blocks, linear_modules
 from svsk_offline.storage.model_loading import build_skeleton, own_code_refused
 from svsk_offline.storage.tensor_names import TensorMap
 from svsk_vllm.format import ShardedReader
 from svsk_vllm.format.shards import read_json
 
-__all__ = ["ModelSource", "linear_modules"]
+__all__ = ["ModelSource"]
 
 _SAMPLE = 1024
 """Values of each tensor that tell its content from another's."""
@@ -259,46 +261,15 @@ class ModelSource:
             declared = getattr(torch, str(part.get("dtype") or part.get("torch_dtype")), None)
             if isinstance(declared, torch.dtype):
                 return declared
-        sizes: dict[torch.dtype, int] = {}
-        for name in self.tensors.names:
-            spec = self.tensors.describe(name)
-            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.num_bits
-        return max(sizes, key=lambda dtype: sizes[dtype])
+        sizes: Counter[torch.dtype] = Counter()
+        for spec in map(self.tensors.describe, self.tensors.names):
+            sizes[spec.dtype] += spec.num_bits
+        return sizes.most_common(1)[0][0]
 
     @cached_property
     def blocks(self) -> tuple[str, nn.ModuleList]:
-        """Name and modules of the decoder blocks.
-
-        Raises:
-            SvskError: there is no module list of ``num_hidden_layers`` blocks holding
-                ``nn.Linear``, or the blocks hold stacks of expert matrices.
-        """
-        model: Any = self.model
-        count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-        inside = {id(module) for module in decoder.modules()}
-        lists = [
-            (name, module)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.ModuleList)
-            and len(module) == count
-            and list(linear_modules(module))
-        ]
-        # A tower for images may have as many blocks.
-        lists.sort(key=lambda named: id(named[1]) not in inside)
-        if not lists:
-            raise SvskError(
-                f"{self.folder}: found no list of {count} decoder blocks with nn.Linear layers in"
-                f" {type(model).__name__}. Supported are Llama, Qwen2, Qwen3, Mistral and models"
-                " built like them."
-            )
-        name, blocks = lists[0]
-        if (experts := _expert_stack(blocks, model.config.get_text_config())) is not None:
-            raise SvskError(
-                f"{self.folder}: {name}.{experts} is a stack of expert matrices. Mixture-of-experts"
-                " models are not supported."
-            )
-        return name, blocks
+        """Name and modules of the decoder blocks, see :func:`decoder_blocks`."""
+        return decoder_blocks(self.model, self.folder)
 
     def load(
         self, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device
@@ -425,30 +396,7 @@ class ModelSource:
         return dtypes[requested]
 
 
-def linear_modules(module: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
-    """Names and modules of the ``nn.Linear`` layers below ``module``."""
-    return ((name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear))
-
-
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
     for owner in module.modules():
         for key, buffer in owner.named_buffers(recurse=False):
             setattr(owner, key, buffer.to(device))
-
-
-def _expert_stack(blocks: nn.ModuleList, config: Any) -> str | None:
-    """Name of a parameter below the blocks that holds a matrix per expert.
-
-    The kernel of a convolution is none.
-    """
-    counts = {
-        value
-        for key, value in config.to_dict().items()
-        if "expert" in key and isinstance(value, int)
-    }
-    for name, parameter in blocks.named_parameters():
-        if parameter.ndim > 2 and ("expert" in name or parameter.shape[0] in counts - {0, 1}):
-            owner = blocks.get_submodule(name.rpartition(".")[0])
-            if not isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                return name
-    return None

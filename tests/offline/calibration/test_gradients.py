@@ -16,7 +16,8 @@ from svsk_offline.calibration import (
     sweep_gradients,
 )
 from svsk_offline.calibration.gradients import draw_labels
-from svsk_offline.storage.dense_model import ModelSource, linear_modules
+from svsk_offline.storage.decoder_blocks import linear_modules
+from svsk_offline.storage.dense_model import ModelSource
 from tests.support.tiny_models import write_dense
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from svsk_kernels.errors import SvskError
-from svsk_offline import pipeline
+from svsk_offline import run
 from svsk_offline.calibration import CalibrationSet, load_calibration
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.recipe import Recipe
@@ -24,7 +24,7 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the run has begun")
 
-    monkeypatch.setattr(pipeline._Run, "_plan", refuse)
+    monkeypatch.setattr(run.Run, "_plan", refuse)
 
 
 def texts(model: Path) -> CalibrationSet:
