@@ -245,13 +245,10 @@ class ModelSource:
         """
         if not self.map.untied:
             return self.config_dict
-        text = self.config_dict.get("text_config")
-        nested = (
-            {"text_config": {**text, "tie_word_embeddings": False}}
-            if isinstance(text, dict)
-            else {}
-        )
-        return {**self.config_dict, "tie_word_embeddings": False, **nested}
+        config = {**self.config_dict, "tie_word_embeddings": False}
+        if isinstance(text := config.get("text_config"), dict):
+            config["text_config"] = {**text, "tie_word_embeddings": False}
+        return config
 
     @cached_property
     def native_dtype(self) -> torch.dtype:
