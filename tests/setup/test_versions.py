@@ -132,7 +132,7 @@ def test_a_row_replaces_the_one_of_its_trial(versions: ModuleType, tmp_path: Pat
     lines = table.read_text().removeprefix(versions.HEAD).splitlines()
     assert [versions.Row.parse(line).version for line in lines] == ["2.0", "-"]
     assert lines[0].startswith(
-        f"| {first.what} | oldest | 2.0 | - | hf, vllm/test_plugin | 4 | 1 | 0 | 2"
+        f"| {first.what} | oldest | 2.0 | - | hf, plugin/test_plugin | 4 | 1 | 0 | 2"
     )
 
 
