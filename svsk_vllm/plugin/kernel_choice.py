@@ -8,16 +8,12 @@ from functools import lru_cache
 import torch
 from vllm.config import get_current_vllm_config
 
-from svsk_kernels import (
-    CpuKernel,
-    LayerKernel,
-    LayerSpec,
-    PortableKernel,
-    ReferenceKernel,
-    TritonKernel,
-    has_bf16_products,
-    simulated_features,
-)
+from svsk_kernels.cpu.cpu_kernel import CpuKernel
+from svsk_kernels.cpu.portable_kernel import PortableKernel
+from svsk_kernels.cpu.processor import has_bf16_products, simulated_features
+from svsk_kernels.gpu.triton_kernel import TritonKernel
+from svsk_kernels.layer_kernel import LayerKernel, LayerSpec
+from svsk_kernels.reference_kernel import ReferenceKernel
 from svsk_vllm.format import SvskFormatError
 from svsk_vllm.plugin.split_kernel import NoBaseKernelError, SplitKernel
 from svsk_vllm.version import __version__

@@ -21,7 +21,7 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from svsk_kernels import LayerSpec
+from svsk_kernels.layer_kernel import LayerSpec
 from svsk_vllm.format import ConfigGroup, LinearSpec, SvskFormatError
 from svsk_vllm.plugin.kernel_choice import choose_kernel
 from svsk_vllm.plugin.shard_probe import ShardId, probe_columns, probe_rows

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from svsk_kernels import SidecarPlan
+from svsk_kernels.sidecar_plan import SidecarPlan
 from svsk_vllm.format import ConfigGroup, SvskFormatError, unpack_factors
 from svsk_vllm.plugin.arrival import loaded_shards, stored_tensor
 from svsk_vllm.plugin.shard_probe import ShardId

@@ -19,14 +19,9 @@ from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_li
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
 from vllm.scalar_type import scalar_types
 
-from svsk_kernels import (
-    LayerSpec,
-    has_avx512,
-    prepare_sidecar,
-    product_dtype,
-    replace_parameters,
-    simulated_features,
-)
+from svsk_kernels.cpu.processor import has_avx512, product_dtype, simulated_features
+from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
+from svsk_kernels.sidecar_op import prepare_sidecar
 from svsk_vllm.format import SvskFormatError, code_values, pack_codes, unpack_codes
 
 __all__ = ["NoBaseKernelError", "SplitKernel", "split_codes"]

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from svsk_kernels import LayerSpec
 from svsk_kernels.gpu import matmul_op as dispatch
 from svsk_kernels.gpu import tuning
 from svsk_kernels.gpu.matmul_op import SvskMatmul, gpu_of
@@ -21,6 +20,7 @@ from svsk_kernels.gpu.tuning import (
     heuristic_choices,
     table_name,
 )
+from svsk_kernels.layer_kernel import LayerSpec
 from tests.interpreter.layers import BOUNDS, activations, make_layer, relative_error
 
 H100 = Gpu(name="NVIDIA H100 80GB HBM3", capability=90, processors=132)

@@ -6,7 +6,9 @@ import torch
 
 pytest.importorskip("compressed_tensors.compressors", reason="layers are packed as checkpoints are")
 
-from svsk_kernels import LayerSpec, TritonKernel, naive_matmul
+from svsk_kernels.gpu.triton_kernel import TritonKernel
+from svsk_kernels.layer_kernel import LayerSpec
+from svsk_kernels.naive import naive_matmul
 from svsk_vllm.format import LinearSpec
 from tests.interpreter.layers import BOUNDS, activations, relative_error
 from tests.support.format_builders import make_group, random_linear

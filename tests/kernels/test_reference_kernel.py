@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from svsk_kernel_tools.stack_linears import stack_linears
-from svsk_kernels import ReferenceKernel
-from svsk_kernels.reference_kernel import dequantize_layer
+from svsk_kernels.reference_kernel import ReferenceKernel, dequantize_layer
 from svsk_vllm.format import LinearSpec, dequantize, pack_codes
 from tests.support.format_builders import make_group, random_linear
 from tests.support.layers import loaded_layer

@@ -13,16 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svsk_kernel_tools.stack_linears import stack_linears
-from svsk_kernels import (
-    Bundle,
-    SidecarPlan,
-    SlotGroup,
-    naive_matmul,
-    prepare_sidecar,
-    product_dtype,
-    sidecar_matmul,
-)
-from svsk_kernels.naive import naive_sidecar
+from svsk_kernels.cpu.processor import product_dtype
+from svsk_kernels.naive import naive_matmul, naive_sidecar
+from svsk_kernels.sidecar_op import prepare_sidecar, sidecar_matmul
+from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup
 from svsk_vllm.format import LinearSpec, QuantizedLinear, dequantize
 from tests.support.format_builders import make_group, property_test, random_linear
 

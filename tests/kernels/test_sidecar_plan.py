@@ -3,8 +3,7 @@
 
 import torch
 
-from svsk_kernels import Bundle, SidecarPlan, SlotGroup
-from svsk_kernels.sidecar_plan import append_slot
+from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup, append_slot
 
 # Two column tiles of 5 and 3, slots of 2, 2 and 1 rows with ranks 2, 2 and 3; then one tile of 8.
 FIRST = Bundle((0, 5, 8), (SlotGroup(2, 2, 2, 0), SlotGroup(1, 1, 3, 6)))

@@ -14,16 +14,13 @@ from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMPa
 
 import svsk_kernels.cpu.cpu_kernel as cpu
 import svsk_vllm.plugin.kernel_choice as choice
-from svsk_kernels import (
-    CpuKernel,
-    LayerSpec,
-    PortableKernel,
-    ReferenceKernel,
-    TritonKernel,
-    cpu_ops_obstacle,
-    has_avx512,
-    naive_matmul,
-)
+from svsk_kernels.cpu.cpu_kernel import CpuKernel, cpu_ops_obstacle
+from svsk_kernels.cpu.portable_kernel import PortableKernel
+from svsk_kernels.cpu.processor import has_avx512
+from svsk_kernels.gpu.triton_kernel import TritonKernel
+from svsk_kernels.layer_kernel import LayerSpec
+from svsk_kernels.naive import naive_matmul
+from svsk_kernels.reference_kernel import ReferenceKernel
 from svsk_vllm.format import Codebook, LinearSpec, SvskFormatError, code_values
 from svsk_vllm.plugin import split_kernel
 from svsk_vllm.plugin.kernel_choice import choose_kernel

@@ -14,8 +14,8 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 import svsk_vllm
-from svsk_kernels import prepare_sidecar, sidecar_matmul
 from svsk_kernels.naive import naive_sidecar
+from svsk_kernels.sidecar_op import prepare_sidecar, sidecar_matmul
 from svsk_vllm.format import (
     ConfigGroup,
     LinearSpec,

@@ -23,7 +23,7 @@ from svsk_eval.errors import EvalError
 from svsk_eval.text.engine_args import served_dtype
 from svsk_eval.text.scoring import evaluate
 from svsk_eval.text.served import evaluate_served, served_scores
-from svsk_kernels import cpu_ops_obstacle
+from svsk_kernels.cpu.cpu_kernel import cpu_ops_obstacle
 from tests.serving.conftest import serving_environment
 
 BOUND = 0.005

@@ -15,18 +15,14 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 import svsk_kernels.gpu.launch as launch
 import svsk_vllm.plugin.kernel_choice as choice
-from svsk_kernels import (
-    LayerSpec,
-    ReferenceKernel,
-    TritonKernel,
-    naive_matmul,
-    replace_parameters,
-    sidecar_matmul,
-)
 from svsk_kernels.gpu import matmul_op as dispatch
 from svsk_kernels.gpu.repack_base import unpack_base, unpack_scale
 from svsk_kernels.gpu.repack_sidecar import PlanarSidecar, unpack_sidecar
-from svsk_kernels.reference_kernel import dequantize_layer
+from svsk_kernels.gpu.triton_kernel import TritonKernel
+from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
+from svsk_kernels.naive import naive_matmul
+from svsk_kernels.reference_kernel import ReferenceKernel, dequantize_layer
+from svsk_kernels.sidecar_op import sidecar_matmul
 from svsk_vllm.format import Codebook, ConfigGroup, LinearSpec, QuantizedLinear, unpack_codes
 from svsk_vllm.plugin import split_kernel
 from svsk_vllm.plugin.quantization_config import SvskConfig

@@ -4,7 +4,7 @@
 import torch
 
 from svsk_kernel_tools.stack_linears import stack_linears
-from svsk_kernels import LayerSpec
+from svsk_kernels.layer_kernel import LayerSpec
 from svsk_vllm.format import QuantizedLinear
 
 

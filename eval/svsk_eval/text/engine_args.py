@@ -13,7 +13,7 @@ import torch
 
 from svsk_eval.errors import EvalError
 from svsk_eval.text.scoring import DTYPES
-from svsk_kernels import has_bf16_products
+from svsk_kernels.cpu.processor import has_bf16_products
 
 __all__ = ["engine_arguments", "parse_engine_args", "served_dtype"]
 

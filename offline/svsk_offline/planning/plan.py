@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from svsk_kernels import has_bf16_products
+from svsk_kernels.cpu.processor import has_bf16_products
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import (
     CalibrationSet,

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import svsk_kernel_tools.bench.cpu as bench
-from svsk_kernels import cpu_ops_obstacle
+from svsk_kernels.cpu.cpu_kernel import cpu_ops_obstacle
 
 
 @pytest.mark.skipif(

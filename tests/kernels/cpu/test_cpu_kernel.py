@@ -17,17 +17,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svsk_kernels import (
-    Bundle,
-    CpuKernel,
-    LayerSpec,
-    SidecarPlan,
-    SlotGroup,
-    cpu_ops_obstacle,
-    naive_matmul,
-    replace_parameters,
-)
-from svsk_kernels.naive import naive_sidecar
+from svsk_kernels.cpu.cpu_kernel import CpuKernel, cpu_ops_obstacle
+from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
+from svsk_kernels.naive import naive_matmul, naive_sidecar
+from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup
 from svsk_vllm.format import Codebook, LinearSpec, QuantizedLinear, pack_codes
 from tests.support.format_builders import make_group, property_test, random_linear
 from tests.support.layers import loaded_layer
@@ -262,7 +255,7 @@ def test_obstacle_names_what_is_missing(tmp_path: Path) -> None:
         "TMPDIR": str(tmp_path),
         "CXX": "no-such-compiler",
     }
-    script = "from svsk_kernels import cpu_ops_obstacle; print(cpu_ops_obstacle())"
+    script = "from svsk_kernels.cpu.cpu_kernel import cpu_ops_obstacle; print(cpu_ops_obstacle())"
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )

@@ -7,17 +7,13 @@ Exact in float32, in every layout, and what processors are told apart by.
 import pytest
 import torch
 
-from svsk_kernels import (
-    PortableKernel,
-    ReferenceKernel,
-    cpu_ops_obstacle,
-    has_avx512,
-    naive_matmul,
-    product_dtype,
-)
-from svsk_kernels.cpu.processor import has_bf16_products
+from svsk_kernels.cpu.cpu_kernel import cpu_ops_obstacle
+from svsk_kernels.cpu.portable_kernel import PortableKernel
+from svsk_kernels.cpu.processor import has_avx512, has_bf16_products, product_dtype
 from svsk_kernels.cpu.widened_op import widened_linear
 from svsk_kernels.errors import KernelError
+from svsk_kernels.naive import naive_matmul
+from svsk_kernels.reference_kernel import ReferenceKernel
 from svsk_offline.planning.plan import sweep_dtype
 from svsk_vllm.format import Codebook, LinearSpec
 from tests.support.format_builders import make_group, random_linear
