@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of the offline tool.
-
-Heavy packages are imported by the subcommand that needs them.
-"""
+"""The commands of the offline tool, each of which imports the heavy packages it needs."""
 
 import json
 from pathlib import Path

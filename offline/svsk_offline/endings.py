@@ -32,10 +32,7 @@ _EXITS: Final = (
     typer.Abort,
     *(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"),
 )
-"""How typer ends a command itself.
-
-The last is for wrong arguments: click's class, or typer's copy of it.
-"""
+"""How typer ends a command itself; the last, for wrong arguments, is click's or its copy of it."""
 _DEBUG: Final = "SVSK_DEBUG"
 
 

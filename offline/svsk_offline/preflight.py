@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "calibration_path",
+    "check_apart",
     "check_output",
     "check_recipe",
     "check_recipe_file",
@@ -25,17 +26,10 @@ __all__ = [
     "check_text",
 ]
 
-_TEXT_SUFFIXES: Final = (
-    ".csv",
-    ".gz",
-    ".json",
-    ".jsonl",
-    ".log",
-    ".md",
-    ".ndjson",
-    ".parquet",
-    ".text",
-    ".txt",
+_TEXT_SUFFIXES: Final = tuple(
+    """
+    .csv .gz .json .jsonl .log .md .ndjson .parquet .text .txt
+    """.split()  # noqa: SIM905 - a literal would take a line for each
 )
 
 _LARGEST_CONFIG: Final = 1 << 24
@@ -57,11 +51,7 @@ def check_output(
         SvskError: it is a file, it exists, it holds something else, or its place cannot be written.
     """
     if source is not None and Path(source).is_dir():
-        folder, target = Path(source).resolve(), out.resolve()
-        if target == folder or target in folder.parents or folder in target.parents:
-            raise SvskError(
-                f"{out}: overlaps the model it is made from, {source}. Choose another folder."
-            )
+        check_apart(out, Path(source))
     if out.exists() or out.is_symlink():
         if not out.is_dir():
             raise SvskError(
@@ -83,6 +73,19 @@ def check_output(
         raise SvskError(f"{out}: {parent} is a file, so no folder can be made below it.")
     if not os.access(parent, os.W_OK):
         raise SvskError(f"{out}: {parent} cannot be written.")
+
+
+def check_apart(out: Path, source: Path) -> None:
+    """Refuse a folder to write that is, holds or lies in the one it is made from.
+
+    Raises:
+        SvskError: it does.
+    """
+    target, folder = out.resolve(), source.resolve()
+    if target == folder or target in folder.parents or folder in target.parents:
+        raise SvskError(
+            f"{out}: overlaps the model it is made from, {source}. Choose another folder."
+        )
 
 
 def _is_ours(folder: Path, dense: bool) -> bool:

@@ -25,10 +25,9 @@ from svsk_offline.recipe_sections import (
     GradientArgs,
     PublishedArgs,
     SinkArgs,
-    Strict,
 )
 from svsk_vllm.format import SidecarArgs, WeightArgs
-from svsk_vllm.format.config import matches
+from svsk_vllm.format.config import Strict, matches
 
 __all__ = [
     "USUAL_IGNORE",
@@ -202,12 +201,6 @@ _METHODS: Final[dict[str, type[Recipe]]] = {
 _NO_SIDECAR: Final = "at rank 0, which has no sidecar"
 _CHOSEN: Final = "under a bit budget, which chooses it per matrix"
 
-_SWITCHES: Final = {
-    "sink": ("weight",),
-    "gradients": ("token_power", "row_power"),
-    "allocation": ("target_bpw",),
-}
-"""Keys that turn a section on."""
 _FORMER: Final = {("aa", "diagonal"): "published", ("gptq", "hessian"): "alternating"}
 """Methods by the base and the fit that recipe files once named apart."""
 
@@ -256,11 +249,10 @@ def _leave_out(raw: dict[str, Any], keys: Mapping[str, str]) -> list[str]:
 
 def _former(raw: dict[str, Any], source: str) -> str:
     """What to say of a file in the form that named base and fit apart: the same in today's form."""
-    parts = {"base": {"method": "aa"}, "fit": {"method": "diagonal"}} | raw
-    sections = [parts.pop(key) for key in ("base", "fit")]
-    if not all(isinstance(section, dict) for section in sections):
+    parts = {"base": {"method": "aa"}, "fit": {"method": "diagonal"}} | copy.deepcopy(raw)
+    base, fit = parts.pop("base"), parts.pop("fit")
+    if not (isinstance(base, dict) and isinstance(fit, dict)):
         return f"{source}: base: or fit: is no mapping. Say method: published or alternating."
-    base, fit = map(dict, sections)
     names = base.pop("method", "aa"), fit.pop("method", "diagonal")
     method = parts.pop("method", None) or _FORMER.get(names)
     if method not in _METHODS:
@@ -270,25 +262,13 @@ def _former(raw: dict[str, Any], source: str) -> str:
         )
     head = {key: parts.pop(key) for key in ("name", "description") if key in parts}
     new = {**head, "method": method, method: base | fit, **parts}
-    off = [
-        section
-        for section, switches in _SWITCHES.items()
-        if section in new and not any((new[section] or {}).get(switch) for switch in switches)
-    ]
-    new = copy.deepcopy({key: value for key, value in new.items() if key not in off})
-    idle = _METHODS[method].checked(new, source).idle
-    left_out = off + _leave_out(new, idle)
-    text = yaml.safe_dump(
-        {key: value for key, value in new.items() if value != {}},
-        sort_keys=False,
-        default_flow_style=None,
-        allow_unicode=True,
-        width=100,
-    )
-    note = f"\n({', '.join(left_out)}: had no effect.)" if left_out else ""
+    without_effect = ", ".join(_leave_out(new, _METHODS[method].checked(new, source).idle))
+    shown = {key: value for key, value in new.items() if value != {}}
+    text = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=100)
     return (
         f"{source}: recipes name one method, published or alternating, in place of base and fit."
-        f" Write this one as:\n\n{text}{note}"
+        f" Write this one as:\n\n{text}"
+        + (f"\n({without_effect}: had no effect.)" if without_effect else "")
     )
 
 

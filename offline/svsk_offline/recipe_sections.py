@@ -3,9 +3,9 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from svsk_vllm.format.config import MAX_RANK
+from svsk_vllm.format.config import MAX_RANK, Strict
 
 __all__ = [
     "AllocationArgs",
@@ -14,14 +14,7 @@ __all__ = [
     "GradientArgs",
     "PublishedArgs",
     "SinkArgs",
-    "Strict",
 ]
-
-
-class Strict(BaseModel):
-    """Unknown keys are errors; instances are immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class PublishedArgs(Strict):

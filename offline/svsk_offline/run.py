@@ -88,7 +88,7 @@ class Run:
         self.allocation = self.alternating.allocation if self.alternating else None
         self.device, self.scale_dtype, self.progress = device, scale_dtype, progress
         self.blocks_name, self.blocks = source.blocks
-        self.config = self._uniform_config({})
+        self.config = self._uniform_config({})  # without text, for the checks that come before it
         self._check_targets()
         self.texts = texts()  # only now: it takes time
         self.config = self._uniform_config(self.texts.describe())
@@ -116,10 +116,7 @@ class Run:
         return QuantizationResult(out, layers, seconds, planned)
 
     def _fingerprint(self) -> str:
-        """What tells the shards of this run from those of others.
-
-        The same for a run with the same inputs.
-        """
+        """What tells this run's shards from others'; the same for the same inputs."""
         inputs = [
             self.config.to_dict(),
             self.source.content_sample(),
@@ -171,10 +168,7 @@ class Run:
                 )
 
     def _claim(self, overwrite: bool) -> Path:
-        """Note what this run is, or check that the unfinished one found is the same.
-
-        The folder of the result.
-        """
+        """Note what this run is, or check that the one found is the same; the result's folder."""
         identity = {
             **self.source.identity(),
             "device": self.device.type,
@@ -230,9 +224,8 @@ class Run:
         self, writer: CheckpointWriter, plan: Plan
     ) -> tuple[list[LayerReport], list[float]]:
         compute = _compute_dtype(self.device)
-        runner = BlockRunner(
-            self.source, self.texts, self.device, compute, scratch=self.folder.path
-        )
+        scratch = self.folder.path
+        runner = BlockRunner(self.source, self.texts, self.device, compute, scratch=scratch)
         sequential = self.recipe.calibration.sequential
         layers: list[LayerReport] = []
         seconds: list[float] = []
@@ -242,6 +235,7 @@ class Run:
                 self.source.load(block, f"{self.blocks_name}.{index}.", compute, self.device)
                 reports = writer.finished(index)
                 if reports is None:
+                    # In sequence, the next block's inputs come from what is stored of this one.
                     statistics = runner.collect(
                         index,
                         block,
@@ -253,14 +247,13 @@ class Run:
                     linears, reports = self._quantize_block(index, statistics, plan)
                     writer.write_block(index, linears, reports)
                 elif sequential:
-                    linears = writer.read_block(index, plan.schemes)
+                    linears = writer.read_block(index, plan.schemes)  # as the first run did
                 else:
                     self.progress.message(f"Block {index}: finished by an earlier run")
                     runner.advance(index, block)
                 if sequential:
-                    _put_weights(
-                        block, {full: name for name, full, _ in self.source.linears(index)}, linears
-                    )
+                    names = {full: name for name, full, _ in self.source.linears(index)}
+                    _put_weights(block, names, linears)
                     runner.advance(index, block)
                 self.source.unload(block)
                 layers += reports
@@ -280,10 +273,7 @@ class Run:
         )
 
     def _token_weights(self, plan: Plan, index: int) -> dict[str, torch.Tensor] | None:
-        """Token weights by the names below a block.
-
-        Linears that are not quantised share the first one's.
-        """
+        """Token weights by name below a block; linears that stay dense get the first one's."""
         if not plan.tokens:
             return None
         names = {name: full for name, full, _ in self.source.linears(index)}
@@ -329,10 +319,7 @@ class Run:
 def _put_weights(
     block: nn.Module, names: Mapping[str, str], linears: list[QuantizedLinear]
 ) -> None:
-    """Replace the weights of a loaded block by what was stored of them.
-
-    ``names`` are those below the block.
-    """
+    """Replace a loaded block's weights by what was stored; ``names`` are those below it."""
     for linear in linears:
         weight = block.get_parameter(f"{names[linear.spec.name]}.weight")
         weight.data = dequantize(linear).to(weight.device, weight.dtype)

@@ -27,10 +27,7 @@ _MAX_COUNT: Final = 100_000
 _LARGE: Final = re.compile(
     r"size|position|length|theta|base|window|vocab|token|dim|period|seed|max|context|(^|_)ids?$"
 )
-"""Keys of numbers that may be larger.
-
-Sizes and positions cost nothing without memory for the weights.
-"""
+"""Keys of numbers that may be larger: sizes and positions cost nothing without weights."""
 _MAX_SHOWN: Final = 5
 
 

@@ -101,10 +101,7 @@ class VllmClass:
         return problems
 
     def note(self) -> str | None:
-        """What a user should know before relying on vLLM for this model, in one line.
-
-        None: nothing.
-        """
+        """What to know before relying on vLLM for this model, in one line; None: nothing."""
         if self.support == "removed":
             return (
                 f"{self.name}: vLLM {self.last} was the last to"

@@ -31,6 +31,7 @@ __all__ = [
     "STOCK_LOADER_NOTE",
     "ConfigGroup",
     "SidecarArgs",
+    "Strict",
     "SvskCheckpointConfig",
     "WeightArgs",
     "declared",
@@ -81,13 +82,13 @@ def _valid_pattern(entry: str) -> str:
 Target = Annotated[str, AfterValidator(_valid_pattern)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """Unknown keys are errors; instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class WeightArgs(_Strict):
+class WeightArgs(Strict):
     """The 4-bit base of a weight."""
 
     num_bits: Literal[4] = 4
@@ -105,11 +106,8 @@ class WeightArgs(_Strict):
         return value
 
 
-class SidecarArgs(_Strict):
-    """The low-rank sidecar of a weight.
-
-    Rank 0 means none; tile sizes of 0 mean the whole dimension.
-    """
+class SidecarArgs(Strict):
+    """The sidecar of a weight: rank 0 means none, a tile size of 0 the whole dimension."""
 
     rank: int = Field(default=0, ge=0, le=MAX_RANK, strict=True)
     tile_m: int = Field(default=512, ge=0, strict=True)
@@ -126,7 +124,7 @@ class SidecarArgs(_Strict):
         return self
 
 
-class ConfigGroup(_Strict):
+class ConfigGroup(Strict):
     """Modules that share a scheme."""
 
     targets: tuple[Target, ...] = Field(min_length=1)
@@ -134,11 +132,8 @@ class ConfigGroup(_Strict):
     sidecar: SidecarArgs = SidecarArgs()
 
 
-class SvskCheckpointConfig(_Strict):
-    """``quantization_config`` in config.json.
-
-    ``producer`` is information only and may hold anything.
-    """
+class SvskCheckpointConfig(Strict):
+    """``quantization_config`` in config.json; ``producer`` may hold anything."""
 
     quant_method: Literal["svsk"] = "svsk"
     format: Literal["svsk"] = "svsk"

@@ -23,15 +23,9 @@ from svsk_vllm.format.errors import SvskFormatError
 __all__ = ["MAX_INDEX_BYTES", "copy_regular", "open_regular", "read_json", "safe_handle"]
 
 MAX_JSON_BYTES: Final = 16 * 2**20
-"""Of a config.json.
-
-One that names each of 50,000 linears (256 experts in 60 layers) in its groups has 4 MB.
-"""
+"""Of a config.json; one that names each of 50,000 linears in its groups has 4 MB."""
 MAX_INDEX_BYTES: Final = 64 * 2**20
-"""Of an index.
-
-Five tensors for each of 50,000 linears are 250,000 entries of about 100 bytes: 25 MB.
-"""
+"""Of an index; five tensors of each of 50,000 linears, about 100 bytes an entry, are 25 MB."""
 _MAX_VALUES: Final = 1_500_000
 """Values in a JSON file: a small one takes 2 bytes there and 100 in memory."""
 _MAX_DEPTH: Final = 50

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which run wrote a shard.
-
-Shards of two runs in one folder fit by name and shape, and are a model of neither.
-"""
+"""Which run wrote a shard: those of two runs may fit by name and shape, and are no model."""
 
 from contextlib import suppress
 from pathlib import Path

@@ -25,10 +25,7 @@ def schemes_metadata(schemes: Mapping[str, ConfigGroup]) -> dict[str, str]:
 
 
 def scheme_problems(checkpoint: Checkpoint) -> list[str]:
-    """Shards that were written under other schemes than those of config.json.
-
-    Older shards do not say.
-    """
+    """Shards written under other schemes than config.json's; older ones do not say."""
     schemes = {name: spec.scheme for name, spec in checkpoint.linears.items()}
     digest = _digest(schemes)
     return [

@@ -112,10 +112,7 @@ def validate_checkpoint(
 
 
 def _shard_problems(folder: Path) -> tuple[list[str], set[str]]:
-    """Index against shards.
-
-    Damaged files, tensors listed but absent, and the reverse; and what cannot be read.
-    """
+    """Index against shards: what is damaged, absent or not listed; and what is unreadable."""
     index_path = folder / INDEX_NAME
     shards_there = {path.name for path in folder.glob("*.safetensors")}
     if not index_path.exists():
@@ -298,10 +295,7 @@ def _integer_problems(checkpoint: Checkpoint, name: str) -> list[str]:
 def _dense_linear_problems(
     checkpoint: Checkpoint, model: Architecture, name: str, target: str
 ) -> list[str]:
-    """A linear that is stored as it was although the config quantises it.
-
-    A tied head is part of the embedding.
-    """
+    """A linear stored as it was although the config quantises it; no tied head is."""
     module = name.removesuffix(".weight")
     if target.removesuffix(".weight") not in model.linears or not name.endswith(".weight"):
         return []

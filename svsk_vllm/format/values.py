@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether what the loaders compute is finite.
-
-Scales and gains may each be, and their products not.
-"""
+"""Whether what the loaders compute is finite: scales and gains may be, their products not."""
 
 from collections.abc import Callable
 from typing import Final

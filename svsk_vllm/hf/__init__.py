@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SVSK checkpoints in transformers.
-
-Importing this package registers the quantisation method with it.
-"""
+"""SVSK checkpoints in transformers: importing this package registers the method with it."""
 
 from svsk_vllm.hf.quantizer import SvskHfConfig, SvskHfQuantizer, register_with_transformers
 

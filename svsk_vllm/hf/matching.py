@@ -59,10 +59,7 @@ def open_checkpoint(files: Sequence[str]) -> Checkpoint:
 
 
 def parameter_dtypes(model: Any) -> dict[str, torch.dtype]:
-    """Dtype of every floating parameter and buffer once loaded.
-
-    The model's, or float32 where its class insists.
-    """
+    """Dtype of each floating tensor once loaded: the model's, or float32 by its class."""
     requested = model.config.dtype
     keep: set[str] = set()
     if requested == torch.float16:

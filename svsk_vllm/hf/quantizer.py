@@ -123,10 +123,7 @@ class SvskHfQuantizer(HfQuantizer):
         return inherited
 
     def update_tp_plan(self, config: Any) -> Any:
-        """Called by transformers up to 5.20 with the config before it looks for files.
-
-        See :meth:`_take_config`.
-        """
+        """Called by transformers up to 5.20 before it looks for files: :meth:`_take_config`."""
         return self._take_config(config)
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -199,10 +196,7 @@ class SvskHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """False.
-
-        The weights are those of a quantised model, and training would not keep them so.
-        """
+        """False: training would not keep the weights those of a quantised model."""
         return False
 
     def is_serializable(self) -> bool:

@@ -435,7 +435,7 @@ def test_a_shard_beside_a_single_file(tmp_path: Path) -> None:
     assert_lines(problems, ((str(tmp_path / "old.safetensors"), "in no index"),))
 
 
-def test_a_checkpoint_with_nothing_quantised(tmp_path: Path) -> None:
+def test_a_checkpoint_with_nothing_quantized(tmp_path: Path) -> None:
     small = build_small_checkpoint(tmp_path)
     save_file(small.dense, tmp_path / SINGLE)
     assert_lines(validate_checkpoint(tmp_path), ((str(tmp_path), "no quantised linear"),))

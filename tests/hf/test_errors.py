@@ -95,7 +95,7 @@ def test_targeted_head_stored_dense(broken: Path) -> None:
         load(broken)
 
 
-def test_quantised_head_of_a_tied_model(folders: MakeFolders, tmp_path: Path) -> None:
+def test_quantized_head_of_a_tied_model(folders: MakeFolders, tmp_path: Path) -> None:
     dense = Path(shutil.copytree(folders("llama", torch.bfloat16).dense, tmp_path / "dense"))
     edit_tensors(
         dense,
@@ -112,7 +112,7 @@ def test_quantised_head_of_a_tied_model(folders: MakeFolders, tmp_path: Path) ->
         load(svsk)
 
 
-def test_ignored_linear_stored_quantised(broken: Path) -> None:
+def test_ignored_linear_stored_quantized(broken: Path) -> None:
     edit_config(broken, lambda config: config.update(ignore=["lm_head", Q_PROJ]))
     with pytest.raises(
         SvskFormatError, match=rf"{Q_PROJ}: stored quantised, but is on the ignore list"

@@ -228,7 +228,7 @@ def test_save_pretrained_writes_a_dense_folder(
     assert_same(load(tmp_path), load(made.restored))
 
 
-def test_dense_experts_beside_quantised_attention(tmp_path: Path) -> None:
+def test_dense_experts_beside_quantized_attention(tmp_path: Path) -> None:
     dense = write_dense(tmp_path / "dense", MOE)
     svsk = write_random_svsk(
         dense, tmp_path / "svsk", schemes={"attention": scheme("re:.*self_attn.*", rank=2)}

@@ -112,7 +112,7 @@ def test_blocks_one_at_a_time_are_the_model(dense: Path) -> None:
         torch.testing.assert_close(run_by_blocks(source), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_quantised_with_gradients_and_loaded_again(dense: Path, tmp_path: Path) -> None:
+def test_quantized_with_gradients_and_loaded_again(dense: Path, tmp_path: Path) -> None:
     recipe = load_recipe("best").override(
         {
             "calibration": {"samples": 4, "seq_len": 32},
@@ -175,7 +175,7 @@ def test_a_model_that_runs_otherwise_is_refused_in_one_line(
         BlockRunner(source, CalibrationSet(sample_tokens(), "random", ""), CPU, torch.float32)
 
 
-def test_a_matrix_that_is_made_when_loading_is_not_quantised(
+def test_a_matrix_that_is_made_when_loading_is_not_quantized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stored as one matrix, split by transformers: no name that both loaders know."""

@@ -160,9 +160,9 @@ def test_an_old_file_of_the_published_method(tmp_path: Path) -> None:
     assert isinstance(recipe, PublishedRecipe)
     assert (recipe.published.alpha, recipe.published.ridge) == (1.0, 0.1)
     # That was what a file got which said neither.
-    plain, message = shown(tmp_path, "sidecar: {rank: 0, num_bits: 4}\nsink: {weight: 0}\n")
+    plain, message = shown(tmp_path, "sidecar: {rank: 0, num_bits: 4}\n")
     assert plain == PublishedRecipe.checked({"name": "own", "sidecar": {"rank": 0}}, "")
-    assert message.endswith("(sink, sidecar.num_bits: had no effect.)")
+    assert message.endswith("(sidecar.num_bits: had no effect.)")
 
 
 def test_old_files_that_were_refused_still_are(tmp_path: Path) -> None:

@@ -281,8 +281,8 @@ def write_random_svsk(
     _copy_side_files(dense, out)
     hf_config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
     _write_json(out / "config.json", declared(hf_config, config))
-    quantised = {module: config.scheme_for(module) for name in tensors if (module := _packed(name))}
-    metadata = schemes_metadata({module: group for module, group in quantised.items() if group})
+    stored = {module: config.scheme_for(module) for name in tensors if (module := _packed(name))}
+    metadata = schemes_metadata({module: group for module, group in stored.items() if group})
     _save(out, tensors, shards, {**metadata, FINGERPRINT_KEY: f"run {seed}"})
     return out
 

@@ -28,12 +28,12 @@ from transformers import PreTrainedModel
 
 from svsk_eval.errors import EvalError
 from svsk_eval.text.scoring import compare_models, load_model
+from svsk_eval.tune.held_out import split_calibration
 from svsk_eval.tune.search import Search, Step
 from svsk_eval.tune.trials import Score, State, Trial, differences
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import DEFAULT_SOURCE, CalibrationSet
 from svsk_offline.calibration.sources import check_source
-from svsk_offline.calibration.text import token_fingerprint
 from svsk_offline.pipeline import Progress, check_takes, load_texts, quantize, resolve_device
 from svsk_offline.preflight import check_recipe, check_recipe_file
 from svsk_offline.recipe import Recipe, load_recipe
@@ -44,7 +44,7 @@ from svsk_offline.storage.model_loading import resolve_model
 from svsk_vllm.format.shards import read_json
 from svsk_vllm.version import __version__
 
-__all__ = ["TuneProgress", "TuneResult", "split_calibration", "tune"]
+__all__ = ["TuneProgress", "TuneResult", "tune"]
 
 _STATE_NAME: Final = "svsk-tune.json"
 _TRIAL_NAME: Final = "svsk-tune-trial"
@@ -142,8 +142,8 @@ def tune(
     check_source(calibration, chat_template)
     resolve_device(device)
     start = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    found = resolve_model(str(model), trust_remote_code=trust_remote_code)
-    source = ModelSource(found, trust_remote_code=trust_remote_code)
+    folder = resolve_model(str(model), trust_remote_code=trust_remote_code)
+    source = ModelSource(folder, trust_remote_code=trust_remote_code)
     source.check()
     # Refuses a folder that overlaps the model's.
     PartialFolder(work / _TRIAL_NAME, source.folder, overwrite=True)
@@ -159,45 +159,6 @@ def tune(
             start, trials.run, state, budget_minutes * 60, clock, progress.start, progress.step
         )
         return _search(search, out, model, calibration, inputs.held)
-
-
-def split_calibration(
-    drawn: CalibrationSet, held_out: int
-) -> tuple[CalibrationSet, CalibrationSet]:
-    """Split calibration text into pieces to calibrate with and pieces to score on.
-
-    Both are spread over the text.
-
-    A piece that occurs twice, in a text that repeats itself, is never held out: no held-out piece
-    equals another one.
-
-    Args:
-        drawn: pieces in the order of the text, int64 [samples, seq_len].
-        held_out: how many to hold out.
-
-    Returns:
-        The pieces to calibrate with, [samples - held_out, seq_len], and those held out, [held_out,
-        seq_len].
-
-    Raises:
-        EvalError: too few pieces differ from all others, or none would be left to calibrate with.
-    """
-    _, group, sizes = torch.unique(drawn.tokens, dim=0, return_inverse=True, return_counts=True)
-    single = torch.nonzero(sizes[group] == 1).flatten()
-    if len(single) < held_out or len(drawn.tokens) <= held_out:
-        raise EvalError(
-            f"Calibration text {drawn.source}: {len(single)} of {len(drawn.tokens)} pieces occur"
-            f" once, too few to hold out {held_out} and calibrate with others. Give a text that"
-            " repeats itself less, or lower --held-out."
-        )
-    middles = (torch.arange(held_out) * 2 + 1) * len(single) // (2 * held_out)
-    chosen = torch.zeros(len(drawn.tokens), dtype=torch.bool)
-    chosen[single[middles]] = True
-    training, held = (
-        CalibrationSet(tokens, drawn.source, token_fingerprint(tokens), bos=drawn.bos)
-        for tokens in (drawn.tokens[~chosen].contiguous(), drawn.tokens[chosen].contiguous())
-    )
-    return training, held
 
 
 @dataclass(frozen=True)
@@ -349,9 +310,9 @@ def _open_state(
         return state
     try:
         raw = read_json(path)
-        found = raw.get("identity")
-        known = found if isinstance(found, dict) else {}
-        other = [key for key in identity if known.get(key) != identity[key]]
+        before = raw.get("identity")
+        before = before if isinstance(before, dict) else {}
+        other = [key for key in identity if before.get(key) != identity[key]]
         if other:
             raise EvalError(
                 f"{path}: is of another search, with another {', '.join(other)}. Delete it, choose"

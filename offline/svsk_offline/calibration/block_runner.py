@@ -152,7 +152,7 @@ class BlockRunner:
         self.source, self.device, self.dtype = source, device, dtype
         self._calls: dict[int, list[_Call]] = {}  # of every block, by the number of samples
         self._batch = max(1, batch_tokens // calibration.tokens.shape[1])
-        self._file: IO[bytes] | None = None
+        self.file: IO[bytes] | None = None
         self.members = 0  # of the tuple that a block returns, 0 for no tuple
         self.hidden = self._embed(calibration.tokens, memory_limit, scratch)
 
@@ -221,15 +221,10 @@ class BlockRunner:
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    @property
-    def on_disk(self) -> bool:
-        """Whether the hidden states are in a file."""
-        return self._file is not None
-
     def close(self) -> None:
         """Remove the temporary file, if there is one."""
-        if self._file is not None:
-            self._file.close()
+        if self.file is not None:
+            self.file.close()
 
     def _watch(
         self,
@@ -265,10 +260,7 @@ class BlockRunner:
 
     @torch.no_grad()
     def _embed(self, tokens: torch.Tensor, memory_limit: int, scratch: Path | None) -> torch.Tensor:
-        """Inputs of the first block for all samples.
-
-        The arguments of every block are noted on the way.
-        """
+        """Inputs of the first block for all samples; the blocks' arguments are noted."""
         with self.source.loaded_outside(self.dtype, self.device, head=False):
             watcher = self._watcher(tokens[:1].to(self.device))
             with self.source.replaced_blocks(watcher.stand_ins) as model:
@@ -280,7 +272,7 @@ class BlockRunner:
                     self._compare(self._calls[1], calls)
                     if hidden is None:
                         shape = (len(tokens), *first.shape[1:])
-                        hidden, self._file = scratch_tensor(
+                        hidden, self.file = scratch_tensor(
                             shape, first.dtype, memory_limit, scratch
                         )
                     hidden[index] = first[0].to(hidden)

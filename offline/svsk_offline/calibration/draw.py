@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawing calibration samples from all over a source.
-
-Memory is needed for the samples, not for the source.
-"""
+"""Drawing calibration samples from all over a source, without reading it all."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
@@ -204,10 +201,7 @@ def _on_the_way(
 
 
 def _window(pieces: Iterator[str], encode: Encode, width: int) -> list[int]:
-    """The first ``width`` tokens of a text, or all there are.
-
-    Reads and tokenises little more than it takes.
-    """
+    """The first ``width`` tokens of a text, or all; reads little more than they take."""
     read: list[str] = []
     length, enough = 0, _REACH * (width + _MARGIN)
     for piece in pieces:
@@ -222,10 +216,7 @@ def _window(pieces: Iterator[str], encode: Encode, width: int) -> list[int]:
 
 
 def _from_within(pieces: Iterator[str], share: float, width: int) -> Iterator[str]:
-    """A text that begins within its first piece if that is long.
-
-    A row as long as a book is not always read first.
-    """
+    """A text, begun somewhere within its first piece where that is as long as a book."""
     first = next(pieces, "")
     room = len(first) - 2 * _REACH * (width + _MARGIN)
     start = int(share * room) if room > 0 else 0

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of calibration text.
-
-What they hold, told by their content, and how they are read piece by piece.
-"""
+"""Files of calibration text: what they hold, told by their content, and reading it in pieces."""
 
 import codecs
 import gzip
@@ -238,10 +235,7 @@ def _check_parquet(path: Path, head: bytes, size: int) -> None:
 
 
 def _kind(file: TextFile, name: str) -> Kind:
-    """What characters stand for.
-
-    JSON by the suffix, or where the first value is one or a list of such.
-    """
+    """What a file holds: JSON by its suffix, or by its first value; else text."""
     head = ""
     for block in file.text():
         head += block

@@ -130,10 +130,7 @@ def _step_back(
     gradient: torch.Tensor,
     full: bool,
 ) -> _Observed:
-    """Turn the gradient of a block's output into that of its input, and note its linears' own.
-
-    In place.
-    """
+    """Turn the gradient of a block's output into its input's, in place; note its linears'."""
     observed = _Observed()
     tokens = inputs.shape[:2]
 

@@ -7,8 +7,8 @@ import torch
 
 __all__ = ["InputStatistics"]
 
-
 _PANELS: Final = 4
+"""More would leave out more of the products, but make them narrower and so slower."""
 
 
 class InputStatistics:
@@ -42,6 +42,7 @@ class InputStatistics:
         if weights is None:
             self._weight += rows.shape[0]
         else:
+            # The root on both factors of x x^T gives the weight once.
             rows = rows * weights.reshape(-1, 1).to(rows).sqrt()
             self._weight += float(weights.sum())
         self._accumulate(self._sum, rows)
@@ -65,7 +66,8 @@ class InputStatistics:
     @property
     def second_moment(self) -> torch.Tensor:
         """``E[x_j^2]``, float32 [K]."""
-        return (self._sum.diagonal() if self._sum.ndim == 2 else self._sum) / (self._weight or 1)
+        diagonal = self._sum.diagonal() if self._sum.ndim == 2 else self._sum
+        return diagonal / (self._weight or 1)  # 1 where nothing was taken in: all zero, not NaN
 
     @property
     def hessian(self) -> torch.Tensor:

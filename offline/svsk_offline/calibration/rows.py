@@ -9,10 +9,7 @@ from svsk_kernels.errors import SvskError
 __all__ = ["RowReader"]
 
 _PAIRS: Final = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
-"""What is asked, and what is answered.
-
-Alpaca's rows may have an ``input`` that goes with the instruction.
-"""
+"""Question and answer; Alpaca's rows may have an ``input`` that goes with the instruction."""
 
 _CONVERSATIONS: Final = ("messages", "conversations")
 
@@ -24,20 +21,13 @@ _EXPECTED: Final = (
     " prompt and completion, or instruction and output"
 )
 
-_ROLES: Final = {
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "model": "assistant",
+_SPEAKERS: Final = {
+    "user": "human user prompter",
+    "assistant": "gpt assistant chatgpt bard bing model",
     "system": "system",
-    "tool": "tool",
-    "observation": "tool",
+    "tool": "tool observation",
 }
+_ROLES: Final = {name: role for role, names in _SPEAKERS.items() for name in names.split()}
 """ShareGPT's speakers as roles of a chat template."""
 
 

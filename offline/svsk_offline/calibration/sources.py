@@ -14,41 +14,15 @@ from svsk_offline.preflight import calibration_path
 __all__ = ["DEFAULT_SOURCE", "Source", "check_source"]
 
 DEFAULT_SOURCE: Final = "python"
-"""Name of the text that needs no download.
+"""Name of the text that needs no download: Python's standard library, documentation and code."""
 
-Documentation and sources of Python's standard library.
-"""
-
-_STANDARD_MODULES: Final = (
-    "argparse",
-    "ast",
-    "asyncio.base_events",
-    "collections",
-    "csv",
-    "dataclasses",
-    "datetime",
-    "decimal",
-    "difflib",
-    "email.message",
-    "fractions",
-    "heapq",
-    "http.client",
-    "inspect",
-    "json.decoder",
-    "logging",
-    "pathlib",
-    "pickle",
-    "random",
-    "shutil",
-    "statistics",
-    "subprocess",
-    "tarfile",
-    "textwrap",
-    "threading",
-    "typing",
-    "unittest.mock",
-    "urllib.parse",
-    "zipfile",
+_STANDARD_MODULES: Final = tuple(
+    """
+    argparse ast asyncio.base_events collections csv dataclasses datetime decimal difflib
+    email.message fractions heapq http.client inspect json.decoder logging pathlib pickle random
+    shutil statistics subprocess tarfile textwrap threading typing unittest.mock urllib.parse
+    zipfile
+    """.split()  # noqa: SIM905 - a literal would take a line for each
 )
 
 
@@ -163,39 +137,30 @@ def _standard_library() -> Iterator[str]:
 
 
 def _dataset_rows(source: str) -> Iterator[Mapping[str, Any]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise SvskError(
-            f"Calibration {source}: not a file, and the package `datasets` is not installed."
-        ) from error
     name, *rest = source.split(":")
     split = rest[-1] if rest else "train"
     config = rest[0] if len(rest) > 1 else None
-    try:
-        yield from load_dataset(name, config, split=split, streaming=True)
-    # The package raises many kinds, all meaning that the data cannot be had.
-    except Exception as error:
-        raise SvskError(
-            f"Calibration {source}: neither a file nor a dataset that can be loaded"
-            f" ({_one_line(error)})."
-        ) from error
+    missing = "not a file, and the package `datasets` is not installed"
+    wrong = "neither a file nor a dataset that can be loaded"
+    return _stream(f"Calibration {source}", missing, wrong, name, config, split=split)
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    missing = "parquet needs the package `datasets`. Install it"
+    wrong = "cannot be read as parquet"
+    where = f"Calibration text {path}"
+    return _stream(where, missing, wrong, "parquet", data_files=str(path), split="train")
+
+
+def _stream(
+    where: str, missing: str, wrong: str, *args: Any, **kwargs: Any
+) -> Iterator[Mapping[str, Any]]:
+    """Rows of ``datasets.load_dataset``; ``missing`` is said without the package."""
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise SvskError(
-            f"Calibration text {path}: parquet needs the package `datasets`. Install it."
-        ) from error
+        raise SvskError(f"{where}: {missing}.") from error
     try:
-        yield from load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-    except Exception as error:  # as above, for whatever a damaged file does to it
-        raise SvskError(
-            f"Calibration text {path}: cannot be read as parquet ({_one_line(error)})."
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        yield from load_dataset(*args, **kwargs, streaming=True)
+    except Exception as error:  # the package raises many kinds: the data cannot be had
+        raise SvskError(f"{where}: {wrong} ({' '.join(str(error).split())}).") from error

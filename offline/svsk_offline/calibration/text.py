@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration text as tokens.
-
-What a tokenizer puts in front of a text, and pieces of equal length.
-"""
+"""Calibration text as tokens: what a tokenizer puts in front, and pieces of equal length."""
 
 import hashlib
 from collections.abc import Sequence
@@ -37,10 +34,7 @@ class CalibrationSet:
         return replace(self, tokens=tokens, fingerprint=token_fingerprint(tokens))
 
     def describe(self) -> dict[str, Any]:
-        """What goes into the checkpoint's ``producer.calibration``.
-
-        ``bos`` only where there is one.
-        """
+        """What goes into ``producer.calibration``; ``bos`` only where there is one."""
         samples, seq_len = self.tokens.shape
         described = {
             "source": self.source,

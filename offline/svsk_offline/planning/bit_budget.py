@@ -74,7 +74,7 @@ def allocate(
     # In the unit of the losses: they scale with the inputs, and what is chosen must not.
     largest = max((c.loss for options in choices.values() for c in options), default=0.0)
     low, high = 0.0, largest / budget or 1.0
-    while _size(_at_price(sets, high)) > budget:
+    while _size(_at_price(sets, high)) > budget:  # ends: at an infinite price it fits
         low, high = high, high * 16
     for _ in range(_BISECTIONS):
         # By powers while there is no lower bound: the price may be any share of the losses.
@@ -83,6 +83,7 @@ def allocate(
             low = middle
         else:
             high = middle
+    # `high` is always within the budget, `low` never.
     chosen = _spend(choices, _at_price(sets, high), budget)
     return {name: chosen[name] for name in choices}
 
@@ -90,10 +91,7 @@ def allocate(
 def _at_price(
     sets: Mapping[Hashable, Mapping[str, Sequence[Choice]]], price: float
 ) -> dict[str, Choice]:
-    """Least loss plus price times bits, per set of fused matrices.
-
-    At an infinite price the fewest bits.
-    """
+    """Least loss plus price times bits, per fused set; at an infinite price, fewest bits."""
 
     def cost(choice: Choice) -> tuple[float, float]:
         if math.isinf(price):
@@ -102,6 +100,7 @@ def _at_price(
 
     chosen: dict[str, Choice] = {}
     for members in sets.values():
+        # Fused matrices share a group size; of two of equal cost the larger, which stores less.
         sizes = sorted(
             {choice.group_size for options in members.values() for choice in options}, reverse=True
         )
@@ -113,6 +112,7 @@ def _at_price(
             }
             if all(fitting.values()):
                 picks.append({name: min(options, key=cost) for name, options in fitting.items()})
+        # Costs are pairs, so that the second decides where the first ties.
         best: dict[str, Choice] = min(
             picks, key=lambda pick: tuple(map(sum, zip(*map(cost, pick.values()), strict=True)))
         )

@@ -51,6 +51,7 @@ def choices_of(
         allocation: what may be chosen.
     """
     scheme = spec.scheme
+    # Error feedback is run once, at the scheme's group size; all other sizes are scaled from it.
     order = ColumnOrder.of(damped(hessian, args.damping))
     codebook, dtype = scheme.weights.codebook, spec.scale_dtype
     scale = initial_scales(args.scales, weight, order.importance, spec.group_size, codebook, dtype)
@@ -77,6 +78,7 @@ def choices_of(
                 stored = LinearSpec(
                     spec.name, spec.n, spec.k, scheme_with(scheme, size, rank, bits), dtype
                 ).stored_bits
+                # What rounded factors keep of the gain is an estimate, so it may exceed the whole.
                 left = max(1 - _KEPT[bits] * float(shares[:rank].sum()), 0.0)
                 choices.append(Choice(size, rank, bits, stored, loss * ratio * left**power))
     return choices

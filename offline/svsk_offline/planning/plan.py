@@ -105,8 +105,8 @@ def uniform_schemes(
         for _, full, linear in source.linears(index):
             scheme = config.scheme_for(full)
             if scheme is not None:
-                source.check_quantisable(full)
-                # Checks it.
+                source.check_quantizable(full)
+                # Only to raise where the matrix does not fit its scheme.
                 LinearSpec(full, linear.out_features, linear.in_features, scheme, scale_dtype)
                 schemes[full] = scheme
     return schemes
@@ -205,6 +205,7 @@ class _Measured:
             if args.row_power:
                 self.rows[full] = _relative(gradient.rows, args.row_power).cpu()
             if self.recipe.allocation is not None:
+                # Now, while the block's statistics are in memory: one block's at a time are.
                 weight = self.source.tensors.read(f"{full}.weight").to(gradient.rows.device).float()
                 spec = LinearSpec(
                     full,
@@ -253,12 +254,14 @@ class _Measured:
         for names in vllm_class_of(self.source).fused_sets(linears):
             weightings = [self.tokens[name] for name in names if name in self.tokens]
             if weightings:
+                # One weighting, so one Hessian for all: none of them may decide it alone.
                 mean = torch.stack(weightings).mean(0)
                 self.tokens.update(dict.fromkeys(names, mean))
 
 
 def _relative(squares: torch.Tensor, power: float) -> torch.Tensor:
     """Powers of squared gradients over their mean, float32; 1 where all are zero."""
+    # Squares of the gradients of a whole text are small enough to underflow in float32.
     powers = squares.double() ** power
     mean = powers.mean()
     return (powers / mean if mean else torch.ones_like(powers)).float()

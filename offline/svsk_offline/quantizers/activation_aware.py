@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of the published recipe.
-
-Rounding to nearest with activation-aware clipping of each group.
-"""
+"""The base of the published recipe: rounding with activation-aware clipping of each group."""
 
 from collections.abc import Sequence
 

@@ -54,10 +54,7 @@ class PreparedInput:
 def output_error(
     residual: torch.Tensor, hessian: torch.Tensor, row_weights: torch.Tensor | None = None
 ) -> float:
-    """``tr(D R H R^T)``.
-
-    The mean squared error of the layer's output, summed over its features, D their weights.
-    """
+    """``tr(D R H R^T)``, the mean squared error of all outputs, D the weights of the rows."""
     by_row = ((residual @ hessian) * residual).sum(1)
     return float(by_row.sum() if row_weights is None else by_row @ row_weights)
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sidecar of the published recipe.
-
-A truncated SVD per tile under a diagonal input weighting.
-"""
+"""The sidecar of the published recipe: a truncated SVD per tile, inputs weighted by energy."""
 
 from dataclasses import dataclass
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding one column at a time, each error made up for by the columns still to come.
-
-This is GPTQ (Frantar et al. 2022), its updates gathered in blocks.
-"""
+"""Rounding by columns, each error made up for by later ones (GPTQ, Frantar et al. 2022)."""
 
 from dataclasses import dataclass
 from typing import Final

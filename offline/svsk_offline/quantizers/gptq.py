@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 4-bit base.
-
-Searched scales, then error feedback, then optionally polish by coordinate descent.
-"""
+"""The 4-bit base: searched scales, error feedback, and polish by coordinate descent."""
 
 from collections.abc import Sequence
 from typing import Final, Literal
@@ -32,16 +29,10 @@ and the one of largest magnitude falls between two levels.
 """
 
 _CHUNK: Final = (1 << 20, 1 << 25)
-"""Weights searched at a time.
-
-What fits the cache of a CPU; on a GPU, enough that launches do not count.
-"""
+"""Weights searched at a time: a CPU's cache full; on a GPU, so many that launches do not count."""
 
 _SYSTEMS: Final = (1 << 24, 1 << 26)
-"""Elements of the float64 systems solved at a time when scales are refitted.
-
-128 MiB, on a GPU 512.
-"""
+"""Elements of the float64 systems solved at a time to refit scales: 128 MiB, on a GPU 512."""
 
 
 def _at_a_time(limits: tuple[int, int], tensor: torch.Tensor) -> int:
@@ -57,10 +48,7 @@ def initial_scales(
     codebook: Codebook,
     scale_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Scales to round under.
-
-    Those of :func:`search_scales` (arguments as there), or those of plain rounding.
-    """
+    """Scales of :func:`search_scales` (arguments as there), or those of plain rounding."""
     if method == "search":
         return search_scales(weight, importance, group_size, codebook, scale_dtype)
     return absmax_scale(weight.view(weight.shape[0], -1, group_size), codebook).to(scale_dtype)

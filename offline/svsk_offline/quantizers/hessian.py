@@ -82,10 +82,7 @@ def damped_batch(matrices: torch.Tensor, relative: float) -> torch.Tensor:
 
 
 def inverse_roots(matrices: torch.Tensor) -> torch.Tensor:
-    """:func:`inverse_root` for each of [A, n, n].
-
-    Those that need further damping are taken one by one.
-    """
+    """:func:`inverse_root` for each of [A, n, n]; what needs more damping is done alone."""
     lower, failed = torch.linalg.cholesky_ex(matrices.double())
     roots, failed_again = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     result: torch.Tensor = roots.float()

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sidecar fitted to the error the layer's output feels.
-
-A truncated SVD per tile under the full Hessian.
-"""
+"""The sidecar fitted to the output's error: a truncated SVD per tile under the full Hessian."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -141,10 +138,7 @@ class HessianSidecar:
     def _fit_tiles(
         self, target: torch.Tensor, tile: ColumnTile
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rounded U [A, rows, f], V [A, f, w] and gains [A, f] for targets [A, rows, w].
-
-        f is the rank, or less where a tile is smaller: min(rank, rows, w).
-        """
+        """Rounded U [A, rows, f], V [A, f, w], gains [A, f] of [A, rows, w], f <= rank."""
         weighted = target if self.weights is None else target * self.weights.sqrt().unsqueeze(2)
         # With H = L L^T the error is the squared norm of D^1/2 E L: the best V is Q^T L^-1, Q^T the
         # leading right vectors of D^1/2 T L.
@@ -175,10 +169,7 @@ class HessianSidecar:
     def _round_u(
         self, rows: torch.Tensor, small: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Integers of U^T [A, f, rows] and scales [A, f], with feedback along the ranks.
-
-        Under ``small``, which is ``V H V^T`` [A, f, f].
-        """
+        """Integers of U^T [A, f, rows], scales [A, f]; ``small`` is ``V H V^T`` [A, f, f]."""
         weights = torch.ones_like(rows[:, 0]) if self.weights is None else self.weights
         each = weights.unsqueeze(1).expand_as(rows).flatten(0, 1)
         scale = _row_scales(rows.flatten(0, 1), each, self.num_bits).view(rows.shape[:2])
@@ -230,10 +221,7 @@ class HessianSidecar:
 
 
 def _row_scales(rows: torch.Tensor, importance: torch.Tensor, num_bits: int) -> torch.Tensor:
-    """Scale per row.
-
-    Absolute maximum for 8 bits, searched over clips by weighted error for 4. Never zero.
-    """
+    """Scale per row, never 0: absolute maximum for 8 bits, for 4 the best of some clips."""
     high = 2 ** (num_bits - 1) - 1
     # No maximum below 2^20 times the smallest normal float32: the scale's inverse stays finite.
     largest = rows.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny * 2**20)

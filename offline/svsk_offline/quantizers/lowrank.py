@@ -23,10 +23,7 @@ The vectors come from float32 products, so what is smaller has no direction of i
 """
 
 _RIDGE: Final = 1e-14
-"""Relative to the trace.
-
-What makes the Gram matrix of dependent columns decomposable in float64.
-"""
+"""Relative to the trace: makes the Gram matrix of dependent columns decomposable in float64."""
 
 _OVERSAMPLING: Final = 16
 """Vectors carried along beyond the rank: the last of the rank converge by the gap behind them."""
@@ -144,10 +141,7 @@ def _start(size: int, width: int, device: torch.device) -> torch.Tensor:
 
 
 def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
-    """Columns of float64 [A, s, w] made orthonormal by a Cholesky factor of their Gram matrix.
-
-    Zeros stay zeros.
-    """
+    """Columns of float64 [A, s, w] made orthonormal by their Gram matrix; zeros stay zeros."""
     gram = columns.mT @ columns
     ridge = (
         _RIDGE * gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)

@@ -8,8 +8,9 @@ import torch
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.input_statistics import InputStatistics
-from svsk_offline.quantizers import channel_importance, fit_diagonal_sidecar, quantize_aa
+from svsk_offline.quantizers.activation_aware import channel_importance, quantize_aa
 from svsk_offline.quantizers.alternating import PreparedInput, quantize_alternating
+from svsk_offline.quantizers.diagonal_sidecar import fit_diagonal_sidecar
 from svsk_offline.recipe import AlternatingArgs, PublishedArgs, PublishedRecipe, Recipe
 from svsk_offline.storage.layer_report import LayerReport
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, dequantize
@@ -94,10 +95,7 @@ def quantize_linear(
 def _quantize_published(
     weight: torch.Tensor, moment: torch.Tensor, spec: LinearSpec, args: PublishedArgs, seed: int
 ) -> QuantizedLinear:
-    """The original method.
-
-    Activation-aware rounding, then a sidecar under the diagonal weighting.
-    """
+    """Activation-aware rounding, then a sidecar under the diagonal weighting."""
     importance = channel_importance(moment, args.alpha, args.importance_clip)
     codebook = spec.scheme.weights.codebook
     codes, scale = quantize_aa(

@@ -34,10 +34,7 @@ def nearest_integers(ratio: torch.Tensor, low: int, high: int) -> torch.Tensor:
 
 
 def nearest_levels(ratio: torch.Tensor, codebook: Codebook) -> torch.Tensor:
-    """Value of the level nearest to each ratio, in units of the scale.
-
-    Float32 of the same shape.
-    """
+    """Level nearest to each ratio, in units of the scale; float32 of the same shape."""
     return code_values(nearest_indices(ratio, codebook), codebook)
 
 

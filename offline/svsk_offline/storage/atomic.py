@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from svsk_kernels.errors import SvskError
+from svsk_offline.preflight import check_apart
 from svsk_offline.storage.locks import locked
 from svsk_vllm.format.shards import INDEX_NAME, ShardedReader
 
@@ -63,10 +64,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file atomically.
-
-    Tensors are made contiguous and copied where two share memory.
-    """
+    """Write a safetensors file atomically; tensors that share memory are copied."""
     ready: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -100,10 +98,7 @@ def write_index(folder: Path, shards: Iterable[str]) -> None:
 
 
 def _sort_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    """Bring the metadata of a safetensors file in order.
-
-    Safetensors writes it in another one each time.
-    """
+    """Sort the metadata of a safetensors file, whose order safetensors leaves to chance."""
     start = b'{"__metadata__":'
     ordered = json.dumps(
         dict(sorted(metadata.items())), separators=(",", ":"), ensure_ascii=False
@@ -149,11 +144,9 @@ class PartialFolder:
         overwrite: bool = False,
         suffix: str = "partial",
     ) -> None:
-        out, source = out.resolve(), source.resolve() if source else None
-        if source and (out == source or out in source.parents or source in out.parents):
-            raise SvskError(
-                f"{out}: overlaps the model it is made from, {source}. Choose another folder."
-            )
+        out = out.resolve()
+        if source:
+            check_apart(out, source)
         self.out, self._overwrite = out, overwrite
         self.path = out.with_name(f"{out.name}.{suffix}")
         self.result = self.path / "checkpoint"

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a checkpoint that is being written.
-
-A shard per decoder block, then everything else.
-"""
+"""The files of a checkpoint being written: a shard per decoder block, then everything else."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -35,10 +32,7 @@ from svsk_vllm.format.shards import read_json
 __all__ = ["CheckpointWriter"]
 
 _FLOAT32: Final = re.compile(r"(^|\.)(A_log|D|dt_bias|e_score_correction_bias|expert_bias)$")
-"""Parameters that vLLM's classes hold in float32 although transformers' do not say so.
-
-All are small vectors.
-"""
+"""Small vectors that vLLM's classes hold in float32 although transformers' do not say so."""
 
 
 class CheckpointWriter:
@@ -80,16 +74,13 @@ class CheckpointWriter:
     def write_block(
         self, index: int, linears: Sequence[QuantizedLinear], reports: Sequence[LayerReport]
     ) -> None:
-        """Write the shard of block ``index``.
-
-        Its quantised linears, and all its other tensors as they are.
-        """
+        """Write the shard of block ``index``: its quantised linears, its other tensors as is."""
         tensors: dict[str, torch.Tensor] = {}
         for linear in linears:
             tensors |= linear.to_tensors()
-        quantised = {f"{linear.spec.name}.weight" for linear in linears}
+        replaced = {f"{linear.spec.name}.weight" for linear in linears}
         for name in self.source.block_tensors(index):
-            if name not in quantised:
+            if name not in replaced:
                 tensors[self.source.map.output_name(name)] = self._dense(name)
         shard = self.shard_path(index + 1)
         self._write(shard, tensors)
@@ -114,14 +105,14 @@ class CheckpointWriter:
 
         ``say`` is told of files that are left out.
         """
-        quantised = {
+        schemes = {
             layer.name: scheme for layer in layers if (scheme := config.scheme_for(layer.name))
         }
         outside = {
             self.source.map.output_name(name): self._dense(name)
             for name in self.source.outside_tensors()
         }
-        self._write(self.shard_path(0), outside, schemes_metadata(quantised))
+        self._write(self.shard_path(0), outside, schemes_metadata(schemes))
         shards = (self.shard_path(number).name for number in range(len(self.blocks) + 1))
         write_index(self.folder, shards)
         model = {

@@ -57,10 +57,7 @@ def linear_modules(module: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
 
 
 def _expert_stack(blocks: nn.ModuleList, config: Any) -> str | None:
-    """Name of a parameter below the blocks that holds a matrix per expert.
-
-    The kernel of a convolution is none.
-    """
+    """Name of a parameter below the blocks with a matrix per expert; no convolution's."""
     counts = {
         value
         for key, value in config.to_dict().items()

@@ -185,7 +185,7 @@ class ModelSource:
         """Name in the folder of a linear of the model class."""
         return self.map.stored_module(module) or module
 
-    def check_quantisable(self, linear: str) -> None:
+    def check_quantizable(self, linear: str) -> None:
         """Refuse a linear whose weight is no tensor of the folder.
 
         Args:
@@ -239,10 +239,7 @@ class ModelSource:
 
     @property
     def output_config(self) -> dict[str, Any]:
-        """config.json for a checkpoint of these tensors.
-
-        It does not tie what the stored values do not.
-        """
+        """config.json for these tensors: it does not tie what the stored values do not."""
         if not self.map.untied:
             return self.config_dict
         config = {**self.config_dict, "tie_word_embeddings": False}
@@ -318,10 +315,7 @@ class ModelSource:
 
     @cached_property
     def _kept_in_float32(self) -> Any:
-        """Pattern of the parameters that the model class computes in float32 whatever the dtype.
-
-        None for none.
-        """
+        """Pattern of what the model class computes in float32 whatever the dtype, or None."""
         from transformers.core_model_loading import build_glob_alternation
 
         keep = getattr(self.model, "_keep_in_fp32_modules_strict", None)
@@ -368,10 +362,7 @@ class ModelSource:
 
     @staticmethod
     def unload(module: nn.Module) -> None:
-        """Drop the weights of a module that :meth:`load` filled.
-
-        Its buffers, which nothing else holds, stay.
-        """
+        """Drop the weights that :meth:`load` filled; buffers, held by nothing else, stay."""
         for owner in module.modules():
             for key, parameter in owner.named_parameters(recurse=False):
                 empty = torch.empty_like(parameter, device="meta")

@@ -123,10 +123,7 @@ def print_inspection(console: Console, inspection: dict[str, Any]) -> None:
 
 
 def serving_note(folder: Path) -> str | None:
-    """What to know before serving a checkpoint with vLLM that is no fault of the folder.
-
-    None: nothing.
-    """
+    """What to know before serving a checkpoint with vLLM, if anything; no fault of it."""
     return vllm_class(read_json(folder / "config.json")).note()
 
 

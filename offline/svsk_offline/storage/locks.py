@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run at a time.
-
-A lock that a second run is told about, and that a killed run does not leave behind.
-"""
+"""One run at a time: a lock that a second run is told about and a killed one does not leave."""
 
 import errno
 import fcntl
@@ -55,10 +52,7 @@ def locked(lock: Path, what: Path) -> Iterator[None]:
 
 
 def _acquire(lock: Path, what: Path) -> int | None:
-    """The descriptor that holds the lock.
-
-    None on a file system that has no locks, after a warning.
-    """
+    """The descriptor that holds the lock; None, with a warning, where there are no locks."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:

@@ -65,10 +65,7 @@ class Origin:
 
     @classmethod
     def of(cls, folder: Path) -> "Origin":
-        """What a folder says of itself.
-
-        A hub cache by its path, other folders by their card and config.json.
-        """
+        """What a folder says of itself: a hub cache by its path, others by card and config."""
         card = _card_metadata(folder / "README.md")
         carried = {key: card[key] for key in _CARRIED if card.get(key)}
         hub_id = _hub_id(folder.absolute())

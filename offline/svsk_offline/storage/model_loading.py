@@ -26,37 +26,17 @@ __all__ = [
     "resolve_model",
 ]
 
-_WANTED_FILES: Final = (
-    "*.json",
-    "*.safetensors",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    "tokenizer*",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "*.md",
-    "USE_POLICY*",
+_WANTED_FILES: Final = tuple(
+    """
+    *.json *.safetensors *.jinja *.txt *.model *.tiktoken tokenizer* LICENSE* LICENCE* NOTICE*
+    *.md USE_POLICY*
+    """.split()  # noqa: SIM905 - a literal would take a line for each
 )
-_UNWANTED_FILES: Final = (
-    "*/*.safetensors",
-    "*/*.json",
-    "*/*.txt",
-    "*/*.model",
-    "consolidated*",
-    "adapter_*",
-    "*.fp16.safetensors",
-    "*.fp16-*.safetensors",
-    "*.fp32.safetensors",
-    "*.gguf",
-    "*.bin",
-    "*.pth",
-    "*.pt",
-    "*.h5",
-    "*.msgpack",
-    "*.onnx",
+_UNWANTED_FILES: Final = tuple(
+    """
+    */*.safetensors */*.json */*.txt */*.model consolidated* adapter_* *.fp16.safetensors
+    *.fp16-*.safetensors *.fp32.safetensors *.gguf *.bin *.pth *.pt *.h5 *.msgpack *.onnx
+    """.split()  # noqa: SIM905 - a literal would take a line for each
 )
 """Copies of the weights for other programs, and folders of other formats."""
 

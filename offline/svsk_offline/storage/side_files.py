@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a model folder besides its weights.
-
-Tokenizer, templates, licence and whatever else lies there.
-"""
+"""The files of a model folder besides its weights: tokenizer, templates, licence and the like."""
 
 import os
 import re
@@ -15,31 +12,18 @@ from svsk_vllm.format.files import copy_regular
 
 __all__ = ["copy_side_files"]
 
-_WEIGHTS: Final = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".ggml",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".onnx_data",
-    ".ot",
-    ".tflite",
-    ".index.json",
+_WEIGHTS: Final = tuple(
+    """
+    .safetensors .bin .pt .pth .ckpt .gguf .ggml .h5 .msgpack .onnx .onnx_data .ot .tflite
+    .index.json
+    """.split()  # noqa: SIM905 - a literal would take a line for each
 )
 _OURS: Final = ("config.json", "README.md")
 _NOT_OF_THE_MODEL: Final = (".git", ".cache", "__pycache__", "runs")
 _OF_TRAINING: Final = re.compile(
     r"checkpoint-\d+$|adapter_(config|model)\b|events\.out\.tfevents|global_step\d+$"
 )
-"""Names of what training leaves beside a model.
-
-Other states of it, adapters without which it is meant, logs.
-"""
+"""What training leaves beside a model: its other states, adapters that are not meant, logs."""
 
 
 def copy_side_files(source: Path, target: Path, say: Callable[[str], None], *, code: bool) -> None:

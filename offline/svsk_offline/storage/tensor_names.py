@@ -99,10 +99,7 @@ class TensorMap:
         return stored.removesuffix(".weight") if alone else None
 
     def output_name(self, stored: str) -> str:
-        """Name for a tensor of the folder in a checkpoint.
-
-        Its own, unless only transformers would find it there.
-        """
+        """Name of a tensor in a checkpoint: its own, unless only transformers would find it."""
         return self._output.get(stored, stored)
 
     def inputs_of(self, parameter: str) -> list[str]:
@@ -165,10 +162,7 @@ class TensorMap:
         return any(re.search(pattern, name) for pattern in patterns for name in names)
 
     def _tied_pairs(self) -> list[tuple[str, str]]:
-        """Parameters that are one tensor.
-
-        Those the config ties, and modules that the class uses twice.
-        """
+        """Parameters that are one tensor: tied by the config, or used twice by the class."""
         tied: dict[str, str] = dict(getattr(self._model, "all_tied_weights_keys", None) or {})
         first: dict[int, str] = {}
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
@@ -178,10 +172,7 @@ class TensorMap:
         return list(tied.items())
 
     def _tie(self, target: str, source: str, equal: Callable[[str, str], bool]) -> None:
-        """What transformers' ``tie_weights`` does with a pair.
-
-        Values decide, in either direction.
-        """
+        """What transformers' ``tie_weights`` does with a pair: values decide, either way."""
         of_target, of_source = self.sources.get(target), self.sources.get(source)
         if of_target is None and of_source is not None:
             self.sources[target] = of_source

@@ -87,7 +87,7 @@ def test_gradient_weights_change_what_is_fitted(
         )
 
 
-def test_sequential_calibration_sees_the_quantised_blocks(
+def test_sequential_calibration_sees_the_quantized_blocks(
     tmp_path: Path, tiny_recipe: Recipe, hessian_recipe: Recipe
 ) -> None:
     """Block 1 comes out as if block 0 had been what was stored of it."""

@@ -6,7 +6,7 @@ import torch
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import InputStatistics
-from svsk_offline.quantizers import quantize_aa
+from svsk_offline.quantizers.activation_aware import quantize_aa
 from svsk_offline.quantizers.alternating import (
     PreparedInput,
     output_error,

@@ -39,7 +39,7 @@ def sample(dead: bool = True) -> torch.Tensor:
     return x
 
 
-def quantised(x: torch.Tensor, recipe: str, w: torch.Tensor | None = None) -> QuantizedLinear:
+def quantized(x: torch.Tensor, recipe: str, w: torch.Tensor | None = None) -> QuantizedLinear:
     chosen = load_recipe(recipe).override({"sidecar": {"rank": 4, "tile_m": 20, "tile_n": 96}})
     scheme = ConfigGroup(targets=("Linear",), weights=chosen.weights, sidecar=chosen.sidecar)
     rows = torch.linspace(0.5, 2, N) if recipe == "best" else None
@@ -52,9 +52,9 @@ def quantised(x: torch.Tensor, recipe: str, w: torch.Tensor | None = None) -> Qu
 @pytest.mark.parametrize("recipe", ["published", "fast", "best"])
 @pytest.mark.parametrize("dead", [False, True])
 def test_codes_do_not_depend_on_the_scale_of_the_inputs(recipe: str, dead: bool) -> None:
-    plain = quantised(sample(dead), recipe)
+    plain = quantized(sample(dead), recipe)
     for power in (-20, -10, 10, 20):
-        other = quantised(sample(dead) * 2.0**power, recipe)
+        other = quantized(sample(dead) * 2.0**power, recipe)
         assert torch.equal(other.codes, plain.codes)
         assert torch.equal(other.scale, plain.scale)
         # A power of two may go from one factor's scale to the other's: what they stand for together
@@ -65,7 +65,7 @@ def test_codes_do_not_depend_on_the_scale_of_the_inputs(recipe: str, dead: bool)
         1e-3,
         1e3,
     ):
-        other = quantised(sample(dead) * factor, recipe)
+        other = quantized(sample(dead) * factor, recipe)
         assert (
             float((other.codes != plain.codes).float().mean())
             < (0 if recipe == "published" else 0.05) + 1e-9
@@ -85,7 +85,7 @@ def test_channels_never_used_cost_the_others_nothing(recipe: str, rms: float) ->
     errors = []
     for data in (x, used):
         rows = used.flatten(0, 1)  # the same inputs judge both
-        left = rows @ (weight(N, K) - dequantize(quantised(data, recipe))).T
+        left = rows @ (weight(N, K) - dequantize(quantized(data, recipe))).T
         errors.append(float(left.square().sum() / (rows @ weight(N, K).T).square().sum()))
     assert errors[1] < 1.1 * errors[0]
 

@@ -6,13 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svsk_offline.quantizers import (
-    channel_importance,
-    fit_diagonal_sidecar,
-    nearest_codes,
-    quantize_aa,
-)
+from svsk_offline.quantizers.activation_aware import channel_importance, quantize_aa
+from svsk_offline.quantizers.diagonal_sidecar import fit_diagonal_sidecar
 from svsk_offline.quantizers.lowrank import round_rows, truncated_svd
+from svsk_offline.quantizers.rounding import nearest_codes
 from svsk_vllm.format import (
     Codebook,
     LinearSpec,
