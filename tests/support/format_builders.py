@@ -53,7 +53,7 @@ def make_group(
 
 
 def random_linear(spec: LinearSpec, seed: int = 0) -> QuantizedLinear:
-    """A quantised linear of random content: every code, scales of both signs, full-range factors."""
+    """A linear of random content: every code, scales of both signs, full-range factors."""
     plain = random_plain(
         spec.grid,
         spec.scale_dtype,
@@ -87,18 +87,27 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     declared = {"dtype": "bfloat16"} if hf_config is None else dict(hf_config)
     write_json(folder / "config.json", {**declared, "quantization_config": config.to_dict()})
+    save_shards(folder, tensors, shards)
+
+
+def save_shards(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    shards: int,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors to one file, or deal them in turn to several with an index."""
+    header = None if metadata is None else dict(metadata)
     if shards == 1:
-        save_file(dict(tensors), folder / SINGLE)
+        save_file(dict(tensors), folder / SINGLE, header)
         return
     files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
     weight_map = {name: files[i % shards] for i, name in enumerate(tensors)}
     for file in files:
-        save_file(
-            {name: tensors[name] for name, its in weight_map.items() if its == file}, folder / file
-        )
-    write_json(
-        folder / INDEX, {"metadata": {"total_size": total_bytes(tensors)}, "weight_map": weight_map}
-    )
+        part = {name: tensors[name] for name, its in weight_map.items() if its == file}
+        save_file(part, folder / file, header)
+    index = {"metadata": {"total_size": total_bytes(tensors)}, "weight_map": weight_map}
+    write_json(folder / INDEX, index)
 
 
 def total_bytes(tensors: Mapping[str, torch.Tensor]) -> int:

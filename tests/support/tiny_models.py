@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -38,7 +37,8 @@ from svsk_vllm.format import (
 from svsk_vllm.format.config import declared, undeclared
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
 from svsk_vllm.format.seal import schemes_metadata
-from svsk_vllm.format.shards import INDEX_NAME, SINGLE_NAME
+from svsk_vllm.format.shards import INDEX_NAME
+from tests.support.format_builders import save_shards, write_json
 
 TILE_M: Final = 48
 TILE_N: Final = 96
@@ -280,10 +280,10 @@ def write_random_svsk(
         )
     _copy_side_files(dense, out)
     hf_config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
-    _write_json(out / "config.json", declared(hf_config, config))
+    write_json(out / "config.json", declared(hf_config, config))
     stored = {module: config.scheme_for(module) for name in tensors if (module := _packed(name))}
     metadata = schemes_metadata({module: group for module, group in stored.items() if group})
-    _save(out, tensors, shards, {**metadata, FINGERPRINT_KEY: f"run {seed}"})
+    save_shards(out, tensors, shards, {"format": "pt", **metadata, FINGERPRINT_KEY: f"run {seed}"})
     return out
 
 
@@ -340,8 +340,8 @@ def write_restored(svsk: Path, out: Path) -> Path:
         f"{name}.weight": restored_weight(linear) for name, linear in checkpoint.iter_linears()
     }
     _copy_side_files(svsk, out)
-    _write_json(out / "config.json", undeclared(checkpoint.hf_config))
-    _save(out, tensors, shards=1)
+    write_json(out / "config.json", undeclared(checkpoint.hf_config))
+    save_shards(out, tensors, 1, {"format": "pt"})
     return out
 
 
@@ -357,29 +357,3 @@ def _copy_side_files(source: Path, out: Path) -> None:
     for path in source.iterdir():
         if path.suffix != ".safetensors" and path.name not in ("config.json", INDEX_NAME):
             shutil.copyfile(path, out / path.name)
-
-
-def _save(
-    out: Path,
-    tensors: Mapping[str, torch.Tensor],
-    shards: int,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    metadata = {"format": "pt", **(metadata or {})}
-    if shards == 1:
-        save_file(dict(tensors), out / SINGLE_NAME, metadata)
-        return
-    files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
-    weight_map = {name: files[i % shards] for i, name in enumerate(tensors)}
-    for file in files:
-        save_file(
-            {name: tensors[name] for name, its in weight_map.items() if its == file},
-            out / file,
-            metadata,
-        )
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    _write_json(out / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
