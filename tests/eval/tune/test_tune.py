@@ -18,9 +18,9 @@ from typer.testing import CliRunner, Result
 import svsk_eval.tune.tune as tune_module
 from svsk_eval.cli import app
 from svsk_eval.errors import EvalError
+from svsk_eval.tune.held_out import split_calibration
 from svsk_eval.tune.search import SEARCHED, Step
 from svsk_eval.tune.trials import is_better
-from svsk_eval.tune.held_out import split_calibration
 from svsk_eval.tune.tune import TuneProgress, TuneResult, tune
 from svsk_offline.calibration import CalibrationSet, load_calibration
 from svsk_offline.calibration.text import token_fingerprint
