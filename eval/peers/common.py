@@ -119,13 +119,13 @@ def load_tokens(path: str | Path) -> torch.Tensor:
     """
     tokens = load_file(path).get("tokens")
     if tokens is None or tokens.dtype != torch.int64 or tokens.ndim != 2:
-        found = (
+        content = (
             "no tensor `tokens`"
             if tokens is None
             else f"`tokens` {tokens.dtype} {list(tokens.shape)}"
         )
         raise PeerError(
-            f"{path}: holds {found}, expected int64 [samples, seq_len]. Let run.py write it."
+            f"{path}: holds {content}, expected int64 [samples, seq_len]. Let run.py write it."
         )
     return tokens
 
@@ -139,8 +139,8 @@ def load_folder(folder: str | Path) -> dict[str, torch.Tensor]:
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise PeerError(
-            f"{folder}: holds no .safetensors file. Name a Hugging Face folder with safetensors"
-            " weights."
+            f"{folder}: holds no .safetensors file."
+            " Name a Hugging Face folder with safetensors weights."
         )
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
@@ -160,14 +160,14 @@ def stored_bits(tensors: Mapping[str, torch.Tensor], module: str, parts: tuple[s
     Raises:
         PeerError: the checkpoint has none of them.
     """
-    found = [tensors[f"{module}.{part}"] for part in parts if f"{module}.{part}" in tensors]
-    if not found:
+    stored = [tensors[f"{module}.{part}"] for part in parts if f"{module}.{part}" in tensors]
+    if not stored:
         has = sorted(name for name in tensors if name.startswith(f"{module}."))
         raise PeerError(
-            f"{module}: the checkpoint stores {has or 'nothing'} of it, expected some of"
-            f" {list(parts)}."
+            f"{module}: the checkpoint stores {has or 'nothing'} of it,"
+            f" expected some of {list(parts)}."
         )
-    return sum(8 * tensor.numel() * tensor.element_size() for tensor in found)
+    return sum(8 * tensor.numel() * tensor.element_size() for tensor in stored)
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
@@ -191,7 +191,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def run_job(quantize: Callable[[Job], Result]) -> None:
-    """Do the job whose file is named by the first argument of the command, and write its result beside it."""
+    """Do the job whose file the command's first argument names; write its result beside it."""
     job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     torch.manual_seed(job.seed)
     started = time.monotonic()

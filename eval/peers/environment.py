@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtual environments of the peers, made from their pinned requirements when they are not there."""
+"""Virtual environments of the peers, made from their pinned requirements when needed."""
 
 import hashlib
 import re
@@ -18,7 +18,7 @@ _PIN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+]+$")
 
 
 def environment_python(source: Path, env_dir: Path) -> Path:
-    """Python of a peer's environment, which is made or remade if it is not what the requirements say.
+    """Python of a peer's environment, which is made or remade to fit the requirements.
 
     Args:
         source: the peer's folder, with ``requirements.txt`` and, for packages of npm,
@@ -33,12 +33,12 @@ def environment_python(source: Path, env_dir: Path) -> Path:
     """
     requirements, packages = source / "requirements.txt", source / "package.json"
     check_pinned(requirements)
-    wanted = hashlib.sha256(requirements.read_bytes())
+    inputs = hashlib.sha256(requirements.read_bytes())
     if packages.exists():
-        wanted.update(packages.read_bytes())
+        inputs.update(packages.read_bytes())
     folder = env_dir / source.name
     python, stamp = folder / "bin" / "python", folder / STAMP
-    if stamp.exists() and stamp.read_text(encoding="utf-8").strip() == wanted.hexdigest():
+    if stamp.exists() and stamp.read_text(encoding="utf-8").strip() == inputs.hexdigest():
         return python
     if folder.exists() and not (folder / "pyvenv.cfg").exists():
         raise PeerError(
@@ -67,7 +67,7 @@ def environment_python(source: Path, env_dir: Path) -> Path:
             "--no-fund",
         ]
         run_shown(command, f"Installing {packages}")
-    stamp.write_text(wanted.hexdigest() + "\n", encoding="utf-8")
+    stamp.write_text(inputs.hexdigest() + "\n", encoding="utf-8")
     return python
 
 

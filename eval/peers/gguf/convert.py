@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Llama-like models between Hugging Face's names and GGUF's, as llama.cpp's convert_hf_to_gguf.py has them."""
+"""Llama-like models between Hugging Face's names and those of llama.cpp's convert_hf_to_gguf.py."""
 
 import json
 from pathlib import Path
@@ -50,14 +50,14 @@ def gguf_names(names: list[str], blocks: int) -> dict[str, str]:
         PeerError: GGUF's Llama has no place for a tensor.
     """
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, blocks)
-    found = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
-    unknown = [name for name, new in found.items() if new is None]
+    renamed = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
+    unknown = [name for name, new in renamed.items() if new is None]
     if unknown:
         raise PeerError(
-            f"{unknown[0]}: GGUF's llama has no tensor for it. Only Llama models can be converted"
-            " here."
+            f"{unknown[0]}: GGUF's llama has no tensor for it."
+            " Only Llama models can be converted here."
         )
-    return {name: str(new) for name, new in found.items()}
+    return {name: str(new) for name, new in renamed.items()}
 
 
 def to_gguf(model: str, tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -118,7 +118,7 @@ def from_gguf(path: Path, model: str, names: list[str]) -> dict[str, tuple[str, 
     """
     config = llama_config(model)
     stored: dict[str, Any] = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    found = {}
+    weights = {}
     for name, new in gguf_names(names, config["num_hidden_layers"]).items():
         if new not in stored:
             raise PeerError(f"{path}: has no tensor {new}, which is {name}.")
@@ -128,8 +128,8 @@ def from_gguf(path: Path, model: str, names: list[str]) -> dict[str, tuple[str, 
             weight = uninterleave_heads(weight, config["num_attention_heads"])
         elif name.endswith("k_proj.weight"):
             weight = uninterleave_heads(weight, kv_heads(config))
-        found[name] = (str(tensor.tensor_type.name), 8 * int(tensor.n_bytes), weight.contiguous())
-    return found
+        weights[name] = (str(tensor.tensor_type.name), 8 * int(tensor.n_bytes), weight.contiguous())
+    return weights
 
 
 def llama_config(model: str) -> dict[str, Any]:
@@ -147,8 +147,8 @@ def llama_config(model: str) -> dict[str, Any]:
     if config.get("model_type") != "llama" or missing or scaled != "default":
         raise PeerError(
             f"{path}: model_type {config.get('model_type')!r}, rotary embedding {scaled!r}, missing"
-            f" {missing}; only Llama models with the default rotary embedding can be converted"
-            " here."
+            f" {missing}; only Llama models with the default rotary"
+            " embedding can be converted here."
         )
     return config
 

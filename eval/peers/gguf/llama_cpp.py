@@ -130,16 +130,16 @@ class LlamaCpp:
         )
         if status:
             raise PeerError(
-                f"{source}: llama.cpp could not quantise it to {file_type}, status {status}; see"
-                " above."
+                f"{source}: llama.cpp could not quantise it to {file_type}, status {status};"
+                " see above."
             )
 
     @staticmethod
     def _load(folder: Path, pattern: str) -> ctypes.CDLL:
-        found = sorted(folder.glob(pattern))
-        if len(found) != 1:
-            names = [path.name for path in found]
+        files = sorted(folder.glob(pattern))
+        if len(files) != 1:
+            names = [path.name for path in files]
             raise PeerError(
                 f"{folder}: {names} match {pattern}, expected one library. Remake the environment."
             )
-        return ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(files[0]), mode=ctypes.RTLD_GLOBAL)

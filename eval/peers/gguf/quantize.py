@@ -49,8 +49,8 @@ def quantize(job: Job) -> Result:
         )
     if use_imatrix:
         notes.append(
-            "The importance matrix holds the mean squares llama-imatrix collects, computed with"
-            " torch."
+            "The importance matrix holds the mean squares llama-imatrix collects,"
+            " computed with torch."
         )
     seconds = time.monotonic() - started
     stored = from_gguf(final, job.model, names)
@@ -75,7 +75,7 @@ def quantize(job: Job) -> Result:
 
 @torch.inference_mode()
 def importance(job: Job, names: list[str]) -> dict[str, torch.Tensor]:
-    """Mean square of each input of each linear over the calibration tokens, as llama-imatrix collects it.
+    """Mean square of each linear's inputs over the calibration tokens, as llama-imatrix has it.
 
     Args:
         job: names the model and the tokens.

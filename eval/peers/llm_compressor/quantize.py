@@ -147,8 +147,8 @@ def dequantize(stored: dict[str, torch.Tensor], module: str, group_size: int) ->
         ) from error
     if f"{module}.weight_g_idx" in stored or scale.shape != (rows, columns // group_size):
         raise PeerError(
-            f"{module}: scales {list(scale.shape)} or g_idx do not fit consecutive groups of"
-            f" {group_size}."
+            f"{module}: scales {list(scale.shape)} or g_idx do not fit"
+            f" consecutive groups of {group_size}."
         )
     codes: torch.Tensor = unpack_from_int32(packed, 4, torch.Size([rows, columns])).float()
     if f"{module}.weight_zero_point" in stored:

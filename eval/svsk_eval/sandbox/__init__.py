@@ -43,11 +43,4 @@ libraries held to one thread.
 from svsk_eval.sandbox.limits import CONSENT_VARIABLE, CodeLimits, Outcome, Verdict, consent_given
 from svsk_eval.sandbox.run import run_programs
 
-__all__ = [
-    "CONSENT_VARIABLE",
-    "CodeLimits",
-    "Outcome",
-    "Verdict",
-    "consent_given",
-    "run_programs",
-]
+__all__ = ["CONSENT_VARIABLE", "CodeLimits", "Outcome", "Verdict", "consent_given", "run_programs"]

@@ -38,11 +38,8 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 
 _SECCOMP_MODE_FILTER = 2
 _SIGKILL = 9
 _CAPABILITY_VERSION_3 = 0x20080522
-_SYS_LANDLOCK_CREATE_RULESET, _SYS_LANDLOCK_ADD_RULE, _SYS_LANDLOCK_RESTRICT_SELF = (
-    444,
-    445,
-    446,
-)  # on every machine
+# on every machine
+_SYS_LANDLOCK_CREATE_RULESET, _SYS_LANDLOCK_ADD_RULE, _SYS_LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _LANDLOCK_RULE_PATH_BENEATH = 1
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 
@@ -93,8 +90,10 @@ def _confine_files(abi: int, readable: list[str]) -> None:
         folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
         access = _READ_FILE | _READ_DIR if os.path.isdir(path) else _READ_FILE  # noqa: PTH112
         rule = struct.pack("=Qi", access, folder)  # struct landlock_path_beneath_attr is packed
-        done = _libc.syscall(_SYS_LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_RULE_PATH_BENEATH, rule, 0)
-        _check(done, f"landlock_add_rule for {path}")
+        status = _libc.syscall(
+            _SYS_LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_RULE_PATH_BENEATH, rule, 0
+        )
+        _check(status, f"landlock_add_rule for {path}")
         os.close(folder)
     _check(_libc.syscall(_SYS_LANDLOCK_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
     os.close(ruleset)
@@ -128,16 +127,16 @@ def confine(
         os._exit(1)
     if landlock_abi:
         _confine_files(landlock_abi, readable)
-    for kind, wanted in limits:
+    for kind, value in limits:
         hard = resource.getrlimit(kind)[1]
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        limit = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (limit, limit))
     program = _BpfProgram(len(seccomp) // 8, seccomp)
     _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program))
 
 
 def _describe(error: BaseException) -> str:
-    """Return the type, message and line of an exception, whose methods are the program's and may do anything."""
+    """Return type, message and line of an exception; its methods may do anything."""
     try:
         line, trace = 0, error.__traceback__
         while trace is not None:
@@ -184,9 +183,8 @@ def main() -> None:
         try:
             sys.path[:] = [path for path in sys.path if path] + order["site_packages"]
             sys.argv[:] = [_MODULE]
-            vars(builtins).update(
-                exit=sys.exit, quit=sys.exit
-            )  # these come from the module site, which is not loaded
+            # these come from the module site, which is not loaded
+            vars(builtins).update(exit=sys.exit, quit=sys.exit)
             confine(**order["confine"])
             write(channel, secret + b"R")
         except BaseException as error:

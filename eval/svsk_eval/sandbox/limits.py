@@ -61,8 +61,8 @@ class CodeLimits:
     def _check_int(name: str, value: object, least: int, most: int, unit: str) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise EvalError(
-                f"CodeLimits.{name} is {value!r}: expected a whole number of {unit}, {least} to"
-                f" {most}."
+                f"CodeLimits.{name} is {value!r}:"
+                f" expected a whole number of {unit}, {least} to {most}."
             )
 
 

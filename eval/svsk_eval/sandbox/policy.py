@@ -38,11 +38,14 @@ ALLOWED: Final = tuple(
     stat lstat fstat newfstatat statx statfs fstatfs access faccessat faccessat2 readlink readlinkat
     getdents getdents64 getcwd chdir fchdir umask
     mmap munmap mremap mprotect madvise brk
-    rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait sigaltstack restart_syscall
+    rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait
+    sigaltstack restart_syscall
     pause alarm getitimer setitimer nanosleep clock_nanosleep
     time gettimeofday clock_gettime clock_getres times getrusage getrlimit
-    poll ppoll select pselect6 futex set_robust_list get_robust_list rseq set_tid_address sched_yield
-    getpid getppid gettid getuid geteuid getgid getegid getresuid getresgid getgroups getpgid getpgrp getsid
+    poll ppoll select pselect6 futex set_robust_list get_robust_list rseq set_tid_address
+    sched_yield
+    getpid getppid gettid getuid geteuid getgid getegid getresuid getresgid getgroups getpgid
+    getpgrp getsid
     sched_getaffinity sched_getparam sched_getscheduler getcpu uname sysinfo getrandom
     exit exit_group
     """.split()
@@ -53,27 +56,17 @@ None of them makes, changes or signals anything outside the process.
 """
 
 UNKNOWN_TO_KERNEL: Final = ("clone3", "openat2")
-"""Calls refused with ENOSYS, on which the C library falls back to calls that the filter can judge."""
+"""Calls refused with ENOSYS: the C library then makes calls that the filter can judge."""
 
 # O_NOFOLLOW is one of the last two on one machine and O_LARGEFILE the other, and the reverse on the
 # other machine.
 _OPEN_FLAGS: Final = (
     os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOCTTY | os.O_NONBLOCK | 0o100000 | 0o400000
 )
-_FCNTL: Final = (
-    0,
-    1,
-    2,
-    3,
-    1030,
-)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC; F_SETOWN could signal others
-_IOCTL: Final = (
-    0x5401,
-    0x5413,
-    0x541B,
-    0x5450,
-    0x5451,
-)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONCLEX, FIOCLEX
+# F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC; F_SETOWN could signal others
+_FCNTL: Final = (0, 1, 2, 3, 1030)
+# TCGETS, TIOCGWINSZ, FIONREAD, FIONCLEX, FIOCLEX
+_IOCTL: Final = (0x5401, 0x5413, 0x541B, 0x5450, 0x5451)
 
 _SYSTEM_PATHS: Final = (
     "/usr",
@@ -97,11 +90,8 @@ _SYS_LANDLOCK_CREATE_RULESET: Final = 444
 
 def check_machine() -> None:
     """Raise EvalError where the sandbox is not available at all."""
-    system, machine, bits = (
-        platform.system(),
-        platform.machine(),
-        64 if sys.maxsize > 1 << 32 else 32,
-    )
+    system, machine = platform.system(), platform.machine()
+    bits = 64 if sys.maxsize > 1 << 32 else 32
     if system != "Linux" or machine not in MACHINES or bits != 64:
         raise EvalError(
             f"Programs that a model wrote are run on Linux on {' or '.join(MACHINES)} with a 64-bit"
@@ -114,8 +104,8 @@ def check_machine() -> None:
     ):
         if not hasattr(os, function):
             raise EvalError(
-                f"This Python was built without {needed}, which running code needs: use another"
-                " build."
+                f"This Python was built without {needed}, which running code needs:"
+                " use another build."
             )
 
 
@@ -124,8 +114,8 @@ def _pyseccomp() -> Any:
         import pyseccomp
     except ImportError as error:
         raise EvalError(
-            "Running code needs the package pyseccomp, which is not installed: pip install"
-            " pyseccomp."
+            "Running code needs the package pyseccomp, which is not installed:"
+            " pip install pyseccomp."
         ) from error
     except (RuntimeError, OSError) as error:  # what it raises where the C library is missing
         raise EvalError(
@@ -140,8 +130,8 @@ def _number(seccomp: Any, name: str) -> int | None:
     number = int(seccomp.resolve_syscall(seccomp.Arch.NATIVE, name))
     if number == -1:
         raise EvalError(
-            f"The installed libseccomp does not know the system call {name}: install version 2.5 or"
-            " later."
+            f"The installed libseccomp does not know the system call {name}:"
+            " install version 2.5 or later."
         )
     return number if number >= 0 else None
 
@@ -196,8 +186,8 @@ def landlock_abi() -> int:
     if abi < 1:
         warnings.warn(
             "This kernel has no Landlock (Linux 5.13 and later, if enabled): programs that a model"
-            " wrote can read every file that you can. They still cannot write, and have no"
-            " network.",
+            " wrote can read every file that you can."
+            " They still cannot write, and have no network.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -215,7 +205,7 @@ def site_packages() -> list[str]:
 def readable_paths() -> list[str]:
     """Return what Python and its packages need to read: absolute paths that exist, each once."""
     library = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
-    wanted = [
+    paths = [
         *_SYSTEM_PATHS,
         sys.prefix,
         sys.base_prefix,
@@ -223,7 +213,7 @@ def readable_paths() -> list[str]:
         *library,
         *site_packages(),
     ]
-    return list(dict.fromkeys(path for path in wanted if Path(path).exists()))
+    return list(dict.fromkeys(path for path in paths if Path(path).exists()))
 
 
 def resource_limits(limits: CodeLimits) -> list[tuple[int, int]]:

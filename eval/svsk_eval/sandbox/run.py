@@ -49,8 +49,8 @@ def run_programs(
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
         raise EvalError(
-            f"workers is {workers!r}: expected a whole number above 0, or None for one per"
-            " processor."
+            f"workers is {workers!r}:"
+            " expected a whole number above 0, or None for one per processor."
         )
     if not programs:
         return []

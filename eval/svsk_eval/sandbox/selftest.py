@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proof that the sandbox holds on this machine, before a program that nobody has read is run in it."""
+"""Proof that the sandbox holds on this machine, before it runs what nobody has read."""
 
 import tempfile
 import threading
@@ -69,9 +69,9 @@ def _prove(workers: int) -> None:
 
 
 def _message(what: str, verdict: Verdict) -> str:
-    found = f"{verdict.outcome}{f': {verdict.detail}' if verdict.detail else ''}"
+    became = f"{verdict.outcome}{f': {verdict.detail}' if verdict.detail else ''}"
     return (
-        f"The sandbox for running code fails its test on this machine: {what} ({found}). Nothing"
+        f"The sandbox for running code fails its test on this machine: {what} ({became}). Nothing"
         " was run. Use another machine or container, one that leaves seccomp filters to its"
         " programs, or leave out the tasks that run code."
     )

@@ -148,12 +148,12 @@ class _Child:
         """
         while len(self._received) <= _MESSAGE_BYTES:
             try:
-                found = self.channel.recv(_MESSAGE_BYTES)
+                data = self.channel.recv(_MESSAGE_BYTES)
             except BlockingIOError:
                 return True
-            if not found:
+            if not data:
                 return False
-            self._received += found
+            self._received += data
             if not self._ready and self._received.startswith(self._secret + b"R"):
                 self._ready = True
                 self.deadline = time.monotonic() + self._seconds
@@ -166,7 +166,7 @@ class _Child:
         self._process.wait()
 
     def close(self) -> None:
-        """Kill the process and whatever else is in its session's group, reap it, and close what belongs to it."""
+        """Kill the process and its session's group, reap it, and close what belongs to it."""
         self._kill()
         self.channel.close()
         os.close(self.pidfd)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What quantising one decoder block of a large model costs, in seconds and memory, without its weights.
+"""What quantising one decoder block of a large model costs, without its weights.
 
 ``python -m svsk_eval.speed.block_cost qwen3-8b --recipe best`` makes a model of one block (or more)
 of that shape with random weights, quantises it with random tokens, and reports the seconds per
@@ -17,7 +17,7 @@ import torch
 import typer
 from rich.console import Console
 
-from svsk_eval.speed.random_model import SHAPES, Shape, write_random_model
+from svsk_eval.speed.random_model import SHAPES, ShapeName, write_random_model
 from svsk_offline.calibration import CalibrationSet
 from svsk_offline.calibration.text import token_fingerprint
 from svsk_offline.console import peak_memory_gib
@@ -47,7 +47,7 @@ def measure(
     generator = torch.Generator().manual_seed(args.seed)
     tokens = torch.randint(0, _VOCABULARY, (args.samples, args.seq_len), generator=generator)
     texts = CalibrationSet(tokens, "random", token_fingerprint(tokens))
-    found: list[LayerReport] = []
+    reports: list[LayerReport] = []
     started = time.perf_counter()
     result = quantize(
         model,
@@ -55,17 +55,13 @@ def measure(
         recipe,
         calibration=texts,
         device=device,
-        progress=Progress(layer=found.append),
+        progress=Progress(layer=reports.append),
     )
     total = time.perf_counter() - started
-    cuda, reserved = (
-        (
-            torch.cuda.max_memory_allocated() / (1 << 30),
-            torch.cuda.max_memory_reserved() / (1 << 30),
-        )
-        if torch.cuda.is_available()
-        else (None, None)
-    )
+    cuda = reserved = None
+    if torch.cuda.is_available():
+        cuda = torch.cuda.max_memory_allocated() / (1 << 30)
+        reserved = torch.cuda.max_memory_reserved() / (1 << 30)
     return {
         "shape": shape,
         "recipe": recipe.name,
@@ -75,7 +71,7 @@ def measure(
         "seconds": total,
         "seconds_of_planning": result.plan_seconds,
         "seconds_per_block": result.block_seconds,
-        "seconds_by_matrix": {report.name: report.seconds for report in found},
+        "seconds_by_matrix": {report.name: report.seconds for report in reports},
         "peak_memory_gib": peak_memory_gib(),
         "peak_cuda_memory_gib": cuda,
         "peak_cuda_reserved_gib": reserved,
@@ -88,7 +84,7 @@ def measure(
 
 
 def main(
-    shape: Annotated[Shape, typer.Argument(help="Model whose block to make.")],
+    shape: ShapeName,
     recipe: Annotated[str, typer.Option(help="Name or YAML file.")] = "best",
     layers: Annotated[int, typer.Option(min=1, help="Decoder blocks to make and quantise.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
@@ -98,10 +94,10 @@ def main(
 ) -> None:
     """Measure the cost of quantising one block of a large model."""
     with tempfile.TemporaryDirectory(prefix="svsk-block-") as folder:
-        found = measure(shape.value, recipe, layers, Path(folder), device)
+        cost = measure(shape, recipe, layers, Path(folder), device)
     if json_file is not None:
-        write_json(json_file, found)
-    Console().print_json(json.dumps(found))
+        write_json(json_file, cost)
+    Console().print_json(json.dumps(cost))
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

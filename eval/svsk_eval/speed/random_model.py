@@ -9,11 +9,11 @@ whole range: constant weights would take less power than real ones, and a GPU's 
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from enum import StrEnum
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import click
 import torch
 import typer
 from rich.console import Console
@@ -28,14 +28,13 @@ from svsk_vllm.format import (
     QuantizedLinear,
     SidecarArgs,
     SvskCheckpointConfig,
-    SvskFormatError,
     WeightArgs,
     codebook_levels,
 )
 from svsk_vllm.format.config import declared
 from svsk_vllm.format.shards import INDEX_NAME
 
-__all__ = ["SHAPES", "VARIANTS", "Shape", "Variant", "app", "write_random_model"]
+__all__ = ["SHAPES", "VARIANTS", "ShapeName", "app", "write_random_model"]
 
 SHAPES: Final[dict[str, dict[str, Any]]] = {
     "qwen3-4b": {
@@ -70,33 +69,17 @@ VARIANTS: Final[dict[str, ConfigGroup | int | None]] = {
         targets=("Linear",), weights=WeightArgs(codebook="quad8"), sidecar=SidecarArgs(rank=16)
     ),
 }
-"""How the linears are stored.
+"""How linears are stored: an SVSK scheme, the group size of a W4A16 model, or None for dense."""
 
-An SVSK scheme, the group size of a compressed-tensors W4A16 model, or None for dense.
-"""
+ShapeName = Annotated[
+    str, typer.Argument(click_type=click.Choice(list(SHAPES)), help="Model whose sizes to take.")
+]
 
 _STD: Final = 0.02
 """Of dense weights, as transformers initialises them; quantised ones have the same."""
 
 _SIDECAR: Final = 0.1
 """Standard deviation of a sidecar over that of its base."""
-
-
-class Shape(StrEnum):
-    """The keys of :data:`SHAPES`."""
-
-    QWEN3_4B = "qwen3-4b"
-    QWEN3_8B = "qwen3-8b"
-
-
-class Variant(StrEnum):
-    """The keys of :data:`VARIANTS`."""
-
-    BF16 = "bf16"
-    W4A16 = "w4a16"
-    SVSK_R16 = "svsk-r16"
-    SVSK_R32_4BIT = "svsk-r32-4bit"
-    SVSK_QUAD8_R16 = "svsk-quad8-r16"
 
 
 def write_random_model(
@@ -108,7 +91,7 @@ def write_random_model(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Path:
-    """Write a Qwen3 model in bfloat16, its linears stored as ``variant`` says, one shard per decoder block.
+    """Write a Qwen3 model in bfloat16, its linears as ``variant`` says, a shard per block.
 
     Args:
         folder: to write; must not exist.
@@ -126,9 +109,9 @@ def write_random_model(
         SvskError: ``folder`` exists.
         SvskFormatError: the shape's columns do not fit the scheme's groups.
     """
-    for what, name, known in (("shape", shape, list(SHAPES)), ("variant", variant, list(VARIANTS))):
-        if name not in known:
-            raise EvalError(f"{what} {name!r}: expected one of {', '.join(known)}.")
+    for what, name, names in (("shape", shape, list(SHAPES)), ("variant", variant, list(VARIANTS))):
+        if name not in names:
+            raise EvalError(f"{what} {name!r}: expected one of {', '.join(names)}.")
     scheme = VARIANTS[variant]
     parameters, linears, hf_config = _architecture(SHAPES[shape] | dict(changes or {}))
     generator = torch.Generator(device).manual_seed(seed)
@@ -166,9 +149,8 @@ def _architecture(
     config: Any = Qwen3Config(**sizes, architectures=["Qwen3ForCausalLM"], dtype="bfloat16")
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config)
-    shapes = {
-        name: parameter.shape for name, parameter in model.named_parameters()
-    }  # a tied head appears once
+    # a tied head appears once
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     linears = [
         name
         for name, module in model.named_modules()
@@ -243,11 +225,10 @@ def _svsk(
 
 
 def _scales(n: int, groups: int, levels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Scales [n, groups] with which weights of evenly drawn levels have the standard deviation of dense ones."""
+    """Scales [n, groups] that give evenly drawn levels the standard deviation of dense weights."""
     spread = torch.rand(n, groups, generator=generator, device=generator.device) + 0.5
-    root_mean_square = math.sqrt(
-        float(levels.float().square().mean()) * (1 + 1 / 12)
-    )  # 1/12: the spread's variance
+    # 1/12: the spread's variance
+    root_mean_square = math.sqrt(float(levels.float().square().mean()) * (1 + 1 / 12))
     return (spread * (_STD / root_mean_square)).to(torch.bfloat16)
 
 
@@ -262,15 +243,15 @@ def _quantization(scheme: ConfigGroup | int | None, linears: list[str]) -> dict[
     return declared({}, config)
 
 
-def _asked(variants: list[Variant] | None) -> Iterator[str]:
-    yield from (variant.value for variant in variants or list(Variant))
-
-
 def main(
-    shape: Annotated[Shape, typer.Argument(help="Model whose sizes to take.")],
+    shape: ShapeName,
     out: Annotated[Path, typer.Argument(help="Folder that gets a folder per variant.")],
     variant: Annotated[
-        list[Variant] | None, typer.Option(help="How linears are stored; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            click_type=click.Choice(list(VARIANTS)),
+            help="How linears are stored; may be repeated, by default all.",
+        ),
     ] = None,
     layers: Annotated[
         int | None, typer.Option(min=1, help="Decoder blocks, by default all.")
@@ -282,13 +263,13 @@ def main(
         raise typer.BadParameter(f"--device {device}: torch finds no GPU; leave it out")
     out.mkdir(parents=True, exist_ok=True)
     changes = {} if layers is None else {"num_hidden_layers": layers}
-    for name in _asked(variant):
+    for name in variant or VARIANTS:
         folder = out / name
         there = folder.exists()
         if not there:
             try:
-                write_random_model(folder, shape.value, name, changes, device=device)
-            except (EvalError, SvskError, SvskFormatError) as error:
+                write_random_model(folder, shape, name, changes, device=device)
+            except SvskError as error:
                 Console(stderr=True, soft_wrap=True).print(
                     f"error: {error}", markup=False, highlight=False
                 )

@@ -66,7 +66,7 @@ class Speeds:
 
 
 def speeds_of(first: list[float], whole: list[float], batch: int, load: Load) -> Speeds:
-    """Speeds from seconds for the first tokens alone and for all of them, measured one after the other.
+    """Speeds from seconds for the first tokens alone and for all, measured in turn.
 
     Raises:
         EvalError: decoding took no measurable time.
@@ -87,7 +87,7 @@ def measure(
     *,
     one_at_a_time: bool = False,
     engine: Mapping[str, Any] | None = None,
-    found: dict[str, dict[int, Speeds]] | None = None,
+    speeds: dict[str, dict[int, Speeds]] | None = None,
     done: Callable[[str], None] = lambda label: None,
 ) -> dict[str, dict[int, Speeds]]:
     """Speeds by label and batch size.
@@ -97,7 +97,7 @@ def measure(
         load: what to ask for.
         one_at_a_time: end each model's process before the next one starts.
         engine: further arguments of ``vllm.LLM``.
-        found: speeds that are known already; those models are left out.
+        speeds: speeds that are known already; those models are left out.
         done: called with a label when its figures are complete.
 
     Raises:
@@ -110,8 +110,8 @@ def measure(
             )
     for batch in load.batches:
         load.first(batch)
-    found = {} if found is None else found
-    left = {label: model for label, model in models.items() if label not in found}
+    speeds = {} if speeds is None else speeds
+    left = {label: model for label, model in models.items() if label not in speeds}
     groups = [[label] for label in left] if one_at_a_time else [list(left)] if left else []
     shares = (
         {"gpu_memory_utilization": round(_MEMORY / len(groups[0]), 3)}
@@ -143,7 +143,7 @@ def measure(
         failed = []
         for label in group:
             try:
-                found[label] = {
+                speeds[label] = {
                     batch: speeds_of(*times[label, batch], batch, load) for batch in load.batches
                 }
             except EvalError as error:
@@ -152,7 +152,7 @@ def measure(
             done(label)
         if failed:
             raise EvalError(" ".join(failed))
-    return found
+    return speeds
 
 
 def _on_gpu() -> bool:
@@ -161,20 +161,22 @@ def _on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def table_rows(found: Mapping[str, Mapping[int, Speeds]], load: Load, kind: str) -> list[list[str]]:
-    """Per model.
+def table_rows(
+    speeds: Mapping[str, Mapping[int, Speeds]], load: Load, kind: str
+) -> list[list[str]]:
+    """Per model: tokens per second by batch, and the ratio to the last model.
 
-    Tokens per second by batch, and the ratio to the last model; ``kind`` is a field of Speeds.
+    ``kind`` is a field of Speeds.
     """
-    last = list(found.values())[-1]
+    last = list(speeds.values())[-1]
 
     def cell(speeds: Speeds, reference: Speeds) -> str:
         value = getattr(speeds, kind)
         return f"{value:.0f} ({value / getattr(reference, kind):.2f}x)"
 
     return [
-        [label, *(cell(speeds[b], last[b]) for b in load.batches)]
-        for label, speeds in found.items()
+        [label, *(cell(by_batch[b], last[b]) for b in load.batches)]
+        for label, by_batch in speeds.items()
     ]
 
 
@@ -215,27 +217,26 @@ def _machine() -> dict[str, str]:
     """Versions, and the GPU if there is one."""
     import torch
 
-    found = {
-        name: metadata.version(name) for name in ("vllm", "torch", "transformers", "svsk-vllm")
-    }
-    return found | {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    names = ("vllm", "torch", "transformers", "svsk-vllm")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {name: metadata.version(name) for name in names} | {"device": device}
 
 
 def _resume(
     path: Path | None, settings: dict[str, Any], models: dict[str, Any]
 ) -> dict[str, dict[int, Speeds]]:
-    """Figures that ``path`` holds, if it was made with the same settings, and its models with theirs."""
+    """Figures that ``path`` holds, if its settings and those of its models are the same."""
     if path is None:
         raise typer.BadParameter("--resume needs --json, the file to go on from")
     if not path.exists():
         return {}
     stored = read_json(path)
-    asked = settings | {"models": {label: models.get(label) for label in stored["models"]}}
-    had = stored["settings"] | {"models": stored["models"]}
-    if asked != had:
+    now = settings | {"models": {label: models.get(label) for label in stored["models"]}}
+    before = stored["settings"] | {"models": stored["models"]}
+    if now != before:
         raise EvalError(
-            f"{path}: measured with {had}, now {asked} is asked for. Give the same, or another"
-            " --json."
+            f"{path}: measured with {before}, now {now} is asked for."
+            " Give the same, or another --json."
         )
     return {
         label: {int(batch): Speeds(**speeds) for batch, speeds in by_batch.items()}
@@ -244,7 +245,7 @@ def _resume(
 
 
 def _report(
-    console: Console, found: Mapping[str, Mapping[int, Speeds]], load: Load, markdown: Path | None
+    console: Console, speeds: Mapping[str, Mapping[int, Speeds]], load: Load, markdown: Path | None
 ) -> None:
     lines: list[str] = []
     for kind, title in (
@@ -252,7 +253,7 @@ def _report(
         ("output", "output tokens/s, prompts included"),
     ):
         headings = ["model", *(f"batch {count}" for count in load.batches)]
-        rows = table_rows(found, load, kind)
+        rows = table_rows(speeds, load, kind)
         table = Table(*headings, title=title)
         for row in rows:
             table.add_row(*row)
@@ -324,7 +325,7 @@ def run(
                 label: _described(text, served[label])
                 for text, label in zip(models, served, strict=True)
             }
-            found = _resume(json_file, settings, described) if resume else {}
+            speeds = _resume(json_file, settings, described) if resume else {}
 
             def save(label: str) -> None:
                 console.print(f"{label}: measured", highlight=False)
@@ -332,26 +333,26 @@ def run(
                     content = {
                         "machine": _machine(),
                         "settings": settings,
-                        "tokens_per_second": _plain(found),
+                        "tokens_per_second": _plain(speeds),
                     }
                     write_json(
                         json_file,
-                        content | {"models": {label: described[label] for label in found}},
+                        content | {"models": {label: described[label] for label in speeds}},
                     )
 
             measure(
-                served, load, one_at_a_time=one_at_a_time, engine=engine, found=found, done=save
+                served, load, one_at_a_time=one_at_a_time, engine=engine, speeds=speeds, done=save
             )
     except EvalError as error:
         console.print(f"[red]Error:[/red] {error}", highlight=False)
         raise typer.Exit(1) from error
-    _report(console, {label: found[label] for label in served}, load, markdown)
+    _report(console, {label: speeds[label] for label in served}, load, markdown)
 
 
-def _plain(found: Mapping[str, Mapping[int, Speeds]]) -> dict[str, Any]:
+def _plain(speeds: Mapping[str, Mapping[int, Speeds]]) -> dict[str, Any]:
     return {
         label: {str(batch): asdict(speeds) for batch, speeds in rows.items()}
-        for label, rows in found.items()
+        for label, rows in speeds.items()
     }
 
 

@@ -108,7 +108,7 @@ class Server:
         self._answer()
 
     def seconds(self, batch: int, tokens: int) -> float:
-        """Time to generate ``tokens`` tokens for each of ``batch`` prompts that are sent together."""
+        """Time to generate ``tokens`` tokens for each of ``batch`` prompts sent together."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(f"{batch} {tokens}\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of an SVSK checkpoint as an ordinary W4A16 checkpoint (compressed-tensors), to compare speed with."""
+"""The base of an SVSK checkpoint as a W4A16 checkpoint of compressed-tensors, to compare speed."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -35,8 +35,8 @@ def write_w4a16(checkpoint: Path, out: Path) -> Path:
     for name, spec in source.linears.items():
         if spec.scheme.weights.codebook != "int4":
             raise EvalError(
-                f"{checkpoint}: {name} has codebook {spec.scheme.weights.codebook!r}, W4A16 needs"
-                " 'int4'."
+                f"{checkpoint}: {name} has codebook {spec.scheme.weights.codebook!r},"
+                " W4A16 needs 'int4'."
             )
         by_group.setdefault(spec.group_size, []).append(name)
     folder = PartialFolder(out, source.folder, suffix="converting")

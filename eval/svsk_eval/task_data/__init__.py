@@ -4,11 +4,7 @@
 Nothing slow is imported before a function is called.
 """
 
-from svsk_eval.task_data.documents import (
-    DATA_VARIABLE,
-    benchmark_documents,
-    shipped_documents,
-)
+from svsk_eval.task_data.documents import DATA_VARIABLE, benchmark_documents, shipped_documents
 from svsk_eval.task_data.folder import task_manager, tasks_folder
 
 __all__ = [

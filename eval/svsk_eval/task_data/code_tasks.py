@@ -32,8 +32,9 @@ Documents = Sequence[Mapping[str, Any]]
 
 _FENCE: Final = "```"
 _BLOCK: Final = re.compile(r"```(?:\w*\n)?(.*?)\n?```", re.DOTALL)
-"""lm-eval's pattern but for one thing: a word after the fence names a language only if its line ends
-there. lm-eval drops the ``def`` of an answer that starts with it, as answers do where the model's
+"""lm-eval's pattern, but a word after the fence names a language only if its line ends there.
+
+lm-eval drops the ``def`` of an answer that starts with it, as answers do where the model's
 chat template strips the newline that the prompt ends with.
 """
 

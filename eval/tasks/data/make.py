@@ -291,7 +291,7 @@ def generated() -> dict[str, str]:
 
 
 def _with_positions(draw: _Draw, items: Sequence[tuple[str, str, Sequence[str]]]) -> list[Item]:
-    """Put the right answers at each of the four positions equally often, in an order without a pattern."""
+    """Put right answers at each of four positions equally often, in no pattern."""
     positions = draw.some([index % 4 for index in range(len(items))], len(items))
     found: list[Item] = []
     for (question, right, wrong), position in zip(items, positions, strict=True):

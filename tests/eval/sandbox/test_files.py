@@ -58,7 +58,7 @@ FILE_ATTACKS = [
 
 def tree(folder: Path) -> dict[str, Any]:
     """Return everything about a folder's files that an attack could change."""
-    found = {}
+    facts_by_path = {}
     for path in [folder, *sorted(folder.rglob("*"))]:
         facts = path.lstat()
         content = path.read_text() if path.is_file() else ""
@@ -70,8 +70,8 @@ def tree(folder: Path) -> dict[str, Any]:
             facts.st_ctime_ns,
             facts.st_nlink,
         )
-        found[path.name] = (content, mine)
-    return found
+        facts_by_path[path.name] = (content, mine)
+    return facts_by_path
 
 
 class TestFiles:

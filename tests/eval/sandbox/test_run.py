@@ -291,7 +291,8 @@ def test_nothing_it_can_read_makes_it_pass() -> None:
     program = """
 import os
 found = []
-for path in [*(f'/proc/self/fd/{n}' for n in range(64)), '/proc/self/environ', '/proc/self/cmdline', *range(64)]:
+own = [f'/proc/self/{name}' for name in ('environ', 'cmdline')]
+for path in [*(f'/proc/self/fd/{n}' for n in range(64)), *own, *range(64)]:
     try:
         descriptor = path if isinstance(path, int) else os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         found.append(os.read(descriptor, 1 << 16) if descriptor > 2 else b'')
@@ -311,7 +312,7 @@ os._exit(0)
 def test_what_was_reported_cannot_be_read_back(
     landlock: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first message, which holds the secret, may still be on its way when the program begins."""
+    """The first message, which holds the secret, may be on its way when the program begins."""
     if not landlock:
         monkeypatch.setattr(policy, "landlock_abi", lambda: 0)
     program = """
@@ -320,7 +321,8 @@ seen = []
 for number in range(3, 64):
     for source in (number, f'/proc/self/fd/{number}'):
         try:
-            descriptor = source if isinstance(source, int) else os.open(source, os.O_RDONLY | os.O_NONBLOCK)
+            flags = os.O_RDONLY | os.O_NONBLOCK
+            descriptor = source if isinstance(source, int) else os.open(source, flags)
             seen.append((source, os.read(descriptor, 1)))
         except OSError:
             pass

@@ -285,10 +285,8 @@ class TestNetwork:
                 listener.setblocking(False)
             port = server.getsockname()[1]
             assert_refused(f"import socket\nsocket.create_connection(('127.0.0.1', {port}))")
-            assert_refused(
-                "import"
-                f" socket\nsocket.socket(socket.AF_UNIX).connect({str(tmp_path / 'socket')!r})",
-            )
+            path = str(tmp_path / "socket")
+            assert_refused(f"import socket\nsocket.socket(socket.AF_UNIX).connect({path!r})")
             raw = f"{RAW}assert libc.syscall({number('socket')}, 2, 1, 0) >= 0"
             assert run(raw).detail.startswith("AssertionError")
             for listener in (server, local):
@@ -311,10 +309,7 @@ class TestProcesses:
             "import subprocess\nsubprocess.run(['true'])",
             "import os\nos.posix_spawn('/bin/true', ['true'], {})",
             "import os\nos.execv('/bin/true', ['true'])",
-            (
-                "import"
-                " multiprocessing\nmultiprocessing.get_context('fork').Process(target=print).start()"
-            ),
+            "import multiprocessing as m\nm.get_context('fork').Process(target=print).start()",
             "import os\nos.kill(os.getppid(), 9)",
             "import os\nos.kill(-1, 9)",
             "import os\nos.kill(0, 9)",
@@ -377,7 +372,8 @@ class TestProcesses:
         limits = CodeLimits(seconds=2.5, memory_bytes=1 << 28, open_files=20)
         program = """
 import resource as r
-found = [r.getrlimit(n) for n in (r.RLIMIT_CPU, r.RLIMIT_AS, r.RLIMIT_NOFILE, r.RLIMIT_FSIZE, r.RLIMIT_CORE)]
+kinds = (r.RLIMIT_CPU, r.RLIMIT_AS, r.RLIMIT_NOFILE, r.RLIMIT_FSIZE, r.RLIMIT_CORE)
+found = [r.getrlimit(n) for n in kinds]
 assert found == [(n, n) for n in (5, 1 << 28, 20, 0, 0)], found
 """
         assert run(program, limits) == Verdict(True, "passed", "")

@@ -30,7 +30,7 @@ class TestSelfTest:
     """The test of the sandbox finds each hole that is made in it."""
 
     @pytest.mark.parametrize(
-        ("names", "found"),
+        ("names", "hole"),
         [
             (["socket"], "open a socket"),
             (["socketpair"], "open a pair of sockets"),
@@ -43,13 +43,13 @@ class TestSelfTest:
         ],
     )
     def test_finds_a_call_too_many(
-        self, names: list[str], found: str, monkeypatch: pytest.MonkeyPatch
+        self, names: list[str], hole: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(policy, "ALLOWED", (*policy.ALLOWED, *names))
         monkeypatch.setattr(policy, "UNKNOWN_TO_KERNEL", ())
         monkeypatch.setattr(policy, "seccomp_program", policy.seccomp_program.__wrapped__)
         monkeypatch.setattr(policy, "landlock_abi", lambda: 0)
-        with pytest.raises(EvalError, match=f"fails its test on this machine: .* to {found}"):
+        with pytest.raises(EvalError, match=f"fails its test on this machine: .* to {hole}"):
             selftest._prove(1)
 
     def test_finds_readable_files(self, monkeypatch: pytest.MonkeyPatch) -> None:

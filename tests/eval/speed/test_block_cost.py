@@ -42,9 +42,9 @@ def test_reports_every_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ]
     done = CliRunner().invoke(app, [*arguments, "--json", str(report)])
     assert done.exit_code == 0, done.output
-    found = json.loads(report.read_text())
-    assert len(found["seconds_by_matrix"]) == 14
-    assert len(found["seconds_per_block"]) == 2
-    assert found["tokens"] == 128
-    assert 4.25 < found["bits_per_weight"] < 6
-    assert found["peak_memory_gib"] > 0
+    cost = json.loads(report.read_text())
+    assert len(cost["seconds_by_matrix"]) == 14
+    assert len(cost["seconds_per_block"]) == 2
+    assert cost["tokens"] == 128
+    assert 4.25 < cost["bits_per_weight"] < 6
+    assert cost["peak_memory_gib"] > 0

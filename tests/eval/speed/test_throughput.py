@@ -64,7 +64,7 @@ PER_TOKEN = {"a": 0.5, "b": 0.25}
 
 
 class Fake:
-    """A server that takes 5 s for prompts and the model's time per token, and remembers what it was asked."""
+    """A server that takes 5 s for prompts and the model's time per token; keeps its requests."""
 
     asked: ClassVar[list[tuple[str, int, int]]] = []
     events: ClassVar[list[str]] = []
@@ -98,15 +98,15 @@ def served(**folders: str) -> dict[str, Served]:
 
 
 def test_models_are_asked_in_turn_and_the_prompt_is_taken_off(fake: type[Fake]) -> None:
-    found = measure(served(x="a", y="b"), LOAD)
-    assert {label: {b: s.decode for b, s in rows.items()} for label, rows in found.items()} == {
+    speeds = measure(served(x="a", y="b"), LOAD)
+    assert {label: {b: s.decode for b, s in rows.items()} for label, rows in speeds.items()} == {
         "x": {1: 2.0, 8: 16.0},
         "y": {1: 4.0, 8: 32.0},
     }
-    assert found["x"][8].output == 8 * 11 / 10.0
+    assert speeds["x"][8].output == 8 * 11 / 10.0
     assert fake.asked[:4] == [("a", 1, 1), ("a", 1, 11), ("b", 1, 1), ("b", 1, 11)]
     assert len(fake.asked) == 2 * 2 * 2 * 3
-    assert table_rows(found, LOAD, "decode") == [
+    assert table_rows(speeds, LOAD, "decode") == [
         ["x", "2 (0.50x)", "16 (0.50x)"],
         ["y", "4 (1.00x)", "32 (1.00x)"],
     ]
@@ -114,7 +114,7 @@ def test_models_are_asked_in_turn_and_the_prompt_is_taken_off(fake: type[Fake]) 
 
 def test_one_at_a_time_ends_a_process_before_the_next(fake: type[Fake]) -> None:
     done: list[str] = []
-    found = measure(
+    speeds = measure(
         served(x="a", y="b"), LOAD, one_at_a_time=True, engine={"seed": 1}, done=done.append
     )
     assert [event.split()[:2] for event in fake.events] == [
@@ -124,7 +124,7 @@ def test_one_at_a_time_ends_a_process_before_the_next(fake: type[Fake]) -> None:
         ["stop", "b"],
     ]
     assert fake.events[0] == "start a fused {'seed': 1}"
-    assert found["y"][1].decode == 4.0
+    assert speeds["y"][1].decode == 4.0
     assert done == ["x", "y"]
 
 
@@ -153,9 +153,9 @@ def test_time_that_does_not_grow_with_tokens_is_an_error() -> None:
 def test_decoding_is_measured_from_where_all_prompts_are_read(fake: type[Fake]) -> None:
     """16 requests of 64 tokens take 4 steps of 256: the shorter measurement has 4 tokens."""
     load = Load(input_len=64, tokens=20, batches=(1, 16), repeats=1, step_tokens=256)
-    found = measure(served(x="a"), load)
+    speeds = measure(served(x="a"), load)
     assert fake.asked == [("a", 1, 1), ("a", 1, 21)] * 2 + [("a", 16, 4), ("a", 16, 21)] * 2
-    assert found["x"][16].decode == pytest.approx(16 / 0.5)
+    assert speeds["x"][16].decode == pytest.approx(16 / 0.5)
     with pytest.raises(
         EvalError, match=r"batch 64: 64 prompt tokens each take 16 steps of 256.*--tokens to 32"
     ):
@@ -164,8 +164,8 @@ def test_decoding_is_measured_from_where_all_prompts_are_read(fake: type[Fake]) 
 
 def test_nothing_left_to_measure(fake: type[Fake], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "_on_gpu", lambda: True)
-    known = {"x": {1: Speeds(1.0, 1.0)}}
-    assert measure(served(x="a"), LOAD, found=known) is known
+    speeds = {"x": {1: Speeds(1.0, 1.0)}}
+    assert measure(served(x="a"), LOAD, speeds=speeds) is speeds
     assert not fake.events
 
 
@@ -173,10 +173,10 @@ def test_a_model_that_fails_leaves_the_others(
     fake: type[Fake], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PER_TOKEN, "a", -1.0)
-    known: dict[str, dict[int, Speeds]] = {}
+    speeds: dict[str, dict[int, Speeds]] = {}
     with pytest.raises(EvalError, match="x, batch 1: 10 more tokens"):
-        measure(served(x="a", y="b"), LOAD, found=known)
-    assert list(known) == ["y"]
+        measure(served(x="a", y="b"), LOAD, speeds=speeds)
+    assert list(speeds) == ["y"]
 
 
 def folders(tmp_path: Path) -> tuple[str, str]:
@@ -189,24 +189,13 @@ def folders(tmp_path: Path) -> tuple[str, str]:
 def test_a_run_goes_on_where_it_was_cut_off(
     fake: type[Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(
+        "COLUMNS", "1000"
+    )  # wherever rich wraps, paths of any length are on one line
     a, b = folders(tmp_path)
-    options = [
-        "run",
-        f"x@split={a}",
-        f"y={b}",
-        "--one-at-a-time",
-        "--tokens",
-        "10",
-        "--batches",
-        "1,8",
-    ]
-    options += [
-        "--json",
-        str(tmp_path / "f.json"),
-        "--resume",
-        "--markdown",
-        str(tmp_path / "f.md"),
-    ]
+    options = ["run", f"x@split={a}", f"y={b}", "--resume", "--one-at-a-time"]
+    options += ["--tokens", "10", "--batches", "1,8"]
+    options += ["--json", str(tmp_path / "f.json"), "--markdown", str(tmp_path / "f.md")]
     monkeypatch.setitem(PER_TOKEN, "b", -1.0)
     first = CliRunner().invoke(throughput.app, options)
     assert first.exit_code == 1

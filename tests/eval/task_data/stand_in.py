@@ -28,7 +28,7 @@ class Verdict:
 def install_stand_in(
     monkeypatch: pytest.MonkeyPatch, *, consent: bool = True, works: bool = True
 ) -> list[str]:
-    """Run programs in this process instead of in the sandbox, and return the list of those that ran.
+    """Run programs in this process instead of in the sandbox; return the list of those that ran.
 
     The programs of these tests are the benchmarks' own solutions and what is written here.
     """

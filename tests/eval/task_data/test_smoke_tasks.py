@@ -48,18 +48,18 @@ def test_generated_files_are_those_that_are_shipped(make: ModuleType) -> None:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_items_are_many_different_and_all_loaded(name: str) -> None:
-    found = rows(name)
-    assert len(found) == len({row["question"] for row in found}) == SIZES[name]
-    assert list(load_task(f"svsk_smoke_{name}").eval_docs) == found
+    items = rows(name)
+    assert len(items) == len({row["question"] for row in items}) == SIZES[name]
+    assert list(load_task(f"svsk_smoke_{name}").eval_docs) == items
     assert (DATA / f"{name}.jsonl").stat().st_size < 50_000
 
 
 @pytest.mark.parametrize("name", ["facts", "python"])
 def test_right_choices_are_at_every_position_equally_often(name: str) -> None:
-    found = rows(name)
-    assert Counter(row["answer"] for row in found) == dict.fromkeys(range(4), SIZES[name] // 4)
-    positions = [row["answer"] for row in found]
-    assert len({tuple(positions[start : start + 8]) for start in range(0, len(found), 8)}) > 10, (
+    items = rows(name)
+    assert Counter(row["answer"] for row in items) == dict.fromkeys(range(4), SIZES[name] // 4)
+    positions = [row["answer"] for row in items]
+    assert len({tuple(positions[start : start + 8]) for start in range(0, len(items), 8)}) > 10, (
         "no pattern"
     )
 
@@ -116,22 +116,22 @@ def test_answers_of_copying_follow_from_the_prompt() -> None:
     kinds = Counter()
     for row in rows("copy"):
         question, answer = row["question"], row["answer"]
-        *told, last = [line for line in question.split("\n") if line]
+        *before, last = [line for line in question.split("\n") if line]
         if last.endswith("->"):
             kinds["exchange"] += 1
-            for line in told:
+            for line in before:
                 left, right = line.split(" -> ")
                 assert right == " ".join(reversed(left.split()))
             assert answer == " ".join(reversed(last.removesuffix(" ->").split()))
         elif last.endswith(" has the"):
             kinds["sentence"] += 1
-            assert told[0].count(f"{last} {answer}") == told[0].count(last) == 1
+            assert before[0].count(f"{last} {answer}") == before[0].count(last) == 1
         elif last.endswith(","):
             kinds["list"] += 1
-            assert told == [f"{last} {answer}"]
+            assert before == [f"{last} {answer}"]
         else:
             kinds["table"] += 1
-            assert [line for line in told if line.startswith(last)] == [f"{last} {answer}"]
+            assert [line for line in before if line.startswith(last)] == [f"{last} {answer}"]
     assert kinds == dict.fromkeys(("exchange", "sentence", "list", "table"), 25)
 
 

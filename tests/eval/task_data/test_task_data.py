@@ -139,7 +139,7 @@ def write_files(folder: Path) -> Path:
 
 
 def hub_copies() -> dict[str, DatasetDict]:
-    """The same documents by the hub's path, in the hub's splits and columns, converted here by hand."""
+    """The same documents by the hub's path, in its splits and columns, converted by hand."""
     arc = [
         {
             "id": "Q_0",

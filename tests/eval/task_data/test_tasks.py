@@ -123,10 +123,10 @@ def requests(task: Any, *, chat: bool) -> list[list[tuple[Any, ...]]]:
         else {}
     )
     task.build_all_requests(rank=0, world_size=1, **kwargs)
-    found: dict[int, list[tuple[Any, ...]]] = {}
+    by_document: dict[int, list[tuple[Any, ...]]] = {}
     for instance in task.instances:
-        found.setdefault(instance.doc_id, []).append(instance.arguments)
-    return list(found.values())
+        by_document.setdefault(instance.doc_id, []).append(instance.arguments)
+    return list(by_document.values())
 
 
 class TestFiles:
@@ -188,9 +188,9 @@ class TestSameAsLmEval:
     def test_prompts(self, name: str, chat: bool, theirs: None) -> None:
         ours, other = load_task(name), their_task(name)
         assert ours.config.num_fewshot == (other.config.num_fewshot or 0)
-        found, expected = requests(ours, chat=chat), requests(other, chat=chat)
-        assert len(found) > 1
-        for mine, original in zip(found, expected, strict=True):
+        prompts, expected = requests(ours, chat=chat), requests(other, chat=chat)
+        assert len(prompts) > 1
+        for mine, original in zip(prompts, expected, strict=True):
             if ours.OUTPUT_TYPE == "generate_until":
                 assert mine[0][0] == original[0][0]
                 assert mine[0][1]["until"] == original[0][1]["until"]
@@ -240,14 +240,14 @@ def responses(task: Any, doc: dict[str, Any], *texts: str) -> dict[str, float]:
         "generate_until", doc=doc, arguments=("", {}), idx=0, metadata=("task", 0, 1)
     )
     instance.resps = list(texts)
-    found = {}
+    scores = {}
     for ensemble in task._filters:
         ensemble.apply([instance])
         for metric, value in task.process_results(
             doc, [instance.filtered_resps[ensemble.name]]
         ).items():
-            found[f"{metric},{ensemble.name}"] = float(value)
-    return found
+            scores[f"{metric},{ensemble.name}"] = float(value)
+    return scores
 
 
 @pytest.mark.parametrize(
@@ -282,25 +282,25 @@ def test_gsm8k_reads_answers_as_lm_eval_does(
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_lm_eval_runs_the_group_and_reports_the_primary_metrics(group: str, theirs: None) -> None:
-    found = simple_evaluate(
+    results = simple_evaluate(
         model="dummy",
         tasks=[group],
         task_manager=task_manager(include_defaults=False),
         bootstrap_iters=0,
         confirm_run_unsafe_code=True,
     )
-    assert found is not None
+    assert results is not None
     for name in GROUPS[group]:
-        primary = found["configs"][name]["metadata"]["primary"]
-        assert 0 <= found["results"][name][primary] <= 1
+        primary = results["configs"][name]["metadata"]["primary"]
+        assert 0 <= results["results"][name][primary] <= 1
         metric = primary.partition(",")[0]
-        assert found["higher_is_better"][name][metric] is True
-        assert all(sample[metric] in (0, 1) for sample in found["samples"][name])
+        assert results["higher_is_better"][name][metric] is True
+        assert all(sample[metric] in (0, 1) for sample in results["samples"][name])
     listed = yaml.safe_load((tasks_folder() / f"{group}.yaml").read_text(encoding="utf-8"))[
         "aggregate_metric_list"
     ]
     assert all(
-        f"{each['metric']},{each['filter_list'][0]}" in found["results"][group] for each in listed
+        f"{each['metric']},{each['filter_list'][0]}" in results["results"][group] for each in listed
     )
 
 
@@ -337,18 +337,18 @@ class TestFolder:
         shipped = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
             "setuptools"
         ]["data-files"]
-        found = {
+        patterns = {
             path
             for patterns in shipped.values()
             for pattern in patterns
             for path in ROOT.glob(pattern)
         }
-        wanted = [
+        files = [
             path
             for path in (ROOT / "eval" / "tasks").rglob("*")
             if path.suffix in (".yaml", ".py", ".jsonl")
         ]
-        assert {path for path in wanted if path.name != "make.py"} == found
+        assert {path for path in files if path.name != "make.py"} == patterns
         for target, patterns in shipped.items():
             part = target.removeprefix("share/svsk_vllm/tasks").strip("/")
             assert all(Path(pattern).parent == Path("eval/tasks") / part for pattern in patterns)
