@@ -90,20 +90,21 @@ def evaluate(
     check_text(text)
     from svsk_eval.text.console import evaluate_with_progress
     from svsk_eval.text.engine_args import parse_engine_args
+    from svsk_eval.text.request import TextRequest
 
-    result = evaluate_with_progress(
-        console,
-        model,
-        reference,
-        text,
+    request = TextRequest(
+        model=model,
+        reference=reference,
+        text=text,
         chunks=chunks,
         seq_len=seq_len,
-        device=device,
-        dtype=dtype,
         engine=engine,
+        dtype=dtype,
+        device=device,
         engine_args=parse_engine_args(engine_arg or ()),
         trust_remote_code=trust_remote_code,
     )
+    result = evaluate_with_progress(console, request)
     write_json(json_file, result)
 
 
@@ -132,8 +133,8 @@ def benchmark(
         list[str] | None,
         typer.Option(
             help=(
-                "Argument of lm-eval's model, such as max_model_len=4096; the value is JSON or a"
-                " word."
+                "Argument of lm-eval's model, such as max_model_len=4096;"
+                " the value is JSON or a word."
             )
         ),
     ] = None,
@@ -169,7 +170,7 @@ def benchmark(
     markdown: MarkdownFile = None,
     html: HtmlFile = None,
 ) -> None:
-    """Run lm-eval tasks for a reference and its variants, on the same items, and compare them item by item.
+    """Run lm-eval tasks for a reference and its variants, and compare them item by item.
 
     Example: `svsk bench qwen3-4b-svsk --reference Qwen/Qwen3-4B --tasks svsk_reasoning --html
     report.html`
@@ -251,11 +252,11 @@ def compare(
         raise SvskError("--markdown and --html are for files of `svsk bench --json`.")
     comparisons = compare_files(files)
     print_comparisons(console, files[0], comparisons)
-    found = {
+    result = {
         "baseline": str(files[0]),
         "comparisons": [comparison.to_json() for comparison in comparisons],
     }
-    write_json(json_file, found)
+    write_json(json_file, result)
 
 
 @app.command()
@@ -358,8 +359,8 @@ def generate(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    for asked, answered in zip(prompt, texts, strict=True):
-        console.print(Text.assemble((asked, "bold"), answered))
+    for question, answer in zip(prompt, texts, strict=True):
+        console.print(Text.assemble((question, "bold"), answer))
 
 
 if __name__ == "__main__":

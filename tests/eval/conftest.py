@@ -17,6 +17,6 @@ def fork_server() -> Iterator[None]:
 
 @pytest.fixture
 def forked(fork_server: None) -> Iterator[None]:
-    """Workers and ``svsk eval`` are forks of a process that has imported torch, transformers and lm-eval."""
+    """Workers are forks of a process that has imported torch, transformers and lm-eval."""
     with forked_processes():
         yield

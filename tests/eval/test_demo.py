@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the demo asks of vLLM; `make demo` itself takes minutes."""
 
-import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +22,21 @@ def test_both_models_are_served_in_a_dtype_that_is_fast(
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     if not features:
         monkeypatch.setattr("svsk_eval.text.engine_args.has_bf16_products", lambda: True)
-    asked: list[tuple[str, str]] = []
+    served: list[tuple[str, str]] = []
 
-    def run(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
-        *_, model, chosen, _, target = command
-        asked.append((model, chosen))
-        assert "SVSK_KERNEL" not in env
-        Path(target).write_text(json.dumps(["answer"] * len(demo.PROMPTS)))
-        return subprocess.CompletedProcess(command, 0)
+    def run_request(module: str, request: Any, folder: Path, name: str, report: Any) -> None:
+        assert module == "svsk_eval.demo_answers"
+        served.append((str(request.model), request.dtype))
+        report({"answers": ["answer"] * len(request.prompts)})
 
-    monkeypatch.setattr(demo.subprocess, "run", run)
+    monkeypatch.setattr(demo, "run_request", run_request)
     demo.answer_both(tmp_path / "dense", tmp_path / "svsk", 4)
-    assert asked == [(str(tmp_path / "dense"), dtype), (str(tmp_path / "svsk"), dtype)]
+    assert served == [(str(tmp_path / "dense"), dtype), (str(tmp_path / "svsk"), dtype)]
 
 
-def test_what_vllm_says_when_it_cannot_serve_is_one_line_and_a_log(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    printed = "Traceback (most recent call last):\n  ...\nValueError: no room\n\n"
-    monkeypatch.setattr(
-        demo.subprocess,
-        "run",
-        lambda command, **_: subprocess.CompletedProcess(command, 1, stderr=printed),
-    )
+def test_a_model_that_cannot_be_served_ends_with_its_log(tmp_path: Path) -> None:
     with pytest.raises(
         EvalError,
-        match=r"could not serve .*dense: ValueError: no room \(all it printed is in .*\.log\)",
+        match=r"(?s)none: its process failed \(exit code 1\)\. The end of .*log\.txt:.*none",
     ):
-        demo.answer_both(tmp_path / "dense", tmp_path / "svsk", 4)
-    assert (tmp_path / "dense-vllm.log").read_text() == printed
+        demo.answer_both(tmp_path / "none", tmp_path / "svsk", 4)

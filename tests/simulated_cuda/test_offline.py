@@ -19,7 +19,8 @@ from svsk_eval.bench.engines import hf_model
 from svsk_eval.bench.journal import Journal
 from svsk_eval.speed.random_model import VARIANTS, write_random_model
 from svsk_eval.text.generate import generate_texts
-from svsk_eval.text.scoring import EvalResult, evaluate, load_model
+from svsk_eval.text.models import load_model
+from svsk_eval.text.scoring import EvalResult, evaluate
 from svsk_kernels.errors import SvskError
 from svsk_kernels.gpu import error_feedback as feedback
 from svsk_offline import run

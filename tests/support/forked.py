@@ -91,7 +91,7 @@ class ForkedPopen(subprocess.Popen[bytes]):
         "lm_eval.tasks",
         "transformers.models.llama.modeling_llama",
     )
-    modules: ClassVar[tuple[str, ...]] = ("svsk_eval.bench.worker", "svsk_eval.cli")
+    modules: ClassVar[tuple[str, ...]] = ("svsk_eval.bench.worker", "svsk_eval.text.worker")
 
     _status = -1
     """Read end of a pipe that brings the exit code; -1 if the process is no fork."""

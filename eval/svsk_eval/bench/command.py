@@ -23,8 +23,7 @@ from svsk_eval.bench.runner import BenchOptions, Candidate, bench, package_versi
 from svsk_eval.errors import EvalError
 from svsk_eval.report.analysis import analyze
 from svsk_eval.report.console import print_report
-from svsk_eval.report.markdown import markdown_report
-from svsk_eval.report.merge import check_writable, html_writer, recovery_gate
+from svsk_eval.report.merge import page_writer, recovery_gate
 from svsk_eval.report.schema import BenchReport, BenchSettings, Engine
 from svsk_eval.task_data import DATA_VARIABLE
 from svsk_offline.storage.atomic import write_text
@@ -143,7 +142,7 @@ def _check_sampling(generation: dict[str, Any]) -> None:
 
 
 def shown_command(arguments: Sequence[str]) -> str:
-    """The command line with files and folders shortened to their last part, because the rest says nothing to others.
+    """The command line with paths cut to their last part: the rest says nothing to others.
 
     Args:
         arguments: after the program's name.
@@ -156,7 +155,7 @@ def shown_command(arguments: Sequence[str]) -> str:
 
 
 def _shown(argument: str, is_path: bool) -> str:
-    """An argument, or what follows ``=`` in it, by its last part if it is on disk, or looks like and is a path."""
+    """An argument, or what follows ``=`` in it, by its last part if it is a path."""
     # Unlike pathlib's these two take any text, however long.
     on_disk = os.path.exists(os.path.expanduser(argument))  # noqa: PTH110, PTH111
     if on_disk or (is_path and argument.startswith(_PATH_STARTS)):
@@ -176,26 +175,22 @@ def bench_with_progress(
     html: Path | None,
     min_recovery: float | None,
 ) -> bool:
-    """Run :func:`svsk_eval.bench.runner.bench` with a progress bar, show its report and write it where asked.
+    """Run :func:`svsk_eval.bench.runner.bench` with a progress bar, show and write its report.
 
     Returns:
         Whether every variant keeps ``min_recovery`` of the reference's score on every task; true
         without a minimum.
 
     Raises:
-        EvalError: see there; a file could not be written there; the minimum is not a share; a
-            package that a page needs is absent; or the models cannot be compared, in which case
-            ``json_file`` is written all the same.
+        EvalError: see there; the minimum is not a share; a package that a page needs is absent; or
+            the models cannot be compared, in which case ``json_file`` is written all the same.
     """
-    check_writable({"--json": json_file, "--markdown": markdown, "--html": html})
     if min_recovery is not None and not 0 < min_recovery <= 1:
         raise EvalError(
-            f"--min-recovery {min_recovery}: expected a share of the reference's score, such as"
-            " 0.98."
+            f"--min-recovery {min_recovery}:"
+            " expected a share of the reference's score, such as 0.98."
         )
-    write_page = (
-        html_writer() if html is not None else None
-    )  # a missing package is told now, not after hours
+    write_pages = page_writer(markdown, html)
     if options.text is not None and not options.text.text.is_file():
         raise EvalError(f"--text {options.text.text}: no such file.")
     report = _run(console, candidates, settings, options)
@@ -203,10 +198,7 @@ def bench_with_progress(
         write_text(json_file, report.model_dump_json(indent=1) + "\n")
     analysis = analyze(report)
     print_report(console, analysis)
-    if markdown is not None:
-        write_text(markdown, markdown_report(analysis))
-    if html is not None and write_page is not None:
-        write_text(html, write_page(analysis))
+    write_pages(analysis)
     if min_recovery is None:
         return True
     failed = [result for result in recovery_gate(analysis, min_recovery) if not result.passed]
@@ -235,14 +227,14 @@ def _run(
         line = bar.add_task("", total=None)
         last = ""
 
-        def show(label: str, what: str, done: int, asked: int) -> None:
+        def show(label: str, what: str, done: int, known: int) -> None:
             nonlocal last
             text = f"{label}: {what}"
             if text != last and not console.is_terminal:
                 console.print(text, highlight=False, markup=False)  # a log gets a line per task
             last = text
             bar.update(
-                line, description=text.replace("[", r"\["), completed=done, total=asked or None
+                line, description=text.replace("[", r"\["), completed=done, total=known or None
             )
 
         return bench(candidates, settings, options, show)

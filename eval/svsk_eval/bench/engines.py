@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lm-eval's models for vLLM and transformers, with every answer written to a journal as it is finished.
+"""lm-eval's models for vLLM and transformers, with a journal of every finished answer.
 
 Requests whose answer is in the journal are not run. The prompts, stop strings and settings are
 lm-eval's own; vLLM is fed request by request instead of in one call, because a call returns only
@@ -11,7 +11,7 @@ from typing import Any
 
 from svsk_eval.bench.hf_engine import _JournaledHF
 from svsk_eval.bench.journal import Journal
-from svsk_eval.bench.journaled_model import JournaledModel, Progress
+from svsk_eval.bench.journaled_model import AnswerProgress, JournaledModel
 from svsk_eval.errors import EvalError
 from svsk_offline.storage.model_loading import attention_arguments, read_model_config
 
@@ -19,19 +19,18 @@ __all__ = ["hf_model", "vllm_model"]
 
 
 def hf_model(
-    arguments: dict[str, Any], journal: Journal, progress: Progress, seed: int = 0
+    arguments: dict[str, Any], journal: Journal, progress: AnswerProgress, seed: int = 0
 ) -> JournaledModel:
     """lm-eval's ``hf`` model with a journal; SVSK checkpoints are dequantised.
 
     Args:
         arguments: of :class:`lm_eval.models.huggingface.HFLM`.
         journal: takes the answers.
-        progress: see :data:`Progress`.
+        progress: see :data:`AnswerProgress`.
         seed: of answers that are sampled.
     """
-    importlib.import_module(
-        "svsk_vllm.hf"
-    )  # registers the method with transformers when it is imported
+    # registers the method with transformers when it is imported
+    importlib.import_module("svsk_vllm.hf")
     trust = bool(arguments.get("trust_remote_code"))
     attention = attention_arguments(
         read_model_config(arguments["pretrained"], trust_remote_code=trust)
@@ -42,13 +41,15 @@ def hf_model(
     return model
 
 
-def vllm_model(arguments: dict[str, Any], journal: Journal, progress: Progress) -> JournaledModel:
+def vllm_model(
+    arguments: dict[str, Any], journal: Journal, progress: AnswerProgress
+) -> JournaledModel:
     """lm-eval's ``vllm`` model with a journal.
 
     Args:
         arguments: of lm-eval's class; what it does not know goes to :class:`vllm.LLM`.
         journal: takes the answers.
-        progress: see :data:`Progress`.
+        progress: see :data:`AnswerProgress`.
 
     Raises:
         EvalError: vLLM is not installed, or replicas were asked for.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What answers and scores depend on besides models and settings.
+"""What answers and scores depend on besides models and settings: code and the environment.
 
-The code that makes them, and the environment.
+Whatever only shows results (reports, the command's tables) or serves developers is not among it, so
+that a change there leaves what is kept of a run as it is.
 """
 
 import hashlib
@@ -10,9 +11,33 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-__all__ = ["environment_settings", "source_hash"]
+import svsk_eval
+import svsk_kernels
+import svsk_vllm
+from svsk_eval.task_data import tasks_folder
+
+__all__ = [
+    "environment_settings",
+    "model_sources",
+    "source_files",
+    "source_hash",
+    "task_sources",
+    "text_sources",
+]
 
 _SOURCES: Final = (".py", ".cpp", ".yaml", ".json", ".jsonl")
+_EVAL: Final = Path(svsk_eval.__file__).parent
+_ENGINES: Final = ("engines", "hf_engine", "journal", "journaled_model", "vllm_engine", "worker")
+_TEXT: Final = (
+    "engine_args",
+    "leading_tokens",
+    "metrics",
+    "models",
+    "request",
+    "scoring",
+    "served",
+    "worker",
+)
 
 _HARMLESS: Final = (
     "SVSK_DATA",  # the items it gives are hashed themselves
@@ -27,14 +52,49 @@ _HARMLESS: Final = (
 )
 
 
-def source_hash(folders: Iterable[Path]) -> str:
-    """SHA-256 of the names and contents of all source, task and data files in some folders."""
+def model_sources() -> list[Path]:
+    """The code that makes a model's answers from its weights."""
+    return [Path(svsk_vllm.__file__).parent, Path(svsk_kernels.__file__).parent]
+
+
+def task_sources(include_path: Path | None) -> list[Path]:
+    """What makes prompts and scores of items; lm-eval's own is known by its version.
+
+    Args:
+        include_path: folder of the user's tasks, or None.
+    """
+    tasks = tasks_folder()
+    files = [*tasks.glob("*.yaml"), *(tasks / "data").glob("*.jsonl")]
+    files += [_EVAL / "bench" / f"{name}.py" for name in _ENGINES]
+    folders = [_EVAL / "task_data", _EVAL / "sandbox", *([include_path] if include_path else [])]
+    return files + folders
+
+
+def text_sources() -> list[Path]:
+    """The code that scores a text."""
+    return [_EVAL / "text" / f"{name}.py" for name in _TEXT]
+
+
+def source_files(paths: Iterable[Path]) -> list[tuple[str, Path]]:
+    """Source, task and data files among some files and in some folders, with relative names."""
+    files = []
+    for path in paths:
+        within = sorted(path.rglob("*")) if path.is_dir() else [path]
+        root = path if path.is_dir() else path.parent
+        files += [
+            (file.relative_to(root).as_posix(), file)
+            for file in within
+            if file.suffix in _SOURCES and file.is_file()
+        ]
+    return sorted(files)
+
+
+def source_hash(paths: Iterable[Path]) -> str:
+    """SHA-256 of the names and contents of :func:`source_files`."""
     hashed = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in _SOURCES and path.is_file():
-                content = hashlib.sha256(path.read_bytes()).hexdigest()
-                hashed.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    for name, path in source_files(paths):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        hashed.update(f"{name} {content}\n".encode())
     return hashed.hexdigest()
 
 

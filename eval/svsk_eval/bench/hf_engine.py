@@ -9,7 +9,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from svsk_eval.bench.journal import Generated, Journal, request_keys
-from svsk_eval.bench.journaled_model import JournaledModel, Progress, is_sampled, likelihood
+from svsk_eval.bench.journaled_model import AnswerProgress, JournaledModel, is_sampled, likelihood
 
 __all__ = []
 
@@ -19,7 +19,7 @@ class _JournaledHF(JournaledModel, HFLM):
 
     seed: int
 
-    def attach(self, journal: Journal, progress: Progress) -> None:
+    def attach(self, journal: Journal, progress: AnswerProgress) -> None:
         super().attach(journal, progress)
         self.cache_hook = self
         self._rows: list[tuple[int, bool]] = []
@@ -31,14 +31,13 @@ class _JournaledHF(JournaledModel, HFLM):
         keys = request_keys("loglikelihood", (request.args for request in requests))
         if todo := self._missing(keys):
             super().loglikelihood([requests[i] for i in todo], disable_tqdm=disable_tqdm)
-        found = [self.journal.likelihood(key) for key in keys]
-        return [(answer.logprob, bool(answer.greedy)) for answer in found]
+        answers = [self.journal.likelihood(key) for key in keys]
+        return [(answer.logprob, bool(answer.greedy)) for answer in answers]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         keys = request_keys("loglikelihood_rolling", (request.args for request in requests))
-        for index in self._missing(
-            keys
-        ):  # one by one: HFLM reports an answer after all windows of all texts
+        # one by one: HFLM reports an answer after all windows of all texts
+        for index in self._missing(keys):
             super().loglikelihood_rolling([requests[index]], disable_tqdm=True)
         return [self.journal.likelihood(key).logprob for key in keys]
 

@@ -166,13 +166,13 @@ class Journal:
             if not line.endswith(b"\n"):
                 break  # cut off by a kill
             try:
-                found = _LINE.validate_json(line)
+                entry = _LINE.validate_json(line)
             except ValidationError as error:
                 raise EvalError(
                     f"{self.path}, line {number}: is damaged ({error.errors()[0]['msg']}). Delete"
                     " that line: its item will be run again."
                 ) from error
-            answers[found.key] = found.answer
+            answers[entry.key] = entry.answer
             whole += len(line)
         self._file.truncate(whole)
         self._file.seek(0, os.SEEK_END)

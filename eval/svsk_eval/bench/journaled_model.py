@@ -12,10 +12,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from svsk_eval.bench.journal import Generated, Journal, Likelihood, request_keys
 from svsk_eval.errors import EvalError
 
-__all__ = ["Clock", "JournaledModel", "Progress", "is_sampled", "likelihood"]
+__all__ = ["AnswerProgress", "Clock", "JournaledModel", "is_sampled", "likelihood"]
 
-Progress = Callable[[int, int], None]
-"""Called with the numbers of requests that have an answer and that were asked for so far."""
+AnswerProgress = Callable[[int, int], None]
+"""Called with how many requests have an answer, and how many came so far."""
 
 
 class Clock:
@@ -48,14 +48,14 @@ class JournaledModel(TemplateLM):
     clock: Clock
     cut_prompts: int
 
-    def attach(self, journal: Journal, progress: Progress) -> None:
+    def attach(self, journal: Journal, progress: AnswerProgress) -> None:
         """Set what lm-eval's constructor does not know."""
         self.journal, self.clock = journal, Clock()
         self._progress = progress
         self._done = self._asked = self.cut_prompts = 0
 
     def generated(self, requests: Iterable[tuple[str, dict[str, Any]]]) -> list[Generated]:
-        """The kept answers to ``generate_until`` requests (prompt, settings), all of one task and in its order.
+        """The kept answers to ``generate_until`` requests (prompt, settings) of one task, in order.
 
         Raises:
             KeyError: one has not been run.

@@ -7,7 +7,7 @@ Identity, method, size, bits per weight. Any quantiser's.
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -52,14 +52,14 @@ class Folder:
     @property
     def modules(self) -> dict[str, dict[str, TensorSpec]]:
         """Tensors by the module they belong to, and by the rest of their names."""
-        found: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
+        modules: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
         for name, stored in self.tensors.items():
             # bitsandbytes puts the state of a weight under the weight's own name
             module, dot, rest = name.partition(".weight.")
             if not dot:
                 module, _, rest = name.rpartition(".")
-            found[module][rest] = stored
-        return dict(found)
+            modules[module][rest] = stored
+        return dict(modules)
 
 
 def read_folder(path: Path) -> Folder:
@@ -110,18 +110,17 @@ def _weight_files(path: Path) -> list[Path]:
                 f"{path}: transformers loads {SINGLE_NAME}, vLLM what {INDEX_NAME} names. Remove"
                 " the one that is old."
             )
-        found = [path / name for name in names]
+        files = [path / name for name in names]
     elif (path / SINGLE_NAME).exists():
-        found = [path / SINGLE_NAME]
+        files = [path / SINGLE_NAME]
     else:
-        found = next(
-            (files for pattern in _OTHER_WEIGHTS if (files := sorted(path.glob(pattern)))), []
-        )
-    if not found:
+        matches = (sorted(path.glob(pattern)) for pattern in _OTHER_WEIGHTS)
+        files = next(filter(None, matches), [])
+    if not files:
         raise EvalError(
             f"{path}: has no weights, expected *.safetensors files. Copy or write the folder again."
         )
-    return found
+    return files
 
 
 def _tensors(path: Path, weights: list[Path]) -> dict[str, TensorSpec]:
@@ -135,7 +134,7 @@ def _tensors(path: Path, weights: list[Path]) -> dict[str, TensorSpec]:
 
 
 class _NamedOtherwise(ShardedReader):
-    """Tensors of safetensors files of any name, such as AutoGPTQ's ``gptq_model-4bit-128g.safetensors``.
+    """Tensors of safetensors files of any name, as AutoGPTQ writes them.
 
     Raises:
         EvalError: two files hold a tensor of the same name.
@@ -158,7 +157,7 @@ class _NamedOtherwise(ShardedReader):
 
 
 def bits_per_weight(reference: Folder, folders: Iterable[Folder]) -> list[float | None]:
-    """Bits stored per weight, over the linears of the reference that at least one of the folders stores otherwise.
+    """Bits stored per weight, over the reference's linears that some folder stores otherwise.
 
     Everything stored under a linear's name counts, but for its bias: codes, scales, zero points,
     permutations, factors. The same linears are counted for all, so that a folder that leaves some
@@ -177,28 +176,22 @@ def bits_per_weight(reference: Folder, folders: Iterable[Folder]) -> list[float 
         for name, parts in reference.modules.items()
         if "weight" in parts and parts["weight"].dtype in _DENSE and len(parts["weight"].shape) == 2
     }
-    found = [folder.modules for folder in folders]
+    stored = [folder.modules for folder in folders]
     changed = {
         name
-        for name, stored in dense.items()
-        for parts in found
-        if _is_changed(stored, parts.get(name))
+        for name, weight in dense.items()
+        for modules in stored
+        if _is_changed(weight, modules.get(name))
     }
     weights = sum(math.prod(dense[name].shape) for name in changed)
-    return [
-        (
-            sum(
-                part.num_bits
-                for name in changed
-                for rest, part in parts[name].items()
-                if rest != "bias"
-            )
-            / weights
-            if weights and changed <= parts.keys()
-            else None
-        )
-        for parts in found
-    ]
+    if not weights:
+        return [None] * len(stored)
+
+    def bits(modules: Mapping[str, Mapping[str, TensorSpec]]) -> int:
+        parts = [part for name in changed for part in modules[name].items()]
+        return sum(part.num_bits for rest, part in parts if rest != "bias")
+
+    return [bits(modules) / weights if changed <= modules.keys() else None for modules in stored]
 
 
 def _is_changed(dense: TensorSpec, parts: dict[str, TensorSpec] | None) -> bool:

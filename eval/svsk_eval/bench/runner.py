@@ -1,30 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run lm-eval tasks for a reference and its variants, on the same items and seeds, and put the scores together."""
+"""Run lm-eval tasks for a reference and its variants, on the same items and seeds."""
 
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from pydantic import ValidationError
 
-import svsk_kernels
-import svsk_vllm
-from svsk_eval.bench.fingerprint import environment_settings, source_hash
+from svsk_eval.bench.fingerprint import (
+    environment_settings,
+    model_sources,
+    source_hash,
+    text_sources,
+)
 from svsk_eval.bench.model_folder import Folder, bits_per_weight, read_folder
-from svsk_eval.bench.worker import WorkerRequest, WorkerResult
+from svsk_eval.bench.worker import TaskResult, WorkerRequest
 from svsk_eval.errors import EvalError
-from svsk_eval.processes import ending, log_tail, run_module
+from svsk_eval.processes import run_request
 from svsk_eval.report.analysis import check_tasks
 from svsk_eval.report.schema import (
     BenchReport,
@@ -34,15 +36,15 @@ from svsk_eval.report.schema import (
     ModelRun,
     TextScores,
 )
-from svsk_offline.storage.atomic import write_text
+from svsk_eval.text.request import TextRequest
 from svsk_offline.storage.locks import LOCK_NAME, locked
 from svsk_offline.storage.model_loading import resolve_model
 from svsk_vllm.version import __version__
 
 __all__ = ["BenchOptions", "Candidate", "TextOptions", "bench", "candidate", "package_versions"]
 
-Progress = Callable[[str, str, int, int], None]
-"""Called with a model's label, what it does, and the numbers of requests that are done and that are known."""
+BenchProgress = Callable[[str, str, int, int], None]
+"""Called with a model's label, what it does, and how many requests are done and are known."""
 
 
 @dataclass(frozen=True)
@@ -116,22 +118,22 @@ def candidate(text: str) -> Candidate:
 def package_versions(engine: Engine) -> dict[str, str]:
     """Versions of the packages that decide scores."""
     names = ["lm_eval", "torch", "transformers", *(["vllm"] if engine == "vllm" else [])]
-    found = {"svsk-vllm": __version__}
+    versions = {"svsk-vllm": __version__}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError as error:
             raise EvalError(
                 f"The package {name} is not installed: pip install 'svsk-vllm[eval]'."
             ) from error
-    return found
+    return versions
 
 
 def bench(
     candidates: Sequence[Candidate],
     settings: BenchSettings,
     options: BenchOptions,
-    progress: Progress,
+    progress: BenchProgress,
 ) -> BenchReport:
     """Run every model, one after the other, each in a process of its own.
 
@@ -143,7 +145,7 @@ def bench(
         candidates: the reference first.
         settings: of the run.
         options: the rest.
-        progress: see :data:`Progress`.
+        progress: see :data:`BenchProgress`.
 
     Raises:
         EvalError: a model, a task, the text or a setting cannot be used.
@@ -155,11 +157,10 @@ def bench(
     trust = bool(settings.model_args.get("trust_remote_code"))
     folders = [read_folder(resolve_model(one.name, trust_remote_code=trust)) for one in candidates]
     if options.text is not None:
-        from svsk_eval.text.scoring import check_longest, declared_limits
+        from svsk_eval.text.models import check_longest, declared_limits
 
-        for (
-            folder
-        ) in folders:  # each scores the text in its turn; what cannot is told before the first
+        # each scores the text in its turn; what cannot is told before the first
+        for folder in folders:
             longest = declared_limits(folder.path, trust_remote_code=trust)[1]
             check_longest(folder.path, longest, options.text.seq_len)
     bits = bits_per_weight(folders[0], folders)
@@ -174,8 +175,8 @@ def bench(
         models: list[ModelRun] = []
         for index, (one, folder) in enumerate(pairs):
             same = sum(folder.fingerprint == other.fingerprint for other in folders[:index])
-            result = _run_tasks(one, folder, same, settings, options, progress)
-            models.append(_model_run(one, folder, bits[index], result, texts[index]))
+            results = _run_tasks(one, folder, same, settings, options, progress)
+            models.append(_model_run(one, folder, bits[index], results, texts[index]))
             check_tasks(models[0], models[-1])  # now rather than after all models
     return BenchReport(
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -192,8 +193,8 @@ def _run_tasks(
     same: int,
     settings: BenchSettings,
     options: BenchOptions,
-    progress: Progress,
-) -> WorkerResult:
+    progress: BenchProgress,
+) -> list[TaskResult]:
     """Run a model's tasks.
 
     ``same`` models before it are the same one, and its answers are to be its own.
@@ -219,31 +220,28 @@ def _run_tasks(
         batch_size=options.batch_size,
         consent=options.consent,
     )
-    write_text(work / "request.json", request.model_dump_json(indent=1))
-    (work / "result.json").unlink(missing_ok=True)
     progress(one.label, "starting", 0, 0)
-    errors: list[str] = []
+    files: list[str] = []
 
-    def told(line: str) -> None:
-        message = json.loads(line)
-        if "error" in message:
-            errors.append(message["error"])
+    def take(message: dict[str, Any]) -> None:
+        if "files" in message:
+            files.extend(message["files"])
         elif "note" in message:
             progress(one.label, f"note: {message['note']}", 0, 0)
         else:
-            progress(one.label, message["task"], message["done"], message["asked"])
+            progress(one.label, message["task"], message["done"], message["known"])
 
-    code = run_module(
-        "svsk_eval.bench.worker", [str(work / "request.json")], work / "log.txt", told
-    )
-    if errors:
-        raise EvalError(f"{one.label}: {errors[0]}")
-    if code:
-        log = work / "log.txt"
+    run_request("svsk_eval.bench.worker", request, work, one.label, take)
+    return [_read_result(Path(file)) for file in files]
+
+
+def _read_result(path: Path) -> TaskResult:
+    try:
+        return TaskResult.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
         raise EvalError(
-            f"{one.label}: its process failed ({ending(code)}). The end of {log}:\n{log_tail(log)}"
-        )
-    return WorkerResult.model_validate_json((work / "result.json").read_bytes())
+            f"{path}: is damaged ({error}). Delete it: the task is scored again from its answers."
+        ) from error
 
 
 def _score_text(
@@ -252,60 +250,46 @@ def _score_text(
     reference: Folder,
     settings: BenchSettings,
     options: BenchOptions,
-    progress: Progress,
+    progress: BenchProgress,
 ) -> tuple[TextScores, ...]:
-    """What ``svsk eval`` says of the model, run as a command so that its memory is free afterwards."""
+    """What ``svsk eval`` says of the model, in a process so that its memory is free afterwards."""
     if options.text is None:
         return ()
     text = options.text
+    content = hashlib.sha256(_read(text.text)).hexdigest()
     scores = []
     for engine in text.engines:
-        command = [
-            "eval",
-            str(folder.path),
-            "--text",
-            str(text.text),
-            "--engine",
-            engine,
-            "--dtype",
-            options.dtype,
-        ]
-        command += ["--chunks", str(text.chunks), "--seq-len", str(text.seq_len)]
-        if folder.fingerprint != reference.fingerprint:
-            command += ["--reference", str(reference.path)]
-        if settings.model_args.get("trust_remote_code"):
-            command.append("--trust-remote-code")
-        if engine == settings.engine == "vllm":
-            for name in sorted(
-                _ENGINE_ARGUMENTS & settings.model_args.keys()
-            ):  # one order, or it is scored anew
-                command += ["--engine-arg", f"{name}={json.dumps(settings.model_args[name])}"]
-        content = hashlib.sha256(_read(text.text)).hexdigest()
-        decides = [
-            folder.fingerprint,
-            reference.fingerprint,
-            content,
-            command[4:],
-            *_surroundings(),
-        ]
+        shared = _ENGINE_ARGUMENTS if engine == settings.engine == "vllm" else set()
+        is_reference = folder.fingerprint == reference.fingerprint
+        request = TextRequest(
+            model=str(folder.path.absolute()),
+            reference=None if is_reference else str(reference.path.absolute()),
+            text=text.text.absolute(),
+            chunks=text.chunks,
+            seq_len=text.seq_len,
+            engine=engine,
+            dtype=options.dtype,
+            engine_args={
+                name: settings.model_args[name] for name in shared & settings.model_args.keys()
+            },
+            trust_remote_code=bool(settings.model_args.get("trust_remote_code")),
+        )
+        # Files count by their contents, wherever they lie.
+        others = request.model_dump(exclude={"model", "reference", "text"})
+        decides = [folder.fingerprint, reference.fingerprint, content, others]
+        decides += [source_hash(text_sources()), *_surroundings()]
         work = _work_folder(options.work_dir, one, "text", decides)
         result = work / "scores.json"
         if not result.is_file():
-            progress(one.label, f"text, {engine}", 0, 0)
-            with (work / "log.txt").open("wb") as output:
-                done = subprocess.run(
-                    [sys.executable, "-m", "svsk_eval.cli", *command, "--json", str(result)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    check=False,
-                )
-            if done.returncode:
-                raise EvalError(
-                    f"{one.label}: scoring {text.text} failed:\n{log_tail(work / 'log.txt')}"
-                )
-        found: dict[str, Any] = json.loads(result.read_bytes())
-        fields = {name: found.get(name) for name in TextScores.model_fields if name in found}
+            show = partial(progress, one.label, f"text, {engine}")
+            show(0, 0)
+
+            def take(message: dict[str, Any], show: Callable[[int, int], None] = show) -> None:
+                show(message["done"], message["total"])
+
+            run_request("svsk_eval.text.worker", request, work, one.label, take)
+        figures: dict[str, Any] = json.loads(result.read_bytes())
+        fields = {name: figures[name] for name in TextScores.model_fields if name in figures}
         scores.append(TextScores.model_validate(fields | {"engine": engine}))
     return tuple(scores)
 
@@ -322,20 +306,17 @@ _ENGINE_ARGUMENTS: Final = {
     "tensor_parallel_size",
     "tokenizer",
 }
-"""Model arguments that also concern the scoring of a text.
-
-Those that say how and where the model runs.
-"""
+"""Model arguments that also concern the scoring of a text: how and where the model runs."""
 
 
 def _model_run(
     one: Candidate,
     folder: Folder,
     bpw: float | None,
-    result: WorkerResult,
+    results: list[TaskResult],
     texts: tuple[TextScores, ...],
 ) -> ModelRun:
-    speeds = [task.generation for task in result.tasks if task.generation is not None]
+    speeds = [task.generation for task in results if task.generation is not None]
     generation = None
     if speeds:
         generation = Generation(
@@ -348,35 +329,31 @@ def _model_run(
         method=folder.method,
         bpw=bpw,
         size_bytes=folder.size_bytes,
-        dtype=result.tasks[0].dtype,
+        dtype=results[0].dtype,
         generation=generation,
-        tasks={task.run.task: task.run for task in result.tasks},
+        tasks={task.run.task: task.run for task in results},
         text=texts,
     )
 
 
 def _work_folder(work_dir: Path, one: Candidate, kind: str, decides: list[Any]) -> Path:
-    """A folder for what depends on ``decides``.
-
-    The one that is there, whatever the label was then, or a new one.
-    """
+    """A folder for what depends on ``decides``: the one that has it, by any label, or a new one."""
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-    found = next(work_dir.glob(f"*-{kind}-{digest}"), None)
-    if found is None:
-        found = work_dir / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', one.label)[:60]}-{kind}-{digest}"
-        found.mkdir()
-    return found
+    folder = next(work_dir.glob(f"*-{kind}-{digest}"), None)
+    if folder is None:
+        folder = work_dir / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', one.label)[:60]}-{kind}-{digest}"
+        folder.mkdir()
+    return folder
 
 
 @cache
 def _surroundings() -> tuple[Any, ...]:
     """What changes answers besides the model and the run's settings."""
-    code = [Path(svsk_vllm.__file__).parent, Path(svsk_kernels.__file__).parent]
     versions = {}
     for name in ("lm_eval", "torch", "transformers", "triton", "vllm"):
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    return (source_hash(code), environment_settings(), _hardware(), versions)
+    return (source_hash(model_sources()), environment_settings(), _hardware(), versions)
 
 
 def _hardware() -> str:

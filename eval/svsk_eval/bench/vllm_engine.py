@@ -44,9 +44,8 @@ class JournaledVLLM(JournaledModel, VLLM):
                 # A seed of its own, so that an answer does not depend on what else is in the batch.
                 kwargs.setdefault("seed", (self.model_args["seed"] + int(key[:8], 16)) % 2**32)
             else:
-                kwargs["temperature"] = (
-                    0.0  # lm-eval leaves it out if a task does, and vLLM would sample
-                )
+                # lm-eval leaves it out if a task does, and vLLM would sample
+                kwargs["temperature"] = 0.0
             stops.append(until)
             # A thinking model may write the task's stop strings while it thinks: they are applied
             # afterwards.
@@ -59,8 +58,8 @@ class JournaledVLLM(JournaledModel, VLLM):
             answer = output.outputs[0]
             if answer.finish_reason not in ("stop", "length"):
                 raise EvalError(
-                    f"vLLM ended a request with {answer.finish_reason!r}, expected 'stop' or"
-                    " 'length'."
+                    f"vLLM ended a request with {answer.finish_reason!r},"
+                    " expected 'stop' or 'length'."
                 )
             text = postprocess_generated_text(answer.text, stops[index], self.think_end_token)
             stopped = answer.finish_reason == "stop"
@@ -70,7 +69,7 @@ class JournaledVLLM(JournaledModel, VLLM):
             )
 
     def _fitting(self, tokens: list[int], limit: int) -> list[int]:
-        """The prompt, cut as lm-eval cuts it where it does not fit beside an answer of ``limit`` tokens."""
+        """The prompt, cut as lm-eval does to fit beside an answer of ``limit`` tokens."""
         cut, _ = maybe_truncate(
             tokens,
             max_gen_toks=limit,
@@ -100,12 +99,12 @@ class JournaledVLLM(JournaledModel, VLLM):
                 )
         keys = request_keys("loglikelihood", zip(inputs, contexts, strict=True))
         todo = self._missing(keys)
-        asked = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
-        for index, output in self._stream([inputs[i] for i in todo], [asked] * len(todo)):
-            found = todo[index]
+        params = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
+        for index, output in self._stream([inputs[i] for i in todo], [params] * len(todo)):
+            number = todo[index]
             self._keep(
-                keys[found],
-                likelihood(*self._parse_logprobs(inputs[found], output, contexts[found])),
+                keys[number],
+                likelihood(*self._parse_logprobs(inputs[number], output, contexts[number])),
             )
         answers = [self.journal.likelihood(key) for key in keys]
         return [(answer.logprob, bool(answer.greedy)) for answer in answers]
@@ -122,10 +121,10 @@ class JournaledVLLM(JournaledModel, VLLM):
         running = 0
         while True:
             while running < _WAITING and (index := next(order, None)) is not None:
-                own = params[index].clone()
-                own.output_kind = RequestOutputKind.FINAL_ONLY
+                settings = params[index].clone()
+                settings.output_kind = RequestOutputKind.FINAL_ONLY
                 (prompt,) = render([TokensPrompt(prompt_token_ids=prompts[index])])
-                engine.add_request(str(index), prompt, own, lora_request=self.lora_request)
+                engine.add_request(str(index), prompt, settings, lora_request=self.lora_request)
                 running += 1
             if not running:
                 return

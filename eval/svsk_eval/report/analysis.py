@@ -171,8 +171,8 @@ def analyze(report: BenchReport, notes: Sequence[str] = (), resamples: int = RES
     reference = report.models[0]
     if not reference.tasks:
         raise EvalError(
-            f"{reference.label}: has no tasks, so there is nothing to show. Run `svsk bench --tasks"
-            " ...`."
+            f"{reference.label}: has no tasks, so there is nothing to show."
+            " Run `svsk bench --tasks ...`."
         )
     for run in report.models[1:]:
         check_tasks(reference, run)
@@ -255,7 +255,7 @@ def _items(task: TaskRun) -> list[tuple[int, str]]:
 
 
 def _values(task: TaskRun, name: str) -> FloatArray | None:
-    """A list of a task as an array [n] in the order of its items, so that two models' lists pair."""
+    """A list of a task as an array [n] in the order of its items, for two models' to pair."""
     stored = task.scores[task.primary] if name == "score" else getattr(task, name)
     if stored is None:
         return None

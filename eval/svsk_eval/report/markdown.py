@@ -46,12 +46,12 @@ def _row(cells: Iterator[str]) -> str:
 
 def _escape(text: str) -> str:
     """Text that shows as it is, also in a table: no markup, no HTML, one line."""
-    text = re.sub(r"[&<>]", lambda found: _ESCAPED[found[0]], " ".join(text.split()))
+    text = re.sub(r"[&<>]", lambda match: _ESCAPED[match[0]], " ".join(text.split()))
     return re.sub(r"[\\`*|~]|(?<!\w)_|_(?!\w)|\[(?=[^\]]*\]\()", r"\\\g<0>", text)
 
 
 def _code(text: str) -> list[str]:
     """A block of code, fenced by more backticks than it holds in a row."""
-    longest = max((len(found) for found in re.findall(r"`+", text)), default=0)
+    longest = max((len(ticks) for ticks in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return [fence, *text.splitlines(), fence]

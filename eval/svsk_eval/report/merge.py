@@ -2,7 +2,7 @@
 """Several files of ``svsk bench --json`` in one comparison, and variants held to a minimum."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,12 +17,11 @@ from svsk_eval.report.schema import BenchReport, ModelRun, TextScores, load_repo
 
 __all__ = [
     "GateResult",
-    "check_writable",
     "compare_and_print",
     "compare_reports",
-    "html_writer",
     "is_bench_report",
     "merge_reports",
+    "page_writer",
     "recovery_gate",
 ]
 
@@ -101,8 +100,8 @@ def merge_reports(paths: Sequence[str | Path]) -> tuple[BenchReport, list[str]]:
             _has_relative(text) for run in report.models for text in run.text
         ):
             notes.append(
-                f"{path}: its KL, delta NLL and top-1 are against another reference and are not"
-                " shown."
+                f"{path}: its KL, delta NLL and top-1 are against"
+                " another reference and are not shown."
             )
         for run in report.models:
             check_tasks(first.models[0], run, str(path))
@@ -133,22 +132,6 @@ def compare_reports(paths: Sequence[str | Path]) -> Analysis:
     return analyze(*merge_reports(paths))
 
 
-def check_writable(files: Mapping[str, Path | None]) -> None:
-    """Refuse files that could not be written in the end, before the work is done.
-
-    Args:
-        files: by option; None where it was not given.
-
-    Raises:
-        EvalError: one is a folder, or its folder does not exist.
-    """
-    for option, path in files.items():
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise EvalError(
-                f"{option} {path}: cannot be written. Name a file in a folder that exists."
-            )
-
-
 def compare_and_print(
     console: Console,
     files: Sequence[str | Path],
@@ -166,25 +149,46 @@ def compare_and_print(
         html: for the report as one HTML page.
 
     Raises:
-        EvalError: the files cannot be compared, a file cannot be written, or a package that a page
-            needs is absent.
+        EvalError: the files cannot be compared, or a package that a page needs is absent.
     """
-    write_page = html_writer() if html is not None else None
-    check_writable({"--json": json_file, "--markdown": markdown, "--html": html})
+    write_pages = page_writer(markdown, html)
     analysis = compare_reports(files)
     print_report(console, analysis)
-    if json_file is None and markdown is None and html is None:
-        return analysis
-    # brings in torch, which nothing else here needs
-    from svsk_offline.storage.atomic import write_json, write_text
-
     if json_file is not None:
+        from svsk_offline.storage.atomic import write_json
+
         write_json(json_file, {"files": [str(path) for path in files], **analysis.to_json()})
-    if markdown is not None:
-        write_text(markdown, markdown_report(analysis))
-    if html is not None and write_page is not None:
-        write_text(html, write_page(analysis))
+    write_pages(analysis)
     return analysis
+
+
+def page_writer(markdown: Path | None, html: Path | None) -> Callable[[Analysis], None]:
+    """What writes a report as Markdown and as a page, where a file is given.
+
+    The packages of pages are optional: that they are absent is told now, not after hours.
+
+    Raises:
+        EvalError: they are absent, and ``html`` is given.
+    """
+    if html is not None:
+        try:
+            from svsk_eval.report.html import html_report
+        except ModuleNotFoundError as error:
+            raise EvalError(
+                f"A report in HTML needs the package {error.name}, which is not installed:"
+                " pip install 'svsk-vllm[eval]'."
+            ) from error
+
+    def write(analysis: Analysis) -> None:
+        # brings in torch, which showing a report does not need
+        from svsk_offline.storage.atomic import write_text
+
+        if markdown is not None:
+            write_text(markdown, markdown_report(analysis))
+        if html is not None:
+            write_text(html, html_report(analysis))
+
+    return write if markdown is not None or html is not None else lambda analysis: None
 
 
 def recovery_gate(analysis: Analysis, minimum: float) -> list[GateResult]:
@@ -229,22 +233,6 @@ def recovery_gate(analysis: Analysis, minimum: float) -> list[GateResult]:
     return results
 
 
-def html_writer() -> Callable[[Analysis], str]:
-    """The writer of pages, imported only where one is asked for: its packages are optional.
-
-    Raises:
-        EvalError: they are not installed.
-    """
-    try:
-        from svsk_eval.report.html import html_report
-    except ModuleNotFoundError as error:
-        raise EvalError(
-            f"A report in HTML needs the package {error.name}, which is not installed: pip install"
-            " 'svsk-vllm[eval]'."
-        ) from error
-    return html_report
-
-
 def _check_settings(
     first_path: str, first: BenchReport, path: str, report: BenchReport
 ) -> list[str]:
@@ -275,8 +263,8 @@ def _check_settings(
         notes.append(f"{path}: other versions than in {first_path}: {', '.join(pairs)}.")
     if first.hardware != report.hardware:
         notes.append(
-            f"{path}: other hardware than in {first_path}: {report.hardware}. Speeds cannot be"
-            " compared."
+            f"{path}: other hardware than in {first_path}: {report.hardware}."
+            " Speeds cannot be compared."
         )
     return notes
 

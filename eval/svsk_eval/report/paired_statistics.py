@@ -195,16 +195,15 @@ def bootstrap_interval(
     if all_equal(differences):
         same = float(differences[0])
         note = (
-            "All items differ by the same amount, so the bootstrap interval has no width and says"
-            " nothing."
+            "All items differ by the same amount,"
+            " so the bootstrap interval has no width and says nothing."
         )
         return Interval(same, same), "bootstrap (percentile)", note
     for method, name in (("BCa", "bootstrap (BCa)"), ("percentile", "bootstrap (percentile)")):
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", RuntimeWarning
-            )  # DegenerateDataWarning: answered by the check below
-            found = stats.bootstrap(
+            # DegenerateDataWarning: answered by the check below
+            warnings.simplefilter("ignore", RuntimeWarning)
+            interval = stats.bootstrap(
                 (differences,),
                 _mean,
                 method=method,
@@ -213,13 +212,13 @@ def bootstrap_interval(
                 batch=batch_size(len(differences)),
                 random_state=np.random.default_rng(SEED),
             ).confidence_interval
-        if np.isfinite([found.low, found.high]).all():
+        if np.isfinite([interval.low, interval.high]).all():
             note = (
                 ""
                 if method == "BCa"
                 else "The BCa interval is undefined here; percentiles were used."
             )
-            return Interval(float(found.low), float(found.high)), name, note
+            return Interval(float(interval.low), float(interval.high)), name, note
     raise EvalError(
         f"No bootstrap interval for differences between {differences.min()} and"
         f" {differences.max()}: expected finite values of ordinary size. Check the scores of the"
@@ -228,7 +227,7 @@ def bootstrap_interval(
 
 
 def sign_flip_p(differences: FloatArray, resamples: int = RESAMPLES) -> float:
-    """Two-sided p-value of a mean of paired differences being zero, by flipping their signs at random.
+    """Two-sided p-value of paired differences of mean zero, by flipping signs at random.
 
     Fisher's permutation test for pairs, exact if all flips can be tried, by
     :func:`scipy.stats.permutation_test`.
@@ -266,8 +265,8 @@ def estimate(values: FloatArray, binary: bool) -> Estimate:
     n, mean = len(values), float(values.mean())
     se = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None
     if binary:
-        found = stats.binomtest(int(values.sum()), n).proportion_ci(LEVEL, method="wilson")
-        return Estimate(mean, se, Interval(float(found.low), float(found.high)))
+        interval = stats.binomtest(int(values.sum()), n).proportion_ci(LEVEL, method="wilson")
+        return Estimate(mean, se, Interval(float(interval.low), float(interval.high)))
     if se is None:
         return Estimate(mean, None, None)
     half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * se
@@ -297,8 +296,8 @@ def paired(
     if binary and not (is_binary(reference) and is_binary(variant)):
         other = next(float(value) for value in (*reference, *variant) if value not in (0.0, 1.0))
         raise EvalError(
-            f"A value of {other} among right or wrong answers: expected 0 or 1. Pair them as other"
-            " values."
+            f"A value of {other} among right or wrong answers: expected 0 or 1."
+            " Pair them as other values."
         )
     lost, gained = int((differences < 0).sum()), int((differences > 0).sum())
     interval: Interval | None
@@ -353,7 +352,7 @@ _BINARY: Final = "Bonett-Price interval, McNemar mid-p"
 
 
 def all_equal(values: FloatArray) -> bool:
-    """Whether they are equal but for rounding, so that resampling them would measure nothing but that."""
+    """Whether they are equal but for rounding, which is all that resampling would measure."""
     return bool(np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())))
 
 

@@ -216,8 +216,8 @@ def _quality(analysis: Analysis) -> Plot | None:
         if any(run.label in points for points in panels.values())
     ]
     caption = (
-        "With 95% confidence intervals. Fewer bits are cheaper; a high recovery and a low KL are"
-        " good."
+        "With 95% confidence intervals."
+        " Fewer bits are cheaper; a high recovery and a low KL are good."
     )
     return _plot(analysis, "quality", "Quality against size", caption, labels, figure)
 

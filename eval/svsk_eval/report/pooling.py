@@ -79,8 +79,8 @@ def pooled(pairs: Sequence[tuple[FloatArray, FloatArray]], resamples: int = RESA
         notes.append("A task has one item, so there is no interval over tasks.")
     elif all(all_equal(other - one) for one, other in pairs):
         notes.append(
-            "Within each task all items differ by the same amount, so there is no interval over"
-            " tasks."
+            "Within each task all items differ by the same amount,"
+            " so there is no interval over tasks."
         )
     else:
         drawn = _stratified_means(pairs, resamples)
@@ -90,13 +90,13 @@ def pooled(pairs: Sequence[tuple[FloatArray, FloatArray]], resamples: int = RESA
             recovery_interval = _percentiles((variants / references).mean(axis=1))
         elif judged.any():
             notes.append(
-                "The reference scores too close to zero in a task for an interval of the mean"
-                " recovery."
+                "The reference scores too close to zero in a task for"
+                " an interval of the mean recovery."
             )
     if not judged.all():
         notes.append(
-            f"The reference scores zero or less in {int((~judged).sum())} task(s), which have no"
-            " recovery."
+            f"The reference scores zero or less in {int((~judged).sum())} task(s),"
+            " which have no recovery."
         )
     weighted = np.concatenate([(other - one) / len(one) for one, other in pairs])
     return Pooled(
@@ -121,12 +121,12 @@ def _percentiles(values: FloatArray) -> Interval:
 def _stratified_means(pairs: Sequence[tuple[FloatArray, FloatArray]], resamples: int) -> FloatArray:
     """Means of reference and variant in resampled tasks, [resamples, tasks, 2]."""
     rng = np.random.default_rng(SEED)
-    found = np.empty((resamples, len(pairs), 2))
+    means = np.empty((resamples, len(pairs), 2))
     for task, (reference, variant) in enumerate(pairs):
         n = len(reference)
         for start in range(0, resamples, batch_size(n)):
             rows = min(batch_size(n), resamples - start)
             chosen = rng.integers(n, size=(rows, n))
-            found[start : start + rows, task, 0] = reference[chosen].mean(axis=1)
-            found[start : start + rows, task, 1] = variant[chosen].mean(axis=1)
-    return found
+            means[start : start + rows, task, 0] = reference[chosen].mean(axis=1)
+            means[start : start + rows, task, 1] = variant[chosen].mean(axis=1)
+    return means

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables and texts of a report of task scores, which the console, Markdown and HTML each draw in their own way."""
+"""Tables and texts of a report, which console, Markdown and HTML each draw in their own way."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -108,15 +108,15 @@ class Table:
 
 def all_tables(analysis: Analysis) -> list[Table]:
     """The tables of a report in their order, without those that would be empty."""
-    found = [_summary(analysis)]
+    tables = [_summary(analysis)]
     if analysis.variants:
-        found.append(_over_tasks(analysis))
-    found += [_tasks(analysis), _per_task(analysis)]
+        tables.append(_over_tasks(analysis))
+    tables += [_tasks(analysis), _per_task(analysis)]
     if any(task.output_tokens for tasks in analysis.estimates.values() for task in tasks.values()):
-        found.append(_answers(analysis))
+        tables.append(_answers(analysis))
     if any(run.text for run in analysis.report.models):
-        found.append(_text(analysis))
-    return found
+        tables.append(_text(analysis))
+    return tables
 
 
 def run_facts(analysis: Analysis) -> list[tuple[str, str]]:
@@ -185,8 +185,8 @@ def _summary(analysis: Analysis) -> Table:
     )
     columns = (Column("model", False), Column("method", False), *map(Column, headings))
     note = (
-        "Mean score and recovery: over tasks. KL and NLL: nats per token. Speed: of generating"
-        " tasks."
+        "Mean score and recovery: over tasks. KL and NLL: nats per token."
+        " Speed: of generating tasks."
     )
     return Table("Summary", note, columns, tuple((row,) for row in rows))
 
@@ -244,20 +244,20 @@ def _per_task(analysis: Analysis) -> Table:
         rows = [
             (name, analysis.reference.label, _plus_minus(shown.value, shown.se, ".4f"), *[DASH] * 6)
         ]
-        for label, found in _of_task(analysis, task):
-            score = found.score
+        for label, pair in _of_task(analysis, task):
+            score = pair.score
             difference = _difference(score.difference, score.interval, "+.4f")
             rows.append(
                 (
                     name,
                     label,
                     _plus_minus(score.variant.value, score.variant.se, ".4f"),
-                    Strong(difference) if found.p_holm < SIGNIFICANT else difference,
+                    Strong(difference) if pair.p_holm < SIGNIFICANT else difference,
                     _percent(score.recovery),
                     str(score.lost),
                     str(score.gained),
                     _p(score.p),
-                    _p(found.p_holm),
+                    _p(pair.p_holm),
                 )
             )
         groups.append(tuple(rows))
@@ -270,29 +270,18 @@ def _answers(analysis: Analysis) -> Table:
     groups = []
     for task in analysis.tasks:
         shown = analysis.estimates[analysis.reference.label][task]
-        ended = _rate(shown.terminated)
-        rows = [
-            (
-                task,
-                analysis.reference.label,
-                ended,
-                DASH,
-                DASH,
-                _tokens(shown.output_tokens),
-                DASH,
-                DASH,
-            )
-        ]
-        for label, found in _of_task(analysis, task):
-            own = analysis.estimates[label][task]
+        ended, tokens = _rate(shown.terminated), _tokens(shown.output_tokens)
+        rows = [(task, analysis.reference.label, ended, DASH, DASH, tokens, DASH, DASH)]
+        for label, pair in _of_task(analysis, task):
+            estimates = analysis.estimates[label][task]
             rows.append(
                 (
                     task,
                     label,
-                    _rate(own.terminated),
-                    *_pair(found.terminated, 100, "+.1f"),
-                    _tokens(own.output_tokens),
-                    *_pair(found.output_tokens, 1, "+.1f"),
+                    _rate(estimates.terminated),
+                    *_pair(pair.terminated, 100, "+.1f"),
+                    _tokens(estimates.output_tokens),
+                    *_pair(pair.output_tokens, 1, "+.1f"),
                 )
             )
         if any(cell != DASH for row in rows for cell in row[2:]):
@@ -342,15 +331,14 @@ def _text(analysis: Analysis) -> Table:
     columns = (Column("engine and text", False), Column("model", False), *map(Column, headings))
     note = (
         "Nats per token; KL is KL(reference || model); se over chunks. vllm: the served model; hf:"
-        " its dequantised "
+        " its dequantised weights."
     )
-    note += "weights."
     return Table("Text", note, columns, tuple(tuple(rows) for rows in groups.values()))
 
 
 def _of_task(analysis: Analysis, task: str) -> Iterator[tuple[str, TaskComparison]]:
     for variant in analysis.variants:
-        yield variant.label, next(found for found in variant.tasks if found.task == task)
+        yield variant.label, next(pair for pair in variant.tasks if pair.task == task)
 
 
 def headline_text(run: ModelRun) -> TextScores | None:
@@ -393,12 +381,12 @@ def _p(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _rate(found: Estimate | None) -> str:
-    return _percent(None if found is None else found.value)
+def _rate(share: Estimate | None) -> str:
+    return _percent(None if share is None else share.value)
 
 
-def _tokens(found: Estimate | None) -> str:
-    return DASH if found is None else _plus_minus(found.value, found.se, ".1f")
+def _tokens(mean: Estimate | None) -> str:
+    return DASH if mean is None else _plus_minus(mean.value, mean.se, ".1f")
 
 
 def _size(count: int) -> str:

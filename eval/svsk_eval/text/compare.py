@@ -162,7 +162,7 @@ def load_scores(path: str | Path, partner: str | Path) -> Scores:
     """
     path = Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise EvalError(
             f"{path}: cannot read it ({error.strerror}). Name a file of `svsk eval --json`."
@@ -170,21 +170,21 @@ def load_scores(path: str | Path, partner: str | Path) -> Scores:
     except ValueError as error:  # not UTF-8, not JSON
         raise EvalError(f"{path}: not a file of `svsk eval --json` ({error}).") from error
     needed = ("per_chunk", "text_fingerprint", "seq_len", "model")
-    missing = [key for key in needed if not isinstance(found, dict) or found.get(key) is None]
+    missing = [key for key in needed if not isinstance(stored, dict) or stored.get(key) is None]
     if missing:
         raise EvalError(
             f"{path}: has no {missing[0]}, so it cannot be compared with {partner}. {_AGAIN}"
         )
-    series = _series(path, partner, found["per_chunk"])
+    series = _series(path, partner, stored["per_chunk"])
     if "ref_nll" in series:
         series["delta_nll"] = series["nll"] - series["ref_nll"]
-    engine, dtype = found.get("engine", "hf"), found.get("dtype")
+    engine, dtype = stored.get("engine", "hf"), stored.get("dtype")
     if engine not in _ENGINES:
         raise EvalError(
             f"{path}: its engine is {engine!r}, expected {' or '.join(_ENGINES)}, so it cannot be"
             f" compared with {partner}. {_AGAIN}"
         )
-    what = found["model"], found.get("reference"), found["text_fingerprint"], found["seq_len"]
+    what = stored["model"], stored.get("reference"), stored["text_fingerprint"], stored["seq_len"]
     return Scores(path, *what, series, engine, dtype)
 
 
@@ -245,8 +245,8 @@ def paired(baseline: FloatArray, values: FloatArray) -> PairedDifference:
             # Differences that are all the same: scipy warns that their spread is rounding, and
             # gives 0 or NaN.
             warnings.simplefilter("ignore", RuntimeWarning)
-            found = float(stats.ttest_1samp(differences, 0.0).pvalue)
-        p = None if np.isnan(found) else found
+            p = float(stats.ttest_1samp(differences, 0.0).pvalue)
+        p = None if np.isnan(p) else p
     return PairedDifference(
         float(baseline.mean()), float(values.mean()), float(differences.mean()), error, p
     )

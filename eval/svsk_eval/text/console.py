@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``svsk eval`` and ``svsk compare`` show."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,9 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from svsk_eval.errors import EvalError
 from svsk_eval.text.compare import Comparison
-from svsk_eval.text.generate import ENGINES
-from svsk_eval.text.scoring import evaluate, silence_progress_bars
-from svsk_eval.text.served import evaluate_served
+from svsk_eval.text.models import silence_progress_bars
+from svsk_eval.text.request import TextRequest, score
 
 __all__ = ["evaluate_with_progress", "print_comparisons", "print_scores"]
 
@@ -37,83 +35,25 @@ The same reference on another machine may differ by less, another reference diff
 """
 
 
-def evaluate_with_progress(
-    console: Console,
-    model: str,
-    reference: str | None,
-    text: Path,
-    *,
-    chunks: int,
-    seq_len: int,
-    device: str,
-    dtype: str,
-    engine: str = "hf",
-    engine_args: Mapping[str, Any] | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
+def evaluate_with_progress(console: Console, request: TextRequest) -> dict[str, Any]:
     """Score a model with a progress bar, show the figures, and return them JSON-ready.
 
-    Runs :func:`svsk_eval.text.scoring.evaluate` for the engine ``hf`` and
-    :func:`svsk_eval.text.served.evaluate_served` for ``vllm``.
-
     Raises:
-        EvalError: there is no such engine, it does not take an option, or the evaluation cannot be
-            run.
+        EvalError: see :func:`svsk_eval.text.request.score`.
     """
-    _check_engine(engine, device, engine_args)
     silence_progress_bars()
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("chunks", total=chunks)
-        if engine == "vllm":
+        task = bar.add_task("chunks", total=request.chunks)
 
-            def report(done: int, total: int) -> None:
-                starting = done % chunks == 0 and done < total
-                bar.update(
-                    task,
-                    completed=done,
-                    total=total,
-                    description="vLLM starts" if starting else "chunks",
-                )
+        def show(done: int, total: int) -> None:
+            # the served models come one after the other
+            starting = request.engine == "vllm" and done % request.chunks == 0 and done < total
+            what = "vLLM starts" if starting else "chunks"
+            bar.update(task, completed=done, total=total, description=what)
 
-            trusted = {"trust_remote_code": True} if trust_remote_code else {}
-            result = evaluate_served(
-                model,
-                reference,
-                text,
-                chunks,
-                seq_len,
-                dtype,
-                {**(engine_args or {}), **trusted},
-                report,
-            ).to_json()
-        else:
-            result = evaluate(
-                model,
-                reference,
-                text,
-                chunks=chunks,
-                seq_len=seq_len,
-                dtype=None if dtype == "auto" else dtype,
-                device=None if device == "auto" else device,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-                trust_remote_code=trust_remote_code,
-            ).to_json()
-    print_scores(console, result)
-    return result
-
-
-def _check_engine(engine: str, device: str, engine_args: Mapping[str, Any] | None) -> None:
-    if engine not in ENGINES:
-        raise EvalError(f"--engine {engine}: expected one of {', '.join(ENGINES)}.")
-    if engine == "vllm" and device != "auto":
-        raise EvalError(
-            f"--device {device}: vLLM chooses the device itself. Leave --device out, or hide"
-            " devices from it with CUDA_VISIBLE_DEVICES."
-        )
-    if engine != "vllm" and engine_args:
-        raise EvalError(
-            f"--engine-arg {next(iter(engine_args))}: goes with --engine vllm only. Leave it out."
-        )
+        scores = score(request, show).to_json()
+    print_scores(console, scores)
+    return scores
 
 
 def print_scores(console: Console, result: dict[str, Any]) -> None:

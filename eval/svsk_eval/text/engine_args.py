@@ -12,14 +12,16 @@ from typing import Any, Final
 import torch
 
 from svsk_eval.errors import EvalError
-from svsk_eval.text.scoring import DTYPES
+from svsk_eval.text.models import DTYPES
 from svsk_kernels.cpu.processor import has_bf16_products
 
 __all__ = ["engine_arguments", "parse_engine_args", "served_dtype"]
 
 STEP_TOKENS: Final = 1024
-"""Most tokens of a step of the engine. vLLM takes the logits of one request's share of a step at a time, in the model's
-dtype and as float32 log-softmax: 0.9 GB for 1,024 tokens and a vocabulary of 150,000, beside what
+"""Most tokens of a step of the engine.
+
+vLLM takes the logits of one request's share of a step at a time, in the model's dtype and as
+float32 log-softmax: 0.9 GB for 1,024 tokens and a vocabulary of 150,000, beside what
 it reserved for itself (``gpu_memory_utilization``). Longer chunks are prefilled in parts, several
 short ones in one step.
 """
@@ -93,7 +95,7 @@ def parse_engine_args(texts: Sequence[str], option: str = "--engine-arg") -> dic
     Raises:
         EvalError: one has another form, or a name comes twice.
     """
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign or not name.isidentifier():
@@ -101,18 +103,18 @@ def parse_engine_args(texts: Sequence[str], option: str = "--engine-arg") -> dic
                 f"{option} {text}: expected name=value with an argument of vllm.LLM, as in"
                 " tensor_parallel_size=2."
             )
-        if name in found:
+        if name in arguments:
             raise EvalError(f"{option} {name}: given twice. Give it once.")
         try:
-            found[name] = json.loads(value, parse_constant=_no_constant)
+            arguments[name] = json.loads(value, parse_constant=_no_constant)
         except ValueError as error:
             if not value[:1].isalpha() or value in ("True", "False", "None", "NaN", "Infinity"):
                 raise EvalError(
                     f"{option} {text}: its value is not JSON ({error}). Write a number, true,"
                     " false, null, a word, or quoted JSON such as '{\"level\": 3}'."
                 ) from error
-            found[name] = value
-    return found
+            arguments[name] = value
+    return arguments
 
 
 def _no_constant(name: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from svsk_eval.errors import EvalError
 from svsk_eval.text.engine_args import served_dtype
-from svsk_eval.text.scoring import load_model, load_tokenizer, silence_progress_bars
+from svsk_eval.text.models import load_model, load_tokenizer, silence_progress_bars
 from svsk_offline.storage.model_loading import read_model_config
 
 __all__ = ["ENGINES", "generate_texts"]

@@ -13,7 +13,7 @@ _BYTES: Final = 8
 """Read per token at first; more where that is not enough."""
 
 _MARGIN: Final = 64
-"""Tokens behind those that are used, because the end of what was read may have others than in the whole text."""
+"""Tokens read beyond those used: the end of a part may have others than in the whole text."""
 
 
 def leading_tokens(path: Path, tokenizer: Any, needed: int | None) -> list[int]:
@@ -32,14 +32,14 @@ def leading_tokens(path: Path, tokenizer: Any, needed: int | None) -> list[int]:
     Raises:
         EvalError: the file cannot be read, or what was read of it is not UTF-8.
     """
-    wanted = -1 if needed is None else _BYTES * (needed + _MARGIN)
+    size = -1 if needed is None else _BYTES * (needed + _MARGIN)
     while True:
         try:
             # Not read_text: its newline translation would score another text than the file's on
             # some platforms.
             with path.open("rb") as file:
-                raw = file.read(wanted)
-            whole = needed is None or len(raw) < wanted
+                raw = file.read(size)
+            whole = needed is None or len(raw) < size
             text = codecs.getincrementaldecoder("utf-8")().decode(raw, final=whole)
         except OSError as error:
             raise EvalError(
@@ -54,4 +54,4 @@ def leading_tokens(path: Path, tokenizer: Any, needed: int | None) -> list[int]:
         tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if whole or needed is None or len(tokens) >= needed + _MARGIN:
             return tokens
-        wanted *= 2
+        size *= 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a model's next-token distributions are from the text and from a reference model's distributions.
+"""How far a model's next-token distributions are from the text and from a reference model's.
 
 :func:`score_chunk` turns the logits of one chunk of text into a few numbers per token, so that
 logits never outlive their chunk; :func:`summarize` turns the numbers of all chunks into the metrics
@@ -68,7 +68,7 @@ class ChunkScores:
 
 @dataclass(frozen=True)
 class ChunkMeans:
-    """The means over each chunk's tokens, one per chunk, so that two evaluations of the same chunks can be paired.
+    """The means over each chunk's tokens, with which evaluations of the same chunks can be paired.
 
     Attributes:
         nll: negative log-likelihood under the model, nats per token.
@@ -160,10 +160,10 @@ class EvalResult:
         means = {
             name: list(values) for name, values in asdict(per_chunk).items() if values is not None
         }
-        asked = {} if inputs is None else asdict(inputs)
-        if asked.get("engine_settings", {}) is None:
-            del asked["engine_settings"]
-        return {**figures, **asked, "per_chunk": means}
+        keys = {} if inputs is None else asdict(inputs)
+        if keys.get("engine_settings", {}) is None:
+            del keys["engine_settings"]
+        return {**figures, **keys, "per_chunk": means}
 
 
 def score_chunk(
@@ -193,8 +193,8 @@ def score_chunk(
     tokens, vocabulary = logits.shape
     if targets.shape != (tokens,):
         raise EvalError(
-            f"targets have shape {list(targets.shape)}, the logits {list(logits.shape)} need"
-            f" [{tokens}]."
+            f"targets have shape {list(targets.shape)},"
+            f" the logits {list(logits.shape)} need [{tokens}]."
         )
     if ref_logits is not None and ref_logits.shape != logits.shape:
         raise EvalError(
@@ -271,7 +271,7 @@ def summarize(chunks: Sequence[ChunkScores]) -> EvalResult:
 
 
 def mean_se(values: FloatArray) -> float | None:
-    """Standard error of the mean of ``values`` [C, T], taking rows (chunks) as the independent samples.
+    """Standard error of the mean of ``values`` [C, T], whose rows (chunks) are the samples.
 
     Returns:
         std(row means, ddof=1) / sqrt(C), or None for one row.
@@ -322,7 +322,7 @@ def _score_rows(
 
 
 def _shifted(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 logits [T, V] less their row maximum, and the float64 log of the sum of their exponentials [T]."""
+    """Float32 logits [T, V] less their row maximum, and float64 log sums of exponentials [T]."""
     shifted = logits.float()
     shifted = shifted - shifted.amax(-1, keepdim=True)
     return shifted, shifted.exp().sum(-1, dtype=torch.float64).log()
@@ -350,8 +350,8 @@ def _stack_optional(rows: Sequence[FloatArray | None], name: str) -> FloatArray 
         return None
     if len(present) != len(rows):
         raise EvalError(
-            f"{name}: {len(present)} of {len(rows)} chunks have it; score all with a reference or"
-            " none."
+            f"{name}: {len(present)} of {len(rows)} chunks have it;"
+            " score all with a reference or none."
         )
     return _stack(present)
 

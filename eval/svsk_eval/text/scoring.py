@@ -1,141 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a model, and the reference it was made from, over the same tokens of a text file."""
 
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from svsk_eval.errors import EvalError
 from svsk_eval.text.leading_tokens import leading_tokens
 from svsk_eval.text.metrics import EvalInputs, EvalResult, score_chunk, summarize
-from svsk_kernels.errors import SvskError
-from svsk_offline.calibration.limits import check_token_ids, longest_sequence
+from svsk_eval.text.models import (
+    check_fits,
+    check_same_vocabulary,
+    declared_limits,
+    load_model,
+    load_tokenizer,
+    resolve_dtype,
+)
+from svsk_offline.calibration.limits import longest_sequence
 from svsk_offline.calibration.text import bos_prefix, cut_pieces, token_fingerprint
 from svsk_offline.pipeline import resolve_device
-from svsk_offline.storage.model_loading import (
-    attention_arguments,
-    own_code_refused,
-    read_model_config,
-)
 
-__all__ = [
-    "DTYPES",
-    "Progress",
-    "check_fits",
-    "check_folder",
-    "check_longest",
-    "check_same_vocabulary",
-    "compare_models",
-    "declared_limits",
-    "evaluate",
-    "is_svsk",
-    "load_model",
-    "load_tokenizer",
-    "resolve_dtype",
-    "shared_tokens",
-    "silence_progress_bars",
-    "token_chunks",
-]
+__all__ = ["ChunkProgress", "compare_models", "evaluate", "shared_tokens", "token_chunks"]
 
-Progress = Callable[[int, int], None]
+ChunkProgress = Callable[[int, int], None]
 """Called after every chunk with the number of chunks done and the number of all chunks."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def load_model(
-    path: str | Path,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    *,
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """Load a causal language model for scoring; SVSK checkpoints are dequantised.
-
-    Attention is what the model means
-    (:func:`svsk_offline.storage.model_loading.attention_arguments`).
-
-    Args:
-        path: a Hugging Face folder, dense or SVSK, or the name of a model on the hub.
-        dtype: of weights and activations, or its name; None is float32 on a CPU and bfloat16
-            elsewhere.
-        device: None is the first CUDA device if there is one, else the CPU.
-        trust_remote_code: run Python files that come with the model.
-
-    Returns:
-        The model in evaluation mode on ``device``.
-
-    Raises:
-        EvalError: there is no such model, or no such dtype.
-        SvskError: the model needs its own Python files and may not run them.
-        SvskFormatError: it is an SVSK checkpoint that this package cannot read.
-    """
-    where = device if isinstance(device, torch.device) else resolve_device(device or "auto")
-    what = resolve_dtype(dtype, where)
-    check_folder(path)
-    try:
-        if is_svsk(path):
-            importlib.import_module(
-                "svsk_vllm.hf"
-            )  # registers the method with transformers when it is imported
-        config = read_model_config(path, trust_remote_code=trust_remote_code)
-        with own_code_refused(path):
-            model = AutoModelForCausalLM.from_pretrained(
-                str(path),
-                dtype=what,
-                trust_remote_code=trust_remote_code,
-                **attention_arguments(config),
-            )
-    except (
-        OSError,
-        ImportError,
-    ) as error:  # transformers asks for a package per quantisation method
-        raise EvalError(f"{path}: cannot load a model from it. {error}") from error
-    return model.to(where)
-
-
-def silence_progress_bars() -> None:
-    """Keep transformers from drawing a bar for every model it loads, for programs that draw their own."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model.
-
-    Args:
-        path: a Hugging Face folder or the name of a model on the hub.
-        trust_remote_code: run Python files that come with the model.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        EvalError: there is none.
-        SvskError: it needs Python files of the model and may not run them.
-    """
-    check_folder(path)
-    try:
-        with own_code_refused(path):
-            return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise EvalError(
-            f"{path}: cannot load a tokenizer from it. Copy the tokenizer files of the original"
-            f" model there. {error}"
-        ) from error
 
 
 def token_chunks(
@@ -163,8 +55,8 @@ def token_chunks(
     """
     if seq_len < 2:
         raise EvalError(
-            f"seq_len is {seq_len}, but a chunk needs 2 tokens or more: one to predict the next"
-            " from."
+            f"seq_len is {seq_len}, but a chunk needs 2 tokens or more:"
+            " one to predict the next from."
         )
     if chunks is not None and chunks < 1:
         raise EvalError(f"chunks is {chunks}, expected 1 or more.")
@@ -173,15 +65,14 @@ def token_chunks(
     needed = None if chunks is None else chunks * max(1, seq_len - len(prefix))
     tokens = leading_tokens(path, tokenizer, needed)
     pieces = cut_pieces(tokens, prefix, seq_len)
-    available = len(pieces)
-    wanted = available if chunks is None else chunks
-    if available < max(wanted, 1):
+    least = 1 if chunks is None else chunks
+    if len(pieces) < least:
         width = f"{seq_len - len(prefix)}{' after BOS' if prefix else ''}"
         raise EvalError(
-            f"{path}: {len(tokens)} tokens are {available} chunks of {width}, fewer than the"
-            f" {max(wanted, 1)} asked for. Ask for fewer or shorter chunks, or give a longer text."
+            f"{path}: {len(tokens)} tokens are {len(pieces)} chunks of {width}, fewer than the"
+            f" {least} asked for. Ask for fewer or shorter chunks, or give a longer text."
         )
-    return pieces[:wanted]
+    return pieces[:chunks]
 
 
 @torch.inference_mode()
@@ -189,7 +80,7 @@ def compare_models(
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
     tokens: torch.Tensor,
-    progress: Progress | None = None,
+    progress: ChunkProgress | None = None,
 ) -> EvalResult:
     """Score a loaded model, against a loaded reference if there is one.
 
@@ -226,7 +117,7 @@ def evaluate(
     seq_len: int = 512,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-    progress: Progress | None = None,
+    progress: ChunkProgress | None = None,
     *,
     trust_remote_code: bool = False,
 ) -> EvalResult:
@@ -261,11 +152,11 @@ def evaluate(
     tokens = shared_tokens(
         model_path, reference_path, text, chunks, seq_len, trust_remote_code=trust_remote_code
     )
+    # before weights are read; once more, by the embedding's rows, when they are
     for path in (model_path, reference_path):
-        if (
-            path is not None
-        ):  # before weights are read; once more, by the embedding's rows, when they are
-            check_fits(path, *declared_limits(path, trust_remote_code=trust_remote_code), tokens)
+        if path is not None:
+            limits = declared_limits(path, trust_remote_code=trust_remote_code)
+            check_fits(path, *limits, tokens)
     reference = None if reference_path is None else load(reference_path)
     model = load(model_path)
     size = _check_loaded(model_path, model, tokens)
@@ -322,87 +213,10 @@ def shared_tokens(
         raise EvalError(
             f"The tokenizers of {model_path} ({len(tokenizer)} tokens) and of the reference"
             f" {reference_path} ({len(reference)} tokens) differ, so their predictions cannot be"
-            " compared. Give the model that was quantised as the reference, or copy its tokenizer"
-            " files."
+            " compared. Give the model that was quantised as the reference,"
+            " or copy its tokenizer files."
         )
     return tokens
-
-
-def check_fits(
-    path: str | Path, vocabulary: int, longest: int | None, tokens: torch.Tensor
-) -> None:
-    """Check that a model can take the tokens.
-
-    Args:
-        path: of the model, for errors.
-        vocabulary: tokens the model knows.
-        longest: tokens it takes at most, None if that is not limited.
-        tokens: int64 [chunks, seq_len].
-
-    Raises:
-        EvalError: a token is beyond the vocabulary, or the chunks are too long.
-    """
-    try:
-        check_token_ids(
-            tokens, vocabulary, lambda token: _spelled(path, token), str(path), "the text to score"
-        )
-    except SvskError as error:
-        raise EvalError(str(error)) from error
-    check_longest(path, longest, tokens.shape[1])
-
-
-def check_longest(path: str | Path, longest: int | None, seq_len: int) -> None:
-    """Check that a model takes chunks of a length.
-
-    Raises:
-        EvalError: it does not.
-    """
-    if longest is not None and seq_len > longest:
-        raise EvalError(
-            f"{path}: takes {longest} tokens at most, chunks have {seq_len}. Use shorter chunks."
-        )
-
-
-def _spelled(path: str | Path, token: int) -> Any:
-    """A token's text, None where the tokenizer cannot be loaded just so."""
-    try:
-        return load_tokenizer(path).convert_ids_to_tokens(token)
-    except (EvalError, SvskError):
-        return None
-
-
-def declared_limits(path: str | Path, *, trust_remote_code: bool = False) -> tuple[int, int | None]:
-    """Size of the vocabulary and longest sequence of a model by its config, without reading weights.
-
-    Args:
-        path: folder or hub name.
-        trust_remote_code: run Python files that come with the model.
-
-    Raises:
-        EvalError: its config cannot be read.
-        SvskError: the config's class is among those files, and may not be run.
-    """
-    check_folder(path)
-    try:
-        config = read_model_config(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise EvalError(f"{path}: cannot read a model's config from it. {error}") from error
-    return int(config.get_text_config().vocab_size), longest_sequence(config)
-
-
-def check_same_vocabulary(
-    model_path: str | Path, size: int, reference_path: str | Path, reference_size: int
-) -> None:
-    """Check that model and reference choose among equally many tokens.
-
-    Raises:
-        EvalError: they do not.
-    """
-    if size != reference_size:
-        raise EvalError(
-            f"{model_path} has a vocabulary of {size}, the reference {reference_path} one of"
-            f" {reference_size}. Compare a model with the one it was made from."
-        )
 
 
 def _check_loaded(path: str | Path, model: PreTrainedModel, tokens: torch.Tensor) -> int:
@@ -418,34 +232,3 @@ def _next_token_logits(model: PreTrainedModel, chunk: torch.Tensor) -> torch.Ten
         input_ids=chunk.unsqueeze(0).to(model.device), use_cache=False
     ).logits
     return logits[0, :-1]
-
-
-def is_svsk(path: str | Path) -> bool:
-    """Whether the config of a folder or hub model declares the quantisation method ``svsk``."""
-    declared = PretrainedConfig.get_config_dict(str(path))[0].get("quantization_config")
-    return isinstance(declared, dict) and declared.get("quant_method") == "svsk"
-
-
-def check_folder(path: str | Path) -> None:
-    """Check that a path, if it exists, is a model folder.
-
-    Raises:
-        EvalError: it has no ``config.json``.
-    """
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise EvalError(f"{path}: not a model folder, it has no config.json.")
-
-
-def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """A dtype by its name; None is float32 on a CPU and bfloat16 elsewhere.
-
-    Raises:
-        EvalError: there is no such name.
-    """
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise EvalError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
-    return DTYPES[dtype]

@@ -34,14 +34,8 @@ from svsk_eval.errors import EvalError
 from svsk_eval.processes import die_with_parent, ending, log_tail, run_module
 from svsk_eval.text.engine_args import engine_arguments
 from svsk_eval.text.metrics import ChunkScores, EvalInputs, EvalResult, FloatArray, summarize
-from svsk_eval.text.scoring import (
-    Progress,
-    check_fits,
-    check_same_vocabulary,
-    declared_limits,
-    is_svsk,
-    shared_tokens,
-)
+from svsk_eval.text.models import check_fits, check_same_vocabulary, declared_limits, is_svsk
+from svsk_eval.text.scoring import ChunkProgress, shared_tokens
 from svsk_offline.calibration.text import token_fingerprint
 from svsk_offline.storage.atomic import write_json, write_tensors
 
@@ -76,9 +70,9 @@ def evaluate_served(
     seq_len: int = 512,
     dtype: str = "auto",
     engine_args: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: ChunkProgress | None = None,
 ) -> EvalResult:
-    """Score a model on a text as vLLM serves it, against a reference served after it if there is one.
+    """Score a model on a text as vLLM serves it, against a reference if there is one.
 
     Tokens are those of :func:`svsk_eval.text.scoring.evaluate`.
 
@@ -112,7 +106,7 @@ def evaluate_served(
         )
     total = len(tokens) * (1 if reference_path is None else 2)
 
-    def report(before: int) -> Progress | None:
+    def report(before: int) -> ChunkProgress | None:
         return None if progress is None else lambda done, _: progress(before + done, total)
 
     model = served_scores(
@@ -145,7 +139,7 @@ def served_scores(
     *,
     dtype: str = "auto",
     engine_args: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: ChunkProgress | None = None,
 ) -> ServedScores:
     """Log-probabilities of tokens under a model that vLLM serves, in a process of its own.
 
@@ -167,8 +161,8 @@ def served_scores(
     """
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise EvalError(
-            f"The tokens have shape {list(tokens.shape)}, expected [chunks, seq_len], seq_len 2 or"
-            " more."
+            f"The tokens have shape {list(tokens.shape)}, expected [chunks,"
+            " seq_len], seq_len 2 or more."
         )
     _check_vllm()
     arguments = engine_arguments(model, tokens.shape[1], dtype, engine_args or {})
@@ -185,8 +179,8 @@ def served_scores(
         if progress is not None:
             progress(0, total)
         _run_child(model, folder, lambda done: None if progress is None else progress(done, total))
-        found = _read_result(model, folder / "result.safetensors", (total, tokens.shape[1] - 1))
-    return replace(found, settings={**found.settings, "engine_args": dict(engine_args or {})})
+        scores = _read_result(model, folder / "result.safetensors", (total, tokens.shape[1] - 1))
+    return replace(scores, settings={**scores.settings, "engine_args": dict(engine_args or {})})
 
 
 def chunk_scores(
@@ -214,16 +208,16 @@ def chunk_scores(
         )
     logprobs, top = [], []
     for position in range(1, len(tokens)):
-        entries, own = places[position] or {}, tokens[position]
+        entries, target = places[position] or {}, tokens[position]
         # With a tie at the top the prompt's own token may have rank 1 beside the one topk has
         # chosen.
         first = [token for token, entry in entries.items() if entry.rank == 1]
-        if own not in entries or not first:
+        if target not in entries or not first:
             raise EvalError(
                 f"Place {position} of a prompt: vLLM gave log-probabilities of the tokens"
-                f" {sorted(entries)}, expected the prompt's own token {own} and the likeliest one."
+                f" {sorted(entries)}, expected the prompt's own {target} and the likeliest one."
             )
-        logprobs.append(float(entries[own].logprob))
+        logprobs.append(float(entries[target].logprob))
         top.append(min(first, key=lambda token: (-entries[token].logprob, token)))
     return logprobs, top
 
@@ -236,10 +230,10 @@ def serve(request: Path, result: Path, pipe: int) -> None:
     from vllm import LLM, SamplingParams
     from vllm import __version__ as version
 
-    asked = json.loads(request.read_text(encoding="utf-8"))
-    llm: Any = LLM(**asked["engine"])
+    order = json.loads(request.read_text(encoding="utf-8"))
+    llm: Any = LLM(**order["engine"])
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
-    chunks, together = asked["tokens"], asked["engine"]["max_num_seqs"]
+    chunks, together = order["tokens"], order["engine"]["max_num_seqs"]
     scores: list[tuple[list[float], list[int]]] = []
     with os.fdopen(pipe, "w", buffering=1) as progress:
         for start in range(0, len(chunks), together):
@@ -277,7 +271,7 @@ def _paired(model: ServedScores, reference: ServedScores | None) -> list[ChunkSc
         return [ChunkScores(nll=-row) for row in model.logprobs]
     same = (model.top == reference.top).astype(np.float64)
     rows = zip(model.logprobs, reference.logprobs, same, strict=True)
-    return [ChunkScores(nll=-own, ref_nll=-other, top1=agreed) for own, other, agreed in rows]
+    return [ChunkScores(nll=-ours, ref_nll=-theirs, top1=agreed) for ours, theirs, agreed in rows]
 
 
 def _check_vllm() -> None:
@@ -292,8 +286,8 @@ def _check_plugin(model: str | Path) -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "svsk" not in allowed.split(","):
         raise EvalError(
-            f"{model}: an SVSK checkpoint, but VLLM_PLUGINS={allowed} keeps its plugin out. Add"
-            " svsk."
+            f"{model}: an SVSK checkpoint, but VLLM_PLUGINS={allowed} keeps its plugin out."
+            " Add svsk."
         )
     if not importlib.metadata.entry_points(group="vllm.general_plugins", name="svsk"):
         raise EvalError(
@@ -303,7 +297,7 @@ def _check_plugin(model: str | Path) -> None:
 
 
 def _check_model(path: str | Path, tokens: torch.Tensor, trust_remote_code: bool) -> int:
-    """The size of a model's vocabulary by its config, after a check that the tokens fit and leave room for one more."""
+    """Size of a model's vocabulary by its config; the tokens must leave room for one more."""
     size, longest = declared_limits(path, trust_remote_code=trust_remote_code)
     check_fits(path, size, longest, tokens)
     if longest is not None and tokens.shape[1] == longest:

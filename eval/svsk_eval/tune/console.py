@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from svsk_eval.text.scoring import silence_progress_bars
+from svsk_eval.text.models import silence_progress_bars
 from svsk_eval.tune.search import Step
 from svsk_eval.tune.trials import Score, differences, pareto_front
 from svsk_eval.tune.tune import TuneProgress, TuneResult, tune

@@ -27,7 +27,8 @@ import yaml
 from transformers import PreTrainedModel
 
 from svsk_eval.errors import EvalError
-from svsk_eval.text.scoring import compare_models, load_model
+from svsk_eval.text.models import load_model
+from svsk_eval.text.scoring import compare_models
 from svsk_eval.tune.held_out import split_calibration
 from svsk_eval.tune.search import Search, Step
 from svsk_eval.tune.trials import Score, State, Trial, differences

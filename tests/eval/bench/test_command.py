@@ -72,11 +72,11 @@ def test_a_run_and_its_files(folder: Path) -> None:
     text = ["--text", folder / "text.txt", "--chunks", 3, "--seq-len", 64]
     result = run(folder, "--tasks", "mini_mc,mini_gen", "--limit", 6, *text, *written)
     assert result.exit_code == 0, result.output
-    found = load_report(folder / "a.json")
-    assert [run.label for run in found.models] == ["dense", "variant"]
-    assert found.settings.limit == 6
-    assert [len(task.doc_ids) for task in found.models[1].tasks.values()] == [6, 6]
-    dense, variant = (run.text[0] for run in found.models)
+    report = load_report(folder / "a.json")
+    assert [run.label for run in report.models] == ["dense", "variant"]
+    assert report.settings.limit == 6
+    assert [len(task.doc_ids) for task in report.models[1].tasks.values()] == [6, 6]
+    dense, variant = (run.text[0] for run in report.models)
     assert dense.kl_mean is None
     assert variant.kl_mean is not None
     assert variant.kl_mean > 0
@@ -92,9 +92,9 @@ def test_a_run_and_its_files(folder: Path) -> None:
     assert again.exit_code == 0, again.output
     assert (
         load_report(folder / "b.json").models[1].tasks["mini_mc"]
-        == found.models[1].tasks["mini_mc"]
+        == report.models[1].tasks["mini_mc"]
     )
-    assert load_report(folder / "b.json").models[1].text == found.models[1].text
+    assert load_report(folder / "b.json").models[1].text == report.models[1].text
 
     merged = svsk("compare", folder / "a.json", folder / "a.json", "--json", folder / "c.json")
     assert merged.exit_code == 0, merged.output
@@ -102,6 +102,14 @@ def test_a_run_and_its_files(folder: Path) -> None:
     refused = svsk("compare", folder / "a.json", folder / "b.json")
     assert refused.exit_code == 1
     assert "error:" in refused.output
+
+
+@pytest.mark.parametrize("option", ["--json", "--markdown", "--html"])
+def test_files_that_cannot_be_written_are_told_first(tmp_path: Path, option: str) -> None:
+    for path in (tmp_path, tmp_path / "absent" / "out"):
+        result = svsk("compare", "none.json", "none.json", option, path)
+        assert result.exit_code == 1
+        assert "cannot be written" in result.output
 
 
 @pytest.mark.usefixtures("forked")
@@ -295,8 +303,8 @@ def test_the_shown_command_keeps_what_is_no_path(
     monkeypatch.chdir(tmp_path)
     for arguments in (
         (
-            "bench Qwen/Qwen3-4B --reference Qwen/Qwen3-4B-Base --limit 3 --system-instruction"
-            " /no_think"
+            "bench Qwen/Qwen3-4B --reference Qwen/Qwen3-4B-Base --limit"
+            " 3 --system-instruction /no_think"
         ),
         "bench --system-instruction=/no_think --tasks svsk_smoke,mmlu",
         "bench --system-instruction /usr/bin",  # words, even if there is such a folder

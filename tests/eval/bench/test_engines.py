@@ -71,9 +71,9 @@ def test_answers_are_lm_evals_own_and_are_not_asked_twice(
     assert first_tokens == sum(
         answer.tokens for answer in model.generated([r.args for r in generations()][:3])
     ) + sum(answer.tokens for answer in model.generated([r.args for r in generations()][4:]))
-    found = model.loglikelihood(likelihoods())
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in pairs]
-    assert [value for value, _ in found] == pytest.approx([value for value, _ in pairs], abs=1e-5)
+    answers = model.loglikelihood(likelihoods())
+    assert [greedy for _, greedy in answers] == [greedy for _, greedy in pairs]
+    assert [value for value, _ in answers] == pytest.approx([value for value, _ in pairs], abs=1e-5)
     assert model.loglikelihood_rolling(
         [Instance("loglikelihood_rolling", {}, ("The rate of stones",), 0)]
     ) == (pytest.approx(rolling, abs=1e-5))
@@ -84,7 +84,7 @@ def test_answers_are_lm_evals_own_and_are_not_asked_twice(
     for name in ("_model_generate", "_model_call"):
         monkeypatch.setattr(again, name, lambda *_, **__: pytest.fail("the model was asked again"))
     assert again.generate_until(generations()) == texts
-    assert again.loglikelihood(likelihoods()) == found
+    assert again.loglikelihood(likelihoods()) == answers
     assert again.clock.tokens == 0
 
 

@@ -117,9 +117,9 @@ def test_several_files_of_other_names(tmp_path: Path, dense: Path) -> None:
     folder = write_folder(tmp_path / "gptq", {}, "gptq_model-00001-of-00002.safetensors")
     save_file(gptq(), folder / "gptq_model-00002-of-00002.safetensors")
     (folder / "gptq_model.bin").write_bytes(bytes(1000))
-    found, reference = read_folder(folder), read_folder(dense)
-    assert bits_per_weight(reference, [found]) == [pytest.approx(5.125)]
-    assert found.size_bytes == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    quantized, reference = read_folder(folder), read_folder(dense)
+    assert bits_per_weight(reference, [quantized]) == [pytest.approx(5.125)]
+    assert quantized.size_bytes == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     save_file(gptq(), folder / "copy.safetensors")
     with pytest.raises(
         EvalError,
@@ -147,15 +147,15 @@ def test_only_files_that_are_loaded_count(dense: Path) -> None:
         assert read_folder(dense).size_bytes == single
     before = read_folder(dense)
     shards = shard(dense)
-    found = read_folder(dense)
-    assert found.size_bytes == sum(file.stat().st_size for file in shards)
-    assert found.tensors == before.tensors
+    sharded = read_folder(dense)
+    assert sharded.size_bytes == sum(file.stat().st_size for file in shards)
+    assert sharded.tensors == before.tensors
     save_file({"other": torch.ones(1)}, dense / SINGLE)
     with pytest.raises(
         EvalError, match=r"transformers loads model\.safetensors, vLLM what .*index\.json names"
     ):
         read_folder(dense)
-    assert found.fingerprint != before.fingerprint
+    assert sharded.fingerprint != before.fingerprint
 
 
 def test_weights_that_are_not_safetensors(tmp_path: Path, dense: Path) -> None:

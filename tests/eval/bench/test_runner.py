@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 
 from svsk_eval.bench.model_folder import bits_per_weight, read_folder
-from svsk_eval.bench.runner import BenchOptions, Candidate, bench, candidate, package_versions
+from svsk_eval.bench.runner import (
+    BenchOptions,
+    Candidate,
+    TextOptions,
+    bench,
+    candidate,
+    package_versions,
+)
 from svsk_eval.errors import EvalError
 from svsk_eval.report.schema import BenchReport, BenchSettings
 from svsk_vllm.format import Checkpoint
@@ -64,11 +71,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(models: list[Candidate], work: Path) -> BenchReport:
-    told: list[tuple[str, str, int, int]] = []
-    report = bench(models, SETTINGS, options(work), lambda *message: told.append(message))
+    messages: list[tuple[str, str, int, int]] = []
+    report = bench(models, SETTINGS, options(work), lambda *message: messages.append(message))
     for label in ("reference", "svsk"):
-        assert (label, "mini_gen", 20, 20) in told
-        assert (label, "mini_mc", 80, 80) in told
+        assert (label, "mini_gen", 20, 20) in messages
+        assert (label, "mini_mc", 80, 80) in messages
     return report
 
 
@@ -116,9 +123,9 @@ def test_a_finished_run_is_not_run_again(
         if "journal" in path.name or "task" in path.name
     }
     assert len(before) == 6
-    told: list[tuple[str, str, int, int]] = []
-    again = bench(models, SETTINGS, options(work), lambda *message: told.append(message))
-    assert told == [("reference", "starting", 0, 0), ("svsk", "starting", 0, 0)]
+    messages: list[tuple[str, str, int, int]] = []
+    again = bench(models, SETTINGS, options(work), lambda *message: messages.append(message))
+    assert messages == [("reference", "starting", 0, 0), ("svsk", "starting", 0, 0)]
     assert again.models == report.models
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -157,7 +164,7 @@ def test_killed_runs_go_on(
     for task, least in (("mini_gen", 3), ("mini_mc", 40)):
 
         def kill(
-            label: str, what: str, done: int, asked: int, task: str = task, least: int = least
+            label: str, what: str, done: int, known: int, task: str = task, least: int = least
         ) -> None:
             if (label, what) == ("svsk", task) and done >= least:
                 started[-1].kill()
@@ -165,10 +172,10 @@ def test_killed_runs_go_on(
         with pytest.raises(EvalError, match=r"svsk: its process failed \(ended by SIGKILL"):
             bench(models[1:], SETTINGS, options(tmp_path), kill)
         (journal,) = tmp_path.glob("svsk-*/journal.jsonl")
-        found = lines(journal)
-        assert found[: max(len(kept) - 1, 0)] == kept[:-1]
-        assert len(kept) < len(found) < 18 + 18 * 3
-        kept = found
+        answers = lines(journal)
+        assert answers[: max(len(kept) - 1, 0)] == kept[:-1]
+        assert len(kept) < len(answers) < 18 + 18 * 3
+        kept = answers
     last = bench(models[1:], SETTINGS, options(tmp_path), lambda *_: None).models[0]
     keys = [json.loads(line)["key"] for line in lines(journal)]
     assert lines(journal)[: len(kept) - 1] == kept[:-1]
@@ -221,6 +228,9 @@ def test_what_is_refused(models: list[Candidate], tmp_path: Path) -> None:
         EvalError, match="mini_code runs code that the model has written, and not in our sandbox"
     ):
         run(models[0], tasks=("mini_code",))
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(EvalError, match=r"reference: .*short\.txt: \d+ tokens are 0 chunks of 64"):
+        run(models[0], text=TextOptions(tmp_path / "short.txt", 2, 64, ("hf",)))
     (tmp_path / "empty").mkdir()
     with pytest.raises(EvalError, match="empty: not a model folder"):
         run(Candidate("x", str(tmp_path / "empty")))

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from svsk_eval.bench.fingerprint import environment_settings, source_hash
+from svsk_eval.bench.fingerprint import (
+    environment_settings,
+    model_sources,
+    source_files,
+    source_hash,
+    task_sources,
+    text_sources,
+)
 from svsk_eval.bench.runner import Candidate, bench, candidate
 from svsk_eval.errors import EvalError
 from svsk_kernels.errors import SvskError
@@ -127,9 +134,30 @@ def test_sources_and_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len({first, second, source_hash([tmp_path])}) == 3
     monkeypatch.setenv("SVSK_KERNEL", "reference")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
-    found = environment_settings()
-    assert found["SVSK_KERNEL"] == "reference"
-    assert "VLLM_LOGGING_LEVEL" not in found
+    settings = environment_settings()
+    assert settings["SVSK_KERNEL"] == "reference"
+    assert "VLLM_LOGGING_LEVEL" not in settings
+
+
+def test_what_only_shows_results_or_serves_developers_is_no_source() -> None:
+    """A change there keeps the answers and scores of a run."""
+    paths = [*model_sources(), *task_sources(None), *text_sources()]
+    files = {path.as_posix() for _, path in source_files(paths)}
+    assert all(Path(path).is_file() for path in paths if path.suffix)
+    for part in ("report/", "speed/", "tune/", "svsk_kernel_tools/", "console.py", "make.py"):
+        assert not [path for path in files if part in path]
+    for part in (
+        "svsk_kernels/naive.py",
+        "svsk_vllm/format/packing.py",
+        "task_data/code_tasks.py",
+        "sandbox/child.py",
+        "tasks/svsk_gsm8k.yaml",
+        "tasks/data/facts.jsonl",
+        "bench/worker.py",
+        "bench/vllm_engine.py",
+        "text/metrics.py",
+    ):
+        assert [path for path in files if path.endswith(part)], part
 
 
 def test_other_task_files_are_other_scores(dense: Path, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def _model(index: int, tasks: list[TaskRun]) -> ModelRun:
     )
 
 
-def save(path: Path, found: BenchReport) -> Path:
+def save(path: Path, content: BenchReport) -> Path:
     """Write a report as ``svsk bench --json`` does."""
-    path.write_text(found.model_dump_json(), encoding="utf-8")
+    path.write_text(content.model_dump_json(), encoding="utf-8")
     return path

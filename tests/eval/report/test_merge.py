@@ -15,7 +15,6 @@ from rich.console import Console
 from svsk_eval.errors import EvalError
 from svsk_eval.report.analysis import analyze
 from svsk_eval.report.merge import (
-    check_writable,
     compare_and_print,
     compare_reports,
     is_bench_report,
@@ -137,12 +136,12 @@ def test_items_pair_whatever_their_order() -> None:
         scores[::-1], "a", doc_ids=straight.doc_ids[::-1], item_hashes=straight.item_hashes[::-1]
     )
     reference = model_run("dense", [task_run(RIGHT, "a")])
-    found = [
+    scores = [
         analyze(report([reference, model_run("w4", [task])])).variants[0].tasks[0].score
         for task in (straight, turned)
     ]
-    assert found[0] == found[1]
-    assert (found[1].lost, found[1].gained) == (2, 0)
+    assert scores[0] == scores[1]
+    assert (scores[1].lost, scores[1].gained) == (2, 0)
 
 
 def test_other_items_are_refused() -> None:
@@ -305,11 +304,11 @@ def test_which_files_are_of_svsk_bench(tmp_path: Path, first: Path) -> None:
     broken.write_text('{"kind": "svsk-bench"')
     listed = tmp_path / "list.json"
     listed.write_text("[]")
-    found = [
+    answers = [
         is_bench_report(path)
         for path in (first, other, broken, listed, tmp_path / "absent.json", tmp_path)
     ]
-    assert found == [True, False, False, False, False, False]
+    assert answers == [True, False, False, False, False, False]
 
 
 def test_files_that_cannot_be_merged(tmp_path: Path, first: Path) -> None:
@@ -338,20 +337,6 @@ def test_the_command_shows_and_writes(tmp_path: Path, first: Path) -> None:
     assert not is_bench_report(json_file)
 
 
-@pytest.mark.parametrize(
-    ("option", "keyword"), [("--json", "json_file"), ("--markdown", "markdown"), ("--html", "html")]
-)
-def test_files_that_cannot_be_written(
-    tmp_path: Path, first: Path, option: str, keyword: str
-) -> None:
-    stream = io.StringIO()
-    for path in (tmp_path, tmp_path / "absent" / "out.html"):
-        with pytest.raises(EvalError, match=f"{option} {path}: cannot be written"):
-            compare_and_print(Console(file=stream), [first], **{keyword: path})
-    assert stream.getvalue() == ""
-    check_writable({"--json": tmp_path / "new.json", "--markdown": first, "--html": None})
-
-
 def test_only_a_page_needs_optional_packages(
     tmp_path: Path, first: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,11 +346,11 @@ def test_only_a_page_needs_optional_packages(
         "from svsk_eval.report.merge import compare_and_print\n"
         "compare_and_print(Console(), sys.argv[1:])"
     )
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script, str(first)], capture_output=True, text=True, check=False
     )
-    assert (found.returncode, found.stderr) == (0, "")
-    assert "w4" in found.stdout
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "w4" in process.stdout
     monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.delitem(sys.modules, "svsk_eval.report.html", raising=False)
     with pytest.raises(
@@ -417,6 +402,6 @@ def test_a_gate_without_variants() -> None:
 
 
 def test_a_merged_report_is_a_report() -> None:
-    found = realistic(2, 1)
-    assert isinstance(found, BenchReport)
-    assert BenchReport.model_validate_json(found.model_dump_json()) == found
+    written = realistic(2, 1)
+    assert isinstance(written, BenchReport)
+    assert BenchReport.model_validate_json(written.model_dump_json()) == written

@@ -40,7 +40,7 @@ def limits(interval: Interval | None) -> tuple[float, float]:
 def correlated_flips(
     rng: np.random.Generator, n: int, rates: tuple[float, float], count: int
 ) -> tuple[FloatArray, ...]:
-    """Counts of lost and gained items of two models of given rates, whose items are as hard for both: [count] each."""
+    """Counts [count] of lost and gained items of two models of given rates."""
     hardness = rng.normal(0, 1.5, (count, n))
     spread = np.sqrt(1.5**2 + 0.5**2)
     first, second = (
@@ -192,11 +192,11 @@ def test_sign_flips_are_exact_for_few_items() -> None:
 
 
 def test_estimates() -> None:
-    found = estimate(array(*[1] * 8, *[0] * 2), binary=True)
-    assert limits(found.interval) == pytest.approx((0.4902, 0.9433), abs=5e-5)  # Wilson, 8 of 10
-    found = estimate(array(1, 2, 3), binary=False)
-    assert (found.value, found.se) == (2.0, pytest.approx(1 / np.sqrt(3)))
-    assert limits(found.interval) == pytest.approx(
+    result = estimate(array(*[1] * 8, *[0] * 2), binary=True)
+    assert limits(result.interval) == pytest.approx((0.4902, 0.9433), abs=5e-5)  # Wilson, 8 of 10
+    result = estimate(array(1, 2, 3), binary=False)
+    assert (result.value, result.se) == (2.0, pytest.approx(1 / np.sqrt(3)))
+    assert limits(result.interval) == pytest.approx(
         (2 - 4.302653 / np.sqrt(3), 2 + 4.302653 / np.sqrt(3)), abs=1e-5
     )
     assert estimate(array(2.5), binary=False).interval is None
@@ -254,24 +254,24 @@ def two_tasks() -> list[tuple[FloatArray, FloatArray]]:
 
 
 def test_tasks_count_the_same() -> None:
-    found = pooled(two_tasks())
-    assert (found.tasks, found.recovery_tasks) == (2, 2)
-    assert found.difference == pytest.approx((-0.25 + 0.0) / 2)
-    assert (found.reference, found.variant) == (pytest.approx(0.65), pytest.approx(0.525))
-    assert found.recovery == pytest.approx((0.5 + 1.0) / 2)
-    low, high = limits(found.interval)
-    assert low < found.difference < high
+    result = pooled(two_tasks())
+    assert (result.tasks, result.recovery_tasks) == (2, 2)
+    assert result.difference == pytest.approx((-0.25 + 0.0) / 2)
+    assert (result.reference, result.variant) == (pytest.approx(0.65), pytest.approx(0.525))
+    assert result.recovery == pytest.approx((0.5 + 1.0) / 2)
+    low, high = limits(result.interval)
+    assert low < result.difference < high
     # Flips of -1/4, -1/5, 1/5: sums of at least 1/4 in size are all but the two of -1/4 + 2/5 =
     # 0.15.
-    assert found.p == pytest.approx(6 / 8)
+    assert result.p == pytest.approx(6 / 8)
 
 
 def test_a_task_that_the_reference_fails() -> None:
     zero = (array(0, 0, 0), array(0, 1, 0))
-    found = pooled([*two_tasks(), zero])
-    assert (found.recovery_tasks, found.recovery) == (2, pytest.approx(0.75))
-    assert found.difference == pytest.approx((-0.25 + 0 + 1 / 3) / 3)
-    assert any("zero or less in 1 task" in note for note in found.notes)
+    result = pooled([*two_tasks(), zero])
+    assert (result.recovery_tasks, result.recovery) == (2, pytest.approx(0.75))
+    assert result.difference == pytest.approx((-0.25 + 0 + 1 / 3) / 3)
+    assert any("zero or less in 1 task" in note for note in result.notes)
     only = pooled([zero])
     assert (only.recovery, only.recovery_interval) == (None, None)
 
@@ -279,9 +279,9 @@ def test_a_task_that_the_reference_fails() -> None:
 def test_tasks_without_spread() -> None:
     same = pooled([(array(0.5, 0.25), array(0.5, 0.25))])
     single = pooled([(array(1), array(0)), two_tasks()[0]])
-    for found, words in ((same, "same amount"), (single, "one item")):
-        assert found.interval is None
-        assert words in found.notes[0]
+    for result, words in ((same, "same amount"), (single, "one item")):
+        assert result.interval is None
+        assert words in result.notes[0]
     assert same.p == 1.0
     with pytest.raises(EvalError, match="no task"):
         pooled([])
@@ -293,14 +293,14 @@ def test_the_stratified_interval_agrees_with_theory() -> None:
     for n in (300, 900):
         reference = rng.normal(1.0, 0.5, n)
         pairs.append((reference, reference + rng.normal(-0.02, 0.3, n)))
-    found = pooled(pairs)
+    result = pooled(pairs)
     error = np.sqrt(sum((other - one).var(ddof=1) / len(one) for one, other in pairs)) / 2
-    low, high = limits(found.interval)
+    low, high = limits(result.interval)
     assert (low, high) == pytest.approx(
-        (found.difference - 1.96 * error, found.difference + 1.96 * error), abs=0.1 * error
+        (result.difference - 1.96 * error, result.difference + 1.96 * error), abs=0.1 * error
     )
-    assert isinstance(found, Pooled)
-    low, high = limits(found.recovery_interval)
+    assert isinstance(result, Pooled)
+    low, high = limits(result.recovery_interval)
     assert low < 0.98 < high
 
 
@@ -312,10 +312,10 @@ def test_the_pooled_test_under_the_null() -> None:
             hardness = rng.normal(0, 1, n)
             one, other = ((hardness + rng.normal(0, 0.6, n) > -0.4).astype(float) for _ in range(2))
             pairs.append((one, other))
-        found = pooled(pairs, resamples=599)
-        low, high = limits(found.interval)
+        result = pooled(pairs, resamples=599)
+        low, high = limits(result.interval)
         covered += low <= 0 <= high
-        rejected += found.p < 0.05
+        rejected += result.p < 0.05
     assert 0.93 <= covered / count <= 0.975
     assert rejected / count <= 0.06
 

@@ -108,18 +108,18 @@ def test_every_figure_is_in_the_page(analysis: Analysis, source: str) -> None:
 
 
 def test_tables_say_what_was_computed(analysis: Analysis) -> None:
-    found = analysis.variants[0].tasks[0]
-    low, high = (getattr(found.score.interval, name) for name in ("low", "high"))
+    comparison = analysis.variants[0].tasks[0]
+    low, high = (getattr(comparison.score.interval, name) for name in ("low", "high"))
     expected = (
         "gsm8k_cot · n = 250",
         "svsk-best-4.62",
-        f"{found.score.variant.value:.4f} ± {found.score.variant.se:.4f}",
-        f"{found.score.difference:+.4f} [{low:+.4f}, {high:+.4f}]",
-        f"{100 * found.score.variant.value / found.score.reference.value:.1f}%",
-        str(found.score.lost),
-        str(found.score.gained),
-        f"{found.score.p:.3f}",
-        f"{found.p_holm:.3f}",
+        f"{comparison.score.variant.value:.4f} ± {comparison.score.variant.se:.4f}",
+        f"{comparison.score.difference:+.4f} [{low:+.4f}, {high:+.4f}]",
+        f"{100 * comparison.score.variant.value / comparison.score.reference.value:.1f}%",
+        str(comparison.score.lost),
+        str(comparison.score.gained),
+        f"{comparison.score.p:.3f}",
+        f"{comparison.p_holm:.3f}",
     )
     tables = {table.title: table for table in all_tables(analysis)}
     assert list(tables) == ["Summary", "Over all tasks", "Tasks", "Scores", "Answers", "Text"]
@@ -232,8 +232,8 @@ def test_size_and_quality_need_two_variants_with_bits(analysis: Analysis) -> Non
         runs[2].model_copy(update={"bpw": None}),
         runs[3].model_copy(update={"bpw": None}),
     ]
-    found = analyze(analysis.report.model_copy(update={"models": tuple(changed)}), resamples=99)
-    assert "quality" not in [plot.name for plot in all_plots(found)]
+    fewer = analyze(analysis.report.model_copy(update={"models": tuple(changed)}), resamples=99)
+    assert "quality" not in [plot.name for plot in all_plots(fewer)]
 
 
 def test_names_are_escaped_in_the_page() -> None:
@@ -309,14 +309,14 @@ def test_the_console_cuts_no_figure_off(analysis: Analysis) -> None:
 
 
 def test_a_large_report() -> None:
-    found = analyze(realistic(6, 12), resamples=99)
-    source = html_report(found)
+    large = analyze(realistic(6, 12), resamples=99)
+    source = html_report(large)
     assert len(source.encode()) < 1_000_000
     text = Page(source).text
-    assert all(name in text for name in (*LABELS, *found.tasks))
-    assert len(found.tasks) == 12
-    assert markdown_report(found).count("| Q4_K_M |") == 1 + 1 + 12 + 8 + 2
-    shown(found)
+    assert all(name in text for name in (*LABELS, *large.tasks))
+    assert len(large.tasks) == 12
+    assert markdown_report(large).count("| Q4_K_M |") == 1 + 1 + 12 + 8 + 2
+    shown(large)
 
 
 def test_the_reference_alone() -> None:

@@ -16,8 +16,8 @@ from svsk_eval.text.engine_args import engine_arguments, parse_engine_args, serv
 )
 def test_settings_of_the_engine(seq_len: int, together: int, step: int) -> None:
     """A step holds 1,024 tokens at most, and no more requests than fit it."""
-    found = engine_arguments("m", seq_len, "bfloat16", {"tensor_parallel_size": 2})
-    assert found == {
+    arguments = engine_arguments("m", seq_len, "bfloat16", {"tensor_parallel_size": 2})
+    assert arguments == {
         "model": "m",
         "dtype": "bfloat16",
         "tensor_parallel_size": 2,

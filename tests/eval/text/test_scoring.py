@@ -13,13 +13,8 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from svsk_eval.errors import EvalError
-from svsk_eval.text.scoring import (
-    compare_models,
-    evaluate,
-    load_model,
-    load_tokenizer,
-    token_chunks,
-)
+from svsk_eval.text.models import load_model, load_tokenizer
+from svsk_eval.text.scoring import compare_models, evaluate, token_chunks
 from tests.support.format_builders import edit_json
 from tests.support.tiny_models import (
     BOS,

@@ -114,9 +114,9 @@ def in_process(fake: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture
 def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors that must be found before minutes are spent on an engine."""
-    found = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: True if name == "vllm" else found(name)
+        importlib.util, "find_spec", lambda name: True if name == "vllm" else find_spec(name)
     )
     monkeypatch.setattr(
         "svsk_eval.text.served._run_child", lambda *_: pytest.fail("a process was started")
@@ -211,12 +211,12 @@ def test_figures_are_those_of_the_transformers_path(
     assert served.inputs == replace(expected.inputs, engine="vllm", engine_settings=settings)
     assert served.to_json()["engine_settings"] == settings
     assert calls == [(0, 6), (2, 6), (3, 6), (3, 6), (5, 6), (6, 6)]
-    asked = fake()
-    assert [call["model"] for call in asked] == [str(models / "restored"), str(models / "dense")]
-    assert asked[0]["pid"] != asked[1]["pid"]
-    assert {call["seed"] for call in asked} == {5}
+    orders = fake()
+    assert [call["model"] for call in orders] == [str(models / "restored"), str(models / "dense")]
+    assert orders[0]["pid"] != orders[1]["pid"]
+    assert {call["seed"] for call in orders} == {5}
     for name, value in (("VLLM_LOGGING_LEVEL", "WARNING"), ("VLLM_ENABLE_V1_MULTIPROCESSING", "0")):
-        assert {call["env"][name] for call in asked} == {value}
+        assert {call["env"][name] for call in orders} == {value}
 
 
 @pytest.mark.usefixtures("in_process")
@@ -349,7 +349,7 @@ def test_what_cannot_be_served_is_named(
 @pytest.fixture
 def served_result(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Have the command get a result at once; the list collects what it asks for."""
-    asked: list[tuple[Any, ...]] = []
+    calls: list[tuple[Any, ...]] = []
     rows = [
         torch.tensor([1.0, 2.0]).numpy(),
         torch.tensor([1.0, 1.5]).numpy(),
@@ -367,13 +367,13 @@ def served_result(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     )
 
     def run(*arguments: Any) -> EvalResult:
-        asked.append(arguments[:-1])
+        calls.append(arguments[:-1])
         arguments[-1](0, 4)
         arguments[-1](4, 4)
         return replace(summarize([ChunkScores(*rows)] * 2), inputs=inputs)
 
-    monkeypatch.setattr("svsk_eval.text.console.evaluate_served", run)
-    return asked
+    monkeypatch.setattr("svsk_eval.text.request.evaluate_served", run)
+    return calls
 
 
 def test_the_command_names_what_was_used(served_result: list[Any], tmp_path: Path) -> None:

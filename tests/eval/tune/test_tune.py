@@ -136,7 +136,8 @@ def test_the_result_is_never_worse_than_the_default(
 def test_a_trial_scores_what_its_checkpoint_gives_on_the_held_out_pieces(
     dense: Path, tmp_path: Path
 ) -> None:
-    from svsk_eval.text.scoring import compare_models, load_model
+    from svsk_eval.text.models import load_model
+    from svsk_eval.text.scoring import compare_models
 
     result = run_tune(dense, tmp_path / "tuned.yaml", budget_minutes=1e-9)
     assert not result.converged

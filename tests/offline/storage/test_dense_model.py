@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 import svsk_vllm.hf  # noqa: F401 - registers the loader
 from svsk_eval.cli import app
-from svsk_eval.text.scoring import evaluate, load_model
+from svsk_eval.text.models import load_model
+from svsk_eval.text.scoring import evaluate
 from svsk_kernels.errors import SvskError
 from svsk_offline.pipeline import quantize
 from svsk_offline.recipe import Recipe, load_recipe
