@@ -187,9 +187,9 @@ def test_as_an_ordinary_user(tmp_path: Path) -> None:
         )
         for source in ("__init__.py", "errors.py"):
             shutil.copy(EVAL / "svsk_eval" / source, package)
-        # the root of the errors, without the package's torch, which that interpreter need not have
-        (folder / "svsk_kernels").mkdir()
-        shutil.copy(ROOT / "kernels" / "svsk_kernels" / "errors.py", folder / "svsk_kernels")
+        (folder / "svsk_kernels").mkdir()  # the root of the errors, which needs nothing else
+        for source in ("__init__.py", "errors.py"):
+            shutil.copy(ROOT / "kernels" / "svsk_kernels" / source, folder / "svsk_kernels")
         (folder / "victim").mkdir()
         (folder / "victim" / "file").write_text("kept")
         for path in [folder, *folder.rglob("*")]:
