@@ -17,7 +17,7 @@ import torch
 import typer
 from rich.console import Console
 
-from svsk_eval.speed.random_model import SHAPES, ShapeName, write_random_model
+from svsk_eval.speed.random_model import SHAPES, Shape, write_random_model
 from svsk_offline.calibration import CalibrationSet
 from svsk_offline.calibration.text import token_fingerprint
 from svsk_offline.console import peak_memory_gib
@@ -84,7 +84,7 @@ def measure(
 
 
 def main(
-    shape: ShapeName,
+    shape: Annotated[Shape, typer.Argument(help="Model whose block to make.")],
     recipe: Annotated[str, typer.Option(help="Name or YAML file.")] = "best",
     layers: Annotated[int, typer.Option(min=1, help="Decoder blocks to make and quantise.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",

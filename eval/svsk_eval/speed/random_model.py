@@ -10,10 +10,10 @@ whole range: constant weights would take less power than real ones, and a GPU's 
 
 import math
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-import click
 import torch
 import typer
 from rich.console import Console
@@ -34,7 +34,7 @@ from svsk_vllm.format import (
 from svsk_vllm.format.config import declared
 from svsk_vllm.format.shards import INDEX_NAME
 
-__all__ = ["SHAPES", "VARIANTS", "ShapeName", "app", "write_random_model"]
+__all__ = ["SHAPES", "VARIANTS", "Shape", "Variant", "app", "write_random_model"]
 
 SHAPES: Final[dict[str, dict[str, Any]]] = {
     "qwen3-4b": {
@@ -71,15 +71,28 @@ VARIANTS: Final[dict[str, ConfigGroup | int | None]] = {
 }
 """How linears are stored: an SVSK scheme, the group size of a W4A16 model, or None for dense."""
 
-ShapeName = Annotated[
-    str, typer.Argument(click_type=click.Choice(list(SHAPES)), help="Model whose sizes to take.")
-]
-
 _STD: Final = 0.02
 """Of dense weights, as transformers initialises them; quantised ones have the same."""
 
 _SIDECAR: Final = 0.1
 """Standard deviation of a sidecar over that of its base."""
+
+
+class Shape(StrEnum):
+    """The keys of :data:`SHAPES`."""
+
+    QWEN3_4B = "qwen3-4b"
+    QWEN3_8B = "qwen3-8b"
+
+
+class Variant(StrEnum):
+    """The keys of :data:`VARIANTS`."""
+
+    BF16 = "bf16"
+    W4A16 = "w4a16"
+    SVSK_R16 = "svsk-r16"
+    SVSK_R32_4BIT = "svsk-r32-4bit"
+    SVSK_QUAD8_R16 = "svsk-quad8-r16"
 
 
 def write_random_model(
@@ -244,14 +257,11 @@ def _quantization(scheme: ConfigGroup | int | None, linears: list[str]) -> dict[
 
 
 def main(
-    shape: ShapeName,
+    shape: Annotated[Shape, typer.Argument(help="Model whose sizes to take.")],
     out: Annotated[Path, typer.Argument(help="Folder that gets a folder per variant.")],
     variant: Annotated[
-        list[str] | None,
-        typer.Option(
-            click_type=click.Choice(list(VARIANTS)),
-            help="How linears are stored; may be repeated, by default all.",
-        ),
+        list[Variant] | None,
+        typer.Option(help="How linears are stored; may be repeated, by default all."),
     ] = None,
     layers: Annotated[
         int | None, typer.Option(min=1, help="Decoder blocks, by default all.")
@@ -263,7 +273,7 @@ def main(
         raise typer.BadParameter(f"--device {device}: torch finds no GPU; leave it out")
     out.mkdir(parents=True, exist_ok=True)
     changes = {} if layers is None else {"num_hidden_layers": layers}
-    for name in variant or VARIANTS:
+    for name in variant or list(Variant):
         folder = out / name
         there = folder.exists()
         if not there:
