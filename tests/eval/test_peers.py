@@ -161,7 +161,7 @@ class TestGroupSize:
         assert run.choose_group_size({"a": (8, 1024), "b": (8, 1536)}, None) == 128
         assert run.choose_group_size({"a": (8, 1024)}, 32) == 32
 
-    @pytest.mark.parametrize("asked", [None, 128, 0])
+    @pytest.mark.parametrize("size", [None, 128, 0])
     def test_refuses_what_does_not(self, size: int | None) -> None:
         with pytest.raises(run.PeerError, match=r"\[100, 576\] are not all multiples"):
             run.choose_group_size({"a": (8, 576), "b": (8, 100)}, size)

@@ -215,7 +215,7 @@ def chunk_scores(
         if target not in entries or not first:
             raise EvalError(
                 f"Place {position} of a prompt: vLLM gave log-probabilities of the tokens"
-                f" {sorted(entries)}, expected the prompt's own {target} and the likeliest one."
+                f" {sorted(entries)}, expected the prompt's own token {target} and the likeliest."
             )
         logprobs.append(float(entries[target].logprob))
         top.append(min(first, key=lambda token: (-entries[token].logprob, token)))
