@@ -123,7 +123,7 @@ class _Sources:
         return next((there for place in places if (there := self.find(*place))), None)
 
     def lineage(self, owner: _Class) -> list[_Class]:
-        """The class and its bases in the order in which attributes are looked up, without vLLM's interfaces."""
+        """The class and its bases in the order of their look-up, without vLLM's interfaces."""
         order = [owner]
         for base in owner.node.bases:
             if isinstance(base, ast.Name) and (found := self.find(owner.module.name, base.id)):

@@ -53,7 +53,7 @@ def random_linear(
     rank: int = 0,
     factor_bits: Literal[4, 8] = 8,
 ) -> PlainLinear:
-    """Every code, scales of ``dtype`` and both signs, full-range factors, on the generator's device.
+    """Every code, scales of both signs, full-range factors, on the generator's device.
 
     Gains make the sidecar about as large as the base, so that a mistake in either shows.
     """

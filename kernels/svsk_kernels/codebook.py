@@ -47,7 +47,7 @@ def codebook_levels(codebook: Codebook) -> torch.Tensor:
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """Codes in [-8, 7] from the checkpoint's words (docs/format.md), without a check of what they are.
+    """Codes in [-8, 7] from the checkpoint's words (docs/format.md), unchecked.
 
     Args:
         packed: int32 [N, K / 8], eight codes a word, lowest nibble first, each stored as ``q + 8``.

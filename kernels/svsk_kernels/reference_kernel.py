@@ -30,7 +30,7 @@ class ReferenceKernel:
         self.widened = False  # whether products are in float32 although the weight is not
 
     def prepare(self, layer: Any) -> None:
-        """Replace the loaded parameters by ``weight``, ``W_hat`` rounded once to the layer's dtype."""
+        """Replace the parameters by ``weight``: ``W_hat`` rounded once to the layer's dtype."""
         sidecar = None
         if self.spec.plan:
             sidecar = (layer.sidecar_u.data, layer.sidecar_v.data, layer.sidecar_gain.data)

@@ -13,8 +13,8 @@ Run-time tensors are flat, bundle after bundle, group after group:
 - ``gain``: per bundle [B, R];
 - ``u``: per group [slots, rows, B * rank].
 
-Nobody else counts offsets: :class:`SidecarPlan` gives the parts of the flat tensors as views, to read
-and to write, per bundle (``v_bundles``, ...) or per slot (``slots``, ``u_slots``, ``v_slots``,
+Nobody else counts offsets: :class:`SidecarPlan` gives the parts of the flat tensors as views, to
+read and to write, per bundle (``v_bundles``, ...) or per slot (``slots``, ``u_slots``, ``v_slots``,
 ``gain_slots``, all in one order), and :meth:`Bundle.column_tiles` cuts those of ``v`` into tiles.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What arrives at the layers while vLLM loads a checkpoint, and whether it is complete and as it was stored.
+"""What arrives at the layers while vLLM loads: whether it is complete, and as it was stored.
 
 vLLM looks for parameters that nothing was loaded into, but not in quantised models, and it lets a
 model's own ``load_weights`` change tensors by their names. A quantisation method sees neither. So
@@ -77,7 +77,7 @@ _hooks: list[Any] = []
 
 
 def expect(layer: torch.nn.Module, record: LinearRecord) -> None:
-    """Have a linear's parameters looked for at the end of loading, and the models observed that will hold it."""
+    """Have a linear's parameters looked for after loading, and the models observed that hold it."""
     if not _hooks:
         _hooks.append(register_module_module_registration_hook(_note_parent))
     _records[layer] = record
@@ -85,7 +85,7 @@ def expect(layer: torch.nn.Module, record: LinearRecord) -> None:
 
 
 def record_loads(layer: Any) -> None:
-    """Have the layer's own loaders, of its weight and of its bias, note what they are called with."""
+    """Have the layer's own loaders, of weight and bias, note what they are called with."""
     for name in ("weight_loader", "weight_loader_v2"):
         if hasattr(type(layer), name):
             setattr(layer, name, _recording(layer, name))

@@ -241,7 +241,7 @@ class SvskLinearMethod(LinearMethodBase):
 
 
 def fused_sizes(layer: Any) -> list[int] | None:
-    """Output features of each part of a fused layer over all tensor-parallel ranks, None for another layer.
+    """Outputs of each part of a fused layer over all tensor-parallel ranks; None for another layer.
 
     vLLM's own ``output_sizes`` count key/value heads once for each rank that holds a copy.
     """

@@ -196,7 +196,7 @@ class SvskConfig(QuantizationConfig):
         return self._stored
 
     def _refuse_others(self, layer: torch.nn.Module, prefix: str) -> None:
-        """Embeddings, output heads and experts are served as vLLM does, so none of theirs may be quantised."""
+        """Refuse quantised embeddings, output heads and experts: those are served as vLLM does."""
         if isinstance(layer, VocabParallelEmbedding):
             own = self.stored.find(prefix)
             targeted = isinstance(layer, ParallelLMHead) and (

@@ -131,7 +131,7 @@ def build_layout(
 
 
 def _bounds(start: int, count: int, tile_n: int) -> tuple[int, ...]:
-    """Edges, from the layer's first column, of the tiles that ``count`` columns from ``start`` touch."""
+    """Edges, from the layer's first column, of the tiles of ``count`` columns from ``start``."""
     inner = range((start // tile_n + 1) * tile_n, start + count, tile_n)
     return (0, *(edge - start for edge in inner), count)
 

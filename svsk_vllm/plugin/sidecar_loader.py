@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loaders of a layer's parameters, which count what arrives and refuse what is not as it was stored.
+"""Loaders of a layer's parameters: they count what arrives, and refuse what was changed.
 
 Those of the base pass on to the layer's own. Those of the sidecar copy this rank's tiles to their
 places in flat tensors of exact integers.

@@ -64,7 +64,7 @@ class SplitKernel:
         self.base = _vllm_kernel(prefix, spec, full_shape, device)
 
     def prepare(self, layer: Any) -> None:
-        """Replace the base's parameters by those of vLLM's kernel, the sidecar's by those of ``svsk::sidecar``."""
+        """Replace the parameters by those of vLLM's kernel and of ``svsk::sidecar``."""
         if self.spec.codebook == "quad8":
             self._split_base(layer)
         self.base.process_weights_after_loading(layer)

@@ -96,7 +96,7 @@ def test_sidecar_comes_back(num_bits: int, k: int) -> None:
 
 
 def test_tables_lead_to_every_factor() -> None:
-    """The product through the tables alone, in the words of the module's docstring, is the sidecar's."""
+    """The product through the tables alone, as the module describes them, is the sidecar's."""
     k = 160
     layer = make_layer(k, torch.float16, *QKV, group_size=32)
     side = layer.sidecar

@@ -346,7 +346,7 @@ def test_a_dense_tensor_that_nothing_fills_is_named() -> None:
 def load_sharded(
     linears: Sequence[QuantizedLinear], rank: int, size: int, *, by_columns: bool
 ) -> tuple[torch.Tensor, ...] | None:
-    """Run-time tensors and plan of one rank of a fused column-parallel, or of a row-parallel, layer."""
+    """Run-time tensors and plan of one rank of a fused layer, or of a row-parallel one."""
     k = linears[0].spec.k
     shards: list[tuple[ShardId, ConfigGroup]] = [
         (index if len(linears) > 1 else None, linear.spec.scheme)

@@ -26,7 +26,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def test_the_table_is_up_to_date(script: ModuleType, tmp_path: Path) -> None:
-    """Made from another vLLM than is installed, the table's classes are compared below all the same."""
+    """A table made from another vLLM than is installed is compared below all the same."""
     table, stored = script.read_table(), json.loads(script.TABLE.read_text(encoding="utf-8"))
     if stored["vllm"] != table["vllm"]:
         pytest.skip(f"made from vLLM {stored['vllm']}, installed is {table['vllm']}")

@@ -119,7 +119,7 @@ def small_recipe(name: str, **changes: Any) -> Recipe:
 
 
 def without_fingerprint(folder: Path) -> dict[str, bytes]:
-    """Contents of a checkpoint but for what names its run, of which the kind of device is a part."""
+    """Contents of a checkpoint but for what names its run: the kind of device is part of that."""
     producer = json.loads((folder / "config.json").read_text())["quantization_config"]["producer"]
     fingerprint = producer["svsk_fingerprint"].encode()
     return {

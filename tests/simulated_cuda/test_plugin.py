@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's layers with the plugin's method, built, loaded and run as the engine does, on a simulated GPU."""
+"""vLLM's layers with the plugin's method, built and run as by the engine, on a simulated GPU."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -237,7 +237,7 @@ class Products:
 
 
 class BaseProduct:
-    """Stands for vLLM's own kernel of evenly spaced levels, which is another one on every device."""
+    """Stands for vLLM's own kernel of evenly spaced levels, which differs between devices."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         codes = unpack_codes(layer.weight_packed.data, layer.weight_packed.shape[1] * 8)

@@ -21,7 +21,7 @@ _BFLOAT: Final = torch.bfloat16
 
 @dataclass(frozen=True)
 class Case:
-    """One layer, the numbers of tokens it is checked with, and whether every kernel is, or only what is dispatched."""
+    """One layer, numbers of tokens to check it with, and whether every kernel is checked."""
 
     name: str
     k: int
@@ -136,7 +136,7 @@ def find_cases(cases: Sequence[Case], names: Sequence[str]) -> tuple[Case, ...]:
 
 
 def forced_choice(kernel: str, gpu: Gpu, n: int, k: int, group_size: int, m: int) -> Choice:
-    """Blocks for ``m`` tokens of one kernel, whether or not it is the one that would be dispatched."""
+    """Blocks for ``m`` tokens of one kernel, whether or not it would be dispatched."""
     tables = (choices_for(gpu, n, k, group_size), heuristic_choices(gpu, n, k, group_size))
     known: Sequence[Choice] = next(
         found

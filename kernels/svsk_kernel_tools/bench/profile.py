@@ -95,7 +95,7 @@ class Profiled:
 
 
 def parse_ncu(text: str) -> list[Profiled]:
-    """Read what ``ncu --csv --page raw`` printed, its own messages and the program's output included.
+    """Read what ``ncu --csv --page raw`` printed, with its messages and the program's output.
 
     Raises:
         BenchError: there is no table, or a unit is unknown.
@@ -174,7 +174,7 @@ def rows_of(
 
 
 def _launch(shapes: Sequence[Shape], tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Launch each shape's layer at each number of tokens, once unseen and once under the profiler."""
+    """Launch each shape's layer at each number of tokens, first unseen, then under the profiler."""
     device = open_device("cuda")
     variant = VARIANTS[0]
     for shape in shapes:

@@ -38,7 +38,7 @@ def vllm_missing() -> str | None:
 
 @dataclass(frozen=True)
 class SplitLayer:
-    """A layer of one int4 linear for Marlin, with its sidecar for the shrink kernel and batched products."""
+    """One int4 linear for Marlin, its sidecar for the shrink kernel and batched products."""
 
     n: int
     k: int

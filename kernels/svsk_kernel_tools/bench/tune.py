@@ -114,7 +114,7 @@ def trial_choices(gpu: Gpu, n: int, k: int, group_size: int, m: int) -> list[Cho
 
 
 def refined(choices: Iterable[Choice], k: int, gpu: Gpu) -> list[Choice]:
-    """The same decode blocks with the columns split otherwise, and with and without dependent launch."""
+    """The same decode blocks with other splits of columns, with and without dependent launch."""
     found = []
     for choice in choices:
         steps = -(-k // (4 * plane_length(k))) * (plane_length(k) // choice.step)

@@ -56,7 +56,7 @@ def main(
         Path | None, typer.Option("--json", help="Also write the facts and failures there.")
     ] = None,
 ) -> None:
-    """Compile the kernels for targets that need not be present, print their facts, exit with 1 if a check fails."""
+    """Compile the kernels for absent targets, print their facts, exit with 1 if a check fails."""
     try:
         targets = [parse_arch(text) for text in arch] if arch else list(ARCHES)
         rows = [_inspect(case, target) for case, target in _chosen(targets, kernel)]

@@ -48,7 +48,7 @@ class KernelCase:
     arches: tuple[int | str, ...] | None = None
 
     def check_names(self) -> None:
-        """Raise InspectError unless the arguments named here are the function's, each given once."""
+        """Raise InspectError unless the arguments are the function's, each given once."""
         arguments = set(self.fn.arg_names)
         given = set(self.signature) | set(self.constexprs)
         problems = [

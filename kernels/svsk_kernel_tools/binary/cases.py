@@ -82,7 +82,8 @@ def _matmuls(arch: Arch) -> Iterator[KernelCase]:
         for choice in heuristic_choices(gpu, *_SHAPE, group_size):
             if choice.kernel == "fold" or (group_size == 32 and choice.block_m != 16):
                 continue  # beyond 16 tokens, steps are no longer than either group
-            name = f"{choice.kernel}{choice.block_m if choice.kernel == 'decode' else ''}-g{group_size}"
+            tokens = choice.block_m if choice.kernel == "decode" else ""
+            name = f"{choice.kernel}{tokens}-g{group_size}"
             yield _matmul(arch, name, choice, group_size, torch.bfloat16, bits=4)
             if group_size == 64 and (choice.kernel == "gemm" or choice.block_m == 16):
                 yield _matmul(arch, f"{name}-quad8", choice, group_size, torch.bfloat16, quad8=True)

@@ -65,7 +65,7 @@ def parse_gcn(text: str, entry: str) -> Program:
 
 
 def parse_metadata(text: str) -> dict[str, int]:
-    """Counts at the end of the assembly, ``vgpr_count``, ``vgpr_spill_count``, ``private_segment_fixed_size``, ...
+    """Counts at the end of the assembly, such as ``vgpr_count`` and ``vgpr_spill_count``.
 
     Raises InspectError if the kernel's metadata are not there.
     """
@@ -98,7 +98,7 @@ def _parse_instruction(opcode: str, operands: str) -> Instruction:
 
 
 def _width(opcode: str) -> int:
-    """Bytes per lane of ``global_load_dwordx4``, ``buffer_store_short``, ``global_load_b128`` and their like."""
+    """Bytes per lane of ``global_load_dwordx4``, ``global_load_b128`` and their like."""
     found = _WIDTH.search(opcode)
     if found is None:
         return 4

@@ -30,9 +30,11 @@ Kind = Literal[
     "control",
     "other",
 ]
-"""``global_copy`` goes from global to shared memory; ``counter`` is an integer atomic addition to global memory;
-a ``fence``
-orders memory for the whole GPU; ``uniform`` is work done once for a warp."""
+"""What an instruction does.
+
+``global_copy`` goes from global to shared memory; ``counter`` is an integer atomic addition to
+global memory; a ``fence`` orders memory for the whole GPU; ``uniform`` is done once for a warp.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """The instructions of a binary in their order, the index of every label, and where the kernel starts."""
+    """A binary's instructions in order, the index of every label, and where the kernel starts."""
 
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]
@@ -167,7 +169,7 @@ def find_main_loop(program: Program) -> list[int]:
 def unordered(
     program: Program, first: Kind, second: Kind, barrier: Kind = "barrier"
 ) -> list[tuple[int, int]]:
-    """Pairs (i, j) where instruction i of kind ``first`` can run before j of kind ``second`` with no barrier between.
+    """Pairs (i, j): i of kind ``first`` can run before j of kind ``second``, no barrier between.
 
     For each j the i nearest on each path are found, by a walk backwards that ends at barriers.
     """

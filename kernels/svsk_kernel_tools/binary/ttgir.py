@@ -96,7 +96,7 @@ def loads_of_pointer(ttgir: str, name: str) -> PointerLoads:
 
 
 def _load_lines(ttgir: str, pointer: str) -> list[str]:
-    """Lines of the loads whose pointer comes from ``pointer`` by any chain of operations and loop arguments."""
+    """Lines of loads whose pointer comes from ``pointer``, by operations and loop arguments."""
     derived = {pointer}
     loads: dict[int, str] = {}
     size = 0

@@ -30,7 +30,7 @@ def main(
         bool, typer.Option("--quick", help="Fewer layers, and no runs without inline PTX.")
     ] = False,
 ) -> None:
-    """Run every kernel on small layers, print what came of it, exit with 1 if something was wrong."""
+    """Run every kernel on small layers, print the results, exit with 1 if something was wrong."""
     unknown = sorted(set(arch or ()) - set(CAPABILITIES))
     if unknown:
         known = ", ".join(map(str, CAPABILITIES))

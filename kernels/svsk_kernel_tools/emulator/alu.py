@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instructions that compute registers from registers of the same thread, for all threads of a block at once.
+"""Instructions from registers to registers of the same thread, for a block's threads at once.
 
 A register is an array with one unsigned integer per thread (booleans for predicates); types are
 views of it. An opcode is looked up whole, with all its modifiers: what is not in the table is not
@@ -75,7 +75,7 @@ def _three(function: Callable[..., Any]) -> Maker:
 
 
 def _as(dtype: Any, function: Callable[..., Any]) -> Callable[..., Array]:
-    """A function of values of ``dtype``, one or more to a register, as one of the bits in registers."""
+    """A function of values of ``dtype``, one or more a register, as one of registers' bits."""
 
     def compute(*values: Array) -> Array:
         result: Array = function(*(value.view(dtype) for value in values)).view(values[0].dtype)

@@ -81,7 +81,7 @@ class _Driver:
         )
 
     def _load(self, name: str, binary: bytes, shared: int, device: object) -> tuple[Any, ...]:
-        """Module (none, so there is nothing to unload), function, registers, spills, most threads."""
+        """Module (none: there is nothing to unload), function, registers, spills, most threads."""
         return None, self.ptx, 0, 0, 1024
 
 

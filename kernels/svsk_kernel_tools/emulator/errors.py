@@ -18,7 +18,7 @@ class UnsupportedError(EmulateError):
 
 
 class MemoryFaultError(EmulateError):
-    """An access outside of what the launch may touch, off its alignment, or to what nobody wrote."""
+    """An access outside of what the launch may touch, unaligned, or to what nobody wrote."""
 
 
 class RaceError(EmulateError):

@@ -24,7 +24,7 @@ _EPOCH: Final = np.int64((1 << 28) - 1)
 
 @dataclass(frozen=True)
 class _Known:
-    """Writes of a block before its barrier ``epoch``, and those of ``releaser`` up to now, are known to ``thread``.
+    """Let ``thread`` know a block's writes before barrier ``epoch`` and ``releaser``'s up to now.
 
     Other threads know them after their own block's barrier ``since``.
     """

@@ -136,7 +136,7 @@ class SharedMemory:
         self._flights -= 1
 
     def begin_matrix(self, offsets: Array, threads: Array) -> None:
-        """Check that a ``wgmma`` of these threads may read bytes [n] now and until it is waited for."""
+        """Check that these threads' ``wgmma`` may read bytes [n] until it is waited for."""
         bad = (offsets < 0) | (offsets >= self.size)
         if bad.any():
             raise MemoryFaultError(

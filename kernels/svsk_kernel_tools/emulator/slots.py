@@ -12,7 +12,7 @@ from svsk_kernel_tools.emulator.parse import Address, Operand, Program, Register
 __all__ = ["Effect", "Slots"]
 
 Effect = Callable[[Any, Array | None], None]
-"""Executes an instruction on a block's state (``cta.Cta``) for the threads of a mask, None for all."""
+"""Executes an instruction on a block's state (``cta.Cta``) for a mask of threads, None for all."""
 
 _SPECIAL: Final = re.compile(r"^%(tid\.[xyz]|ntid\.[xyz]|ctaid\.[xyz]|nctaid\.[xyz]|laneid)$")
 

@@ -55,7 +55,7 @@ def cpu_ops_obstacle() -> str | None:
 
 @lru_cache(maxsize=1)
 def _load_obstacle() -> str | None:
-    """Load the library that a folder holds, or build it in the first where it can be written and loaded."""
+    """Load a folder's library, or build it in the first where it can be written and loaded."""
     compiler = os.environ.get("CXX") or "g++"
     version = _version(compiler)
     reasons: list[str] = []

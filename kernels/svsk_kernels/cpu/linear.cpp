@@ -1,10 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// A whole SVSK layer on an x86 CPU with AVX512-BF16: torch.ops.svsk.cpu_linear. cpu.py builds this file, prepares the
-// run-time tensors and describes their layout.
+// A whole SVSK layer on an x86 CPU with AVX512-BF16: torch.ops.svsk.cpu_linear. build.py compiles
+// this file, cpu_kernel.py prepares the run-time tensors and describes the index.
 //
-// Everything is built on VDPBF16PS: 16 outputs times 2 inputs per instruction, products of bfloat16 pairs added up in
-// float32. Levels of both codebooks, sidecar factors and bfloat16 activations are exact bfloat16 numbers; a float16
-// activation is the sum of two of them ("terms"), so that float16 costs twice the products and loses nothing.
+// Checkpoint                          Run time (cpu_kernel.py); a block is 16 outputs
+// weight_packed  int32 [N, K / 8]     codes  uint8 [blocks, K / 2, 16]: two neighbours in K a byte
+// weight_scale   [N, K / group]       scale  [blocks, K / group, 16]
+// sidecar_u      int8 [N, B, r]       u      bfloat16 panels [pairs, 16 outputs, 2] of a slot
+// sidecar_v      int8 [A, r, K]       v      bfloat16 panels [pairs, 16 ranks, 2] of a column tile
+// sidecar_gain   float32 [A, B, r]    gain   float32 [v panels, 16]
+//                                     index  int32: where panels lie, and what they multiply
+//
+// Everything is built on VDPBF16PS: 16 outputs times 2 inputs per instruction, products of bfloat16
+// pairs added up in float32. Levels of both codebooks, sidecar factors and bfloat16 activations are
+// exact bfloat16 numbers; a float16 activation is the sum of two of them ("terms"), so that float16
+// costs twice the products and loses nothing.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -19,10 +28,13 @@
 
 namespace {
 
-constexpr int64_t kLanes = 16;            // outputs of a block
-constexpr int64_t kTileRows = 12;         // rows of activations that are multiplied together
-constexpr int64_t kGrain = 1 << 18;       // multiply-adds that are worth a thread
-constexpr int64_t kChunkBytes = 1 << 20;  // activations of a task: about what a second-level cache holds
+constexpr int64_t kLanes = 16;  // outputs of a block
+// Rows of activations that are multiplied together: their accumulators and results, and a weight,
+// fit the 32 vector registers.
+constexpr int64_t kTileRows = 12;
+constexpr int64_t kGrain = 1 << 18;  // multiply-adds that are worth a thread
+// Activations of a task: about what a second-level cache holds.
+constexpr int64_t kChunkBytes = 1 << 20;
 
 using Vec = __m512;
 using bits16 = uint16_t;
@@ -48,10 +60,13 @@ __m512i level_table(bool quad8) {
   return _mm512_load_si512(table);
 }
 
-// 16 bytes, each with two nibbles of one output, to 32 bfloat16 levels: the low nibble's in the even lane.
+// 16 bytes, each with two nibbles of one output, to 32 bfloat16 levels: the low nibble's in the
+// even lane.
 __m512bh decode(const uint8_t* codes, __m512i table) {
-  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-  return as_pairs(_mm512_permutexvar_epi16(_mm512_or_si512(wide, _mm512_slli_epi32(wide, 12)), table));
+  const __m512i wide =
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  return as_pairs(
+      _mm512_permutexvar_epi16(_mm512_or_si512(wide, _mm512_slli_epi32(wide, 12)), table));
 }
 
 template <typename T>
@@ -66,21 +81,23 @@ Vec load16(const c10::Half* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-// Activations (or z) in tiles of the rows that are multiplied together, see by_rows: a tile's pairs follow each other,
-// first those of one column pair, of all rows and terms. Rows in their own order would lie 4096 bytes apart for many K
-// and push each other out of the cache.
+// Activations (or z) in tiles of the rows that are multiplied together, see by_rows: a tile's pairs
+// follow each other, first those of one column pair, of all rows and terms. Rows in their own order
+// would lie 4096 bytes apart for many K and push each other out of the cache.
 struct Tiles {
   const bits16* data;
   int64_t columns;
 };
 
-// Element of a tile of M rows with T terms each, counted from the tile's start at (first row * T * columns).
+// Element of a tile of M rows with T terms each, counted from the tile's start at (first row * T *
+// columns).
 template <int M, int T>
 int64_t place(int64_t column, int m, int t) {
   return ((column / 2 * M + m) * T + t) * 2 + column % 2;
 }
 
-// Accumulator of M rows with C chains each; several chains hide the latency when there are few rows.
+// Accumulator of M rows with C chains each; several chains hide the latency when there are few
+// rows.
 template <int M, int C>
 struct Sums {
   Vec part[M][C];
@@ -95,10 +112,11 @@ struct Sums {
   }
 };
 
-// acc[m] += sum over the pairs [0, pairs) of weights(p) * x[m0 + m][column + 2p, column + 2p + 1]. column is even, pairs
-// a multiple of C.
+// acc[m] += sum over the pairs [0, pairs) of weights(p) * x[m0 + m][column + 2p, column + 2p + 1].
+// column is even, pairs a multiple of C.
 template <int M, int C, int T, typename Weights>
-void multiply(Sums<M, C>& acc, const Tiles& x, int64_t m0, int64_t column, int64_t pairs, const Weights& weights) {
+void multiply(Sums<M, C>& acc, const Tiles& x, int64_t m0, int64_t column, int64_t pairs,
+              const Weights& weights) {
   const bits16* tile = x.data + m0 * T * x.columns + place<M, T>(column, 0, 0);
   for (int64_t p = 0; p < pairs; p += C) {
 #pragma GCC unroll 4
@@ -108,25 +126,36 @@ void multiply(Sums<M, C>& acc, const Tiles& x, int64_t m0, int64_t column, int64
       for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
         for (int t = 0; t < T; ++t)
-          acc.part[m][c] = _mm512_dpbf16_ps(acc.part[m][c], w, broadcast_pair(tile + place<M, T>(2 * (p + c), m, t)));
+          acc.part[m][c] = _mm512_dpbf16_ps(acc.part[m][c], w,
+                                            broadcast_pair(tile + place<M, T>(2 * (p + c), m, t)));
       }
     }
   }
 }
 
-// Calls run(std::integral_constant<int, M>, m) for tiles of 12, 8, 4, 2, 1 rows that cover [m, end).
+// Calls run(std::integral_constant<int, M>, m) for tiles of 12, 8, 4, 2, 1 rows that cover [m,
+// end).
 template <typename F>
 void by_rows(int64_t m, int64_t end, const F& run) {
   for (; m + kTileRows <= end; m += kTileRows) run(std::integral_constant<int, kTileRows>(), m);
-  if (end - m >= 8) { run(std::integral_constant<int, 8>(), m); m += 8; }
-  if (end - m >= 4) { run(std::integral_constant<int, 4>(), m); m += 4; }
-  if (end - m >= 2) { run(std::integral_constant<int, 2>(), m); m += 2; }
+  if (end - m >= 8) {
+    run(std::integral_constant<int, 8>(), m);
+    m += 8;
+  }
+  if (end - m >= 4) {
+    run(std::integral_constant<int, 4>(), m);
+    m += 4;
+  }
+  if (end - m >= 2) {
+    run(std::integral_constant<int, 2>(), m);
+    m += 2;
+  }
   if (end - m >= 1) run(std::integral_constant<int, 1>(), m);
 }
 
-// Calls run(block, first row, end row) for all blocks and chunks of rows on all threads, chunk by chunk: a chunk of
-// activations stays in the cache while the packed weights, which are small, go past. A row of a block costs `work`
-// multiply-adds.
+// Calls run(block, first row, end row) for all blocks and chunks of rows on all threads, chunk by
+// chunk: a chunk of activations stays in the cache while the packed weights, which are small, go
+// past. A row of a block costs `work` multiply-adds.
 template <typename F>
 void by_tasks(int64_t rows, int64_t chunk, int64_t blocks, int64_t work, const F& run) {
   const int64_t chunks = (rows + chunk - 1) / chunk;
@@ -139,8 +168,12 @@ void by_tasks(int64_t rows, int64_t chunk, int64_t blocks, int64_t work, const F
   });
 }
 
+// Chains of M rows: at least four sums are under way, since an instruction can start each cycle but
+// takes several.
 template <int M>
-constexpr int chains() { return M >= 4 ? 1 : 4 / M; }
+constexpr int chains() {
+  return M >= 4 ? 1 : 4 / M;
+}
 
 struct Base {
   const uint8_t* codes;
@@ -149,15 +182,17 @@ struct Base {
   __m512i table;
 };
 
-// What cpu.py calls the index: where panels, activations and results of the sidecar lie.
+// What cpu_kernel.py calls the index: where panels, activations and results of the sidecar lie.
 struct Sidecar {
   const bits16 *u = nullptr, *v = nullptr;
   const float* gain = nullptr;
   int64_t v_blocks = 0, width = 0;
-  const int32_t *v_entries = nullptr, *positions = nullptr, *u_starts = nullptr, *u_entries = nullptr;
+  const int32_t *v_entries = nullptr, *positions = nullptr, *u_starts = nullptr,
+                *u_entries = nullptr;
 };
 
-Sidecar read_sidecar(const at::Tensor& u, const at::Tensor& v, const at::Tensor& gain, const at::Tensor& index) {
+Sidecar read_sidecar(const at::Tensor& u, const at::Tensor& v, const at::Tensor& gain,
+                     const at::Tensor& index) {
   Sidecar s;
   s.u = reinterpret_cast<const bits16*>(u.const_data_ptr<c10::BFloat16>());
   s.v = reinterpret_cast<const bits16*>(v.const_data_ptr<c10::BFloat16>());
@@ -183,23 +218,30 @@ void store_terms(bits16* tile, int64_t column, int m, float value) {
   }
 }
 
-// One V panel: z = gain * (V x) of the rows [m_begin, m_end), as bfloat16 terms at the places where U panels want it.
+// One V panel: z = gain * (V x) of the rows [m_begin, m_end), as bfloat16 terms at the places where
+// U panels want it.
 template <int T>
-void project_panel(const Sidecar& s, const Tiles& x, int64_t block, int64_t m_begin, int64_t m_end, bits16* z) {
+void project_panel(const Sidecar& s, const Tiles& x, int64_t block, int64_t m_begin, int64_t m_end,
+                   bits16* z) {
   const int32_t* entry = s.v_entries + 3 * block;
   const bits16* panel = s.v + int64_t{entry[0]} * 2 * kLanes;
   const int32_t* positions = s.positions + kLanes * block;
   const Vec gain = _mm512_loadu_ps(s.gain + kLanes * block);
-  const auto weights = [&](int64_t p) { return as_pairs(_mm512_loadu_si512(panel + 2 * kLanes * p)); };
+  const auto weights = [&](int64_t p) {
+    return as_pairs(_mm512_loadu_si512(panel + 2 * kLanes * p));
+  };
   by_rows(m_begin, m_end, [&](auto rows, int64_t m0) {
     constexpr int M = decltype(rows)::value, C = chains<M>();
     Sums<M, C> acc;
     acc.clear();
+    // V x: whole turns of C chains, and the pairs that are left
     const int64_t even = entry[2] / C * C;
     multiply<M, C, T>(acc, x, m0, entry[1], even, weights);
     Sums<M, 1> rest;
     rest.clear();
-    multiply<M, 1, T>(rest, x, m0, entry[1] + 2 * even, entry[2] - even, [&](int64_t p) { return weights(p + even); });
+    multiply<M, 1, T>(rest, x, m0, entry[1] + 2 * even, entry[2] - even,
+                      [&](int64_t p) { return weights(p + even); });
+    // times gain, to the places in z that the index says; -1 is padding
     for (int m = 0; m < M; ++m) {
       alignas(64) float sums[kLanes];
       _mm512_store_ps(sums, _mm512_mul_ps(_mm512_add_ps(acc.total(m), rest.total(m)), gain));
@@ -217,7 +259,8 @@ void store(X* y, Vec sum, int64_t count) {
   if constexpr (std::is_same_v<X, c10::BFloat16>) {
     _mm256_mask_storeu_epi16(y, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
   } else {
-    _mm256_mask_storeu_epi16(y, mask, _mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_mask_storeu_epi16(y, mask,
+                             _mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 }
 
@@ -244,7 +287,8 @@ template <typename X, int T>
 void compute_block(const Job<X>& job, int64_t block, int64_t m_begin, int64_t m_end) {
   const Base& base = job.base;
   const Sidecar& s = job.sidecar;
-  const int64_t n0 = block * kLanes, count = std::min(kLanes, job.n - n0), groups = base.k / base.group;
+  const int64_t n0 = block * kLanes, count = std::min(kLanes, job.n - n0),
+                groups = base.k / base.group;
   const uint8_t* codes = base.codes + block * base.k * kLanes / 2;
   const X* scale = base.scale.const_data_ptr<X>() + block * groups * kLanes;
   const Vec start = job.bias ? load_some(job.bias + n0, count) : _mm512_setzero_ps();
@@ -253,6 +297,8 @@ void compute_block(const Job<X>& job, int64_t block, int64_t m_begin, int64_t m_
     Vec out[M];
     for (int m = 0; m < M; ++m) out[m] = start;
     Sums<M, C> acc;
+    // the base, group by group: exact products of levels, scaled once per group. A group's pairs
+    // are a multiple of 16, so of C
     for (int64_t g = 0; g < groups; ++g) {
       acc.clear();
       const uint8_t* first = codes + g * base.group / 2 * kLanes;
@@ -261,28 +307,35 @@ void compute_block(const Job<X>& job, int64_t block, int64_t m_begin, int64_t m_
       const Vec factor = load16(scale + g * kLanes);
       for (int m = 0; m < M; ++m) out[m] = _mm512_fmadd_ps(acc.total(m), factor, out[m]);
     }
-    for (int32_t e = s.u ? s.u_starts[block] : 0, last = s.u ? s.u_starts[block + 1] : 0; e < last; ++e) {
+    // the sidecar: U z for each slot that this block meets
+    for (int32_t e = s.u ? s.u_starts[block] : 0, last = s.u ? s.u_starts[block + 1] : 0; e < last;
+         ++e) {
       const int32_t* entry = s.u_entries + 3 * e;
       const bits16* panel = s.u + int64_t{entry[0]} * 2 * kLanes;
       Sums<M, 1> add;
       add.clear();
-      multiply<M, 1, T>(add, job.z, m0, entry[1], entry[2],
-                        [&](int64_t p) { return as_pairs(_mm512_loadu_si512(panel + 2 * kLanes * p)); });
+      multiply<M, 1, T>(add, job.z, m0, entry[1], entry[2], [&](int64_t p) {
+        return as_pairs(_mm512_loadu_si512(panel + 2 * kLanes * p));
+      });
       for (int m = 0; m < M; ++m) out[m] = _mm512_add_ps(out[m], add.total(m));
     }
+    // to memory, rounded once; outputs beyond N are masked
     for (int m = 0; m < M; ++m) store(job.y + (m0 + m) * job.n + n0, out[m], count);
   });
 }
 
 // 16 activations as terms.
-void split_terms(const c10::BFloat16* x, uint32_t (&terms)[1][kLanes / 2]) { std::memcpy(terms, x, sizeof terms); }
+void split_terms(const c10::BFloat16* x, uint32_t (&terms)[1][kLanes / 2]) {
+  std::memcpy(terms, x, sizeof terms);
+}
 
 void split_terms(const c10::Half* x, uint32_t (&terms)[2][kLanes / 2]) {
   Vec rest = load16(x);
   for (auto& term : terms) {
     const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rest));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(term), rounded);
-    rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
+    rest = _mm512_sub_ps(
+        rest, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
   }
 }
 
@@ -303,7 +356,8 @@ at::Tensor make_tiles(const at::Tensor& x, int64_t chunk) {
           split_terms(from + (m0 + m) * k + column, pairs);
           for (int64_t p = 0; p < kLanes / 2; ++p)
             for (int t = 0; t < T; ++t)
-              std::memcpy(to + m0 * T * k + place<M, T>(column + 2 * p, m, t), &pairs[t][p], sizeof(uint32_t));
+              std::memcpy(to + m0 * T * k + place<M, T>(column + 2 * p, m, t), &pairs[t][p],
+                          sizeof(uint32_t));
         }
     });
   });
@@ -315,13 +369,18 @@ at::Tensor run(const at::Tensor& x, const Base& base, const X* bias, const Sidec
   const int64_t m = x.size(0);
   at::Tensor y = at::empty({m, n}, x.options());
   if (m == 0) return y;
-  const int64_t row_bytes = base.k * T * static_cast<int64_t>(sizeof(bits16)), work = kLanes * base.k * T;
+  // whole tiles of rows that fit the second-level cache together
+  const int64_t row_bytes = base.k * T * static_cast<int64_t>(sizeof(bits16)),
+                work = kLanes * base.k * T;
   const int64_t chunk = std::max<int64_t>(1, kChunkBytes / row_bytes / kTileRows) * kTileRows;
   const at::Tensor tiles = make_tiles<X, T>(x, chunk);
   const auto* tile_data = reinterpret_cast<const bits16*>(tiles.const_data_ptr());
-  Job<X> job{base, s, Tiles{tile_data, base.k}, Tiles{nullptr, s.width}, bias, y.mutable_data_ptr<X>(), m, n};
+  Job<X> job{
+      base, s, Tiles{tile_data, base.k}, Tiles{nullptr, s.width}, bias, y.mutable_data_ptr<X>(),
+      m,    n};
   at::Tensor z;
   if (s.u) {
+    // first all of z: every block of outputs may need any of it. Zeros, since pairs may be padded
     z = at::zeros({m * T, s.width}, x.options().dtype(at::kBFloat16));
     auto* z_data = reinterpret_cast<bits16*>(z.mutable_data_ptr());
     job.z.data = z_data;
@@ -329,26 +388,31 @@ at::Tensor run(const at::Tensor& x, const Base& base, const X* bias, const Sidec
       project_panel<T>(s, job.x, block, begin, end, z_data);
     });
   }
-  by_tasks(m, chunk, (n + kLanes - 1) / kLanes, work, [&](int64_t block, int64_t begin, int64_t end) {
-    compute_block<X, T>(job, block, begin, end);
-  });
+  by_tasks(m, chunk, (n + kLanes - 1) / kLanes, work,
+           [&](int64_t block, int64_t begin, int64_t end) {
+             compute_block<X, T>(job, block, begin, end);
+           });
   return y;
 }
 
 at::Tensor cpu_linear(const at::Tensor& x_any, const at::Tensor& codes, const at::Tensor& scale,
                       const std::optional<at::Tensor>& bias_any, const std::optional<at::Tensor>& u,
                       const std::optional<at::Tensor>& v, const std::optional<at::Tensor>& gain,
-                      const std::optional<at::Tensor>& index, int64_t n, int64_t group_size, bool quad8) {
+                      const std::optional<at::Tensor>& index, int64_t n, int64_t group_size,
+                      bool quad8) {
   TORCH_CHECK(x_any.dim() == 2, "svsk::cpu_linear: x has ", x_any.dim(), " dimensions, expected 2");
-  TORCH_CHECK(scale.scalar_type() == x_any.scalar_type(), "svsk::cpu_linear: x is ", x_any.scalar_type(),
-              ", the scales are ", scale.scalar_type(), ": cast x to the layer's dtype");
+  TORCH_CHECK(scale.scalar_type() == x_any.scalar_type(), "svsk::cpu_linear: x is ",
+              x_any.scalar_type(), ", the scales are ", scale.scalar_type(),
+              ": cast x to the layer's dtype");
   const int64_t blocks = (n + kLanes - 1) / kLanes, k = x_any.size(1);
-  TORCH_CHECK(codes.numel() * 2 == blocks * kLanes * k && scale.numel() * group_size == blocks * kLanes * k,
-              "svsk::cpu_linear: x has ", k, " columns, which does not fit ", codes.numel(), " bytes of codes for ", n,
-              " outputs");
+  TORCH_CHECK(
+      codes.numel() * 2 == blocks * kLanes * k && scale.numel() * group_size == blocks * kLanes * k,
+      "svsk::cpu_linear: x has ", k, " columns, which does not fit ", codes.numel(),
+      " bytes of codes for ", n, " outputs");
   const at::Tensor x = x_any.contiguous();
   const std::optional<at::Tensor> bias =
-      bias_any ? std::optional<at::Tensor>(bias_any->to(x.scalar_type()).contiguous()) : std::nullopt;
+      bias_any ? std::optional<at::Tensor>(bias_any->to(x.scalar_type()).contiguous())
+               : std::nullopt;
   const Base base{codes.const_data_ptr<uint8_t>(), scale, k, group_size, level_table(quad8)};
   const Sidecar sidecar = u ? read_sidecar(*u, *v, *gain, *index) : Sidecar();
   if (x.scalar_type() == at::kBFloat16) {
@@ -365,7 +429,8 @@ at::Tensor cpu_linear(const at::Tensor& x_any, const at::Tensor& codes, const at
 
 TORCH_LIBRARY_FRAGMENT(svsk, m) {
   m.def(
-      "cpu_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor? u, Tensor? v, Tensor? gain, "
+      "cpu_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor? u, Tensor? v, "
+      "Tensor? gain, "
       "Tensor? index, int n, int group_size, bool quad8) -> Tensor");
 }
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Few tokens.
+"""Few tokens: the packed weight is streamed once.
 
-The packed weight is streamed once, and every code meets the tensor cores as an exact integer.
+Every code meets the tensor cores as an exact integer.
 
 ``acc[BLOCK_N, BLOCK_M] = W x^T``: the weight is the first operand, so that what was unpacked in
 registers stays there, and the tokens are the short side. Products of one plane are scaled in
@@ -10,11 +10,13 @@ float32 after their matrix product; with 64 tokens it takes fewer instructions t
 as well: partial sums go to memory, and whichever program of a block arrives last adds them in the
 order of the splits, so that every run gives the same bits.
 
-Checkpoint                                  Run time (repack_base, repack_sidecar)
-weight_packed  int32 [N, K / 8]             words  int16 [padded N, padded K / 4], codes of a word
-PLANE columns apart
-weight_scale   [N, K / group]               scale  [groups, padded N]
-sidecar_u      int8 [N, B, r]               u      uint8, flat, found through row_table
+Checkpoint                          Run time (repack_base, repack_sidecar)
+weight_packed  int32 [N, K / 8]     words  int16 [padded N, padded K / 4]
+  a word: 8 neighbours in K           a word: 4 codes, PLANE columns apart
+weight_scale   [N, K / group]       scale  [groups of padded K, padded N]
+sidecar_u      int8 [N, B, r]       u      uint8, flat: row after row of each slot, [B * r] padded
+  (4 bits: two neighbours a byte)     (4 bits: two a byte, 16 z columns apart)
+sidecar_v, sidecar_gain             z      [M, z columns], made by shrink.py
 """
 
 import triton
@@ -68,11 +70,12 @@ def decode_kernel(
     PDL: tl.constexpr,  # z comes from a kernel that may still run
     STAGES: tl.constexpr,  # turns whose loads are under way
 ):
-    """``y[m, n] = x W_hat^T + bias`` for one block of BLOCK_N rows, one split of the columns and BLOCK_M tokens.
+    """``y = x W_hat^T + bias`` for one block of BLOCK_N outputs and BLOCK_M tokens.
 
-    Grid: (padded N / BLOCK_N, SPLIT_K, ceil(M / BLOCK_M)).
+    Grid: (padded N / BLOCK_N, SPLIT_K, ceil(M / BLOCK_M)); a program takes one of SPLIT_K runs of
+    columns.
     """
-    # where this program stands; the columns of x beyond M and the outputs beyond N are masked
+    # where this program stands; tokens beyond M are masked, words are padded to whole blocks
     block, split = tl.program_id(0), tl.program_id(1)
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -85,18 +88,17 @@ def decode_kernel(
         # the packed weight: each byte is read once in this launch, so it should not push x out of
         # the cache
         packed = tl.load(word_row + step * STEP, eviction_policy="evict_first")
-        # unpack: or-ing the code into a mantissa and one subtraction, exact integers (or quad8
-        # levels)
+        # unpack: or the code into a mantissa, subtract once; exact integers (or quad8 levels)
         q0, q1, q2, q3 = unpack_codes(packed, DTYPE, ASM, QUAD8)
-        start = (
-            step // (PLANE // STEP) * (4 * PLANE) + step % (PLANE // STEP) * STEP
-        )  # first plane's column
+        # column of the first plane: PLANE // STEP turns go through a block of 4 * PLANE columns
+        start = step // (PLANE // STEP) * (4 * PLANE) + step % (PLANE // STEP) * STEP
         # the activations of each plane's columns
         x0 = load_columns(x_row, start, k, mask_m, DTYPE, STEP, EVEN_K)
         x1 = load_columns(x_row, start + PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
         x2 = load_columns(x_row, start + 2 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
         x3 = load_columns(x_row, start + 3 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
-        # multiply, and scale: as few float32 multiplications as planes with different scales allow
+        # the scales of each plane's columns, and the products: as few float32 multiplications as
+        # planes with different scales allow
         scales = scale + offs_n
         s0 = group_scale(scales, start, n_padded, GROUP)
         if 4 * PLANE <= GROUP:  # the four planes share a scale
@@ -111,7 +113,7 @@ def decode_kernel(
             s1 = group_scale(scales, start + PLANE, n_padded, GROUP)
             s2 = group_scale(scales, start + 2 * PLANE, n_padded, GROUP)
             s3 = group_scale(scales, start + 3 * PLANE, n_padded, GROUP)
-            if SCALE_WEIGHTS:
+            if SCALE_WEIGHTS:  # BLOCK_M sums a row cost more to scale than STEP weights
                 acc = tl.dot(q0 * s0.to(DTYPE), x0, acc)
                 acc = tl.dot(q1 * s1.to(DTYPE), x1, acc)
                 acc = tl.dot(q2 * s2.to(DTYPE), x2, acc)
@@ -150,11 +152,12 @@ def decode_kernel(
         tl.store(y_at, out.to(y.dtype.element_ty), mask=mask)
     else:
         part_at = partial + offs_m.to(tl.int64)[:, None] * n_padded + offs_n[None, :]
-        size = m.to(tl.int64) * n_padded
+        size = m.to(tl.int64) * n_padded  # of a split's sums; 64 bits, since M * N may exceed 2**31
         tl.store(part_at + split * size, out, mask=(offs_m < m)[:, None])
         tl.debug_barrier()  # every thread's partial sums are written before the count says so
         counter = counters + tl.program_id(2) * tl.num_programs(0) + block
         if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT_K - 1:
+            # the last to arrive adds, in the order of the splits: every run gives the same bits
             total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for index in range(SPLIT_K):
                 # .cg: other programs wrote these, so the first-level cache must not answer
@@ -165,4 +168,4 @@ def decode_kernel(
                     cache_modifier=".cg",
                 )
             tl.store(y_at, total.to(y.dtype.element_ty), mask=mask)
-            tl.atomic_xchg(counter, 0)
+            tl.atomic_xchg(counter, 0)  # for the next launch

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding with error feedback inside a block of columns, in one launch.
-
-The quantiser's inner loop on a GPU.
+"""Rounding with error feedback inside a block of columns: the quantiser's inner loop on a GPU.
 
 Column by column, a few small operations each, a model of 8 billion parameters takes millions of
 launches; here a program keeps the errors of its rows in registers and goes through all columns of a
 block. A column is made up for when its turn comes (``w_i - sum_j<i error_j c_ji``) and not after
 each rounding, which needs the errors only.
+
+The quantiser's matrices                    In the launch (feedback_block)
+weight     [N, K], a row per output         work, scale, values, levels, errors  [batch, columns, N]
+  columns of a block lie K apart              a column's rows lie side by side: whole transactions
+coupling   [columns, columns], row j:       coupling  transposed, row i: what column i takes over,
+  what column j does to the later ones        so that a turn of the loop reads one row
 """
 
 from typing import Final
@@ -33,9 +37,8 @@ ROWS: Final = 32
 
 WARPS: Final = 1
 _MAX_BATCH: Final = 65535  # of a grid's second dimension
-_MAGIC: tl.constexpr = tl.constexpr(
-    12582912.0
-)  # 1.5 * 2**23: adding it leaves no bits for a fraction
+_MAGIC: tl.constexpr = tl.constexpr(12582912.0)
+"""1.5 * 2**23: added to a small float32, it leaves no bits for a fraction, halves to even."""
 
 
 @triton.jit
@@ -45,7 +48,9 @@ def nearest_level(ratio, LOW: tl.constexpr, HIGH: tl.constexpr, QUAD8: tl.conste
     Halves go to the even code. See ``svsk_offline.quantizers.rounding``.
     """
     if QUAD8:
+        # Ratios beyond the largest level, 16, end at the last code anyway; 64 is finite.
         size = tl.minimum(tl.abs(ratio), 64.0)
+        # The boundary between the levels of q and q + 1 goes to q + 1/2.
         code = tl.sqrt_rn(size * 8.0 + 15.75) - 4.0
         ratio = tl.where(ratio < 0, -code, code)
     # Within these bounds the sum below keeps the integer part exactly.
@@ -79,7 +84,7 @@ def feedback_kernel(
     # what is computed
     DESCENT: tl.constexpr,  # coordinate descent from values instead of error feedback
     # blocks
-    COLUMNS: tl.constexpr,  # errors a program keeps, a power of two
+    COLUMNS: tl.constexpr,  # errors a program keeps per row, a power of two
     BLOCK_N: tl.constexpr,  # rows per program
 ):
     """BLOCK_N rows of one matrix of a batch, see :func:`feedback_block`.
@@ -94,17 +99,15 @@ def feedback_kernel(
     block_errors = tl.zeros((COLUMNS, BLOCK_N), tl.float32)
     for i in range(count):
         # what the errors of the columns before leave of this one
-        coupling_row = tl.load(
-            coupling + (batch * count + i) * count + earlier, mask=earlier < i, other=0.0
-        )
+        coupling_at = coupling + (batch * count + i) * count + earlier
+        coupling_row = tl.load(coupling_at, mask=earlier < i, other=0.0)
         at = batch_start + i * n
-        target = tl.load(work + at, mask=mask_n, other=0.0) - tl.sum(
-            block_errors * coupling_row[:, None], axis=0
-        )
+        carried = tl.sum(block_errors * coupling_row[:, None], axis=0)
+        target = tl.load(work + at, mask=mask_n, other=0.0) - carried
+        # what the rounding of this column needs: pivot, scale, and where it is now
         pivot = tl.load(pivots + batch * count + i)
-        step = tl.load(
-            scale + batch * scale_batch + i * scale_column + rows, mask=mask_n, other=0.0
-        )
+        scale_row = scale + batch * scale_batch + i * scale_column
+        step = tl.load(scale_row + rows, mask=mask_n, other=0.0)
         previous = tl.zeros((BLOCK_N,), tl.float32)
         if DESCENT:
             previous = tl.load(values + at, mask=mask_n, other=0.0)
@@ -119,6 +122,7 @@ def feedback_kernel(
             error = value - previous
         else:
             error = tl.div_rn(target - value, pivot + tl.zeros((BLOCK_N,), tl.float32))
+        # to memory, and to the registers of later turns
         tl.store(levels + at, level, mask=mask_n)
         tl.store(errors + at, error, mask=mask_n)
         block_errors = tl.where(earlier[:, None] == i, error[None, :], block_errors)
@@ -134,7 +138,7 @@ def feedback_block(
     quad8: bool,
     values: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round the columns of a block one after the other, each to what the errors of those before it leave.
+    """Round a block's columns in turn, each to what the errors of those before it leave.
 
     With ``w_i = work_i - sum_j<i errors_j coupling_ji`` and ``round`` to the nearest level times
     its scale: error feedback (``values`` None) rounds ``w_i`` and leaves the error ``(w_i -

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many tokens.
+"""Many tokens: write ``W_hat``, base and sidecar in one, for an ordinary product in 16 bits.
 
-Write ``W_hat``, base and sidecar in one, as 16-bit floats, for an ordinary matrix product.
-
-Checkpoint                                  Run time (repack_base, repack_sidecar)
-weight_packed  int32 [N, K / 8]             words  int16 [padded N, padded K / 4], codes of a word
-PLANE columns apart
-weight_scale   [N, K / group]               scale  [groups, padded N]
-sidecar_u      int8 [N, B, r]               u      uint8, flat, found through row_table
-sidecar_v      int8 [A, r, K]               v      uint8 [rows of V, pitch], found through
-slot_table
-sidecar_gain   float32 [A, B, r]            gain   float32 [z columns]
+Checkpoint                          Run time (repack_base, repack_sidecar)
+weight_packed  int32 [N, K / 8]     words  int16 [padded N, padded K / 4]
+  a word: 8 neighbours in K           a word: 4 codes, PLANE columns apart
+weight_scale   [N, K / group]       scale  [groups of padded K, padded N]
+sidecar_u      int8 [N, B, r]       u      uint8, flat: row after row of each slot, [B * r] padded
+  (4 bits: two neighbours a byte)     (4 bits: two a byte, 16 z columns apart)
+sidecar_v      int8 [A, r, K]       v      uint8 [rows of V, pitch], found through slot_table
+  (4 bits: two neighbours a byte)     (4 bits: two a byte, 64 columns apart)
+sidecar_gain   float32 [A, B, r]    gain   float32 [z columns], a slot's in the order of its U
 """
 
 import triton
@@ -26,9 +25,9 @@ def _u_block(u_row, column, valid, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """U [BLOCK_N, 16] at z columns ``column`` [1, 16], counted from each row's first."""
     if BITS == 8:
         return wide_factors(tl.load(u_row + column, mask=valid, other=0), DTYPE)
-    low, high = narrow_factors(
-        tl.load(u_row + column // 32 * 16 + column % 16, mask=valid, other=0x88), DTYPE
-    )
+    # a byte holds the z columns c and c + 16; 0x88 is two zeros
+    byte = tl.load(u_row + column // 32 * 16 + column % 16, mask=valid, other=0x88)
+    low, high = narrow_factors(byte, DTYPE)
     return tl.where(column % 32 < 16, low, high)
 
 
@@ -36,29 +35,28 @@ def _u_block(u_row, column, valid, BITS: tl.constexpr, DTYPE: tl.constexpr):
 def _v_block(v_row, column, valid, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """V [16, columns], zero where ``valid`` is false."""
     if BITS == 8:
-        return tl.where(
-            valid, wide_factors(tl.load(v_row + column, mask=valid, other=0), DTYPE), 0.0
-        )
-    low, high = narrow_factors(
-        tl.load(v_row + column // 128 * 64 + column % 64, mask=valid, other=0x88), DTYPE
-    )
+        factors = wide_factors(tl.load(v_row + column, mask=valid, other=0), DTYPE)
+        return tl.where(valid, factors, 0.0)
+    # a byte holds the columns c and c + 64; 0x88 is two zeros
+    byte = tl.load(v_row + column // 128 * 64 + column % 64, mask=valid, other=0x88)
+    low, high = narrow_factors(byte, DTYPE)
     return tl.where(column % 128 < 64, low, high)
 
 
 @triton.jit
 def _write(
-    out_row,
-    q,
-    side,
-    scale,
-    at,
-    k,
-    n_padded,
+    out_row,  # pointers [BLOCK_N, 1] to rows of out
+    q,  # levels [BLOCK_N, PLANE] of dtype DTYPE
+    side,  # float32 [BLOCK_N, PLANE]: U (gain * V)
+    scale,  # pointers [BLOCK_N, 1] to the rows' first scales
+    at,  # first column
+    k,  # inputs K
+    n_padded,  # N padded to whole blocks
     GROUP: tl.constexpr,
     PLANE: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """One plane of ``W_hat``."""
+    """One plane of ``W_hat``: base and sidecar added in float32 and rounded once."""
     columns = at + tl.arange(0, PLANE)
     groups = columns // GROUP
     if not EVEN_K:
@@ -117,70 +115,64 @@ def fold_kernel(
     side1 = tl.zeros((BLOCK_N, PLANE), tl.float32)
     side2 = tl.zeros((BLOCK_N, PLANE), tl.float32)
     side3 = tl.zeros((BLOCK_N, PLANE), tl.float32)
-    # the sidecar: each slot of these rows times each column tile of these columns, 16 ranks at a
-    # time
+    # the sidecar: each slot of these rows, each column tile of these columns, 16 ranks at a time
     if SIDECAR_BITS:
         block = row_start // BLOCK_N + tl.program_id(0)
         ranks = tl.arange(0, 16)
         column0 = (start + tl.arange(0, PLANE))[None, :]
         u_row = u + tl.load(row_table + rows)[:, None]
+        # slots that these rows meet
         for slot in range(tl.load(block_slots + block * 2), tl.load(block_slots + block * 2 + 1)):
             entry = slot_table + slot * 8
             mask_n = ((rows >= tl.load(entry)) & (rows < tl.load(entry + 1)))[:, None]
             v_start, rank, z_start = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
             edge, width, tiles = tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
-            # Tile 0 ends at `edge`, all others are `width` wide; columns of padding belong to the
-            # last.
+            # tiles that these columns meet: tile 0 ends at `edge`, all others are `width` wide, and
+            # columns of padding belong to the last
+            last_tile = tiles - 1
             tile_first = tl.where(
-                start < edge, 0, tl.minimum(1 + (start - edge) // width, tiles - 1)
+                start < edge, 0, tl.minimum(1 + (start - edge) // width, last_tile)
             )
             end = start + 4 * PLANE - 1
-            tile_last = tl.where(end < edge, 0, tl.minimum(1 + (end - edge) // width, tiles - 1))
+            tile_last = tl.where(end < edge, 0, tl.minimum(1 + (end - edge) // width, last_tile))
             for tile in range(tile_first, tile_last + 1):
                 left = tl.where(tile == 0, 0, edge + (tile - 1) * width)
                 right = tl.minimum(edge + tile * width, k)
                 for rank_start in range(0, rank, 16):
+                    # U times gain, once for all four planes; over u_step, so that float16 holds it
                     rank_columns = rank_start + ranks
                     mask_rank = rank_columns < rank
                     z_column = tile * rank + rank_columns
-                    factor = tl.load(gain + z_start + z_column, mask=mask_rank, other=0.0) / u_step(
-                        SIDECAR_BITS
-                    )
-                    left_factor = _u_block(
-                        u_row, z_column[None, :], mask_n & mask_rank[None, :], SIDECAR_BITS, DTYPE
-                    )
-                    left_factor = (left_factor.to(tl.float32) * factor[None, :]).to(DTYPE)
+                    factor = tl.load(gain + z_start + z_column, mask=mask_rank, other=0.0)
+                    factor = factor / u_step(SIDECAR_BITS)
+                    valid = mask_n & mask_rank[None, :]
+                    u_block = _u_block(u_row, z_column[None, :], valid, SIDECAR_BITS, DTYPE)
+                    u_block = (u_block.to(tl.float32) * factor[None, :]).to(DTYPE)
+                    # times V of each plane's columns, as far as they lie in this tile
                     v_row = v + (v_start + rank_columns).to(tl.int64)[:, None] * v_pitch
                     valid = mask_rank[:, None] & (column0 >= left) & (column0 < right)
-                    side0 = tl.dot(
-                        left_factor, _v_block(v_row, column0, valid, SIDECAR_BITS, DTYPE), side0
-                    )
+                    v_block = _v_block(v_row, column0, valid, SIDECAR_BITS, DTYPE)
+                    side0 = tl.dot(u_block, v_block, side0)
                     column = column0 + PLANE
                     valid = mask_rank[:, None] & (column >= left) & (column < right)
-                    side1 = tl.dot(
-                        left_factor, _v_block(v_row, column, valid, SIDECAR_BITS, DTYPE), side1
-                    )
+                    v_block = _v_block(v_row, column, valid, SIDECAR_BITS, DTYPE)
+                    side1 = tl.dot(u_block, v_block, side1)
                     column = column0 + 2 * PLANE
                     valid = mask_rank[:, None] & (column >= left) & (column < right)
-                    side2 = tl.dot(
-                        left_factor, _v_block(v_row, column, valid, SIDECAR_BITS, DTYPE), side2
-                    )
+                    v_block = _v_block(v_row, column, valid, SIDECAR_BITS, DTYPE)
+                    side2 = tl.dot(u_block, v_block, side2)
                     column = column0 + 3 * PLANE
                     valid = mask_rank[:, None] & (column >= left) & (column < right)
-                    side3 = tl.dot(
-                        left_factor, _v_block(v_row, column, valid, SIDECAR_BITS, DTYPE), side3
-                    )
+                    v_block = _v_block(v_row, column, valid, SIDECAR_BITS, DTYPE)
+                    side3 = tl.dot(u_block, v_block, side3)
         side0 *= u_step(SIDECAR_BITS)
         side1 *= u_step(SIDECAR_BITS)
         side2 *= u_step(SIDECAR_BITS)
         side3 *= u_step(SIDECAR_BITS)
     # the base, and the sum of both, rounded once
-    word_at = (
-        words
-        + rows.to(tl.int64)[:, None] * word_stride
-        + (tl.program_id(1) * PLANE + tl.arange(0, PLANE))[None, :]
-    )
-    q0, q1, q2, q3 = unpack_codes(tl.load(word_at), DTYPE, ASM, QUAD8)
+    offs_word = tl.program_id(1) * PLANE + tl.arange(0, PLANE)
+    word_row = words + rows.to(tl.int64)[:, None] * word_stride
+    q0, q1, q2, q3 = unpack_codes(tl.load(word_row + offs_word[None, :]), DTYPE, ASM, QUAD8)
     out_row = out + offs_out.to(tl.int64)[:, None] * k
     scales = scale + rows[:, None]
     _write(out_row, q0, side0, scales, start, k, n_padded, GROUP, PLANE, EVEN_K)

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""More tokens than decode, fewer than pay for writing the weight out.
-
-Large blocks, weights scaled in registers.
+"""More tokens than decode, fewer than pay for writing the weight out: weights scaled in registers.
 
 Each weight is multiplied by its scale once (half an instruction) instead of each partial sum, which
 decode does because it has few of them. Programs are numbered so that those running together share
 blocks of rows: the packed weight is read from memory once, and from the second-level cache for
 every further block of tokens.
 
-Checkpoint                                  Run time (repack_base, repack_sidecar)
-weight_packed  int32 [N, K / 8]             words  int16 [padded N, padded K / 4], codes of a word
-PLANE columns apart
-weight_scale   [N, K / group]               scale  [groups, padded N]
-sidecar_u      int8 [N, B, r]               u      uint8, flat, found through row_table
+Checkpoint                          Run time (repack_base, repack_sidecar)
+weight_packed  int32 [N, K / 8]     words  int16 [padded N, padded K / 4]
+  a word: 8 neighbours in K           a word: 4 codes, PLANE columns apart
+weight_scale   [N, K / group]       scale  [groups of padded K, padded N]
+sidecar_u      int8 [N, B, r]       u      uint8, flat: row after row of each slot, [B * r] padded
+  (4 bits: two neighbours a byte)     (4 bits: two a byte, 16 z columns apart)
+sidecar_v, sidecar_gain             z      [M, z columns], made by shrink.py
 """
 
 import triton
@@ -73,25 +73,24 @@ def gemm_kernel(
     scales = scale + offs_n
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
-        # unpack four planes, exact
+        # load and unpack four planes: exact integers (or quad8 levels)
         q0, q1, q2, q3 = unpack_codes(tl.load(word_row + step * STEP), DTYPE, ASM, QUAD8)
-        start = (
-            step // (PLANE // STEP) * (4 * PLANE) + step % (PLANE // STEP) * STEP
-        )  # first plane's column
+        # column of the first plane: PLANE // STEP turns go through a block of 4 * PLANE columns
+        start = step // (PLANE // STEP) * (4 * PLANE) + step % (PLANE // STEP) * STEP
         # the activations of each plane's columns
         x0 = load_columns(x_row, start, k, mask_m, DTYPE, STEP, EVEN_K)
         x1 = load_columns(x_row, start + PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
         x2 = load_columns(x_row, start + 2 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
         x3 = load_columns(x_row, start + 3 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
         # scale the weights, multiply: one rounding to DTYPE per weight
-        acc = tl.dot(q0 * group_scale(scales, start, n_padded, GROUP).to(DTYPE), x0, acc)
-        acc = tl.dot(q1 * group_scale(scales, start + PLANE, n_padded, GROUP).to(DTYPE), x1, acc)
-        acc = tl.dot(
-            q2 * group_scale(scales, start + 2 * PLANE, n_padded, GROUP).to(DTYPE), x2, acc
-        )
-        acc = tl.dot(
-            q3 * group_scale(scales, start + 3 * PLANE, n_padded, GROUP).to(DTYPE), x3, acc
-        )
+        s0 = group_scale(scales, start, n_padded, GROUP).to(DTYPE)
+        acc = tl.dot(q0 * s0, x0, acc)
+        s1 = group_scale(scales, start + PLANE, n_padded, GROUP).to(DTYPE)
+        acc = tl.dot(q1 * s1, x1, acc)
+        s2 = group_scale(scales, start + 2 * PLANE, n_padded, GROUP).to(DTYPE)
+        acc = tl.dot(q2 * s2, x2, acc)
+        s3 = group_scale(scales, start + 3 * PLANE, n_padded, GROUP).to(DTYPE)
+        acc = tl.dot(q3 * s3, x3, acc)
     # epilogue: U z, bias, and tokens as the rows of y
     if SIDECAR_BITS:
         acc = add_sidecar(

@@ -386,7 +386,7 @@ def fold(
 
 
 def rows_at_a_time(k: int, itemsize: int) -> int:
-    """Rows of ``k`` columns that :func:`matmul_folded` writes out at a time, a multiple of FOLD_ROWS."""
+    """Rows of ``k`` columns that :func:`matmul_folded` writes out at a time: whole FOLD_ROWS."""
     return max(FOLD_ROWS, _FOLD_BYTES // (k * itemsize) // FOLD_ROWS * FOLD_ROWS)
 
 

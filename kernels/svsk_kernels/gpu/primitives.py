@@ -178,7 +178,7 @@ def narrow_factors(stored, DTYPE: tl.constexpr):
 
 @triton.jit
 def u_step(BITS: tl.constexpr):
-    """Power of two that U is taken in and z over, which keeps z in the range of the layer's outputs (float16)."""
+    """Power of two that U is taken in and z over: it keeps z in the range of outputs (float16)."""
     return 0.0078125 if BITS == 8 else 0.125
 
 
@@ -229,37 +229,36 @@ def add_sidecar(
     side = tl.zeros(acc.shape, tl.float32)
     mask_m = (offs_m < m)[None, :]
     z_row = z + offs_m.to(tl.int64)[None, :] * z_stride
-    # all z columns that any of these rows takes, 32 at a time; a row's factors are zero outside its
-    # own
+    # all z columns that any of these rows takes, 32 at a time: what 16 bytes of 4-bit factors hold.
+    # A row's factors are zero outside its own columns
     for start in range(tl.min(first), tl.max(last), 32):
         column = start // 16 * 16  # says so to the compiler
         if BITS == 8:
             columns = column + tl.arange(0, 32)
+            # U of these rows, z of these columns (zero in padding, where z holds anything)
             inside = (columns[None, :] >= first[:, None]) & (columns[None, :] < last[:, None])
             factors = tl.load(u + (at - first)[:, None] + columns[None, :], mask=inside, other=0)
             valid = tl.load(z_used + columns, mask=columns < z_stride, other=0) != 0
-            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0).to(
-                DTYPE
-            )
+            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0)
+            values = values.to(DTYPE)
             side = tl.dot(wide_factors(factors, DTYPE), values, side)
         else:
             half = tl.arange(0, 16)
             inside = ((column >= first) & (column < last))[:, None]
+            # U: a byte holds the z columns c and c + 16
             place = at + (column - first) // 2
-            factors = tl.load(
-                u + tl.multiple_of(place, 16)[:, None] + half[None, :], mask=inside, other=0x88
-            )
+            offs_u = tl.multiple_of(place, 16)[:, None] + half[None, :]
+            factors = tl.load(u + offs_u, mask=inside, other=0x88)  # 0x88 is two zeros
             low, high = narrow_factors(factors, DTYPE)
+            # z of the first 16 columns, then of the second
             columns = column + half
             valid = tl.load(z_used + columns) != 0
-            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0).to(
-                DTYPE
-            )
+            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0)
+            values = values.to(DTYPE)
             side = tl.dot(low, values, side)
             columns = columns + 16
             valid = tl.load(z_used + columns) != 0
-            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0).to(
-                DTYPE
-            )
+            values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0)
+            values = values.to(DTYPE)
             side = tl.dot(high, values, side)
     return acc + side * u_step(BITS)

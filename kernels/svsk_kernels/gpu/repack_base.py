@@ -77,7 +77,7 @@ def unpack_base(words: torch.Tensor, n: int, k: int, plane: int) -> torch.Tensor
 
 
 def pack_scale(scale: torch.Tensor, plane: int, group_size: int) -> torch.Tensor:
-    """Scales [N, K / g] as [groups of the padded columns, padded rows], zero where there is padding."""
+    """Scales [N, K / g] as [groups of the padded columns, padded rows], zero in padding."""
     n, groups = scale.shape
     block = 4 * plane
     padded = ceil_div(groups * group_size, block) * block // group_size

@@ -183,7 +183,7 @@ def _edges(bundle: Bundle) -> tuple[int, int]:
 
 
 def _halves(values: torch.Tensor, half: int) -> torch.Tensor:
-    """4-bit integers int8 [..., multiple of 2 * half] as bytes, the first half of each pair in the low nibbles."""
+    """4-bit integers, int8 [..., 2 * half * c], as bytes: first halves in the low nibbles."""
     pairs = (values + 8).to(torch.uint8).unflatten(-1, (-1, 2, half))
     packed: torch.Tensor = pairs[..., 0, :] | pairs[..., 1, :] << 4
     return packed.flatten(-2)

@@ -42,7 +42,7 @@ class TritonKernel:
         return None if works else reason
 
     def prepare(self, layer: Any) -> None:
-        """Replace the loaded parameters by run-time tensors, and compile all that any number of rows may need."""
+        """Replace the parameters by run-time tensors, compile what any number of rows may need."""
         sidecar = (None, None, None)
         if self.matmul.spec.plan is not None:
             sidecar = (layer.sidecar_u.data, layer.sidecar_v.data, layer.sidecar_gain.data)

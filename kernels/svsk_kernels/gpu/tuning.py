@@ -34,7 +34,7 @@ MAX_SPLIT_K: Final = 8
 """More splits cost more in partial sums than they bring in parallelism."""
 
 FOLD_FROM: Final = 1025
-"""Tokens from which writing the weight out and multiplying it as usual is faster, where nothing was measured."""
+"""Tokens from which it is faster to write the weight out first, where nothing was measured."""
 
 
 class TuningError(KernelError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading Nsight Compute's table, as ``ncu --csv --page raw`` prints it, and joining it with what was launched."""
+"""Reading Nsight Compute's table (``ncu --csv --page raw``), and joining it with the launches."""
 
 import csv
 import io
@@ -89,7 +89,7 @@ def test_launches_meet_their_counters_in_order() -> None:
 
 
 def test_a_run_with_a_stand_in_for_ncu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A script in ncu's place prints what the profiled process and ncu would, and keeps its arguments."""
+    """A script in ncu's place prints what the process and ncu would, and keeps its arguments."""
     printed = json.dumps(LAUNCHED | {"kernels": ["decode_kernel"]}) + "\n" + table([DECODE], UNITS)
     (tmp_path / "printed").write_text(printed)
     stand_in = tmp_path / "ncu"

@@ -187,7 +187,7 @@ def test_conversions_inside_the_main_loop_are_counted_on_hopper_too() -> None:
 
 
 def test_a_missing_barrier_is_found() -> None:
-    """The compiler puts one before every atomic, so one has to be taken out of the binary's text."""
+    """The compiler puts one before every atomic: one is taken out of the binary's text."""
     kernel = compiled(80, "split")
     sass = disassemble(kernel.asm["cubin"])
     assert unordered(parse_sass(sass, kernel.entry), "global_store", "counter") == []

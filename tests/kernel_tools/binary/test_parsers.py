@@ -162,7 +162,7 @@ module attributes {"ttg.num-warps" = 4 : i32, "ttg.threads-per-warp" = 32 : i32}
     %f = tt.load %c#1 : tensor<64x64x!tt.ptr<i16>, #blocked>
     %g = tt.load %b : tensor<32x16x!tt.ptr<f16>, #linear>
     %h = tt.atomic_rmw fadd, acq_rel, gpu, %b, %g, %t
-"""
+"""  # noqa: E501 - the compiler's own lines
 
 
 def test_loads_are_followed_through_loops() -> None:

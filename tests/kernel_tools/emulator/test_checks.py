@@ -297,7 +297,7 @@ def test_matrix_products(capability: int, n: int, k: int, kind: torch.dtype, lat
 
 
 def _compiled_matmul() -> tuple[Any, dict[str, Any]]:
-    """A product whose A comes from registers or shared memory and whose B from shared memory, for sm_90."""
+    """A product for sm_90: A from registers or shared memory, B from shared memory."""
     a, b, c = torch.randn(64, 64).half(), torch.randn(64, 32).half(), torch.zeros(64, 32)
     with emulated(90):
         compiled = matmul_kernel[(1,)](
@@ -396,7 +396,8 @@ def test_a_count_that_says_too_much() -> None:
 def test_threads_of_a_block_meet_in_global_memory_only_over_a_barrier() -> None:
     body = """
         mad.wide.u32 %rd2, %r1, 4, %rd1; st.global.b32 [ %rd2 + 0 ], { %r1 };
-        WAIT xor.b32 %r2, %r1, 33; mad.wide.u32 %rd3, %r2, 4, %rd1; ld.global.b32 { %r3 }, [ %rd3 + 0 ];
+        WAIT xor.b32 %r2, %r1, 33; mad.wide.u32 %rd3, %r2, 4, %rd1;
+        ld.global.b32 { %r3 }, [ %rd3 + 0 ];
         bar.sync 0; st.global.b32 [ %rd2 + 0 ], { %r3 };
         """
     out = torch.full((64,), -1, dtype=torch.int32)

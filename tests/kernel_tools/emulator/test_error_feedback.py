@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantiser's kernel as compiled for a GPU, executed on the CPU, against the loop that a CPU runs."""
+"""The quantiser's kernel as compiled for a GPU, run on the CPU, against the CPU's own loop."""
 
 import os
 
@@ -28,7 +28,7 @@ from svsk_offline.quantizers.error_feedback import Levels, round_in_a_loop
 def test_compiled_kernel_is_the_loop(
     arch: int, batch: int, count: int, n: int, levels: Levels, descent: bool
 ) -> None:
-    """A ratio that float32 cannot tell from a border may fall the other way, and change its row from there on."""
+    """A ratio as good as on a border may fall the other way, and change its row from there on."""
     generator = torch.Generator().manual_seed(count)
     work = torch.randn(batch, count, n, generator=generator) * 3
     coupling = (torch.randn(batch, count, count, generator=generator) * 0.3 / count**0.5).triu(1)

@@ -83,7 +83,7 @@ def test_float_arithmetic_rounds_once(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
 def test_fma_where_two_roundings_would_err(kind: str) -> None:
-    """``1 + half a unit`` and a trace more or less, far below what the sum's own format can hold."""
+    """``1 + half a unit`` and a trace more or less, far below what the sum's format can hold."""
     precision = FORMATS[kind][0]
     tiny = 2.0**-12 if kind == "f16" else 2.0**-60  # times itself
     a = torch.tensor([tiny, tiny, -tiny, 0.0] * 8, dtype=DTYPES[kind])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The emulator's instructions one by one, against exact arithmetic and the layouts of the PTX ISA."""
+"""The emulator's instructions one by one, against exact arithmetic and the PTX ISA's layouts."""
 
 import itertools
 from collections.abc import Callable
@@ -286,7 +286,7 @@ def test_ldmatrix_and_stmatrix(transposed: bool) -> None:
 
 
 def test_descriptors_without_swizzle() -> None:
-    """Core matrices of 8 rows of 16 bytes, 128 bytes each, at the offsets that the descriptor names."""
+    """Core matrices of 8 rows of 16 bytes, 128 bytes each, at the descriptor's offsets."""
     start, leading, stride = 2048, 256, 1024
     descriptor = start >> 4 | leading >> 4 << 16 | stride >> 4 << 32
     by_k, by_outer = (

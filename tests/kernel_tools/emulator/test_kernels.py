@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project's kernels as compiled for sm_80 and sm_90, executed on the CPU, against the reference in float64."""
+"""The kernels as compiled for sm_80 and sm_90, run on the CPU, against the reference in float64."""
 
 import os
 import re

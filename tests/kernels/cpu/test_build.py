@@ -61,7 +61,7 @@ def test_one_build_serves_later_processes(built: list[Path], tmp_path: Path) -> 
 def test_a_library_of_another_machine_is_not_taken(
     built: list[Path], monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """A home folder may be shared by machines with different processors, compilers and C libraries."""
+    """Machines that share a home folder may differ in processors, compilers and C libraries."""
     obstacle()
     if change == "compiler":
         monkeypatch.setattr(cpu_build, "_version", lambda compiler: f"{compiler} 13.1")

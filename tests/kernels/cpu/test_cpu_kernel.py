@@ -154,7 +154,7 @@ def test_large_and_tiny_float16_activations() -> None:
 
 
 def test_rows_without_sidecar_and_bundles() -> None:
-    """Two parts with different column tiles, and rows between them that belong to neither, cut a block of outputs."""
+    """Parts with different column tiles, and rows of neither between, cut a block of outputs."""
     first, second = linear(8, 64, 2, (4, 48)), linear(6, 64, 3, (0, 32))
     spec_1, layer_1 = loaded_layer(first, torch.bfloat16)
     spec_2, layer_2 = loaded_layer(second, torch.bfloat16)
