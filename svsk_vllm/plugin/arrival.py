@@ -96,7 +96,7 @@ def _recording(layer: Any, loader: str) -> Loader:
 
     The closure must not hold the layer, which would keep it alive.
     """
-    held, own = weakref.ref(layer), getattr(type(layer), loader)
+    held, own_loader = weakref.ref(layer), getattr(type(layer), loader)
 
     def load(param: torch.Tensor, loaded_weight: torch.Tensor, loaded_shard_id: Any = None) -> Any:
         layer = held()
@@ -105,7 +105,7 @@ def _recording(layer: Any, loader: str) -> Loader:
             for name, parameter in layer.named_parameters(recurse=False):
                 if parameter is param:
                     record.seen.setdefault(name, set()).update(loaded_shards(loaded_shard_id))
-        return own(
+        return own_loader(
             layer, param, loaded_weight, *(() if loaded_shard_id is None else (loaded_shard_id,))
         )
 

@@ -23,7 +23,7 @@ __all__ = ["choose_kernel"]
 _VARIABLE = "SVSK_KERNEL"
 _KEY = "svsk_kernels"
 _VERSION_KEY = "svsk_version"
-_CHOICES = ("auto", "fused", "split", "portable", "reference")
+_NAMES = ("auto", "fused", "split", "portable", "reference")
 _logger = logging.getLogger("vllm.svsk")  # vLLM shows what is logged below its own name
 _warned: set[str] = set()  # kernels that a warning has been logged about
 
@@ -49,27 +49,27 @@ def choose_kernel(
         SvskFormatError: no kernel takes the layer, or not the one asked for, or the variable has
             another value.
     """
-    wanted = os.environ.get(_VARIABLE, "auto")
-    if wanted not in _CHOICES:
-        raise SvskFormatError(f"{_VARIABLE}={wanted}: expected one of {', '.join(_CHOICES)}.")
+    name = os.environ.get(_VARIABLE, "auto")
+    if name not in _NAMES:
+        raise SvskFormatError(f"{_VARIABLE}={name}: expected one of {', '.join(_NAMES)}.")
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         # The system permits AMX to a process that asks, as oneDNN does for a dense model. Attention
         # of vLLM does not, and without a product of oneDNN before it the process ended with an
         # illegal instruction.
         torch.cpu._init_amx()
-    kernel = _choose(wanted, prefix, spec, full_shape, device)
+    kernel = _choose(name, prefix, spec, full_shape, device)
     _tell_compiler(kernel)
     return kernel
 
 
 def _choose(
-    wanted: str, prefix: str, spec: LayerSpec, full_shape: tuple[int, int], device: torch.device
+    name: str, prefix: str, spec: LayerSpec, full_shape: tuple[int, int], device: torch.device
 ) -> LayerKernel:
-    if wanted == "reference":
+    if name == "reference":
         _note(spec.n, spec.k, "the dequantised weight")
         return ReferenceKernel(spec)
     obstacles: list[str] = []
-    if wanted in ("auto", "fused"):
+    if name in ("auto", "fused"):
         obstacle = (
             CpuKernel.obstacle(spec)
             if device.type == "cpu"
@@ -78,16 +78,16 @@ def _choose(
         if not obstacle:
             _note(spec.n, spec.k, f"the {'CPU' if device.type == 'cpu' else 'Triton'} kernel")
             return CpuKernel(spec) if device.type == "cpu" else TritonKernel(spec, device)
-        if wanted == "fused":
+        if name == "fused":
             raise SvskFormatError(
                 f"{prefix}: {_VARIABLE}=fused, but {obstacle}. Unset it, or set it to portable."
             )
         obstacles.append(obstacle)
-    if wanted != "portable":
+    if name != "portable":
         try:
             kernel = SplitKernel(prefix, spec, full_shape, device)
         except NoBaseKernelError as error:
-            if wanted == "split" or (device.type != "cpu" and spec.dtype != torch.float32):
+            if name == "split" or (device.type != "cpu" and spec.dtype != torch.float32):
                 raise
             obstacles.append(error.reason)
         else:

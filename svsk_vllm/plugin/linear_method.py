@@ -213,10 +213,10 @@ class SvskLinearMethod(LinearMethodBase):
         if self.origin.stored is None:
             return
         sizes = fused_sizes(layer) or [output_size]
-        wanted = (
+        rows = (
             sizes if len(sizes) == len(self.parts) else [sum(sizes)] if len(self.parts) == 1 else []
         )
-        for spec, want in zip(self.origin.stored, wanted, strict=False):
+        for spec, want in zip(self.origin.stored, rows, strict=False):
             # Layers of merged columns may repeat groups of rows on each rank, and then have more
             # than are stored.
             repeats = isinstance(layer, MergedColumnParallelLinear) and spec.n < want

@@ -187,22 +187,23 @@ class SvskConfig(QuantizationConfig):
     def stored(self) -> StoredModules:
         """The stored modules; none are known where no safetensors can be looked into."""
         if self._stored is None:
-            known = (
+            readable = (
                 self._model is not None
                 and str(get_current_vllm_config().load_config.load_format) not in _MADE_UP
             )
-            tensors = read_headers(str(self._model), self._revision) if known else {}
+            tensors = read_headers(str(self._model), self._revision) if readable else {}
             self._stored = StoredModules(tensors, self._renames)
         return self._stored
 
     def _refuse_others(self, layer: torch.nn.Module, prefix: str) -> None:
         """Refuse quantised embeddings, output heads and experts: those are served as vLLM does."""
         if isinstance(layer, VocabParallelEmbedding):
-            own = self.stored.find(prefix)
+            stored_name = self.stored.find(prefix)
             targeted = isinstance(layer, ParallelLMHead) and (
-                own is not None or not self.stored.tensors
+                stored_name is not None or not self.stored.tensors
             )
-            names = [own or prefix] if self._is_quantized(own, prefix if targeted else None) else []
+            quantized = self._is_quantized(stored_name, prefix if targeted else None)
+            names = [stored_name or prefix] if quantized else []
             kind = "output heads" if isinstance(layer, ParallelLMHead) else "embeddings"
         elif any(
             "Experts" in cls.__name__ or "FusedMoE" in cls.__name__ for cls in type(layer).__mro__
@@ -220,13 +221,13 @@ class SvskConfig(QuantizationConfig):
                 f" --ignore {names[0]}."
             )
 
-    def _is_quantized(self, own: str | None, targeted: str | None) -> bool:
+    def _is_quantized(self, stored_name: str | None, targeted: str | None) -> bool:
         """Whether a stored module is, or one that is looked for among the targets by its name."""
-        if own is not None and self.stored.suffixes(own) & set(SUFFIXES):
+        if stored_name is not None and self.stored.suffixes(stored_name) & set(SUFFIXES):
             return True
         return (
             targeted is not None
-            and self._renamed().scheme_for(own or targeted, by_class=False) is not None
+            and self._renamed().scheme_for(stored_name or targeted, by_class=False) is not None
         )
 
     def _parts(self, layer: torch.nn.Module, prefix: str) -> list[str]:
@@ -257,25 +258,25 @@ class SvskConfig(QuantizationConfig):
         A linear that only a class name targets and that is stored as it was is not quantised: vLLM
         has linears where transformers has other modules.
         """
-        own = self.stored.find(name)
-        if own is None:
+        stored = self.stored.find(name)
+        if stored is None:
             return self._renamed().scheme_for(self._from_siblings(name))
-        scheme = self.checkpoint.scheme_for(own)
-        held = self.stored.suffixes(own)
+        scheme = self.checkpoint.scheme_for(stored)
+        held = self.stored.suffixes(stored)
         if "weight" in held and held & set(SUFFIXES):
             raise SvskFormatError(
-                f"{own}: stored both dense (.weight) and quantised. Remove one from the folder."
+                f"{stored}: stored both dense (.weight) and quantised. Remove one from the folder."
             )
         if held & set(SUFFIXES):
             if scheme is None:
                 raise SvskFormatError(
-                    f"{own}: stored quantised, but config.json does not quantise it. Correct it."
+                    f"{stored}: stored quantised, but config.json does not quantise it. Correct it."
                 )
         elif "weight" in held and scheme is not None:
-            if self.checkpoint.scheme_for(own, by_class=False) is not None:
+            if self.checkpoint.scheme_for(stored, by_class=False) is not None:
                 raise SvskFormatError(
-                    f"{own}.weight: stored as it was, but config.json quantises {own}. Add it to"
-                    " the ignore list, or quantise it."
+                    f"{stored}.weight: stored as it was, but config.json quantises {stored}. Add"
+                    " it to the ignore list, or quantise it."
                 )
             return None
         return scheme
@@ -285,7 +286,9 @@ class SvskConfig(QuantizationConfig):
         parent, _, last = name.rpartition(".")
         if not parent or not self.stored.tensors:
             return name
-        parents = {own.rpartition(".")[0] for own in self.stored.below(parent) if own.count(".")}
+        parents = {
+            child.rpartition(".")[0] for child in self.stored.below(parent) if child.count(".")
+        }
         return f"{next(iter(parents))}.{last}" if len(parents) == 1 else name
 
     def _renamed(self) -> SvskCheckpointConfig:

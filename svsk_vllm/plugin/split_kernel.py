@@ -158,8 +158,8 @@ def _vllm_kernel(
 
 
 def _config(values: dict[str, Any]) -> MPLinearLayerConfig:
-    known = {field.name for field in dataclasses.fields(MPLinearLayerConfig)}
-    return MPLinearLayerConfig(**{key: value for key, value in values.items() if key in known})
+    names = {field.name for field in dataclasses.fields(MPLinearLayerConfig)}
+    return MPLinearLayerConfig(**{key: value for key, value in values.items() if key in names})
 
 
 def _instance(kernel: type, config: MPLinearLayerConfig) -> Any:

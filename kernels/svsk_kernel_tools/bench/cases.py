@@ -157,7 +157,7 @@ def checked_choices(case: Case, gpu: Gpu, m: int) -> list[Choice]:
     if not case.every_kernel:
         return [choice_for(choices_for(gpu, *size), m)]
     changes: dict[str, Any] = {"split_k": min(2, case.k // (4 * plane_length(case.k))) or 1}
-    found = [replace(forced_choice("decode", gpu, *size, m), **changes)]
+    choices = [replace(forced_choice("decode", gpu, *size, m), **changes)]
     if m > 33 or gpu.capability == 0:
-        found += [forced_choice(kernel, gpu, *size, m) for kernel in ("gemm", "fold")]
-    return found
+        choices += [forced_choice(kernel, gpu, *size, m) for kernel in ("gemm", "fold")]
+    return choices

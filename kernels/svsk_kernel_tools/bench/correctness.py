@@ -61,9 +61,9 @@ def poisoned() -> Iterator[None]:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
     """Frobenius norm of the difference over that of ``expected``."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    return float((y.double() - expected.double()).norm() / expected.double().norm())
 
 
 def check_case(case: Case, device: torch.device, graphs: bool = True) -> Iterator[Finding]:
@@ -84,9 +84,9 @@ def check_case(case: Case, device: torch.device, graphs: bool = True) -> Iterato
             yield _check(
                 f"{case.name}, M = {m}, {choice.kernel}", layer, (x, other), bias, choice, graphs
             )
-        found = layer.dispatched(x, bias)
-        error = relative_error(found, layer.expected(x, bias))
-        yield Finding(f"{case.name}, M = {m}, dispatched", error, _accuracy(found, error))
+        y = layer.dispatched(x, bias)
+        error = relative_error(y, layer.expected(x, bias))
+        yield Finding(f"{case.name}, M = {m}, dispatched", error, _accuracy(y, error))
 
 
 def _check(
@@ -99,14 +99,14 @@ def _check(
 ) -> Finding:
     x, device = inputs[0], inputs[0].device
     with poisoned():
-        found = layer.run(x, choice, bias)
-    error = relative_error(found, layer.expected(x, bias))
-    problems = list(_accuracy(found, error))
+        y = layer.run(x, choice, bias)
+    error = relative_error(y, layer.expected(x, bias))
+    problems = list(_accuracy(y, error))
     if not problems:  # otherwise nothing below can be equal
         exact = _exact(layer, x, bias, choice)
         if not all(torch.equal(exact, _exact(layer, x, bias, choice)) for _ in range(_REPEATS)):
             problems.append("repeated runs differ")
-        if choice.kernel != "fold" and not torch.equal(exact, found):
+        if choice.kernel != "fold" and not torch.equal(exact, y):
             problems.append("results differ where memory was filled before")
         if device.type == "cuda":
             problems += _same_on_gpu(layer, inputs, bias, choice, exact, graphs)
@@ -115,15 +115,15 @@ def _check(
     return Finding(what, error, tuple(problems))
 
 
-def _accuracy(found: torch.Tensor, error: float) -> tuple[str, ...]:
-    if not bool(found.isfinite().all()):
+def _accuracy(y: torch.Tensor, error: float) -> tuple[str, ...]:
+    if not bool(y.isfinite().all()):
         return (
             (
-                f"{int((~found.isfinite()).sum())} of {found.numel()} outputs were not written, or"
+                f"{int((~y.isfinite()).sum())} of {y.numel()} outputs were not written, or"
                 " are not finite"
             ),
         )
-    bound = BOUNDS[found.dtype]
+    bound = BOUNDS[y.dtype]
     return () if error < bound else (f"relative error {error:.2e}, expected less than {bound:.0e}",)
 
 
@@ -150,7 +150,7 @@ def _same_on_gpu(
     inputs: tuple[torch.Tensor, torch.Tensor],
     bias: torch.Tensor | None,
     choice: Choice,
-    found: torch.Tensor,
+    y: torch.Tensor,
     graphs: bool,
 ) -> list[str]:
     """Checks that only a GPU can fail: all bit for bit."""
@@ -163,7 +163,7 @@ def _same_on_gpu(
         and gpu_of(x.device).dependent_launch
     ):
         changed = replace(choice, pdl=not choice.pdl)
-        for given, wanted in ((x, found), (other, second)) * _REPEATS:
+        for given, wanted in ((x, y), (other, second)) * _REPEATS:
             if not torch.equal(wanted, layer.run(given, changed, bias)):
                 problems.append("results with and without dependent launch differ")
                 break
@@ -171,9 +171,9 @@ def _same_on_gpu(
         _exact(layer, x, bias, choice, asm=True), _exact(layer, x, bias, choice, asm=False)
     ):
         problems.append("results of inline PTX and of plain Triton differ")
-    if graphs and not _graphs_agree(layer, inputs, bias, choice, (found, second)):
+    if graphs and not _graphs_agree(layer, inputs, bias, choice, (y, second)):
         problems.append("a replayed CUDA graph and an eager run differ")
-    if not _streams_agree(layer, inputs, bias, choice, (found, second)):
+    if not _streams_agree(layer, inputs, bias, choice, (y, second)):
         problems.append("results on two streams at a time differ from those on one")
     return problems
 
@@ -186,12 +186,12 @@ def _graphs_agree(
     expected: tuple[torch.Tensor, torch.Tensor],
 ) -> bool:
     """Replay three products in a graph, with other inputs each time."""
-    (x, other), (found, second) = inputs, expected
+    (x, other), (y, second) = inputs, expected
     static = x.clone()
     graph, outputs = capture(  # one after the other, as the layers of a model
         x.device, lambda: [_exact(layer, given, bias, choice) for given in (static, other, static)]
     )
-    for given, wanted in ((x, found), (other, second), (x, found)):
+    for given, wanted in ((x, y), (other, second), (x, y)):
         static.copy_(given)
         graph.replay()
         if not all(map(torch.equal, outputs, (wanted, second, wanted))):
@@ -208,15 +208,15 @@ def _streams_agree(
 ) -> bool:
     """Run both inputs at the same time, the second on a stream of its own."""
     device = inputs[0].device
-    here, side = torch.cuda.current_stream(device), capture_stream(device)
-    side.wait_stream(here)
+    current, side = torch.cuda.current_stream(device), capture_stream(device)
+    side.wait_stream(current)
     pairs = []
     for _ in range(_REPEATS):
         first = _exact(layer, inputs[0], bias, choice)
         with torch.cuda.stream(side):
             second = _exact(layer, inputs[1], bias, choice)
         pairs.append((first, second))
-    here.wait_stream(side)
+    current.wait_stream(side)
     torch.cuda.synchronize(device)
     return all(
         torch.equal(first, expected[0]) and torch.equal(second, expected[1])

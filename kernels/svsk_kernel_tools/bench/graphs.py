@@ -34,16 +34,16 @@ def capture(
         The graph, and what ``body`` returned while captured: its tensors hold the results of the
         latest replay.
     """
-    stream, here = capture_stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(here)
+    stream, current = capture_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         body()
-    here.wait_stream(stream)
+    current.wait_stream(stream)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             result = body()
     finally:
-        torch.cuda.set_stream(here)  # torch leaves its own behind when a capture fails
+        torch.cuda.set_stream(current)  # torch leaves its own behind when a capture fails
     return graph, result

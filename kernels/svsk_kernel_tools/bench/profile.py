@@ -106,7 +106,7 @@ def parse_ncu(text: str) -> list[Profiled]:
         raise BenchError(f"ncu printed no table. Its output ends: {' / '.join(lines[-6:])[-900:]}")
     names, units, *rows = list(csv.reader(io.StringIO("\n".join(lines[start:]))))
     unit_of = dict(zip(names, units, strict=False))
-    found = []
+    launches = []
     for row in rows:
         if len(row) != len(names):
             continue  # a message after the table
@@ -116,8 +116,8 @@ def parse_ncu(text: str) -> list[Profiled]:
             number = _number(values.get(metric, ""))
             if number is not None:
                 metrics[key] = number * _factor(metric, unit_of[metric])
-        found.append(Profiled(values["Kernel Name"], metrics))
-    return found
+        launches.append(Profiled(values["Kernel Name"], metrics))
+    return launches
 
 
 def _number(text: str) -> float | None:

@@ -300,9 +300,9 @@ def _entry(report: Report, shape: Shape) -> Entry:
         results.setdefault(record["max_m"], {})[Choice(**record["choice"])] = record["us"]
     choices = select(results)
     for record in records:
-        taken = next(
+        chosen = next(
             c for c in choices if c.max_m is None or (record["max_m"] or 1 << 62) <= c.max_m
         )
-        record["chosen"] = replace(taken, max_m=None) == Choice(**record["choice"])
+        record["chosen"] = replace(chosen, max_m=None) == Choice(**record["choice"])
     report.add([])
     return Entry(n=shape.n, k=shape.k, group_size=GROUP_SIZE, choices=choices)

@@ -117,8 +117,8 @@ class SplitLayer:
 
 def _call(function: Callable[..., Any], **arguments: Any) -> Any:
     """Call with those arguments that this version of vLLM knows."""
-    known = inspect.signature(function).parameters
-    return function(**{name: value for name, value in arguments.items() if name in known})
+    parameters = inspect.signature(function).parameters
+    return function(**{name: value for name, value in arguments.items() if name in parameters})
 
 
 def _marlin_tensors(

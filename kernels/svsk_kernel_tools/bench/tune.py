@@ -67,10 +67,10 @@ def trial_choices(gpu: Gpu, n: int, k: int, group_size: int, m: int) -> list[Cho
     Blocks, steps, warps and stages; columns split as the rule says.
     """
     rule = heuristic_choices(gpu, n, k, group_size)
-    found = [replace(choice, max_m=None) for choice in rule if _applies(choice.kernel, m)]
-    found = [
+    choices = [replace(choice, max_m=None) for choice in rule if _applies(choice.kernel, m)]
+    choices = [
         choice
-        for choice in found
+        for choice in choices
         if choice.kernel != "decode" or choice.block_m == min(64, max(16, m))
     ]
     plane = plane_length(k)
@@ -81,7 +81,7 @@ def trial_choices(gpu: Gpu, n: int, k: int, group_size: int, m: int) -> list[Cho
             "split_k": rule[0].split_k,
             "pdl": rule[0].pdl,
         }
-        found += [
+        choices += [
             Choice(
                 **common,
                 block_m=min(64, m),
@@ -95,7 +95,7 @@ def trial_choices(gpu: Gpu, n: int, k: int, group_size: int, m: int) -> list[Cho
             for warps, stages in ((4, 2), (4, 4), (8, 3))
         ]
     if _applies("gemm", m):
-        found += [
+        choices += [
             Choice(
                 kernel="gemm",
                 block_m=tokens,
@@ -110,19 +110,19 @@ def trial_choices(gpu: Gpu, n: int, k: int, group_size: int, m: int) -> list[Cho
             for stages in (2, 3, 4)
             if tokens * rows <= warps * 2048  # more spills registers
         ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(choices))
 
 
 def refined(choices: Iterable[Choice], k: int, gpu: Gpu) -> list[Choice]:
     """The same decode blocks with other splits of columns, with and without dependent launch."""
-    found = []
+    trials = []
     for choice in choices:
         steps = -(-k // (4 * plane_length(k))) * (plane_length(k) // choice.step)
         splits = [split for split in (1, 2, 4, 8) if split <= min(MAX_SPLIT_K, max(1, steps // 2))]
         changes: list[dict[str, Any]] = [{"split_k": split} for split in (*splits, choice.split_k)]
         changes += [{"pdl": not choice.pdl}] if gpu.dependent_launch else []
-        found += [replace(choice, **change) for change in changes]
-    return list(dict.fromkeys(found))
+        trials += [replace(choice, **change) for change in changes]
+    return list(dict.fromkeys(trials))
 
 
 def _applies(kernel: str, m: int) -> bool:
@@ -155,11 +155,11 @@ def time_bucket(
             if choice in tried:
                 continue
             tried[choice] = record = _record(shape, bucket, choice)
-            found = _prepared(layers, x, choice, expected, timer, pool)
-            if isinstance(found, str):
-                record["error"] = found
+            sampler = _prepared(layers, x, choice, expected, timer, pool)
+            if isinstance(sampler, str):
+                record["error"] = sampler
             else:
-                samplers[json.dumps(asdict(choice))] = found
+                samplers[json.dumps(asdict(choice))] = sampler
         for text, stats in measure(samplers, rounds).items():
             tried[Choice(**json.loads(text))] |= {"us": stats.us, "q1": stats.q1, "q3": stats.q3}
 
@@ -197,8 +197,8 @@ def _prepared(
     """A sampler of one choice, or why it is left out."""
     try:
         with _spills(choice.kernel) as spills:
-            found = layers[0].run(x, choice)
-        error = float((found.double() - expected.double()).norm() / expected.double().norm())
+            y = layers[0].run(x, choice)
+        error = float((y.double() - expected.double()).norm() / expected.double().norm())
         if not error < _BOUND:
             return f"relative error {error:.1e}, expected less than {_BOUND}"
         if sum(spills):
@@ -310,10 +310,10 @@ def write_table(folder: Path, device: str, entries: Iterable[Entry]) -> Path:
     """
     path = folder / table_name(device)
     merged: dict[tuple[int, int, int], Entry] = {}
-    known = (
+    earlier = (
         TuningTable.from_json(path.read_text(encoding="utf-8")).entries if path.is_file() else ()
     )
-    for entry in (*known, *entries):
+    for entry in (*earlier, *entries):
         merged[entry.n, entry.k, entry.group_size] = entry
     table = TuningTable(device=device, triton=triton.__version__, entries=tuple(merged.values()))
     folder.mkdir(parents=True, exist_ok=True)

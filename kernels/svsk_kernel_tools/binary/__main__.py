@@ -104,11 +104,11 @@ def _chosen(targets: list[Arch], names: list[str] | None) -> list[tuple[KernelCa
     ]
     if names is None:
         return cases
-    known = dict.fromkeys(case.name for case, _ in cases)
-    if unknown := sorted(set(names) - known.keys()):
+    by_name = dict.fromkeys(case.name for case, _ in cases)
+    if unknown := sorted(set(names) - by_name.keys()):
         raise InspectError(
             f"no case {', '.join(unknown)} for {', '.join(map(arch_name, targets))}: expected one"
-            f" of {', '.join(known) or 'none'}"
+            f" of {', '.join(by_name) or 'none'}"
         )
     return [(case, target) for case, target in cases if case.name in names]
 

@@ -26,7 +26,7 @@ class KernelCase:
         weights_per_thread: Weights of one main-loop iteration, divided by the threads of a block:
             what ``instructions_per_weight`` is relative to. None where the number means nothing.
         max_instructions_per_weight: Upper bound for it; None for no bound.
-        split: Whether blocks share a result through partial sums and a counter.
+        partial_sums: Whether blocks share a result, through partial sums and a counter.
         packed_weight_pointer: Argument whose loads have to be 16 bytes wide; None for no such
             check.
         mma: "best" asks for the target's fastest tensor-core instructions, "any" for tensor cores,
@@ -42,7 +42,7 @@ class KernelCase:
     options: Mapping[str, Any] = field(default_factory=dict)
     weights_per_thread: float | None = None
     max_instructions_per_weight: float | None = None
-    split: bool = False
+    partial_sums: bool = False
     packed_weight_pointer: str | None = None
     mma: Literal["best", "any", "none"] = "best"
     arches: tuple[int | str, ...] | None = None
@@ -61,9 +61,9 @@ class KernelCase:
                 {self.packed_weight_pointer or ""} - {*self.signature, ""},
             ),
         ]
-        found = [f"{', '.join(sorted(names))}: {what}" for what, names in problems if names]
-        if found:
+        mistakes = [f"{', '.join(sorted(names))}: {what}" for what, names in problems if names]
+        if mistakes:
             raise InspectError(
                 f"case {self.name!r} does not fit the kernel's arguments"
-                f" ({', '.join(self.fn.arg_names)}): {'; '.join(found)}. Correct the case."
+                f" ({', '.join(self.fn.arg_names)}): {'; '.join(mistakes)}. Correct the case."
             )

@@ -120,7 +120,7 @@ def _matmul(
         options=options,
         weights_per_thread=choice.block_n * 4 * choice.step / (_threads(arch) * choice.num_warps),
         max_instructions_per_weight=_cap(name, arch),
-        split=choice.split_k > 1,
+        partial_sums=choice.split_k > 1,
         packed_weight_pointer="words",
     )
 
@@ -142,7 +142,7 @@ def _shrinks(arch: Arch) -> Iterator[KernelCase]:
             constexprs=constants,
             aligned=_aligned(shrink_kernel, constants),
             options={"num_warps": shrink_warps(tiles)},
-            split=tiles.long,
+            partial_sums=tiles.long,
             packed_weight_pointer="v" if tiles.aligned else None,
             mma="any",
         )

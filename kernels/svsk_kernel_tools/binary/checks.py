@@ -68,39 +68,39 @@ def failures(facts: KernelFacts, case: KernelCase, limits: Limits) -> list[str]:
 
 
 def _memory_failures(facts: KernelFacts, limits: Limits) -> list[str]:
-    found = []
+    failed = []
     if facts.spills or facts.local_bytes or facts.stack_bytes:
-        found.append(
+        failed.append(
             f"registers spill: {facts.registers} registers, {facts.spills} spills,"
             f" {facts.stack_bytes} bytes of stack, {facts.local_bytes} of local memory, expected"
             " none; use smaller blocks or more warps"
         )
     if facts.shared_bytes > limits.shared_bytes:
-        found.append(
+        failed.append(
             f"{facts.shared_bytes} bytes of shared memory, at most {limits.shared_bytes} on this"
             " target; use fewer stages or smaller blocks"
         )
     if facts.tensor_memory_columns > limits.tensor_memory_columns:
-        found.append(
+        failed.append(
             f"{facts.tensor_memory_columns} columns of tensor memory, at most"
             f" {limits.tensor_memory_columns} on this target; use smaller blocks"
         )
-    return found
+    return failed
 
 
 def _mma_failures(facts: KernelFacts, case: KernelCase, limits: Limits) -> list[str]:
-    wanted = {"best": limits.mma_unit, "any": "", "none": None}[case.mma]
-    if wanted is None:
+    unit_name = {"best": limits.mma_unit, "any": "", "none": None}[case.mma]
+    if unit_name is None:
         return []
     if not facts.mma:
         return [
             "no tensor-core instruction; the product has to be a tl.dot of 16-bit operands, 16 or"
             " more on each side"
         ]
-    if not any(unit.startswith(wanted) for unit in facts.mma):
+    if not any(unit.startswith(unit_name) for unit in facts.mma):
         return [
-            f"tensor cores through {', '.join(facts.mma)}, expected {wanted}*; the block may be too"
-            " small for it"
+            f"tensor cores through {', '.join(facts.mma)}, expected {unit_name}*; the block may be"
+            " too small for it"
         ]
     if facts.loop_mma == 0:
         return [
@@ -111,27 +111,27 @@ def _mma_failures(facts: KernelFacts, case: KernelCase, limits: Limits) -> list[
 
 
 def _loop_failures(facts: KernelFacts, case: KernelCase, limits: Limits) -> list[str]:
-    found = []
+    failed = []
     if limits.loop_int_to_float is not None and facts.loop_int_to_float > limits.loop_int_to_float:
-        found.append(
+        failed.append(
             f"{facts.loop_int_to_float} conversions from integer to floating point (I2F) in the"
             f" main loop, expected at most {limits.loop_int_to_float}; put the bits into a float's"
             " mantissa instead"
         )
     cap = case.max_instructions_per_weight
     if cap is None:
-        return found
+        return failed
     if facts.instructions_per_weight is None:
-        found.append(
+        failed.append(
             "a bound on instructions per weight, but no weights_per_thread; set both in the case or"
             " neither"
         )
     elif facts.instructions_per_weight > cap:
-        found.append(
+        failed.append(
             f"{facts.instructions_per_weight:.2f} instructions per weight in the main loop, at most"
             f" {cap:g}"
         )
-    return found
+    return failed
 
 
 def _packed_load_failures(facts: KernelFacts, case: KernelCase, limits: Limits) -> list[str]:
@@ -159,25 +159,23 @@ def _packed_load_failures(facts: KernelFacts, case: KernelCase, limits: Limits) 
 
 
 def _order_failures(facts: KernelFacts, case: KernelCase) -> list[str]:
-    found = []
+    failed = []
     if facts.float_atomics:
-        found.append(
+        failed.append(
             f"{facts.float_atomics} atomic additions of floating point, whose order changes from"
             " run to run; write partial sums and let the last block add them"
         )
-    if case.split and not facts.counters:
-        found.append(
-            "a split result without a counter: no integer atomic addition to global memory"
-        )
-    if case.split and facts.unordered_stores:
-        found.append(
+    if case.partial_sums and not facts.counters:
+        failed.append("partial sums without a counter: no integer atomic addition to global memory")
+    if case.partial_sums and facts.unordered_stores:
+        failed.append(
             "no barrier between the stores of the partial sums and the counter, so that another"
             " block may read what is not written yet; put tl.debug_barrier() between them"
         )
-    if case.split and facts.unfenced_stores:
-        found.append(
+    if case.partial_sums and facts.unfenced_stores:
+        failed.append(
             "no memory fence between the stores of the partial sums and the counter, so that"
             " another block may see the counter before them; give the counter's tl.atomic_add"
             ' sem="acq_rel"'
         )
-    return found
+    return failed

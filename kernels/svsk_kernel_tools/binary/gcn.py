@@ -69,17 +69,17 @@ def parse_metadata(text: str) -> dict[str, int]:
 
     Raises InspectError if the kernel's metadata are not there.
     """
-    found = {
+    metadata = {
         name: int(value)
         for name, value in re.findall(r"^\s+(?:- )?\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)
     }
-    wanted = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-    missing = [name for name in wanted if name not in found]
+    required = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    missing = [name for name in required if name not in metadata]
     if missing:
         raise InspectError(
             f"the assembly's metadata lack {', '.join(missing)}; the parser needs an update"
         )
-    return found
+    return metadata
 
 
 def _parse_instruction(opcode: str, operands: str) -> Instruction:
@@ -99,9 +99,9 @@ def _parse_instruction(opcode: str, operands: str) -> Instruction:
 
 def _width(opcode: str) -> int:
     """Bytes per lane of ``global_load_dwordx4``, ``global_load_b128`` and their like."""
-    found = _WIDTH.search(opcode)
-    if found is None:
+    match = _WIDTH.search(opcode)
+    if match is None:
         return 4
-    if found["type"] in ("b", "u", "i", "d"):
-        return int(found["count"] or 32) // 8
-    return _TYPE_BYTES.get(found["type"], 4) * int((found["count"] or "x1").lstrip("x"))
+    if match["type"] in ("b", "u", "i", "d"):
+        return int(match["count"] or 32) // 8
+    return _TYPE_BYTES.get(match["type"], 4) * int((match["count"] or "x1").lstrip("x"))

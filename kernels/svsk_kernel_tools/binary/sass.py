@@ -101,15 +101,15 @@ def _run_tool(name: str, option: str, cubin: bytes) -> str:
 
 def parse_resource_usage(text: str, entry: str) -> ResourceUsage:
     """Read cuobjdump's resource usage of one function; raise InspectError if it is not there."""
-    found = re.search(
+    usage = re.search(
         rf"Function {re.escape(entry)}:\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text
     )
-    if found is None:
+    if usage is None:
         raise InspectError(
             f"cuobjdump printed no resource usage of the function {entry!r}; it printed:"
             f" {text.strip()}"
         )
-    return ResourceUsage(*map(int, found.groups()))
+    return ResourceUsage(*map(int, usage.groups()))
 
 
 def parse_sass(text: str, entry: str) -> Program:
@@ -122,8 +122,8 @@ def parse_sass(text: str, entry: str) -> Program:
     for line in text.splitlines():
         if label := _LABEL.match(line):
             labels[label["label"]] = len(instructions)
-        elif found := _LINE.match(line):
-            instructions.append(_parse_instruction(found["text"]))
+        elif line_match := _LINE.match(line):
+            instructions.append(_parse_instruction(line_match["text"]))
     if entry not in labels or not instructions:
         raise InspectError(
             f"the disassembly has no function {entry!r}: it was {len(text)} characters,"
@@ -133,12 +133,12 @@ def parse_sass(text: str, entry: str) -> Program:
 
 
 def _parse_instruction(text: str) -> Instruction:
-    found = _INSTRUCTION.match(text)
-    if found is None:
+    match = _INSTRUCTION.match(text)
+    if match is None:
         raise InspectError(
             f"not a SASS instruction: {text!r}; the parser needs an update for this Triton"
         )
-    opcode, operands, guard = found["opcode"], found["operands"], found["guard"]
+    opcode, operands, guard = match["opcode"], match["operands"], match["guard"]
     root, *modifiers = opcode.split(".")
     kind: Kind = next((kind for kind, pattern in _KINDS if re.match(pattern, opcode)), "other")
     target = None

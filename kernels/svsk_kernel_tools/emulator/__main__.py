@@ -33,8 +33,8 @@ def main(
     """Run every kernel on small layers, print the results, exit with 1 if something was wrong."""
     unknown = sorted(set(arch or ()) - set(CAPABILITIES))
     if unknown:
-        known = ", ".join(map(str, CAPABILITIES))
-        _errors.print(f"[red]error:[/red] --arch {unknown[0]}: expected one of {known}")
+        supported = ", ".join(map(str, CAPABILITIES))
+        _errors.print(f"[red]error:[/red] --arch {unknown[0]}: expected one of {supported}")
         raise typer.Exit(2)
     results: list[Result] = []
     for target in arch or (80, 90):

@@ -96,13 +96,13 @@ class Copies:
     def _read(self, copy: _Copy) -> Array:
         values = np.zeros((len(copy.threads), copy.total), np.uint8)
         for size in np.unique(copy.sizes[copy.sizes > 0]):
-            some = copy.sizes == size
+            sized = copy.sizes == size
             width = int(size)
             piece = copy.total if width == copy.total else 1
             for offset in range(0, width, piece):
-                place = copy.address[some] + np.uint64(offset)
-                values[some, offset : offset + piece] = self._cta.memory.load(
-                    place, piece, copy.threads[some]
+                place = copy.address[sized] + np.uint64(offset)
+                values[sized, offset : offset + piece] = self._cta.memory.load(
+                    place, piece, copy.threads[sized]
                 )
         return values
 
@@ -184,8 +184,8 @@ class Products:
             if product.a_registers
             else self._offsets(r[product.a_descriptor], 64, not product.transposed[0])
         )
-        taken = [r[register] for register in product.a_registers]
-        pending = _Pending(product, bool(keep.all()), taken, left, operand, self._group)
+        a_values = [r[register] for register in product.a_registers]
+        pending = _Pending(product, bool(keep.all()), a_values, left, operand, self._group)
         self._claim(pending, self._cta.shared.begin_matrix)
         for register in product.accumulator:
             if register not in self._values:
@@ -203,18 +203,18 @@ class Products:
         """Finish all but the latest ``pending`` groups."""
         r = self._cta.r
         while self._pending and self._pending[0].group < self._group - pending:
-            one = self._pending.pop(0)
-            for register, value in zip(one.product.a_registers, one.a_values, strict=True):
+            matrix = self._pending.pop(0)
+            for register, value in zip(matrix.product.a_registers, matrix.a_values, strict=True):
                 if r[register] is not value:
                     name = self._cta.code.slots.names[register]
                     raise RaceError(
                         f"register {name} was written while a wgmma might still read it"
                     )
             if self._late:
-                self._fetch(one)
-            self._finish(one)
-            self._claim(one, lambda offsets, _: self._cta.shared.end_matrix(offsets))
-        busy = {register for one in self._pending for register in one.product.accumulator}
+                self._fetch(matrix)
+            self._finish(matrix)
+            self._claim(matrix, lambda offsets, _: self._cta.shared.end_matrix(offsets))
+        busy = {register for matrix in self._pending for register in matrix.product.accumulator}
         for register in [register for register in self._values if register not in busy]:
             if r[register] is not BUSY:
                 raise RaceError(

@@ -146,13 +146,13 @@ def _assign(target: int, compute: Compute) -> Effect:
 
 def _guarded(guard: int, negated: bool, effect: Effect) -> Effect:
     def run(cta: Any, mask: Array | None) -> None:
-        wanted = ~cta.r[guard] if negated else cta.r[guard]
+        active = ~cta.r[guard] if negated else cta.r[guard]
         if mask is not None:
-            wanted = wanted & mask
-        if wanted.all():
+            active = active & mask
+        if active.all():
             effect(cta, None)
-        elif wanted.any():
-            effect(cta, wanted)
+        elif active.any():
+            effect(cta, active)
 
     return run
 

@@ -122,13 +122,13 @@ class Cta:
         """
         if mask is None:
             return self.everyone[: self.threads // 32]
-        found = mask.reshape(-1, 32)
-        wanted = found.any(axis=1)
-        if (found != self._alive.reshape(-1, 32))[wanted].any() or not found[wanted].all():
+        warps = mask.reshape(-1, 32)
+        active = warps.any(axis=1)
+        if (warps != self._alive.reshape(-1, 32))[active].any() or not warps[active].all():
             raise BarrierError(
                 "only some threads of a warp are here, and the instruction is one of whole warps"
             )
-        return np.flatnonzero(wanted)
+        return np.flatnonzero(active)
 
     def run(self) -> Iterator[str]:
         """Run to the end.
@@ -183,12 +183,14 @@ class Cta:
         if block.end == "branch":
             following = block.target
             if block.guard is not None:
-                taken = self.r[block.guard]
+                jumps = self.r[block.guard]
                 if block.last is not None and block.last.negated:
-                    taken = ~taken
-                some = taken if mask is None else taken[mask]
-                following = block.target if some.all() else np.where(taken, block.target, index + 1)
-                following = following if some.any() else index + 1
+                    jumps = ~jumps
+                jumping = jumps if mask is None else jumps[mask]
+                following = (
+                    block.target if jumping.all() else np.where(jumps, block.target, index + 1)
+                )
+                following = following if jumping.any() else index + 1
         if block.end == "barrier":
             self.whole_warps(mask)
             if mask is None:

@@ -173,9 +173,10 @@ def emulated(
             "TRITON_INTERPRET is set: interpreted kernels cannot be compiled. Unset it."
         )
     if capability not in CAPABILITIES:
-        known = ", ".join(map(str, CAPABILITIES))
+        supported = ", ".join(map(str, CAPABILITIES))
         raise UnsupportedError(
-            f"capability {capability} is not emulated (sm_100's tcgen05 is not): expected {known}."
+            f"capability {capability} is not emulated (sm_100's tcgen05 is not): expected"
+            f" {supported}."
         )
     if order not in ORDERS:
         raise EmulateError(f"order {order!r}: expected one of {', '.join(ORDERS)}.")

@@ -125,14 +125,14 @@ def parse(text: str) -> Program:
             f"PTX with {len(entries)} entries: the emulator takes one .entry and a .target sm_*."
         )
     name, params, directives = entries[0].groups()
-    found = _PARAM.findall(" ".join(params.split()))
-    known = {title: (index, kind) for index, (kind, title) in enumerate(found)}
+    declared = _PARAM.findall(" ".join(params.split()))
+    parameters = {title: (index, kind) for index, (kind, title) in enumerate(declared)}
     needed = re.search(r"\.reqntid\s+(\d+)", directives)
     if needed is None:
         raise UnsupportedError(
             f"{name}: no .reqntid: the emulator needs to know how many threads a block has."
         )
-    program = Program(name, int(target.group(1)), known, int(needed.group(1)))
+    program = Program(name, int(target.group(1)), parameters, int(needed.group(1)))
     _read_symbols(text[: entries[0].start()], program)
     files = {
         int(number): PurePath(last or first).name for number, first, last in _FILE.findall(text)
@@ -270,10 +270,10 @@ class _Reader:
         if text.startswith("{"):
             parts = []
             for part in _split(text[1:-1]):
-                one = self._operand(part)
-                if isinstance(one, Vector | Address):
+                member = self._operand(part)
+                if isinstance(member, Vector | Address):
                     raise self._fail(f"operand {text} is not supported")
-                parts.append(one)
+                parts.append(member)
             return Vector(tuple(parts))
         if text.startswith("["):
             base, _, offset = text[1:-1].partition("+")

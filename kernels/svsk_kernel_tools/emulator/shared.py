@@ -190,8 +190,8 @@ class SharedMemory:
         phase = records >> 12 & _PHASE
         same_warp = (warp == (threads // 32)[:, None]) & (owner != _ANYONE)
         passed = same_warp & (phase < self._phases[threads][:, None])
-        own = (owner == owners[:, None]) & (owner < _WARP)
-        result: Array = (records >> 32 == self._epoch) & ~own & ~passed
+        same_owner = (owner == owners[:, None]) & (owner < _WARP)
+        result: Array = (records >> 32 == self._epoch) & ~same_owner & ~passed
         return result
 
     def _check_read(

@@ -77,15 +77,15 @@ def _check(
         return y
 
     try:
-        found = run(choice)
+        y_default = run(choice)
         first = len(launches)
-        error = relative_error(found, layer.expected(x, bias))
+        error = relative_error(y_default, layer.expected(x, bias))
         if not error <= BOUNDS[case.dtype]:
             problems.append(f"relative error {error:.1e}, allowed {BOUNDS[case.dtype]:.0e}")
-        if not torch.equal(run(choice, order="interleaved", seed=len(x), late=True), found):
+        if not torch.equal(run(choice, order="interleaved", seed=len(x), late=True), y_default):
             problems.append("results depend on the order of blocks or on when copies land")
         plain = replace(choice, pdl=False)
-        if not quick and not torch.equal(run(plain, False, order="backward"), found):
+        if not quick and not torch.equal(run(plain, False, order="backward"), y_default):
             problems.append("results differ without inline PTX or dependent launch")
     except EmulateError as failure:
         first = len(launches)

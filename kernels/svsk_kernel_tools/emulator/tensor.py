@@ -111,8 +111,8 @@ def descriptor_offsets(descriptor: int, outer: int, inner_is_k: bool) -> Array:
     """
     start, leading, stride = (((descriptor >> shift) & 0x3FFF) << 4 for shift in (0, 16, 32))
     mode, base = descriptor >> 62 & 3, descriptor >> 49 & 7
-    known = 0x3FFF | 0x3FFF << 16 | 0x3FFF << 32 | 7 << 49 | 3 << 62
-    if base or descriptor & ~known:
+    supported = 0x3FFF | 0x3FFF << 16 | 0x3FFF << 32 | 7 << 49 | 3 << 62
+    if base or descriptor & ~supported:
         raise UnsupportedError(f"descriptor {descriptor:#018x}: a base offset or unknown bits")
     chunks = {0: 1, 1: 8, 2: 4, 3: 2}[mode]  # of 16 bytes, side by side in a row of the swizzle
     m, k = np.arange(outer)[:, None], np.arange(16)[None, :]

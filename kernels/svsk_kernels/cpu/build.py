@@ -142,11 +142,11 @@ def _folders(reasons: list[str]) -> Iterator[Path]:
     folder = Path(tempfile.gettempdir()) / f"svsk-{os.geteuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
+        status = folder.lstat()
     except OSError as error:
         reasons.append(str(error))
         return
-    if found.st_uid == os.geteuid() and found.st_mode & 0o077 == 0:
+    if status.st_uid == os.geteuid() and status.st_mode & 0o077 == 0:
         yield folder
     else:
         reasons.append(f"{folder} can be written by others")

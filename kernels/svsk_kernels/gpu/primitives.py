@@ -247,8 +247,8 @@ def add_sidecar(
             inside = ((column >= first) & (column < last))[:, None]
             # U: a byte holds the z columns c and c + 16
             place = at + (column - first) // 2
-            offs_u = tl.multiple_of(place, 16)[:, None] + half[None, :]
-            factors = tl.load(u + offs_u, mask=inside, other=0x88)  # 0x88 is two zeros
+            u_row = u + tl.multiple_of(place, 16)[:, None]
+            factors = tl.load(u_row + half[None, :], mask=inside, other=0x88)  # two zeros
             low, high = narrow_factors(factors, DTYPE)
             # z of the first 16 columns, then of the second
             columns = column + half

@@ -245,7 +245,7 @@ def heuristic_choices(gpu: Gpu, n: int, k: int, group_size: int) -> tuple[Choice
     )
     split_k = ceil_div(steps, ceil_div(steps, split_k))  # no empty parts
     pdl = gpu.dependent_launch
-    found = [
+    choices = [
         Choice(kernel="decode", max_m=16, block_m=16, step=long, split_k=split_k, pdl=pdl),
         Choice(kernel="decode", max_m=32, block_m=32, step=long, split_k=split_k, pdl=pdl),
         Choice(kernel="decode", max_m=64, block_m=64, step=short, split_k=split_k, pdl=pdl),
@@ -254,7 +254,7 @@ def heuristic_choices(gpu: Gpu, n: int, k: int, group_size: int) -> tuple[Choice
     # drops the code.
     tokens = 64 if 100 <= gpu.capability < 120 else 128
     stages = 3 if gpu.shared_memory > 128 * 1024 else 2
-    found.append(
+    choices.append(
         Choice(
             kernel="gemm",
             max_m=FOLD_FROM - 1,
@@ -265,7 +265,7 @@ def heuristic_choices(gpu: Gpu, n: int, k: int, group_size: int) -> tuple[Choice
             num_stages=stages,
         )
     )
-    return (*found, Choice(kernel="fold"))
+    return (*choices, Choice(kernel="fold"))
 
 
 @lru_cache(maxsize=4096)

@@ -88,7 +88,7 @@ def make_case(
         * constexprs["WORDS"]
         / (THREADS_OF_A_WARP * warps),
         max_instructions_per_weight=cap,
-        split=constexprs["RESULT"] == "split",
+        partial_sums=constexprs["RESULT"] == "split",
         packed_weight_pointer="w_ptr",
     )
 
