@@ -6,24 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svsk_kernels.gpu.repack_base import (
-    ROW_PAD,
-    pack_base,
-    pack_scale,
-    plane_length,
-    unpack_base,
-    unpack_scale,
-)
-from svsk_kernels.gpu.repack_sidecar import (
-    MAX_JOB_COLUMNS,
-    V_ROWS,
-    Tiles,
-    pack_sidecar,
-    unpack_sidecar,
-)
+from svsk_kernels.gpu.repack_base import ROW_PAD, pack_base, pack_scale, plane_length
+from svsk_kernels.gpu.repack_sidecar import MAX_JOB_COLUMNS, V_ROWS, Tiles, pack_sidecar
 from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup
 from tests.interpreter.layers import make_layer
 from tests.support.format_builders import property_test
+from tests.support.unpack_gpu import unpack_base, unpack_scale, unpack_sidecar
 
 QKV = (
     {"n": 96, "rank": 8, "tile_m": 48},

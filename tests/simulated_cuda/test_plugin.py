@@ -16,8 +16,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 import svsk_kernels.gpu.launch as launch
 import svsk_vllm.plugin.kernel_choice as choice
 from svsk_kernels.gpu import matmul_op as dispatch
-from svsk_kernels.gpu.repack_base import unpack_base, unpack_scale
-from svsk_kernels.gpu.repack_sidecar import PlanarSidecar, unpack_sidecar
+from svsk_kernels.gpu.repack_sidecar import PlanarSidecar
 from svsk_kernels.gpu.triton_kernel import TritonKernel
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.naive import naive_matmul
@@ -29,6 +28,7 @@ from svsk_vllm.plugin.quantization_config import SvskConfig
 from svsk_vllm.plugin.split_kernel import SplitKernel
 from tests.support.format_builders import make_group, random_linear
 from tests.support.simulated_cuda import on_gpu, simulated_cuda
+from tests.support.unpack_gpu import unpack_base, unpack_scale, unpack_sidecar
 
 GPU = torch.device("cuda", 0)
 KERNELS = {

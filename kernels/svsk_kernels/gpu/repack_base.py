@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base's codes and scales in the order in which the GPU kernels read them, and back.
+"""The base's codes and scales in the order in which the GPU kernels read them.
 
 Codes lie in *planes*: a 16-bit word holds four codes that are ``plane`` columns apart. Block t
 covers ``4 * plane`` columns; nibble j of its word p is the code (as ``q + 8``) of column ``(4 * t +
@@ -15,7 +15,7 @@ import torch
 
 from svsk_kernels.tile_grid import ceil_div
 
-__all__ = ["ROW_PAD", "pack_base", "pack_scale", "plane_length", "unpack_base", "unpack_scale"]
+__all__ = ["ROW_PAD", "pack_base", "pack_scale", "plane_length"]
 
 ROW_PAD: Final = 128
 """Rows of the stored base are padded to this: a multiple of every block of rows."""
@@ -67,15 +67,6 @@ def pack_base(packed: torch.Tensor, k: int, plane: int) -> torch.Tensor:
     return words
 
 
-def unpack_base(words: torch.Tensor, n: int, k: int, plane: int) -> torch.Tensor:
-    """Inverse of :func:`pack_base`: int32 [``n``, ``k`` / 8] in the checkpoint's order."""
-    wide = words[:n].to(torch.int32).view(n, -1, 1, plane)
-    shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=words.device).view(1, 1, 4, 1)
-    codes = ((wide >> shifts) & 15).reshape(n, -1)[:, :k].reshape(n, -1, 8).to(torch.int64)
-    packed = (codes << torch.arange(0, 32, 4, device=words.device)).sum(-1)
-    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
-
-
 def pack_scale(scale: torch.Tensor, plane: int, group_size: int) -> torch.Tensor:
     """Scales [N, K / g] as [groups of the padded columns, padded rows], zero in padding."""
     n, groups = scale.shape
@@ -84,8 +75,3 @@ def pack_scale(scale: torch.Tensor, plane: int, group_size: int) -> torch.Tensor
     stored = scale.new_zeros(padded, ceil_div(n, ROW_PAD) * ROW_PAD)
     stored[:groups, :n] = scale.T
     return stored
-
-
-def unpack_scale(stored: torch.Tensor, n: int, groups: int) -> torch.Tensor:
-    """Inverse of :func:`pack_scale`: [``n``, ``groups``]."""
-    return stored[:groups, :n].T.contiguous()

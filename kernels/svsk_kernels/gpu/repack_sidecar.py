@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sidecar's tensors in the order in which the GPU kernels read them, and back.
+"""The sidecar's tensors in the order in which the GPU kernels read them.
 
 A row of U and the activations z it multiplies are found through small tables of integers, so that
 parts of a fused layer may differ in rank, tiles and tile edges without another kernel:
@@ -34,7 +34,6 @@ __all__ = [
     "PlanarSidecar",
     "Tiles",
     "pack_sidecar",
-    "unpack_sidecar",
     "v_pitch",
     "z_alignment",
 ]
@@ -189,18 +188,8 @@ def _halves(values: torch.Tensor, half: int) -> torch.Tensor:
     return packed.flatten(-2)
 
 
-def _from_halves(stored: torch.Tensor, half: int) -> torch.Tensor:
-    """Inverse of :func:`_halves`."""
-    pairs = stored.unflatten(-1, (-1, half))
-    return (torch.stack((pairs & 15, pairs >> 4), dim=-2).to(torch.int8) - 8).flatten(-3)
-
-
 def _store(values: torch.Tensor, num_bits: int, half: int) -> torch.Tensor:
     return _halves(values, half) if num_bits == 4 else values.view(torch.uint8)
-
-
-def _read(stored: torch.Tensor, num_bits: int, half: int) -> torch.Tensor:
-    return _from_halves(stored, half) if num_bits == 4 else stored.view(torch.int8)
 
 
 def pack_sidecar(
@@ -267,28 +256,6 @@ def _require_4_bits(**factors: torch.Tensor) -> None:
             raise KernelError(
                 f"{name.upper()} factors outside [-8, 7] do not fit the 4 bits asked for."
             )
-
-
-def unpack_sidecar(
-    packed: PlanarSidecar, plan: SidecarPlan, k: int, num_bits: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inverse of :func:`pack_sidecar`: ``u``, ``v`` and ``gain``, flat, in the plan's order."""
-    starts, pitch = _v_rows(plan), v_pitch(k, num_bits)
-    u, v, gain = plan.zeros(packed.u.device)
-    v_rows = _read(packed.v[: starts[-1] * pitch].view(starts[-1], pitch), num_bits, _V_HALF)
-    for start, bundle, part in zip(starts, plan.bundles, plan.v_bundles(v), strict=False):
-        for columns, tile in bundle.column_tiles(part):
-            tile.copy_(v_rows[start : start + bundle.total_rank, columns])
-    u_views, gain_views, u_start = plan.u_slots(u), plan.gain_slots(gain), 0
-    for place in _place(plan, num_bits):
-        view, z = u_views[place.index], place.z
-        row_bytes = (place.z_stop - place.z_start) * num_bits // 8
-        u_stop = u_start + len(view) * row_bytes
-        values = _read(packed.u[u_start:u_stop].view(-1, row_bytes), num_bits, _U_HALF)
-        view.copy_(values[:, : z.stop - z.start].view(view.shape))
-        gain_views[place.index].copy_(packed.gain[z].view(place.tiles, -1))
-        u_start = u_stop
-    return u, v, gain
 
 
 def _jobs(plan: SidecarPlan, starts: Sequence[int]) -> torch.Tensor:
