@@ -122,9 +122,7 @@ def test_a_store_out_of_bounds_names_kernel_line_block_and_argument() -> None:
     with pytest.raises(MemoryFaultError) as caught, emulated(90):
         scale_kernel[(4,)](x, y, 1000, 2.5, BLOCK=256, MASKED=False)
     text = str(caught.value)
-    assert re.search(
-        r"scale_kernel: PTX line \d+ \(test_checks\.py:\d+\), CTA \(3, 0, 0\)", text
-    )
+    assert re.search(r"scale_kernel: PTX line \d+ \(test_checks\.py:\d+\), CTA \(3, 0, 0\)", text)
     assert re.search(
         r"thread \d+ writes \d+ bytes at 0x[0-9a-f]+, \d+ bytes into the 4000 bytes of y", text
     )
