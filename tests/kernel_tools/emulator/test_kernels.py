@@ -69,7 +69,7 @@ class Case:
 
     def choice(self, layer: BenchLayer, pdl: bool) -> Choice:
         step = min(layer.base.plane, self.group_size)
-        return Choice(kernel=self.kernel, step=step, pdl=pdl, **self.blocks)
+        return Choice(kernel=self.kernel, pdl=pdl, **({"step": step} | self.blocks))
 
 
 EIGHT, FOUR = Part(128, 16, 8, 64, 256), Part(128, 32, 4, 64, 256)
@@ -82,7 +82,7 @@ CASES = (
         5,
         768,
         (FOUR,),
-        {"split": 3},
+        {"split_k": 3},
         codebook="quad8",
         plain=True,
     ),
@@ -92,11 +92,11 @@ CASES = (
         17,
         512,
         (EIGHT,),
-        {"block_m": 32, "split": 2},
+        {"block_m": 32, "split_k": 2},
         dtype=HALF,
         plain=True,
     ),
-    Case("64 tokens, packed", 64, 512, (FOUR,), {"block_m": 64, "step": 32, "split": 2}),
+    Case("64 tokens, packed", 64, 512, (FOUR,), {"block_m": 64, "step": 32, "split_k": 2}),
     Case(
         "ragged, groups of 32",
         16,
@@ -115,11 +115,11 @@ CASES = (
         33,
         512,
         MIXED,
-        {"block_m": 32, "split": 2},
+        {"block_m": 32, "split_k": 2},
         bias=True,
     ),
     Case(
-        "tiles longer than a job", 17, 4352, (Part(40, 16, 8, 0, 0),), {"block_m": 32, "split": 4}
+        "tiles longer than a job", 17, 4352, (Part(40, 16, 8, 0, 0),), {"block_m": 32, "split_k": 4}
     ),
     Case(
         "gemm",
@@ -209,7 +209,7 @@ def test_fold(parts: tuple[Part, ...], codebook: Codebook, arch: int) -> None:
 @ARCHES
 @pytest.mark.parametrize("split", [1, 3])
 def test_every_code_is_read_once(split: int, arch: int) -> None:
-    case = Case("", 16, 768, (EIGHT,), {"split": split})
+    case = Case("", 16, 768, (EIGHT,), {"split_k": split})
     launch = run(case, arch)[1].launches[-1]
     assert launch.bytes_read["words"] == case.layer().base.words.nbytes
     assert launch.bytes_written["words"] == 0
