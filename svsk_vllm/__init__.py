@@ -13,7 +13,9 @@ __all__ = ["__version__", "register"]
 
 
 def register() -> None:
-    """Register the ``svsk`` quantisation method with vLLM (entry point of the group ``vllm.general_plugins``).
+    """Register the quantisation method ``svsk`` with vLLM.
+
+    This is the entry point of the group ``vllm.general_plugins``.
 
     vLLM calls it in every process it starts (API server, engine core, workers); calling it again
     does nothing.

@@ -60,7 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 @pytest.fixture(scope="module")
 def vllm_loader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loader]:
-    """Loads a folder as the engine's worker does, and gives the weights by their names in the checkpoint."""
+    """Loads a folder as the engine's worker does: the weights by their names in the checkpoint."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import (
         cleanup_dist_env_and_memory,
@@ -127,7 +127,7 @@ def load_with_transformers(folder: Path) -> Weights:
 
 
 def decoded(folder: Path) -> Weights:
-    """The weights a folder stands for, float64, by the decoder that was written from docs/format.md."""
+    """The weights a folder stands for, float64, by the decoder written from docs/format.md."""
     config, tensors = read_folder(folder)
     modules = [
         name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")
@@ -163,7 +163,7 @@ def is_ours(error: Exception) -> bool:
 
 
 def never_ours(before_us: Callable[[Path], object], folder: Path) -> bool:
-    """Whether a stock library stops at config.json by itself, or is not told that the checkpoint is one of ours."""
+    """Whether a stock library stops at config.json by itself, or is not told whose it is."""
     try:
         before_us(folder)
         declared = read_json(folder / "config.json").get("quantization_config")
