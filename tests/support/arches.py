@@ -5,7 +5,7 @@ from typing import Final
 
 import pytest
 
-from svsk_kernel_tools.binary import ARCHES
+from svsk_kernel_tools.binary.aot import ARCHES
 
 _RARE: Final = (86, 89, "gfx942")
 """Compiled with all tests only: sm_86 and sm_89 differ from sm_80 in limits alone, and nobody

@@ -4,9 +4,8 @@
 Compile the registered kernels for GPUs that are not here, and check them.
 """
 
-import importlib
 import json
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,8 @@ from rich.table import Table
 
 from svsk_kernel_tools.binary.aot import ARCHES, Arch, arch_name, compile_case, parse_arch
 from svsk_kernel_tools.binary.case import KernelCase
-from svsk_kernel_tools.binary.checks import failures, limits_for
+from svsk_kernel_tools.binary.cases import cases
+from svsk_kernel_tools.binary.checks import LIMITS, failures
 from svsk_kernel_tools.binary.errors import InspectError
 from svsk_kernel_tools.binary.report import KernelFacts, read_facts
 
@@ -27,7 +27,6 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(soft_wrap=True)
 _errors = Console(stderr=True, soft_wrap=True)
 
-CASES_MODULE = "svsk_kernel_tools.binary.cases"
 COLUMNS = (
     "kernel",
     "target",
@@ -78,7 +77,7 @@ def main(
             {
                 "name": name,
                 "arch": target,
-                "facts": facts.as_json() if facts else None,
+                "facts": asdict(facts) if facts else None,
                 "failures": failed,
             }
             for name, target, facts, failed in rows
@@ -92,25 +91,23 @@ def main(
 def _chosen(targets: list[Arch], names: list[str] | None) -> list[tuple[KernelCase, Arch]]:
     """The registered cases for these targets, or those of them with these names.
 
-    Raises InspectError if no module registers cases, or for a name that no target has a case of.
+    Raises InspectError for a name that no target has a case of.
     """
-    try:
-        registered: Callable[[Arch], list[KernelCase]] = importlib.import_module(CASES_MODULE).cases
-    except ModuleNotFoundError as error:
-        raise InspectError(f"no kernels are registered: {error}") from error
-    cases = [(case, target) for target in targets for case in registered(target)]
-    cases = [
-        (case, target) for case, target in cases if case.arches is None or target in case.arches
+    chosen = [
+        (case, target)
+        for target in targets
+        for case in cases(target)
+        if case.arches is None or target in case.arches
     ]
     if names is None:
-        return cases
-    by_name = dict.fromkeys(case.name for case, _ in cases)
+        return chosen
+    by_name = dict.fromkeys(case.name for case, _ in chosen)
     if unknown := sorted(set(names) - by_name.keys()):
         raise InspectError(
             f"no case {', '.join(unknown)} for {', '.join(map(arch_name, targets))}: expected one"
             f" of {', '.join(by_name) or 'none'}"
         )
-    return [(case, target) for case, target in cases if case.name in names]
+    return [(case, target) for case, target in chosen if case.name in names]
 
 
 def _inspect(case: KernelCase, target: Arch) -> tuple[str, str, KernelFacts | None, list[str]]:
@@ -122,7 +119,7 @@ def _inspect(case: KernelCase, target: Arch) -> tuple[str, str, KernelFacts | No
         facts = read_facts(compile_case(case, target))
     except InspectError as error:
         return case.name, arch_name(target), None, [str(error)]
-    return case.name, arch_name(target), facts, failures(facts, case, limits_for(target))
+    return case.name, arch_name(target), facts, failures(facts, case, LIMITS[target])
 
 
 def _cells(facts: KernelFacts) -> tuple[str, ...]:

@@ -6,12 +6,12 @@ from typing import Final
 
 from svsk_kernel_tools.binary.aot import Arch
 from svsk_kernel_tools.binary.case import KernelCase
-from svsk_kernel_tools.binary.errors import InspectError
 from svsk_kernel_tools.binary.report import KernelFacts
 
-__all__ = ["Limits", "failures", "limits_for"]
+__all__ = ["LIMITS", "Limits", "failures"]
 
 _KIB: Final = 1024
+_PACKED_LOAD_BYTES: Final = 16  # least width of a load of packed weights, on every target
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,6 @@ class Limits:
         shared_bytes: Shared memory a block may use, the driver's own kilobyte taken off.
         mma_unit: Prefix of the fastest tensor-core instructions' name.
         tensor_memory_columns: Of tensor memory, zero where there is none.
-        packed_load_bytes: Least width of a load of packed weights.
         loop_int_to_float: Conversions from integer to floating point allowed in the main loop; None
             for any number.
     """
@@ -30,11 +29,10 @@ class Limits:
     shared_bytes: int
     mma_unit: str
     tensor_memory_columns: int = 0
-    packed_load_bytes: int = 16
     loop_int_to_float: int | None = 0
 
 
-_LIMITS: Final[dict[Arch, Limits]] = {
+LIMITS: Final[dict[Arch, Limits]] = {
     80: Limits(163 * _KIB, "HMMA"),
     86: Limits(99 * _KIB, "HMMA"),
     89: Limits(99 * _KIB, "HMMA"),
@@ -44,16 +42,7 @@ _LIMITS: Final[dict[Arch, Limits]] = {
     # No bound on conversions: their cost there is not known.
     "gfx942": Limits(64 * _KIB, "MFMA", loop_int_to_float=None),
 }
-
-
-def limits_for(arch: Arch) -> Limits:
-    """The limits of a target; raises InspectError for one that has none."""
-    if arch not in _LIMITS:
-        raise InspectError(
-            f"no limits are known for the target {arch!r}: expected one of"
-            f" {sorted(map(str, _LIMITS))}"
-        )
-    return _LIMITS[arch]
+"""The limits of every target."""
 
 
 def failures(facts: KernelFacts, case: KernelCase, limits: Limits) -> list[str]:
@@ -62,7 +51,7 @@ def failures(facts: KernelFacts, case: KernelCase, limits: Limits) -> list[str]:
         *_memory_failures(facts, limits),
         *_mma_failures(facts, case, limits),
         *_loop_failures(facts, case, limits),
-        *_packed_load_failures(facts, case, limits),
+        *_packed_load_failures(facts, case),
         *_order_failures(facts, case),
     ]
 
@@ -134,10 +123,10 @@ def _loop_failures(facts: KernelFacts, case: KernelCase, limits: Limits) -> list
     return failed
 
 
-def _packed_load_failures(facts: KernelFacts, case: KernelCase, limits: Limits) -> list[str]:
+def _packed_load_failures(facts: KernelFacts, case: KernelCase) -> list[str]:
     if facts.packed_loads is None:
         return []
-    width, least = facts.packed_loads.num_bytes, limits.packed_load_bytes
+    width, least = facts.packed_loads.num_bytes, _PACKED_LOAD_BYTES
     pointer = case.packed_weight_pointer
     if width < least:
         return [

@@ -8,22 +8,14 @@ import re
 from typing import Final
 
 from svsk_kernel_tools.binary.errors import InspectError
-from svsk_kernel_tools.binary.program import Instruction, Kind, Program
+from svsk_kernel_tools.binary.program import Instruction, Kind, Program, read_program
 
 __all__ = ["parse_gcn", "parse_metadata"]
 
 _INSTRUCTION: Final = re.compile(r"^\t(?P<opcode>[a-z]\w*)(?P<operands>[^;]*)")
 _LABEL: Final = re.compile(r"^(?P<label>[.$\w]+):")
 _WIDTH: Final = re.compile(r"_(?:load|store)(?:_lds)?_(?P<type>[a-z]+)(?P<count>x\d|\d+)?")
-_TYPE_BYTES: Final = {
-    "ubyte": 1,
-    "sbyte": 1,
-    "byte": 1,
-    "ushort": 2,
-    "sshort": 2,
-    "short": 2,
-    "dword": 4,
-}
+_TYPE_BYTES: Final = {"byte": 1, "short": 2, "dword": 4}
 
 # The first pattern that matches the opcode decides.
 _KINDS: Final[tuple[tuple[Kind, str], ...]] = (
@@ -49,19 +41,7 @@ _KINDS: Final[tuple[tuple[Kind, str], ...]] = (
 
 def parse_gcn(text: str, entry: str) -> Program:
     """Read the assembly of a kernel; ``entry`` names it. Raises InspectError if it is not there."""
-    instructions: list[Instruction] = []
-    labels: dict[str, int] = {}
-    for line in text.splitlines():
-        if label := _LABEL.match(line):
-            labels[label["label"]] = len(instructions)
-        elif found := _INSTRUCTION.match(line):
-            instructions.append(_parse_instruction(found["opcode"], found["operands"].strip()))
-    if entry not in labels or not instructions:
-        raise InspectError(
-            f"the assembly has no function {entry!r}: it was {len(text)} characters, {len(labels)}"
-            " labels"
-        )
-    return Program(tuple(instructions), labels, labels[entry])
+    return read_program(text, entry, _LABEL, _INSTRUCTION, _parse_instruction)
 
 
 def parse_metadata(text: str) -> dict[str, int]:
@@ -82,7 +62,8 @@ def parse_metadata(text: str) -> dict[str, int]:
     return metadata
 
 
-def _parse_instruction(opcode: str, operands: str) -> Instruction:
+def _parse_instruction(match: "re.Match[str]") -> Instruction:
+    opcode, operands = match["opcode"], match["operands"].strip()
     kind: Kind = next((kind for kind, pattern in _KINDS if re.match(pattern, opcode)), "other")
     if kind == "global_load" and re.search(r"\blds\b", operands):
         kind = "global_copy"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disassembled kernels, whatever the instruction set: instructions, control flow, the main loop."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +9,15 @@ from typing import Literal
 
 from svsk_kernel_tools.binary.errors import InspectError
 
-__all__ = ["Instruction", "Kind", "Program", "find_main_loop", "natural_loops", "unordered"]
+__all__ = [
+    "Instruction",
+    "Kind",
+    "Program",
+    "find_main_loop",
+    "natural_loops",
+    "read_program",
+    "unordered",
+]
 
 Kind = Literal[
     "mma",
@@ -113,27 +122,6 @@ def _reach(starts: Iterable[int], neighbours: Callable[[int], Iterable[int]]) ->
     return seen
 
 
-def _dominators(program: Program) -> list[int]:
-    """Per instruction a bit set of those that every path to it passes; zero for the unreachable."""
-    everything = (1 << len(program.instructions)) - 1
-    sets = [everything if before else 0 for before in program.predecessors]
-    sets[program.entry] = 1 << program.entry
-    changed = True
-    while changed:
-        changed = False
-        for index, before in enumerate(program.predecessors):
-            if not before or index == program.entry:
-                continue
-            common = everything
-            for other in before:
-                common &= sets[other]
-            common |= 1 << index
-            if common != sets[index]:
-                sets[index] = common
-                changed = True
-    return sets
-
-
 def natural_loops(program: Program) -> list[frozenset[int]]:
     """Indices of the instructions of every loop, one set per loop header.
 
@@ -141,18 +129,47 @@ def natural_loops(program: Program) -> list[frozenset[int]]:
     a barrier out of a loop's way, to the end of the function, and the jump back from there is no
     loop of its own.
     """
-    dominators = _dominators(program)
-    bodies: dict[int, set[int]] = {}
-    for latch, after in enumerate(program.successors):
-        for header in after:
-            if dominators[latch] >> header & 1:
-                bodies.setdefault(header, set()).update(_loop_body(program, header, latch))
-    return [frozenset(bodies[header]) for header in sorted(bodies)]
+    headers = range(len(program.instructions))
+    return [loop for header in headers if (loop := _loop(program, header))]
 
 
-def _loop_body(program: Program, header: int, latch: int) -> set[int]:
-    """The header and all that reaches the latch without passing it."""
-    return {header} | _reach([latch], lambda i: () if i == header else program.predecessors[i])
+def _loop(program: Program, header: int) -> frozenset[int]:
+    """The header and all that comes back to it without passing it; empty where nothing does."""
+    before = program.predecessors[header]
+    if len(before) < 2 and header != program.entry:
+        return frozenset()  # entered from one place only, it heads no loop
+    # A header dominates what cannot be reached without passing it.
+    outside = _reach([program.entry], lambda i: () if i == header else program.successors[i])
+    latches = [i for i in before if i == header or i not in outside]
+    body = _reach(latches, lambda i: () if i == header else program.predecessors[i])
+    return frozenset({header} | body) if latches else frozenset()
+
+
+def read_program(
+    text: str,
+    entry: str,
+    label_line: "re.Pattern[str]",
+    instruction_line: "re.Pattern[str]",
+    parse: Callable[["re.Match[str]"], Instruction],
+) -> Program:
+    """Read a disassembly line by line.
+
+    Raises:
+        InspectError: it has no function ``entry``.
+    """
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := label_line.match(line):
+            labels[label["label"]] = len(instructions)
+        elif match := instruction_line.match(line):
+            instructions.append(parse(match))
+    if entry not in labels or not instructions:
+        raise InspectError(
+            f"the disassembly has no function {entry!r}: it was {len(text)} characters,"
+            f" {len(labels)} labels"
+        )
+    return Program(tuple(instructions), labels, labels[entry])
 
 
 def find_main_loop(program: Program) -> list[int]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The facts of one compiled kernel that matter for its speed and its correctness."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -76,15 +75,6 @@ class KernelFacts:
     unordered_stores: int
     unfenced_stores: int
 
-    @property
-    def mma_unit(self) -> str | None:
-        """The tensor-core unit used most, None if there is none."""
-        return max(self.mma, key=lambda unit: self.mma[unit], default=None)
-
-    def as_json(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return dataclasses.asdict(self)
-
 
 def read_facts(kernel: CompiledKernel) -> KernelFacts:
     """Disassemble a compiled kernel and read its facts.
@@ -94,17 +84,15 @@ def read_facts(kernel: CompiledKernel) -> KernelFacts:
     """
     case = kernel.case
     if isinstance(kernel.arch, int):
-        usage = sass.resource_usage(kernel.asm["cubin"], kernel.entry)
+        registers, stack, local = sass.resource_usage(kernel.asm["cubin"], kernel.entry)
         program = sass.parse_sass(sass.disassemble(kernel.asm["cubin"]), kernel.entry)
-        registers, stack, local = usage.registers, usage.stack_bytes, usage.local_bytes
         spills = len(program.select("spill"))
     else:
         metadata = gcn.parse_metadata(kernel.asm["amdgcn"])
         program = gcn.parse_gcn(kernel.asm["amdgcn"], kernel.entry)
         registers, stack, local = metadata["vgpr_count"], 0, metadata["private_segment_fixed_size"]
-        spills = metadata[
-            "vgpr_spill_count"
-        ]  # scalar registers spill to lanes of vector registers, not to memory
+        # Scalar registers spill to lanes of vector registers, not to memory.
+        spills = metadata["vgpr_spill_count"]
     ttgir = kernel.asm["ttgir"]
     pointer = case.packed_weight_pointer
     return KernelFacts(

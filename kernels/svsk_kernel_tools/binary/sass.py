@@ -4,14 +4,13 @@
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from svsk_kernel_tools.binary.errors import InspectError
-from svsk_kernel_tools.binary.program import Instruction, Kind, Program
+from svsk_kernel_tools.binary.program import Instruction, Kind, Program, read_program
 
-__all__ = ["ResourceUsage", "disassemble", "parse_resource_usage", "parse_sass", "resource_usage"]
+__all__ = ["disassemble", "parse_resource_usage", "parse_sass", "resource_usage"]
 
 _LINE: Final = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?P<text>[^;]*?)\s*;")
 _INSTRUCTION: Final = re.compile(
@@ -52,15 +51,6 @@ _KINDS: Final[tuple[tuple[Kind, str], ...]] = (
 )
 
 
-@dataclass(frozen=True)
-class ResourceUsage:
-    """Per thread: registers, and bytes of stack and of local memory."""
-
-    registers: int
-    stack_bytes: int
-    local_bytes: int
-
-
 def disassemble(cubin: bytes) -> str:
     """The binary's SASS as nvdisasm prints it.
 
@@ -69,8 +59,8 @@ def disassemble(cubin: bytes) -> str:
     return _run_tool("nvdisasm", "-c", cubin)
 
 
-def resource_usage(cubin: bytes, entry: str) -> ResourceUsage:
-    """Registers and memory of the kernel ``entry``.
+def resource_usage(cubin: bytes, entry: str) -> tuple[int, int, int]:
+    """Registers, bytes of stack and bytes of local memory of a thread of the kernel ``entry``.
 
     Raises InspectError if the tool is missing or fails.
     """
@@ -99,7 +89,7 @@ def _run_tool(name: str, option: str, cubin: bytes) -> str:
     return result.stdout
 
 
-def parse_resource_usage(text: str, entry: str) -> ResourceUsage:
+def parse_resource_usage(text: str, entry: str) -> tuple[int, int, int]:
     """Read cuobjdump's resource usage of one function; raise InspectError if it is not there."""
     usage = re.search(
         rf"Function {re.escape(entry)}:\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text
@@ -109,7 +99,8 @@ def parse_resource_usage(text: str, entry: str) -> ResourceUsage:
             f"cuobjdump printed no resource usage of the function {entry!r}; it printed:"
             f" {text.strip()}"
         )
-    return ResourceUsage(*map(int, usage.groups()))
+    registers, stack, local = map(int, usage.groups())
+    return registers, stack, local
 
 
 def parse_sass(text: str, entry: str) -> Program:
@@ -117,22 +108,11 @@ def parse_sass(text: str, entry: str) -> Program:
 
     ``entry`` names the kernel. Raises InspectError if it is not there.
     """
-    instructions: list[Instruction] = []
-    labels: dict[str, int] = {}
-    for line in text.splitlines():
-        if label := _LABEL.match(line):
-            labels[label["label"]] = len(instructions)
-        elif line_match := _LINE.match(line):
-            instructions.append(_parse_instruction(line_match["text"]))
-    if entry not in labels or not instructions:
-        raise InspectError(
-            f"the disassembly has no function {entry!r}: it was {len(text)} characters,"
-            f" {len(labels)} labels"
-        )
-    return Program(tuple(instructions), labels, labels[entry])
+    return read_program(text, entry, _LABEL, _LINE, _parse_instruction)
 
 
-def _parse_instruction(text: str) -> Instruction:
+def _parse_instruction(line: "re.Match[str]") -> Instruction:
+    text = line["text"]
     match = _INSTRUCTION.match(text)
     if match is None:
         raise InspectError(

@@ -7,27 +7,3 @@ Usage::
         y = packed_matmul(x, ...)  # CPU tensors
     gpu.launches[-1].bytes_read["words"]
 """
-
-from svsk_kernel_tools.emulator.driver import CAPABILITIES, emulated
-from svsk_kernel_tools.emulator.errors import (
-    BarrierError,
-    EmulateError,
-    MemoryFaultError,
-    RaceError,
-    UnsupportedError,
-)
-from svsk_kernel_tools.emulator.machine import ORDERS, Gpu, Launch, Order
-
-__all__ = [
-    "CAPABILITIES",
-    "ORDERS",
-    "BarrierError",
-    "EmulateError",
-    "Gpu",
-    "Launch",
-    "MemoryFaultError",
-    "Order",
-    "RaceError",
-    "UnsupportedError",
-    "emulated",
-]

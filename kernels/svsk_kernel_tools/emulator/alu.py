@@ -8,6 +8,8 @@ supported.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any, Final
 
 import numpy as np
@@ -50,26 +52,15 @@ def unsigned(width: int) -> Any:
     return _UNSIGNED[width]
 
 
-def _one(function: Callable[..., Any]) -> Maker:
-    def make(a: Source) -> Compute:
-        i = a.slot
-        return lambda r: function(r[i])
+def _of(function: Callable[..., Any]) -> Maker:
+    """What applies ``function`` to the registers of its sources."""
 
-    return make
-
-
-def _two(function: Callable[..., Any]) -> Maker:
-    def make(a: Source, b: Source) -> Compute:
-        i, j = a.slot, b.slot
-        return lambda r: function(r[i], r[j])
-
-    return make
-
-
-def _three(function: Callable[..., Any]) -> Maker:
-    def make(a: Source, b: Source, c: Source) -> Compute:
-        i, j, k = a.slot, b.slot, c.slot
-        return lambda r: function(r[i], r[j], r[k])
+    def make(*sources: Source) -> Compute:
+        if len(sources) == 2:  # by far the most, and called once for each executed instruction
+            i, j = sources[0].slot, sources[1].slot
+            return lambda r: function(r[i], r[j])
+        slots = [source.slot for source in sources]
+        return lambda r: function(*[r[slot] for slot in slots])
 
     return make
 
@@ -108,49 +99,42 @@ def _integers() -> None:
         s, u = _SIGNED[width], _UNSIGNED[width]
         for letter, dtype in (("s", s), ("u", u)):
             name = f"{letter}{width}"
-            OPERATIONS[f"add.{name}"] = _two(np.add)
-            OPERATIONS[f"sub.{name}"] = _two(np.subtract)
-            OPERATIONS[f"mul.lo.{name}"] = _two(np.multiply)
-            OPERATIONS[f"mad.lo.{name}"] = _three(lambda a, b, c: a * b + c)
-            OPERATIONS[f"min.{name}"] = _two(_as(dtype, np.minimum))
-            OPERATIONS[f"max.{name}"] = _two(_as(dtype, np.maximum))
-        OPERATIONS[f"neg.s{width}"] = _one(_as(s, np.negative))
-        OPERATIONS[f"abs.s{width}"] = _one(_as(s, np.abs))
-        for name, function in (
-            ("and", np.bitwise_and),
-            ("or", np.bitwise_or),
-            ("xor", np.bitwise_xor),
-        ):
-            OPERATIONS[f"{name}.b{width}"] = _two(function)
-        OPERATIONS[f"not.b{width}"] = _one(np.invert)
-        OPERATIONS[f"selp.b{width}"] = OPERATIONS[f"selp.u{width}"] = OPERATIONS[
-            f"selp.s{width}"
-        ] = _select
+            OPERATIONS[f"add.{name}"] = _of(np.add)
+            OPERATIONS[f"sub.{name}"] = _of(np.subtract)
+            OPERATIONS[f"mul.lo.{name}"] = _of(np.multiply)
+            OPERATIONS[f"mad.lo.{name}"] = _of(lambda a, b, c: a * b + c)
+            OPERATIONS[f"min.{name}"] = _of(_as(dtype, np.minimum))
+            OPERATIONS[f"max.{name}"] = _of(_as(dtype, np.maximum))
+        OPERATIONS[f"neg.s{width}"] = _of(_as(s, np.negative))
+        OPERATIONS[f"abs.s{width}"] = _of(_as(s, np.abs))
+        for letter in "bus":
+            OPERATIONS[f"selp.{letter}{width}"] = _of(_select)
         OPERATIONS[f"shl.b{width}"] = _shift(np.left_shift, width, u)
         OPERATIONS[f"shr.u{width}"] = OPERATIONS[f"shr.b{width}"] = _shift(np.right_shift, width, u)
         OPERATIONS[f"shr.s{width}"] = _shift(np.right_shift, width, s)
     for letter, table in (("s", _SIGNED), ("u", _UNSIGNED)):
         for width in (16, 32):
-            product = _wide(table[width], table[2 * width])
-            OPERATIONS[f"mul.wide.{letter}{width}"] = _two(product)
-            OPERATIONS[f"mad.wide.{letter}{width}"] = _three(
-                lambda a, b, c, product=product: product(a, b) + c
+            multiply = _wide(table[width], table[2 * width])
+            OPERATIONS[f"mul.wide.{letter}{width}"] = _of(multiply)
+            OPERATIONS[f"mad.wide.{letter}{width}"] = _of(
+                lambda a, b, c, multiply=multiply: multiply(a, b) + c
             )
         high = _wide(table[32], table[64])
-        OPERATIONS[f"mul.hi.{letter}32"] = _two(
+        OPERATIONS[f"mul.hi.{letter}32"] = _of(
             lambda a, b, high=high: (high(a, b) >> np.uint64(32)).astype(np.uint32)
         )
-        OPERATIONS[f"div.{letter}32"] = _two(_as(table[32], _quotient))
-        OPERATIONS[f"rem.{letter}32"] = _two(_as(table[32], _remainder))
-    for name, logical in (("and", np.logical_and), ("or", np.logical_or), ("xor", np.logical_xor)):
-        OPERATIONS[f"{name}.pred"] = _two(logical)
-    OPERATIONS["not.pred"] = _one(np.logical_not)
-    OPERATIONS["selp.f32"] = OPERATIONS["selp.f64"] = _select
+        OPERATIONS[f"div.{letter}32"] = _of(_as(table[32], _quotient))
+        OPERATIONS[f"rem.{letter}32"] = _of(_as(table[32], _remainder))
+    for kind in ("b16", "b32", "b64", "pred"):  # predicates are booleans: NumPy's work on both
+        OPERATIONS[f"and.{kind}"] = _of(np.bitwise_and)
+        OPERATIONS[f"or.{kind}"] = _of(np.bitwise_or)
+        OPERATIONS[f"xor.{kind}"] = _of(np.bitwise_xor)
+        OPERATIONS[f"not.{kind}"] = _of(np.invert)
+    OPERATIONS["selp.f32"] = OPERATIONS["selp.f64"] = _of(_select)
 
 
-def _select(a: Source, b: Source, p: Source) -> Compute:
-    i, j, k = a.slot, b.slot, p.slot
-    return lambda r: np.where(r[k], r[i], r[j])
+def _select(a: Array, b: Array, p: Array) -> Array:
+    return np.where(p, a, b)
 
 
 def _shift(function: Any, width: int, dtype: Any) -> Maker:
@@ -182,27 +166,25 @@ def _comparisons() -> None:
     unsigned_names = {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
     for width in (16, 32, 64):
         for name, test in tests.items():
-            OPERATIONS[f"setp.{name}.s{width}"] = _two(_compare(test, _SIGNED[width]))
-            OPERATIONS[f"setp.{name}.u{width}"] = _two(test)
+            OPERATIONS[f"setp.{name}.s{width}"] = _of(_compare(test, _SIGNED[width]))
+            OPERATIONS[f"setp.{name}.u{width}"] = _of(test)
         for name, test in unsigned_names.items():
-            OPERATIONS[f"setp.{name}.u{width}"] = _two(test)
-        OPERATIONS[f"setp.eq.b{width}"], OPERATIONS[f"setp.ne.b{width}"] = (
-            _two(np.equal),
-            _two(np.not_equal),
-        )
+            OPERATIONS[f"setp.{name}.u{width}"] = _of(test)
+        OPERATIONS[f"setp.eq.b{width}"] = _of(np.equal)
+        OPERATIONS[f"setp.ne.b{width}"] = _of(np.not_equal)
     for name, test in tests.items():
         ordered = _compare(test, np.float32)
         if name == "ne":  # NumPy's is true of what is not a number, as PTX's neu is
-            OPERATIONS["setp.neu.f32"] = _two(ordered)
-            OPERATIONS["setp.ne.f32"] = _two(_compare(lambda a, b: (a < b) | (a > b), np.float32))
+            OPERATIONS["setp.neu.f32"] = _of(ordered)
+            OPERATIONS["setp.ne.f32"] = _of(_compare(lambda a, b: (a < b) | (a > b), np.float32))
         else:
-            OPERATIONS[f"setp.{name}.f32"] = _two(ordered)
+            OPERATIONS[f"setp.{name}.f32"] = _of(ordered)
             loose = _compare(
                 lambda a, b, test=test: test(a, b) | np.isnan(a) | np.isnan(b), np.float32
             )
-            OPERATIONS[f"setp.{name}u.f32"] = _two(loose)
-    OPERATIONS["setp.nan.f32"] = _two(_compare(lambda a, b: np.isnan(a) | np.isnan(b), np.float32))
-    OPERATIONS["setp.num.f32"] = _two(
+            OPERATIONS[f"setp.{name}u.f32"] = _of(loose)
+    OPERATIONS["setp.nan.f32"] = _of(_compare(lambda a, b: np.isnan(a) | np.isnan(b), np.float32))
+    OPERATIONS["setp.num.f32"] = _of(
         _compare(lambda a, b: ~(np.isnan(a) | np.isnan(b)), np.float32)
     )
 
@@ -216,8 +198,8 @@ def _compare(test: Any, dtype: Any) -> Callable[..., Array]:
 
 
 def _bits() -> None:
-    OPERATIONS["bfe.u32"] = _three(lambda a, b, c: _extract(a, b, c, signed=False))
-    OPERATIONS["bfe.s32"] = _three(lambda a, b, c: _extract(a, b, c, signed=True))
+    OPERATIONS["bfe.u32"] = _of(partial(_extract, signed=False))
+    OPERATIONS["bfe.s32"] = _of(partial(_extract, signed=True))
     OPERATIONS["lop3.b32"] = _lop3
     OPERATIONS["prmt.b32"] = _prmt
 
@@ -283,20 +265,17 @@ def _floats() -> None:
     single: dict[str, Any] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
     for name, function in single.items():
         for suffix in (".f32", ".rn.f32", ".f32x2", ".rn.f32x2"):
-            OPERATIONS[name + suffix] = _two(_as(np.float32, function))
-    OPERATIONS["fma.rn.f32"] = OPERATIONS["fma.rn.f32x2"] = _three(_as(np.float32, fma_f32))
-    for kind in (
-        "approx",
-        "full",
-        "rn",
-    ):  # rounded correctly here; approx may be off by 2 units in the last place
-        OPERATIONS[f"div.{kind}.f32"] = _two(_as(np.float32, np.divide))
-    OPERATIONS["neg.f32"] = _one(lambda a: a ^ np.uint32(0x80000000))
-    OPERATIONS["sqrt.rn.f32"] = _one(_as(np.float32, np.sqrt))
-    OPERATIONS["abs.f32"] = _one(lambda a: a & np.uint32(0x7FFFFFFF))
+            OPERATIONS[name + suffix] = _of(_as(np.float32, function))
+    OPERATIONS["fma.rn.f32"] = OPERATIONS["fma.rn.f32x2"] = _of(_as(np.float32, fma_f32))
+    # Rounded correctly here; approx may be off by 2 units in the last place.
+    for kind in ("approx", "full", "rn"):
+        OPERATIONS[f"div.{kind}.f32"] = _of(_as(np.float32, np.divide))
+    OPERATIONS["neg.f32"] = _of(lambda a: a ^ np.uint32(0x80000000))
+    OPERATIONS["sqrt.rn.f32"] = _of(_as(np.float32, np.sqrt))
+    OPERATIONS["abs.f32"] = _of(lambda a: a & np.uint32(0x7FFFFFFF))
     OPERATIONS["min.f32"], OPERATIONS["max.f32"] = (
-        _two(_as(np.float32, np.fmin)),
-        _two(_as(np.float32, np.fmax)),
+        _of(_as(np.float32, np.fmin)),
+        _of(_as(np.float32, np.fmax)),
     )
     half: dict[str, Any] = {"f16": (f16_to_f64, f64_to_f16), "bf16": (bf16_to_f64, f64_to_bf16)}
     for kind, (widen, narrow) in half.items():
@@ -317,38 +296,30 @@ def _halves(name: str, widen: Any, narrow: Any) -> None:
     sign = 0x80008000 if name.endswith("x2") else 0x8000
     dtype: Any = np.uint32 if name.endswith("x2") else np.uint16
     for rounding in ("", ".rn"):
-        OPERATIONS[f"add{rounding}.{name}"] = _two(lanes(add_to_odd))
-        OPERATIONS[f"sub{rounding}.{name}"] = _two(lanes(lambda a, b: add_to_odd(a, -b)))
-        OPERATIONS[f"mul{rounding}.{name}"] = _two(lanes(np.multiply))
-    OPERATIONS[f"fma.rn.{name}"] = _three(lanes(lambda a, b, c: add_to_odd(a * b, c)))
-    OPERATIONS[f"neg.{name}"] = _one(lambda a: a ^ dtype(sign))
-    OPERATIONS[f"abs.{name}"] = _one(lambda a: a & ~dtype(sign))
+        OPERATIONS[f"add{rounding}.{name}"] = _of(lanes(add_to_odd))
+        OPERATIONS[f"sub{rounding}.{name}"] = _of(lanes(lambda a, b: add_to_odd(a, -b)))
+        OPERATIONS[f"mul{rounding}.{name}"] = _of(lanes(np.multiply))
+    OPERATIONS[f"fma.rn.{name}"] = _of(lanes(lambda a, b, c: add_to_odd(a * b, c)))
+    OPERATIONS[f"neg.{name}"] = _of(lambda a: a ^ dtype(sign))
+    OPERATIONS[f"abs.{name}"] = _of(lambda a: a & ~dtype(sign))
 
 
 def _conversions() -> None:
-    for to in (8, 16, 32, 64):
-        for width in (8, 16, 32, 64):
-            for letter, table in (("s", _SIGNED), ("u", _UNSIGNED)):
-                for result in ("s", "u"):
-                    OPERATIONS[f"cvt.{result}{to}.{letter}{width}"] = _one(
-                        _resize(table[width], width, to, result)
-                    )
-    for letter, table in (("s", _SIGNED), ("u", _UNSIGNED)):
-        for width in (16, 32):
-            change = _to_float(table[width])
-            OPERATIONS[f"cvt.rn.f32.{letter}{width}"] = _one(change)
-    OPERATIONS["cvt.f32.f16"] = _one(
-        lambda a: a.view(np.float16).astype(np.float32).view(np.uint32)
-    )
-    OPERATIONS["cvt.f32.bf16"] = _one(lambda a: a.astype(np.uint32) << np.uint32(16))
-    OPERATIONS["cvt.rn.bf16.f32"] = _one(lambda a: f32_to_bf16(a.view(np.float32)))
-    OPERATIONS["cvt.rn.f16.f32"] = _one(_single_to_half)
-    OPERATIONS["cvt.rn.bf16x2.f32"] = _two(
+    for width in (8, 16, 32, 64):
+        for letter, table in (("s", _SIGNED), ("u", _UNSIGNED)):
+            for to, result in product((8, 16, 32, 64), "su"):
+                change = _resize(table[width], width, to, result)
+                OPERATIONS[f"cvt.{result}{to}.{letter}{width}"] = _of(change)
+            if width in (16, 32):
+                OPERATIONS[f"cvt.rn.f32.{letter}{width}"] = _of(_to_float(table[width]))
+    OPERATIONS["cvt.f32.f16"] = _of(lambda a: a.view(np.float16).astype(np.float32).view(np.uint32))
+    OPERATIONS["cvt.f32.bf16"] = _of(lambda a: a.astype(np.uint32) << np.uint32(16))
+    OPERATIONS["cvt.rn.bf16.f32"] = _of(lambda a: f32_to_bf16(a.view(np.float32)))
+    OPERATIONS["cvt.rn.f16.f32"] = _of(_single_to_half)
+    OPERATIONS["cvt.rn.bf16x2.f32"] = _of(
         lambda a, b: _pack(f32_to_bf16(b.view("f4")), f32_to_bf16(a.view("f4")))
     )
-    OPERATIONS["cvt.rn.f16x2.f32"] = _two(
-        lambda a, b: _pack(_single_to_half(b), _single_to_half(a))
-    )
+    OPERATIONS["cvt.rn.f16x2.f32"] = _of(lambda a, b: _pack(_single_to_half(b), _single_to_half(a)))
 
 
 def _single_to_half(a: Array) -> Array:

@@ -8,6 +8,7 @@ not on a GPU: what could depend on it is found by the checks of shared memory in
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,50 +17,59 @@ from svsk_kernel_tools.emulator.alu import Array, unsigned
 from svsk_kernel_tools.emulator.asynchronous import BUSY, Copies, Products
 from svsk_kernel_tools.emulator.code import Block, Code
 from svsk_kernel_tools.emulator.errors import BarrierError, EmulateError, RaceError
-from svsk_kernel_tools.emulator.memory import GlobalMemory
+from svsk_kernel_tools.emulator.memory import GlobalMemory, regions_of
 from svsk_kernel_tools.emulator.ordering import Visitor
 from svsk_kernel_tools.emulator.parse import Instruction, Register
 from svsk_kernel_tools.emulator.shared import SharedMemory
 
-__all__ = ["Cta"]
+__all__ = ["Cta", "Work"]
+
+
+@dataclass
+class Work:
+    """One launch on its way.
+
+    Attributes:
+        code: the kernel.
+        grid: blocks along x, y and z.
+        params: values of the kernel's parameters.
+        arguments: of the launch by name; they are kept alive.
+        shared_bytes: of dynamic shared memory.
+    """
+
+    code: Code
+    grid: tuple[int, int, int]
+    params: list[int]
+    arguments: list[tuple[str, Any]]
+    shared_bytes: int
+    overlapped: bool = False
+
+    def __post_init__(self) -> None:
+        self.memory = GlobalMemory(regions_of(self.arguments))
+        self.runs = [0] * len(self.code.blocks)  # of each warp through each block of the code
+        self.remarks: set[str] = set()  # what was noticed that is no error
 
 
 class Cta:
     """State of one block.
 
     Args:
-        code: the kernel.
+        work: the launch it belongs to; ``runs`` is counted up and ``remarks`` added to.
         place: %ctaid.
-        grid: %nctaid.
-        params: values of the kernel's parameters, in order.
-        memory: global memory of the launch.
-        shared_bytes: of dynamic shared memory.
         late: asynchronous copies and products happen as late as they may, not as early.
-        runs: how often each warp ran each block of the code, counted up.
-        remarks: what was noticed that is no error, added to.
     """
 
-    def __init__(
-        self,
-        code: Code,
-        place: tuple[int, int, int],
-        grid: tuple[int, int, int],
-        params: list[int],
-        memory: GlobalMemory,
-        shared_bytes: int,
-        late: bool,
-        runs: list[int],
-        remarks: set[str],
-    ) -> None:
-        self.code, self.place, self.memory, self.runs = code, place, memory, runs
+    def __init__(self, work: Work, place: tuple[int, int, int], late: bool) -> None:
+        code, grid = work.code, work.grid
+        self.code, self.place, self.memory, self.runs = code, place, work.memory, work.runs
         self.threads = code.program.threads
         self.everyone = np.arange(self.threads)
-        self.shared = SharedMemory(shared_bytes, self.threads, remarks)
+        self.shared = SharedMemory(work.shared_bytes, self.threads, work.remarks)
         x, y, z = place
         self._visitor = Visitor((z * grid[1] + y) * grid[0] + x, self.shared)
         self.copies, self.products = Copies(self, late), Products(self, late)
         self.r: list[Any] = [None] * len(code.slots.names)
-        self._fill(grid, params)
+        self._fill(grid, work.params)
         self._at = np.zeros(self.threads, np.int64)
         self._waiting = np.zeros(self.threads, np.bool_)
         self._alive = np.ones(self.threads, np.bool_)

@@ -16,8 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from svsk_kernel_tools.emulator.code import code_of
+from svsk_kernel_tools.emulator.cta import Work
 from svsk_kernel_tools.emulator.errors import EmulateError, UnsupportedError
-from svsk_kernel_tools.emulator.machine import ORDERS, Gpu, Order, Work
+from svsk_kernel_tools.emulator.machine import ORDERS, Gpu, Order
 from svsk_kernels.gpu.tuning import Gpu as GpuModel
 
 __all__ = ["CAPABILITIES", "emulated"]
@@ -25,18 +26,8 @@ __all__ = ["CAPABILITIES", "emulated"]
 CAPABILITIES: Final = (80, 86, 89, 90, 120)
 """The targets that can be emulated."""
 
-_INTEGERS: Final = {
-    "i1": 8,
-    "u1": 8,
-    "i8": 8,
-    "u8": 8,
-    "i16": 16,
-    "u16": 16,
-    "i32": 32,
-    "u32": 32,
-    "i64": 64,
-    "u64": 64,
-}
+_INTEGERS: Final = {f"{sign}{bits}": bits for sign in "iu" for bits in (8, 16, 32, 64)}
+_INTEGERS.update(i1=8, u1=8)
 _FLOATS: Final = {"fp32": "<f", "f32": "<f", "fp64": "<d", "fp16": "<e"}
 
 

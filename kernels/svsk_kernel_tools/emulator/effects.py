@@ -34,8 +34,9 @@ _KIND: Final = r"(?:\.v([248]))?\.([bsuf])(8|16|32|64)$"
 _SIGNED: Final = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 
 
-def _nothing(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Effect:
-    return lambda cta, mask: None
+def _always(effect: Effect) -> Maker:
+    """What makes an effect that depends on no operand."""
+    return lambda instruction, slots, match: effect
 
 
 def _unpack(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Effect | None:
@@ -57,12 +58,8 @@ def _unpack(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> E
 
 
 def _load(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Effect:
-    space, count, letter, width = (
-        match.group(1),
-        int(match.group(2) or 1),
-        match.group(3),
-        int(match.group(4)),
-    )
+    space, letter = match.group(1, 3)
+    count, width = int(match.group(2) or 1), int(match.group(4))
     address = slots.address(instruction.operands[1], 64 if space == "global" else 32)
     targets = slots.targets(instruction.operands[0])
     if len(targets) != count:
@@ -105,12 +102,10 @@ def _store(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Ef
 
 
 def _atomic(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Effect:
-    order, name, letter, width = match.group(1), match.group(2), match.group(3), int(match.group(4))
+    (order, name, letter), width = match.group(1, 2, 3), int(match.group(4))
     acquires, releases = order in ("acquire", "acq_rel"), order in ("release", "acq_rel")
-    target, address = (
-        slots.target(instruction.operands[0]),
-        slots.address(instruction.operands[1], 64),
-    )
+    target = slots.target(instruction.operands[0])
+    address = slots.address(instruction.operands[1], 64)
     value = slots.source(instruction.operands[2], width).slot
     dtype: Any = _SIGNED[width] if letter == "s" else unsigned(width)
     functions: dict[str, Any] = {
@@ -144,11 +139,8 @@ def _atomic(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> E
 
 def _copy(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Effect:
     operands = instruction.operands
-    target, source, total = (
-        slots.address(operands[0], 32),
-        slots.address(operands[1], 64),
-        operands[2],
-    )
+    target, source = slots.address(operands[0], 32), slots.address(operands[1], 64)
+    total = operands[2]
     policies = 1 if match.group(2) else 0
     allowed = (16,) if match.group(1) == "cg" else (4, 8, 16)
     if not isinstance(total, int) or total not in allowed or len(operands) - policies not in (3, 4):
@@ -170,14 +162,6 @@ def _copy_wait(instruction: Instruction, slots: Slots, match: "re.Match[str]") -
     if pending is not None and not isinstance(pending, int):
         raise UnsupportedError("the number of groups is not a constant")
     return lambda cta, mask: cta.copies.wait(cta.lanes(mask), pending)
-
-
-def _copy_commit(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Effect:
-    return lambda cta, mask: cta.copies.commit(cta.lanes(mask))
-
-
-def _proxy_fence(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Effect:
-    return lambda cta, mask: cta.shared.proxy_fence(cta.lanes(mask))
 
 
 def _policy(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Effect:
@@ -241,10 +225,8 @@ def _reduce(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> E
     functions = {"min": np.minimum, "max": np.maximum, "add": np.add}
     function, dtype = functions[match.group(1)], np.int32 if match.group(2) == "s" else np.uint32
     check = _warps(slots, instruction.operands[2])
-    target, a = (
-        slots.register(instruction.operands[0]),
-        slots.source(instruction.operands[1], 32).slot,
-    )
+    target = slots.register(instruction.operands[0])
+    a = slots.source(instruction.operands[1], 32).slot
 
     def run(cta: Any, mask: Array | None) -> None:
         check(cta, mask)
@@ -256,11 +238,8 @@ def _reduce(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> E
 
 def _matrix_rows(instruction: Instruction, slots: Slots, match: "re.Match[str]") -> Effect:
     """Both ldmatrix and stmatrix: thread 8 i + j gives the address of row j of matrix i."""
-    storing, count, transposed = (
-        match.group(1) == "stmatrix",
-        int(match.group(2)),
-        bool(match.group(3)),
-    )
+    storing, count = match.group(1) == "stmatrix", int(match.group(2))
+    transposed = bool(match.group(3))
     place, registers = instruction.operands if storing else instruction.operands[::-1]
     address = slots.address(place, 32)
     parts = slots.targets(registers)
@@ -375,14 +354,15 @@ _PATTERNS: Final[tuple[tuple[str, Maker], ...]] = (
         _atomic,
     ),
     (r"cp\.async\.(ca|cg)\.shared\.global(\.L2::cache_hint)?$", _copy),
-    (r"cp\.async\.commit_group$", _copy_commit),
+    (r"cp\.async\.commit_group$", _always(lambda cta, mask: cta.copies.commit(cta.lanes(mask)))),
     (r"cp\.async\.wait_(group|all)$", _copy_wait),
     (r"createpolicy\.fractional\.L2::evict_(?:first|last)\.b64$", _policy),
-    (r"fence\.proxy\.async(?:\.shared::cta)?$", _proxy_fence),
     (
-        r"griddepcontrol\.(?:wait|launch_dependents)$",
-        _nothing,
-    ),  # the driver sees to the order of kernels
+        r"fence\.proxy\.async(?:\.shared::cta)?$",
+        _always(lambda cta, mask: cta.shared.proxy_fence(cta.lanes(mask))),
+    ),
+    # The driver sees to the order of kernels.
+    (r"griddepcontrol\.(?:wait|launch_dependents)$", _always(lambda cta, mask: None)),
     (r"bar\.warp\.sync$", _warp_barrier),
     (r"shfl\.sync\.(up|down|bfly|idx)\.b32$", _shuffle),
     (r"redux\.sync\.(min|max|add)\.([su])32$", _reduce),

@@ -5,19 +5,15 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
-import torch
 
-from svsk_kernel_tools.emulator.code import Code, code_of
-from svsk_kernel_tools.emulator.cta import Cta
-from svsk_kernel_tools.emulator.errors import UnsupportedError
-from svsk_kernel_tools.emulator.memory import GlobalMemory, regions_of
+from svsk_kernel_tools.emulator.cta import Cta, Work
 
-__all__ = ["ORDERS", "Gpu", "Launch", "Order", "Work"]
+__all__ = ["ORDERS", "Gpu", "Launch", "Order"]
 
 Order = Literal["forward", "backward", "shuffled", "interleaved"]
 """Of a grid's blocks.
@@ -57,51 +53,23 @@ class Launch:
     overlapped: bool
     remarks: frozenset[str]
 
-
-@dataclass
-class Work:
-    """One launch on its way.
-
-    Attributes:
-        code: the kernel.
-        grid: blocks along x, y and z.
-        params: values of the kernel's parameters.
-        arguments: of the launch by name; they are kept alive.
-        shared_bytes: of dynamic shared memory.
-    """
-
-    code: Code
-    grid: tuple[int, int, int]
-    params: list[int]
-    arguments: list[tuple[str, Any]]
-    shared_bytes: int
-    suspended: list[Iterator[str]] = field(default_factory=list)
-    overlapped: bool = False
-
-    def __post_init__(self) -> None:
-        self.memory = GlobalMemory(regions_of(self.arguments))
-        self.runs = [0] * len(self.code.blocks)
-        self.remarks: set[str] = set()
-
-    def record(self) -> Launch:
-        """What it did so far."""
+    @classmethod
+    def of(cls, work: Work) -> "Launch":
+        """What a launch did so far."""
         counts: Counter[str] = Counter()
-        for runs, block in zip(self.runs, self.code.blocks, strict=True):
+        for runs, block in zip(work.runs, work.code.blocks, strict=True):
             for opcode, count in block.opcodes.items():
                 counts[opcode] += runs * count
-        read = {region.name: region.bytes_read for region in self.memory.regions}
-        written = {region.name: region.bytes_written for region in self.memory.regions}
-        program = self.code.program
-        remarks = frozenset(self.remarks)
-        return Launch(
-            program.name,
-            self.grid,
-            program.threads,
-            +counts,
-            read,
-            written,
-            self.overlapped,
-            remarks,
+        regions = work.memory.regions
+        return cls(
+            kernel=work.code.program.name,
+            grid=work.grid,
+            threads=work.code.program.threads,
+            instructions=+counts,
+            bytes_read={region.name: region.bytes_read for region in regions},
+            bytes_written={region.name: region.bytes_written for region in regions},
+            overlapped=work.overlapped,
+            remarks=frozenset(work.remarks),
         )
 
 
@@ -135,47 +103,15 @@ class Gpu:
         opcodes = work.code.program.opcodes
         if dependent and self._held is not None:
             work.overlapped = True
-            work.suspended = self._advance(work, self._blocks(work), stop=True)
+            suspended = self._advance(self._blocks(work), stop=True)
             self.flush()
-            self._finish(work, work.suspended)
+            self._finish(work, suspended)
             return
         self.flush()
         if "griddepcontrol.launch_dependents" in opcodes:
             self._held = work
         else:
             self._finish(work, self._blocks(work))
-
-    def execute(
-        self,
-        ptx: str,
-        grid: tuple[int, int, int],
-        arguments: Mapping[str, torch.Tensor | int],
-        *,
-        shared_bytes: int = 0,
-        dependent: bool = False,
-    ) -> None:
-        """Run the PTX of one kernel.
-
-        Args:
-            ptx: its text.
-            grid: blocks along x, y and z.
-            arguments: CPU tensors and integers in the order of the parameters; missing ones are
-                zero.
-            shared_bytes: of dynamic shared memory.
-            dependent: as for :meth:`submit`.
-        """
-        for name, value in arguments.items():
-            if not isinstance(value, torch.Tensor | int):
-                raise UnsupportedError(
-                    f"argument {name}: {value!r} is not emulated; tensors and integers are."
-                )
-        given = arguments.values()
-        values = [
-            one.data_ptr() if isinstance(one, torch.Tensor) else one & (2**64 - 1) for one in given
-        ]
-        code = code_of(ptx)
-        values += [0] * (len(code.program.params) - len(values))
-        self.submit(Work(code, grid, values, list(arguments.items()), shared_bytes), dependent)
 
     def flush(self) -> None:
         """Run what is held back."""
@@ -188,8 +124,8 @@ class Gpu:
         self._held = None
 
     def _finish(self, work: Work, blocks: list[Iterator[str]]) -> None:
-        self._advance(work, blocks, stop=False)
-        self.launches.append(work.record())
+        self._advance(blocks, stop=False)
+        self.launches.append(Launch.of(work))
 
     def _blocks(self, work: Work) -> list[Iterator[str]]:
         """The blocks in their order, none of them begun."""
@@ -205,21 +141,9 @@ class Gpu:
         ]
 
     def _block(self, work: Work, place: tuple[int, int, int]) -> Iterator[str]:
-        yield from Cta(
-            work.code,
-            place,
-            work.grid,
-            work.params,
-            work.memory,
-            work.shared_bytes,
-            self.late,
-            work.runs,
-            work.remarks,
-        ).run()
+        yield from Cta(work, place, self.late).run()
 
-    def _advance(
-        self, work: Work, blocks: list[Iterator[str]], *, stop: bool
-    ) -> list[Iterator[str]]:
+    def _advance(self, blocks: list[Iterator[str]], *, stop: bool) -> list[Iterator[str]]:
         """Run blocks to their ends, or with ``stop`` to ``griddepcontrol.wait``.
 
         Those that have not ended.

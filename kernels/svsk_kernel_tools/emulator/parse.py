@@ -25,19 +25,8 @@ SHARED_BASE: Final = 1024
 Not zero, so that null is never valid; the first KiB belongs to the system on sm_90.
 """
 
-_WIDTHS: Final = {
-    "pred": 1,
-    "b8": 8,
-    "b16": 16,
-    "b32": 32,
-    "b64": 64,
-    "u16": 16,
-    "u32": 32,
-    "u64": 64,
-}
-_WIDTHS.update(
-    {"s16": 16, "s32": 32, "s64": 64, "f16": 16, "f16x2": 32, "bf16": 16, "bf16x2": 32, "f32": 32}
-)
+_WIDTHS: Final = {f"{letter}{bits}": bits for letter in "bus" for bits in (16, 32, 64)}
+_WIDTHS.update(pred=1, b8=8, f16=16, f16x2=32, bf16=16, bf16x2=32, f32=32)
 
 _FILE: Final = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?', re.MULTILINE)
 _LOC: Final = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
@@ -49,6 +38,7 @@ _GUARD: Final = re.compile(r"^@(!?)([%\w$]+)\s+")
 _OPCODE: Final = re.compile(r"^([a-z][\w.:]*)\s*(.*)$", re.DOTALL)
 _INT: Final = re.compile(r"^-?(?:0[xX][0-9a-fA-F]+|\d+)U?$")
 _LABEL: Final = re.compile(r"\s*([$\w]+):(?!:)")
+_OPERANDS: Final = re.compile(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+")
 
 
 @dataclass(frozen=True)
@@ -228,11 +218,13 @@ class _Reader:
         guard, whole = _GUARD.match(text), text
         if guard is not None:
             text = text[guard.end() :].strip()
+        register = None if guard is None else self._operand(guard.group(2))
+        if not isinstance(register, Register | None):
+            raise self._fail(f"register {register} is not declared")
         match = _OPCODE.match(text)
         if match is None:
             raise self._fail(f"cannot read {whole!r}")
         operands = tuple(self._operand(part) for part in _split(match.group(2)))
-        register = None if guard is None else self._register(guard.group(2))
         negated = guard is not None and guard.group(1) == "!"
         self.program.instructions.append(
             Instruction(
@@ -253,18 +245,9 @@ class _Reader:
         suffix = f"#{self.scope_count}" if len(self.scopes) > 1 else ""
         for name in (part.strip() for part in names.split(",")):
             many = _RANGE.match(name)
-            for one in (
-                [f"{many.group(1)}{index}" for index in range(int(many.group(2)))]
-                if many
-                else [name]
-            ):
+            count = [str(index) for index in range(int(many.group(2)))] if many else [""]
+            for one in (f"{many.group(1) if many else name}{number}" for number in count):
                 self.scopes[-1][one] = Register(one + suffix, _WIDTHS[kind])
-
-    def _register(self, name: str) -> Register:
-        for scope in reversed(self.scopes):
-            if name in scope:
-                return scope[name]
-        raise self._fail(f"register {name} is not declared")
 
     def _operand(self, text: str) -> Operand:
         if text.startswith("{"):
@@ -296,15 +279,5 @@ class _Reader:
 
 
 def _split(text: str) -> list[str]:
-    """Operands, at commas outside of braces and brackets."""
-    parts, depth, current = [], 0, ""
-    for char in text:
-        depth += (char in "{[") - (char in "}]")
-        if char == "," and depth == 0:
-            parts.append(current.strip())
-            current = ""
-        else:
-            current += char
-    if current.strip():
-        parts.append(current.strip())
-    return parts
+    """Operands, at commas outside of braces and brackets, which do not nest."""
+    return [part.strip() for part in _OPERANDS.findall(text) if part.strip()]

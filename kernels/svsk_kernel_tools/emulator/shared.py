@@ -186,26 +186,23 @@ class SharedMemory:
     def _unordered(self, records: Array, threads: Array, owners: Array) -> Array:
         """Which records [n, total] are of others since the last barrier that orders them."""
         owner = records & _OWNER
-        warp = np.where(owner >= _WARP, owner - _WARP, owner // 32)
-        phase = records >> 12 & _PHASE
-        same_warp = (warp == (threads // 32)[:, None]) & (owner != _ANYONE)
-        passed = same_warp & (phase < self._phases[threads][:, None])
+        _, passed = self._same_warp(records, threads)
         same_owner = (owner == owners[:, None]) & (owner < _WARP)
         result: Array = (records >> 32 == self._epoch) & ~same_owner & ~passed
         return result
+
+    def _same_warp(self, records: Array, threads: Array) -> tuple[Array, Array]:
+        """Which records [n, total] are of the threads' warps, and which a barrier orders."""
+        owner = records & _OWNER
+        warp = np.where(owner >= _WARP, owner - _WARP, owner // 32)
+        same = (warp == (threads // 32)[:, None]) & (owner != _ANYONE)
+        return same, same & ((records >> 12 & _PHASE) < self._phases[threads][:, None])
 
     def _check_read(
         self, rows: Array, total: int, threads: Array, owners: Array, everyone: bool = False
     ) -> None:
         writers = self._writers.reshape(-1, total)[rows]
-        if self._flights and self._in_flight.reshape(-1, total)[rows].any():
-            self._fail(
-                self._in_flight.reshape(-1, total)[rows],
-                rows,
-                threads,
-                "reads",
-                "a cp.async still writes",
-            )
+        self._check_flights(rows, total, threads, "reads")
         if not writers.all():
             where = np.argwhere(writers == 0)[0]
             raise MemoryFaultError(
@@ -233,43 +230,24 @@ class SharedMemory:
         """Records of bytes that ``other`` read as well since the last barrier."""
         mine = np.broadcast_to(mine, other.shape)
         warp = (threads // 32)[:, None]
-        owner = other & _OWNER
-        same_warp = (np.where(owner >= _WARP, owner - _WARP, owner // 32) == warp) & (
-            owner != _ANYONE
-        )
+        same_warp, ordered = self._same_warp(other, threads)
         recent = other >= np.int64(self._epoch << 32)
-        ordered = same_warp & ((other >> 12 & _PHASE) < self._phases[threads][:, None])
         both = recent & (other != mine) & ~ordered
         shared = (mine & ~_OWNER) | np.where(same_warp, warp + _WARP, _ANYONE)
         place = np.nonzero(both)
         readers[rows[place[0]], place[1]] = shared[place]
         again = readers[rows]
-        code = again & _OWNER
-        others = (np.where(code >= _WARP, code - _WARP, code // 32) != warp) & (
-            again >= np.int64(self._epoch << 32)
-        )
+        others = ~self._same_warp(again, threads)[0] & (again >= np.int64(self._epoch << 32))
         place = np.nonzero(others)
         readers[rows[place[0]], place[1]] = np.int64(self._epoch << 32 | _ANYONE)
 
     def _check_write(
         self, rows: Array, total: int, threads: Array, owners: Array, changes: Array
     ) -> None:
-        if self._flights and self._in_flight.reshape(-1, total)[rows].any():
-            self._fail(
-                self._in_flight.reshape(-1, total)[rows],
-                rows,
-                threads,
-                "writes",
-                "a cp.async still writes",
-            )
-        if self._reads and self._being_read.reshape(-1, total)[rows].any():
-            self._fail(
-                self._being_read.reshape(-1, total)[rows] > 0,
-                rows,
-                threads,
-                "writes",
-                "a wgmma still reads",
-            )
+        self._check_flights(rows, total, threads, "writes")
+        if self._reads:
+            reading = self._being_read.reshape(-1, total)[rows] > 0
+            self._fail(reading, rows, threads, "writes", "a wgmma still reads")
         start = np.int64(self._epoch << 32)
         for records, verb in ((self._writers, "wrote"), (self._readers, "read")):
             found = records.reshape(-1, total)[rows]
@@ -286,7 +264,15 @@ class SharedMemory:
             name = f"warp {owner - _WARP}" if owner >= _WARP else f"thread {owner}"
         return f"{name} {verb} since the last barrier"
 
+    def _check_flights(self, rows: Array, total: int, threads: Array, verb: str) -> None:
+        if self._flights:
+            flying = self._in_flight.reshape(-1, total)[rows]
+            self._fail(flying, rows, threads, verb, "a cp.async still writes")
+
     def _fail(self, bad: Array, rows: Array, threads: Array, verb: str, what: str) -> None:
+        """Raise RaceError for the first of the bytes [n, bytes] that are bad, if any is."""
+        if not bad.any():
+            return
         where = np.argwhere(bad)[0]
         byte = int(rows[where[0]]) * bad.shape[1] + int(where[1])
         raise RaceError(

@@ -9,10 +9,8 @@ import functools
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,20 +18,13 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from svsk_kernel_tools.binary import (
-    Arch,
-    CompiledKernel,
-    InspectError,
-    KernelCase,
-    KernelFacts,
-    compile_case,
-    failures,
-    limits_for,
-    parse_arch,
-    read_facts,
-)
-from svsk_kernel_tools.binary.__main__ import CASES_MODULE, app
+from svsk_kernel_tools.binary import __main__ as command
+from svsk_kernel_tools.binary.aot import Arch, CompiledKernel, compile_case, parse_arch
+from svsk_kernel_tools.binary.case import KernelCase
+from svsk_kernel_tools.binary.checks import LIMITS, failures
+from svsk_kernel_tools.binary.errors import InspectError
 from svsk_kernel_tools.binary.program import unordered
+from svsk_kernel_tools.binary.report import KernelFacts, read_facts
 from svsk_kernel_tools.binary.sass import disassemble, parse_sass
 from tests.kernel_tools.binary.w4_kernel import w4_matmul
 from tests.support.arches import EVERY_ARCH
@@ -100,7 +91,7 @@ def compiled(arch: Arch, result: str = "store") -> CompiledKernel:
 
 def checked(case: KernelCase, arch: Arch) -> tuple[KernelFacts, list[str]]:
     facts = read_facts(compile_case(case, arch))
-    return facts, failures(facts, case, limits_for(arch))
+    return facts, failures(facts, case, LIMITS[arch])
 
 
 # --- good kernels ---
@@ -110,8 +101,9 @@ def checked(case: KernelCase, arch: Arch) -> tuple[KernelFacts, list[str]]:
 def test_a_good_kernel_passes_every_check(arch: Arch) -> None:
     kernel = compiled(arch)
     facts = read_facts(kernel)
-    assert failures(facts, kernel.case, limits_for(arch)) == []
-    assert facts.mma_unit == {90: "HGMMA", 100: "UTCHMMA", "gfx942": "MFMA"}.get(arch, "HMMA")
+    assert failures(facts, kernel.case, LIMITS[arch]) == []
+    unit = max(facts.mma, key=lambda name: facts.mma[name])
+    assert unit == {90: "HGMMA", 100: "UTCHMMA", "gfx942": "MFMA"}.get(arch, "HMMA")
     assert 0 < facts.loop_mma <= sum(facts.mma.values())
     assert 0 < facts.loop_instructions < facts.num_instructions
     assert sum(facts.loop_kinds.values()) == facts.loop_instructions
@@ -119,14 +111,14 @@ def test_a_good_kernel_passes_every_check(arch: Arch) -> None:
     assert facts.packed_loads.num_bytes == 16
     assert max(facts.load_bytes if arch == "gfx942" else facts.copy_bytes) == 16
     assert facts.counters == facts.float_atomics == 0
-    assert json.loads(json.dumps(facts.as_json()))["registers"] == facts.registers
+    assert json.loads(json.dumps(dataclasses.asdict(facts)))["registers"] == facts.registers
 
 
 @pytest.mark.parametrize("arch", EVERY_ARCH)
 def test_a_good_split_passes_every_check(arch: Arch) -> None:
     kernel = compiled(arch, "split")
     facts = read_facts(kernel)
-    assert failures(facts, kernel.case, limits_for(arch)) == []
+    assert failures(facts, kernel.case, LIMITS[arch]) == []
     assert facts.counters == 1
 
 
@@ -210,9 +202,7 @@ def test_sentences_for_what_the_compiler_would_not_do(
     changes: dict[str, Any], sentence: str
 ) -> None:
     kernel = compiled(100, "split")
-    found = failures(
-        dataclasses.replace(read_facts(kernel), **changes), kernel.case, limits_for(100)
-    )
+    found = failures(dataclasses.replace(read_facts(kernel), **changes), kernel.case, LIMITS[100])
     assert len(found) == 1, found
     assert sentence in found[0]
 
@@ -263,9 +253,7 @@ def test_targets_by_name() -> None:
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Any:
     def set_cases(*cases: KernelCase) -> None:
-        module = ModuleType(CASES_MODULE)
-        module.cases = lambda arch: list(cases)  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, CASES_MODULE, module)
+        monkeypatch.setattr(command, "cases", lambda arch: list(cases))
 
     return set_cases
 
@@ -273,10 +261,10 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_command_prints_and_writes_facts(register: Any, tmp_path: Path) -> None:
     register(make_case(), dataclasses.replace(make_case(), name="amd only", arches=("gfx942",)))
     out = tmp_path / "facts.json"
-    result = CliRunner().invoke(app, ["--arch", "80", "--json", str(out)])
+    result = CliRunner().invoke(command.app, ["--arch", "80", "--json", str(out)])
     assert (
         CliRunner()
-        .invoke(app, ["--arch", "80", "--arch", "gfx942", "--kernel", "amd only"])
+        .invoke(command.app, ["--arch", "80", "--arch", "gfx942", "--kernel", "amd only"])
         .exit_code
         == 0
     )
@@ -290,12 +278,12 @@ def test_command_prints_and_writes_facts(register: Any, tmp_path: Path) -> None:
 def test_command_fails_with_a_failed_check_or_compilation(register: Any) -> None:
     bad = dataclasses.replace(make_case(cap=1.0), name="bad [cap]")
     register(make_case(), bad, dataclasses.replace(make_case(BLOCK_M=17), name="odd"))
-    result = CliRunner().invoke(app, ["--arch", "80"])
+    result = CliRunner().invoke(command.app, ["--arch", "80"])
     assert result.exit_code == 1
     assert "FAIL bad [cap] sm_80:" in result.output
     assert "FAIL odd sm_80: case 'odd' does not compile" in result.output
     assert "1 passed, 2 failed" in result.output
-    assert CliRunner().invoke(app, ["--arch", "80", "--kernel", "w4"]).exit_code == 0
+    assert CliRunner().invoke(command.app, ["--arch", "80", "--kernel", "w4"]).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -304,6 +292,6 @@ def test_command_fails_with_a_failed_check_or_compilation(register: Any) -> None
 )
 def test_command_refuses_unknown_names(register: Any, arguments: list[str], sentence: str) -> None:
     register(make_case())
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(command.app, arguments)
     assert result.exit_code == 2
     assert sentence in result.stderr

@@ -8,7 +8,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from svsk_kernel_tools.binary import Arch, compile_case, failures, limits_for, read_facts
+from svsk_kernel_tools.binary.aot import Arch, compile_case
+from svsk_kernel_tools.binary.checks import LIMITS, failures
+from svsk_kernel_tools.binary.report import read_facts
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
@@ -38,7 +40,7 @@ def test_every_kernel_passes_every_check(arch: Arch) -> None:
         "feedback",
     }
     failed = {
-        case.name: failures(read_facts(compile_case(case, arch)), case, limits_for(arch))
+        case.name: failures(read_facts(compile_case(case, arch)), case, LIMITS[arch])
         for case in found
     }
     assert {name: sentences for name, sentences in failed.items() if sentences} == {}

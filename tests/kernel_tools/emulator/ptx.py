@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small PTX kernels for the tests of the emulator."""
 
+from collections.abc import Mapping
+
 import torch
 
+from svsk_kernel_tools.emulator.code import code_of
+from svsk_kernel_tools.emulator.cta import Work
 from svsk_kernel_tools.emulator.machine import Gpu, Order
 
-__all__ = ["apply", "kernel", "run"]
+__all__ = ["apply", "execute", "kernel", "run"]
 
 _BYTES = {torch.int16: 2, torch.int32: 4, torch.int64: 8}
 
@@ -38,6 +42,29 @@ ret;
 """
 
 
+def execute(
+    gpu: Gpu,
+    ptx: str,
+    grid: tuple[int, int, int],
+    arguments: Mapping[str, torch.Tensor | int],
+    *,
+    shared_bytes: int = 0,
+    dependent: bool = False,
+) -> None:
+    """Launch the PTX of one kernel.
+
+    Its arguments are CPU tensors and integers in the order of the parameters; missing ones are
+    zero.
+    """
+    code = code_of(ptx)
+    values = [
+        one.data_ptr() if isinstance(one, torch.Tensor) else one & (2**64 - 1)
+        for one in arguments.values()
+    ]
+    values += [0] * (len(code.program.params) - len(values))
+    gpu.submit(Work(code, grid, values, list(arguments.items()), shared_bytes), dependent)
+
+
 def run(
     text: str,
     *tensors: torch.Tensor,
@@ -49,9 +76,8 @@ def run(
 ) -> Gpu:
     """Run a kernel; its arguments are called a, b, c, ..."""
     gpu = Gpu(capability, order, 0, late)
-    gpu.execute(
-        text, (grid, 1, 1), dict(zip("abcdefgh", tensors, strict=False)), shared_bytes=shared
-    )
+    arguments = dict(zip("abcdefgh", tensors, strict=False))
+    execute(gpu, text, (grid, 1, 1), arguments, shared_bytes=shared)
     gpu.flush()
     return gpu
 

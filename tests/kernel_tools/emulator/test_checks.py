@@ -19,17 +19,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 import triton.language as tl
 
-from svsk_kernel_tools.emulator import (
-    ORDERS,
+from svsk_kernel_tools.emulator.driver import _bits, emulated
+from svsk_kernel_tools.emulator.errors import (
     BarrierError,
     EmulateError,
     MemoryFaultError,
-    Order,
     RaceError,
     UnsupportedError,
-    emulated,
 )
-from tests.kernel_tools.emulator.ptx import kernel, run
+from svsk_kernel_tools.emulator.machine import ORDERS, Order
+from tests.kernel_tools.emulator.ptx import execute, kernel, run
 
 BOTH = pytest.mark.parametrize("late", [False, True])
 
@@ -315,11 +314,11 @@ def test_every_line_that_orders_a_product_is_needed(late: bool) -> None:
     compiled, arguments = _compiled_matmul()
     ptx, shared = str(compiled.asm["ptx"]), compiled.metadata.shared
 
-    def execute(text: str) -> None:
+    def launch(text: str) -> None:
         with emulated(90, late=late) as gpu:
-            gpu.execute(text, (1, 1, 1), arguments, shared_bytes=shared)
+            execute(gpu, text, (1, 1, 1), arguments, shared_bytes=shared)
 
-    execute(ptx)
+    launch(ptx)
     assert torch.allclose(
         arguments["c"], arguments["a"].float() @ arguments["b"].float(), atol=1e-2
     )
@@ -330,9 +329,9 @@ def test_every_line_that_orders_a_product_is_needed(late: bool) -> None:
     ):
         assert line in ptx
         with pytest.raises(RaceError):
-            execute(re.sub(rf"{re.escape(line)}[^\n]*\n", "\n", ptx))
+            launch(re.sub(rf"{re.escape(line)}[^\n]*\n", "\n", ptx))
     with pytest.raises(RaceError, match="since the last barrier"):
-        execute(ptx.replace("bar.sync", "// bar.sync"))
+        launch(ptx.replace("bar.sync", "// bar.sync"))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -388,7 +387,7 @@ def test_a_count_that_says_too_much() -> None:
             pytest.raises(RaceError, match=r"of block \d+ wrote in the same launch"),
             emulated(80) as gpu,
         ):
-            gpu.execute(broken, (7, 1, 1), tensors, shared_bytes=shared)
+            execute(gpu, broken, (7, 1, 1), tensors, shared_bytes=shared)
 
 
 def test_threads_of_a_block_meet_in_global_memory_only_over_a_barrier() -> None:
@@ -443,5 +442,5 @@ def test_flush_and_the_end_run_what_is_held() -> None:
 
 
 def test_arguments_that_are_not_emulated_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="argument a"), emulated(90) as gpu:
-        gpu.execute(kernel("mov.u32 %r2, 0;"), (1, 1, 1), {"a": 1.5})  # type: ignore[dict-item]
+    with pytest.raises(UnsupportedError, match="argument a: type nvTmaDesc is not emulated"):
+        _bits("a", "nvTmaDesc", object())

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-from svsk_kernel_tools.emulator import emulated
+from svsk_kernel_tools.emulator.driver import emulated
 from svsk_kernels.gpu.error_feedback import feedback_block
 from svsk_offline.quantizers.error_feedback import Levels, round_in_a_loop
 

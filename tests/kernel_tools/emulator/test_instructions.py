@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from svsk_kernel_tools.emulator import UnsupportedError
 from svsk_kernel_tools.emulator.code import code_of
+from svsk_kernel_tools.emulator.errors import UnsupportedError
 from svsk_kernel_tools.emulator.tensor import descriptor_offsets
 from tests.kernel_tools.emulator.ptx import apply, kernel, run
 
