@@ -26,7 +26,7 @@ from svsk_kernel_tools.bench.errors import BenchError
 from svsk_kernel_tools.bench.grid import kernels_for
 from svsk_kernel_tools.bench.layers import BenchLayer, Part, layer_of_shape, random_layer
 from svsk_kernel_tools.bench.report import Report, markdown
-from svsk_kernel_tools.bench.runner import FAILED, FINISHED, UNFINISHED, Settings
+from svsk_kernel_tools.bench.runner import FAILED, FINISHED, UNFINISHED, Bench, Settings
 from svsk_kernel_tools.bench.shapes import (
     SHAPES,
     VARIANTS,
@@ -82,8 +82,11 @@ def _no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "vllm_missing", lambda: "not here")
 
 
-def quiet() -> Console:
-    return Console(quiet=True)
+def bench(
+    report: Report, seconds: float | None = None, device: torch.device = CPU, **settings: Any
+) -> Bench:
+    """A run that says nothing."""
+    return Bench(Settings(**settings), device, report, Budget(seconds), Console(quiet=True))
 
 
 def test_bench_needs_few_libraries() -> None:
@@ -132,7 +135,7 @@ def test_failed_checks_are_reported_and_fail_the_run(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(BenchLayer, "run", unwritten)
     report = Report(None, MACHINE)
-    assert runner.check(report, CPU, cases_for(True, True), Budget(None), quiet()) == FAILED
+    assert bench(report).check(cases_for(True, True)) == FAILED
     problems = [problem for record in report.of_kind("check") for problem in record["problems"]]
     assert len({record["group"] for record in report.of_kind("check")}) == len(
         cases_for(True, True)
@@ -176,10 +179,7 @@ def test_an_exhausted_budget_stops_before_the_next_step() -> None:
     ticks = iter([0.0, 5.0, 11.0])
     budget = Budget(10, lambda: next(ticks))
     assert (budget.spent, budget.spent) == (False, True)
-    assert (
-        runner.check(Report(None, MACHINE), CPU, cases_for(True, True), Budget(0), quiet())
-        == UNFINISHED
-    )
+    assert bench(Report(None, MACHINE), seconds=0).check(cases_for(True, True)) == UNFINISHED
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
@@ -280,17 +280,14 @@ def test_the_report_is_whole_after_every_step_and_goes_on(tmp_path: Path) -> Non
     with pytest.raises(BenchError, match="triton was 3, expected 4"):
         Report(file, MACHINE | {"triton": "4"}, resume=True)
     file.write_text("{")
-    with pytest.raises(BenchError, match="not JSON"):
+    with pytest.raises(BenchError, match="Invalid JSON"):
         Report(file, MACHINE, resume=True)
 
 
 def test_timing_with_a_fake_timer(tmp_path: Path) -> None:
     report = Report(tmp_path / "bench.json", MACHINE)
-    settings, timer = Settings(device="cpu", quick=True, tokens=(1, 16)), FakeTimer()
-    shapes = [TINY]
-    assert (
-        runner.time_shapes(report, shapes, CPU, timer, settings, Budget(None), quiet()) == FINISHED
-    )
+    timer = FakeTimer()
+    assert bench(report, tokens=(1, 16)).time_shapes([TINY], timer) == FINISHED
     records = json.loads((tmp_path / "bench.json").read_text())["records"]
     timed = [record for record in records if record["kind"] == "time"]
     assert {record["m"] for record in timed} == {1, 16}
@@ -306,7 +303,7 @@ def test_timing_with_a_fake_timer(tmp_path: Path) -> None:
     assert usual["gbs"] == pytest.approx(usual["bytes"] / usual["us"] / 1000)
     assert usual["of_copy"] == pytest.approx(usual["gbs"] / 2000)
     made = timer.made
-    assert runner.time_shapes(report, shapes, CPU, timer, settings, Budget(0), quiet()) == FINISHED
+    assert bench(report, seconds=0, tokens=(1, 16)).time_shapes([TINY], timer) == FINISHED
     assert timer.made == made, "what is in the report is not timed again"
     text = markdown(report)
     assert "| tiny | 1 | **decode** | 50.00 (50.00-50.00) |" in text
@@ -317,12 +314,9 @@ def test_what_fails_is_reported_and_the_others_are_timed(monkeypatch: pytest.Mon
     def broken(*_: Any, **__: Any) -> torch.Tensor:
         raise RuntimeError("out of | shared memory")
 
-    report, settings = Report(None, MACHINE), Settings(device="cpu", quick=True, tokens=(1,))
+    report = Report(None, MACHINE)
     monkeypatch.setattr(BenchLayer, "run", broken)
-    assert (
-        runner.time_shapes(report, [TINY], CPU, FakeTimer(), settings, Budget(None), quiet())
-        == FINISHED
-    )
+    assert bench(report, tokens=(1,)).time_shapes([TINY], FakeTimer()) == FINISHED
     assert [record["kernel"] for record in report.of_kind("time") if "us" in record] == ["cublas"]
     assert "failed: RuntimeError: out of / shared memory" in markdown(report)
 
@@ -391,21 +385,15 @@ def test_tuning_writes_a_table_that_is_read_back(
     few = [Choice(kernel="decode", block_n=rows, step=32) for rows in (32, 64)]
     monkeypatch.setattr(tune, "trial_choices", lambda *_: [*few, Choice(kernel="fold")])
     report = Report(tmp_path / "bench.json", MACHINE)
-    settings = Settings(device="cpu", configs=tmp_path / "configs")
+    tuner = bench(report, configs=tmp_path / "configs")
     layers = {"half": torch.float16}
     original = runner.layer_of_shape
     monkeypatch.setattr(
         runner, "layer_of_shape", lambda s, v, _, d: original(s, v, layers["half"], d)
     )
-    assert (
-        runner.tune_shapes(report, [TINY], CPU, FakeTimer(), settings, Budget(None), quiet())
-        == FINISHED
-    )
+    assert tuner.tune_shapes([TINY], FakeTimer()) == FINISHED
     other = Shape("other", 32, 128)
-    assert (
-        runner.tune_shapes(report, [other], CPU, FakeTimer(), settings, Budget(None), quiet())
-        == FINISHED
-    )
+    assert tuner.tune_shapes([other], FakeTimer()) == FINISHED
     table = TuningTable.from_json((tmp_path / "configs" / table_name("interpreter")).read_text())
     assert [(entry.n, entry.k) for entry in table.entries] == [(64, 128), (32, 128)]
     assert table.device == "interpreter"

@@ -4,12 +4,9 @@
 import json
 from pathlib import Path
 
-import pytest
 from typer.testing import CliRunner
 
 from svsk_kernel_tools.bench.__main__ import app
-from svsk_kernel_tools.bench.cases import cases_for, find_cases
-from svsk_kernel_tools.bench.errors import BenchError
 from svsk_kernel_tools.bench.runner import FINISHED
 
 
@@ -23,12 +20,5 @@ def test_chosen_checks_alone(tmp_path: Path) -> None:
     assert written["records"][-1]["text"] == "this run left the timings out"
     unknown = CliRunner().invoke(app, ["--device", "cpu", "--case", "rank 17", "--json", str(file)])
     assert unknown.exit_code == 2
+    assert "--case rank 17: expected one of no sidecar, bias; rank 16;" in unknown.stderr
     assert CliRunner().invoke(app, ["--checks-only", "--skip-checks"]).exit_code == 2
-
-
-def test_find_cases_names_those_there_are() -> None:
-    known = cases_for(True, True)
-    assert [case.name for case in find_cases(known, ["rank 16"])] == ["rank 16"]
-    assert find_cases(known, []) == known
-    with pytest.raises(BenchError, match=r"--case x: expected one of no sidecar, bias; rank 16;"):
-        find_cases(known, ["x"])

@@ -20,16 +20,15 @@ from svsk_kernel_tools.bench.cases import Case, cases_for
 from svsk_kernel_tools.bench.correctness import check_case, relative_error
 from svsk_kernel_tools.bench.layers import Part, layer_of_shape, random_layer
 from svsk_kernel_tools.bench.report import Report
-from svsk_kernel_tools.bench.runner import FINISHED, Settings
+from svsk_kernel_tools.bench.runner import FINISHED
 from svsk_kernel_tools.bench.shapes import VARIANTS, Shape
 from svsk_kernel_tools.bench.split import SplitLayer
-from svsk_kernel_tools.bench.timing import Budget
 from svsk_kernels.gpu import matmul_op as dispatch
 from svsk_kernels.gpu.triton_kernel import TritonKernel
 from svsk_kernels.gpu.tuning import Choice, TuningTable, choices_for, table_name
 from svsk_kernels.naive import naive_matmul
 from svsk_vllm.format import LinearSpec
-from tests.interpreter.test_bench import CPU, MACHINE, TINY, FakeTimer, quiet
+from tests.interpreter.test_bench import CPU, MACHINE, TINY, FakeTimer, bench
 from tests.support.format_builders import make_group, random_linear
 from tests.support.layers import loaded_layer
 from tests.support.simulated_cuda import GPU_NAME, on_gpu, simulated_cuda
@@ -76,7 +75,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("case", [*cases_for(True, False), LARGER], ids=lambda case: case.name)
 def test_checks_pass(monkeypatch: pytest.MonkeyPatch, launched: list[str], case: Case) -> None:
-    monkeypatch.setattr(correctness, "_same_on_gpu", lambda *_: [])  # graphs and streams
+    monkeypatch.setattr(correctness._Trial, "gpu_problems", lambda *_: [])  # graphs and streams
     findings = list(check_case(case, torch.device("cuda")))
     assert [finding.problems for finding in findings] == [()] * len(findings)
     assert {"decode_kernel", *(NAMES if case is LARGER else ())} <= set(launched)
@@ -87,7 +86,7 @@ def test_a_layer_is_the_same_on_both_devices(launched: list[str]) -> None:
     ours, theirs = (
         random_layer(256, torch.float16, device, parts, codebook="quad8") for device in (GPU, CPU)
     )
-    assert all(map(on_gpu, ours.copy().tensors.values()))
+    assert all(map(on_gpu, ours.copies(2)[1].tensors.values()))
     assert all(
         torch.equal(ours.tensors[name].cpu(), tensor) for name, tensor in theirs.tensors.items()
     )
@@ -140,14 +139,9 @@ def test_timings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: list
 
     monkeypatch.setattr(split, "_marlin_tensors", tensors)
     monkeypatch.setattr(split, "_marlin", lambda x, base, n, k: x @ base["weight"].T)
-    report, settings = (
-        Report(tmp_path / "bench.json", MACHINE),
-        Settings(quick=True, tokens=(1, 17)),
-    )
-    assert (
-        runner.time_shapes(report, [TINY], GPU, FakeTimer(), settings, Budget(None), quiet())
-        == FINISHED
-    )
+    report = Report(tmp_path / "bench.json", MACHINE)
+    timing = bench(report, device=GPU, quick=True, tokens=(1, 17))
+    assert timing.time_shapes([TINY], FakeTimer()) == FINISHED
     records = list(report.of_kind("time"))
     assert [record for record in records if "error" in record] == []
     assert sum(record["kernel"] == "split" for record in records) == 2 * 3
@@ -180,15 +174,10 @@ def test_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launched: list[
     monkeypatch.setattr(
         runner, "layer_of_shape", lambda s, v, _, d: layer_of_shape(s, v, torch.float16, d)
     )
-    report, settings = (
-        Report(tmp_path / "bench.json", MACHINE),
-        Settings(configs=tmp_path / "configs"),
-    )
+    report = Report(tmp_path / "bench.json", MACHINE)
     shape = Shape("tiny", 64, 512)
-    assert (
-        runner.tune_shapes(report, [shape], GPU, FakeTimer(), settings, Budget(None), quiet())
-        == FINISHED
-    )
+    tuning = bench(report, device=GPU, configs=tmp_path / "configs")
+    assert tuning.tune_shapes([shape], FakeTimer()) == FINISHED
     assert [record for record in report.of_kind("tune") if "error" in record] == []
     table = TuningTable.from_json((tmp_path / "configs" / table_name(GPU_NAME)).read_text())
     assert table.device == GPU_NAME

@@ -8,12 +8,12 @@ from typing import Any, Final
 import torch
 
 from svsk_kernel_tools.bench.layers import BenchLayer, Part, random_layer
-from svsk_kernel_tools.bench.shapes import GROUP_SIZE, SHAPES, VARIANTS, by_name
+from svsk_kernel_tools.bench.shapes import GROUP_SIZE, SHAPES, VARIANTS
 from svsk_kernels.codebook import Codebook
 from svsk_kernels.gpu.repack_base import plane_length
 from svsk_kernels.gpu.tuning import Choice, Gpu, choice_for, choices_for, heuristic_choices
 
-__all__ = ["Case", "cases_for", "checked_choices", "find_cases", "forced_choice"]
+__all__ = ["Case", "cases_for", "checked_choices", "forced_choice"]
 
 _HALF: Final = torch.float16
 _BFLOAT: Final = torch.bfloat16
@@ -124,15 +124,6 @@ def cases_for(interpreted: bool, quick: bool) -> tuple[Case, ...]:
         for shape in (SHAPES[:2] if quick else SHAPES)
     ]
     return (*small, *real)
-
-
-def find_cases(cases: Sequence[Case], names: Sequence[str]) -> tuple[Case, ...]:
-    """Cases by name, all without names.
-
-    Raises:
-        BenchError: there is no such case.
-    """
-    return tuple(by_name("--case", {case.name: case for case in cases}, names, "; "))
 
 
 def forced_choice(kernel: str, gpu: Gpu, n: int, k: int, group_size: int, m: int) -> Choice:

@@ -26,6 +26,8 @@ BOUNDS: Final = {torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 _REPEATS: Final = 3
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -81,35 +83,27 @@ def check_case(case: Case, device: torch.device, graphs: bool = True) -> Iterato
     for m in case.tokens:
         x, other = normal(m, case.k), normal(m, case.k)
         for choice in checked_choices(case, gpu, m):
-            yield _check(
-                f"{case.name}, M = {m}, {choice.kernel}", layer, (x, other), bias, choice, graphs
-            )
+            trial = _Trial(layer, choice, bias, (x, other))
+            yield _check(f"{case.name}, M = {m}, {choice.kernel}", trial, graphs)
         y = layer.dispatched(x, bias)
         error = relative_error(y, layer.expected(x, bias))
         yield Finding(f"{case.name}, M = {m}, dispatched", error, _accuracy(y, error))
 
 
-def _check(
-    what: str,
-    layer: BenchLayer,
-    inputs: tuple[torch.Tensor, torch.Tensor],
-    bias: torch.Tensor | None,
-    choice: Choice,
-    graphs: bool,
-) -> Finding:
-    x, device = inputs[0], inputs[0].device
+def _check(what: str, trial: "_Trial", graphs: bool) -> Finding:
+    layer, x, device = trial.layer, trial.inputs[0], trial.device
     with poisoned():
-        y = layer.run(x, choice, bias)
-    error = relative_error(y, layer.expected(x, bias))
+        y = layer.run(x, trial.choice, trial.bias)
+    error = relative_error(y, layer.expected(x, trial.bias))
     problems = list(_accuracy(y, error))
     if not problems:  # otherwise nothing below can be equal
-        exact = _exact(layer, x, bias, choice)
-        if not all(torch.equal(exact, _exact(layer, x, bias, choice)) for _ in range(_REPEATS)):
+        exact = trial.exact(x)
+        if not all(torch.equal(exact, trial.exact(x)) for _ in range(_REPEATS)):
             problems.append("repeated runs differ")
-        if choice.kernel != "fold" and not torch.equal(exact, y):
+        if trial.choice.kernel != "fold" and not torch.equal(exact, y):
             problems.append("results differ where memory was filled before")
         if device.type == "cuda":
-            problems += _same_on_gpu(layer, inputs, bias, choice, exact, graphs)
+            problems += trial.gpu_problems(exact, graphs)
     if counters.busy(device):
         problems.append(f"{counters.busy(device)} counters are not zero afterwards")
     return Finding(what, error, tuple(problems))
@@ -117,108 +111,81 @@ def _check(
 
 def _accuracy(y: torch.Tensor, error: float) -> tuple[str, ...]:
     if not bool(y.isfinite().all()):
-        return (
-            (
-                f"{int((~y.isfinite()).sum())} of {y.numel()} outputs were not written, or"
-                " are not finite"
-            ),
-        )
+        missing = int((~y.isfinite()).sum())
+        return (f"{missing} of {y.numel()} outputs were not written, or are not finite",)
     bound = BOUNDS[y.dtype]
     return () if error < bound else (f"relative error {error:.2e}, expected less than {bound:.0e}",)
 
 
-def _exact(
-    layer: BenchLayer,
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    choice: Choice,
-    asm: bool | None = None,
-) -> torch.Tensor:
-    """What must be the same bits every time.
+class _Trial:
+    """One layer's product by one kernel, of two inputs."""
 
-    The product, but for ``fold`` the weight, as cuBLAS makes the product.
-    """
-    if choice.kernel == "fold":
-        return fold(
-            layer.base, layer.sidecar, layer.sidecar_bits, x.dtype, slice(0, layer.spec.n), asm=asm
-        )
-    return layer.run(x, choice, bias, asm=asm)
+    def __init__(
+        self, layer: BenchLayer, choice: Choice, bias: torch.Tensor | None, inputs: Pair
+    ) -> None:
+        self.layer, self.choice, self.bias, self.inputs = layer, choice, bias, inputs
+        self.device = inputs[0].device
 
+    def exact(self, x: torch.Tensor, asm: bool | None = None) -> torch.Tensor:
+        """What must be the same bits every time.
 
-def _same_on_gpu(
-    layer: BenchLayer,
-    inputs: tuple[torch.Tensor, torch.Tensor],
-    bias: torch.Tensor | None,
-    choice: Choice,
-    y: torch.Tensor,
-    graphs: bool,
-) -> list[str]:
-    """Checks that only a GPU can fail: all bit for bit."""
-    x, other = inputs
-    problems = []
-    second = _exact(layer, other, bias, choice)
-    if (
-        choice.kernel == "decode"
-        and layer.sidecar is not None
-        and gpu_of(x.device).dependent_launch
-    ):
-        changed = replace(choice, pdl=not choice.pdl)
-        for given, wanted in ((x, y), (other, second)) * _REPEATS:
-            if not torch.equal(wanted, layer.run(given, changed, bias)):
+        The product, but for ``fold`` the weight, as cuBLAS makes the product.
+        """
+        layer, bits = self.layer, self.layer.spec.factor_bits
+        if self.choice.kernel == "fold":
+            rows = slice(0, layer.spec.n)
+            return fold(layer.base, layer.sidecar, bits, x.dtype, rows, asm=asm)
+        return layer.run(x, self.choice, self.bias, asm=asm)
+
+    def gpu_problems(self, y: torch.Tensor, graphs: bool) -> list[str]:
+        """Checks that only a GPU can fail: all bit for bit. ``y`` is what the first input gives."""
+        (x, other), choice = self.inputs, self.choice
+        problems = []
+        expected = (y, self.exact(other))
+        if (
+            choice.kernel == "decode"
+            and self.layer.sidecar is not None
+            and gpu_of(self.device).dependent_launch
+        ):
+            changed = replace(choice, pdl=not choice.pdl)
+            if not all(
+                torch.equal(product, self.layer.run(given, changed, self.bias))
+                for given, product in tuple(zip(self.inputs, expected, strict=True)) * _REPEATS
+            ):
                 problems.append("results with and without dependent launch differ")
-                break
-    if torch.version.hip is None and not torch.equal(
-        _exact(layer, x, bias, choice, asm=True), _exact(layer, x, bias, choice, asm=False)
-    ):
-        problems.append("results of inline PTX and of plain Triton differ")
-    if graphs and not _graphs_agree(layer, inputs, bias, choice, (y, second)):
-        problems.append("a replayed CUDA graph and an eager run differ")
-    if not _streams_agree(layer, inputs, bias, choice, (y, second)):
-        problems.append("results on two streams at a time differ from those on one")
-    return problems
+        if torch.version.hip is None and not torch.equal(
+            self.exact(x, asm=True), self.exact(x, asm=False)
+        ):
+            problems.append("results of inline PTX and of plain Triton differ")
+        if graphs and not self._graphs_agree(expected):
+            problems.append("a replayed CUDA graph and an eager run differ")
+        if not self._streams_agree(expected):
+            problems.append("results on two streams at a time differ from those on one")
+        return problems
 
+    def _graphs_agree(self, expected: Pair) -> bool:
+        """Replay three products in a graph, with other inputs each time."""
+        (x, other), (y, second) = self.inputs, expected
+        static = x.clone()
+        graph, outputs = capture(  # one after the other, as the layers of a model
+            self.device, lambda: [self.exact(given) for given in (static, other, static)]
+        )
+        for given, product in ((x, y), (other, second), (x, y)):
+            static.copy_(given)
+            graph.replay()
+            if not all(map(torch.equal, outputs, (product, second, product))):
+                return False
+        return True
 
-def _graphs_agree(
-    layer: BenchLayer,
-    inputs: tuple[torch.Tensor, torch.Tensor],
-    bias: torch.Tensor | None,
-    choice: Choice,
-    expected: tuple[torch.Tensor, torch.Tensor],
-) -> bool:
-    """Replay three products in a graph, with other inputs each time."""
-    (x, other), (y, second) = inputs, expected
-    static = x.clone()
-    graph, outputs = capture(  # one after the other, as the layers of a model
-        x.device, lambda: [_exact(layer, given, bias, choice) for given in (static, other, static)]
-    )
-    for given, wanted in ((x, y), (other, second), (x, y)):
-        static.copy_(given)
-        graph.replay()
-        if not all(map(torch.equal, outputs, (wanted, second, wanted))):
-            return False
-    return True
-
-
-def _streams_agree(
-    layer: BenchLayer,
-    inputs: tuple[torch.Tensor, torch.Tensor],
-    bias: torch.Tensor | None,
-    choice: Choice,
-    expected: tuple[torch.Tensor, torch.Tensor],
-) -> bool:
-    """Run both inputs at the same time, the second on a stream of its own."""
-    device = inputs[0].device
-    current, side = torch.cuda.current_stream(device), capture_stream(device)
-    side.wait_stream(current)
-    pairs = []
-    for _ in range(_REPEATS):
-        first = _exact(layer, inputs[0], bias, choice)
-        with torch.cuda.stream(side):
-            second = _exact(layer, inputs[1], bias, choice)
-        pairs.append((first, second))
-    current.wait_stream(side)
-    torch.cuda.synchronize(device)
-    return all(
-        torch.equal(first, expected[0]) and torch.equal(second, expected[1])
-        for first, second in pairs
-    )
+    def _streams_agree(self, expected: Pair) -> bool:
+        """Run both inputs at the same time, the second on a stream of its own."""
+        current, side = torch.cuda.current_stream(self.device), capture_stream(self.device)
+        side.wait_stream(current)
+        products: list[torch.Tensor] = []
+        for _ in range(_REPEATS):
+            products.append(self.exact(self.inputs[0]))
+            with torch.cuda.stream(side):
+                products.append(self.exact(self.inputs[1]))
+        current.wait_stream(side)
+        torch.cuda.synchronize(self.device)
+        return all(map(torch.equal, products, expected * _REPEATS))

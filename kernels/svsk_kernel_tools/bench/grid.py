@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The grid of timings: for each layer and number of tokens all candidates, timed in turns."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 
 from svsk_kernel_tools.bench.cases import forced_choice
 from svsk_kernel_tools.bench.layers import BenchLayer, layer_of_shape
@@ -74,8 +76,7 @@ def load_weights(shape: Shape, device: torch.device, timer: Timer, make_split: b
                 notes.append(f"{shape.name} {variant.label}: split left out: {made}")
             else:
                 split[variant] = [made, *(made.copy() for _ in range(copies - 1))]
-        first = first.without_linears()
-        layers[variant] = [first, *(first.copy() for _ in range(copies - 1))]
+        layers[variant] = first.copies(copies)
     generator = torch.Generator(device).manual_seed(shape.n)
     dense = [
         torch.randn(shape.n, shape.k, generator=generator, device=device).mul_(0.02).to(_DTYPE)
@@ -124,13 +125,7 @@ def time_group(weights: Weights, m: int, timer: Timer, rounds: int) -> list[dict
     for label, stats in measure(samplers, rounds).items():
         record = found[label]
         gbs = record["bytes"] / stats.us / 1000
-        record |= {
-            "us": stats.us,
-            "q1": stats.q1,
-            "q3": stats.q3,
-            "gbs": gbs,
-            "of_copy": gbs / timer.copy_gbs,
-        }
+        record |= asdict(stats) | {"gbs": gbs, "of_copy": gbs / timer.copy_gbs}
     records = list(found.values())
     _add_ratios(records)
     return records
@@ -159,36 +154,17 @@ def _candidates(weights: Weights, x: torch.Tensor) -> Iterator[Candidate]:
     shape, m = weights.shape, x.shape[0]
     gpu, size = gpu_of(x.device), (shape.n, shape.k, GROUP_SIZE)
     usual = choice_for(choices_for(gpu, *size), m)
-    yield Candidate(
-        None, "cublas", None, False, [_dense(x, w) for w in weights.dense], bytes_dense(shape, m)
-    )
+    calls: list[Call] = [partial(F.linear, x, weight) for weight in weights.dense]
+    yield Candidate(None, "cublas", None, False, calls, bytes_dense(shape, m))
     for variant, layers in weights.layers.items():
         needed = bytes_needed(shape, variant, m)
         for kernel in kernels_for(m, usual.kernel):
             chosen = usual if kernel == usual.kernel else forced_choice(kernel, gpu, *size, m)
-            calls = [_fused(x, layer, chosen) for layer in layers]
+            calls = [partial(layer.run, x, chosen) for layer in layers]
             yield Candidate(variant, kernel, chosen, chosen is usual, calls, needed)
         if variant in weights.split:
-            yield Candidate(
-                variant,
-                "split",
-                None,
-                False,
-                [_split(x, s) for s in weights.split[variant]],
-                needed,
-            )
-
-
-def _dense(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda: torch.nn.functional.linear(x, weight)
-
-
-def _fused(x: torch.Tensor, layer: BenchLayer, choice: Choice) -> Callable[[], torch.Tensor]:
-    return lambda: layer.run(x, choice)
-
-
-def _split(x: torch.Tensor, layer: SplitLayer) -> Callable[[], torch.Tensor]:
-    return lambda: layer.run(x)
+            calls = [partial(layer.run, x) for layer in weights.split[variant]]
+            yield Candidate(variant, "split", None, False, calls, needed)
 
 
 def _add_ratios(records: list[dict[str, Any]]) -> None:

@@ -47,11 +47,6 @@ class BenchLayer:
         """What decides the kernels."""
         return self.matmul.spec
 
-    @property
-    def sidecar_bits(self) -> int:
-        """Bits of the factors as packed."""
-        return self.spec.factor_bits
-
     @cached_property
     def base(self) -> Base:
         """Codes and scales."""
@@ -90,9 +85,9 @@ class BenchLayer:
         ``asm`` as for the launcher, without effect on ``fold``.
         """
         if choice.kernel == "fold":
-            return matmul_folded(x, self.base, self.sidecar, self.sidecar_bits, bias)
+            return matmul_folded(x, self.base, self.sidecar, self.spec.factor_bits, bias)
         return packed_matmul(
-            x, self.base, self.sidecar, self.sidecar_bits, bias, choice, self.tiles, asm=asm
+            x, self.base, self.sidecar, self.spec.factor_bits, bias, choice, self.tiles, asm=asm
         )
 
     def expected(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -104,11 +99,13 @@ class BenchLayer:
         """The same layer less what only the reference needs."""
         return replace(self, linears=())
 
-    def copy(self) -> "BenchLayer":
-        """The same layer at other addresses, less its linears."""
-        return BenchLayer(
-            (), self.matmul, {name: tensor.clone() for name, tensor in self.tensors.items()}
-        )
+    def copies(self, count: int) -> list["BenchLayer"]:
+        """The layer and others like it at other addresses, ``count`` together, less its linears."""
+        copies = [self.without_linears()]
+        while len(copies) < count:
+            tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+            copies.append(BenchLayer((), self.matmul, tensors))
+        return copies
 
 
 def random_layer(

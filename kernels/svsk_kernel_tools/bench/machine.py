@@ -2,8 +2,6 @@
 """What a report says about the machine and the code it ran."""
 
 import hashlib
-import shutil
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+from torch.utils.collect_env import get_nvidia_driver_version, run
 
 import svsk_kernels
 from svsk_kernel_tools.bench.errors import BenchError
@@ -71,7 +70,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         found |= {
             "memory_bytes": properties.total_memory,
             "l2_bytes": properties.L2_cache_size,
-            "driver": _driver(),
+            "driver": get_nvidia_driver_version(run) or "unknown",
         }
     return found
 
@@ -85,13 +84,3 @@ def source_hash() -> str:
     for path in sorted(Path(svsk_kernels.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _driver() -> str:
-    """Version of the driver, ``unknown`` where nvidia-smi is missing."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return "unknown"
-    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
-    return lines[0] if lines else "unknown"

@@ -13,17 +13,17 @@ Every record has a ``kind`` and a ``group``; the records of a group are written 
 - ``note``: ``text``.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ValidationError
 
 from svsk_kernel_tools.bench.errors import BenchError
 from svsk_offline.storage.atomic import write_json
 
 __all__ = ["Report", "markdown", "table"]
 
-_VERSION: Final = 1
 _SAME: Final = ("gpu", "torch", "triton", "source")
 _HEADER: Final = (
     "shape",
@@ -58,15 +58,14 @@ class Report:
         if resume and path is not None and path.exists():
             earlier = _read(path)
             for name in _SAME:
-                if earlier["machine"].get(name) != machine.get(name):
+                if earlier.machine.get(name) != machine.get(name):
                     raise BenchError(
-                        f"{path}: {name} was {earlier['machine'].get(name)}, expected"
+                        f"{path}: {name} was {earlier.machine.get(name)}, expected"
                         f" {machine.get(name)}. Give another --json, or leave --resume out to begin"
                         " anew."
                     )
-            records = earlier["records"]
-            failed = {record["group"] for record in records if record.get("problems")}
-            self.records = [record for record in records if record["group"] not in failed]
+            failed = {record["group"] for record in earlier.records if record.get("problems")}
+            self.records = [rec for rec in earlier.records if rec["group"] not in failed]
         self._groups = {record["group"] for record in self.records}
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
@@ -75,8 +74,8 @@ class Report:
         self.records += new
         self._groups |= {record["group"] for record in new}
         if self.path is not None:
-            content = {"schema_version": _VERSION, "machine": self.machine, "records": self.records}
-            write_json(self.path, content)
+            content = _Content(machine=self.machine, records=self.records)
+            write_json(self.path, content.model_dump())
 
     def note(self, text: str) -> None:
         """Add a remark, once."""
@@ -92,19 +91,22 @@ class Report:
         return [record for record in self.records if record["kind"] == kind]
 
 
-def _read(path: Path) -> dict[str, Any]:
+class _Content(BaseModel):
+    """What the file holds."""
+
+    schema_version: Literal[1] = 1
+    machine: dict[str, Any]
+    records: list[dict[str, Any]]
+
+
+def _read(path: Path) -> _Content:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        return _Content.model_validate_json(path.read_bytes())
+    except ValidationError as error:
         raise BenchError(
-            f"{path}: not JSON ({error}). Remove it, or leave --resume out."
+            f"{path}: expected a report of schema version 1 ({error.errors()[0]['msg']})."
+            " Remove it, or leave --resume out."
         ) from error
-    if not isinstance(content, dict) or content.get("schema_version") != _VERSION:
-        raise BenchError(
-            f"{path}: expected a report of schema version {_VERSION}. Remove it, or leave --resume"
-            " out."
-        )
-    return content
 
 
 def markdown(report: Report) -> str:

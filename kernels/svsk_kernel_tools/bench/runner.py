@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from svsk_kernel_tools.bench.cases import Case, cases_for, find_cases
+from svsk_kernel_tools.bench.cases import Case, cases_for
 from svsk_kernel_tools.bench.correctness import Finding, check_case
 from svsk_kernel_tools.bench.errors import BenchError
 from svsk_kernel_tools.bench.grid import group_key, load_weights, time_group
-from svsk_kernel_tools.bench.layers import layer_of_shape
+from svsk_kernel_tools.bench.layers import BenchLayer, layer_of_shape
 from svsk_kernel_tools.bench.machine import describe, open_device
 from svsk_kernel_tools.bench.report import Report, markdown
 from svsk_kernel_tools.bench.shapes import (
@@ -25,6 +25,7 @@ from svsk_kernel_tools.bench.shapes import (
     TOKENS,
     VARIANTS,
     Shape,
+    by_name,
     bytes_needed,
     find_shapes,
 )
@@ -35,16 +36,7 @@ from svsk_kernels.gpu.matmul_op import gpu_of
 from svsk_kernels.gpu.tuning import Choice, Entry
 from svsk_offline.storage.atomic import write_text
 
-__all__ = [
-    "FAILED",
-    "FINISHED",
-    "UNFINISHED",
-    "Settings",
-    "check",
-    "run",
-    "time_shapes",
-    "tune_shapes",
-]
+__all__ = ["FAILED", "FINISHED", "UNFINISHED", "Bench", "Settings", "run"]
 
 FINISHED: Final = 0
 FAILED: Final = 1
@@ -105,10 +97,12 @@ def run(settings: Settings, console: Console) -> int:
     device = open_device(settings.device)
     report = Report(settings.json_file, describe(device), settings.resume)
     console.print(escape(", ".join(f"{name} {value}" for name, value in report.machine.items())))
+    bench = Bench(settings, device, report, budget, console)
     state = FINISHED
     if settings.checks:
-        cases = find_cases(cases_for(device.type != "cuda", settings.quick), settings.cases)
-        state = check(report, device, cases, budget, console, settings.graphs)
+        cases = cases_for(device.type != "cuda", settings.quick)
+        named = {case.name: case for case in cases}
+        state = bench.check(by_name("--case", named, settings.cases, "; "))
     else:
         report.note("this run left the checks out")
     if not settings.timings:
@@ -119,72 +113,128 @@ def run(settings: Settings, console: Console) -> int:
         console.print(
             f"device copy {timer.copy_gbs:.0f} GB/s, second-level cache {timer.l2_bytes >> 20} MiB"
         )
-        if settings.tune:
-            state = tune_shapes(report, shapes, device, timer, settings, budget, console)
-        else:
-            state = time_shapes(report, shapes, device, timer, settings, budget, console)
-    _finish(report, settings, state, device, console)
+        state = (bench.tune_shapes if settings.tune else bench.time_shapes)(shapes, timer)
+    bench.finish(state)
     return state
 
 
-def _finish(
-    report: Report, settings: Settings, state: int, device: torch.device, console: Console
-) -> None:
-    report.add([])
-    text = markdown(report)
-    if settings.markdown_file is not None:
-        settings.markdown_file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(settings.markdown_file, text)
-    if device.type == "cuda":
-        console.print(text, markup=False, highlight=False)
-    elif state == FINISHED:
-        made = "All checks passed in Triton's interpreter. " if settings.checks else ""
-        console.print(f"{made}Timing and tuning need a GPU: --device cuda.")
-    if state == UNFINISHED:
-        console.print(_OUT_OF_TIME)
+@dataclass(frozen=True)
+class Bench:
+    """A run under way."""
 
+    settings: Settings
+    device: torch.device
+    report: Report
+    budget: Budget
+    console: Console
 
-def check(
-    report: Report,
-    device: torch.device,
-    cases: Sequence[Case],
-    budget: Budget,
-    console: Console,
-    graphs: bool = True,
-) -> int:
-    """Run the checks that the report does not have yet, all of them even if some fail."""
-    state = FINISHED
-    for case in cases:
-        group = f"check/{case.name}"
-        if report.has(group):
-            continue
-        if budget.spent:
-            return UNFINISHED
-        begun = time.monotonic()
-        findings = _findings(case, device, graphs)
-        report.add(
-            {
-                "kind": "check",
-                "group": group,
-                "what": found.what,
-                "error": found.error if math.isfinite(found.error) else None,
-                "problems": [*found.problems],
-            }
-            for found in findings
-        )
-        failed = [found for found in findings if not found.passed]
-        worst = max(found.error for found in findings)
-        verdict = "[red]failed[/red]" if failed else "ok"
-        seconds = time.monotonic() - begun
-        console.print(
-            f"check {escape(case.name)}: {verdict}, {len(findings)} runs, worst error {worst:.1e},"
-            f" {seconds:.1f} s"
-        )
-        for found in failed:
-            console.print(f"  [red]{escape(found.what)}[/red]: {escape('; '.join(found.problems))}")
-        if failed:
-            state = FAILED
-    return state
+    def check(self, cases: Sequence[Case]) -> int:
+        """Run the checks that the report does not have yet, all of them even if some fail."""
+        state = FINISHED
+        for case in cases:
+            group = f"check/{case.name}"
+            if self.report.has(group):
+                continue
+            if self.budget.spent:
+                return UNFINISHED
+            begun = time.monotonic()
+            findings = _findings(case, self.device, self.settings.graphs)
+            self.report.add(
+                {
+                    "kind": "check",
+                    "group": group,
+                    "what": found.what,
+                    "error": found.error if math.isfinite(found.error) else None,
+                    "problems": [*found.problems],
+                }
+                for found in findings
+            )
+            failed = [found for found in findings if not found.passed]
+            worst = max(found.error for found in findings)
+            verdict = "[red]failed[/red]" if failed else "ok"
+            seconds = time.monotonic() - begun
+            self.console.print(
+                f"check {escape(case.name)}: {verdict}, {len(findings)} runs,"
+                f" worst error {worst:.1e}, {seconds:.1f} s"
+            )
+            for found in failed:
+                self.console.print(
+                    f"  [red]{escape(found.what)}[/red]: {escape('; '.join(found.problems))}"
+                )
+            if failed:
+                state = FAILED
+        return state
+
+    def time_shapes(self, shapes: Sequence[Shape], timer: Timer) -> int:
+        """Time the groups (shape and number of tokens) that the report does not have yet."""
+        missing = vllm_missing()
+        if missing is not None:
+            self.report.note(
+                "split (vLLM's Marlin with the sidecar apart) is left out, vLLM cannot be used:"
+                f" {missing}"
+            )
+        for shape in shapes:
+            weights = None
+            for m in self.settings.chosen_tokens():
+                if self.report.has(group_key(shape, m)):
+                    continue
+                if self.budget.spent:
+                    return UNFINISHED
+                weights = weights or load_weights(shape, self.device, timer, missing is None)
+                for note in weights.notes:
+                    self.report.note(note)
+                records = time_group(weights, m, timer, self.settings.rounds)
+                if not any("us" in record for record in records):
+                    raise BenchError(
+                        f"{shape.name}, M = {m}: nothing could be timed: {records[0].get('error')}"
+                    )
+                self.report.add(records)
+                self._say(f"time {shape.name}, M = {m}: {_summary(records)}")
+        return FINISHED
+
+    def tune_shapes(self, shapes: Sequence[Shape], timer: Timer) -> int:
+        """Time the choices of the buckets that the report does not have yet.
+
+        Write the table after every whole shape.
+        """
+        gpu, variant = gpu_of(self.device), VARIANTS[0]
+        for shape in shapes:
+            layers: list[BenchLayer] = []
+            for bucket in BUCKETS:
+                if self.report.has(bucket_key(shape, bucket)):
+                    continue
+                if self.budget.spent:
+                    return UNFINISHED
+                if not layers:
+                    first = layer_of_shape(shape, variant, torch.bfloat16, self.device)
+                    copies = copies_needed(bytes_needed(shape, variant, 0), timer.l2_bytes)
+                    layers = first.copies(copies)
+                records = time_bucket(shape, layers, gpu, bucket, timer, self.settings.rounds // 2)
+                self.report.add(records)
+                done = sum("us" in record for record in records)
+                limit = "more" if bucket is None else f"up to {bucket}"
+                self._say(f"tune {shape.name}, {limit}: {done} of {len(records)} choices timed")
+            path = write_table(self.settings.configs, gpu.name, [_entry(self.report, shape)])
+            self._say(f"tune {shape.name}: written to {path}")
+        return FINISHED
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
+
+    def finish(self, state: int) -> None:
+        """Write the report to its end, and say what it is worth."""
+        self.report.add([])
+        text = markdown(self.report)
+        if self.settings.markdown_file is not None:
+            self.settings.markdown_file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.settings.markdown_file, text)
+        if self.device.type == "cuda":
+            self._say(text)
+        elif state == FINISHED:
+            made = "All checks passed in Triton's interpreter. " if self.settings.checks else ""
+            self.console.print(f"{made}Timing and tuning need a GPU: --device cuda.")
+        if state == UNFINISHED:
+            self.console.print(_OUT_OF_TIME)
 
 
 def _findings(case: Case, device: torch.device, graphs: bool) -> list[Finding]:
@@ -199,43 +249,6 @@ def _findings(case: Case, device: torch.device, graphs: bool) -> list[Finding]:
     return findings
 
 
-def time_shapes(
-    report: Report,
-    shapes: Sequence[Shape],
-    device: torch.device,
-    timer: Timer,
-    settings: Settings,
-    budget: Budget,
-    console: Console,
-) -> int:
-    """Time the groups (shape and number of tokens) that the report does not have yet."""
-    missing = vllm_missing()
-    if missing is not None:
-        report.note(
-            "split (vLLM's Marlin with the sidecar apart) is left out, vLLM cannot be used:"
-            f" {missing}"
-        )
-    for shape in shapes:
-        tokens = [m for m in settings.chosen_tokens() if not report.has(group_key(shape, m))]
-        if tokens and budget.spent:
-            return UNFINISHED
-        weights = load_weights(shape, device, timer, make_split=missing is None) if tokens else None
-        for m in tokens:
-            if budget.spent:
-                return UNFINISHED
-            assert weights is not None
-            for note in weights.notes:
-                report.note(note)
-            records = time_group(weights, m, timer, settings.rounds)
-            if not any("us" in record for record in records):
-                raise BenchError(
-                    f"{shape.name}, M = {m}: nothing could be timed: {records[0].get('error')}"
-                )
-            report.add(records)
-            console.print(f"time {shape.name}, M = {m}: {_summary(records)}", highlight=False)
-    return FINISHED
-
-
 def _summary(records: Sequence[dict[str, Any]]) -> str:
     """What is dispatched, in a line."""
     shown = [
@@ -248,44 +261,6 @@ def _summary(records: Sequence[dict[str, Any]]) -> str:
         + (f"{record['us']:.2f} µs" if "us" in record else "failed")
         for record in shown
     )
-
-
-def tune_shapes(
-    report: Report,
-    shapes: Sequence[Shape],
-    device: torch.device,
-    timer: Timer,
-    settings: Settings,
-    budget: Budget,
-    console: Console,
-) -> int:
-    """Time the choices of the buckets that the report does not have yet.
-
-    Write the table after every whole shape.
-    """
-    gpu, variant = gpu_of(device), VARIANTS[0]
-    for shape in shapes:
-        buckets = [bucket for bucket in BUCKETS if not report.has(bucket_key(shape, bucket))]
-        if buckets and budget.spent:
-            return UNFINISHED
-        if buckets:
-            first = layer_of_shape(shape, variant, torch.bfloat16, device).without_linears()
-            copies = copies_needed(bytes_needed(shape, variant, 0), timer.l2_bytes)
-            layers = [first, *(first.copy() for _ in range(copies - 1))]
-        for bucket in buckets:
-            if budget.spent:
-                return UNFINISHED
-            records = time_bucket(shape, layers, gpu, bucket, timer, settings.rounds // 2)
-            report.add(records)
-            done = sum("us" in record for record in records)
-            limit = "more" if bucket is None else f"up to {bucket}"
-            console.print(
-                f"tune {shape.name}, {limit}: {done} of {len(records)} choices timed",
-                highlight=False,
-            )
-        path = write_table(settings.configs, gpu.name, [_entry(report, shape)])
-        console.print(f"tune {shape.name}: written to {path}", markup=False, highlight=False)
-    return FINISHED
 
 
 def _entry(report: Report, shape: Shape) -> Entry:

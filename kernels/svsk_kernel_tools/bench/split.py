@@ -6,11 +6,13 @@ vLLM's Marlin kernel for the base, the sidecar apart.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 
+from svsk_kernel_tools.bench.correctness import relative_error
 from svsk_kernel_tools.bench.layers import BenchLayer
 from svsk_kernel_tools.stack_linears import pack_words
 from svsk_kernels.gpu.launch import shrink
@@ -56,11 +58,9 @@ class SplitLayer:
             split = cls._of(layer)
             shape = (5, layer.spec.k)
             x = torch.randn(shape, device=layer.tensors["words"].device).to(layer.matmul.spec.dtype)
-            expected = naive_matmul(x, layer.linears[0])
-            error = float((split.run(x).double() - expected).norm() / expected.norm())
-        except (
-            Exception
-        ) as failure:  # vLLM's interfaces change, and its kernels refuse in their own ways
+            error = relative_error(split.run(x), naive_matmul(x, layer.linears[0]))
+        except Exception as failure:
+            # vLLM's interfaces change, and its kernels refuse in their own ways.
             return f"{type(failure).__name__}: {failure}"[:300]
         return (
             split if error < _BOUND else f"relative error {error:.1e}, expected less than {_BOUND}"
@@ -71,12 +71,12 @@ class SplitLayer:
         linear = layer.linears[0]
         grid = linear.grid
         base = _marlin_tensors(linear.codes, linear.scale, linear.group_size)
-        common = (grid.n, grid.k, base, layer.sidecar, layer.sidecar_bits, layer.tiles)
+        common = (grid.n, grid.k, base, layer.sidecar, layer.spec.factor_bits, layer.tiles)
         if linear.u is None or layer.sidecar is None:
             return cls(*common, None, 0)
         tile, tiles = grid.tile_rows, grid.num_row_tiles
         u = linear.u.new_zeros(tiles * tile, linear.u[0].numel(), dtype=layer.matmul.spec.dtype)
-        u[: grid.n] = linear.u.flatten(1).to(u.dtype) * _U_STEP[layer.sidecar_bits]
+        u[: grid.n] = linear.u.flatten(1).to(u.dtype) * _U_STEP[layer.spec.factor_bits]
         columns = layer.sidecar.gain.numel() // tiles
         return cls(*common, u.view(tiles, tile, -1).transpose(1, 2).contiguous(), columns)
 
@@ -101,18 +101,8 @@ class SplitLayer:
 
     def copy(self) -> "SplitLayer":
         """The same at other addresses; the locks stay shared."""
-        base = {
-            name: tensor if name == "workspace" else tensor.clone()
-            for name, tensor in self.base.items()
-        }
-        sidecar = self.sidecar
-        if sidecar is not None:
-            sidecar = PlanarSidecar(
-                *(getattr(sidecar, name).clone() for name in PlanarSidecar.names())
-            )
-        return replace(
-            self, base=base, sidecar=sidecar, u=None if self.u is None else self.u.clone()
-        )
+        locks = self.base["workspace"]
+        return deepcopy(self, {id(locks): locks})
 
 
 def _call(function: Callable[..., Any], **arguments: Any) -> Any:

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import torch
 from triton.errors import TritonError
@@ -28,6 +28,8 @@ __all__ = [
     "launches_needed",
     "measure",
 ]
+
+Name = TypeVar("Name")
 
 Call = Callable[[], Any]
 Sampler = Callable[[], float]
@@ -148,12 +150,12 @@ def launches_needed(bytes_moved: int, flops: float, copies: int) -> int:
     return rounds * copies
 
 
-def measure(samplers: Mapping[str, Sampler], rounds: int) -> dict[str, Stats]:
+def measure(samplers: Mapping[Name, Sampler], rounds: int) -> dict[Name, Stats]:
     """Statistics of every sampler.
 
     Each round runs all of them in turn, so that all see the same clocks and heat.
     """
-    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    samples: dict[Name, list[float]] = {name: [] for name in samplers}
     for number in range(_WARM_ROUNDS + rounds):
         for name, sampler in samplers.items():
             value = sampler()

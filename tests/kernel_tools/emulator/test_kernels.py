@@ -199,8 +199,8 @@ def test_fold(parts: tuple[Part, ...], codebook: Codebook, arch: int) -> None:
     layer = random_layer(288, BFLOAT, CPU, parts, codebook=codebook, group_size=32)
     rows = slice(64, parts[0].n)
     with poisoned(), emulated(arch, order="shuffled"):
-        found = fold(layer.base, layer.sidecar, layer.sidecar_bits, BFLOAT, rows)
-        plain = fold(layer.base, layer.sidecar, layer.sidecar_bits, BFLOAT, rows, asm=False)
+        found = fold(layer.base, layer.sidecar, layer.spec.factor_bits, BFLOAT, rows)
+        plain = fold(layer.base, layer.sidecar, layer.spec.factor_bits, BFLOAT, rows, asm=False)
     assert (
         relative_error(found, naive_matmul(torch.eye(288), layer.linears[0]).T[rows])
         < BOUNDS[BFLOAT]
