@@ -4,7 +4,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from svsk_offline.recipe import AlternatingRecipe, Recipe
 from svsk_offline.storage.atomic import PartialFolder, write_json
 from svsk_offline.storage.checkpoint_writer import CheckpointWriter
 from svsk_offline.storage.dense_model import ModelSource
-from svsk_offline.storage.layer_report import LayerReport
+from svsk_offline.storage.layer_report import LayerReport, bits_per_weight
 from svsk_vllm.format import ConfigGroup, QuantizedLinear, SvskCheckpointConfig, dequantize
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
 from svsk_vllm.format.shards import read_json
@@ -60,9 +60,7 @@ class QuantizationResult:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits of all quantised linears over their weights."""
-        return sum(layer.stored_bits for layer in self.layers) / sum(
-            layer.num_weights for layer in self.layers
-        )
+        return bits_per_weight(self.layers)
 
 
 def _compute_dtype(device: torch.device) -> torch.dtype:
@@ -143,13 +141,9 @@ class Run:
             config_groups={"group_0": group}, ignore=tuple(ignore), producer=producer
         )
 
-    def _linear_names(self) -> Iterator[str]:
-        for index in range(len(self.blocks)):
-            yield from (full for _, full, _ in self.source.linears(index))
-
     def _check_targets(self) -> None:
         """Refuse before any work what would fail in the middle."""
-        if all(self.config.scheme_for(name) is None for name in self._linear_names()):
+        if all(self.config.scheme_for(name) is None for name in self.source.block_linears()):
             raise SvskError(
                 f"{self.source.folder}: every linear layer is"
                 " on the ignore list; nothing to quantise."

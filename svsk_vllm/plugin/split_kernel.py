@@ -78,9 +78,8 @@ class SplitKernel:
     def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x W_hat^T + bias``: [M, N] from [M, K], both of the layer's dtype."""
         doubled = torch.cat((x, x / 16), dim=1) if self.spec.codebook == "quad8" else x
-        y: torch.Tensor = self.base.apply_weights(
-            layer, doubled, bias
-        )  # some kernels want the bias themselves
+        # Some kernels want the bias themselves.
+        y: torch.Tensor = self.base.apply_weights(layer, doubled, bias)
         if self.plan:
             y = y + torch.ops.svsk.sidecar(
                 x, layer.sidecar_u, layer.sidecar_v, layer.sidecar_gain, self.plan
@@ -129,16 +128,8 @@ def _vllm_kernel(
 ) -> Any:
     """vLLM's mixed-precision kernel for the base; vLLM's shapes are [in, out]."""
     times = 2 if spec.codebook == "quad8" else 1
-    values: dict[str, Any] = {
-        "full_weight_shape": (full_shape[1] * times, full_shape[0]),
-        "partition_weight_shape": (spec.k * times, spec.n),
-        "weight_type": scalar_types.uint4b8,
-        "act_type": spec.dtype,
-        "group_size": spec.group_size,
-        "zero_points": False,
-        "has_g_idx": False,  # gone since vLLM 0.29
-    }
-    config = _config(values)
+    full, part = (full_shape[1] * times, full_shape[0]), (spec.k * times, spec.n)
+    config = _config(full, part, spec.dtype, spec.group_size)
     try:
         kernel = choose_mp_linear_kernel(config)
     except ValueError as error:
@@ -157,7 +148,19 @@ def _vllm_kernel(
     return _instance(kernel, config)
 
 
-def _config(values: dict[str, Any]) -> MPLinearLayerConfig:
+def _config(
+    full: tuple[int, int], part: tuple[int, int], dtype: torch.dtype, group_size: int
+) -> MPLinearLayerConfig:
+    """What vLLM's kernels are asked about; shapes [in, out] of all ranks and of this one."""
+    values: dict[str, Any] = {
+        "full_weight_shape": full,
+        "partition_weight_shape": part,
+        "weight_type": scalar_types.uint4b8,
+        "act_type": dtype,
+        "group_size": group_size,
+        "zero_points": False,
+        "has_g_idx": False,  # gone since vLLM 0.29
+    }
     names = {field.name for field in dataclasses.fields(MPLinearLayerConfig)}
     return MPLinearLayerConfig(**{key: value for key, value in values.items() if key in names})
 
@@ -192,18 +195,6 @@ def _cpu_obstacle(kernel: type, config: MPLinearLayerConfig) -> str | None:
 def _failed_trial(kernel: type, dtype: torch.dtype, group_size: int) -> str | None:
     """What is wrong with one product of a small layer; None if nothing is."""
     n, k = 64, 4 * group_size
-    shape = {
-        "full_weight_shape": (k, n),
-        "partition_weight_shape": (k, n),
-        "group_size": group_size,
-    }
-    values = {
-        "weight_type": scalar_types.uint4b8,
-        "act_type": dtype,
-        "zero_points": False,
-        "has_g_idx": False,
-        **shape,
-    }
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=generator, device="cpu")
     scale = torch.full((n, k // group_size), 2.0**-6, dtype=dtype, device="cpu")
@@ -213,7 +204,7 @@ def _failed_trial(kernel: type, dtype: torch.dtype, group_size: int) -> str | No
     _set_base(layer, pack_codes(codes), scale)
     lacking = "" if has_avx512() else "the processor has no AVX-512: "
     try:
-        base = _instance(kernel, _config(values))
+        base = _instance(kernel, _config((k, n), (k, n), dtype, group_size))
         base.process_weights_after_loading(layer)
         y = base.apply_weights(layer, x.to(dtype), None).float()
     except (AttributeError, AssertionError, RuntimeError, TypeError, ValueError) as error:

@@ -15,7 +15,15 @@ __all__ = ["parse_gcn", "parse_metadata"]
 _INSTRUCTION: Final = re.compile(r"^\t(?P<opcode>[a-z]\w*)(?P<operands>[^;]*)")
 _LABEL: Final = re.compile(r"^(?P<label>[.$\w]+):")
 _WIDTH: Final = re.compile(r"_(?:load|store)(?:_lds)?_(?P<type>[a-z]+)(?P<count>x\d|\d+)?")
-_TYPE_BYTES: Final = {"byte": 1, "short": 2, "dword": 4}
+_TYPE_BYTES: Final = {
+    "ubyte": 1,
+    "sbyte": 1,
+    "byte": 1,
+    "ushort": 2,
+    "sshort": 2,
+    "short": 2,
+    "dword": 4,
+}
 
 # The first pattern that matches the opcode decides.
 _KINDS: Final[tuple[tuple[Kind, str], ...]] = (

@@ -101,14 +101,13 @@ def uniform_schemes(
         SvskFormatError: a linear does not fit its scheme.
     """
     schemes: dict[str, ConfigGroup] = {}
-    for index in range(len(source.blocks[1])):
-        for _, full, linear in source.linears(index):
-            scheme = config.scheme_for(full)
-            if scheme is not None:
-                source.check_quantizable(full)
-                # Only to raise where the matrix does not fit its scheme.
-                LinearSpec(full, linear.out_features, linear.in_features, scheme, scale_dtype)
-                schemes[full] = scheme
+    for full, linear in source.block_linears().items():
+        scheme = config.scheme_for(full)
+        if scheme is not None:
+            source.check_quantizable(full)
+            # Only to raise where the matrix does not fit its scheme.
+            LinearSpec(full, linear.out_features, linear.in_features, scheme, scale_dtype)
+            schemes[full] = scheme
     return schemes
 
 
@@ -167,21 +166,17 @@ def sweep_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16_products() else torch.float32
 
 
+@dataclass
 class _Measured:
     """Takes in the gradients of one block after the other."""
 
-    def __init__(
-        self,
-        source: ModelSource,
-        recipe: AlternatingRecipe,
-        schemes: Mapping[str, ConfigGroup],
-        scale_dtype: torch.dtype,
-    ) -> None:
-        self.source, self.recipe = source, recipe
-        self.schemes, self.scale_dtype = schemes, scale_dtype
-        self.tokens: dict[str, torch.Tensor] = {}
-        self.rows: dict[str, torch.Tensor] = {}
-        self.choices: dict[str, list[Choice]] = {}
+    source: ModelSource
+    recipe: AlternatingRecipe
+    schemes: Mapping[str, ConfigGroup]
+    scale_dtype: torch.dtype
+    tokens: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)
+    choices: dict[str, list[Choice]] = field(default_factory=dict)
 
     def visit(
         self,

@@ -38,10 +38,9 @@ def check_servable(
             do.
     """
     architecture = vllm_class_of(source)
-    linears = [
-        full for index in range(len(source.blocks[1])) for _, full, _ in source.linears(index)
-    ]
-    problems = architecture.fused_problems({linear: schemes.get(linear) for linear in linears})
+    problems = architecture.fused_problems(
+        {linear: schemes.get(linear) for linear in source.block_linears()}
+    )
     for linear, group in schemes.items():
         if problem := row_order_problem([architecture.name], linear, max(group.sidecar.rank, most)):
             problems.append(problem)

@@ -174,12 +174,14 @@ class ModelSource:
         for key, module in linear_modules(blocks[index]):
             yield key, self.stored_module(f"{name}.{index}.{key}"), module
 
+    def block_linears(self) -> dict[str, nn.Linear]:
+        """The linears of all decoder blocks by their names in the folder."""
+        blocks = range(len(self.blocks[1]))
+        return {full: linear for index in blocks for _, full, linear in self.linears(index)}
+
     def linear_names(self) -> list[str]:
         """Names of all linears, those outside the decoder blocks too."""
-        inside = [
-            full for index in range(len(self.blocks[1])) for _, full, _ in self.linears(index)
-        ]
-        return [*inside, *self.other_linears()]
+        return [*self.block_linears(), *self.other_linears()]
 
     def stored_module(self, module: str) -> str:
         """Name in the folder of a linear of the model class."""

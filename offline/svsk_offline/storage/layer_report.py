@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["LayerReport"]
+__all__ = ["LayerReport", "bits_per_weight"]
 
 
 @dataclass(frozen=True)
@@ -24,3 +24,8 @@ class LayerReport:
     def bits_per_weight(self) -> float:
         """Stored bits over weights."""
         return self.stored_bits / self.num_weights
+
+
+def bits_per_weight(layers: Sequence[LayerReport]) -> float:
+    """Stored bits of all layers over their weights."""
+    return sum(layer.stored_bits for layer in layers) / sum(layer.num_weights for layer in layers)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from svsk_offline.storage.layer_report import LayerReport
+from svsk_offline.storage.layer_report import LayerReport, bits_per_weight
 from svsk_vllm.format import SvskCheckpointConfig, SvskFormatError
 from svsk_vllm.format.files import open_regular, read_json
 
@@ -72,13 +72,8 @@ class Origin:
         if hub_id:
             return cls(hub_id, (hub_id,), carried)
         declared = card.get("base_model")
-        named = (
-            [declared]
-            if isinstance(declared, str)
-            else declared
-            if isinstance(declared, list)
-            else []
-        )
+        declared = [declared] if isinstance(declared, str) else declared
+        named = declared if isinstance(declared, list) else []
         path = read_json(folder / "config.json").get("_name_or_path")
         hub_ids = tuple(
             name for name in named or [path] if isinstance(name, str) and _ID.fullmatch(name)
@@ -126,16 +121,14 @@ def model_card(origin: Origin, config: SvskCheckpointConfig, layers: Sequence[La
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
     rows = []
     for kind, reports in kinds.items():
-        bits = sum(layer.stored_bits for layer in reports) / sum(
-            layer.num_weights for layer in reports
-        )
         base = sum(layer.base_error for layer in reports) / len(reports)
         error = sum(layer.error for layer in reports) / len(reports)
+        bits = bits_per_weight(reports)
         rows.append(f"| {kind} | {len(reports)} | {bits:.3f} | {base:.2e} | {error:.2e} |")
     calibration = config.producer["calibration"]
     text = _TEMPLATE.format(
         name=origin.name,
-        bpw=sum(layer.stored_bits for layer in layers) / sum(layer.num_weights for layer in layers),
+        bpw=bits_per_weight(layers),
         count=len(layers),
         recipe=config.producer["recipe"],
         source=calibration["source"],
