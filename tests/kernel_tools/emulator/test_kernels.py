@@ -21,9 +21,10 @@ from typer.testing import CliRunner
 from svsk_kernel_tools.bench import cases as bench_cases
 from svsk_kernel_tools.bench.correctness import BOUNDS, poisoned, relative_error
 from svsk_kernel_tools.bench.layers import BenchLayer, Part, random_layer
+from svsk_kernel_tools.emulator import code, driver, sweep
 from svsk_kernel_tools.emulator.__main__ import app
 from svsk_kernel_tools.emulator.driver import emulated
-from svsk_kernel_tools.emulator.errors import RaceError, code, driver, sweep
+from svsk_kernel_tools.emulator.errors import RaceError
 from svsk_kernel_tools.emulator.machine import Gpu
 from svsk_kernels.gpu.launch import counters, fold
 from svsk_kernels.gpu.tuning import Choice
