@@ -15,15 +15,15 @@ checkpoints it mixes the two differences.
 The p-values are not corrected for the number of models that are compared. Nothing here needs torch.
 """
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from scipy import stats
 
 from svsk_eval.errors import EvalError
@@ -40,41 +40,52 @@ __all__ = [
 
 FloatArray = npt.NDArray[np.float64]
 
-_STORED: Final = ("nll", "ref_nll", "kl", "top1")
-_ENGINES: Final = ("hf", "vllm")
 _AGAIN: Final = "Score it again with this version: svsk eval MODEL --text TEXT --json FILE."
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(BaseModel):
     """One file of ``svsk eval --json``.
 
     Attributes:
-        path: the file.
         model: folder or hub name of the model.
         reference: the same of the reference, None without one.
         text_fingerprint: SHA-256 of the scored tokens.
         seq_len: tokens per chunk.
-        per_chunk: means over chunks, float64 [C] each: ``nll``, and with a reference ``ref_nll``,
-            ``delta_nll``, ``kl`` (nats per token) and ``top1`` (0 to 1). vLLM gives no ``kl``.
+        per_chunk: means over chunks, C each: ``nll``, and with a reference ``ref_nll``, ``kl``
+            (nats per token) and ``top1`` (0 to 1). vLLM gives no ``kl``.
         engine: what ran the model, ``hf`` or ``vllm``; ``hf`` in files of versions that had nothing
             else.
         dtype: of the arithmetic, None where the file does not say.
     """
 
-    path: Path
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
     model: str
-    reference: str | None
+    reference: str | None = None
     text_fingerprint: str
     seq_len: int
-    per_chunk: Mapping[str, FloatArray]
-    engine: str = "hf"
+    per_chunk: Mapping[str, tuple[float, ...]]
+    engine: Literal["hf", "vllm"] = "hf"
     dtype: str | None = None
+
+    @field_validator("per_chunk")
+    @classmethod
+    def _one_length(cls, series: Mapping[str, tuple[float, ...]]) -> Any:
+        if not series.get("nll") or len(set(map(len, series.values()))) > 1:
+            raise ValueError("expected nll, and as many values in every series")
+        return series
 
     @property
     def chunks(self) -> int:
         """The number of chunks, C."""
         return len(self.per_chunk["nll"])
+
+    @property
+    def series(self) -> dict[str, FloatArray]:
+        """The series, float64 [C] each; with a reference also ``delta_nll``."""
+        series = {name: np.array(values) for name, values in self.per_chunk.items()}
+        if "ref_nll" in series:
+            series["delta_nll"] = series["nll"] - series["ref_nll"]
+        return series
 
 
 @dataclass(frozen=True)
@@ -144,7 +155,9 @@ def compare_files(paths: Sequence[str | Path]) -> list[Comparison]:
             f"Got {len(paths)} file(s) to compare: expected a baseline and at least one other."
         )
     baseline = load_scores(paths[0], paths[1])
-    return [compare_scores(baseline, load_scores(path, paths[0])) for path in paths[1:]]
+    return [
+        compare_scores(paths[0], baseline, path, load_scores(path, paths[0])) for path in paths[1:]
+    ]
 
 
 def load_scores(path: str | Path, partner: str | Path) -> Scores:
@@ -160,39 +173,30 @@ def load_scores(path: str | Path, partner: str | Path) -> Scores:
     Raises:
         EvalError: it is missing, is not what ``svsk eval`` writes, or has no figures per chunk.
     """
-    path = Path(path)
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        return Scores.model_validate_json(Path(path).read_bytes())
     except OSError as error:
         raise EvalError(
             f"{path}: cannot read it ({error.strerror}). Name a file of `svsk eval --json`."
         ) from error
-    except ValueError as error:  # not UTF-8, not JSON
-        raise EvalError(f"{path}: not a file of `svsk eval --json` ({error}).") from error
-    needed = ("per_chunk", "text_fingerprint", "seq_len", "model")
-    missing = [key for key in needed if not isinstance(stored, dict) or stored.get(key) is None]
-    if missing:
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
         raise EvalError(
-            f"{path}: has no {missing[0]}, so it cannot be compared with {partner}. {_AGAIN}"
-        )
-    series = _series(path, partner, stored["per_chunk"])
-    if "ref_nll" in series:
-        series["delta_nll"] = series["nll"] - series["ref_nll"]
-    engine, dtype = stored.get("engine", "hf"), stored.get("dtype")
-    if engine not in _ENGINES:
-        raise EvalError(
-            f"{path}: its engine is {engine!r}, expected {' or '.join(_ENGINES)}, so it cannot be"
-            f" compared with {partner}. {_AGAIN}"
-        )
-    what = stored["model"], stored.get("reference"), stored["text_fingerprint"], stored["seq_len"]
-    return Scores(path, *what, series, engine, dtype)
+            f"{path}: not a file of `svsk eval --json` that can be compared with {partner}:"
+            f" {where}: {first['msg']}. {_AGAIN}"
+        ) from error
 
 
-def compare_scores(baseline: Scores, other: Scores) -> Comparison:
+def compare_scores(
+    first: str | Path, baseline: Scores, path: str | Path, other: Scores
+) -> Comparison:
     """Pair a model's figures with the baseline's.
 
     Args:
+        first: the baseline's file.
         baseline: what is subtracted.
+        path: the model's file.
         other: the model.
 
     Returns:
@@ -206,15 +210,11 @@ def compare_scores(baseline: Scores, other: Scores) -> Comparison:
         " same model."
     )
     if baseline.text_fingerprint != other.text_fingerprint:
-        raise EvalError(
-            f"{baseline.path} and {other.path} were scored on different tokens. {again}"
-        )
+        raise EvalError(f"{first} and {path} were scored on different tokens. {again}")
     cuts = [f"{scores.chunks} chunks of {scores.seq_len} tokens" for scores in (baseline, other)]
     if cuts[0] != cuts[1]:
-        raise EvalError(
-            f"{baseline.path} was scored in {cuts[0]}, {other.path} in {cuts[1]}. {again}"
-        )
-    ours, theirs = baseline.per_chunk, other.per_chunk
+        raise EvalError(f"{first} was scored in {cuts[0]}, {path} in {cuts[1]}. {again}")
+    ours, theirs = baseline.series, other.series
     both = [name for name in ("nll", "delta_nll", "kl", "top1") if name in ours and name in theirs]
     gap = None
     if "ref_nll" in ours and "ref_nll" in theirs:
@@ -226,7 +226,7 @@ def compare_scores(baseline: Scores, other: Scores) -> Comparison:
         ]
         engines = (named[0], named[1])
     metrics = {name: paired(ours[name], theirs[name]) for name in both}
-    return Comparison(str(other.path), other.model, gap, metrics, engines)
+    return Comparison(str(path), other.model, gap, metrics, engines)
 
 
 def paired(baseline: FloatArray, values: FloatArray) -> PairedDifference:
@@ -250,24 +250,3 @@ def paired(baseline: FloatArray, values: FloatArray) -> PairedDifference:
     return PairedDifference(
         float(baseline.mean()), float(values.mean()), float(differences.mean()), error, p
     )
-
-
-def _series(path: Path, partner: str | Path, per_chunk: Any) -> dict[str, FloatArray]:
-    """The stored series, checked to be finite numbers of one length."""
-    problem = f"{path}: its per_chunk is damaged, so it cannot be compared with {partner}. {_AGAIN}"
-    if not isinstance(per_chunk, dict) or "nll" not in per_chunk:
-        raise EvalError(problem)
-    try:
-        series = {
-            name: np.asarray(per_chunk[name], dtype=np.float64)
-            for name in _STORED
-            if name in per_chunk
-        }
-    except (TypeError, ValueError) as error:
-        raise EvalError(problem) from error
-    shape = (series["nll"].size,)
-    if shape == (0,) or any(
-        values.shape != shape or not np.isfinite(values).all() for values in series.values()
-    ):
-        raise EvalError(problem)
-    return series

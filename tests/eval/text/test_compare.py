@@ -173,17 +173,20 @@ OTHER_TOKENS = "were scored on different tokens. Score both with the same --text
     ("keys", "message"),
     [
         ({"text_fingerprint": "ff00"}, OTHER_TOKENS),
-        ({"per_chunk": None}, "has no per_chunk"),
-        ({"text_fingerprint": None}, "has no text_fingerprint"),
+        ({"per_chunk": None}, "per_chunk: Field required"),
+        ({"text_fingerprint": None}, "text_fingerprint: Field required"),
         ({"seq_len": 128}, "in 4 chunks of 128 tokens"),
         ({"per_chunk": {"nll": [3.0] * 8}}, "in 8 chunks of 64 tokens"),
-        ({"per_chunk": {"nll": [3.0, "x"]}}, "per_chunk is damaged"),
-        ({"per_chunk": {"nll": [3.0] * 4, "kl": [3.0] * 3}}, "per_chunk is damaged"),
-        ({"per_chunk": {"nll": [math.nan] * 4}}, "per_chunk is damaged"),
-        ({"per_chunk": {"nll": []}}, "per_chunk is damaged"),
-        ({"per_chunk": {"nll": 3.0}}, "per_chunk is damaged"),
-        ({"per_chunk": {"kl": [3.0] * 4}}, "per_chunk is damaged"),
-        ({"per_chunk": [3.0]}, "per_chunk is damaged"),
+        ({"per_chunk": {"nll": [3.0, "x"]}}, "per_chunk.nll.1: Input should be"),
+        (
+            {"per_chunk": {"nll": [3.0] * 4, "kl": [3.0] * 3}},
+            "per_chunk: Value error, expected nll, and as many",
+        ),
+        ({"per_chunk": {"nll": [math.nan] * 4}}, "per_chunk.nll.0: Input should be a finite"),
+        ({"per_chunk": {"nll": []}}, "per_chunk: Value error, expected nll, and as many"),
+        ({"per_chunk": {"nll": 3.0}}, "per_chunk.nll: Input should be"),
+        ({"per_chunk": {"kl": [3.0] * 4}}, "per_chunk: Value error, expected nll, and as many"),
+        ({"per_chunk": [3.0]}, "per_chunk: Input should be"),
     ],
 )
 @pytest.mark.parametrize("first", [False, True])
@@ -215,7 +218,7 @@ def test_errors_of_the_command_are_one_line(write: Write, tmp_path: Path) -> Non
             "absent.json: cannot read it (No such file or directory)",
         ),
         ([good, tmp_path / "text.json"], "text.json: not a file of `svsk eval --json`"),
-        ([tmp_path / "list.json", good], "list.json: has no per_chunk"),
+        ([tmp_path / "list.json", good], "list.json: not a file of `svsk eval --json`"),
         ([good, good, "--json", tmp_path / "no" / "x.json"], "its folder does not exist"),
     ):
         result = svsk("compare", *arguments)
