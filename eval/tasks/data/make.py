@@ -4,7 +4,8 @@
 ``python eval/tasks/data/make.py`` writes the files beside this one.
 
 Every version of Python makes the same bytes: only ``random.Random(seed).random`` is drawn from,
-whose stream Python guarantees. facts.jsonl is not made here: it was written by hand.
+whose stream Python guarantees. facts.jsonl is not made here: it was written by hand, as was
+snippets.json, from which python.jsonl begins: a snippet, its right continuation, three wrong ones.
 """
 
 import json
@@ -23,164 +24,6 @@ T = TypeVar("T")
 Item = Mapping[str, Any]
 
 _ITEMS: Final = 100
-
-_CONTINUATIONS: Final = (
-    ("def add(a, b):\n    return", "a + b", "a - b", "a * b", "a / b"),
-    ("def square(x):\n    return", "x * x", "x + x", "x - x", "x / x"),
-    ("def is_even(n):\n    return", "n % 2 == 0", "n % 2 == 1", "n // 2 == 0", "n / 2 == 1"),
-    ("def is_positive(n):\n    return", "n > 0", "n < 0", "n == 0", "n != 0"),
-    ("def last(items):\n    return", "items[-1]", "items[0]", "items[1]", "items[2]"),
-    ("def first(items):\n    return", "items[0]", "items[3]", "items[-1]", "items[-2]"),
-    ("def half(x):\n    return", "x / 2", "x * 2", "x + 2", "x - 2"),
-    (
-        "def average(values):\n    return",
-        "sum(values) / len(values)",
-        "sum(values) * len(values)",
-        "len(values) / sum(values)",
-        "max(values) - len(values)",
-    ),
-    (
-        "def greet(name):\n    return",
-        '"Hello, " + name',
-        '"Hello, " * name',
-        '"Hello, " - name',
-        '"Hello, " / name',
-    ),
-    (
-        "def largest(values):\n    return",
-        "max(values)",
-        "min(values)",
-        "len(values)",
-        "sum(values)",
-    ),
-    (
-        "def smallest(values):\n    return",
-        "min(values)",
-        "max(values)",
-        "len(values)",
-        "any(values)",
-    ),
-    (
-        "def shout(text):\n    return",
-        "text.upper()",
-        "text.lower()",
-        "text.strip()",
-        "text.split()",
-    ),
-    (
-        "def words(sentence):\n    return",
-        "sentence.split()",
-        "sentence.upper()",
-        "sentence.strip()",
-        "sentence.title()",
-    ),
-    (
-        "with open(path) as handle:\n    text =",
-        "handle.read()",
-        "handle.close()",
-        "handle.seek()",
-        "handle.flush()",
-    ),
-    ("total = 0\nfor value in values:\n    total +=", "value", "total", "values", "range"),
-    (
-        "for index, item in",
-        "enumerate(items):",
-        "sorted(items):",
-        "reversed(items):",
-        "range(items):",
-    ),
-    ("for key, value in table.", "items():", "keys():", "values():", "clear():"),
-    (
-        "for left, right in",
-        "zip(first, second):",
-        "len(first, second):",
-        "sum(first, second):",
-        "int(first, second):",
-    ),
-    (
-        "try:\n    value = int(text)\nexcept",
-        "ValueError:",
-        "ImportError:",
-        "KeyError:",
-        "MemoryError:",
-    ),
-    (
-        "try:\n    value = table[key]\nexcept",
-        "KeyError:",
-        "SyntaxError:",
-        "ImportError:",
-        "NameError:",
-    ),
-    (
-        "try:\n    ratio = a / b\nexcept",
-        "ZeroDivisionError:",
-        "FileNotFoundError:",
-        "IndentationError:",
-        "ModuleNotFoundError:",
-    ),
-    ("class Stack:\n    def __init__(self):\n        self.items =", "[]", "{}", "0", "None"),
-    (
-        "class Circle:\n    def __init__(self, radius):\n        self.radius =",
-        "radius",
-        "circle",
-        "self",
-        "None",
-    ),
-    ("import math\narea = math.pi *", "radius ** 2", "radius + 2", "radius - 2", "radius / 2"),
-    ("import json\ndata = json.", "loads(text)", "print(text)", "open(text)", "split(text)"),
-    (
-        "import random\ndice = random.",
-        "randint(1, 6)",
-        "shuffle(1, 6)",
-        "sqrt(1, 6)",
-        "print(1, 6)",
-    ),
-    ("import time\nstart = time.", "time()", "date()", "open()", "loads()"),
-    ("if __name__ ==", '"__main__":', '"__file__":', '"__init__":', '"__name__":'),
-    ('names = []\nnames.append("Zoe")\nassert len(names) ==', "1", "0", "2", "3"),
-    (
-        "while low < high:\n    middle =",
-        "(low + high) // 2",
-        "(low - high) // 2",
-        "(low * high) // 2",
-        "(low % high) // 2",
-    ),
-    (
-        "def factorial(n):\n    if n == 0:\n        return 1\n    return",
-        "n * factorial(n - 1)",
-        "n + factorial(n - 1)",
-        "n * factorial(n + 1)",
-        "n - factorial(n - 1)",
-    ),
-    (
-        "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
-        "fibonacci(n - 1) + fibonacci(n - 2)",
-        "fibonacci(n - 1) * fibonacci(n - 2)",
-        "fibonacci(n + 1) + fibonacci(n + 2)",
-        "fibonacci(n - 1) - fibonacci(n - 2)",
-    ),
-    (
-        "def contains(items, item):\n    return",
-        "item in items",
-        "items in item",
-        "item is items",
-        "item == items",
-    ),
-    ("def reverse(text):\n    return", "text[::-1]", "text[::1]", "text[1:]", "text[:-1]"),
-    ("squares = [x ** 2 for x in", "range(10)]", "print(10)]", "len(10)]", "str(10)]"),
-    ("even = [x for x in numbers if x", "% 2 == 0]", "/ 2 == 1]", "* 2 == 0]", "+ 2 == 1]"),
-    ("def negate(flag):\n    return", "not flag", "flag not", "is flag", "in flag"),
-    ("def swap(a, b):\n    return", "b, a", "a, b", "a, a", "b, b"),
-    ("def distance(a, b):\n    return", "abs(a - b)", "abs(a + b)", "len(a - b)", "str(a - b)"),
-    (
-        "result = []\nfor item in items:\n    result.",
-        "append(item)",
-        "remove(item)",
-        "index(item)",
-        "count(item)",
-    ),
-)
-"""Snippet, its right continuation, three wrong ones."""
 
 _WORDS: Final = (
     "apple",
@@ -303,7 +146,8 @@ def _with_positions(draw: _Draw, items: Sequence[tuple[str, str, Sequence[str]]]
 def _python() -> list[Item]:
     draw = _Draw(1)
     items: list[tuple[str, str, Sequence[str]]] = [
-        (text, right, wrong) for text, right, *wrong in _CONTINUATIONS
+        (text, right, wrong)
+        for text, right, *wrong in json.loads((FOLDER / "snippets.json").read_text("ascii"))
     ]
     seen = set()
     while len(items) < _ITEMS:
