@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run programs: consent and arguments are checked, then the sandbox."""
+"""Run programs: consent is checked, then the sandbox."""
 
 import os
 from collections.abc import Sequence
 
-from svsk_eval.errors import EvalError
 from svsk_eval.sandbox.limits import CodeLimits, Verdict, check_consent
 from svsk_eval.sandbox.selftest import prove_sandbox
 from svsk_eval.sandbox.supervise import run_all
@@ -36,22 +35,11 @@ def run_programs(
         Verdicts in the order of ``programs``.
 
     Raises:
-        EvalError: no consent, an argument is wrong, or the sandbox is not available or does not
-            hold on this machine.
+        EvalError: no consent, or the sandbox is not available or does not hold on this machine.
     """
     check_consent(consent)
-    if isinstance(programs, str):
-        raise EvalError("programs is a single text: expected a sequence of them.")
-    for index, program in enumerate(programs):
-        if not isinstance(program, str):
-            raise EvalError(f"programs[{index}] is {type(program).__name__}: expected a text.")
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
-        raise EvalError(
-            f"workers is {workers!r}:"
-            " expected a whole number above 0, or None for one per processor."
-        )
     if not programs:
         return []
     prove_sandbox(workers)

@@ -72,38 +72,8 @@ class TestConsent:
         assert consent_given() is False
 
 
-class TestArguments:
-    @pytest.mark.parametrize(
-        ("values", "message"),
-        [
-            ({"seconds": 0}, "seconds is 0"),
-            ({"seconds": float("nan")}, "seconds is nan"),
-            ({"seconds": float("inf")}, "seconds is inf"),
-            ({"seconds": True}, "seconds is True"),
-            ({"seconds": "10"}, "seconds is '10'"),
-            (
-                {"memory_bytes": 1000},
-                "memory_bytes is 1000: expected a whole number of bytes, 67108864 to",
-            ),
-            ({"memory_bytes": 1e9}, "memory_bytes is 1000000000.0"),
-            ({"open_files": 3}, "open_files is 3"),
-        ],
-    )
-    def test_limits(self, values: dict[str, Any], message: str) -> None:
-        with pytest.raises(EvalError, match=re.escape(message)):
-            CodeLimits(**values)
-
-    @pytest.mark.parametrize("workers", [0, -1, 1.5, True, "2"])
-    def test_workers(self, workers: Any) -> None:
-        with pytest.raises(EvalError, match=r"workers is .*: expected a whole number above 0"):
-            run_programs([""], consent=True, workers=workers)
-
-    def test_programs(self) -> None:
-        with pytest.raises(EvalError, match="expected a sequence"):
-            run_programs("pass", consent=True)
-        with pytest.raises(EvalError, match=r"programs\[1\] is bytes"):
-            run_programs(["pass", b"pass"], consent=True)  # type: ignore[list-item]
-        assert run_programs([], consent=True) == []
+def test_no_programs() -> None:
+    assert run_programs([], consent=True) == []
 
 
 PASSING = {
