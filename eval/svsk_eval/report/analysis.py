@@ -282,13 +282,12 @@ def _binary_figures(runs: Sequence[TaskRun]) -> frozenset[str]:
 
 
 def _estimates(task: TaskRun, binary: frozenset[str]) -> TaskEstimates:
-    figures: list[Estimate | None] = []
-    for name in _FIGURES:
-        values = _values(task, name)
-        figures.append(None if values is None else estimate(values, name in binary))
-    score, terminated, tokens = figures
-    assert score is not None  # the schema requires scores of the primary metric
-    return TaskEstimates(score, terminated, tokens)
+    values = {name: _values(task, name) for name in _FIGURES}
+    figures: dict[str, Any] = {
+        name: None if array is None else estimate(array, name in binary)
+        for name, array in values.items()
+    }
+    return TaskEstimates(**figures)  # the schema requires scores of the primary metric
 
 
 def _variant(

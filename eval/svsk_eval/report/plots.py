@@ -256,12 +256,14 @@ def _answers(analysis: Analysis) -> Plot | None:
     figure = Figure(figsize=(_WIDTH, _height(len(tasks), len(labels))), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, name in ((left, "terminated"), (right, "output_tokens")):
-        rows: dict[str, dict[str, Estimate]] = {task: {} for task in tasks}
-        for task in tasks:
-            for label in labels:
-                estimate: Estimate | None = getattr(analysis.estimates[label][task], name)
-                if estimate is not None:
-                    rows[task][label] = estimate
+        figures = {
+            task: {label: getattr(analysis.estimates[label][task], name) for label in labels}
+            for task in tasks
+        }
+        rows = {
+            task: {label: figure for label, figure in points.items() if figure is not None}
+            for task, points in figures.items()
+        }
         _dots(axes, analysis, rows)
     left.xaxis.set_major_formatter(PercentFormatter(1.0))
     left.set_xlabel("answers that ended by themselves")
@@ -312,17 +314,10 @@ def _dot(
     if point.interval is not None:  # an adjusted interval need not be centred on the figure
         sides = point.value - point.interval.low, point.interval.high - point.value
         errors = [[max(0.0, side)] for side in sides]
-    style: dict[str, Any] = {
-        "color": colour,
-        "marker": marker,
-        "markersize": 5,
-        "linestyle": "none",
-        "elinewidth": 1.4,
-    }
-    if upright:
-        axes.errorbar([place], [point.value], yerr=errors, **style)
-    else:
-        axes.errorbar([point.value], [place], xerr=errors, **style)
+    style = {"markersize": 5, "linestyle": "none", "elinewidth": 1.4}
+    x, y = (place, point.value) if upright else (point.value, place)
+    bars: dict[str, Any] = style | {"yerr" if upright else "xerr": errors}
+    axes.errorbar([x], [y], color=colour, marker=marker, **bars)
 
 
 def _task_axis(axes: Axes, tasks: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 """Tables and texts of a report, which console, Markdown and HTML each draw in their own way."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -183,12 +183,11 @@ def _summary(analysis: Analysis) -> Table:
         "NLL",
         "tokens/s",
     )
-    columns = (Column("model", False), Column("method", False), *map(Column, headings))
     note = (
         "Mean score and recovery: over tasks. KL and NLL: nats per token."
         " Speed: of generating tasks."
     )
-    return Table("Summary", note, columns, tuple((row,) for row in rows))
+    return _table("Summary", ("model", "method"), headings, [[row] for row in rows], note)
 
 
 def _over_tasks(analysis: Analysis) -> Table:
@@ -221,19 +220,16 @@ def _over_tasks(analysis: Analysis) -> Table:
         "p",
         "mean recovery [95%]",
     )
-    columns = (Column("variant", False), *map(Column, headings))
-    return Table("Over all tasks", "", columns, tuple((row,) for row in rows))
+    return _table("Over all tasks", ("variant",), headings, [[row] for row in rows])
 
 
 def _tasks(analysis: Analysis) -> Table:
     rows = []
     for name, run in analysis.reference.tasks.items():
         shots, items = str(run.num_fewshot), str(len(run.doc_ids))
-        rows.append(((name, run.primary, run.output_type, run.version, shots, items),))
-    columns = (*(Column(name, False) for name in ("task", "metric", "type")), Column("version"))
-    return Table(
-        "Tasks", "", (*columns, Column("examples in the prompt"), Column("items")), tuple(rows)
-    )
+        rows.append([(name, run.primary, run.output_type, run.version, shots, items)])
+    headings = ("version", "examples in the prompt", "items")
+    return _table("Tasks", ("task", "metric", "type"), headings, rows)
 
 
 def _per_task(analysis: Analysis) -> Table:
@@ -260,10 +256,9 @@ def _per_task(analysis: Analysis) -> Table:
                     _p(pair.p_holm),
                 )
             )
-        groups.append(tuple(rows))
+        groups.append(rows)
     headings = ("score ± se", "difference [95%]", "recovery", "lost", "gained", "p", "Holm p")
-    columns = (Column("task", False), Column("model", False), *map(Column, headings))
-    return Table("Scores", "", columns, tuple(groups))
+    return _table("Scores", ("task", "model"), headings, groups)
 
 
 def _answers(analysis: Analysis) -> Table:
@@ -285,7 +280,7 @@ def _answers(analysis: Analysis) -> Table:
                 )
             )
         if any(cell != DASH for row in rows for cell in row[2:]):
-            groups.append(tuple(rows))
+            groups.append(rows)
     headings = (
         "ended by themselves",
         "difference [95%], points",
@@ -294,12 +289,11 @@ def _answers(analysis: Analysis) -> Table:
         "difference [95%]",
         "p",
     )
-    columns = (Column("task", False), Column("model", False), *map(Column, headings))
     note = (
         "Answers that ended by themselves and not at the limit of tokens, and their length. p is"
         " not adjusted."
     )
-    return Table("Answers", note, columns, tuple(groups))
+    return _table("Answers", ("task", "model"), headings, groups, note)
 
 
 def _text(analysis: Analysis) -> Table:
@@ -328,12 +322,23 @@ def _text(analysis: Analysis) -> Table:
         "KL, 99th percentile ± se",
         "top-1 ± se",
     )
-    columns = (Column("engine and text", False), Column("model", False), *map(Column, headings))
     note = (
         "Nats per token; KL is KL(reference || model); se over chunks. vllm: the served model; hf:"
         " its dequantised weights."
     )
-    return Table("Text", note, columns, tuple(tuple(rows) for rows in groups.values()))
+    return _table("Text", ("engine and text", "model"), headings, [*groups.values()], note)
+
+
+def _table(
+    title: str,
+    words: Sequence[str],
+    numbers: Sequence[str],
+    groups: Sequence[Sequence[tuple[str, ...]]],
+    note: str = "",
+) -> Table:
+    """A table whose first columns hold words and whose others hold numbers."""
+    columns = (*(Column(heading, False) for heading in words), *map(Column, numbers))
+    return Table(title, note, columns, tuple(map(tuple, groups)))
 
 
 def _of_task(analysis: Analysis, task: str) -> Iterator[tuple[str, TaskComparison]]:
