@@ -128,32 +128,19 @@ def _tensors(path: Path, weights: list[Path]) -> dict[str, TensorSpec]:
         return {}
     if (path / INDEX_NAME).exists() or (path / SINGLE_NAME).exists():
         reader = ShardedReader(path)
-    else:
-        reader = _NamedOtherwise(path, weights)
-    return {name: reader.describe(name) for name in reader.names}
-
-
-class _NamedOtherwise(ShardedReader):
-    """Tensors of safetensors files of any name, as AutoGPTQ writes them.
-
-    Raises:
-        EvalError: two files hold a tensor of the same name.
-        SvskFormatError: a file cannot be opened.
-    """
-
-    def __init__(self, folder: Path, files: list[Path]) -> None:
-        self.folder = folder
-        self._handles = {}
-        self._shard_of = {}
-        for file in files:
-            for name in self._open(file.name).keys():  # noqa: SIM118  # not a dictionary
-                if name in self._shard_of:
-                    raise EvalError(
-                        f"{folder}: {name} is in {self._shard_of[name]} and in {file.name}, and"
-                        f" there is no {INDEX_NAME} that says which is loaded. Remove the file that"
-                        " is not."
-                    )
-                self._shard_of[name] = file.name
+        return {name: reader.describe(name) for name in reader.names}
+    tensors: dict[str, TensorSpec] = {}
+    shard_of: dict[str, str] = {}
+    for file in weights:  # of any name, as AutoGPTQ writes them
+        reader = ShardedReader(path, shards=[file.name])
+        for name in reader.names:
+            if name in shard_of:
+                raise EvalError(
+                    f"{path}: {name} is in {shard_of[name]} and in {file.name}, and there is no"
+                    f" {INDEX_NAME} that says which is loaded. Remove the file that is not."
+                )
+            shard_of[name], tensors[name] = file.name, reader.describe(name)
+    return tensors
 
 
 def bits_per_weight(reference: Folder, folders: Iterable[Folder]) -> list[float | None]:

@@ -285,6 +285,10 @@ def task_run(name: str, task: Any, results: Mapping[str, Any], model: Any) -> Ta
         )
     generates = task.get_config("output_type") == "generate_until"
     answers = _answers(model, [first[index] for index in doc_ids]) if generates else []
+
+    def means(name: str) -> tuple[float, ...]:
+        return tuple(float(np.mean([getattr(one, name) for one in item])) for item in answers)
+
     return TaskRun(
         task=name,
         version=str(results["versions"].get(name)),
@@ -294,16 +298,8 @@ def task_run(name: str, task: Any, results: Mapping[str, Any], model: Any) -> Ta
         doc_ids=tuple(doc_ids),
         item_hashes=tuple(_item_hash(first[index]) for index in doc_ids),
         scores=scores,
-        output_tokens=(
-            tuple(float(np.mean([one.tokens for one in item])) for item in answers)
-            if generates
-            else None
-        ),
-        terminated=(
-            tuple(float(np.mean([one.stopped for one in item])) for item in answers)
-            if generates
-            else None
-        ),
+        output_tokens=means("tokens") if generates else None,
+        terminated=means("stopped") if generates else None,
     )
 
 
