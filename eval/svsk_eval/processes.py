@@ -2,7 +2,7 @@
 """A model in a process of its own: starting it, following it, and ending it with all it started.
 
 :func:`run_request` starts a module on a request, a file of JSON, and :func:`answer_request` is what
-that module calls. :func:`run_module` is what both stand on.
+that module calls.
 """
 
 import json
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from svsk_eval.errors import EvalError
 from svsk_kernels.errors import SvskError
 
-__all__ = ["answer_request", "die_with_parent", "ending", "log_tail", "run_module", "run_request"]
+__all__ = ["answer_request", "run_request"]
 
 _LOG_LINES: Final = 25
 _LOG_WIDTH: Final = 400
@@ -63,12 +63,12 @@ def run_request(
         else:
             report(message)
 
-    code = run_module(module, [str(folder / "request.json")], log, take)
+    code = _run_module(module, folder / "request.json", log, take)
     if errors:
         raise EvalError(f"{name}: {errors[0]}")
     if code:
         raise EvalError(
-            f"{name}: its process failed ({ending(code)}). The end of {log}:\n{log_tail(log)}"
+            f"{name}: its process failed ({_ending(code)}). The end of {log}:\n{_log_tail(log)}"
         )
 
 
@@ -78,7 +78,7 @@ def answer_request(work: Callable[[Path, Callable[..., None]], None]) -> None:
     Args:
         work: called with the request's file and a function that reports its keyword arguments.
     """
-    die_with_parent()
+    _die_with_parent()
     os.environ.setdefault("TQDM_DISABLE", "1")  # the parent shows the progress
     request, pipe = sys.argv[1:]
     with os.fdopen(int(pipe), "w", buffering=1) as parent:
@@ -93,22 +93,11 @@ def answer_request(work: Callable[[Path, Callable[..., None]], None]) -> None:
             sys.exit(_FAILED)
 
 
-def run_module(
-    module: str, arguments: Sequence[str], log: Path, report: Callable[[str], None]
-) -> int:
-    """Run a module of this interpreter to its end, with a pipe that takes lines for ``report``.
+def _run_module(module: str, request: Path, log: Path, report: Callable[[str], None]) -> int:
+    """Run a module to its end; its exit code, negative for a signal.
 
-    The process is ended when this one is interrupted; where it calls :func:`die_with_parent`, also
-    when this one is killed.
-
-    Args:
-        module: as for ``python -m``.
-        arguments: before the number of the pipe.
-        log: file for what it prints.
-        report: called with every line that comes through the pipe.
-
-    Returns:
-        Its exit code, negative for a signal.
+    It gets the request's file and the number of a pipe whose lines go to ``report``. It is ended
+    when this process is interrupted and, by :func:`_die_with_parent`, when this one is killed.
     """
     read, write = os.pipe()
     # The engine in the process itself: one process less to start, to wait for and to end.
@@ -118,7 +107,7 @@ def run_module(
     } | os.environ
     # what it prints stands in the log before the error that ends it
     environment["PYTHONUNBUFFERED"] = "1"
-    command = [sys.executable, "-m", module, *arguments, str(write)]
+    command = [sys.executable, "-m", module, str(request), str(write)]
     try:
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -142,8 +131,8 @@ def run_module(
     return code
 
 
-def die_with_parent() -> None:
-    """End a process of :func:`run_module` when its parent is gone, which closes standard input."""
+def _die_with_parent() -> None:
+    """End a process of :func:`run_request` when its parent is gone, which closes standard input."""
 
     def wait() -> None:
         # not sys.stdin, whose lock this thread would hold when the process ends
@@ -154,7 +143,7 @@ def die_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def ending(code: int) -> str:
+def _ending(code: int) -> str:
     """An exit code in words."""
     if code >= 0:
         return f"exit code {code}"
@@ -162,7 +151,7 @@ def ending(code: int) -> str:
     return f"ended by {name}, as when memory runs out" if name == "SIGKILL" else f"ended by {name}"
 
 
-def log_tail(path: Path) -> str:
+def _log_tail(path: Path) -> str:
     """The end of a log, without empty lines."""
     lines = [
         line.rstrip()

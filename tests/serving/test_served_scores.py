@@ -102,7 +102,7 @@ def test_the_command_serves_with_the_kernel_that_is_asked_for(
 def test_what_vllm_refuses_is_in_the_error(tiny_pair: Any) -> None:
     pair = tiny_pair("llama", torch.bfloat16)
     with pytest.raises(
-        EvalError, match=r"(?s)svsk: vLLM could not score it \(exit code 1\).*no_such_argument"
+        EvalError, match=r"(?s)svsk: its process failed \(exit code 1\).*no_such_argument"
     ):
         served_scores(
             pair.svsk, torch.ones(1, 8, dtype=torch.int64), engine_args={"no_such_argument": 1}

@@ -185,13 +185,7 @@ def shared_tokens(
 ) -> torch.Tensor:
     """Chunks of tokens that both models' tokenizers make of the text.
 
-    Args:
-        model_path: folder or hub name of the model.
-        reference_path: the same of the model it is compared with, or None.
-        text: a plain text file.
-        chunks: how many, or None for all there are.
-        seq_len: tokens per chunk.
-        trust_remote_code: run Python files that come with the models.
+    The arguments are those of :func:`evaluate`.
 
     Returns:
         Tokens, int64 [chunks, seq_len], see :func:`token_chunks`.

@@ -23,23 +23,34 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import BaseModel, JsonValue, ValidationError
 from safetensors import safe_open
 
 from svsk_eval.errors import EvalError
-from svsk_eval.processes import die_with_parent, ending, log_tail, run_module
+from svsk_eval.processes import answer_request, run_request
 from svsk_eval.text.engine_args import engine_arguments
 from svsk_eval.text.metrics import ChunkScores, EvalInputs, EvalResult, FloatArray, summarize
 from svsk_eval.text.models import check_fits, check_same_vocabulary, declared_limits, is_svsk
 from svsk_eval.text.scoring import ChunkProgress, shared_tokens
 from svsk_offline.calibration.text import token_fingerprint
-from svsk_offline.storage.atomic import write_json, write_tensors
+from svsk_offline.storage.atomic import write_tensors
 
 __all__ = ["ServedScores", "chunk_scores", "evaluate_served", "served_scores"]
+
+
+RESULT: Final = "result.safetensors"
+
+
+class ServeRequest(BaseModel):
+    """Arguments of ``vllm.LLM``, and the chunks of tokens that it is to score."""
+
+    engine: dict[str, JsonValue]
+    tokens: list[list[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,17 +180,23 @@ def served_scores(
     _check_model(model, tokens, bool((engine_args or {}).get("trust_remote_code")))
     if is_svsk(model):
         _check_plugin(model)
+    try:
+        request = ServeRequest(engine=arguments, tokens=tokens.tolist())
+    except ValidationError as error:
+        raise EvalError(f"The engine arguments {engine_args} are not JSON: {error}.") from error
+    total = len(tokens)
+    show = progress or (lambda done, total: None)
+    show(0, total)
     with tempfile.TemporaryDirectory(prefix="svsk-served-") as name:
         folder = Path(name)
-        try:
-            write_json(folder / "request.json", {"engine": arguments, "tokens": tokens.tolist()})
-        except TypeError as error:
-            raise EvalError(f"The engine arguments {engine_args} are not JSON: {error}.") from error
-        total = len(tokens)
-        if progress is not None:
-            progress(0, total)
-        _run_child(model, folder, lambda done: None if progress is None else progress(done, total))
-        scores = _read_result(model, folder / "result.safetensors", (total, tokens.shape[1] - 1))
+        run_request(
+            "svsk_eval.text.served",
+            request,
+            folder,
+            str(model),
+            lambda message: show(message["done"], total),
+        )
+        scores = _read_result(model, folder / RESULT, (total, tokens.shape[1] - 1))
     return replace(scores, settings={**scores.settings, "engine_args": dict(engine_args or {})})
 
 
@@ -215,37 +232,37 @@ def chunk_scores(
         if target not in entries or not first:
             raise EvalError(
                 f"Place {position} of a prompt: vLLM gave log-probabilities of the tokens"
-                f" {sorted(entries)}, expected the prompt's own token {target} and the likeliest."
+                f" {sorted(entries)}, expected the prompt's own token {target} and the likeliest"
+                " one."
             )
         logprobs.append(float(entries[target].logprob))
         top.append(min(first, key=lambda token: (-entries[token].logprob, token)))
     return logprobs, top
 
 
-def serve(request: Path, result: Path, pipe: int) -> None:
-    """The process of one model.
+def serve(request_file: Path, report: Callable[..., None]) -> None:
+    """The process of one model: score the request's chunks; ``report`` gets how many are ``done``.
 
-    Score the request's chunks, and write the number done to the pipe now and then.
+    The scores go into ``result.safetensors`` beside the request.
     """
     from vllm import LLM, SamplingParams
     from vllm import __version__ as version
 
-    order = json.loads(request.read_text(encoding="utf-8"))
-    llm: Any = LLM(**order["engine"])
+    request = ServeRequest.model_validate_json(request_file.read_bytes())
+    llm: Any = LLM(**request.engine)
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
-    chunks, together = order["tokens"], order["engine"]["max_num_seqs"]
+    together: Any = request.engine["max_num_seqs"]
     scores: list[tuple[list[float], list[int]]] = []
-    with os.fdopen(pipe, "w", buffering=1) as progress:
-        for start in range(0, len(chunks), together):
-            part = chunks[start : start + together]
-            outputs = llm.generate(
-                [{"prompt_token_ids": tokens} for tokens in part], params, use_tqdm=False
-            )
-            for tokens, output in zip(part, outputs, strict=True):
-                if list(output.prompt_token_ids) != tokens:
-                    raise EvalError("vLLM scored another prompt than it was given.")
-                scores.append(chunk_scores(tokens, output.prompt_logprobs))
-            progress.write(f"{len(scores)}\n")
+    for start in range(0, len(request.tokens), together):
+        part = request.tokens[start : start + together]
+        outputs = llm.generate(
+            [{"prompt_token_ids": tokens} for tokens in part], params, use_tqdm=False
+        )
+        for tokens, output in zip(part, outputs, strict=True):
+            if list(output.prompt_token_ids) != tokens:
+                raise EvalError("vLLM scored another prompt than it was given.")
+            scores.append(chunk_scores(tokens, output.prompt_logprobs))
+        report(done=len(scores))
     config = llm.llm_engine.vllm_config
     extra = config.additional_config
     settings = {
@@ -262,7 +279,7 @@ def serve(request: Path, result: Path, pipe: int) -> None:
         "logprobs": torch.tensor([row for row, _ in scores], dtype=torch.float64),
         "top": torch.tensor([row for _, row in scores], dtype=torch.int64),
     }
-    write_tensors(result, tensors, described)
+    write_tensors(request_file.with_name(RESULT), tensors, described)
 
 
 def _paired(model: ServedScores, reference: ServedScores | None) -> list[ChunkScores]:
@@ -308,22 +325,6 @@ def _check_model(path: str | Path, tokens: torch.Tensor, trust_remote_code: bool
     return size
 
 
-def _run_child(model: str | Path, folder: Path, report: Callable[[int], None]) -> None:
-    """Run :func:`serve` on the request in a folder.
-
-    What it prints goes to a log that only an error shows.
-    """
-    paths = [str(folder / "request.json"), str(folder / "result.safetensors")]
-    code = run_module(
-        "svsk_eval.text.served", paths, folder / "log", lambda line: report(int(line))
-    )
-    if code:
-        tail = log_tail(folder / "log")
-        raise EvalError(
-            f"{model}: vLLM could not score it ({ending(code)}). Its log ends with:\n{tail}"
-        )
-
-
 def _read_result(model: str | Path, path: Path, shape: tuple[int, int]) -> ServedScores:
     try:
         with safe_open(path, framework="pt") as file:
@@ -348,5 +349,4 @@ def _read_result(model: str | Path, path: Path, shape: tuple[int, int]) -> Serve
 
 
 if __name__ == "__main__":
-    die_with_parent()
-    serve(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    answer_request(serve)

@@ -101,14 +101,12 @@ def in_process(fake: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None
     specification.loader.exec_module(module)
     monkeypatch.setitem(sys.modules, "vllm", module)
 
-    def run(model: object, folder: Path, report: Callable[[int], None]) -> None:
-        read, write = os.pipe()
-        with os.fdopen(read) as lines:
-            serve(folder / "request.json", folder / "result.safetensors", write)
-            for line in lines:
-                report(int(line))
+    def run_request(module: str, request: Any, folder: Path, name: str, report: Any) -> None:
+        file = folder / "request.json"
+        file.write_text(request.model_dump_json())
+        serve(file, lambda **message: report(message))
 
-    monkeypatch.setattr("svsk_eval.text.served._run_child", run)
+    monkeypatch.setattr("svsk_eval.text.served.run_request", run_request)
 
 
 @pytest.fixture
@@ -119,7 +117,7 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
         importlib.util, "find_spec", lambda name: True if name == "vllm" else find_spec(name)
     )
     monkeypatch.setattr(
-        "svsk_eval.text.served._run_child", lambda *_: pytest.fail("a process was started")
+        "svsk_eval.text.served.run_request", lambda *_: pytest.fail("a process was started")
     )
 
 
@@ -237,11 +235,11 @@ def test_the_reference_is_served_in_the_dtype_of_the_model(
         (
             "fail",
             (
-                r"dense: vLLM could not score it \(exit code 1\).*log line 99\n.*RuntimeError: no"
+                r"dense: its process failed \(exit code 1\).*log line 99\n.*RuntimeError: no"
                 r" memory for this"
             ),
         ),
-        ("kill", r"dense: vLLM could not score it \(ended by SIGKILL, as when memory runs out\)"),
+        ("kill", r"dense: its process failed \(ended by SIGKILL, as when memory runs out\)"),
     ],
 )
 def test_a_process_that_fails_is_an_error_that_names_the_model(
@@ -466,7 +464,7 @@ def test_an_unknown_engine_in_a_file_is_refused(tmp_path: Path) -> None:
         scores_file(tmp_path / "bad.json", 1.0, engine="tgi"),
     )
     with pytest.raises(
-        EvalError, match=r"bad\.json: its engine is 'tgi', expected hf or vllm, .*old\.json"
+        EvalError, match=r"bad\.json: not a .*old\.json: engine: Input should be 'hf' or 'vllm'"
     ):
         compare_files([old, bad])
 
