@@ -11,13 +11,12 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 __all__ = [
@@ -144,8 +143,7 @@ def load_folder(folder: str | Path) -> dict[str, torch.Tensor]:
         )
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        tensors |= load_file(file)
     return tensors
 
 
@@ -201,13 +199,7 @@ def run_job(quantize: Callable[[Job], Result]) -> None:
         {name: tensor.float().contiguous() for name, tensor in result.tensors.items()},
         work / WEIGHTS,
     )
-    record = {
-        "seconds": round(result.seconds, 1),
-        "seconds_with_dequantisation": round(time.monotonic() - started, 1),
-        "settings": result.settings,
-        "versions": result.versions,
-        "linears": {name: asdict(stored) for name, stored in result.linears.items()},
-        "notes": result.notes,
-        "calibrated": result.calibrated,
-    }
+    record = asdict(replace(result, tensors={}, seconds=round(result.seconds, 1)))
+    del record["tensors"]
+    record["seconds_with_dequantisation"] = round(time.monotonic() - started, 1)
     (work / RESULT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -31,23 +31,13 @@ from peers.environment import environment_python, run_shown
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import CalibrationSet, load_calibration
 from svsk_offline.recipe import load_recipe
+from svsk_offline.storage.side_files import copy_side_files
 
 __all__ = ["PEERS", "Peer", "compare_peer", "summarize"]
 
 HERE = Path(__file__).resolve().parent
 RECORD = "peer.json"
 GROUP_SIZES = (128, 64, 32)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -119,7 +109,7 @@ def main(
         ".venv-peers"
     ),
 ) -> None:
-    """Quantise MODEL with PEER and write its dequantised weights to OUT."""
+    """Quantise MODEL with PEER and write its dequantised weights to OUT, with ``peer.json``."""
     try:
         record = compare_peer(
             peer, model, out, calibration, samples, seq_len, seed, group_size, env_dir
@@ -144,21 +134,7 @@ def compare_peer(
     group_size: int | None,
     env_dir: Path,
 ) -> dict[str, Any]:
-    """Quantise a model with a peer.
-
-    Args:
-        peer: a name of :data:`PEERS`.
-        model: Hugging Face folder of the reference.
-        out: the dense float32 folder to write, with ``peer.json``.
-        calibration: text, see :func:`svsk_offline.calibration.load_calibration`.
-        samples: calibration samples.
-        seq_len: tokens of each.
-        seed: of the draw, and the peer's.
-        group_size: weights per scale of peers that take one; None for the largest that fits.
-        env_dir: folder of the peers' environments.
-
-    Returns:
-        What ``peer.json`` holds.
+    """What the command :func:`main` does with its arguments; returns what ``peer.json`` holds.
 
     Raises:
         PeerError: the peer is unknown, failed, or cannot take the model; or ``out`` exists.
@@ -193,7 +169,7 @@ def compare_peer(
         )
         run_script(python, PEERS[peer].folder, job)
         result = json.loads((work / RESULT).read_text(encoding="utf-8"))
-        write_dense(model, reference, load_weights(work / WEIGHTS), partial)
+        write_dense(model, reference, load_file(work / WEIGHTS), partial)
     record = summarize(peer, job, result, tokens, model)
     (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     partial.rename(out)
@@ -239,27 +215,13 @@ def run_script(python: Path, folder: str, job: Job) -> None:
     )
 
 
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of the file a peer's script wrote.
-
-    Raises:
-        PeerError: it wrote none.
-    """
-    if not path.exists():
-        raise PeerError(
-            f"{path}: the peer's script ended well but did not write it."
-            " This is a defect of the script."
-        )
-    return load_file(path)
-
-
 def write_dense(
     model: Path, reference: dict[str, torch.Tensor], new: dict[str, torch.Tensor], out: Path
 ) -> None:
     """Write the reference in float32 with some tensors replaced.
 
     Args:
-        model: the reference's folder; config and tokenizer files are copied from it.
+        model: the reference's folder; its config and side files are copied.
         reference: its tensors.
         new: float32 tensors by the reference's names.
         out: folder to make.
@@ -288,9 +250,7 @@ def write_dense(
     config.pop("torch_dtype", None)
     config["dtype"] = "float32"
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        if (model / name).exists():
-            shutil.copyfile(model / name, out / name)
+    copy_side_files(model, out, typer.echo, code=False)
 
 
 def summarize(

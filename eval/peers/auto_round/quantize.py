@@ -72,17 +72,13 @@ def quantize(job: Job) -> Result:
         "dtype": "bfloat16 with autocast",
     }
     used = versions("auto-round", "torch", "transformers")
-    return Result(seconds, settings, used, linears, tensors, notes(job))
-
-
-def notes(job: Job) -> list[str]:
-    """What must be known to read the numbers."""
-    if job.settings["iters"] == 200:
-        return []
-    return [
-        "The package's light recipe:"
-        f" {job.settings['iters']} iterations instead of the default 200."
-    ]
+    notes = []
+    if job.settings["iters"] != 200:
+        notes.append(
+            "The package's light recipe:"
+            f" {job.settings['iters']} iterations instead of the default 200."
+        )
+    return Result(seconds, settings, used, linears, tensors, notes)
 
 
 def dequantize(stored: dict[str, torch.Tensor], module: str, group_size: int) -> torch.Tensor:

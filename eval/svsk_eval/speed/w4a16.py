@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base of an SVSK checkpoint as a W4A16 checkpoint of compressed-tensors, to compare speed."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ import torch
 
 from svsk_eval.errors import EvalError
 from svsk_offline.storage.atomic import PartialFolder, write_json, write_tensors
+from svsk_offline.storage.side_files import copy_side_files
 from svsk_vllm.format import Checkpoint
 from svsk_vllm.format.config import undeclared
-from svsk_vllm.format.shards import INDEX_NAME, SINGLE_NAME
+from svsk_vllm.format.shards import SINGLE_NAME
 
 __all__ = ["w4a16_config", "write_w4a16"]
 
@@ -54,13 +54,7 @@ def write_w4a16(checkpoint: Path, out: Path) -> Path:
         partial / "config.json",
         undeclared(source.hf_config) | {"quantization_config": w4a16_config(by_group)},
     )
-    for path in sorted(source.folder.iterdir()):
-        if (
-            path.is_file()
-            and path.suffix != ".safetensors"
-            and path.name not in (INDEX_NAME, "config.json")
-        ):
-            shutil.copyfile(path, partial / path.name)
+    copy_side_files(source.folder, partial, lambda text: None, code=False)
     return folder.commit()
 
 
