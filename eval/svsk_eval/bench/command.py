@@ -23,7 +23,7 @@ from svsk_eval.bench.runner import BenchOptions, Candidate, bench, package_versi
 from svsk_eval.errors import EvalError
 from svsk_eval.report.analysis import analyze
 from svsk_eval.report.console import print_report
-from svsk_eval.report.merge import page_writer, recovery_gate
+from svsk_eval.report.merge import below_minimum, page_writer
 from svsk_eval.report.schema import BenchReport, BenchSettings, Engine
 from svsk_eval.task_data import DATA_VARIABLE
 from svsk_offline.storage.atomic import write_text
@@ -201,13 +201,10 @@ def bench_with_progress(
     write_pages(analysis)
     if min_recovery is None:
         return True
-    failed = [result for result in recovery_gate(analysis, min_recovery) if not result.passed]
-    for result in failed:
-        console.print(
-            f"[red]below the minimum:[/] {escape(result.variant)}, {escape(result.task)}:"
-            f" {result.reason}"
-        )
-    return not failed
+    failures = below_minimum(analysis, min_recovery)
+    for failure in failures:
+        console.print(f"[red]below the minimum:[/] {escape(failure)}")
+    return not failures
 
 
 def _run(

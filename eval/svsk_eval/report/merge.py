@@ -3,7 +3,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -16,13 +15,12 @@ from svsk_eval.report.markdown import markdown_report
 from svsk_eval.report.schema import BenchReport, ModelRun, TextScores, load_report
 
 __all__ = [
-    "GateResult",
+    "below_minimum",
     "compare_and_print",
     "compare_reports",
     "is_bench_report",
     "merge_reports",
     "page_writer",
-    "recovery_gate",
 ]
 
 _MUST_AGREE: Final = (
@@ -37,26 +35,6 @@ _MUST_AGREE: Final = (
 )
 _ROUNDING: Final = 1e-12  # of a quotient: 0.99 of a score passes a minimum of 0.99
 _AGAINST_REFERENCE: Final = ("delta_nll", "kl_mean", "kl_p99", "top1")
-
-
-@dataclass(frozen=True)
-class GateResult:
-    """Whether a variant keeps enough of the reference's score on a task.
-
-    Attributes:
-        variant: label of the variant.
-        task: name of the task.
-        recovery: the variant's score divided by the reference's; None if the reference's is not
-            above zero.
-        passed: recovery is known and at least the minimum.
-        reason: in words.
-    """
-
-    variant: str
-    task: str
-    recovery: float | None
-    passed: bool
-    reason: str
 
 
 def is_bench_report(path: str | Path) -> bool:
@@ -191,32 +169,17 @@ def page_writer(markdown: Path | None, html: Path | None) -> Callable[[Analysis]
     return write if markdown is not None or html is not None else lambda analysis: None
 
 
-def recovery_gate(analysis: Analysis, minimum: float) -> list[GateResult]:
-    """Hold every variant to a share of the reference's score on every task.
+def below_minimum(analysis: Analysis, minimum: float) -> list[str]:
+    """Where a variant keeps less than a share of the reference's score, in words.
 
-    The standard errors are not considered.
+    The standard errors are not considered. A task on which the reference does not score above zero
+    is among them: it cannot be judged.
 
     Args:
         analysis: the comparisons.
         minimum: share, 0.99 for 99%.
-
-    Returns:
-        One result per variant and task. Where the reference does not score above zero it fails: it
-            cannot be judged.
-
-    Raises:
-        EvalError: the minimum is not a share, or there is no variant.
     """
-    if not 0 < minimum <= 1:
-        raise EvalError(
-            f"Minimum recovery {minimum}: expected a share of the reference's score, such as 0.99"
-            " for 99%."
-        )
-    if not analysis.variants:
-        raise EvalError(
-            "There is no variant to hold to a minimum recovery. Name a model besides the reference."
-        )
-    results = []
+    failures = []
     for variant in analysis.variants:
         for task in variant.tasks:
             recovery = task.score.recovery
@@ -225,12 +188,12 @@ def recovery_gate(analysis: Analysis, minimum: float) -> list[GateResult]:
                     f"cannot be judged: the reference scores {task.score.reference.value:.4f} on"
                     " these items, so there is nothing to recover"
                 )
-                results.append(GateResult(variant.label, task.task, None, False, reason))
+            elif recovery < minimum - _ROUNDING:
+                reason = f"recovery {recovery:.4f} is below {minimum:g}"
+            else:
                 continue
-            passed = recovery >= minimum - _ROUNDING
-            reason = f"recovery {recovery:.4f} is {'at least' if passed else 'below'} {minimum:g}"
-            results.append(GateResult(variant.label, task.task, recovery, passed, reason))
-    return results
+            failures.append(f"{variant.label}, {task.task}: {reason}")
+    return failures
 
 
 def _check_settings(
@@ -249,18 +212,14 @@ def _check_settings(
         notes.append(
             f"{path}: other model arguments than in {first_path}: {report.settings.model_args}."
         )
-    versions = first.settings.versions, report.settings.versions
+    ours, theirs = first.settings.versions, report.settings.versions
     changed = [
-        name
-        for name in sorted({*versions[0], *versions[1]})
-        if versions[0].get(name) != versions[1].get(name)
+        f"{name} {theirs.get(name, 'absent')} ({ours.get(name, 'absent')})"
+        for name in sorted({*ours, *theirs})
+        if ours.get(name) != theirs.get(name)
     ]
     if changed:
-        pairs = [
-            f"{name} {versions[1].get(name, 'absent')} ({versions[0].get(name, 'absent')})"
-            for name in changed
-        ]
-        notes.append(f"{path}: other versions than in {first_path}: {', '.join(pairs)}.")
+        notes.append(f"{path}: other versions than in {first_path}: {', '.join(changed)}.")
     if first.hardware != report.hardware:
         notes.append(
             f"{path}: other hardware than in {first_path}: {report.hardware}."

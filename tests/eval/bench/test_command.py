@@ -154,6 +154,8 @@ def test_the_gate(folder: Path) -> None:
         (["--text-engine", "hf,tpu", "--text", "x"], "--text-engine tpu: expected vllm or hf"),
         (["--text", "none.txt"], "--text none.txt: no such file"),
         (["--min-recovery", 1.5], "--min-recovery 1.5: expected a share"),
+        (["--min-recovery", 0.0], "--min-recovery 0.0: expected a share"),
+        (["--min-recovery", "nan"], "--min-recovery nan: expected a share"),
         (["--system-instruction", "be brief"], "--system-instruction needs --apply-chat-template"),
         (["--model-arg", "oops"], "--model-arg oops: expected name=value"),
         (["--html", "nowhere/a.html"], "--html nowhere/a.html: cannot be written"),
