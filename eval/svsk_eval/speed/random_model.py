@@ -21,7 +21,7 @@ from rich.console import Console
 from svsk_eval.errors import EvalError
 from svsk_eval.speed.w4a16 import w4a16_config
 from svsk_kernels.errors import SvskError
-from svsk_offline.storage.atomic import PartialFolder, write_json, write_tensors
+from svsk_offline.storage.atomic import PartialFolder, write_index, write_json, write_tensors
 from svsk_vllm.format import (
     ConfigGroup,
     LinearSpec,
@@ -32,7 +32,6 @@ from svsk_vllm.format import (
     codebook_levels,
 )
 from svsk_vllm.format.config import declared
-from svsk_vllm.format.shards import INDEX_NAME
 
 __all__ = ["SHAPES", "VARIANTS", "Shape", "Variant", "app", "write_random_model"]
 
@@ -131,10 +130,9 @@ def write_random_model(
     target = PartialFolder(folder, suffix="writing")
     target.discard()
     partial = target.create()
-    weight_map: dict[str, str] = {}
-    size = 0
     blocks = _by_block(parameters)
-    for number, names in enumerate(blocks, start=1):
+    shards = [f"model-{n:05}-of-{len(blocks):05}.safetensors" for n in range(1, len(blocks) + 1)]
+    for shard, names in zip(shards, blocks, strict=True):
         tensors: dict[str, torch.Tensor] = {}
         for name in names:
             module = name.removesuffix(".weight")
@@ -144,11 +142,8 @@ def write_random_model(
                 tensors |= _w4a16(module, parameters[name], scheme, generator)
             else:
                 tensors |= _svsk(module, parameters[name], scheme, generator).to_tensors()
-        shard = f"model-{number:05}-of-{len(blocks):05}.safetensors"
         write_tensors(partial / shard, tensors)
-        weight_map |= dict.fromkeys(tensors, shard)
-        size += sum(tensor.nbytes for tensor in tensors.values())
-    write_json(partial / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_index(partial, shards)
     write_json(partial / "config.json", hf_config | _quantization(scheme, linears))
     return target.commit()
 

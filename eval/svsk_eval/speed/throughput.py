@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
@@ -63,6 +64,9 @@ class Speeds:
 
     decode: float
     output: float
+
+
+_SPEEDS: Final = TypeAdapter(dict[str, dict[int, Speeds]])
 
 
 def speeds_of(first: list[float], whole: list[float], batch: int, load: Load) -> Speeds:
@@ -238,10 +242,7 @@ def _resume(
             f"{path}: measured with {before}, now {now} is asked for."
             " Give the same, or another --json."
         )
-    return {
-        label: {int(batch): Speeds(**speeds) for batch, speeds in by_batch.items()}
-        for label, by_batch in stored["tokens_per_second"].items()
-    }
+    return _SPEEDS.validate_python(stored["tokens_per_second"])
 
 
 def _report(
@@ -333,7 +334,7 @@ def run(
                     content = {
                         "machine": _machine(),
                         "settings": settings,
-                        "tokens_per_second": _plain(speeds),
+                        "tokens_per_second": _SPEEDS.dump_python(speeds, mode="json"),
                     }
                     write_json(
                         json_file,
@@ -347,13 +348,6 @@ def run(
         console.print(f"[red]Error:[/red] {error}", highlight=False)
         raise typer.Exit(1) from error
     _report(console, {label: speeds[label] for label in served}, load, markdown)
-
-
-def _plain(speeds: Mapping[str, Mapping[int, Speeds]]) -> dict[str, Any]:
-    return {
-        label: {str(batch): asdict(speeds) for batch, speeds in rows.items()}
-        for label, rows in speeds.items()
-    }
 
 
 app.command("serve", hidden=True)(serve)

@@ -19,7 +19,7 @@ chance. So the best's KL only ever falls, from that of the default recipe, which
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from svsk_eval.errors import EvalError
@@ -117,6 +117,7 @@ class _BudgetSpentError(Exception):
     """No further trial fits."""
 
 
+@dataclass
 class Search:
     """One search, see the module.
 
@@ -132,27 +133,18 @@ class Search:
         on_step: called after it.
     """
 
-    def __init__(
-        self,
-        default: Recipe,
-        run: Callable[[Recipe], Score],
-        state: State,
-        budget: float,
-        clock: Callable[[], float],
-        on_start: Callable[[int, Recipe], None] = lambda number, recipe: None,
-        on_step: Callable[[Step], None] = lambda step: None,
-    ) -> None:
-        self.default, self.run, self.state, self.budget, self.clock = (
-            default,
-            run,
-            state,
-            budget,
-            clock,
-        )
-        self.on_start, self.on_step = on_start, on_step
-        self.best: Trial | None = None
+    default: Recipe
+    run: Callable[[Recipe], Score]
+    state: State
+    budget: float
+    clock: Callable[[], float]
+    on_start: Callable[[int, Recipe], None] = lambda number, recipe: None
+    on_step: Callable[[Step], None] = lambda step: None
+    best: Trial | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
         self._refused: set[tuple[str, str, Any]] = set()
-        self._earlier, self._started = state.seconds, clock()
+        self._earlier, self._started = self.state.seconds, self.clock()
 
     @property
     def refused(self) -> int:

@@ -7,14 +7,13 @@ Their scores, how two compare, and the file that keeps them.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import TypeAdapter
+from scipy import stats
 
 from svsk_eval.errors import EvalError
-from svsk_eval.text.metrics import mean_se
 from svsk_offline.recipe import Recipe
 from svsk_offline.storage.atomic import write_json
 
@@ -48,7 +47,7 @@ class Score:
     @property
     def kl_se(self) -> float:
         """Standard error of :attr:`kl` over the pieces."""
-        return _se(np.array(self.chunk_kl))
+        return float(stats.sem(self.chunk_kl))
 
 
 @dataclass(frozen=True)
@@ -59,27 +58,8 @@ class Trial:
     score: Score | None
     error: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """A dictionary that ``json`` can write and :meth:`from_json` can read."""
-        score = (
-            None
-            if self.score is None
-            else {**vars(self.score), "chunk_kl": list(self.score.chunk_kl)}
-        )
-        return {"recipe": self.recipe.model_dump(mode="json"), "score": score, "error": self.error}
 
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "Trial":
-        """Read what :meth:`to_json` made.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is something else.
-        """
-        score = raw["score"]
-        if score is not None:
-            score = Score(**{**score, "chunk_kl": tuple(map(float, score["chunk_kl"]))})
-        recipe: Recipe = TypeAdapter(Recipe).validate_python(raw["recipe"])
-        return cls(recipe, score, raw["error"])
+_TRIALS: Final = TypeAdapter(dict[str, Trial])
 
 
 @dataclass
@@ -100,7 +80,7 @@ class State:
 
     def save(self) -> None:
         """Write the file atomically."""
-        trials = {digest: trial.to_json() for digest, trial in self.trials.items()}
+        trials = _TRIALS.dump_python(self.trials, mode="json")
         write_json(
             self.path, {"identity": self.identity, "seconds": self.seconds, "trials": trials}
         )
@@ -112,11 +92,11 @@ class State:
             EvalError: the file is damaged.
         """
         try:
-            trials = {digest: Trial.from_json(trial) for digest, trial in raw["trials"].items()}
+            trials = _TRIALS.validate_python(raw["trials"])
             seconds = float(raw["seconds"])
             if any(digest != trial.recipe.digest for digest, trial in trials.items()):
                 raise ValueError("a recipe that is not the one of its digest")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise EvalError(
                 f"{self.path}: damaged, or of another version ({' '.join(str(error).split())})."
                 " Delete it, or pass --overwrite to start again."
@@ -127,7 +107,7 @@ class State:
 def paired_kl(score: Score, other: Score) -> tuple[float, float]:
     """Mean KL of a score less that of another on the same pieces, and its paired standard error."""
     values = np.array(score.chunk_kl) - np.array(other.chunk_kl)
-    return float(values.mean()), _se(values)
+    return float(values.mean()), float(stats.sem(values))
 
 
 def is_better(challenger: Score, best: Score) -> bool:
@@ -164,10 +144,3 @@ def pareto_front(scores: Sequence[Score]) -> list[bool]:
         not any(b <= bits and k <= kl and (b, k) != (bits, kl) for b, k in points)
         for bits, kl in points
     ]
-
-
-def _se(values: npt.NDArray[np.float64]) -> float:
-    """Standard error of the mean of ``values`` [C], C >= 2."""
-    found = mean_se(values[:, None])
-    assert found is not None, "there are two pieces or more"
-    return found

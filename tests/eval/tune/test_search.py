@@ -292,10 +292,12 @@ def test_the_front() -> None:
     assert pareto_front([scores[0], replace(scores[0], top1=0.5)]) == [True, True]
 
 
-def test_trials_survive_json() -> None:
+def test_trials_survive_their_file(tmp_path: Path) -> None:
     recipe = BEST.override({"allocation": {"target_bpw": 4.5, "factor_bits": (4, 8)}})
     trial = Trial(recipe, Score(4.123456789012345, (0.1, 1 / 3), 0.2, 0.9, 3.0))
     for kept in (trial, Trial(recipe, None, "why")):
-        read = Trial.from_json(json.loads(json.dumps(kept.to_json())))
-        assert read == kept
-        assert read.recipe.digest == recipe.digest
+        state = State(tmp_path / "state.json", {}, {recipe.digest: kept}, 1.5)
+        state.save()
+        read = State(state.path, {})
+        read.restore(json.loads(state.path.read_bytes()))
+        assert read == state
