@@ -5,6 +5,7 @@ Heavy packages are imported by the subcommand that needs them.
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -254,7 +255,7 @@ def compare(
     print_comparisons(console, files[0], comparisons)
     result = {
         "baseline": str(files[0]),
-        "comparisons": [comparison.to_json() for comparison in comparisons],
+        "comparisons": [asdict(comparison) for comparison in comparisons],
     }
     write_json(json_file, result)
 

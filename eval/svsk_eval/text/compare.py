@@ -17,7 +17,7 @@ The p-values are not corrected for the number of models that are compared. Nothi
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -128,13 +128,6 @@ class Comparison:
     reference_gap: float | None
     metrics: Mapping[str, PairedDifference]
     engines: tuple[str, str] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The comparison as a dictionary that ``json`` can write.
-
-        What is not known is None (null).
-        """
-        return asdict(self)
 
 
 def compare_files(paths: Sequence[str | Path]) -> list[Comparison]:

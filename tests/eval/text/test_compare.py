@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_a_file_does_not_differ_from_itself(write: Write) -> None:
         comparison = compare(path, path)
     for pair in comparison.metrics.values():
         assert (pair.difference, pair.se, pair.p) == (0.0, 0.0, None)
-    json.dumps(comparison.to_json(), allow_nan=False)
+    json.dumps(asdict(comparison), allow_nan=False)
     result = svsk("compare", path, path)
     assert result.exit_code == 0
     assert "nan" not in result.output
@@ -162,7 +163,7 @@ def test_the_command_shows_and_writes_the_figures(write: Write, tmp_path: Path) 
         assert shown in result.output
     written = json.loads(target.read_text())
     assert written["baseline"] == str(paths[0])
-    assert written["comparisons"] == [comparison.to_json() for comparison in compare_files(paths)]
+    assert written["comparisons"] == [asdict(comparison) for comparison in compare_files(paths)]
     assert written["comparisons"][0]["metrics"]["kl"]["difference"] == 0.125
 
 
