@@ -218,7 +218,7 @@ def compare_scores(
             " ".join(filter(None, (scores.engine, scores.dtype))) for scores in (baseline, other)
         ]
         engines = (named[0], named[1])
-    metrics = {name: paired(ours[name], theirs[name]) for name in both}
+    metrics: dict[str, PairedDifference] = {name: paired(ours[name], theirs[name]) for name in both}
     return Comparison(str(path), other.model, gap, metrics, engines)
 
 
