@@ -54,7 +54,7 @@ def write_w4a16(checkpoint: Path, out: Path) -> Path:
         partial / "config.json",
         undeclared(source.hf_config) | {"quantization_config": w4a16_config(by_group)},
     )
-    copy_side_files(source.folder, partial, lambda text: None, code=False)
+    copy_side_files(source.folder, partial, lambda text: None, code=True)
     return folder.commit()
 
 
