@@ -21,6 +21,7 @@ def test_files_that_a_page_names_are_there(page: str) -> None:
     links = {name for name in re.findall(r"\]\(([\w./-]+)", text) if not name.startswith("http")}
     missing = {name for name in named if not any((ROOT / at / name).exists() for at in SOURCES)}
     missing |= {name for name in links if not (ROOT / page).parent.joinpath(name).exists()}
+    assert not re.search(r"@[A-Z]+@|TODO|TBD", text)
     assert missing <= WRITTEN_LATER
 
 
