@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The root of the project's errors, and those of its ground floor."""
 
-__all__ = ["KernelError", "SvskError"]
+__all__ = ["KernelError", "SvskError", "one_line"]
 
 
 class SvskError(Exception):
@@ -13,3 +13,8 @@ class SvskError(Exception):
 
 class KernelError(SvskError, ValueError):
     """A tensor, a tile or a setting is not what the kernels take."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks and runs of blanks, to be quoted in another."""
+    return " ".join(str(error).split())

@@ -20,7 +20,7 @@ from typing import Final
 
 import typer
 
-from svsk_kernels.errors import SvskError
+from svsk_kernels.errors import SvskError, one_line
 from svsk_vllm.version import __version__
 
 __all__ = ["Stopped", "plain_endings"]
@@ -77,7 +77,7 @@ def plain_endings(
         raise SystemExit(128 + stopped.number) from None
     except BrokenPipeError as error:
         if not _drop_stdout():
-            say(_one_line(error))
+            say(_short(error))
         raise SystemExit(1) from None
     except Exception as error:
         if isinstance(error, _EXITS) or os.environ.get(_DEBUG):
@@ -98,15 +98,15 @@ def _line(error: Exception, continues: str | None) -> str:
     if isinstance(error, OSError) and error.errno and error.filename:
         return f"{error.filename}: {error.strerror}."
     if _is_memory(error):
-        return " ".join(filter(None, (f"not enough memory ({_one_line(error)}).", continues)))
+        return " ".join(filter(None, (f"not enough memory ({_short(error)}).", continues)))
     if isinstance(error, OSError):  # of a library, with a message of its own
-        return _one_line(error)
+        return _short(error)
     if isinstance(error, SvskError):
         return str(error)
     if type(error).__name__ == "AcceleratorError":  # torch's, of the device and its driver
-        return f"the device failed ({_one_line(error)})."
+        return f"the device failed ({_short(error)})."
     return (
-        f"{type(error).__name__}: {_one_line(error)}. This is a bug in svsk {__version__}:"
+        f"{type(error).__name__}: {_short(error)}. This is a bug in svsk {__version__}:"
         f" {_report(error)}"
     )
 
@@ -124,8 +124,8 @@ def _is_memory(error: Exception) -> bool:
     )
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).removesuffix(".")[:500] or type(error).__name__
+def _short(error: BaseException) -> str:
+    return one_line(error).removesuffix(".")[:500] or type(error).__name__
 
 
 def _report(error: Exception) -> str:

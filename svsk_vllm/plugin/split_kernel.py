@@ -20,6 +20,7 @@ from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMPa
 from vllm.scalar_type import scalar_types
 
 from svsk_kernels.cpu.processor import has_avx512, product_dtype, simulated_features
+from svsk_kernels.errors import one_line
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.sidecar_op import prepare_sidecar
 from svsk_vllm.format import SvskFormatError, code_values, pack_codes, unpack_codes
@@ -136,7 +137,7 @@ def _vllm_kernel(
         raise NoBaseKernelError(
             prefix,
             f"no 4-bit kernel of vLLM takes {spec.n} x {spec.k} weights per rank"
-            f" ({_one_line(error)})",
+            f" ({one_line(error)})",
             "Change tensor_parallel_size, or put the module on the ignore list when quantising.",
         ) from error
     if device.type == "cpu" and (obstacle := _cpu_obstacle(kernel, config)):
@@ -208,11 +209,7 @@ def _failed_trial(kernel: type, dtype: torch.dtype, group_size: int) -> str | No
         base.process_weights_after_loading(layer)
         y = base.apply_weights(layer, x.to(dtype), None).float()
     except (AttributeError, AssertionError, RuntimeError, TypeError, ValueError) as error:
-        return f"{lacking}{_one_line(error)}"
+        return f"{lacking}{one_line(error)}"
     expected = x @ (codes.float() * 2.0**-6).T
     off = float((y - expected).norm() / expected.norm())
     return None if off < _TRIAL_BOUND else f"{lacking}a product in {dtype} is off by {off:.0%}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -8,6 +8,7 @@ from typing import Any
 from svsk_eval.errors import EvalError
 from svsk_eval.text.engine_args import served_dtype
 from svsk_eval.text.models import load_model, load_tokenizer, silence_progress_bars
+from svsk_kernels.errors import one_line
 from svsk_offline.storage.model_loading import read_model_config
 
 __all__ = ["ENGINES", "generate_texts"]
@@ -85,7 +86,7 @@ def _with_vllm(
         RuntimeError,
         ValueError,
     ) as error:  # too little memory, a model it does not know, a folder we refuse
-        raise EvalError(f"vLLM cannot serve {model}: {' '.join(str(error).split())}") from error
+        raise EvalError(f"vLLM cannot serve {model}: {one_line(error)}") from error
     return [output.outputs[0].text for output in outputs]
 
 

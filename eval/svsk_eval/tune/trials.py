@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from scipy import stats
 
 from svsk_eval.errors import EvalError
+from svsk_kernels.errors import one_line
 from svsk_offline.recipe import Recipe
 from svsk_offline.storage.atomic import write_json
 
@@ -98,7 +99,7 @@ class State:
                 raise ValueError("a recipe that is not the one of its digest")
         except (KeyError, TypeError, ValueError) as error:
             raise EvalError(
-                f"{self.path}: damaged, or of another version ({' '.join(str(error).split())})."
+                f"{self.path}: damaged, or of another version ({one_line(error)})."
                 " Delete it, or pass --overwrite to start again."
             ) from error
         self.trials, self.seconds = trials, seconds

@@ -32,7 +32,7 @@ from svsk_eval.text.scoring import compare_models
 from svsk_eval.tune.held_out import split_calibration
 from svsk_eval.tune.search import Search, Step
 from svsk_eval.tune.trials import Score, State, Trial, differences
-from svsk_kernels.errors import SvskError
+from svsk_kernels.errors import SvskError, one_line
 from svsk_offline.calibration import DEFAULT_SOURCE, CalibrationSet
 from svsk_offline.calibration.sources import check_source
 from svsk_offline.pipeline import Progress, check_takes, load_texts, quantize, resolve_device
@@ -243,7 +243,7 @@ class _Trials:
             loaded = self._load(self.folder)
             scores = compare_models(loaded, reference, inputs.held.tokens)
         except (torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-            raise EvalError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+            raise EvalError(f"{type(error).__name__}: {one_line(error)}") from error
         finally:
             self._clear()
         kl = scores.per_chunk.kl

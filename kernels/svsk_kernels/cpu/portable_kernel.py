@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+import svsk_kernels.cpu.widened_op  # noqa: F401 - registers svsk::widened_linear
 from svsk_kernels.codebook import code_values, unpack_nibbles
-from svsk_kernels.cpu import widened_op as widened  # noqa: F401 - registers svsk::widened_linear
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.sidecar_op import prepare_sidecar
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from svsk_kernels.errors import SvskError
+from svsk_kernels.errors import SvskError, one_line
 from svsk_offline.calibration.files import TextFile, open_text
 from svsk_offline.calibration.rows import RowReader
 from svsk_offline.preflight import calibration_path
@@ -163,4 +163,4 @@ def _stream(
     try:
         yield from load_dataset(*args, **kwargs, streaming=True)
     except Exception as error:  # the package raises many kinds: the data cannot be had
-        raise SvskError(f"{where}: {wrong} ({' '.join(str(error).split())}).") from error
+        raise SvskError(f"{where}: {wrong} ({one_line(error)}).") from error

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from svsk_kernels.errors import SvskError
+from svsk_kernels.errors import SvskError, one_line
 
 __all__ = [
     "attention_arguments",
@@ -158,16 +158,13 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Modul
         raise
     except ImportError as error:
         raise SvskError(
-            f"{folder}: its model class needs a package that is not installed ({_line(error)})."
+            f"{folder}: its model class needs a package that is not installed"
+            f" ({one_line(error)[:300]})."
         ) from error
     except Exception as error:  # a wrong value in config.json may raise anything in a model class
         raise SvskError(
             f"{folder}: transformers cannot build a causal language model from its config.json "
-            f"({type(error).__name__}: {_line(error)})."
+            f"({type(error).__name__}: {one_line(error)[:300]})."
         ) from error
     module: nn.Module = model.eval().requires_grad_(False)
     return module
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -41,10 +41,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, *more: object) -> Result:
+def run(folder: Path, *more: object, variant: str | None = None) -> Result:
     return svsk(
         "bench",
-        f"variant={folder / 'svsk'}",
+        variant or f"variant={folder / 'svsk'}",
         "--reference",
         folder / "dense",
         "--engine",
@@ -120,28 +120,8 @@ def test_the_gate(folder: Path) -> None:
     assert "below the minimum: variant, mini_gen: cannot be judged" in " ".join(
         result.output.split()
     )
-    same = svsk(
-        "bench",
-        f"copy={folder / 'dense'}",
-        "--reference",
-        folder / "dense",
-        "--engine",
-        "hf",
-        "--dtype",
-        "float32",
-        "--model-arg",
-        "device=cpu",
-        "--include-path",
-        TASKS,
-        "--work-dir",
-        folder / "work",
-        "--tasks",
-        "mini_mc",
-        "--limit",
-        6,
-        "--min-recovery",
-        1,
-    )
+    gate = ("--tasks", "mini_mc", "--limit", 6, "--min-recovery", 1)
+    same = run(folder, *gate, variant=f"copy={folder / 'dense'}")
     assert same.exit_code == 0, same.output
 
 
