@@ -34,3 +34,10 @@ def load_task(name: str) -> Any:
 def run(program: str, limits: CodeLimits = LIMITS, *, consent: bool = True) -> Verdict:
     """Run one program in the sandbox."""
     return run_programs([program], consent=consent, limits=limits, workers=1)[0]
+
+
+def assert_refused(program: str) -> None:
+    """Run a program that the sandbox must refuse a call."""
+    verdict = run(program)
+    assert verdict.outcome == "failed"
+    assert verdict.detail.startswith("PermissionError: "), verdict

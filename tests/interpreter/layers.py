@@ -44,8 +44,3 @@ def make_layer(k: int, dtype: torch.dtype, *parts: dict[str, Any], **common: Any
 def activations(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
     """Random activations, different for every shape."""
     return torch.randn(m, k, generator=torch.Generator().manual_seed(m * k)).to(dtype)
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of ``expected``."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())

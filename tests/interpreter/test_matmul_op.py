@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from svsk_kernel_tools.bench.correctness import relative_error
 from svsk_kernels.gpu import matmul_op as dispatch
 from svsk_kernels.gpu import tuning
 from svsk_kernels.gpu.matmul_op import SvskMatmul, gpu_of
@@ -21,7 +22,7 @@ from svsk_kernels.gpu.tuning import (
     table_name,
 )
 from svsk_kernels.layer_kernel import LayerSpec
-from tests.interpreter.layers import BOUNDS, activations, make_layer, relative_error
+from tests.interpreter.layers import BOUNDS, activations, make_layer
 
 H100 = Gpu(name="NVIDIA H100 80GB HBM3", capability=90, processors=132)
 A10 = Gpu(name="NVIDIA A10", capability=86, processors=72)

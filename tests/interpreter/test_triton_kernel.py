@@ -6,11 +6,12 @@ import torch
 
 pytest.importorskip("compressed_tensors.compressors", reason="layers are packed as checkpoints are")
 
+from svsk_kernel_tools.bench.correctness import relative_error
 from svsk_kernels.gpu.triton_kernel import TritonKernel
 from svsk_kernels.layer_kernel import LayerSpec
 from svsk_kernels.naive import naive_matmul
 from svsk_vllm.format import LinearSpec
-from tests.interpreter.layers import BOUNDS, activations, relative_error
+from tests.interpreter.layers import BOUNDS, activations
 from tests.support.format_builders import make_group, random_linear
 from tests.support.layers import loaded_layer
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from svsk_kernel_tools.bench.correctness import relative_error
 from svsk_kernels.gpu.launch import counters, fold, matmul_folded, packed_matmul, shrink
 from svsk_kernels.gpu.tuning import Choice
 from svsk_kernels.naive import naive_matmul
 from svsk_vllm.format import Codebook
-from tests.interpreter.layers import BOUNDS, Layer, activations, make_layer, relative_error
+from tests.interpreter.layers import BOUNDS, Layer, activations, make_layer
 
 CODEBOOKS: tuple[Codebook, ...] = ("int4", "quad8")
 SHAPES: list[dict[str, Any]] = [

@@ -13,18 +13,12 @@ from typing import Any
 import pytest
 
 from svsk_eval.sandbox import CodeLimits, policy, supervise
-from tests.eval.support import run
+from tests.eval.support import assert_refused, run
 
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux" or platform.machine() not in policy.MACHINES,
     reason="the sandbox needs Linux",
 )
-
-
-def assert_refused(program: str) -> None:
-    verdict = run(program)
-    assert verdict.outcome == "failed"
-    assert verdict.detail.startswith("PermissionError: "), verdict
 
 
 FILE_ATTACKS = [

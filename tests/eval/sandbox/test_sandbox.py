@@ -22,7 +22,7 @@ import pytest
 
 from svsk_eval.errors import EvalError
 from svsk_eval.sandbox import CodeLimits, Verdict, policy, supervise
-from tests.eval.support import EVAL, run
+from tests.eval.support import EVAL, assert_refused, run
 
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux" or platform.machine() not in policy.MACHINES,
@@ -48,12 +48,6 @@ def allowed_numbers() -> set[int]:
     """The numbers on this machine of all calls that the filter allows with some arguments."""
     names = (*policy.ALLOWED, "open", "openat", "fcntl", "ioctl", "prlimit64")
     return {known for name in names if (known := number(name)) >= 0}
-
-
-def assert_refused(program: str) -> None:
-    verdict = run(program)
-    assert verdict.outcome == "failed"
-    assert verdict.detail.startswith("PermissionError: "), verdict
 
 
 class TestSystemCalls:

@@ -9,7 +9,6 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +52,6 @@ GOOD = {
     "ORDER": "acq_rel",
 }
 THREADS_OF_A_WARP = 32
-
-
-@pytest.fixture(autouse=True, scope="module")
-def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing that an earlier run compiled may answer for this one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton-cache")))
-        yield
 
 
 def make_case(

@@ -2,7 +2,6 @@
 """The kernels as they are launched, compiled for every target: registers, memory, instructions."""
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -17,14 +16,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from svsk_kernel_tools.binary.cases import cases
 from tests.support.arches import EVERY_ARCH
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing that an earlier run compiled may answer for this one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton-cache")))
-        yield
 
 
 @pytest.mark.parametrize("arch", EVERY_ARCH)
