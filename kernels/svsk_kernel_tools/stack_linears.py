@@ -28,14 +28,17 @@ class StackedLinear:
 
     spec: LayerSpec
     packed: torch.Tensor  # int32 [N, K / 8]
-    scale: torch.Tensor  # [N, K / g]
+    scale: torch.Tensor  # [N, K / g]; int8 where the spec says row_scaled
     u: torch.Tensor  # int8
     v: torch.Tensor  # int8
     gain: torch.Tensor  # float32
+    row_scale: torch.Tensor | None = None  # [N, 1] where the spec says row_scaled
 
     def module(self) -> torch.nn.Module:
         """The layer with the parameters that :meth:`LayerKernel.prepare` reads."""
         tensors = {"weight_packed": self.packed, "weight_scale": self.scale}
+        if self.row_scale is not None:
+            tensors["weight_row_scale"] = self.row_scale
         if self.spec.plan:
             tensors |= {"sidecar_u": self.u, "sidecar_v": self.v, "sidecar_gain": self.gain}
         layer = torch.nn.Module()
@@ -52,8 +55,11 @@ def random_linear(
     group_size: int = 64,
     rank: int = 0,
     factor_bits: Literal[4, 8] = 8,
+    row_scaled: bool = False,
 ) -> PlainLinear:
     """Every code, scales of both signs, full-range factors, on the generator's device.
+
+    Row-scaled ones have every scale code, -128 to 127, and powers of two of both signs for rows.
 
     Gains make the sidecar about as large as the base, so that a mistake in either shows.
     """
@@ -67,15 +73,22 @@ def random_linear(
         return torch.randn(*shape, generator=generator, device=generator.device)
 
     codes = integers(-8, 8, grid.n, grid.k)
-    scale = (normal(grid.n, grid.k // group_size) * 0.02).to(dtype)
+    row_scale = None
+    if row_scaled:
+        scale = integers(-128, 128, grid.n, grid.k // group_size)
+        # about as large as the scales of one level: codes are 74 on average
+        sign = integers(0, 2, grid.n, 1) * 2 - 1
+        row_scale = (sign * 2.0 ** integers(-13, -10, grid.n, 1)).to(dtype)
+    else:
+        scale = (normal(grid.n, grid.k // group_size) * 0.02).to(dtype)
     if not rank:
-        return PlainLinear(codes, scale, codebook, grid)
+        return PlainLinear(codes, scale, codebook, grid, row_scale=row_scale)
     rows, cols = grid.num_row_tiles, grid.num_col_tiles
     limit = 8 if factor_bits == 4 else 127
     u = integers(-limit, limit, grid.n, cols, rank)
     v = integers(-limit, limit, rows, rank, grid.k)
     gain = normal(rows, cols, rank) * (0.1 / limit**2)
-    return PlainLinear(codes, scale, codebook, grid, u, v, gain, factor_bits)
+    return PlainLinear(codes, scale, codebook, grid, u, v, gain, factor_bits, row_scale)
 
 
 def stack_linears(
@@ -84,16 +97,23 @@ def stack_linears(
     """Stack linears along their rows.
 
     Args:
-        linears: of one K, group size and codebook; ranks, tiles and factor bits may differ.
+        linears: of one K, group size and codebook, with one or two levels of scales; ranks, tiles
+            and factor bits may differ.
         dtype: of the layer and its scales; None for that of the first linear's scales.
 
     Raises:
-        ValueError: their K, group sizes or codebooks differ.
+        ValueError: their K, group sizes, codebooks or levels of scales differ.
     """
     first = linears[0]
-    columns = {(linear.grid.k, linear.group_size, linear.codebook) for linear in linears}
+    columns = {
+        (linear.grid.k, linear.group_size, linear.codebook, linear.row_scale is not None)
+        for linear in linears
+    }
     if len(columns) > 1:
-        raise ValueError(f"The linears differ in columns, group size or codebook: {columns}.")
+        raise ValueError(
+            "The linears differ in columns, group size, codebook or in whether rows have scales:"
+            f" {columns}."
+        )
     bundles: dict[tuple[int, ...], list[tuple[PlainLinear, int]]] = {}  # linears and first rows
     row = 0
     for linear in linears:
@@ -108,12 +128,19 @@ def stack_linears(
         first.grid.k,
         first.group_size,
         first.codebook,
-        dtype or first.scale.dtype,
+        dtype or (first.scale if first.row_scale is None else first.row_scale).dtype,
         plan if members else None,
         4 if members and all(linear.factor_bits == 4 for linear in members) else 8,
+        first.row_scale is not None,
     )
     packed = torch.cat([pack_words(linear.codes) for linear in linears])
-    scale = torch.cat([linear.scale for linear in linears]).to(spec.dtype)
+    scale = torch.cat([linear.scale for linear in linears])
+    row_scale = None
+    if spec.row_scaled:
+        row_scales = [linear.row_scale for linear in linears if linear.row_scale is not None]
+        row_scale = torch.cat(row_scales).to(spec.dtype)
+    else:
+        scale = scale.to(spec.dtype)
     u, v, gain = plan.zeros(packed.device)
     sources = [(linear, a) for linear in members for a in range(linear.grid.num_row_tiles)]
     views = zip(plan.slots, plan.u_slots(u), plan.v_slots(v), plan.gain_slots(gain), strict=True)
@@ -125,7 +152,7 @@ def stack_linears(
         slot_gain.copy_(linear.gain[a])
         for cols, tile in plan.bundles[slot.bundle].column_tiles(slot_v):
             tile.copy_(linear.v[a, :, cols])
-    return StackedLinear(spec, packed, scale, u, v, gain)
+    return StackedLinear(spec, packed, scale, u, v, gain, row_scale)
 
 
 def _bundle(bounds: tuple[int, ...], entries: Sequence[tuple[PlainLinear, int]]) -> Bundle:

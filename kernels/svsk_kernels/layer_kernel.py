@@ -20,18 +20,22 @@ class LayerSpec:
     A loaded layer has these parameters, which :meth:`LayerKernel.prepare` reads:
 
     - ``weight_packed``: int32 [n, k / 8], codes as in the checkpoint;
-    - ``weight_scale``: ``dtype`` [n, k / group_size];
+    - ``weight_scale``: ``dtype`` [n, k / group_size], the scale of each group;
+    - with ``row_scaled``, ``weight_scale`` is int8 instead and ``weight_row_scale`` is ``dtype``
+      [n, 1]: a group's scale is the product of the two, exact in ``dtype``
+      (:func:`svsk_kernels.group_scales.expand_scales`);
     - with a plan, ``sidecar_u`` and ``sidecar_v`` int8 and ``sidecar_gain`` float32, flat as
       :mod:`svsk_kernels.sidecar_plan` says.
     """
 
     n: int
     k: int
-    group_size: int
+    group_size: int  # 16, 32 or 64
     codebook: Codebook
     dtype: torch.dtype  # of activations, outputs and scales
     plan: SidecarPlan | None = None  # None: no sidecar
     factor_bits: Literal[4, 8] = 8  # 4 when no part's factors have more
+    row_scaled: bool = False  # scales of two levels: an integer per group times a value per row
 
 
 class LayerKernel(Protocol):

@@ -20,13 +20,14 @@ class PlainLinear:
     """
 
     codes: torch.Tensor  # int8 [N, K], values in [-8, 7]
-    scale: torch.Tensor  # float [N, K / g]
+    scale: torch.Tensor  # float [N, K / g]; int8 where row_scale is given
     codebook: Codebook
     grid: TileGrid  # how the weight is cut into tiles
     u: torch.Tensor | None = None  # int8 [N, B, r]
     v: torch.Tensor | None = None  # int8 [A, r, K]
     gain: torch.Tensor | None = None  # float32 [A, B, r]
     factor_bits: Literal[4, 8] = 8  # that u and v fit in
+    row_scale: torch.Tensor | None = None  # float [N, 1]: times scale; None for no second level
 
     @property
     def group_size(self) -> int:
@@ -81,6 +82,9 @@ def naive_matmul(
     levels = code_values(linear.codes, linear.codebook, torch.float64).view(
         n, -1, linear.group_size
     )
-    base = (levels * linear.scale.double().unsqueeze(-1)).view(n, k)
+    scale = linear.scale.double()
+    if linear.row_scale is not None:
+        scale = scale * linear.row_scale.double()
+    base = (levels * scale.unsqueeze(-1)).view(n, k)
     y = x.double() @ base.T + naive_sidecar(x, linear)
     return y if bias is None else y + bias.double()

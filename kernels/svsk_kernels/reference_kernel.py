@@ -5,17 +5,28 @@ It takes the memory of the dense layer in the same dtype: about four times that 
 16 bits, eight times in float32.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 import svsk_kernels.cpu.widened_op  # noqa: F401 - registers svsk::widened_linear
 from svsk_kernels.codebook import code_values, unpack_nibbles
 from svsk_kernels.cpu.processor import product_dtype
+from svsk_kernels.group_scales import expand_scales
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.sidecar_plan import SidecarPlan
 
 __all__ = ["ReferenceKernel", "dequantize_layer"]
+
+_LOADED: Final = (
+    "weight_packed",
+    "weight_scale",
+    "weight_row_scale",
+    "sidecar_u",
+    "sidecar_v",
+    "sidecar_gain",
+)
+"""Parameters that a loaded layer may have."""
 
 
 class ReferenceKernel:
@@ -34,12 +45,13 @@ class ReferenceKernel:
         sidecar = None
         if self.spec.plan:
             sidecar = (layer.sidecar_u.data, layer.sidecar_v.data, layer.sidecar_gain.data)
-        weight = dequantize_layer(
-            self.spec, layer.weight_packed.data, layer.weight_scale.data, sidecar
-        )
+        scale = layer.weight_scale.data
+        if self.spec.row_scaled:
+            scale = expand_scales(scale, layer.weight_row_scale.data)
+        weight = dequantize_layer(self.spec, layer.weight_packed.data, scale, sidecar)
         self.widened = product_dtype(self.spec.dtype, weight.device) != self.spec.dtype
         replace_parameters(layer, {"weight": weight.to(self.spec.dtype)})
-        for name in ("weight_packed", "weight_scale", "sidecar_u", "sidecar_v", "sidecar_gain"):
+        for name in _LOADED:
             if hasattr(layer, name):
                 delattr(layer, name)
 
@@ -62,7 +74,7 @@ def dequantize_layer(
     Args:
         spec: the layer.
         packed: int32 [N, K / 8].
-        scale: [N, K / g].
+        scale: floating [N, K / g], the scale of each group: expanded where ``spec.row_scaled``.
         sidecar: flat ``u`` and ``v``, int8, and ``gain``, float32, in the plan's order; None for
             none.
 

@@ -66,6 +66,8 @@ class SvskMatmul:
             return False, f"activations are {spec.dtype}, the kernels take bfloat16 and float16"
         if spec.group_size not in (32, 64):
             return False, f"groups of {spec.group_size}, the kernels take 32 and 64"
+        if spec.row_scaled:
+            return False, "scales have two levels, the kernels take one"
         if spec.k % 32:
             return False, f"{spec.k} columns per rank, the kernels take multiples of 32"
         try:
