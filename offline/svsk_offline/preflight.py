@@ -168,8 +168,8 @@ def check_recipe(
 ) -> None:
     """Refuse entries of a recipe that match none of a model's linear layers.
 
-    What the shipped recipes say for all models (``ignore: [lm_head]``, the names of the sink's
-    targets) need not fit this one: of the sink a message tells that it has no effect.
+    What the shipped recipes say for all models (the entries of ``USUAL_IGNORE``, the names of the
+    sink's targets) need not fit this one: of the sink a message tells that it has no effect.
 
     Args:
         recipe: the recipe, with what the user added.

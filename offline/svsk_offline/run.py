@@ -23,12 +23,13 @@ from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import check_servable
 from svsk_offline.quantizers.alternating import PreparedInput
 from svsk_offline.quantizers.quantize_linear import quantize_linear
-from svsk_offline.recipe import AlternatingRecipe, Recipe
+from svsk_offline.recipe import USUAL_IGNORE, AlternatingRecipe, Recipe
 from svsk_offline.storage.atomic import PartialFolder, write_json
 from svsk_offline.storage.checkpoint_writer import CheckpointWriter
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.layer_report import LayerReport, bits_per_weight
 from svsk_vllm.format import ConfigGroup, QuantizedLinear, SvskCheckpointConfig, dequantize
+from svsk_vllm.format.config import matches
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
 from svsk_vllm.format.shards import read_json
 from svsk_vllm.version import __version__
@@ -135,8 +136,14 @@ class Run:
             "calibration": dict(calibration),
         }
         # Linears outside the decoder blocks (an output head, say) stay as they are, so the config
-        # must say so.
-        ignore = dict.fromkeys((*recipe.ignore, *self.source.other_linears()))
+        # must say so; what recipes say for all models it says where this one has it.
+        linears = self.source.linear_names()
+        ignored = [
+            entry
+            for entry in recipe.ignore
+            if entry not in USUAL_IGNORE or any(matches(name, (entry,)) for name in linears)
+        ]
+        ignore = dict.fromkeys((*ignored, *self.source.other_linears()))
         return SvskCheckpointConfig(
             config_groups={"group_0": group}, ignore=tuple(ignore), producer=producer
         )

@@ -13,8 +13,9 @@ from svsk_kernels.errors import SvskError
 from svsk_offline import pipeline
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.preflight import check_output, check_recipe, check_report_files
-from svsk_offline.recipe import Recipe, load_recipe
+from svsk_offline.recipe import Recipe, load_recipe, recipe_names
 from svsk_offline.storage.restore import restore
+from svsk_vllm.format.config import matches
 
 LINEARS = [
     f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")
@@ -63,6 +64,27 @@ def test_what_recipes_say_for_all_models_need_not_fit_one() -> None:
     assert "the sink weight has no effect" in told[0]
     check_recipe(load_recipe("fast"), LINEARS, told.append)
     assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "left_alone"),
+    [
+        ("lm_head", True),
+        ("model.layers.3.mlp.gate", True),
+        ("model.layers.3.mlp.shared_expert_gate", True),
+        ("model.layers.3.block_sparse_moe.router", True),
+        ("model.layers.3.self_attn.kv_b_proj", True),
+        ("model.layers.3.linear_attn.in_proj_ba", True),
+        ("model.layers.3.linear_attn.in_proj_a", True),
+        ("model.layers.3.linear_attn.in_proj_qkvz", False),
+        ("model.layers.3.mlp.gate_proj", False),
+        ("model.layers.3.self_attn.kv_a_proj_with_mqa", False),
+    ],
+)
+def test_recipes_leave_routers_and_small_gates_alone(name: str, left_alone: bool) -> None:
+    assert [matches(name, load_recipe(recipe).ignore) for recipe in recipe_names()] == [
+        left_alone
+    ] * len(recipe_names())
 
 
 def test_a_sink_of_the_users_own_without_targets() -> None:
