@@ -6,7 +6,8 @@ from typing import Final
 __version__: Final = "0.1.0"
 
 FORMAT_VERSION: Final = "1.0"
-"""Version this package writes, ``major.minor``.
+"""Version of a checkpoint that uses nothing newer, ``major.minor``.
 
-A reader accepts every minor version of a major one it knows.
+A config group says which newer one it needs (``WeightArgs.version``). A reader accepts every minor
+version of a major one it knows.
 """

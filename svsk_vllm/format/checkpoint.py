@@ -10,9 +10,17 @@ import torch
 
 from svsk_vllm.format.config import SvskCheckpointConfig
 from svsk_vllm.format.errors import SvskFormatError
+from svsk_vllm.format.group_scales import ONE_LEVEL
 from svsk_vllm.format.quantized_linear import QuantizedLinear
 from svsk_vllm.format.shards import ShardedReader, read_json
-from svsk_vllm.format.spec import SCALE_DTYPES, SUFFIXES, WEIGHT_PACKED, WEIGHT_SCALE, LinearSpec
+from svsk_vllm.format.spec import (
+    SCALE_DTYPES,
+    SUFFIXES,
+    WEIGHT_PACKED,
+    WEIGHT_ROW_SCALE,
+    WEIGHT_SCALE,
+    LinearSpec,
+)
 
 __all__ = ["Checkpoint", "split_suffix"]
 
@@ -125,7 +133,8 @@ class Checkpoint:
                 f" features, not a multiple of the group size {group} that config.json gives it."
                 " Correct the config, or quantise the model again."
             )
-        scale = f"{module}.{WEIGHT_SCALE}"
+        two_level = scheme.weights.scale_bits != ONE_LEVEL
+        scale = f"{module}.{WEIGHT_ROW_SCALE if two_level else WEIGHT_SCALE}"
         dtype = self.tensors.describe(scale).dtype if scale in self.tensors else None
         if dtype not in SCALE_DTYPES:
             dtype = self.model_dtype if self.model_dtype in SCALE_DTYPES else torch.bfloat16

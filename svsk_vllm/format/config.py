@@ -15,13 +15,16 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from svsk_kernels.codebook import Codebook
 from svsk_vllm.format.errors import SvskFormatError
+from svsk_vllm.format.group_scales import ONE_LEVEL, ScaleBits
 from svsk_vllm.version import FORMAT_VERSION, __version__
 
 __all__ = [
@@ -38,7 +41,7 @@ __all__ = [
     "undeclared",
 ]
 
-GROUP_SIZES = (32, 64)
+GROUP_SIZES = (16, 32, 64)
 MAX_RANK = 128
 LINEAR_CLASS = "Linear"
 _BY_CLASS = 2  # the least specific match
@@ -89,7 +92,11 @@ class Strict(BaseModel):
 
 
 class WeightArgs(Strict):
-    """The 4-bit base of a weight."""
+    """The 4-bit base of a weight.
+
+    ``scale_bits`` 16 stores each group's scale in the model's dtype; 8 and 6 in two levels
+    (:mod:`svsk_vllm.format.group_scales`).
+    """
 
     num_bits: Literal[4] = 4
     type: Literal["int"] = "int"
@@ -97,6 +104,7 @@ class WeightArgs(Strict):
     strategy: Literal["group"] = "group"
     group_size: int = Field(default=64, strict=True)
     codebook: Codebook = "int4"
+    scale_bits: ScaleBits = ONE_LEVEL
 
     @field_validator("group_size")
     @classmethod
@@ -104,6 +112,18 @@ class WeightArgs(Strict):
         if value not in GROUP_SIZES:
             raise ValueError(f"expected one of {GROUP_SIZES}, got {value}")
         return value
+
+    @property
+    def version(self) -> str:
+        """The first version of the format that has these values."""
+        return "1.1" if self.scale_bits != ONE_LEVEL or self.group_size == 16 else "1.0"
+
+    @model_serializer(mode="wrap")
+    def _without_new_defaults(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = default(self)
+        if self.scale_bits == ONE_LEVEL:  # readers of version 1.0 do not know the key
+            values.pop("scale_bits", None)
+        return values
 
 
 class SidecarArgs(Strict):
@@ -156,7 +176,7 @@ class SvskCheckpointConfig(Strict):
         """
         _check_version(raw.get("version"), source)
         try:
-            return cls.model_validate(dict(raw))
+            config = cls.model_validate(dict(raw))
         except ValidationError as error:
             problems = "; ".join(
                 f"{'.'.join(map(_key, item['loc'])) or 'top level'}:"
@@ -167,10 +187,25 @@ class SvskCheckpointConfig(Strict):
             raise SvskFormatError(
                 f"{source}: {problems}. docs/format.md lists the keys and values."
             ) from error
+        if _minor(config.needed_version) > _minor(config.version):
+            raise SvskFormatError(
+                f"{source}: version {config.version} with scale_bits or a group_size of 16, which"
+                f" are of version {config.needed_version}. Correct the version, or copy the"
+                " folder again."
+            )
+        return config
+
+    @property
+    def needed_version(self) -> str:
+        """The first version of the format that has every value used here."""
+        return max((group.weights.version for group in self.config_groups.values()), key=_minor)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON-ready dictionary that goes into config.json."""
-        return self.model_dump(mode="json")
+        return {
+            **self.model_dump(mode="json"),
+            "version": max(self.version, self.needed_version, key=_minor),
+        }
 
     def rename(self, rename: Callable[[list[str]], list[str]]) -> "SvskCheckpointConfig":
         """A copy with the module names of all targets and ignore entries translated.
@@ -266,6 +301,10 @@ def _specificity(name: str, target: str) -> int | None:
     if match_name(name, target):
         return 1 if target.startswith("re:") else 0
     return _BY_CLASS if target == LINEAR_CLASS else None
+
+
+def _minor(version: str) -> int:
+    return int(version.split(".")[1])
 
 
 def _check_version(version: Any, source: str) -> None:

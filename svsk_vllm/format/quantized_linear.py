@@ -10,6 +10,14 @@ from svsk_kernels.codebook import code_values
 from svsk_kernels.naive import PlainLinear
 from svsk_vllm.format import spec as names
 from svsk_vllm.format.errors import SvskFormatError
+from svsk_vllm.format.group_scales import (
+    ONE_LEVEL,
+    join_scales,
+    pack_scale_codes,
+    row_scale_problem,
+    split_scales,
+    unpack_scale_codes,
+)
 from svsk_vllm.format.packing import pack_codes, pack_factors, unpack_codes, unpack_factors
 from svsk_vllm.format.spec import LinearSpec, TensorSpec
 
@@ -27,7 +35,7 @@ class QuantizedLinear:
 
     spec: LinearSpec
     codes: torch.Tensor  # int8 [N, K], values in [-8, 7]
-    scale: torch.Tensor  # scale dtype [N, K / g]
+    scale: torch.Tensor  # scale dtype [N, K / g], multiplied out where it is stored in two levels
     u: torch.Tensor | None = None  # int8 [N, B, r]
     v: torch.Tensor | None = None  # int8 [A, r, K]
     gain: torch.Tensor | None = None  # float32 [A, B, r]
@@ -48,7 +56,7 @@ class QuantizedLinear:
             SvskFormatError: a tensor's dtype, shape or range is not what the scheme asks for.
         """
         try:
-            stored = {names.WEIGHT_PACKED: pack_codes(self.codes), names.WEIGHT_SCALE: self.scale}
+            stored = {names.WEIGHT_PACKED: pack_codes(self.codes), **self._stored_scales()}
             if self.u is not None and self.v is not None and self.gain is not None:
                 bits = self.spec.factor_bits
                 stored[names.SIDECAR_U] = pack_factors(self.u, bits)
@@ -63,6 +71,16 @@ class QuantizedLinear:
             f"{self.spec.name}.{suffix}": tensor.contiguous() for suffix, tensor in stored.items()
         }
 
+    def _stored_scales(self) -> dict[str, torch.Tensor]:
+        bits = self.spec.scheme.weights.scale_bits
+        if bits == ONE_LEVEL:
+            return {names.WEIGHT_SCALE: self.scale}
+        codes, row_scale = split_scales(self.scale, bits)
+        return {
+            names.WEIGHT_SCALE: pack_scale_codes(codes, bits),
+            names.WEIGHT_ROW_SCALE: row_scale,
+        }
+
     @classmethod
     def from_tensors(
         cls, spec: LinearSpec, tensors: Mapping[str, torch.Tensor]
@@ -70,7 +88,8 @@ class QuantizedLinear:
         """Unpack stored tensors, given by full name.
 
         Raises:
-            SvskFormatError: a tensor is missing, or has the wrong dtype or shape.
+            SvskFormatError: a tensor is missing, has the wrong dtype or shape, or row scales are
+                not what the format allows.
         """
         prefix = f"{spec.name}."
         stored = {
@@ -82,16 +101,36 @@ class QuantizedLinear:
         if problems:
             raise SvskFormatError("; ".join(problems))
         codes = unpack_codes(stored[names.WEIGHT_PACKED], spec.k)
+        scale = read_scales(spec, stored)
         if not spec.rank:
-            return cls(spec, codes, stored[names.WEIGHT_SCALE])
+            return cls(spec, codes, scale)
         return cls(
             spec,
             codes,
-            stored[names.WEIGHT_SCALE],
+            scale,
             unpack_factors(stored[names.SIDECAR_U], spec.factor_bits),
             unpack_factors(stored[names.SIDECAR_V], spec.factor_bits),
             stored[names.SIDECAR_GAIN],
         )
+
+
+def read_scales(spec: LinearSpec, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The scales of all groups, [N, K / g] of the scale dtype, from stored tensors by suffix.
+
+    Raises:
+        SvskFormatError: row scales are not what the format allows.
+    """
+    bits = spec.scheme.weights.scale_bits
+    if bits == ONE_LEVEL:
+        return stored[names.WEIGHT_SCALE]
+    row_scale = stored[names.WEIGHT_ROW_SCALE]
+    if problem := row_scale_problem(row_scale, bits):
+        raise SvskFormatError(
+            f"{spec.name}.{names.WEIGHT_ROW_SCALE}: {problem}. The file is damaged: copy or"
+            " download it again."
+        )
+    codes = unpack_scale_codes(stored[names.WEIGHT_SCALE], bits, spec.k // spec.group_size)
+    return join_scales(codes, row_scale)
 
 
 def tensor_problems(spec: LinearSpec, stored: Mapping[str, torch.Tensor | TensorSpec]) -> list[str]:
@@ -110,7 +149,8 @@ def tensor_problems(spec: LinearSpec, stored: Mapping[str, torch.Tensor | Tensor
                 f" {list(want.shape)}"
             )
     problems += [
-        f"{spec.name}.{suffix}: unexpected, the scheme has rank {spec.rank}"
+        f"{spec.name}.{suffix}: unexpected, the scheme has rank {spec.rank} and scales of"
+        f" {spec.scheme.weights.scale_bits} bits"
         for suffix in names.SUFFIXES
         if suffix in stored and suffix not in expected
     ]

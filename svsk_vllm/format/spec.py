@@ -9,15 +9,24 @@ import torch
 from svsk_kernels.tile_grid import TileGrid
 from svsk_vllm.format.config import ConfigGroup
 from svsk_vllm.format.errors import SvskFormatError
+from svsk_vllm.format.group_scales import ONE_LEVEL, GroupScales, stored_scale_columns
 
 __all__ = ["SCALE_DTYPES", "SUFFIXES", "LinearSpec", "TensorSpec"]
 
 WEIGHT_PACKED: Final = "weight_packed"
 WEIGHT_SCALE: Final = "weight_scale"
+WEIGHT_ROW_SCALE: Final = "weight_row_scale"
 SIDECAR_U: Final = "sidecar_u"
 SIDECAR_V: Final = "sidecar_v"
 SIDECAR_GAIN: Final = "sidecar_gain"
-SUFFIXES: Final = (WEIGHT_PACKED, WEIGHT_SCALE, SIDECAR_U, SIDECAR_V, SIDECAR_GAIN)
+SUFFIXES: Final = (
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    WEIGHT_ROW_SCALE,
+    SIDECAR_U,
+    SIDECAR_V,
+    SIDECAR_GAIN,
+)
 
 SCALE_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -57,7 +66,8 @@ class LinearSpec:
             )
         group = self.scheme.weights.group_size
         if self.k % group:
-            hint = "use group_size 32, or " if group == 64 and self.k % 32 == 0 else ""
+            smaller = next((size for size in (32, 16) if size < group and not self.k % size), None)
+            hint = f"use group_size {smaller}, or " if smaller else ""
             raise SvskFormatError(
                 f"{self.name}: K = {self.k} input features is not a multiple of the group size"
                 f" {group}; {hint}add the module to the ignore list."
@@ -78,6 +88,11 @@ class LinearSpec:
         return self.scheme.weights.group_size
 
     @property
+    def scales(self) -> GroupScales:
+        """How the groups' scales are stored."""
+        return GroupScales(self.scale_dtype, self.scheme.weights.scale_bits)
+
+    @property
     def rank(self) -> int:
         """Rank of the sidecar per tile, 0 for none."""
         return self.scheme.sidecar.rank
@@ -89,10 +104,15 @@ class LinearSpec:
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Stored tensors by suffix, in the order of docs/format.md."""
-        specs = {
-            WEIGHT_PACKED: TensorSpec(torch.int32, (self.n, self.k // 8)),
-            WEIGHT_SCALE: TensorSpec(self.scale_dtype, (self.n, self.k // self.group_size)),
-        }
+        groups, bits = self.k // self.group_size, self.scheme.weights.scale_bits
+        specs = {WEIGHT_PACKED: TensorSpec(torch.int32, (self.n, self.k // 8))}
+        if bits == ONE_LEVEL:
+            specs[WEIGHT_SCALE] = TensorSpec(self.scale_dtype, (self.n, groups))
+        else:
+            stored = torch.int8 if bits == 8 else torch.uint8
+            columns = stored_scale_columns(groups, bits)
+            specs[WEIGHT_SCALE] = TensorSpec(stored, (self.n, columns))
+            specs[WEIGHT_ROW_SCALE] = TensorSpec(self.scale_dtype, (self.n, 1))
         if self.rank:
             grid, r = self.grid, self.rank
             dtype, per_byte = (torch.int8, 1) if self.factor_bits == 8 else (torch.uint8, 2)

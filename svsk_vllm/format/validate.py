@@ -14,7 +14,8 @@ from svsk_vllm.format.config import LINEAR_CLASS
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.files import MAX_INDEX_BYTES
 from svsk_vllm.format.fingerprint import fingerprint_problems
-from svsk_vllm.format.quantized_linear import tensor_problems
+from svsk_vllm.format.group_scales import ONE_LEVEL
+from svsk_vllm.format.quantized_linear import read_scales, tensor_problems
 from svsk_vllm.format.seal import scheme_problems
 from svsk_vllm.format.shards import (
     INDEX_NAME,
@@ -27,6 +28,7 @@ from svsk_vllm.format.spec import (
     SIDECAR_GAIN,
     SUFFIXES,
     WEIGHT_PACKED,
+    WEIGHT_ROW_SCALE,
     WEIGHT_SCALE,
     LinearSpec,
     TensorSpec,
@@ -191,19 +193,25 @@ def _one_linear(checkpoint: Checkpoint, spec: LinearSpec, suffixes: set[str]) ->
     problems = tensor_problems(spec, tensors)
     model_dtype = checkpoint.model_dtype
     # A scale of any other dtype than the specification's is in the list already.
-    stored = tensors[WEIGHT_SCALE].dtype if WEIGHT_SCALE in tensors else None
+    one_level = spec.scheme.weights.scale_bits == ONE_LEVEL
+    floating = WEIGHT_SCALE if one_level else WEIGHT_ROW_SCALE
+    stored = tensors[floating].dtype if floating in tensors else None
     if model_dtype is not None and stored == spec.scale_dtype != model_dtype:
         problems.append(
-            f"{spec.name}.{WEIGHT_SCALE}: {stored}, expected the model's dtype {model_dtype}."
+            f"{spec.name}.{floating}: {stored}, expected the model's dtype {model_dtype}."
         )
     if problems:
         values = [
-            f"{spec.name}.{suffix}" for suffix in (WEIGHT_SCALE, SIDECAR_GAIN) if suffix in tensors
+            f"{spec.name}.{suffix}" for suffix in (floating, SIDECAR_GAIN) if suffix in tensors
         ]
         return problems + [
             p for name in values for p in finite_problems(name, checkpoint.tensors.read(name))
         ]
-    scale = checkpoint.tensors.read(f"{spec.name}.{WEIGHT_SCALE}")
+    parts = (WEIGHT_SCALE,) if one_level else (WEIGHT_SCALE, WEIGHT_ROW_SCALE)
+    try:
+        scale = read_scales(spec, {s: checkpoint.tensors.read(f"{spec.name}.{s}") for s in parts})
+    except SvskFormatError as error:
+        return [str(error)]
     gain = checkpoint.tensors.read(f"{spec.name}.{SIDECAR_GAIN}") if spec.rank else None
     return weight_problems(
         spec, scale, gain, spec.scale_dtype, lambda: checkpoint.read_linear(spec.name)

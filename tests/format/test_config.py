@@ -110,7 +110,7 @@ def test_writes_the_current_version() -> None:
         ),
         (
             lambda raw: group_0(raw)["weights"].update(group_size=128),
-            ["weights.group_size", "(32, 64)", "128"],
+            ["weights.group_size", "(16, 32, 64)", "128"],
         ),
         (
             lambda raw: group_0(raw)["weights"].update(group_size="64"),

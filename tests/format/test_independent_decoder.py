@@ -2,23 +2,25 @@
 """The package's weights against those of a decoder that was written from docs/format.md alone."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
 from svsk_vllm.format import Checkpoint, dequantize
+from svsk_vllm.format.group_scales import ScaleBits
 from tests.support.format_builders import build_small_checkpoint
 from tests.support.independent_decoder import decode, read_folder
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("scale_bits", get_args(ScaleBits))
 def test_the_page_and_the_package_give_the_same_weights(
-    tmp_path: Path, shards: int, dtype: torch.dtype
+    tmp_path: Path, shards: int, dtype: torch.dtype, scale_bits: ScaleBits
 ) -> None:
-    small = build_small_checkpoint(tmp_path, shards, dtype)
+    small = build_small_checkpoint(tmp_path, shards, dtype, scale_bits)
     config, tensors = read_folder(tmp_path)
     modules = [
         name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")

@@ -7,7 +7,7 @@ Its example, key table, worked examples and numbers.
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from svsk_vllm.format import (
     pack_codes,
     pack_factors,
 )
+from svsk_vllm.format.group_scales import pack_scale_codes
 from svsk_vllm.version import FORMAT_VERSION
 from tests.support.format_builders import make_group
 
@@ -83,6 +84,18 @@ def test_the_worked_example_of_codes() -> None:
 def test_the_worked_example_of_factors() -> None:
     stored = pack_factors(torch.tensor([-8, 7, 0, -1], dtype=torch.int8), 4)
     assert f"factors -8, 7, 0, -1 are the bytes {stored.numpy().tobytes().hex(' ')}." in PAGE
+
+
+def test_the_worked_example_of_scale_codes() -> None:
+    stored = pack_scale_codes(torch.tensor([[-32, -1, 0, 31]], dtype=torch.int8), 6)
+    assert f"63 and the bytes {stored.numpy().tobytes().hex(' ')}." in PAGE
+
+
+@pytest.mark.parametrize(("group_size", "bits"), [(32, 8), (16, 6)])
+def test_the_bits_per_weight_of_two_levels(group_size: int, bits: Literal[6, 8]) -> None:
+    spec = LinearSpec("m", 2048, 4096, make_group(group_size=group_size, scale_bits=bits))
+    assert spec.bits_per_weight == 4 + bits / group_size + 16 / 4096
+    assert f"{spec.bits_per_weight:.3f} with g = {group_size} and {bits}-bit" in PAGE
 
 
 def test_the_levels_of_quad8() -> None:

@@ -18,6 +18,7 @@ from svsk_vllm.format import (
     dequantize,
     restored_weight,
 )
+from svsk_vllm.format.group_scales import ScaleBits
 from tests.support.format_builders import make_group, property_test, random_linear
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -79,8 +80,9 @@ def test_dequantize_with_int8_factors(
 @given(
     n=st.integers(1, 20),
     groups=st.integers(1, 3),
-    group_size=st.sampled_from([32, 64]),
+    group_size=st.sampled_from([16, 32, 64]),
     codebook=st.sampled_from(get_args(Codebook)),
+    scale_bits=st.sampled_from(get_args(ScaleBits)),
     rank=st.sampled_from([2, 4, 16]),
     tile_m=st.integers(0, 24),
     tile_n=st.integers(0, 200),
@@ -92,6 +94,7 @@ def test_dequantize_with_four_bit_factors(
     groups: int,
     group_size: int,
     codebook: Codebook,
+    scale_bits: ScaleBits,
     rank: int,
     tile_m: int,
     tile_n: int,
@@ -101,6 +104,7 @@ def test_dequantize_with_four_bit_factors(
     scheme = make_group(
         group_size=group_size,
         codebook=codebook,
+        scale_bits=scale_bits,
         rank=rank,
         tile_m=tile_m,
         tile_n=tile_n,

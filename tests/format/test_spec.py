@@ -41,14 +41,14 @@ def test_a_sidecar_stores_three_more(
         "sidecar_v": (factor_dtype, v_shape),
         "sidecar_gain": (torch.float32, (2, 3, 16)),
     }
-    assert tuple(spec.tensors()) == SUFFIXES
+    assert list(spec.tensors()) == [s for s in SUFFIXES if s != "weight_row_scale"]
 
 
 @property_test
 @given(
     n=st.integers(1, 40),
     groups=st.integers(1, 4),
-    group_size=st.sampled_from([32, 64]),
+    group_size=st.sampled_from([16, 32, 64]),
     half_rank=st.integers(0, 4),
     tile_m=st.integers(0, 50),
     tile_n=st.integers(0, 300),
@@ -114,7 +114,8 @@ def test_ragged_tiles_cost_a_whole_slot() -> None:
         (100, 64, "64; add the module to the ignore list"),  # not a multiple of 8 either
         (72, 64, "64; add the module to the ignore list"),
         (96, 64, "64; use group_size 32, or add the module to the ignore list"),
-        (48, 32, "32; add the module to the ignore list"),
+        (48, 32, "32; use group_size 16, or add the module to the ignore list"),
+        (40, 16, "16; add the module to the ignore list"),
         (33, 32, "32; add the module to the ignore list"),
     ],
 )

@@ -24,6 +24,7 @@ from svsk_vllm.format import (
     SvskCheckpointConfig,
     WeightArgs,
 )
+from svsk_vllm.format.group_scales import ScaleBits
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,6 +38,7 @@ def make_group(
     targets: Sequence[str] = ("Linear",),
     group_size: int = 64,
     codebook: Codebook = "int4",
+    scale_bits: ScaleBits = 16,
     rank: int = 0,
     tile_m: int = 512,
     tile_n: int = 1024,
@@ -45,7 +47,7 @@ def make_group(
     """A config group, every setting of the scheme by keyword."""
     return ConfigGroup(
         targets=tuple(targets),
-        weights=WeightArgs(group_size=group_size, codebook=codebook),
+        weights=WeightArgs(group_size=group_size, codebook=codebook, scale_bits=scale_bits),
         sidecar=SidecarArgs.model_validate(
             {"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": num_bits}
         ),
@@ -63,7 +65,9 @@ def random_linear(spec: LinearSpec, seed: int = 0) -> QuantizedLinear:
         rank=spec.rank,
         factor_bits=spec.factor_bits,
     )
-    return QuantizedLinear(spec, plain.codes, plain.scale, plain.u, plain.v, plain.gain)
+    scale = plain.scale.float()
+    scale = spec.scales.round(scale, spec.scales.row_scale(scale)).to(spec.scale_dtype)
+    return QuantizedLinear(spec, plain.codes, scale, plain.u, plain.v, plain.gain)
 
 
 def write_checkpoint(
@@ -198,12 +202,15 @@ DOWN_PROJ = "model.layers.0.mlp.down_proj"
 
 
 def build_small_checkpoint(
-    folder: Path, shards: int = 1, dtype: torch.dtype = torch.bfloat16
+    folder: Path,
+    shards: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    scale_bits: ScaleBits = 16,
 ) -> SmallCheckpoint:
     """Write a :class:`SmallCheckpoint` of a model of dtype ``dtype``."""
     config = SvskCheckpointConfig(
         config_groups={
-            "base": make_group(),
+            "base": make_group(scale_bits=scale_bits),
             "attention": make_group(
                 targets=["re:.*o_proj$"],
                 group_size=32,
@@ -212,8 +219,11 @@ def build_small_checkpoint(
                 tile_m=16,
                 tile_n=40,
                 num_bits=4,
+                scale_bits=scale_bits,
             ),
-            "mlp": make_group(targets=[DOWN_PROJ], rank=3, tile_m=16, tile_n=100),
+            "mlp": make_group(
+                targets=[DOWN_PROJ], rank=3, tile_m=16, tile_n=100, scale_bits=scale_bits
+            ),
         },
         ignore=("lm_head",),
         producer={"svsk": "0.1.0", "anything": [1, None]},

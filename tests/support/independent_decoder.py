@@ -17,7 +17,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I8": "i1", "U8": "u1"}
-WEIGHT_DEFAULTS = {"group_size": 64, "codebook": "int4"}
+WEIGHT_DEFAULTS = {"group_size": 64, "codebook": "int4", "scale_bits": 16}
 SIDECAR_DEFAULTS = {"rank": 0, "tile_m": 512, "tile_n": 1024, "num_bits": 8}
 QUAD8 = [
     -16,
@@ -97,12 +97,24 @@ def nibbles(stored: Array, per_element: int) -> Array:
     return codes
 
 
+def scales(weights: dict[str, Any], tensors: dict[str, Array], name: str, groups: int) -> Array:
+    """Section 5: scales of groups, from codes and a row's scale where there are two levels."""
+    stored = tensors[f"{name}.weight_scale"]
+    if weights["scale_bits"] == 6:
+        bits = np.unpackbits(stored, axis=1, bitorder="little").reshape(len(stored), -1, 6)
+        stored = (bits @ (1 << np.arange(6)))[:, :groups] - 32
+    if weights["scale_bits"] == 16:
+        return stored.astype(np.float64)
+    product: Array = stored * tensors[f"{name}.weight_row_scale"].astype(np.float64)
+    return product
+
+
 def decode(config: dict[str, Any], tensors: dict[str, Array], name: str) -> Array:
     """Sections 6 and 7, in float64."""
     weights, sidecar = scheme_of(config, name)
     q = nibbles(tensors[f"{name}.weight_packed"], 8)
     n, k = np.indices(q.shape)
-    scale = tensors[f"{name}.weight_scale"].astype(np.float64)
+    scale = scales(weights, tensors, name, q.shape[1] // weights["group_size"])
     weight: Array = scale[n, k // weights["group_size"]] * LEVELS[weights["codebook"]][q + 8]
     if sidecar["rank"] == 0:
         return weight
