@@ -57,7 +57,7 @@ found["sampled"] = model.generate_until(generations(sampled))
 found["silent"] = model.generate_until(generations(silent))
 answers = model.generated([request.args for request in generations(short)])
 found["endings"] = [[answer.tokens, answer.stopped] for answer in answers]
-found["before"] = len(journal), counts[-1], model.clock.tokens
+found["before"] = len(journal), counts[-1], model.new_tokens
 journal.close()
 again = Journal(Path(sys.argv[2]))
 model.attach(again, lambda *count: None)

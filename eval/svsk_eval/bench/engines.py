@@ -6,12 +6,16 @@ lm-eval's own; vLLM is fed request by request instead of in one call, because a 
 when its last answer is finished.
 """
 
+import hashlib
 import importlib
 from typing import Any
 
-from svsk_eval.bench.hf_engine import _JournaledHF
-from svsk_eval.bench.journal import Journal
-from svsk_eval.bench.journaled_model import AnswerProgress, JournaledModel
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from svsk_eval.bench.journal import Generated, Journal, request_keys
+from svsk_eval.bench.journaled_model import AnswerProgress, JournaledModel, is_sampled, likelihood
 from svsk_eval.errors import EvalError
 from svsk_offline.storage.model_loading import attention_arguments, read_model_config
 
@@ -35,9 +39,8 @@ def hf_model(
     attention = attention_arguments(
         read_model_config(arguments["pretrained"], trust_remote_code=trust)
     )
-    model = _JournaledHF(**{**attention, **arguments})
+    model = _JournaledHF(seed, **{**attention, **arguments})
     model.attach(journal, progress)
-    model.seed = seed
     return model
 
 
@@ -68,3 +71,91 @@ def vllm_model(
     model: JournaledModel = JournaledVLLM(**arguments)
     model.attach(journal, progress)
     return model
+
+
+class _JournaledHF(JournaledModel, HFLM):
+    """HFLM tells its cache hook of each answer after each batch: this class is that hook."""
+
+    def __init__(self, seed: int, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.seed = seed
+        self.cache_hook = self
+        self._rows: list[tuple[int, bool]] = []
+        self._keys: dict[str, list[str]] = {}
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        keys = request_keys("loglikelihood", (request.args for request in requests))
+        if todo := self._missing(keys):
+            super().loglikelihood([requests[i] for i in todo], disable_tqdm=disable_tqdm)
+        answers = [self.journal.likelihood(key) for key in keys]
+        return [(answer.logprob, bool(answer.greedy)) for answer in answers]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        keys = request_keys("loglikelihood_rolling", (request.args for request in requests))
+        # one by one: HFLM reports an answer after all windows of all texts
+        for index in self._missing(keys):
+            super().loglikelihood_rolling([requests[index]], disable_tqdm=True)
+        return [self.journal.likelihood(key).logprob for key in keys]
+
+    def add_partial(self, attr: str, req: tuple[Any, ...], res: Any) -> None:
+        """lm-eval's cache hook: an answer is finished."""
+        if attr == "generate_until":
+            tokens, stopped = self._rows.pop(0)
+            key = self._keys[request_keys(attr, [req])[0]].pop(0)
+            self._keep(key, Generated(text=res, tokens=tokens, stopped=stopped))
+        elif attr == "loglikelihood":
+            self._keep(request_keys(attr, [req])[0], likelihood(*res))
+        else:
+            self._keep(request_keys(attr, [req])[0], likelihood(res, None))
+
+    def _generate(self, requests: list[tuple[str, str, dict[str, Any]]]) -> None:
+        size = len(requests)
+        if any(is_sampled(settings) for _, _, settings in requests):
+            # torch's random numbers belong to a batch: a seed of its own makes them independent of
+            # the batches before it, so that a run that goes on does not draw the same again.
+            size = int(self.batch_size)
+        for start in range(0, len(requests), size):
+            batch = requests[start : start + size]
+            text = f"{self.seed} {' '.join(key for key, _, _ in batch)}"
+            torch.manual_seed(int(hashlib.sha256(text.encode()).hexdigest()[:8], 16))
+            self._keys = {}
+            for key, *arguments in batch:
+                self._keys.setdefault(request_keys("generate_until", [arguments])[0], []).append(
+                    key
+                )
+            HFLM.generate_until(
+                self,
+                [
+                    Instance("generate_until", {}, (prompt, settings), i)
+                    for i, (_, prompt, settings) in enumerate(batch)
+                ],
+            )
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any
+    ) -> torch.Tensor:
+        output: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)
+        self._rows = [self._ending(row, stop) for row in output[:, context.shape[1] :].tolist()]
+        return output
+
+    def _ending(self, row: list[int], stop: list[str]) -> tuple[int, bool]:
+        """Tokens of an answer up to its end, and whether it has one.
+
+        A batch runs on until its last answer ends.
+        """
+        ends = self.model.generation_config.eos_token_id
+        ends = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
+        length = next((i + 1 for i, token in enumerate(row) if token in ends), None)
+        text = self.tok_decode(row[:length], skip_special_tokens=False)
+        if not any(term and term in text for term in stop):
+            return (len(row), False) if length is None else (length, True)
+        low, high = 1, length or len(row)  # the fewest tokens whose text holds a stop string
+        while low < high:
+            middle = (low + high) // 2
+            text = self.tok_decode(row[:middle], skip_special_tokens=False)
+            low, high = (
+                (low, middle) if any(term and term in text for term in stop) else (middle + 1, high)
+            )
+        return low, True

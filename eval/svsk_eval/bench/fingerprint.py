@@ -27,17 +27,8 @@ __all__ = [
 
 _SOURCES: Final = (".py", ".cpp", ".yaml", ".json", ".jsonl")
 _EVAL: Final = Path(svsk_eval.__file__).parent
-_ENGINES: Final = ("engines", "hf_engine", "journal", "journaled_model", "vllm_engine", "worker")
-_TEXT: Final = (
-    "engine_args",
-    "leading_tokens",
-    "metrics",
-    "models",
-    "request",
-    "scoring",
-    "served",
-    "worker",
-)
+_ENGINES: Final = ("engines", "journal", "journaled_model", "vllm_engine", "worker")
+_NOT_SCORING: Final = ("compare.py", "console.py", "generate.py")
 
 _HARMLESS: Final = (
     "SVSK_DATA",  # the items it gives are hashed themselves
@@ -72,7 +63,7 @@ def task_sources(include_path: Path | None) -> list[Path]:
 
 def text_sources() -> list[Path]:
     """The code that scores a text."""
-    return [_EVAL / "text" / f"{name}.py" for name in _TEXT]
+    return [path for path in (_EVAL / "text").glob("*.py") if path.name not in _NOT_SCORING]
 
 
 def source_files(paths: Iterable[Path]) -> list[tuple[str, Path]]:

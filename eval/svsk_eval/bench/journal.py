@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from svsk_eval.errors import EvalError
 
@@ -61,9 +61,6 @@ class _Line(BaseModel):
     model_config = ConfigDict(extra="forbid")
     key: str = Field(min_length=1)
     answer: Annotated[Answer, Field(discriminator="kind")]
-
-
-_LINE: Final = TypeAdapter(_Line)
 
 
 def request_keys(
@@ -142,7 +139,7 @@ class Journal:
 
     def add(self, key: str, answer: Answer) -> None:
         """Keep an answer."""
-        self._file.write(_LINE.dump_json(_Line(key=key, answer=answer)) + b"\n")
+        self._file.write(_Line(key=key, answer=answer).model_dump_json().encode() + b"\n")
         self._file.flush()
         self._answers[key] = answer
         if time.monotonic() - self._synced > _SYNC_SECONDS:
@@ -166,7 +163,7 @@ class Journal:
             if not line.endswith(b"\n"):
                 break  # cut off by a kill
             try:
-                entry = _LINE.validate_json(line)
+                entry = _Line.model_validate_json(line)
             except ValidationError as error:
                 raise EvalError(
                     f"{self.path}, line {number}: is damaged ({error.errors()[0]['msg']}). Delete"

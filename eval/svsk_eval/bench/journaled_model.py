@@ -12,26 +12,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from svsk_eval.bench.journal import Generated, Journal, Likelihood, request_keys
 from svsk_eval.errors import EvalError
 
-__all__ = ["AnswerProgress", "Clock", "JournaledModel", "is_sampled", "likelihood"]
+__all__ = ["AnswerProgress", "JournaledModel", "is_sampled", "likelihood"]
 
 AnswerProgress = Callable[[int, int], None]
 """Called with how many requests have an answer, and how many came so far."""
-
-
-class Clock:
-    """Tokens that were generated, and how long it took."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.seconds = 0.0
-
-    def run(self, work: Callable[[], object]) -> None:
-        """Do ``work`` and count its time."""
-        start = time.perf_counter()
-        try:
-            work()
-        finally:
-            self.seconds += time.perf_counter() - start
 
 
 class JournaledModel(TemplateLM):
@@ -39,20 +23,22 @@ class JournaledModel(TemplateLM):
 
     Attributes:
         journal: answers, old and new.
-        clock: of generation, new answers only.
+        new_tokens: that were generated, of new answers only.
+        seconds: that generating them took.
         cut_prompts: how many prompts did not fit the model's context and were cut, as lm-eval does;
             with vLLM only.
     """
 
     journal: Journal
-    clock: Clock
+    new_tokens: int
+    seconds: float
     cut_prompts: int
 
     def attach(self, journal: Journal, progress: AnswerProgress) -> None:
         """Set what lm-eval's constructor does not know."""
-        self.journal, self.clock = journal, Clock()
-        self._progress = progress
-        self._done = self._asked = self.cut_prompts = 0
+        self.journal, self._progress = journal, progress
+        self._done = self._asked = self.cut_prompts = self.new_tokens = 0
+        self.seconds = 0.0
 
     def generated(self, requests: Iterable[tuple[str, dict[str, Any]]]) -> list[Generated]:
         """The kept answers to ``generate_until`` requests (prompt, settings) of one task, in order.
@@ -67,7 +53,9 @@ class JournaledModel(TemplateLM):
         keys = self._generation_keys(arguments)
         todo = self._missing(keys)
         if todo:
-            self.clock.run(lambda: self._generate([(keys[i], *arguments[i]) for i in todo]))
+            start = time.perf_counter()
+            self._generate([(keys[i], *arguments[i]) for i in todo])
+            self.seconds += time.perf_counter() - start
         return [self.journal.generated(key).text for key in keys]
 
     def _generation_keys(self, arguments: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -92,7 +80,7 @@ class JournaledModel(TemplateLM):
     def _keep(self, key: str, answer: Generated | Likelihood) -> None:
         self.journal.add(key, answer)
         if isinstance(answer, Generated):
-            self.clock.tokens += answer.tokens
+            self.new_tokens += answer.tokens
         self._done += 1
         self._progress(self._done, self._asked)
 

@@ -8,7 +8,6 @@ every finished task to ``task-*.json``. A model whose tasks are all finished is 
 import hashlib
 import json
 import os
-import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
+from transformers import set_seed
 
 from svsk_eval.bench.fingerprint import source_hash, task_sources
 from svsk_eval.bench.journal import Journal
@@ -135,7 +135,7 @@ def _load_tasks(request: WorkerRequest) -> dict[str, Any]:
             f" --include_path {ours}` lists all; --include-path adds a folder of your own."
         )
     matches = [match for name in names for match in sorted(manager.match_tasks([name]))]
-    _seed(request.settings.seed)  # some tasks draw their items at random when they are loaded
+    set_seed(request.settings.seed)  # some tasks draw their items at random when they are loaded
     tasks: dict[str, Any] = manager.load(list(dict.fromkeys(matches)))["tasks"]
     for name, task in tasks.items():
         if task.get_config("output_type") == "generate_until" and request.settings.gen_kwargs:
@@ -153,12 +153,6 @@ def _load_tasks(request: WorkerRequest) -> dict[str, Any]:
                 " guarantee: if you agree, add --confirm-run-unsafe-code."
             )
     return tasks
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def _task_key(request: WorkerRequest, task: Any, sources: str) -> str:
@@ -215,7 +209,7 @@ def _run_task(request: WorkerRequest, model: Any, name: str, task: Any) -> TaskR
     from lm_eval.tasks import TaskManager
 
     settings = request.settings
-    tokens, seconds = model.clock.tokens, model.clock.seconds
+    tokens, seconds = model.new_tokens, model.seconds
     results = lm_eval.simple_evaluate(
         model=model,
         tasks=[task],
@@ -234,11 +228,11 @@ def _run_task(request: WorkerRequest, model: Any, name: str, task: Any) -> TaskR
         fewshot_random_seed=settings.seed,
         confirm_run_unsafe_code=request.consent,
     )
-    new = model.clock.tokens - tokens
+    new = model.new_tokens - tokens
     return TaskResult(
         run=task_run(name, task, results, model),
         dtype=_dtype(model),
-        generation=Generation(tokens=new, seconds=model.clock.seconds - seconds) if new else None,
+        generation=Generation(tokens=new, seconds=model.seconds - seconds) if new else None,
     )
 
 
@@ -249,7 +243,7 @@ def task_run(name: str, task: Any, results: Mapping[str, Any], model: Any) -> Ta
         name: of the task.
         task: lm-eval's object.
         results: what ``simple_evaluate`` returned.
-        model: the :class:`svsk_eval.bench.engines.JournaledModel` that answered.
+        model: the :class:`svsk_eval.bench.journaled_model.JournaledModel` that answered.
 
     Raises:
         EvalError: the task has no metric that is a mean over items, or its primary metric is not,

@@ -67,7 +67,7 @@ def test_answers_are_lm_evals_own_and_are_not_asked_twice(
     assert model.generate_until(generations()) == texts
     assert counts[-1] == (9, 9)
     assert len(model.journal) == 5
-    first_tokens = model.clock.tokens
+    first_tokens = model.new_tokens
     assert first_tokens == sum(
         answer.tokens for answer in model.generated([r.args for r in generations()][:3])
     ) + sum(answer.tokens for answer in model.generated([r.args for r in generations()][4:]))
@@ -85,7 +85,7 @@ def test_answers_are_lm_evals_own_and_are_not_asked_twice(
         monkeypatch.setattr(again, name, lambda *_, **__: pytest.fail("the model was asked again"))
     assert again.generate_until(generations()) == texts
     assert again.loglikelihood(likelihoods()) == answers
-    assert again.clock.tokens == 0
+    assert again.new_tokens == 0
 
 
 def test_endings(folder: Path, tmp_path: Path) -> None:
