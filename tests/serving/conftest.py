@@ -73,7 +73,7 @@ class VllmPopen(ForkedPopen):
         "vllm.v1.worker.cpu_worker",
         environment=serving_environment(),
     )
-    modules = ("tests.serving.worker",)
+    modules = ("tests.serving.worker", "svsk_eval.text.served")
 
 
 def start_vllm(folder: Path, environment: Mapping[str, str], popen: Any = subprocess.Popen) -> int:
@@ -96,6 +96,13 @@ def fork_vllm() -> Iterator[Fork]:
         return
     yield partial(start_vllm, popen=VllmPopen)
     VllmPopen.server.stop()
+
+
+@pytest.fixture
+def fork_served(fork_vllm: Fork, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of ``svsk eval --engine vllm`` are forks too, but where there is a GPU."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(subprocess, "Popen", VllmPopen)
 
 
 @pytest.fixture(scope="package")

@@ -31,7 +31,7 @@ BOUND = 0.005
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(fork_served: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in serving_environment().items():
         monkeypatch.setenv(name, value)
 
