@@ -66,9 +66,8 @@ def main(extra: Sequence[str]) -> int:
         before = CPU_LOCK
         for python in (".".join(map(str, version)) for version in PYTHONS["cpu"]):
             output = Path(folder, f"{python}.txt")
-            shutil.copy(
-                before, output
-            )  # what uv finds in its output are the versions that it prefers
+            # what uv finds in its output are the versions that it prefers
+            shutil.copy(before, output)
             command = compile_command(
                 uv, python, excludes, output, extra if before == CPU_LOCK else []
             )

@@ -20,6 +20,7 @@ from setup_env import distributions, normalised, pip_command, write_vllm_shim
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+    from typing import Any
 
     from packaging.specifiers import SpecifierSet
 
@@ -36,15 +37,10 @@ class OverlayError(Exception):
     """The version cannot be had, or not beside what the environment holds; the message says why."""
 
 
-def requirements(project: Mapping[str, object]) -> dict[str, SpecifierSet]:
+def requirements(project: Mapping[str, Any]) -> dict[str, SpecifierSet]:
     """Bounds by normalised name from the table ``project``, its extras included."""
-    extras = project["optional-dependencies"]
-    lines = (
-        [project["dependencies"], *extras.values()]
-        if isinstance(extras, dict)
-        else [project["dependencies"]]
-    )
-    wanted = [Requirement(line) for some in lines if isinstance(some, list) for line in some]
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    wanted = [Requirement(line) for lines in lists for line in lines]
     return {normalised(requirement.name): requirement.specifier for requirement in wanted}
 
 

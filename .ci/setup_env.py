@@ -139,10 +139,7 @@ def normalised(name: str) -> str:
 
 
 def read_pins(lock: Path) -> dict[str, str]:
-    """Return ``{normalised name.
-
-    "name==version"}`` of a requirements file in which everything is pinned.
-    """
+    """Return ``{normalised name: "name==version"}`` of a file in which everything is pinned."""
     pins = {}
     for raw in lock.read_text(encoding="utf-8").splitlines():
         line = raw.partition("#")[0].strip()
@@ -150,6 +147,8 @@ def read_pins(lock: Path) -> dict[str, str]:
             name, equal, version = line.partition("==")
             if not (name and equal and version):
                 raise SetupError(f"{lock.name}: expected name==version, got {line!r}")
+            if normalised(name) in pins:
+                raise SetupError(f"{lock.name}: {name} is pinned twice. Pin it once.")
             pins[normalised(name)] = line
     return pins
 
@@ -184,9 +183,8 @@ def site_packages(venv: Path) -> Path | None:
 
 def distributions(site: Path) -> dict[str, metadata.Distribution]:
     """Return the installed distributions by normalised name."""
-    found = metadata.distributions(
-        path=[str(site)]
-    )  # an interrupted pip can leave a folder without a name
+    found = metadata.distributions(path=[str(site)])
+    # an interrupted pip can leave a folder without a name
     return {normalised(dist.metadata["Name"]): dist for dist in found if "Name" in dist.metadata}
 
 

@@ -249,19 +249,10 @@ def row(
 ) -> Row:
     """The row of a trial that was run."""
     short = ", ".join(test.removeprefix("tests/").removesuffix(".py") for test in tests)
-    passed, failed, skipped = counts
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    return Row(
-        trial.what,
-        trial.which,
-        version,
-        ", ".join(others) or "-",
-        short,
-        passed,
-        failed,
-        skipped,
-        today,
-    )
+    extra = ", ".join(others) or "-"
+    passed, failed, skipped = counts
+    return Row(trial.what, trial.which, version, extra, short, passed, failed, skipped, today)
 
 
 def write_table(rows: Sequence[Row], table: Path) -> None:

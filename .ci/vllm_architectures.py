@@ -128,9 +128,8 @@ class _Sources:
         for base in owner.node.bases:
             if isinstance(base, ast.Name) and (found := self.find(owner.module.name, base.id)):
                 order += self.lineage(found)
-        kept = {
-            (cls.module.name, cls.node.name): index for index, cls in enumerate(order)
-        }  # its last place
+        # the last place of each
+        kept = {(cls.module.name, cls.node.name): index for index, cls in enumerate(order)}
         return [
             order[i]
             for i in sorted(kept.values())

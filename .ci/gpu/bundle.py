@@ -19,7 +19,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -29,9 +28,13 @@ from typing import Annotated, Final
 
 import typer
 
+HERE: Final = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from setup_env import SetupError, check, normalised, read_pins, run_captured  # noqa: E402
+
 __all__ = ["BundleError", "app", "bundle", "download", "slim"]
 
-HERE: Final = Path(__file__).resolve().parent
 REQUIREMENTS: Final = HERE / "requirements.txt"
 
 PYTHON: Final = "3.12"
@@ -77,10 +80,11 @@ def download(requirements: Path, folder: Path) -> list[Path]:
         The wheels in the order of their names.
 
     Raises:
-        BundleError: a line is no pin, pip fails, or the folder holds another set of wheels
-            afterwards.
+        BundleError: the folder holds another set of wheels afterwards.
+        SetupError: a line is no pin, or pip fails.
     """
-    pins = _read_pins(requirements)
+    pins = {name: pin.partition("==")[2] for name, pin in read_pins(requirements).items()}
+    requirements, folder = requirements.resolve(), folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
@@ -102,12 +106,7 @@ def download(requirements: Path, folder: Path) -> list[Path]:
         "--requirement",
         str(requirements),
     ]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    if done.returncode:
-        tail = "\n".join(f"  | {line}" for line in done.stdout.strip().splitlines()[-15:])
-        raise BundleError(f"pip download failed (exit status {done.returncode}):\n{tail}")
+    check(run_captured(command), "pip download", "Run the same command again: it goes on.")
     wheels = sorted(folder.glob("*.whl"), key=lambda path: path.name.lower())
     found = sorted(_name_and_version(wheel) for wheel in wheels)
     if found != sorted(pins.items()):
@@ -119,29 +118,9 @@ def download(requirements: Path, folder: Path) -> list[Path]:
     return wheels
 
 
-def _read_pins(requirements: Path) -> dict[str, str]:
-    """Versions by normalised name."""
-    pins: dict[str, str] = {}
-    for raw in requirements.read_text(encoding="utf-8").splitlines():
-        line = raw.partition("#")[0].strip()
-        if not line:
-            continue
-        name, equal, version = line.partition("==")
-        if not (name and equal and version):
-            raise BundleError(f"{requirements.name}: expected name==version, got {line!r}.")
-        if _normalised(name) in pins:
-            raise BundleError(f"{requirements.name}: {name} is pinned twice. Pin it once.")
-        pins[_normalised(name)] = version
-    return pins
-
-
-def _normalised(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def _name_and_version(wheel: Path) -> tuple[str, str]:
     name, version = wheel.name.split("-")[:2]
-    return _normalised(name), version
+    return normalised(name), version
 
 
 def slim(wheel: Path, out: Path, dropped: Sequence[str] = ()) -> list[str]:
@@ -306,7 +285,7 @@ def run(
                 print(f"{wheel.name}: {before:.2f} to {after:.2f} MB{without}", flush=True)
             parts = bundle(slimmed, out, part_mb * 1_000_000)
             total = sum(path.stat().st_size for path in slimmed) / 1e6
-    except BundleError as error:
+    except (BundleError, SetupError) as error:
         print(f"Nothing was packed. {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     print(f"{len(slimmed)} wheels, {total:.1f} MB in {len(parts)} parts:")

@@ -87,10 +87,8 @@ def _kernels() -> list[str]:
     if not current_platform.is_cuda():
         print("no GPU: vLLM's kernels are there, whether they run was not tried")
         return []
-    device, capability = (
-        current_platform.get_device_name(),
-        current_platform.get_device_capability(),
-    )
+    device = current_platform.get_device_name()
+    capability = current_platform.get_device_capability()
     print(f"{device}, capability {capability}")
     if capability.major != 9:
         return [

@@ -23,6 +23,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from setup_env import SetupError, check, pip_command, run_captured
+
 __all__ = ["InstallError", "collect", "install", "main", "reassemble"]
 
 MANIFEST = "manifest.json"
@@ -31,17 +35,7 @@ STAMP = "svsk-gpu-stamp"
 MISSING = 2
 CHECK = Path(__file__).resolve().with_name("check.py")
 
-PIP = [
-    "-m",
-    "pip",
-    "install",
-    "--quiet",
-    "--disable-pip-version-check",
-    "--no-input",
-    "--no-index",
-    "--no-deps",
-]
-PIP += ["--no-compile", "--no-cache-dir", "--no-warn-script-location"]
+OPTIONS = ("--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--no-warn-script-location")
 
 PYTHON = (3, 12)
 
@@ -174,7 +168,8 @@ def install(wheels: Sequence[Path], target: Path, project: Path | None, stamp: s
         commands.
 
     Raises:
-        InstallError: pip fails, or the target is a folder that was not made by this function.
+        InstallError: the target is a folder that was not made by this function.
+        SetupError: pip fails.
     """
     mark = target / STAMP
     if not (mark.is_file() and mark.read_text(encoding="utf-8") == stamp):
@@ -198,13 +193,9 @@ def install(wheels: Sequence[Path], target: Path, project: Path | None, stamp: s
 
 def _pip(arguments: Sequence[str], target: Path, what: str) -> None:
     start = time.monotonic()
-    command = [sys.executable, *PIP, "--upgrade", "--target", str(target), *arguments]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    if done.returncode:
-        tail = "\n".join(f"  | {line}" for line in done.stdout.strip().splitlines()[-15:])
-        raise InstallError(f"pip could not install {what} (exit status {done.returncode}):\n{tail}")
+    options = [*OPTIONS, "--upgrade", "--target", str(target), *arguments]
+    hint = "Bring the parts of a bundle for this machine's Python and PyTorch."
+    check(run_captured(pip_command(Path(sys.executable), options)), f"pip install {what}", hint)
     print(f"installed {what} in {time.monotonic() - start:.0f} s", flush=True)
 
 
@@ -238,15 +229,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             return MISSING
         wheels = reassemble(
-            manifest, given.store, given.target.with_name(f"{given.target.name}.wheels")
+            manifest, given.store, given.target.resolve().with_name(f"{given.target.name}.wheels")
         )
         folders = install(
             wheels,
             given.target.resolve(),
-            given.project,
+            given.project and given.project.resolve(),
             json.dumps(manifest, sort_keys=True) + "\n",
         )
-    except InstallError as error:
+    except (InstallError, SetupError) as error:
         print(f"\nNot installed. {error}", file=sys.stderr)
         return 1
     # What the caller has comes first: a source tree there is the one that runs.

@@ -78,9 +78,8 @@ class Result:
     settings: dict[str, Any]
     versions: dict[str, str]
     linears: dict[str, StoredLinear]  # name of the weight -> how it is stored
-    tensors: dict[str, torch.Tensor] = field(
-        repr=False
-    )  # float32; the linears, and whatever else must follow them
+    # float32; the linears, and whatever else must follow them
+    tensors: dict[str, torch.Tensor] = field(repr=False)
     notes: list[str] = field(default_factory=list)
     calibrated: bool = True  # whether it used the calibration tokens
 

@@ -32,8 +32,8 @@ PROMPTS: Final = (
     "Name a famous painting and its painter.",
 )
 
-console = Console(soft_wrap=True)
-_errors = Console(stderr=True, soft_wrap=True)
+console = Console(soft_wrap=True, highlight=False)
+_errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def main(
@@ -61,7 +61,7 @@ def main(
     with _step("3. Validate the checkpoint"):
         problems = validate_against_architecture(quantized)
         for problem in problems:
-            console.print(f"problem: {problem}", highlight=False)
+            console.print(f"problem: {problem}")
         if problems:
             raise typer.Exit(1)
         console.print("valid")
@@ -78,10 +78,8 @@ def main(
         print_scores(console, evaluate(quantized, dense, text, chunks=chunks).to_json())
     with _step(f"5. Answer {len(PROMPTS)} prompts in one batch through vLLM, original and SVSK"):
         answer_both(dense, quantized, max_tokens)
-    console.print(
-        f"Done in {time.perf_counter() - started:.0f} s. The models are in {out}.", highlight=False
-    )
-    console.print(f"Serve it: vllm serve {quantized} --quantization svsk", highlight=False)
+    console.print(f"Done in {time.perf_counter() - started:.0f} s. The models are in {out}.")
+    console.print(f"Serve it: vllm serve {quantized} --quantization svsk")
 
 
 def answer_both(dense: Path, quantized: Path, max_tokens: int) -> None:
@@ -90,7 +88,7 @@ def answer_both(dense: Path, quantized: Path, max_tokens: int) -> None:
 
     dtype = served_dtype("auto")
     if dtype != "auto":
-        console.print(f"in {dtype}: this processor does not multiply bfloat16", highlight=False)
+        console.print(f"in {dtype}: this processor does not multiply bfloat16")
     _show_answers(_answers(dense, dtype, max_tokens), _answers(quantized, dtype, max_tokens))
 
 
@@ -99,7 +97,7 @@ def _step(title: str) -> Iterator[None]:
     console.rule(title, align="left")
     started = time.perf_counter()
     yield
-    console.print(f"({time.perf_counter() - started:.1f} s)", highlight=False)
+    console.print(f"({time.perf_counter() - started:.1f} s)")
 
 
 def _write_held_out(path: Path) -> None:
@@ -138,17 +136,16 @@ def _show_answers(original: list[str], quantized: list[str]) -> None:
         table.add_row(*(text.strip() for text in row))
     console.print(table)
     same = sum(a == b for a, b in zip(original, quantized, strict=True))
-    console.print(f"{same} of {len(PROMPTS)} answers are the same, word for word", highlight=False)
+    console.print(f"{same} of {len(PROMPTS)} answers are the same, word for word")
 
 
 def run() -> None:
     """Run the demo; whatever stops it ends in one line instead of a traceback."""
     again = "Start it again to go on: what is finished is kept."
     typer.run(
-        plain_endings(
-            lambda text: _errors.print(f"error: {text}", highlight=False, markup=False),
-            lambda: again,
-        )(main)
+        plain_endings(lambda text: _errors.print(f"error: {text}", markup=False), lambda: again)(
+            main
+        )
     )
 
 

@@ -14,13 +14,13 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
@@ -200,13 +200,11 @@ def _partial(target: Path) -> Iterator[Path]:
 
     Removed afterwards.
     """
-    folder = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(".partial", f"{target.name}.", target.parent) as scratch:
+        folder = Path(scratch, target.name)
+        folder.mkdir()
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_built(folder: Path, record: dict[str, Any]) -> bool:

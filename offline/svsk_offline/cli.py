@@ -58,20 +58,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-_errors = Console(stderr=True, soft_wrap=True)
+_errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def _say_note(text: str) -> None:
-    console.print(text, highlight=False, markup=False)
+    console.print(text, markup=False)
 
 
 def _say_error(text: str) -> None:
-    _errors.print(f"[bold red]error:[/] {escape(text)}", highlight=False)
+    _errors.print(f"[bold red]error:[/] {escape(text)}")
 
 
 def _version(value: bool) -> None:
     if value:
-        console.print(f"svsk {__version__}", highlight=False)
+        console.print(f"svsk {__version__}")
         raise typer.Exit
 
 
@@ -226,13 +226,13 @@ def validate(
     problems = validate_against_architecture(
         folder,
         trust_remote_code=trust_remote_code,
-        note=lambda text: console.print(f"[yellow]not checked:[/] {escape(text)}", highlight=False),
+        note=lambda text: console.print(f"[yellow]not checked:[/] {escape(text)}"),
     )
     note = None if problems else serving_note(folder)
     if note:
-        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
+        console.print(f"[yellow]note:[/] {escape(note)}")
     for problem in problems:
-        console.print(f"[red]problem:[/] {escape(problem)}", highlight=False)
+        console.print(f"[red]problem:[/] {escape(problem)}")
     if problems:
         console.print(f"{len(problems)} problem(s) in {folder}")
         raise typer.Exit(1)

@@ -25,7 +25,7 @@ __all__ = [
     "write_json",
 ]
 
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, highlight=False)
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]

@@ -48,10 +48,10 @@ def quantize_with_progress(
         task = bar.add_task("blocks", total=None)
 
         def layer(report: LayerReport) -> None:
-            console.print(_layer_line(report), highlight=False, markup=False)
+            console.print(_layer_line(report), markup=False)
 
         callbacks = Callbacks(
-            message=lambda text: console.print(text, highlight=False, markup=False),
+            message=lambda text: console.print(text, markup=False),
             block=lambda index, total: bar.update(task, completed=index, total=total),
             layer=layer,
         )
@@ -60,8 +60,7 @@ def quantize_with_progress(
     console.print(
         f"wrote {result.folder}: {len(result.layers)} matrices, {result.bits_per_weight:.4f} bits"
         f" per weight, {seconds:.1f} s ({statistics.median(result.block_seconds):.2f} s per block),"
-        f" peak memory {peak_memory_gib():.2f} GiB",
-        highlight=False,
+        f" peak memory {peak_memory_gib():.2f} GiB"
     )
     return result
 

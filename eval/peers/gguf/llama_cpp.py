@@ -118,9 +118,7 @@ class LlamaCpp:
         params.ftype = FILE_TYPES[file_type]
         values = {name: row.float().contiguous() for name, row in (imatrix or {}).items()}
         if values:
-            entries = (
-                _ImatrixData * (len(values) + 1)
-            )()  # a last one without a name ends the list
+            entries = (_ImatrixData * (len(values) + 1))()  # one without a name ends the list
             for entry, (name, row) in zip(entries, values.items(), strict=False):
                 entry.name, entry.size = name.encode(), row.numel()
                 entry.data = ctypes.cast(row.data_ptr(), ctypes.POINTER(ctypes.c_float))

@@ -53,23 +53,16 @@ def quantize(job: Job) -> Result:
             " computed with torch."
         )
     seconds = time.monotonic() - started
-    stored = from_gguf(final, job.model, names)
+    stored = from_gguf(final, job.model, list(tensors))
     linears = {
-        name: StoredLinear(kind, weight.numel(), bits)
-        for name, (kind, bits, weight) in stored.items()
+        name: StoredLinear(stored[name][0], tensors[name].numel(), stored[name][1])
+        for name in names
     }
     settings: dict[str, Any] = dict(job.settings)
     # Nothing is said of the embeddings' bits but this: they are not counted.
-    embedding = from_gguf(final, job.model, ["model.embed_tokens.weight"])[
-        "model.embed_tokens.weight"
-    ]
-    settings["embeddings_not_used"] = {"type": embedding[0], "bits": embedding[1]}
-    weights = {name: weight for name, (_, _, weight) in stored.items()}
-    if file_type == "F32":
-        weights = {
-            name: weight
-            for name, (_, _, weight) in from_gguf(final, job.model, list(tensors)).items()
-        }
+    kind, bits, _ = stored["model.embed_tokens.weight"]
+    settings["embeddings_not_used"] = {"type": kind, "bits": bits}
+    weights = {name: stored[name][2] for name in (tensors if file_type == "F32" else names)}
     return Result(seconds, settings, used, linears, weights, notes, calibrated=use_imatrix)
 
 

@@ -228,7 +228,7 @@ def _run(
             nonlocal last
             text = f"{label}: {what}"
             if text != last and not console.is_terminal:
-                console.print(text, highlight=False, markup=False)  # a log gets a line per task
+                console.print(text, markup=False)  # a log gets a line per task
             last = text
             bar.update(
                 line, description=text.replace("[", r"\["), completed=done, total=known or None

@@ -21,12 +21,9 @@ from svsk_vllm.format.spec import TensorSpec
 
 __all__ = ["Folder", "bits_per_weight", "read_folder"]
 
-_IDENTITY: Final = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", "*.bin", "*.gguf")
-_OTHER_WEIGHTS: Final = (
-    "*.safetensors",
-    "*.bin",
-    "*.gguf",
-)  # where the names of Transformers are not used
+# of weights, where the names of Transformers are not used
+_OTHER_WEIGHTS: Final = ("*.safetensors", "*.bin", "*.gguf")
+_IDENTITY: Final = ("*.json", "*.jinja", "*.model", "*.txt", *_OTHER_WEIGHTS)
 _DENSE: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -26,10 +26,10 @@ def print_report(console: Console, analysis: Analysis) -> None:
     for table in all_tables(analysis):
         console.print(f"[bold]{escape(table.title)}[/bold]")
         if table.note:
-            console.print(table.note, highlight=False, markup=False)
+            console.print(table.note, markup=False)
         _print(console, _draw(table))
     for line in (*METHODS, *(f"note: {note}" for note in analysis.all_notes())):
-        console.print(line, highlight=False, markup=False)
+        console.print(line, markup=False)
 
 
 def _print(console: Console, table: RichTable) -> None:

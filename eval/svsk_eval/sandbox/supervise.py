@@ -89,9 +89,8 @@ def _setting(folder: str, limits: CodeLimits) -> _Setting:
 
 def _spawn(order: bytes, channel: int, folder: str) -> subprocess.Popen[bytes]:
     """Start a child that finds ``order`` on its standard input and can write to ``channel``."""
-    stream = os.memfd_create(
-        "order"
-    )  # a file needs no one to feed it, whatever the size of the program
+    # a file needs no one to feed it, whatever the size of the program
+    stream = os.memfd_create("order")
     try:
         with os.fdopen(os.dup(stream), "wb") as writer:
             writer.write(order)
@@ -295,9 +294,8 @@ def run_all(programs: Sequence[str], limits: CodeLimits, workers: int) -> list[V
     Raises:
         EvalError: a child could not be started or confined, or this process ignores SIGCHLD.
     """
-    if (
-        signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
-    ):  # an ended child's number could be another process's by then
+    # an ended child's number could be another process's by then
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         raise EvalError(
             "Running code: this process ignores SIGCHLD, perhaps because its parent did, so that"
             " the ends of programs cannot be told. Set it back first: signal.signal(signal.SIGCHLD,"

@@ -275,16 +275,12 @@ def main(
             try:
                 write_random_model(folder, shape, name, changes, device=device)
             except SvskError as error:
-                Console(stderr=True, soft_wrap=True).print(
-                    f"error: {error}", markup=False, highlight=False
-                )
+                errors = Console(stderr=True, soft_wrap=True, highlight=False)
+                errors.print(f"error: {error}", markup=False)
                 raise typer.Exit(1) from error
         size = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
-        Console().print(
-            f"{folder}: {size:.2f} GB{', was there' if there else ''}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        was_there = ", was there" if there else ""
+        Console(soft_wrap=True, highlight=False).print(f"{folder}: {size:.2f} GB{was_there}")
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

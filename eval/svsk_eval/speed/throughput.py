@@ -133,10 +133,8 @@ def measure(
             for batch in load.batches:
                 for repeat in range(load.repeats + 1):
                     for label, server in servers.items():
-                        first, whole = (
-                            server.seconds(batch, load.first(batch)),
-                            server.seconds(batch, load.tokens + 1),
-                        )
+                        first = server.seconds(batch, load.first(batch))
+                        whole = server.seconds(batch, load.tokens + 1)
                         if repeat:
                             firsts, wholes = times.setdefault((label, batch), ([], []))
                             firsts.append(first)
@@ -301,7 +299,7 @@ def run(
     markdown: Annotated[Path | None, typer.Option(help="Write the tables there.")] = None,
 ) -> None:
     """Measure the throughput of models."""
-    console = Console()
+    console = Console(highlight=False)
     try:
         engine = parse_engine_args(engine_arg or [])
         counts = tuple(int(text) for text in batches.split(","))
@@ -329,7 +327,7 @@ def run(
             speeds = _resume(json_file, settings, described) if resume else {}
 
             def save(label: str) -> None:
-                console.print(f"{label}: measured", highlight=False)
+                console.print(f"{label}: measured")
                 if json_file:
                     content = {
                         "machine": _machine(),
@@ -345,7 +343,7 @@ def run(
                 served, load, one_at_a_time=one_at_a_time, engine=engine, speeds=speeds, done=save
             )
     except EvalError as error:
-        console.print(f"[red]Error:[/red] {error}", highlight=False)
+        console.print(f"[red]Error:[/red] {error}")
         raise typer.Exit(1) from error
     _report(console, {label: speeds[label] for label in served}, load, markdown)
 

@@ -64,20 +64,16 @@ def print_scores(console: Console, result: dict[str, Any]) -> None:
         if value is not None:
             table.add_row(label, format(value, form), "" if error is None else format(error, form))
     console.print(table)
-    console.print(f"{result['tokens']} tokens in {result['chunks']} chunks", highlight=False)
+    console.print(f"{result['tokens']} tokens in {result['chunks']} chunks")
     settings = result.get("engine_settings")
     if settings is not None:
         used = f"served by vLLM {settings['vllm']} on {settings['device']} in {result['dtype']}"
         kernels = settings.get("svsk_kernels")
         console.print(
-            f"{used}; SVSK kernels: {', '.join(kernels)}" if kernels else used,
-            highlight=False,
-            markup=False,
+            f"{used}; SVSK kernels: {', '.join(kernels)}" if kernels else used, markup=False
         )
     if result.get("ref_nll") is not None and result.get("kl_mean") is None:
-        console.print(
-            "KL: none, vLLM does not give whole distributions; --engine hf does", highlight=False
-        )
+        console.print("KL: none, vLLM does not give whole distributions; --engine hf does")
 
 
 def print_comparisons(
@@ -111,14 +107,13 @@ def print_comparisons(
                 end_section=key == rows[-1][0],
             )
     console.print(table)
-    console.print(f"baseline: {baseline}", highlight=False, markup=False)
+    console.print(f"baseline: {baseline}", markup=False)
     for comparison in comparisons:
         if comparison.engines is not None:
             ours, theirs = comparison.engines
             console.print(
                 f"note: {baseline} was scored with {ours}, {comparison.file} with {theirs}: the"
                 " differences are also those of the engines' arithmetic.",
-                highlight=False,
                 markup=False,
             )
         elif comparison.reference_gap is not None and comparison.reference_gap > _ROUNDING:
@@ -126,6 +121,5 @@ def print_comparisons(
                 f"note: the references of {baseline} and {comparison.file} differ by up to"
                 f" {comparison.reference_gap:.2g} nats per token: is it another model or dtype? If"
                 " so, KL and top-1 cannot be compared.",
-                highlight=False,
                 markup=False,
             )

@@ -64,9 +64,8 @@ def engine_arguments(
     return {
         "model": str(model),
         "dtype": served_dtype(dtype),
-        "max_model_len": (
-            seq_len + 1
-        ),  # vLLM generates a token after every prompt, it cannot only score
+        # vLLM generates a token after every prompt, it cannot only score
+        "max_model_len": seq_len + 1,
         "max_num_seqs": together,
         "max_num_batched_tokens": min(step, together * (seq_len + 1)),
         "enable_prefix_caching": False,

@@ -82,10 +82,8 @@ def _with_vllm(
             SamplingParams(temperature=temperature, max_tokens=max_tokens),
             use_tqdm=False,
         )
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # too little memory, a model it does not know, a folder we refuse
+    # too little memory, a model it does not know, a folder we refuse
+    except (RuntimeError, ValueError) as error:
         raise EvalError(f"vLLM cannot serve {model}: {one_line(error)}") from error
     return [output.outputs[0].text for output in outputs]
 

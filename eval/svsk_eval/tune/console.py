@@ -64,10 +64,10 @@ def tune_with_progress(
             bar.reset(task, total=None, description=escape(f"trial {number}: {changed}"))
 
         def step(done: Step) -> None:
-            console.print(_line(done, recipe, budget_minutes), highlight=False, markup=False)
+            console.print(_line(done, recipe, budget_minutes), markup=False)
 
         callbacks = TuneProgress(
-            message=lambda text: console.print(text, highlight=False, markup=False),
+            message=lambda text: console.print(text, markup=False),
             start=start,
             block=lambda index, total: bar.update(task, completed=index, total=total),
             step=step,
@@ -101,14 +101,13 @@ def print_trials(console: Console, result: TuneResult) -> None:
     console.print(table)
     console.print(
         "→ chosen (a KL lower by less than the noise is"
-        " not)   * no trial beats it in both bpw and KL",
-        highlight=False,
+        " not)   * no trial beats it in both bpw and KL"
     )
     for trial in result.trials:
         if trial.error is not None:
             changed = _changes(differences(trial.recipe, result.default.recipe))
-            console.print(f"failed: {changed}: {trial.error}", highlight=False, markup=False)
-    console.print(_summary(result), highlight=False, markup=False)
+            console.print(f"failed: {changed}: {trial.error}", markup=False)
+    console.print(_summary(result), markup=False)
 
 
 def _summary(result: TuneResult) -> str:

@@ -90,9 +90,8 @@ def compile_case(case: KernelCase, arch: Arch) -> CompiledKernel:
     start = time.perf_counter()
     try:
         compiled = triton_compile(source, target=_target(arch), options=options)
-    except (
-        Exception
-    ) as error:  # Triton has no common base class, and an assembler's failure is one of many kinds
+    # Triton has no common base class, and an assembler's failure is one of many kinds
+    except Exception as error:
         reason = str(error).strip() or type(error).__name__
         raise InspectError(
             f"case {case.name!r} does not compile for {arch_name(arch)}: {reason}\nChange its block"

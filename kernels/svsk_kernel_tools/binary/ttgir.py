@@ -131,10 +131,7 @@ def _vectors(ttgir: str) -> dict[str, int]:
 
 
 def _linear_vector(bases: list[str]) -> int:
-    """Elements that the register bases [0, 1], [0, 2], [0, 4] ...
-
-    of a linear layout put side by side.
-    """
+    """Elements that the register bases [0, 1], [0, 2], ... of a linear layout put side by side."""
     vector, axis = 1, None
     for base in bases:
         steps = [int(step) for step in base.split(",")]

@@ -273,10 +273,8 @@ def _floats() -> None:
     OPERATIONS["neg.f32"] = _of(lambda a: a ^ np.uint32(0x80000000))
     OPERATIONS["sqrt.rn.f32"] = _of(_as(np.float32, np.sqrt))
     OPERATIONS["abs.f32"] = _of(lambda a: a & np.uint32(0x7FFFFFFF))
-    OPERATIONS["min.f32"], OPERATIONS["max.f32"] = (
-        _of(_as(np.float32, np.fmin)),
-        _of(_as(np.float32, np.fmax)),
-    )
+    OPERATIONS["min.f32"] = _of(_as(np.float32, np.fmin))
+    OPERATIONS["max.f32"] = _of(_as(np.float32, np.fmax))
     half: dict[str, Any] = {"f16": (f16_to_f64, f64_to_f16), "bf16": (bf16_to_f64, f64_to_bf16)}
     for kind, (widen, narrow) in half.items():
         for suffix in ("", "x2"):

@@ -112,9 +112,8 @@ class _Launcher:
         given = list(zip(self.signature.items(), arguments, strict=True))
         named = [(name, value) for (name, kind), value in given if kind != "constexpr"]
         params = [_bits(name, kind, value) for (name, kind), value in given if kind != "constexpr"]
-        params += [0] * (
-            len(code.program.params) - len(params)
-        )  # scratch memory of which nothing was asked
+        # scratch memory of which nothing was asked
+        params += [0] * (len(code.program.params) - len(params))
         if len(code.program.params) - len(named) != 2:
             count = len(code.program.params)
             raise UnsupportedError(

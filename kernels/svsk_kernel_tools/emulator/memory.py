@@ -32,9 +32,8 @@ class Region:
     bytes_read: int = 0
     bytes_written: int = 0
     origin: int = 0
-    writers: Array | None = (
-        None  # per byte from ``origin``, who wrote it in this launch: see ``ordering``
-    )
+    # per byte from ``origin``, who wrote it in this launch: see ``ordering``
+    writers: Array | None = None
     _bytes: Array = field(default_factory=lambda: np.empty(0, np.uint8))
 
     def __post_init__(self) -> None:

@@ -25,9 +25,8 @@ class Slots:
         self.names: list[str] = []
         self.widths: list[int] = []
         self.constants: dict[int, int] = {}
-        self.inputs: dict[
-            str, int
-        ] = {}  # parameters and special registers, which the block fills in
+        # parameters and special registers, which the block fills in
+        self.inputs: dict[str, int] = {}
         self._known: dict[Any, int] = {}
 
     def _slot(self, key: Any, name: str, width: int) -> int:

@@ -39,9 +39,8 @@ def _halves(registers: list[Array], kind: str) -> Array:
 
 def a_matrix(registers: list[Array], kind: str) -> Array:
     """A [warps, 16, 16] of mma.m16n8k16, and the 16 rows of each warp of wgmma."""
-    values = _halves(registers, kind).reshape(
-        2, 2, -1, 8, 4, 2
-    )  # half of k, half of rows, warp, group, thread, half
+    # half of k, half of rows, warp, group, thread, half
+    values = _halves(registers, kind).reshape(2, 2, -1, 8, 4, 2)
     return values.transpose(2, 1, 3, 0, 4, 5).reshape(-1, 16, 16)
 
 
@@ -54,9 +53,8 @@ def b_matrix(registers: list[Array], kind: str) -> Array:
 def c_matrix(registers: list[Array]) -> Array:
     """C [warps, 16, 8 * tiles] in float64; four float32 registers to every 8 columns."""
     values = np.stack(registers).view(np.float32).astype(np.float64)
-    values = values.reshape(
-        -1, 2, 2, values.shape[1] // 32, 8, 4
-    )  # tile, half of rows, half, warp, group, thread
+    # tile, half of rows, half, warp, group, thread
+    values = values.reshape(-1, 2, 2, values.shape[1] // 32, 8, 4)
     return values.transpose(3, 1, 4, 0, 5, 2).reshape(values.shape[3], 16, -1)
 
 

@@ -117,9 +117,7 @@ def print_inspection(console: Console, inspection: dict[str, Any]) -> None:
         ),
     ):
         # What the folder says of itself: no markup, nothing that a terminal obeys.
-        console.print(
-            "".join(c if c.isprintable() else "?" for c in line), highlight=False, markup=False
-        )
+        console.print("".join(c if c.isprintable() else "?" for c in line), markup=False)
 
 
 def serving_note(folder: Path) -> str | None:
