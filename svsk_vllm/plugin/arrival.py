@@ -32,12 +32,15 @@ __all__ = [
 ShardId = str | int | None
 Loader = Callable[..., Any]
 
+_PACKED = (".sidecar_u", ".sidecar_v", ".weight_scale")
+"""Ends of names of tensors that may be stored as bytes of packed integers."""
+
 
 @dataclass(frozen=True)
 class Stored:
     """A tensor as vLLM read it from the checkpoint.
 
-    4-bit factors go on as int8, ``dtype`` is the stored one.
+    Packed factors and scale codes go on as int8, ``dtype`` is the stored one.
     """
 
     name: str
@@ -142,8 +145,8 @@ class _Stream:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
             dtype = tensor.dtype
-            if dtype == torch.uint8 and name.endswith((".sidecar_u", ".sidecar_v")):
-                # The parameter holds unpacked factors: vLLM would warn of another dtype for each
+            if dtype == torch.uint8 and name.endswith(_PACKED):
+                # The parameter holds unpacked integers: vLLM would warn of another dtype for each
                 # tensor.
                 tensor = tensor.view(torch.int8)
             self._current = Stored(name, tensor, dtype)

@@ -6,6 +6,7 @@ What vLLM asks of a linear method. A kernel of the device does the arithmetic.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,19 +18,23 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
+    ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
     PackedvLLMParameter,
 )
 
+from svsk_kernels.group_scales import expand_scales
 from svsk_kernels.layer_kernel import LayerSpec
 from svsk_vllm.format import ConfigGroup, LinearSpec, SvskFormatError
+from svsk_vllm.format.group_scales import ONE_LEVEL
+from svsk_vllm.format.spec import SIDECAR_GAIN, WEIGHT_PACKED, WEIGHT_ROW_SCALE, WEIGHT_SCALE
 from svsk_vllm.plugin.kernel_choice import choose_kernel
 from svsk_vllm.plugin.shard_probe import ShardId, probe_columns, probe_rows
 from svsk_vllm.plugin.sidecar_layout import SidecarLayout, build_layout
 from svsk_vllm.plugin.sidecar_loader import (
-    BASE_NAMES,
     SIDECAR_DTYPES,
     Arrived,
+    StoredBase,
     base_loader,
     clear_padding,
     tile_loader,
@@ -37,7 +42,7 @@ from svsk_vllm.plugin.sidecar_loader import (
 
 __all__ = ["PARAMETERS", "Origin", "SvskLinearMethod", "fused_sizes"]
 
-PARAMETERS = frozenset({*BASE_NAMES, *SIDECAR_DTYPES})
+PARAMETERS = frozenset({WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_ROW_SCALE, *SIDECAR_DTYPES})
 """Names of the parameters that the method registers."""
 _CODES_PER_WORD = 8
 
@@ -87,10 +92,11 @@ class SvskLinearMethod(LinearMethodBase):
         self.prefix, self.parts, self.schemes = prefix, list(parts), list(schemes)
         self.origin = origin or Origin(tuple(parts))
         self.weights = schemes[0].weights
+        self.row_scaled = self.weights.scale_bits != ONE_LEVEL
         if any(scheme.weights != self.weights for scheme in schemes):
             raise SvskFormatError(
-                f"{prefix}: vLLM fuses {', '.join(parts)}, whose group sizes or codebooks differ."
-                " Quantise them with the same ones; ranks and tiles may differ."
+                f"{prefix}: vLLM fuses {', '.join(parts)}, whose group sizes, codebooks or"
+                " scale_bits differ. Quantise them with the same ones; ranks and tiles may differ."
             )
 
     def create_weights(
@@ -112,38 +118,18 @@ class SvskLinearMethod(LinearMethodBase):
         loader = extra["weight_loader"]
         n, k, group = sum(output_partition_sizes), input_size_per_partition, self.weights.group_size
         if k % group:
+            smaller = next((size for size in (32, 16) if size < group and not k % size), None)
+            hint = f", or quantise with --group-size {smaller}" if smaller else ""
             raise SvskFormatError(
                 f"{self.prefix}: each rank gets {k} of {input_size} input features, not a multiple"
-                f" of the group size {group}. Lower tensor_parallel_size, or quantise with"
-                f" --group-size 32 if {k} is a multiple of 32."
+                f" of the group size {group}. Lower tensor_parallel_size{hint}."
             )
         self.input_size, self.params_dtype = input_size, params_dtype
         self._check_sizes(layer, input_size, output_size)
         shards = self._shard_ids(layer)
         order = self.origin.row_order(output_size)
         self.arrived = Arrived(dict(zip(shards, self.origin.names, strict=True)), self.schemes)
-        packed = torch.empty(n, k // _CODES_PER_WORD, dtype=torch.int32)
-        scale = torch.empty(n, k // group, dtype=params_dtype)
-        layer.register_parameter(
-            "weight_packed",
-            PackedvLLMParameter(
-                data=packed,
-                input_dim=1,
-                output_dim=0,
-                packed_dim=1,
-                packed_factor=_CODES_PER_WORD,
-                weight_loader=self._base_loader(loader, "weight_packed", order),
-            ),
-        )
-        layer.register_parameter(
-            "weight_scale",
-            GroupQuantScaleParameter(
-                data=scale,
-                input_dim=1,
-                output_dim=0,
-                weight_loader=self._base_loader(loader, "weight_scale", order),
-            ),
-        )
+        self._register_base(layer, n, k, partial(self._base_loader, loader, order))
         tp = (layer.tp_rank, layer.tp_size)
         self.layout = build_layout(
             self.prefix,
@@ -159,14 +145,17 @@ class SvskLinearMethod(LinearMethodBase):
         bits: Literal[4, 8] = (
             4 if all(s.sidecar.num_bits == 4 for s in self.schemes if s.sidecar.rank) else 8
         )
-        spec = LayerSpec(n, k, group, self.weights.codebook, params_dtype, plan, bits)
-        self.kernel = choose_kernel(self.prefix, spec, (output_size, input_size), packed.device)
+        spec = LayerSpec(
+            n, k, group, self.weights.codebook, params_dtype, plan, bits, self.row_scaled
+        )
+        device = layer.weight_packed.device
+        self.kernel = choose_kernel(self.prefix, spec, (output_size, input_size), device)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Turn the loaded parameters into those of the kernel.
 
         Raises:
-            SvskFormatError: something was not loaded, or the scales or gains are not finite.
+            SvskFormatError: something was not loaded, or scales or gains are not finite.
         """
         if self.origin.counted:
             self.arrived.check(self.prefix)
@@ -227,11 +216,46 @@ class SvskLinearMethod(LinearMethodBase):
                     " or quantise it again."
                 )
 
-    def _base_loader(self, loader: Any, name: str, order: torch.Tensor | None) -> Any:
-        keep = self.origin.known_order
-        has_sidecar = any(scheme.sidecar.rank for scheme in self.schemes)
+    def _register_base(
+        self, layer: Any, n: int, k: int, loader_of: Callable[[str], Callable[..., None]]
+    ) -> None:
+        """Register codes and scales of ``n`` rows and ``k`` columns."""
+        groups = k // self.weights.group_size
+        dtype = torch.int8 if self.row_scaled else self.params_dtype
+        packed = PackedvLLMParameter(
+            data=torch.empty(n, k // _CODES_PER_WORD, dtype=torch.int32),
+            input_dim=1,
+            output_dim=0,
+            packed_dim=1,
+            packed_factor=_CODES_PER_WORD,
+            weight_loader=loader_of(WEIGHT_PACKED),
+        )
+        layer.register_parameter(WEIGHT_PACKED, packed)
+        scale = GroupQuantScaleParameter(
+            data=torch.empty(n, groups, dtype=dtype),
+            input_dim=1,
+            output_dim=0,
+            weight_loader=loader_of(WEIGHT_SCALE),
+        )
+        layer.register_parameter(WEIGHT_SCALE, scale)
+        if self.row_scaled:
+            row_scale = ChannelQuantScaleParameter(
+                data=torch.empty(n, 1, dtype=self.params_dtype),
+                output_dim=0,
+                weight_loader=loader_of(WEIGHT_ROW_SCALE),
+            )
+            layer.register_parameter(WEIGHT_ROW_SCALE, row_scale)
+
+    def _base_loader(self, loader: Any, order: torch.Tensor | None, name: str) -> Any:
         return base_loader(
-            self.prefix, name, loader, self.arrived, order, keep=keep, whole=has_sidecar
+            self.prefix,
+            name,
+            loader,
+            self.arrived,
+            order,
+            StoredBase(self.weights, self.input_size // self.weights.group_size),
+            keep=self.origin.known_order,
+            whole=any(scheme.sidecar.rank for scheme in self.schemes),
         )
 
     def _register_sidecar(self, layer: Any, layout: SidecarLayout) -> None:
@@ -262,9 +286,12 @@ def _stored_rows(probed: torch.Tensor, order: torch.Tensor | None) -> torch.Tens
 
 
 def _check_finite(prefix: str, layer: Any) -> None:
-    for name in ("weight_scale", "sidecar_gain"):
-        tensor = getattr(layer, name, None)
-        if tensor is not None and (bad := int((~torch.isfinite(tensor)).sum())):
+    scale, row_scale = layer.weight_scale.data, getattr(layer, WEIGHT_ROW_SCALE, None)
+    values = {WEIGHT_SCALE: scale if row_scale is None else expand_scales(scale, row_scale.data)}
+    if hasattr(layer, SIDECAR_GAIN):
+        values[SIDECAR_GAIN] = layer.sidecar_gain.data
+    for name, tensor in values.items():
+        if bad := int((~torch.isfinite(tensor)).sum()):
             raise SvskFormatError(
                 f"{prefix}.{name}: {bad} of {tensor.numel()} values are not finite in"
                 f" {tensor.dtype}. `svsk validate` tells whether the checkpoint is damaged; if not,"

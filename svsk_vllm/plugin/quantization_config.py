@@ -33,7 +33,10 @@ from svsk_vllm.format import (
     SvskCheckpointConfig,
     SvskFormatError,
 )
+from svsk_vllm.format.group_scales import ONE_LEVEL
+from svsk_vllm.format.quantized_linear import tensor_problems
 from svsk_vllm.format.row_order import ROW_ORDERS, row_order_problem
+from svsk_vllm.format.spec import WEIGHT_PACKED, WEIGHT_ROW_SCALE, WEIGHT_SCALE
 from svsk_vllm.plugin.arrival import LinearRecord, ShardId, expect, record_loads
 from svsk_vllm.plugin.linear_method import PARAMETERS, Origin, SvskLinearMethod
 from svsk_vllm.plugin.row_order import stored_row_order
@@ -339,25 +342,26 @@ class SvskConfig(QuantizationConfig):
             return None  # by other names than vLLM's: what arrives is counted
         specs = []
         for name, scheme in zip(names, schemes, strict=True):
-            packed = tensors.get(f"{name}.weight_packed")
-            scale = tensors.get(f"{name}.weight_scale")
-            if packed is None or scale is None or len(packed.shape) != 2:
-                lacking = (
-                    "weight_packed" if packed is None or len(packed.shape) != 2 else "weight_scale"
-                )
-                raise SvskFormatError(
-                    f"{name}.{lacking}: missing or no matrix. The checkpoint is incomplete: copy or"
-                    " download the folder again; `svsk validate` lists what is missing."
-                )
-            spec = LinearSpec(name, packed.shape[0], packed.shape[1] * 8, scheme, scale.dtype)
-            for suffix, want in spec.tensors().items():
-                found = tensors.get(f"{name}.{suffix}")
-                if found != want:
-                    state = f"{found.dtype} {list(found.shape)}" if found else "missing"
+            held = {
+                suffix: tensors[stored]
+                for suffix in SUFFIXES
+                if (stored := f"{name}.{suffix}") in tensors
+            }
+            one_level = scheme.weights.scale_bits == ONE_LEVEL
+            floating = WEIGHT_SCALE if one_level else WEIGHT_ROW_SCALE
+            for suffix in (WEIGHT_PACKED, floating):
+                if suffix not in held or len(held[suffix].shape) != 2:
                     raise SvskFormatError(
-                        f"{name}.{suffix}: {state}, expected {want.dtype} {list(want.shape)}. Copy"
-                        " or download the folder again; `svsk validate` lists what is wrong."
+                        f"{name}.{suffix}: missing or no matrix. The checkpoint is incomplete: copy"
+                        " or download the folder again; `svsk validate` lists what is missing."
                     )
+            rows, words = held[WEIGHT_PACKED].shape
+            spec = LinearSpec(name, rows, words * 8, scheme, held[floating].dtype)
+            if problems := tensor_problems(spec, held):
+                raise SvskFormatError(
+                    f"{problems[0]}. Copy or download the folder again; `svsk validate` lists what"
+                    " is wrong."
+                )
             specs.append(spec)
         return tuple(specs)
 

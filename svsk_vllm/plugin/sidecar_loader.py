@@ -6,24 +6,44 @@ places in flat tensors of exact integers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 
 from svsk_kernels.sidecar_plan import SidecarPlan
-from svsk_vllm.format import ConfigGroup, SvskFormatError, unpack_factors
+from svsk_vllm.format import ConfigGroup, SvskFormatError, WeightArgs, unpack_factors
+from svsk_vllm.format.group_scales import ONE_LEVEL, row_scale_problem, unpack_scale_codes
+from svsk_vllm.format.spec import (
+    SCALE_DTYPES,
+    WEIGHT_PACKED,
+    WEIGHT_ROW_SCALE,
+    WEIGHT_SCALE,
+)
 from svsk_vllm.plugin.arrival import loaded_shards, stored_tensor
 from svsk_vllm.plugin.shard_probe import ShardId
 from svsk_vllm.plugin.sidecar_layout import PartLayout, SidecarLayout
 
-__all__ = ["BASE_NAMES", "SIDECAR_DTYPES", "Arrived", "base_loader", "clear_padding", "tile_loader"]
-
-BASE_NAMES = ("weight_packed", "weight_scale")
-"""The base's parameters, loaded by vLLM's own loaders."""
+__all__ = [
+    "SIDECAR_DTYPES",
+    "Arrived",
+    "StoredBase",
+    "base_loader",
+    "base_names",
+    "clear_padding",
+    "tile_loader",
+]
 
 SIDECAR_DTYPES = {"sidecar_u": torch.int8, "sidecar_v": torch.int8, "sidecar_gain": torch.float32}
 """The loaded parameters, flat in the order of :mod:`svsk_kernels.sidecar_plan`."""
+
+
+def base_names(weights: WeightArgs) -> tuple[str, ...]:
+    """The base's parameters, loaded by vLLM's own loaders."""
+    if weights.scale_bits == ONE_LEVEL:
+        return (WEIGHT_PACKED, WEIGHT_SCALE)
+    return (WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_ROW_SCALE)
 
 
 class Arrived:
@@ -37,7 +57,8 @@ class Arrived:
     def __init__(self, parts: Mapping[ShardId, str], schemes: Sequence[ConfigGroup]) -> None:
         self._expected: dict[tuple[ShardId, str], str] = {}
         for (shard, part), scheme in zip(parts.items(), schemes, strict=True):
-            for name in (*BASE_NAMES, *(SIDECAR_DTYPES if scheme.sidecar.rank else ())):
+            sidecar = SIDECAR_DTYPES if scheme.sidecar.rank else ()
+            for name in (*base_names(scheme.weights), *sidecar):
                 self._expected[shard, name] = f"{part}.{name}"
         self._seen: set[tuple[ShardId, str]] = set()
 
@@ -73,17 +94,67 @@ def _unknown_parts(prefix: str, shards: set[ShardId]) -> str:
     )
 
 
+@dataclass(frozen=True)
+class StoredBase:
+    """How the checkpoint holds the base of a layer's parts.
+
+    Attributes:
+        weights: the parts' scheme.
+        groups: of a whole stored row.
+    """
+
+    weights: WeightArgs
+    groups: int
+
+    def dtypes(self, name: str) -> tuple[torch.dtype, ...]:
+        """Those that parameter ``name`` may be stored in."""
+        bits = self.weights.scale_bits
+        if name == WEIGHT_PACKED:
+            return (torch.int32,)
+        if name == WEIGHT_SCALE and bits != ONE_LEVEL:
+            return (torch.int8 if bits == 8 else torch.uint8,)
+        return SCALE_DTYPES
+
+    def unpack(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What the layer's own loader is given: 6-bit codes of scales as int8 [rows, groups].
+
+        A loader divides columns among ranks, and shares of packed codes need not be whole bytes.
+        """
+        bits = self.weights.scale_bits
+        if name != WEIGHT_SCALE or bits == ONE_LEVEL:
+            return tensor
+        if bits == 6 and tensor.dtype == torch.int8:
+            tensor = tensor.view(torch.uint8)  # see arrival.py
+        return unpack_scale_codes(tensor, bits, self.groups)
+
+    def value_problem(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> str | None:
+        """What is wrong with row scales that are served in ``dtype``, and what to do about it."""
+        if name != WEIGHT_ROW_SCALE:
+            return None
+        if problem := row_scale_problem(tensor, self.weights.scale_bits):
+            return f"{problem}. Run `svsk validate` on the folder"
+        # A row scale that is exact has exact products: those that overflow are found when all
+        # codes are there.
+        if bad := int((tensor.to(dtype).double() != tensor.double()).sum()):
+            return (
+                f"{bad} of {tensor.numel()} values are not exact in {dtype}. Serve the checkpoint"
+                f" in the dtype it is stored in, {tensor.dtype} (--dtype)"
+            )
+        return None
+
+
 def base_loader(
     prefix: str,
     name: str,
     loader: Callable[..., Any],
     arrived: Arrived,
     order: torch.Tensor | None,
+    base: StoredBase,
     *,
     keep: bool,
     whole: bool,
 ) -> Callable[..., None]:
-    """Weight loader of ``weight_packed`` or ``weight_scale``: the layer's own, with checks.
+    """Weight loader of a parameter of the base: the layer's own, with checks.
 
     Args:
         prefix: the layer's name.
@@ -91,6 +162,7 @@ def base_loader(
         loader: the layer's own loader.
         arrived: counts.
         order: stored row of each row that has to arrive, None for the stored order.
+        base: how it is stored.
         keep: whether the order is checked.
         whole: whether a tensor has to arrive as a whole, as it has with a sidecar, which is not
             split with it.
@@ -99,15 +171,21 @@ def base_loader(
     def load(param: torch.Tensor, loaded_weight: torch.Tensor, loaded_shard_id: Any = None) -> None:
         stored = stored_tensor(loaded_weight, name)
         if stored is not None:
-            if name == "weight_packed":
-                _require_dtype(stored.name, stored.dtype, torch.int32)
+            _require_dtype(stored.name, stored.dtype, *base.dtypes(name))
             if keep and not _same_rows(stored.tensor, loaded_weight, order, whole=whole):
                 raise SvskFormatError(
                     f"{stored.name}: vLLM's loader for this architecture changes its rows before"
                     f" {prefix} gets them, in a way that the plugin does not know. Put the module"
                     " on the ignore list (--ignore) when quantising."
                 )
-        loader(param, loaded_weight, *(() if loaded_shard_id is None else (loaded_shard_id,)))
+        label = stored.name if stored is not None else f"{prefix}.{name}"
+        try:
+            values = base.unpack(name, loaded_weight)
+        except SvskFormatError as error:
+            raise SvskFormatError(f"{label}: {error} Run `svsk validate` on the folder.") from error
+        if problem := base.value_problem(name, values, param.dtype):
+            raise SvskFormatError(f"{label}: {problem}.")
+        loader(param, values, *(() if loaded_shard_id is None else (loaded_shard_id,)))
         arrived.note(name, loaded_shards(loaded_shard_id))
 
     return load
@@ -134,10 +212,11 @@ def _same_rows(
     return len(order) == len(stored) and torch.equal(stored[order.to(stored.device)], arrived)
 
 
-def _require_dtype(name: str, dtype: torch.dtype, expected: torch.dtype) -> None:
-    if dtype != expected:
+def _require_dtype(name: str, dtype: torch.dtype, *expected: torch.dtype) -> None:
+    if dtype not in expected:
         raise SvskFormatError(
-            f"{name}: {dtype}, expected {expected}. Run `svsk validate` on the folder."
+            f"{name}: {dtype}, expected {' or '.join(map(str, expected))}. Run `svsk validate` on"
+            " the folder."
         )
 
 

@@ -21,6 +21,7 @@ from vllm.scalar_type import scalar_types
 
 from svsk_kernels.cpu.processor import has_avx512, product_dtype, simulated_features
 from svsk_kernels.errors import one_line
+from svsk_kernels.group_scales import pop_scales
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.sidecar_op import prepare_sidecar
 from svsk_vllm.format import SvskFormatError, code_values, pack_codes, unpack_codes
@@ -66,8 +67,11 @@ class SplitKernel:
 
     def prepare(self, layer: Any) -> None:
         """Replace the parameters by those of vLLM's kernel and of ``svsk::sidecar``."""
+        scale = pop_scales(layer)
         if self.spec.codebook == "quad8":
-            self._split_base(layer)
+            self._split_base(layer, scale)
+        elif self.spec.row_scaled:
+            _set_base(layer, layer.weight_packed.data, scale)
         self.base.process_weights_after_loading(layer)
         if self.spec.plan:
             loaded = (layer.sidecar_u.data, layer.sidecar_v.data, layer.sidecar_gain.data)
@@ -87,10 +91,10 @@ class SplitKernel:
             )
         return y
 
-    def _split_base(self, layer: Any) -> None:
+    def _split_base(self, layer: Any, scale: torch.Tensor) -> None:
         """Parameters of a layer of evenly spaced levels and twice the inputs."""
         codes = split_codes(unpack_codes(layer.weight_packed.data, self.spec.k))
-        scale = layer.weight_scale.data * 2
+        scale = scale * 2
         if not torch.isfinite(scale).all():
             raise SvskFormatError(
                 f"{self.prefix}.weight_scale: twice the largest scale is not finite in"

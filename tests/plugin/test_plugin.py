@@ -30,7 +30,13 @@ from svsk_vllm.plugin.quantization_config import SvskConfig
 from svsk_vllm.plugin.row_order import stored_row_order
 from svsk_vllm.plugin.shard_probe import ShardId
 from svsk_vllm.plugin.sidecar_layout import build_layout
-from svsk_vllm.plugin.sidecar_loader import SIDECAR_DTYPES, Arrived, base_loader, tile_loader
+from svsk_vllm.plugin.sidecar_loader import (
+    SIDECAR_DTYPES,
+    Arrived,
+    StoredBase,
+    base_loader,
+    tile_loader,
+)
 from svsk_vllm.plugin.stored_names import StoredModules
 from tests.support.format_builders import make_group, property_test, random_linear
 
@@ -92,7 +98,7 @@ def test_bad_configuration_is_refused(changes: dict[str, Any], message: str) -> 
 
 def test_fused_parts_with_different_bases_are_refused() -> None:
     schemes = [make_group(group_size=32), make_group(group_size=64), make_group(group_size=32)]
-    with pytest.raises(SvskFormatError, match="group sizes or codebooks differ"):
+    with pytest.raises(SvskFormatError, match="group sizes, codebooks or scale_bits differ"):
         SvskLinearMethod("model.layers.0.self_attn.qkv_proj", QKV["qkv_proj"], schemes)
 
 
@@ -284,6 +290,7 @@ class _Fused(torch.nn.Module):
             lambda param, w: param.data.copy_(w),
             self.arrived,
             order,
+            StoredBase(make_group().weights, 1),
             keep=True,
             whole=True,
         )

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from svsk_kernels.cpu.build import cpu_ops_obstacle
+from svsk_kernels.group_scales import pop_scales
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.sidecar_plan import SidecarPlan
 
@@ -69,7 +70,7 @@ class CpuKernel:
         """Rearrange the loaded parameters, see the module; ``sidecar_index`` is added."""
         tensors = {
             "weight_packed": _blocks(layer.weight_packed.data.view(torch.uint8)),
-            "weight_scale": _blocks(layer.weight_scale.data),
+            "weight_scale": _blocks(pop_scales(layer)),
         }
         if self.spec.plan:
             loaded = (layer.sidecar_u.data, layer.sidecar_v.data, layer.sidecar_gain.data)

@@ -298,7 +298,7 @@ void compute_block(const Job<X>& job, int64_t block, int64_t m_begin, int64_t m_
     for (int m = 0; m < M; ++m) out[m] = start;
     Sums<M, C> acc;
     // the base, group by group: exact products of levels, scaled once per group. A group's pairs
-    // are a multiple of 16, so of C
+    // are a multiple of 8, so of C
     for (int64_t g = 0; g < groups; ++g) {
       acc.clear();
       const uint8_t* first = codes + g * base.group / 2 * kLanes;

@@ -10,6 +10,7 @@ import torch
 
 import svsk_kernels.cpu.widened_op  # noqa: F401 - registers svsk::widened_linear
 from svsk_kernels.codebook import code_values, unpack_nibbles
+from svsk_kernels.group_scales import pop_scales
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.sidecar_op import prepare_sidecar
 
@@ -43,7 +44,7 @@ class PortableKernel:
         codes = unpack_nibbles(layer.weight_packed.data)
         tensors = {
             "weight_packed": (code_values(codes, self.spec.codebook) * parts).to(torch.int8),
-            "weight_scale": layer.weight_scale.data.float() / parts,
+            "weight_scale": pop_scales(layer).float() / parts,
         }
         if self.spec.plan:
             loaded = (layer.sidecar_u.data, layer.sidecar_v.data, layer.sidecar_gain.data)
