@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +22,7 @@ from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import check_servable
 from svsk_offline.quantizers.alternating import PreparedInput
 from svsk_offline.quantizers.quantize_linear import quantize_linear
-from svsk_offline.recipe import USUAL_IGNORE, AlternatingRecipe, Recipe
+from svsk_offline.recipe import USUAL_IGNORE, AlternatingArgs, AlternatingRecipe, Recipe
 from svsk_offline.storage.atomic import PartialFolder, write_json
 from svsk_offline.storage.checkpoint_writer import CheckpointWriter
 from svsk_offline.storage.dense_model import ModelSource
@@ -286,7 +285,7 @@ class Run:
         self, index: int, statistics: dict[str, InputStatistics], plan: Plan
     ) -> tuple[list[QuantizedLinear], list[LayerReport]]:
         linears, reports = [], []
-        prepare = cache(PreparedInput)  # linears of one input share their statistics
+        prepare = _last_one_kept()
         for name, full, _ in self.source.linears(index):
             scheme = plan.schemes.get(full)
             if scheme is None:
@@ -302,7 +301,7 @@ class Run:
                 linear, report = quantize_linear(
                     full,
                     weight,
-                    statistics[name],
+                    statistics.pop(name),
                     self.recipe,
                     scheme,
                     self.scale_dtype,
@@ -315,6 +314,25 @@ class Run:
             reports.append(report)
             self.progress.layer(report)
         return linears, reports
+
+
+def _last_one_kept() -> Callable[[InputStatistics, AlternatingArgs, float], PreparedInput]:
+    """:class:`PreparedInput`, made once for linears of one input that follow one another.
+
+    Only one is kept: its matrices are the largest a run has.
+    """
+    kept: dict[tuple[InputStatistics, AlternatingArgs, float], PreparedInput] = {}
+
+    def prepare(
+        statistics: InputStatistics, args: AlternatingArgs, sink_weight: float
+    ) -> PreparedInput:
+        key = statistics, args, sink_weight
+        if key not in kept:
+            kept.clear()  # before the next one is made
+            kept[key] = PreparedInput(*key)
+        return kept[key]
+
+    return prepare
 
 
 def _put_weights(

@@ -29,6 +29,7 @@ class InputStatistics:
         self._first = torch.zeros(shape, device=device) if first else None
         self._weight = 0.0
         self._samples = 0
+        self._settled = False  # the sums have become means
 
     def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Take in the inputs of some samples.
@@ -37,7 +38,12 @@ class InputStatistics:
             inputs: float [samples, tokens, K], or [tokens, K] without first tokens.
             weights: how much each token counts, float [samples, tokens] or [tokens]; None is 1
                 each.
+
+        Raises:
+            ValueError: :attr:`hessian` has been read.
         """
+        if self._settled:
+            raise ValueError("The Hessian has been read; nothing can be taken in after that.")
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if weights is None:
             self._weight += rows.shape[0]
@@ -58,7 +64,7 @@ class InputStatistics:
             return
         # Only the block upper triangle, panel by panel: 5/8 of the products.
         k = rows.shape[1]
-        width = -(-k // _PANELS)
+        width = _panel_width(k)
         for start in range(0, k, width):
             stop = min(start + width, k)
             total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
@@ -67,27 +73,58 @@ class InputStatistics:
     def second_moment(self) -> torch.Tensor:
         """``E[x_j^2]``, float32 [K]."""
         diagonal = self._sum.diagonal() if self._sum.ndim == 2 else self._sum
-        return diagonal / (self._weight or 1)  # 1 where nothing was taken in: all zero, not NaN
+        return diagonal / self._divisor()
 
     @property
     def hessian(self) -> torch.Tensor:
-        """``E[x x^T]`` over all tokens, by their weights, float32 [K, K]."""
-        return self._full(self._sum) / (self._weight or 1)
+        """``E[x x^T]`` over all tokens, by their weights, float32 [K, K].
+
+        The same tensor each time, made of the sums in place: a copy is what a GPU may not have room
+        for. Nothing can be taken in afterwards.
+        """
+        if not self._settled:
+            self._settle()
+        return self._sum
 
     @property
     def first_hessian(self) -> torch.Tensor:
-        """``E[x x^T]`` over the first token of each sample, float32 [K, K]."""
+        """``E[x x^T]`` over the first token of each sample, float32 [K, K]; as :attr:`hessian`."""
         if self._first is None:
             raise ValueError(
                 "First tokens were not kept apart; create the statistics with first=True."
             )
-        return self._full(self._first) / max(1, self._samples)
+        if not self._settled:
+            self._settle()
+        return self._first
 
-    @staticmethod
-    def _full(total: torch.Tensor) -> torch.Tensor:
-        if total.ndim != 2:
+    def _divisor(self) -> float:
+        # 1 where nothing was taken in: all zero, not NaN
+        return 1.0 if self._settled else self._weight or 1.0
+
+    def _settle(self) -> None:
+        """Turn the sums into whole matrices of means."""
+        if self._sum.ndim != 2:
             raise ValueError(
                 "Only the diagonal was accumulated; create the statistics with full=True."
             )
-        upper = total.triu()
-        return upper + upper.triu(1).T
+        _mirror(self._sum)
+        self._sum /= self._divisor()
+        if self._first is not None:
+            _mirror(self._first)
+            self._first /= max(1, self._samples)
+        self._settled = True
+
+
+def _mirror(total: torch.Tensor) -> None:
+    """Fill the lower triangle of a [K, K] whose upper one is known, in place."""
+    k = len(total)
+    width = _panel_width(k)
+    for start in range(0, k, width):
+        stop = min(start + width, k)
+        total[stop:, start:stop] = total[start:stop, stop:].T
+        corner = total[start:stop, start:stop].triu()
+        total[start:stop, start:stop] = corner + corner.triu(1).T
+
+
+def _panel_width(k: int) -> int:
+    return -(-k // _PANELS)

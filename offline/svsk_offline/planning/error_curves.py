@@ -7,7 +7,7 @@ import torch
 
 from svsk_offline.planning.bit_budget import Choice
 from svsk_offline.quantizers.gptq import gptq, initial_scales
-from svsk_offline.quantizers.hessian import ColumnOrder, damped, lower_factor
+from svsk_offline.quantizers.hessian import ColumnOrder
 from svsk_offline.quantizers.lowrank import truncated_svd
 from svsk_offline.quantizers.rounding import nearest_levels
 from svsk_offline.recipe import AllocationArgs, AlternatingArgs
@@ -52,7 +52,7 @@ def choices_of(
     """
     scheme = spec.scheme
     # Error feedback is run once, at the scheme's group size; all other sizes are scaled from it.
-    order = ColumnOrder.of(damped(hessian, args.damping))
+    order = ColumnOrder.of(hessian, args.damping)
     codebook, dtype = scheme.weights.codebook, spec.scale_dtype
     scale = initial_scales(args.scales, weight, order.importance, spec.group_size, codebook, dtype)
     residual = weight - gptq(weight, order, scale, codebook)[1]
@@ -134,10 +134,12 @@ def _rank_shares(
         if not bool(block.any()):
             continue
         # The default ridge of the fit; it only has to make the block decomposable.
-        lower = lower_factor(damped(block, 1e-4)).float()
+        order = ColumnOrder.of(block, 1e-4)
         for a in range(grid.num_row_tiles):
             rows = grid.row_slice(a)
-            weighted = (residual[rows, columns] * row_energy[rows].sqrt().unsqueeze(1)) @ lower
+            weighted = order.factored(
+                residual[rows, columns] * row_energy[rows].sqrt().unsqueeze(1)
+            )
             error += float(weighted.square().sum())
             values = truncated_svd(weighted, rank)[1].square().cpu()
             total[: len(values)] += values

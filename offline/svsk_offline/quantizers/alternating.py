@@ -6,7 +6,7 @@ import torch
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.input_statistics import InputStatistics
 from svsk_offline.quantizers.gptq import gptq, initial_scales, level_values, polish, refit_scales
-from svsk_offline.quantizers.hessian import ColumnOrder, damped
+from svsk_offline.quantizers.hessian import ColumnOrder
 from svsk_offline.quantizers.hessian_sidecar import (
     ColumnTile,
     HessianSidecar,
@@ -41,7 +41,7 @@ class PreparedInput:
         mean = float(self.hessian.diagonal().mean())
         if sink_weight:
             self.hessian = self.hessian + sink_weight * statistics.first_hessian
-        self.order = ColumnOrder.of(damped(self.hessian, args.damping, mean))
+        self.order = ColumnOrder.of(self.hessian, args.damping, mean)
         self._tiles: dict[int, list[ColumnTile]] = {}
 
     def tiles(self, grid: TileGrid) -> list[ColumnTile]:
@@ -95,8 +95,9 @@ def quantize_alternating(
             levels, values = gptq(target, order, scale, codebook)
         if number >= rounds and args.polish:
             # Scales first: the codes then move under the scales they will be stored with.
-            scale = refit_scales(target, order.hessian, levels, scale)
-            levels = polish(target, order.hessian, levels, scale, codebook)
+            with order.damped() as hessian:
+                scale = refit_scales(target, hessian, levels, scale)
+                levels = polish(target, hessian, levels, scale, codebook)
             values = level_values(levels, scale)
         if sidecar is None:
             best = QuantizedLinear(spec, nearest_codes(levels, codebook), scale)

@@ -43,7 +43,6 @@ class ColumnTile:
 
     columns: slice
     order: ColumnOrder
-    lower: torch.Tensor  # Cholesky factor of the tile's Hessian, float32
     # inv(H_cc) H_c, float32 [w, K]; None when the tile is the whole dimension.
     coupling: torch.Tensor | None
 
@@ -59,12 +58,12 @@ def column_tiles(hessian: torch.Tensor, grid: TileGrid, ridge: float) -> list[Co
     tiles = []
     for b in range(grid.num_col_tiles):
         columns = grid.col_slice(b)
-        block = damped(hessian[columns, columns], ridge)
-        order = ColumnOrder.of(block)
-        lower = lower_factor(block)
-        whole = block.shape[0] == grid.k
-        coupling = None if whole else torch.cholesky_solve(hessian[columns].double(), lower).float()
-        tiles.append(ColumnTile(columns, order, lower.float(), coupling))
+        block = hessian[columns, columns]
+        coupling = None
+        if len(block) < grid.k:
+            lower = lower_factor(damped(block, ridge))
+            coupling = torch.cholesky_solve(hessian[columns].double(), lower).float()
+        tiles.append(ColumnTile(columns, ColumnOrder.of(block, ridge), coupling))
     return tiles
 
 
@@ -140,15 +139,16 @@ class HessianSidecar:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rounded U [A, rows, f], V [A, f, w], gains [A, f] of [A, rows, w], f <= rank."""
         weighted = target if self.weights is None else target * self.weights.sqrt().unsqueeze(2)
-        # With H = L L^T the error is the squared norm of D^1/2 E L: the best V is Q^T L^-1, Q^T the
-        # leading right vectors of D^1/2 T L.
-        right = leading_right_vectors(weighted @ tile.lower, self.rank)
+        # With H = F F^T the error is the squared norm of D^1/2 E F: the best V is Q^T F^-1, Q^T the
+        # leading right vectors of D^1/2 T F.
+        right = leading_right_vectors(tile.order.factored(weighted), self.rank)
         count, ranks, width = right.shape
-        vectors = torch.linalg.solve_triangular(tile.lower.T, right.flatten(0, 1).T, upper=True).T
+        vectors = tile.order.unfactored(right.flatten(0, 1))
         # V is rounded first, and U fitted to the rounded V: so U makes up for V's rounding.
-        v_codes, v_scale = self._round_v(vectors.contiguous(), tile.order)
+        v_codes, v_scale = self._round_v(vectors, tile.order)
         # Products of the integers, scaled afterwards: the gains below need both.
-        codes_h = (v_codes @ tile.order.hessian).view(count, ranks, width)
+        with tile.order.damped() as hessian:
+            codes_h = (v_codes @ hessian).view(count, ranks, width)
         v_codes, v_scale = v_codes.view(count, ranks, width), v_scale.view(count, ranks)
         vh = codes_h * v_scale.unsqueeze(2)
         small = damped_batch(vh @ (v_codes * v_scale.unsqueeze(2)).mT, _RIDGE)
