@@ -21,7 +21,6 @@ from svsk_eval.cli import app
 from svsk_eval.errors import EvalError
 from svsk_eval.report.schema import BenchReport, BenchSettings, load_report
 from tests.eval.report.reports import model_run, report, task_run
-from tests.support.forked import forked_processes
 from tests.support.tiny_models import write_dense, write_random_svsk
 
 TASKS = Path(__file__).parent / "bench_tasks"
@@ -61,7 +60,7 @@ def run(folder: Path, *more: object, variant: str | None = None) -> Result:
     )
 
 
-@pytest.mark.usefixtures("fork_server")
+@pytest.mark.usefixtures("forked")
 def test_a_run_and_its_files(folder: Path) -> None:
     files = {
         "--json": folder / "a.json",
@@ -87,8 +86,7 @@ def test_a_run_and_its_files(folder: Path) -> None:
         assert all(word in page for word in ("variant", "mini_mc", "mini_gen"))
     assert "mini_mc" in result.output
 
-    with forked_processes():
-        again = run(folder, "--tasks", "mini_mc", "--limit", 6, "--json", folder / "b.json", *text)
+    again = run(folder, "--tasks", "mini_mc", "--limit", 6, "--json", folder / "b.json", *text)
     assert again.exit_code == 0, again.output
     assert (
         load_report(folder / "b.json").models[1].tasks["mini_mc"]
