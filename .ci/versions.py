@@ -238,10 +238,13 @@ def try_python(trial: Trial, interpreter: Path, work: Path) -> Row:
 
 
 def try_slow(trial: Trial, work: Path) -> Row:
-    """Run the tests marked ``slow`` with the pinned versions."""
+    """Run the tests marked ``slow`` with the pinned versions; those of the interpreter apart."""
     os.environ["SVSK_ALL_TESTS"] = "1"
-    counts = run_tests(PYTHON, ("tests",), None, work / "report.xml", "-m", "slow")
-    return row(trial, "-", [], ("tests",), counts)
+    compiled = run_tests(PYTHON, ("tests",), None, work / "1.xml", "-m", "slow")
+    os.environ["TRITON_INTERPRET"] = "1"
+    interpreted = run_tests(PYTHON, ("tests/interpreter",), None, work / "2.xml", "-m", "slow")
+    del os.environ["TRITON_INTERPRET"]
+    return row(trial, "-", [], ("tests",), [*map(sum, zip(compiled, interpreted, strict=True))])
 
 
 def row(

@@ -34,6 +34,7 @@ def test_both_models_are_served_in_a_dtype_that_is_fast(
     assert served == [(str(tmp_path / "dense"), dtype), (str(tmp_path / "svsk"), dtype)]
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_served_ends_with_its_log(tmp_path: Path) -> None:
     with pytest.raises(
         EvalError,

@@ -67,6 +67,7 @@ def test_plain_weights_are_the_values_of_the_gguf(plain: Tensors, values: Tensor
         assert torch.equal(plain[ours], values[theirs].to(torch.bfloat16)), ours
 
 
+@pytest.mark.slow
 def test_dither_follows_the_recipe_bit_for_bit(dithered: Tensors, values: Tensors) -> None:
     # Of the first layer q and k come before v in the stream of noise; q and k are stored in another
     # order of rows.
@@ -80,6 +81,7 @@ def test_dither_follows_the_recipe_bit_for_bit(dithered: Tensors, values: Tensor
     assert torch.equal(dithered["model.layers.0.self_attn.v_proj.weight"], expected)
 
 
+@pytest.mark.slow
 def test_dither_moves_every_matrix_but_the_embedding_and_nothing_else(
     plain: Tensors, dithered: Tensors
 ) -> None:
@@ -89,6 +91,7 @@ def test_dither_moves_every_matrix_but_the_embedding_and_nothing_else(
     assert len(moved) == 30 * 7
 
 
+@pytest.mark.slow
 def test_noise_is_uniform_over_one_step(plain: Tensors, dithered: Tensors) -> None:
     half_ulp = 2**-8  # of bfloat16, relative: both folders hold rounded values
     some_layers = ("model.layers.0.", "model.layers.14.", "model.layers.29.")
@@ -110,6 +113,7 @@ def test_noise_is_uniform_over_one_step(plain: Tensors, dithered: Tensors) -> No
         assert relative.std().item() == pytest.approx(12**-0.5, rel=0.02), name
 
 
+@pytest.mark.slow
 def test_dither_takes_the_head_start_of_four_bit_grids_away(
     plain: Tensors, dithered: Tensors
 ) -> None:

@@ -51,12 +51,28 @@ def run(
     )
 
 
-@pytest.mark.parametrize(
-    "shape", SHAPES, ids=lambda shape: "-".join(str(value) for value in shape.values())
-)
-@pytest.mark.parametrize("num_bits", [4, 8])
-@pytest.mark.parametrize("codebook", CODEBOOKS)
-@pytest.mark.parametrize("kernel", ["decode", "gemm", "fold"])
+def combinations() -> list[Any]:
+    """Every kernel, codebook, width of factors and shape together.
+
+    In every run each kernel has each shape once, and each codebook with each width; the rest is
+    run with all tests.
+    """
+    kinds = list(itertools.product(CODEBOOKS, (4, 8)))
+    return [
+        pytest.param(
+            kernel,
+            *kind,
+            shape,
+            id="-".join(map(str, (kernel, *kind, *shape.values()))),
+            marks=() if (i + j) % len(kinds) == k else pytest.mark.slow,
+        )
+        for i, kernel in enumerate(("decode", "gemm", "fold"))
+        for j, shape in enumerate(SHAPES)
+        for k, kind in enumerate(kinds)
+    ]
+
+
+@pytest.mark.parametrize(("kernel", "codebook", "num_bits", "shape"), combinations())
 def test_kernel_equals_reference(
     kernel: str, codebook: Codebook, num_bits: int, shape: dict[str, Any]
 ) -> None:

@@ -239,7 +239,7 @@ def test_a_sound_checkpoint_is_taken_by_all(folders: Folders, vllm_loader: Loade
 
 
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("examples", [150, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [75, pytest.param(2000, marks=pytest.mark.slow)])
 def test_mutations(
     folders: Folders, vllm_loader: Loader, capsys: pytest.CaptureFixture[str], examples: int
 ) -> None:

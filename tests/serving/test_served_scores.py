@@ -109,6 +109,7 @@ def test_what_vllm_refuses_is_in_the_error(tiny_pair: Any) -> None:
         )
 
 
+@pytest.mark.slow
 def test_smollm2(smollm2_pair: Any, tmp_path: Path) -> None:
     """A trained model on English and code, with compiled graphs, on the default kernel."""
     pair = smollm2_pair("bfloat16")

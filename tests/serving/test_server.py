@@ -91,7 +91,7 @@ def test_generate_command(tiny_pair: Any) -> None:
 
 
 def test_openai_client(smollm2_pair: Any, tmp_path: Path) -> None:
-    with server(smollm2_pair("bfloat16").svsk, tmp_path / "log") as url:
+    with server(smollm2_pair("float16").svsk, tmp_path / "log") as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused")
         assert [model.id for model in client.models.list()] == ["svsk"]
         completion = client.completions.create(

@@ -122,7 +122,8 @@ def compare(
     kernel: str = "auto",
     **options: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    dense = run(pair.restored, prompts, **options)
+    # the dense model on one rank: the ranks of vLLM's own layers are not what is tested
+    dense = run(pair.restored, prompts, **{**options, "tp": 1})
     served = run(
         pair.svsk, prompts, sequences=dense["sequences"], reload=True, kernel=kernel, **options
     )
@@ -143,10 +144,10 @@ def compare(
 @pytest.mark.parametrize(
     ("family", "dtype", "codebook", "kernel", "eager", "tp"),
     [
-        ("llama", "bfloat16", "int4", "auto", True, 1),
+        ("llama", "bfloat16", "int4", "auto", False, 1),
         ("llama", "float16", "int4", "split", False, 1),
-        ("qwen3", "bfloat16", "quad8", "auto", False, 2),
-        ("qwen3", "float16", "int4", "auto", True, 2),
+        pytest.param("qwen3", "bfloat16", "quad8", "auto", False, 2, marks=pytest.mark.slow),
+        ("qwen3", "float16", "quad8", "auto", True, 2),
         ("llama", "float16", "quad8", "split", True, 1),
     ],
 )
@@ -199,7 +200,10 @@ def test_an_incomplete_checkpoint_ends_in_its_name(
         run_vllm(folder, [[1, 2, 3]], max_tokens=1)
 
 
-@pytest.mark.parametrize(("dtype", "eager"), [("bfloat16", False), ("float16", True)])
+@pytest.mark.parametrize(
+    ("dtype", "eager"),
+    [pytest.param("bfloat16", False, marks=pytest.mark.slow), ("float16", True)],
+)
 def test_smollm2(run_vllm: Run, smollm2_pair: Any, dtype: str, eager: bool) -> None:
     """Against the float32 model too.
 

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("triton")
 
 from svsk_kernel_tools.binary.aot import Arch, compile_case
+from svsk_kernel_tools.binary.case import KernelCase
 from svsk_kernel_tools.binary.checks import LIMITS, failures
 from svsk_kernel_tools.binary.report import read_facts
 
@@ -15,10 +16,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 from svsk_kernel_tools.binary.cases import cases
-from tests.support.arches import EVERY_ARCH
+from tests.support.arches import EVERY_KERNEL, IN_PART
 
 
-@pytest.mark.parametrize("arch", EVERY_ARCH)
+def failed_checks(chosen: list[KernelCase], arch: Arch) -> dict[str, list[str]]:
+    checked = {
+        case.name: failures(read_facts(compile_case(case, arch)), case, LIMITS[arch])
+        for case in chosen
+    }
+    return {name: sentences for name, sentences in checked.items() if sentences}
+
+
+@pytest.mark.parametrize("arch", EVERY_KERNEL)
 def test_every_kernel_passes_every_check(arch: Arch) -> None:
     found = cases(arch)
     assert {case.name.split("-")[0] for case in found} >= {
@@ -30,11 +39,15 @@ def test_every_kernel_passes_every_check(arch: Arch) -> None:
         "fold",
         "feedback",
     }
-    failed = {
-        case.name: failures(read_facts(compile_case(case, arch)), case, LIMITS[arch])
-        for case in found
-    }
-    assert {name: sentences for name, sentences in failed.items() if sentences} == {}
+    assert failed_checks(found, arch) == {}
+
+
+@pytest.mark.parametrize("arch", IN_PART)
+def test_a_kernel_of_each_kind_passes_every_check(arch: Arch) -> None:
+    """The first case of each function: the other blocks and types are compiled with all tests."""
+    first = {case.fn: case for case in reversed(cases(arch))}
+    assert len(first) == 5
+    assert failed_checks(list(first.values()), arch) == {}
 
 
 @pytest.mark.parametrize("arch", [90, 100, 120])

@@ -159,8 +159,23 @@ def run(
     return y, gpu
 
 
-@ARCHES
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+RARE = ("parts of different ranks, tiles and bits", "tiles longer than a job", "gemm, ragged")
+"""Executed for sm_80 with all tests only: they are the longest, and sm_90 has them in every run."""
+
+
+@pytest.mark.parametrize(
+    ("case", "arch"),
+    [
+        pytest.param(
+            case,
+            arch,
+            id=f"{case.name}-{arch}",
+            marks=pytest.mark.slow if arch == 80 and case.name in RARE else (),
+        )
+        for case in CASES
+        for arch in (80, 90)
+    ],
+)
 def test_products(case: Case, arch: int) -> None:
     """Near the reference.
 
