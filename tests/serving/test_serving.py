@@ -224,7 +224,9 @@ def test_smollm2(run_vllm: Run, smollm2_pair: Any, dtype: str, eager: bool) -> N
     ("features", "dtype", "codebook", "eager", "bound", "kernels"),
     [
         ("avx2", "float32", "int4", False, 1e-4, ["PortableKernel"]),
-        ("avx2", "bfloat16", "quad8", True, 0.05, ["PortableKernel"]),
+        pytest.param(
+            "avx2", "bfloat16", "quad8", True, 0.05, ["PortableKernel"], marks=pytest.mark.slow
+        ),
         ("avx512", "bfloat16", "int4", True, 0.05, ["CPUWNA16LinearKernel", "SplitKernel"]),
     ],
 )

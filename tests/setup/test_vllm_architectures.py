@@ -25,6 +25,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     sys.modules.pop("vllm_architectures", None)
 
 
+@pytest.mark.slow
 def test_the_table_is_up_to_date(script: ModuleType, tmp_path: Path) -> None:
     """A table made from another vLLM than is installed is compared below all the same."""
     table, stored = script.read_table(), json.loads(script.TABLE.read_text(encoding="utf-8"))
