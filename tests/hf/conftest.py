@@ -26,7 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> MakeFolders:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def qwen2(folders: MakeFolders) -> Folders:
     return folders("qwen2", torch.bfloat16)
 

@@ -14,22 +14,24 @@ import pytest
 
 from svsk_offline.storage.restore import restore
 from svsk_vllm.format.config import STOCK_LOADER_KEY, STOCK_LOADER_NOTE
-from tests.hf.loading import Folders, MakeFolders, assert_same, load
+from tests.hf.loading import Folders, assert_same, load
 from tests.support.tiny_models import write_random_svsk
 
 ASK_TRANSFORMERS = """
 import sys
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 from transformers import AutoModelForSequenceClassification
-for load in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification):
+for folder in sys.argv[1:]:
+    print("FOLDER")
+    for load in (AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification):
+        try:
+            load.from_pretrained(folder)
+        except ValueError as error:
+            print("stopped:", error)
     try:
-        load.from_pretrained(sys.argv[1])
+        pipeline("text-generation", folder)
     except ValueError as error:
         print("stopped:", error)
-try:
-    pipeline("text-generation", sys.argv[1])
-except ValueError as error:
-    print("stopped:", error)
 assert not any(name.startswith("svsk") for name in sys.modules)
 """
 
@@ -48,13 +50,31 @@ def run(*command: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-def test_transformers_stops(qwen2: Folders, tmp_path: Path, shards: int) -> None:
-    svsk = qwen2.svsk if shards == 1 else write_random_svsk(qwen2.dense, tmp_path, shards=shards)
-    code, printed = run("-c", ASK_TRANSFORMERS, str(svsk))
+@pytest.fixture(scope="module")
+def asked(qwen2: Folders, tmp_path_factory: pytest.TempPathFactory) -> dict[Path | int, str]:
+    """What transformers, in one process, says of each folder.
+
+    Checkpoints by their number of shards, and the two kinds of folders that leave the format.
+    """
+    folder = tmp_path_factory.mktemp("asked")
+    load(qwen2.svsk).save_pretrained(folder / "saved")
+    folders: dict[Path | int, Path] = {
+        1: qwen2.svsk,
+        3: write_random_svsk(qwen2.dense, folder / "three", shards=3),
+        folder / "saved": folder / "saved",
+        folder / "restored": restore(qwen2.svsk, folder / "restored"),
+    }
+    # unbuffered: what it warns of stands beside what it prints
+    asking = ("-u", "-c", ASK_TRANSFORMERS, *map(str, folders.values()))
+    code, printed = run(*asking)
     assert code == 0, printed
-    assert printed.count("stopped:") == 4
-    assert printed.count(STOCK_LOADER_NOTE) >= 4
+    return dict(zip(folders, printed.split("FOLDER\n")[1:], strict=True))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_transformers_stops(asked: dict[Path | int, str], shards: int) -> None:
+    assert asked[shards].count("stopped:") == 4
+    assert asked[shards].count(STOCK_LOADER_NOTE) >= 4
 
 
 def test_lm_eval_stops(qwen2: Folders) -> None:
@@ -96,15 +116,10 @@ def test_a_checkpoint_without_the_note_loads_as_before(broken: Path, qwen2: Fold
     assert_same(load(broken), load(qwen2.restored))
 
 
-def test_what_leaves_the_format_leaves_the_note(
-    folders: MakeFolders, qwen2: Folders, tmp_path: Path
-) -> None:
-    load(qwen2.svsk).save_pretrained(tmp_path / "saved")
-    restore(qwen2.svsk, tmp_path / "restored")
-    for name in ("saved", "restored"):
-        assert STOCK_LOADER_KEY not in json.loads(
-            (tmp_path / name / "config.json").read_text(encoding="utf-8")
-        )
-        code, printed = run("-c", ASK_TRANSFORMERS, str(tmp_path / name))
-        assert code == 0, printed
+def test_what_leaves_the_format_leaves_the_note(asked: dict[Path | int, str]) -> None:
+    left = {folder: printed for folder, printed in asked.items() if isinstance(folder, Path)}
+    assert sorted(folder.name for folder in left) == ["restored", "saved"]
+    for folder, printed in left.items():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        assert STOCK_LOADER_KEY not in config
         assert "stopped:" not in printed

@@ -120,7 +120,7 @@ def test_quantized_with_gradients_and_loaded_again(dense: Path, tmp_path: Path) 
                 "rank": 0 if dense.name in ("bloom", "falcon", "gpt_neox") else 4
             },  # vLLM moves their rows
             "weights": {"group_size": 32},
-            "alternating": {"rounds": 1},
+            "alternating": {"rounds": 1, "polish": 1},
         }
     )
     quantize(dense, tmp_path / "out", recipe)
