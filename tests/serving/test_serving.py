@@ -22,11 +22,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from svsk_kernels.cpu.processor import has_avx512
 from svsk_offline.calibration import load_calibration
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_vllm.format import Checkpoint, dequantize
 from tests.serving.conftest import Pair, Run
 
+needs_avx512 = pytest.mark.skipif(
+    not has_avx512(), reason="vLLM's 4-bit kernel for CPUs needs AVX-512"
+)
 BOUND = {"bfloat16": 0.02, "float16": 0.005}
 CLEAR_CHOICE = 0.1
 COARSE_CHOICE = 0.5
@@ -145,10 +149,10 @@ def compare(
     ("family", "dtype", "codebook", "kernel", "eager", "tp"),
     [
         ("llama", "bfloat16", "int4", "auto", False, 1),
-        ("llama", "float16", "int4", "split", False, 1),
+        pytest.param("llama", "float16", "int4", "split", False, 1, marks=needs_avx512),
         pytest.param("qwen3", "bfloat16", "quad8", "auto", False, 2, marks=pytest.mark.slow),
         ("qwen3", "float16", "quad8", "auto", True, 2),
-        ("llama", "float16", "quad8", "split", True, 1),
+        pytest.param("llama", "float16", "quad8", "split", True, 1, marks=needs_avx512),
     ],
 )
 def test_tiny_model_with_misaligned_tiles(

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svsk_kernels.cpu.cpu_kernel import CpuKernel, cpu_ops_obstacle
+from svsk_kernels.cpu.processor import simulated_features
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.naive import naive_matmul, naive_sidecar
 from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup
@@ -25,7 +26,7 @@ from svsk_vllm.format import Codebook, LinearSpec, QuantizedLinear, pack_codes
 from tests.support.format_builders import make_group, property_test, random_linear
 from tests.support.layers import loaded_layer
 
-if not torch.cpu._is_avx512_bf16_supported():
+if simulated_features() or not torch.cpu._is_avx512_bf16_supported():
     pytest.skip("the processor has no AVX512-BF16", allow_module_level=True)
 
 BOUND = {torch.bfloat16: 3.5e-3, torch.float16: 3e-4}
