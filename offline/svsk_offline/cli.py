@@ -94,7 +94,7 @@ def quantize(
     recipe: Annotated[str, typer.Option(help="Name (see `svsk recipes`) or YAML file.")] = "best",
     target_bpw: Annotated[
         float | None,
-        typer.Option(help="Bits per weight; rank and group size are then chosen per matrix."),
+        typer.Option(help="Bits per weight; rank, group size and scale bits are then chosen."),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Sidecar rank per tile, 0 for none.")] = None,
     tile_m: TileM = None,
@@ -102,7 +102,10 @@ def quantize(
     factor_bits: Annotated[
         int | None, typer.Option(help="Bits of a sidecar factor, 8 or 4.")
     ] = None,
-    group_size: Annotated[int | None, typer.Option(help="Weights per scale, 32 or 64.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Weights per scale: 16, 32 or 64.")] = None,
+    scale_bits: Annotated[
+        int | None, typer.Option(help="Bits of a scale: 16, or 8 or 6 under a scale per row.")
+    ] = None,
     codebook: CodebookName = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Module to leave alone: name or re:pattern.")
@@ -137,11 +140,16 @@ def quantize(
     loaded = load_recipe(recipe)
     sidecar = {"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": factor_bits}
     budget: dict[str, Any] = {"target_bpw": target_bpw}
-    if group_size and (target_bpw or loaded.target_bpw):
-        budget["group_sizes"] = (group_size,)
+    if target_bpw or loaded.target_bpw:
+        budget["group_sizes"] = (group_size,) if group_size else None
+        budget["scale_bits"] = (scale_bits,) if scale_bits else None
     chosen = loaded.override(
         {
-            "weights": {"group_size": group_size, "codebook": codebook},
+            "weights": {
+                "group_size": group_size,
+                "codebook": codebook,
+                "scale_bits": scale_bits,
+            },
             "sidecar": sidecar,
             "calibration": {
                 "samples": samples,
@@ -187,7 +195,7 @@ def recipes() -> None:
         table.add_row(
             name,
             recipe.method,
-            f"{weights.codebook} g{weights.group_size}",
+            f"{weights.codebook} g{weights.group_size} s{weights.scale_bits}",
             f"r{side.rank} {side.num_bits} bit, {side.tile_m}x{side.tile_n}",
             recipe.description,
         )

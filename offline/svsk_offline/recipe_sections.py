@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from svsk_vllm.format.config import MAX_RANK, Strict
+from svsk_vllm.format.group_scales import ScaleBits
 
 __all__ = [
     "AllocationArgs",
@@ -92,16 +93,20 @@ class GradientArgs(Strict):
 
 
 class AllocationArgs(Strict):
-    """Rank, factor bits and group size chosen per matrix under a budget of bits per weight."""
+    """What is chosen per matrix under a budget of bits per weight.
+
+    Every group size comes with every ``scale_bits``.
+    """
 
     target_bpw: float = Field(gt=4, le=8)
     ranks: tuple[Annotated[int, Field(ge=0, le=MAX_RANK)], ...] = Field(
         default=(0, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128)
     )
     factor_bits: tuple[Literal[4, 8], ...] = (4,)
-    group_sizes: tuple[Literal[32, 64], ...] = (64, 32)
+    group_sizes: tuple[Literal[16, 32, 64], ...] = (64, 32)
+    scale_bits: tuple[ScaleBits, ...] = (16,)
 
-    @field_validator("ranks", "factor_bits", "group_sizes")
+    @field_validator("ranks", "factor_bits", "group_sizes", "scale_bits")
     @classmethod
     def _not_empty(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if not value or len(set(value)) != len(value):

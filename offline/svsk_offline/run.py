@@ -164,7 +164,8 @@ class Run:
             if all(k % size for size in sizes):
                 raise SvskError(
                     f"{name}: K = {k} input features is a multiple of none of"
-                    f" allocation.group_sizes {sizes}. Add 32, or add the module to --ignore."
+                    f" allocation.group_sizes {sizes}. Add a smaller one, or add the module to"
+                    " --ignore."
                 )
 
     def _claim(self, overwrite: bool) -> Path:

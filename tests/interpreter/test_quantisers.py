@@ -15,6 +15,7 @@ from svsk_offline.quantizers.gptq import gptq, initial_scales, polish
 from svsk_offline.quantizers.hessian import ColumnOrder, damped
 from svsk_offline.quantizers.hessian_sidecar import HessianSidecar, column_tiles, sidecar_weight
 from svsk_vllm.format import Codebook, TileGrid
+from svsk_vllm.format.group_scales import GroupScales
 
 
 def hessian(k: int) -> torch.Tensor:
@@ -48,7 +49,7 @@ def error(residual: torch.Tensor, moment: torch.Tensor) -> float:
 @pytest.mark.parametrize(("n", "k", "codebook"), [(20, 192, "int4"), (33, 64, "quad8")])
 def test_base_and_polish(both: Any, n: int, k: int, codebook: Codebook) -> None:
     w, order = weight(n, k), ColumnOrder.of(damped(hessian(k), 0.01))
-    scale = initial_scales("search", w, order.importance, 32, codebook, torch.bfloat16)
+    scale = initial_scales("search", w, order.importance, 32, codebook, GroupScales(torch.bfloat16))
     (levels, values), (found, found_values) = both(lambda: gptq(w, order, scale, codebook))
     assert float((levels == found).float().mean()) > 0.98  # a near tie changes the rest of its row
     assert error(w - found_values, order.hessian) == pytest.approx(

@@ -209,6 +209,32 @@ def test_restore_gives_what_transformers_loads(
         restore(tmp_path / "out", tmp_path / "dense")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "group_size", "scale_bits"), [("published", 64, 6), ("fast", 32, 8), ("best", 16, 6)]
+)
+def test_scales_in_two_levels(
+    tmp_path: Path, tiny_qwen2: Path, recipe: str, group_size: int, scale_bits: int
+) -> None:
+    """Valid, with the bits asked for, and the same weights in transformers as restored."""
+    changes = {
+        "weights": {"group_size": group_size, "scale_bits": scale_bits, "codebook": "quad8"},
+        "calibration": {"samples": 8, "seq_len": 64},
+        "sidecar": {"rank": 4},
+    }
+    out = tmp_path / "out"
+    quantize(tiny_qwen2, out, load_recipe(recipe).override(changes))
+    assert validate_against_architecture(out) == []
+    checkpoint = Checkpoint(out)
+    assert checkpoint.config.version == "1.1"
+    for _, linear in checkpoint.iter_linears():
+        weights = linear.spec.scheme.weights
+        assert (weights.group_size, weights.scale_bits) == (group_size, scale_bits)
+    loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    restored = ShardedReader(restore(out, tmp_path / "dense"))
+    for name in checkpoint.linears:
+        assert torch.equal(loaded[f"{name}.weight"], restored.read(f"{name}.weight"))
+
+
 def test_ignored_modules_stay_dense(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
     recipe = tiny_recipe.override(
         {"ignore": (r"re:.*\.down_proj$", "model.layers.0.self_attn.o_proj")}

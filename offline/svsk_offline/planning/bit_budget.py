@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing rank, factor bits and group size per matrix under a bit budget.
+"""Choosing rank, factor bits, group size and scale bits per matrix under a bit budget.
 
 Every choice for a matrix has a size and a loss, an estimate of what it adds to the KL divergence.
 The least total loss within the budget is sought by Lagrangian relaxation (Shoham and Gersho 1988):
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from svsk_kernels.errors import SvskError
+from svsk_vllm.format.group_scales import ScaleBits
 
 __all__ = ["Choice", "allocate"]
 
@@ -26,6 +27,7 @@ class Choice:
 
     Attributes:
         group_size: weights per scale.
+        scale_bits: how scales are stored (:mod:`svsk_vllm.format.group_scales`).
         rank: of the sidecar, per tile.
         factor_bits: bits of a factor.
         stored_bits: everything stored of the matrix.
@@ -33,10 +35,16 @@ class Choice:
     """
 
     group_size: int
+    scale_bits: ScaleBits
     rank: int
     factor_bits: int
     stored_bits: int
     loss: float
+
+    @property
+    def base(self) -> tuple[int, ScaleBits]:
+        """What fused matrices have in common: group size and scale bits."""
+        return self.group_size, self.scale_bits
 
 
 def allocate(
@@ -50,7 +58,7 @@ def allocate(
     Args:
         choices: by matrix name, all that are possible.
         fused: by matrix name, what it is fused with at run time: matrices of equal value get one
-            group size, because they share one base kernel.
+            base, because they share one base kernel.
         target_bpw: bits per weight of all matrices together.
         num_weights: weights of all matrices together.
 
@@ -100,15 +108,15 @@ def _at_price(
 
     chosen: dict[str, Choice] = {}
     for members in sets.values():
-        # Fused matrices share a group size; of two of equal cost the larger, which stores less.
-        sizes = sorted(
-            {choice.group_size for options in members.values() for choice in options}, reverse=True
+        # Fused matrices share a base; of two of equal cost that of larger groups, which the
+        # kernels scale less often.
+        bases = sorted(
+            {choice.base for options in members.values() for choice in options}, reverse=True
         )
         picks: list[dict[str, Choice]] = []
-        for size in sizes:
+        for base in bases:
             fitting = {
-                name: [c for c in options if c.group_size == size]
-                for name, options in members.items()
+                name: [c for c in options if c.base == base] for name, options in members.items()
             }
             if all(fitting.values()):
                 picks.append({name: min(options, key=cost) for name, options in fitting.items()})
@@ -125,7 +133,7 @@ def _spend(
 ) -> dict[str, Choice]:
     """Take the steps that gain most per bit until none fits what is left of the budget.
 
-    Group sizes stay, since fused matrices would have to change theirs together.
+    Bases stay, since fused matrices would have to change theirs together.
     """
     rest = budget - _size(chosen)
     while True:
@@ -134,7 +142,7 @@ def _spend(
             now = chosen[name]
             for choice in options:
                 more = choice.stored_bits - now.stored_bits
-                if choice.group_size != now.group_size or not 0 < more <= rest:
+                if choice.base != now.base or not 0 < more <= rest:
                     continue
                 gain = (now.loss - choice.loss) / more
                 if gain > rate:

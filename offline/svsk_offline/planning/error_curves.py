@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the loss of one matrix falls with the bits spent on it."""
 
+from itertools import product
 from typing import Final
 
 import torch
@@ -12,6 +13,7 @@ from svsk_offline.quantizers.lowrank import truncated_svd
 from svsk_offline.quantizers.rounding import nearest_levels
 from svsk_offline.recipe import AllocationArgs, AlternatingArgs
 from svsk_vllm.format import ConfigGroup, LinearSpec
+from svsk_vllm.format.group_scales import GroupScales, ScaleBits
 
 __all__ = ["choices_of", "scheme_with"]
 
@@ -54,7 +56,9 @@ def choices_of(
     # Error feedback is run once, at the scheme's group size; all other sizes are scaled from it.
     order = ColumnOrder.of(hessian, args.damping)
     codebook, dtype = scheme.weights.codebook, spec.scale_dtype
-    scale = initial_scales(args.scales, weight, order.importance, spec.group_size, codebook, dtype)
+    scale = initial_scales(
+        args.scales, weight, order.importance, spec.group_size, codebook, spec.scales
+    )
     residual = weight - gptq(weight, order, scale, codebook)[1]
     loss = 0.5 * float(((residual @ hessian) * residual).sum(1) @ row_energy)
     reference = _rounding_error(weight, scale, order.importance, row_energy, spec)
@@ -62,12 +66,19 @@ def choices_of(
     # From 1 at one round to 1 + _ALTERNATION at many; every two rounds bring half of the rest.
     power = 1 + _ALTERNATION * (1 - 0.5 ** ((args.rounds - 1) / 2))
     choices = []
-    for size in allocation.group_sizes:
+    for size, scale_bits in product(allocation.group_sizes, allocation.scale_bits):
         if spec.k % size:
             continue
         other = scale
-        if size != spec.group_size:
-            other = initial_scales(args.scales, weight, order.importance, size, codebook, dtype)
+        if (size, scale_bits) != (spec.group_size, scheme.weights.scale_bits):
+            other = initial_scales(
+                args.scales,
+                weight,
+                order.importance,
+                size,
+                codebook,
+                GroupScales(dtype, scale_bits),
+            )
         ratio = (
             _rounding_error(weight, other, order.importance, row_energy, spec) / reference
             if reference
@@ -76,18 +87,26 @@ def choices_of(
         for rank in allocation.ranks:
             for bits in allocation.factor_bits if rank else allocation.factor_bits[:1]:
                 stored = LinearSpec(
-                    spec.name, spec.n, spec.k, scheme_with(scheme, size, rank, bits), dtype
+                    spec.name,
+                    spec.n,
+                    spec.k,
+                    scheme_with(scheme, (size, scale_bits), rank, bits),
+                    dtype,
                 ).stored_bits
                 # What rounded factors keep of the gain is an estimate, so it may exceed the whole.
                 left = max(1 - _KEPT[bits] * float(shares[:rank].sum()), 0.0)
-                choices.append(Choice(size, rank, bits, stored, loss * ratio * left**power))
+                choices.append(
+                    Choice(size, scale_bits, rank, bits, stored, loss * ratio * left**power)
+                )
     return choices
 
 
-def scheme_with(scheme: ConfigGroup, group_size: int, rank: int, factor_bits: int) -> ConfigGroup:
+def scheme_with(
+    scheme: ConfigGroup, base: tuple[int, ScaleBits], rank: int, factor_bits: int
+) -> ConfigGroup:
     """A scheme with some values replaced and checked again, so that what is written can be read."""
     raw = scheme.model_dump(mode="python")
-    raw["weights"] |= {"group_size": group_size}
+    raw["weights"] |= {"group_size": base[0], "scale_bits": base[1]}
     raw["sidecar"] |= {"rank": rank, "num_bits": factor_bits}
     return ConfigGroup.model_validate(raw)
 

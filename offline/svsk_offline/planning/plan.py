@@ -233,7 +233,7 @@ class _Measured:
             fused |= dict.fromkeys(members, members)
         chosen = allocate(self.choices, fused, self.recipe.allocation.target_bpw, weights)
         schemes = {
-            name: scheme_with(scheme, pick.group_size, pick.rank, pick.factor_bits)
+            name: scheme_with(scheme, pick.base, pick.rank, pick.factor_bits)
             for name, scheme in self.schemes.items()
             for pick in (chosen[name],)
         }

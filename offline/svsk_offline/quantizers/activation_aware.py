@@ -7,6 +7,7 @@ import torch
 
 from svsk_offline.quantizers.rounding import absmax_scale, scaled_codes
 from svsk_vllm.format import Codebook
+from svsk_vllm.format.group_scales import GroupScales
 
 __all__ = ["channel_importance", "quantize_aa"]
 
@@ -38,37 +39,38 @@ def quantize_aa(
     importance: torch.Tensor,
     group_size: int,
     codebook: Codebook,
-    scale_dtype: torch.dtype,
+    stored: GroupScales,
     clip_grid: Sequence[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round under the clip of each group's maximum with the least weighted squared error.
 
-    Scales are rounded to ``scale_dtype`` before the codes are chosen. A clip of 1 is plain rounding
-    to nearest, so the weighted error of no group exceeds that of plain rounding.
+    Scales are rounded to what can be stored before the codes are chosen. A clip of 1 is plain
+    rounding to nearest, so the weighted error of no group exceeds that of plain rounding.
 
     Args:
         weight: float32 [N, K], K a multiple of ``group_size``.
         importance: float32 [K].
         group_size: weights per scale.
         codebook: the 16 levels.
-        scale_dtype: stored dtype of the scales.
+        stored: how scales are stored.
         clip_grid: factors in (0, 1].
 
     Returns:
-        int8 codes [N, K] and scales [N, K / group_size] of ``scale_dtype``.
+        int8 codes [N, K] and scales [N, K / group_size] of the stored dtype.
     """
     groups = weight.view(weight.shape[0], -1, group_size)
     weights = importance.view(-1, group_size)
     full = absmax_scale(groups, codebook)
     best_error = torch.full_like(full, torch.inf)
     best_codes = torch.zeros_like(groups, dtype=torch.int8)
-    best_scale = torch.zeros_like(full, dtype=scale_dtype)
+    best_scale = torch.zeros_like(full)
+    row_scale = stored.row_scale(full)
     for clip in clip_grid:
-        scale = (full * clip).to(scale_dtype)
-        codes, values = scaled_codes(groups, scale.float(), codebook)
+        scale = stored.round(full * clip, row_scale)
+        codes, values = scaled_codes(groups, scale, codebook)
         error = ((groups - values).square_() * weights).sum(-1)
         better = error < best_error  # of equal ones the first, in the order of the grid
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
         best_codes = torch.where(better.unsqueeze(-1), codes, best_codes)
-    return best_codes.flatten(1), best_scale
+    return best_codes.flatten(1), best_scale.to(stored.dtype)

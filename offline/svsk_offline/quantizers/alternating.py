@@ -90,13 +90,13 @@ def quantize_alternating(
     for number in range(1, rounds + max(1, args.polish)):
         if number <= rounds:  # from scratch, to what the sidecar leaves now
             scale = initial_scales(
-                args.scales, target, order.importance, spec.group_size, codebook, spec.scale_dtype
+                args.scales, target, order.importance, spec.group_size, codebook, spec.scales
             )
             levels, values = gptq(target, order, scale, codebook)
         if number >= rounds and args.polish:
             # Scales first: the codes then move under the scales they will be stored with.
             with order.damped() as hessian:
-                scale = refit_scales(target, hessian, levels, scale)
+                scale = refit_scales(target, hessian, levels, scale, spec.scales)
                 levels = polish(target, hessian, levels, scale, codebook)
             values = level_values(levels, scale)
         if sidecar is None:

@@ -10,6 +10,7 @@ from svsk_offline.quantizers.error_feedback import BLOCK, Levels, round_block, r
 from svsk_offline.quantizers.hessian import ColumnOrder
 from svsk_offline.quantizers.rounding import absmax_scale, nearest_levels
 from svsk_vllm.format import Codebook, codebook_levels
+from svsk_vllm.format.group_scales import ONE_LEVEL, GroupScales
 
 __all__ = [
     "DEFAULT_CANDIDATES",
@@ -46,12 +47,13 @@ def initial_scales(
     importance: torch.Tensor,
     group_size: int,
     codebook: Codebook,
-    scale_dtype: torch.dtype,
+    stored: GroupScales,
 ) -> torch.Tensor:
     """Scales of :func:`search_scales` (arguments as there), or those of plain rounding."""
     if method == "search":
-        return search_scales(weight, importance, group_size, codebook, scale_dtype)
-    return absmax_scale(weight.view(weight.shape[0], -1, group_size), codebook).to(scale_dtype)
+        return search_scales(weight, importance, group_size, codebook, stored)
+    scale = absmax_scale(weight.view(weight.shape[0], -1, group_size), codebook)
+    return stored.round(scale, stored.row_scale(scale)).to(stored.dtype)
 
 
 def search_scales(
@@ -59,29 +61,30 @@ def search_scales(
     importance: torch.Tensor,
     group_size: int,
     codebook: Codebook,
-    scale_dtype: torch.dtype,
+    stored: GroupScales,
     candidates: Sequence[float] = DEFAULT_CANDIDATES,
 ) -> torch.Tensor:
     """Per group, the scale with the least importance-weighted error of plain rounding.
 
     Each candidate of each sign (the codebooks reach further down than up) is refitted by least
-    squares to the codes it gives, ``s = sum p w c / sum p c^2``, and rounded to the stored dtype
-    before its error is taken.
+    squares to the codes it gives, ``s = sum p w c / sum p c^2``, and rounded to what can be stored
+    before its error is taken. In two levels a first search, free of rounding, gives the row's
+    scale; the second is among its multiples.
 
     Args:
         weight: float32 [N, K].
         importance: float32 [K], positive.
         group_size: weights per scale.
         codebook: the 16 levels.
-        scale_dtype: stored dtype.
+        stored: how scales are stored.
         candidates: positive factors.
 
     Returns:
-        Scales [N, K / group_size] of ``scale_dtype``.
+        Scales [N, K / group_size] of the stored dtype.
     """
     rows = max(1, _at_a_time(_CHUNK, weight) // weight.shape[1])
     parts = [
-        _search(part, importance, group_size, codebook, scale_dtype, candidates)
+        _search(part, importance, group_size, codebook, stored, candidates)
         for part in weight.split(rows)
     ]
     return torch.cat(parts)
@@ -92,9 +95,15 @@ def _search(
     importance: torch.Tensor,
     group_size: int,
     codebook: Codebook,
-    scale_dtype: torch.dtype,
+    stored: GroupScales,
     candidates: Sequence[float],
 ) -> torch.Tensor:
+    row_scale = None
+    if stored.bits != ONE_LEVEL:
+        free = GroupScales(torch.float32)
+        row_scale = stored.row_scale(
+            _search(weight, importance, group_size, codebook, free, candidates)
+        )
     groups = weight.view(weight.shape[0], -1, group_size)
     weights = importance.view(-1, group_size)
     # The error is expanded, sum p (w - s c)^2 = sum p w^2 - 2 s sum p w c + s^2 sum p c^2, so that
@@ -111,12 +120,12 @@ def _search(
         cross = (weighted * levels).sum(-1)
         square = (levels.square_() * weights).sum(-1)
         # Rounded before its error is taken: the stored scale is the one that is used.
-        scale = torch.where(square > 0, cross / square, start).to(scale_dtype).float()
+        scale = stored.round(torch.where(square > 0, cross / square, start), row_scale)
         error = energy - 2 * scale * cross + scale.square() * square
         better = error < best_error  # strictly: of equal ones the first, whose sign is positive
         best_error = torch.where(better, error, best_error)
         best = torch.where(better, scale, best)
-    return best.to(scale_dtype)
+    return best.to(stored.dtype)
 
 
 def gptq(
@@ -195,19 +204,24 @@ def polish(
 
 
 def refit_scales(
-    weight: torch.Tensor, hessian: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    levels: torch.Tensor,
+    scale: torch.Tensor,
+    stored: GroupScales,
 ) -> torch.Tensor:
     """All scales of a row fitted together to its fixed codes: least squares under the Hessian.
 
     Solves ``A s = b`` per row with ``A_gh = q_g H_gh q_h^T`` and ``b_g = (w H)_g q_g^T`` in
-    float64, rounds to the stored dtype, and keeps a row's old scales unless the new ones lower its
-    ``r H r^T``.
+    float64, rounds to what can be stored, and keeps a row's old scales unless the new ones lower
+    its ``r H r^T``.
 
     Args:
         weight: float32 [N, K].
         hessian: float32 [K, K], damped.
         levels: float32 [N, K].
         scale: [N, K / g], stored dtype.
+        stored: how scales are stored.
 
     Returns:
         Scales of the same shape and dtype.
@@ -215,12 +229,16 @@ def refit_scales(
     rows = max(1, _at_a_time(_SYSTEMS, weight) // scale.shape[1] ** 2)
     weighted = weight @ hessian
     split = (weighted.split(rows), levels.split(rows), scale.split(rows))
-    parts = [_refit(w, hessian, q, s) for w, q, s in zip(*split, strict=True)]
+    parts = [_refit(w, hessian, q, s, stored) for w, q, s in zip(*split, strict=True)]
     return torch.cat(parts)
 
 
 def _refit(
-    weighted: torch.Tensor, hessian: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor
+    weighted: torch.Tensor,
+    hessian: torch.Tensor,
+    levels: torch.Tensor,
+    scale: torch.Tensor,
+    stored: GroupScales,
 ) -> torch.Tensor:
     """New scales of some rows; ``weighted`` is ``W H`` of these rows."""
     n, groups = scale.shape
@@ -240,7 +258,9 @@ def _refit(
     damping = 1e-9 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float64).tiny
     damped = system + torch.diag_embed(damping.expand(n, groups))
     solved, failed = torch.linalg.solve_ex(damped, right + damping * old)
-    new = solved.to(scale.dtype).double()  # as stored, for rounding may undo the gain
+    # As stored, for rounding may undo the gain.
+    single = solved.float()
+    new = stored.round(single, stored.row_scale(single)).double()
 
     def objective(candidate: torch.Tensor) -> torch.Tensor:
         return (

@@ -99,7 +99,7 @@ def _quantize_published(
     importance = channel_importance(moment, args.alpha, args.importance_clip)
     codebook = spec.scheme.weights.codebook
     codes, scale = quantize_aa(
-        weight, importance, spec.group_size, codebook, spec.scale_dtype, args.clip_grid
+        weight, importance, spec.group_size, codebook, spec.scales, args.clip_grid
     )
     linear = QuantizedLinear(spec, codes, scale)
     if not spec.rank:

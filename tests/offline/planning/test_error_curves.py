@@ -12,6 +12,7 @@ from svsk_offline.quantizers.alternating import (
 )
 from svsk_offline.recipe import AllocationArgs, AlternatingArgs
 from svsk_vllm.format import LinearSpec, dequantize
+from svsk_vllm.format.group_scales import ScaleBits
 from tests.offline.quantizers.test_hessian_quantizers import statistics
 from tests.offline.quantizers.test_quantizers import weight
 from tests.support.format_builders import make_group
@@ -31,17 +32,23 @@ def test_losses_fall_as_they_do_in_fact(tile_m: int, tile_n: int) -> None:
         rows,
         spec,
         AlternatingArgs(rounds=1),
-        AllocationArgs(target_bpw=5, ranks=ranks),
+        AllocationArgs(target_bpw=5, ranks=ranks, group_sizes=(64, 16), scale_bits=(16, 6)),
     )
-    assert {(c.group_size, c.rank) for c in choices} == {(g, r) for g in (64, 32) for r in ranks}
-    for size in (64, 32):
-        losses = [c.loss for c in choices if c.group_size == size]
-        bits = [c.stored_bits for c in choices if c.group_size == size]
+    bases: list[tuple[int, ScaleBits]] = [(64, 16), (64, 6), (16, 16), (16, 6)]
+    assert {(*c.base, c.rank) for c in choices} == {(*b, r) for b in bases for r in ranks}
+    for base in bases:
+        losses = [c.loss for c in choices if c.base == base]
+        bits = [c.stored_bits for c in choices if c.base == base]
         assert losses == sorted(losses, reverse=True)
         assert bits == sorted(bits)
-        for choice in (c for c in choices if c.group_size == size):
+        for choice in (c for c in choices if c.base == base):
             own = make_group(
-                tile_m=tile_m, tile_n=tile_n, num_bits=4, rank=choice.rank, group_size=size
+                tile_m=tile_m,
+                tile_n=tile_n,
+                num_bits=4,
+                rank=choice.rank,
+                group_size=base[0],
+                scale_bits=base[1],
             )
             stored = LinearSpec("m", 48, 192, own)
             linear = quantize_alternating(

@@ -19,6 +19,7 @@ from svsk_vllm.format import (
     codebook_levels,
     dequantize,
 )
+from svsk_vllm.format.group_scales import GroupScales
 from tests.offline.quantizers.plain import quantize_rtn
 from tests.support.format_builders import make_group, property_test
 
@@ -48,7 +49,7 @@ def values_of(
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("group", [16, 32, 64])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_no_group_is_worse_than_round_to_nearest(
     codebook: Codebook, dtype: torch.dtype, group: int, alpha: float
@@ -57,7 +58,7 @@ def test_no_group_is_worse_than_round_to_nearest(
     importance = channel_importance(moments(192), alpha, (0.25, 4.0))
     errors = []
     for codes, scale in (
-        quantize_aa(w, importance, group, codebook, dtype, GRID),
+        quantize_aa(w, importance, group, codebook, GroupScales(dtype), GRID),
         quantize_rtn(w, group, codebook, dtype),
     ):
         assert codes.dtype == torch.int8
@@ -83,7 +84,7 @@ def test_zero_and_tiny_groups(codebook: Codebook) -> None:
     w = torch.zeros(3, 64)
     w[1] = 1e-9  # scale underflows in float16
     w[2] = torch.linspace(-1, 1, 64)
-    codes, scale = quantize_aa(w, torch.ones(64), 64, codebook, torch.float16, GRID)
+    codes, scale = quantize_aa(w, torch.ones(64), 64, codebook, GroupScales(torch.float16), GRID)
     assert torch.isfinite(scale.float()).all()
     values = values_of(codes, scale, 64, codebook)
     assert not values[0].any()
