@@ -75,7 +75,8 @@ def test_op_and_its_fake_agree() -> None:
     x = activations(3, 128, torch.float16)[:, ::2]  # not contiguous
     assert relative_error(layer.matmul(x, layer.tensors), layer.expected(x)) < BOUNDS[torch.float16]
     side = [value for name, value in layer.tensors.items() if name.startswith("sidecar_")]
-    arguments = (x, layer.tensors["words"], layer.tensors["scale"], None, side, layer.matmul.code)
+    base = (layer.tensors["words"], layer.tensors["scale"], None)
+    arguments = (x, *base, None, side, layer.matmul.code)
     torch.library.opcheck(
         torch.ops.svsk.matmul.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
@@ -106,7 +107,7 @@ def test_refusals_say_why() -> None:
     assert SvskMatmul.can_implement(LayerSpec(64, 64, 64, "int4", torch.float16), CPU) == (True, "")
     for spec, reason in (
         (LayerSpec(64, 64, 64, "int4", torch.float32), "activations are torch.float32"),
-        (LayerSpec(64, 64, 128, "int4", torch.float16), "groups of 128"),
+        (LayerSpec(64, 128, 128, "int4", torch.float16), "groups of 128"),
         (LayerSpec(64, 40, 32, "int4", torch.float16), "40 columns per rank"),
     ):
         works, why = SvskMatmul.can_implement(spec, CPU)
@@ -177,7 +178,7 @@ def test_measured_tables_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             ],
             "rising numbers",
         ),
-        ([{"kernel": "decode", "step": 64}], "must divide the plane 16"),
+        ([{"kernel": "decode", "step": 64}], "must divide 16: the plane 16"),
         ([{"kernel": "gemm", "split_k": 2, "step": 16}], "only decode splits"),
         ([{"kernel": "decode", "step": 16, "block": 1}], "unexpected keyword argument .block."),
     ],

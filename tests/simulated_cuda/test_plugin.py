@@ -14,6 +14,7 @@ import svsk_vllm.plugin.kernel_choice as choice
 from svsk_kernels.gpu import matmul_op as dispatch
 from svsk_kernels.gpu.repack_sidecar import PlanarSidecar
 from svsk_kernels.gpu.triton_kernel import TritonKernel
+from svsk_kernels.group_scales import expand_scales
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.reference_kernel import ReferenceKernel, dequantize_layer
 from svsk_kernels.sidecar_op import sidecar_matmul
@@ -22,7 +23,12 @@ from svsk_vllm.format.group_scales import ScaleBits
 from svsk_vllm.plugin import split_kernel
 from svsk_vllm.plugin.split_kernel import SplitKernel
 from tests.support.simulated_cuda import on_gpu, simulated_cuda
-from tests.support.unpack_gpu import unpack_base, unpack_scale, unpack_sidecar
+from tests.support.unpack_gpu import (
+    unpack_base,
+    unpack_scale,
+    unpack_scale_codes,
+    unpack_sidecar,
+)
 from tests.support.vllm_layers import (
     LAYERS,
     as_rank,
@@ -95,7 +101,13 @@ class Products:
         assert not counters.any()
         spec = self.spec
         packed = unpack_base(base.words, base.n, base.k, base.plane)
-        scale = unpack_scale(base.scale, base.n, base.k // base.group_size)
+        if base.row_scale is None:
+            scale = unpack_scale(base.scale, base.n, base.k // base.group_size)
+        else:
+            assert base.row_scale.device == x.device
+            size = (base.n, base.k, base.plane, base.group_size)
+            codes = unpack_scale_codes(base.scale, *size)
+            scale = expand_scales(codes, base.row_scale[: base.n, None])
         factors = (
             None
             if side is None or spec.plan is None
@@ -121,14 +133,22 @@ class BaseProduct:
         return (y if bias is None else y + bias).to(x.dtype)
 
 
-@pytest.mark.parametrize("codebook", ["int4", "quad8"])
+@pytest.mark.parametrize(
+    ("codebook", "group_size", "bits"),
+    [("int4", 64, 16), ("quad8", 64, 16), ("quad8", 16, 6), ("int4", 32, 8)],
+)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_fused_layers(
-    monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int], kind: str, codebook: Codebook
+    monkeypatch: pytest.MonkeyPatch,
+    rank: tuple[int, int],
+    kind: str,
+    codebook: Codebook,
+    group_size: int,
+    bits: ScaleBits,
 ) -> None:
     products = Products(monkeypatch)
     monkeypatch.setenv("SVSK_KERNEL", "fused")
-    linears = parts_of(kind, codebook)
+    linears = parts_of(kind, codebook, group_size, bits)
 
     def run(
         device: torch.device,

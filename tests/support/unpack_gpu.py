@@ -21,6 +21,16 @@ def unpack_scale(stored: torch.Tensor, n: int, groups: int) -> torch.Tensor:
     return stored[:groups, :n].T.contiguous()
 
 
+def unpack_scale_codes(
+    stored: torch.Tensor, n: int, k: int, plane: int, group_size: int
+) -> torch.Tensor:
+    """Inverse of :func:`pack_scale_codes`: int8 [``n``, ``k / group_size``]."""
+    runs, num_bytes = max(1, plane // group_size), stored.itemsize
+    biased = stored.view(torch.uint8).view(-1, runs, stored.shape[1], num_bytes)
+    groups = biased.permute(0, 3, 1, 2).flatten(0, 2)[: k // group_size, :n].T
+    return (groups.to(torch.int16) - 128).to(torch.int8).contiguous()
+
+
 def unpack_sidecar(
     packed: repack.PlanarSidecar, plan: SidecarPlan, k: int, num_bits: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -32,6 +32,7 @@ class Case:
     group_size: int = GROUP_SIZE
     bias: bool = False
     every_kernel: bool = True
+    row_scaled: bool = False
 
     @property
     def n(self) -> int:
@@ -47,6 +48,7 @@ class Case:
             self.parts,
             codebook=self.codebook,
             group_size=self.group_size,
+            row_scaled=self.row_scaled,
             seed=self.n,
         )
 
@@ -80,6 +82,26 @@ _SMALL: Final = (
     ),
     Case("parts of different ranks, tiles and bits", 512, _MIXED, (1, 33, 65), bias=True),
     Case("tiles longer than a job", 4608, (Part(200, 16, 8, 0, 0),), (1, 33, 100)),
+    Case(
+        "row scales, groups of 16",
+        1024,
+        (Part(256, 16, 8, 64, 256),),
+        (1, 17, 64, 100),
+        codebook="quad8",
+        group_size=16,
+        bias=True,
+        row_scaled=True,
+    ),
+    Case(
+        "row scales, ragged, groups of 32",
+        288,
+        (Part(100, 8, 4, 48, 40),),
+        (3, 64, 100),
+        _HALF,
+        group_size=32,
+        row_scaled=True,
+    ),
+    Case("row scales, planes share groups", 192, (Part(130),), (3, 100), row_scaled=True),
 )
 
 _QUICK: Final = (
@@ -87,6 +109,7 @@ _QUICK: Final = (
     "ragged, groups of 32",
     "parts of different ranks, tiles and bits",
     "tiles longer than a job",
+    "row scales, groups of 16",
 )
 
 _INTERPRETED: Final = (
@@ -102,6 +125,16 @@ _INTERPRETED: Final = (
         _HALF,
     ),
     Case("tiles longer than a job", 2304, (Part(16, 16, 8, 0, 0),), (2,), _HALF),
+    Case(
+        "row scales, groups of 16",
+        256,
+        (Part(40, 8, 8, 16, 40),),
+        (3,),
+        _HALF,
+        "quad8",
+        16,
+        row_scaled=True,
+    ),
 )
 
 
@@ -126,9 +159,12 @@ def cases_for(interpreted: bool, quick: bool) -> tuple[Case, ...]:
     return (*small, *real)
 
 
-def forced_choice(kernel: str, gpu: Gpu, n: int, k: int, group_size: int, m: int) -> Choice:
+def forced_choice(
+    kernel: str, gpu: Gpu, n: int, k: int, group_size: int, m: int, row_scaled: bool = False
+) -> Choice:
     """Blocks for ``m`` tokens of one kernel, whether or not it would be dispatched."""
-    tables = (choices_for(gpu, n, k, group_size), heuristic_choices(gpu, n, k, group_size))
+    layer = (gpu, n, k, group_size, row_scaled)
+    tables = (choices_for(*layer), heuristic_choices(*layer))
     known: Sequence[Choice] = next(
         found
         for table in tables
@@ -146,9 +182,11 @@ def checked_choices(case: Case, gpu: Gpu, m: int) -> list[Choice]:
     """
     size = (case.n, case.k, case.group_size)
     if not case.every_kernel:
-        return [choice_for(choices_for(gpu, *size), m)]
+        return [choice_for(choices_for(gpu, *size, case.row_scaled), m)]
     changes: dict[str, Any] = {"split_k": min(2, case.k // (4 * plane_length(case.k))) or 1}
-    choices = [replace(forced_choice("decode", gpu, *size, m), **changes)]
+    choices = [replace(forced_choice("decode", gpu, *size, m, case.row_scaled), **changes)]
     if m > 33 or gpu.capability == 0:
-        choices += [forced_choice(kernel, gpu, *size, m) for kernel in ("gemm", "fold")]
+        choices += [
+            forced_choice(kernel, gpu, *size, m, case.row_scaled) for kernel in ("gemm", "fold")
+        ]
     return choices

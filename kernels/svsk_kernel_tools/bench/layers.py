@@ -54,7 +54,14 @@ class BenchLayer:
         quad8 = shape.codebook == "quad8"
         plane = plane_length(shape.k)
         return Base(
-            tensors["words"], tensors["scale"], shape.n, shape.k, plane, shape.group_size, quad8
+            tensors["words"],
+            tensors["scale"],
+            shape.n,
+            shape.k,
+            plane,
+            shape.group_size,
+            quad8,
+            tensors.get("row_scale"),
         )
 
     @cached_property
@@ -116,6 +123,7 @@ def random_layer(
     *,
     codebook: Codebook = "int4",
     group_size: int = GROUP_SIZE,
+    row_scaled: bool = False,
     seed: int = 0,
 ) -> BenchLayer:
     """A layer of random linears that share an input of ``k`` columns, on ``device``."""
@@ -129,12 +137,15 @@ def random_layer(
             group_size=group_size,
             rank=part.rank,
             factor_bits=part.bits,
+            row_scaled=row_scaled,
         )
         for part in parts
     ]
     stacked = stack_linears(linears)
     matmul = SvskMatmul(stacked.spec)
-    tensors = matmul.prepare(stacked.packed, stacked.scale, stacked.u, stacked.v, stacked.gain)
+    tensors = matmul.prepare(
+        stacked.packed, stacked.scale, stacked.u, stacked.v, stacked.gain, stacked.row_scale
+    )
     return BenchLayer(tuple(linears), matmul, tensors)
 
 

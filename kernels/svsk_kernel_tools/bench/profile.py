@@ -200,9 +200,8 @@ def _launch(shapes: Sequence[Shape], tokens: Sequence[int]) -> Iterator[dict[str
 def _kernels(layer: BenchLayer, m: int) -> list[str]:
     """Our kernels that a product of ``m`` tokens launches; cuBLAS's are not looked at."""
     spec = layer.spec
-    choice = choice_for(
-        choices_for(gpu_of(layer.base.words.device), spec.n, spec.k, spec.group_size), m
-    )
+    gpu = gpu_of(layer.base.words.device)
+    choice = choice_for(choices_for(gpu, spec.n, spec.k, spec.group_size, spec.row_scaled), m)
     if choice.kernel == "fold":
         return ["fold_kernel"] * ceil_div(spec.n, rows_at_a_time(spec.k, spec.dtype.itemsize))
     return ["shrink_kernel", f"{choice.kernel}_kernel"]

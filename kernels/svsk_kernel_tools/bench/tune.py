@@ -301,18 +301,18 @@ def write_table(folder: Path, device: str, entries: Iterable[Entry]) -> Path:
     Args:
         folder: ``configs`` of this package, or another to be copied there.
         device: name of the GPU.
-        entries: new ones; they replace those of the same shape and group size.
+        entries: new ones; they replace those of the same shape, group size and levels of scales.
 
     Returns:
         The file.
     """
     path = folder / table_name(device)
-    merged: dict[tuple[int, int, int], Entry] = {}
+    merged: dict[tuple[int, int, int, bool], Entry] = {}
     earlier = (
         TuningTable.from_json(path.read_text(encoding="utf-8")).entries if path.is_file() else ()
     )
     for entry in (*earlier, *entries):
-        merged[entry.n, entry.k, entry.group_size] = entry
+        merged[entry.n, entry.k, entry.group_size, entry.row_scaled] = entry
     table = TuningTable(device=device, triton=triton.__version__, entries=tuple(merged.values()))
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, table.to_json())

@@ -51,7 +51,7 @@ _POINTERS: Final = {
     "partial": "*fp32",
     "counters": "*i32",
 }
-_ACTIVATIONS: Final = ("x", "scale", "bias", "z", "y", "out")
+_ACTIVATIONS: Final = ("x", "scale", "row_scale", "bias", "z", "y", "out")
 
 # Instructions of the main loop per weight: what was measured with Triton 3.6 and 3.9, and a tenth
 # more. For targets with mma.sync, for sm_90 and for sm_100; none for AMD, whose compiler emulates
@@ -61,12 +61,21 @@ _CAPS: Final = {
     "decode16-g64-quad8": (5.3, 5.5, 6.5),
     "decode16-g64-fp16": (3.3, 3.5, 4.3),
     "decode16-g32": (5.2, 5.6, 7.4),
+    "decode16-g64-rows": (3.6, 3.9, 4.9),
+    "decode16-g32-rows": (3.6, 3.9, 4.7),
+    "decode16-g32-rows-quad8": (5.3, 5.6, 6.3),
+    "decode16-g32-rows-fp16": (3.5, 3.8, 4.4),
+    "decode16-g16-rows": (4.0, 4.3, 5.0),
+    "decode16-g16": (8.1, 9.1, 13.0),
     "decode16-unsplit-bias": (3.6, 3.9, 4.8),
     "decode32-g64": (4.5, 4.2, 5.1),
     "decode64-g64": (6.7, 5.4, 7.7),
     "gemm-g64": (8.4, 5.7, 7.9),
     "gemm-g64-quad8": (9.8, 7.4, 9.6),
     "gemm-g64-fp16": (8.3, 5.5, 7.9),
+    "decode64-g32-rows": (6.0, 5.5, 7.0),
+    "gemm-g32-rows": (7.9, 5.5, 7.9),
+    "gemm-g16-rows": (7.9, 5.5, 7.9),
 }
 
 
@@ -88,8 +97,27 @@ def _matmuls(arch: Arch) -> Iterator[KernelCase]:
             if group_size == 64 and (choice.kernel == "gemm" or choice.block_m == 16):
                 yield _matmul(arch, f"{name}-quad8", choice, group_size, torch.bfloat16, quad8=True)
                 yield _matmul(arch, f"{name}-fp16", choice, group_size, torch.float16)
+    yield from _row_scaled(arch, gpu)
     whole = heuristic_choices(gpu, 19456, 2560, 64)[0]
     yield _matmul(arch, "decode16-unsplit-bias", whole, 64, torch.bfloat16, has_bias=True)
+
+
+def _row_scaled(arch: Arch, gpu: Gpu) -> Iterator[KernelCase]:
+    """Scales of two levels, and groups of 16 with those of one."""
+    bfloat = torch.bfloat16
+    for group_size in (64, 32, 16):
+        few, _, many, gemm, _ = heuristic_choices(gpu, *_SHAPE, group_size, row_scaled=True)
+        name = f"g{group_size}-rows"
+        yield _matmul(arch, f"decode16-{name}", few, group_size, bfloat, bits=4, row_scaled=True)
+        if group_size == 32:
+            for suffix, dtype, quad8 in (("quad8", bfloat, True), ("fp16", torch.float16, False)):
+                full_name = f"decode16-{name}-{suffix}"
+                yield _matmul(arch, full_name, few, group_size, dtype, quad8=quad8, row_scaled=True)
+            yield _matmul(arch, f"decode64-{name}", many, group_size, bfloat, row_scaled=True)
+        if group_size != 64:
+            yield _matmul(arch, f"gemm-{name}", gemm, group_size, bfloat, row_scaled=True)
+    one_level = heuristic_choices(gpu, *_SHAPE, 16)[0]
+    yield _matmul(arch, "decode16-g16", one_level, 16, bfloat)
 
 
 def _matmul(
@@ -102,11 +130,15 @@ def _matmul(
     bits: Literal[4, 8] = 8,
     quad8: bool = False,
     has_bias: bool = False,
+    row_scaled: bool = False,
 ) -> KernelCase:
     fn = decode_kernel if choice.kernel == "decode" else gemm_kernel
     layout = {"PLANE": plane_length(_SHAPE[1]), "GROUP": group_size, "EVEN_K": True, "QUAD8": quad8}
     constants = (
-        layout | _types(arch, dtype) | matmul_constants(choice, bits, has_bias, pdl=choice.pdl)
+        layout
+        | _types(arch, dtype)
+        | matmul_constants(choice, bits, has_bias, pdl=choice.pdl)
+        | _one_level(row_scaled)
     )
     options: dict[str, Any] = {"num_warps": choice.num_warps}
     if choice.pdl:
@@ -114,7 +146,7 @@ def _matmul(
     return KernelCase(
         name=name,
         fn=fn,
-        signature=_signature(fn, constants, dtype),
+        signature=_signature(fn, constants, dtype, row_scaled),
         constexprs=constants,
         aligned=_aligned(fn, constants),
         options=options,
@@ -149,17 +181,20 @@ def _shrinks(arch: Arch) -> Iterator[KernelCase]:
 
 
 def _folds(arch: Arch) -> Iterator[KernelCase]:
-    for name, bits, quad8 in (
-        ("fold-base", 0, False),
-        ("fold-8", 8, False),
-        ("fold-4-quad8", 4, True),
+    for name, bits, quad8, group_size, row_scaled in (
+        ("fold-base", 0, False, 64, False),
+        ("fold-8", 8, False, 64, False),
+        ("fold-4-quad8", 4, True, 64, False),
+        ("fold-8-g16-rows", 8, False, 16, True),
     ):
-        layout = {"PLANE": 64, "GROUP": 64, "EVEN_K": True, "QUAD8": quad8}
-        constants = layout | _types(arch, torch.bfloat16) | fold_constants(bits)
+        layout = {"PLANE": 64, "GROUP": group_size, "EVEN_K": True, "QUAD8": quad8}
+        constants = (
+            layout | _types(arch, torch.bfloat16) | fold_constants(bits) | _one_level(row_scaled)
+        )
         yield KernelCase(
             name=name,
             fn=fold_kernel,
-            signature=_signature(fold_kernel, constants, torch.bfloat16),
+            signature=_signature(fold_kernel, constants, torch.bfloat16, row_scaled),
             constexprs=constants,
             aligned=_aligned(fold_kernel, constants),
             options={"num_warps": FOLD_WARPS},
@@ -206,13 +241,19 @@ def _threads(arch: Arch) -> int:
     return 32 if isinstance(arch, int) else 64
 
 
-def _signature(fn: Any, constants: dict[str, Any], dtype: torch.dtype) -> dict[str, str]:
+def _one_level(row_scaled: bool) -> dict[str, None]:
+    """The row scale as a constant where there is none."""
+    return {} if row_scaled else {"row_scale": None}
+
+
+def _signature(
+    fn: Any, constants: dict[str, Any], dtype: torch.dtype, row_scaled: bool = False
+) -> dict[str, str]:
     float_type = "*bf16" if dtype == torch.bfloat16 else "*fp16"
-    return {
-        name: float_type if name in _ACTIVATIONS else _POINTERS.get(name, "i32")
-        for name in fn.arg_names
-        if name not in constants
-    }
+    types = _POINTERS | dict.fromkeys(_ACTIVATIONS, float_type)
+    if row_scaled:
+        types["scale"] = "*i32"  # words of four codes: planes are no shorter than groups
+    return {name: types.get(name, "i32") for name in fn.arg_names if name not in constants}
 
 
 def _aligned(fn: Any, constants: dict[str, Any]) -> tuple[str, ...]:

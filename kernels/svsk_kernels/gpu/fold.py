@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many tokens: write ``W_hat``, base and sidecar in one, for an ordinary product in 16 bits.
 
+All of it is float32 before it is rounded: scales of two levels are multiplied out, which is exact.
+
 Checkpoint                          Run time (repack_base, repack_sidecar)
 weight_packed  int32 [N, K / 8]     words  int16 [padded N, padded K / 4]
   a word: 8 neighbours in K           a word: 4 codes, PLANE columns apart
 weight_scale   [N, K / group]       scale  [groups of padded K, padded N]
+  two levels: int8, with              scale  [runs of words, padded N], a byte for each plane
+weight_row_scale  [N, 1]            row_scale  [padded N]
 sidecar_u      int8 [N, B, r]       u      uint8, flat: row after row of each slot, [B * r] padded
   (4 bits: two neighbours a byte)     (4 bits: two a byte, 16 z columns apart)
 sidecar_v      int8 [A, r, K]       v      uint8 [rows of V, pitch], found through slot_table
@@ -15,7 +19,15 @@ sidecar_gain   float32 [A, B, r]    gain   float32 [z columns], a slot's in the 
 import triton
 import triton.language as tl
 
-from svsk_kernels.gpu.primitives import narrow_factors, u_step, unpack_codes, wide_factors
+from svsk_kernels.gpu.primitives import (
+    load_scale_words,
+    narrow_factors,
+    scale_codes,
+    spread,
+    u_step,
+    unpack_codes,
+    wide_factors,
+)
 
 __all__ = ["fold_kernel"]
 
@@ -56,12 +68,28 @@ def _write(
     PLANE: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """One plane of ``W_hat``: base and sidecar added in float32 and rounded once."""
+    """One plane of ``W_hat`` with scales of one level."""
     columns = at + tl.arange(0, PLANE)
     groups = columns // GROUP
     if not EVEN_K:
         groups = tl.where(columns < k, groups, 0)
     scales = tl.load(scale + groups.to(tl.int64)[None, :] * n_padded)
+    _write_scaled(out_row, q, side, scales, at, k, PLANE, EVEN_K)
+
+
+@triton.jit
+def _write_scaled(
+    out_row,  # as above
+    q,
+    side,
+    scales,  # floating [BLOCK_N, PLANE] or [BLOCK_N, 1]
+    at,
+    k,
+    PLANE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """One plane of ``W_hat``: base and sidecar added in float32 and rounded once."""
+    columns = at + tl.arange(0, PLANE)
     value = (q.to(tl.float32) * scales.to(tl.float32) + side).to(out_row.dtype.element_ty)
     if EVEN_K:
         tl.store(out_row + columns[None, :], value)
@@ -73,7 +101,8 @@ def _write(
 def fold_kernel(
     # tensors
     words,  # int16 [padded N, padded K / 4]: four codes a word, PLANE columns apart
-    scale,  # [groups, padded N] bf16 or fp16
+    scale,  # [groups, padded N] bf16 or fp16; with row_scale [runs, padded N] int32, int16 or int8
+    row_scale,  # [padded N] bf16 or fp16; None: scales of one level
     row_table,  # int32 [3, padded N]: first byte of U, first z column, end of the z columns
     u,  # uint8, flat: 8-bit factors, or two of 4 bits a byte
     v,  # uint8 [rows of V, v_pitch]
@@ -175,7 +204,23 @@ def fold_kernel(
     q0, q1, q2, q3 = unpack_codes(tl.load(word_row + offs_word[None, :]), DTYPE, ASM, QUAD8)
     out_row = out + offs_out.to(tl.int64)[:, None] * k
     scales = scale + rows[:, None]
-    _write(out_row, q0, side0, scales, start, k, n_padded, GROUP, PLANE, EVEN_K)
-    _write(out_row, q1, side1, scales, start + PLANE, k, n_padded, GROUP, PLANE, EVEN_K)
-    _write(out_row, q2, side2, scales, start + 2 * PLANE, k, n_padded, GROUP, PLANE, EVEN_K)
-    _write(out_row, q3, side3, scales, start + 3 * PLANE, k, n_padded, GROUP, PLANE, EVEN_K)
+    if row_scale is not None:
+        scale_words = load_scale_words(scales, tl.program_id(1), n_padded, PLANE, PLANE, GROUP)
+        c0, c1, c2, c3 = scale_codes(scale_words, ASM)
+        # the product of both levels is exact
+        row = tl.load(row_scale + rows).to(tl.float32)[:, None]
+        s0, s1, s2, s3 = (
+            spread(c0 * row, PLANE),
+            spread(c1 * row, PLANE),
+            spread(c2 * row, PLANE),
+            spread(c3 * row, PLANE),
+        )
+        _write_scaled(out_row, q0, side0, s0, start, k, PLANE, EVEN_K)
+        _write_scaled(out_row, q1, side1, s1, start + PLANE, k, PLANE, EVEN_K)
+        _write_scaled(out_row, q2, side2, s2, start + 2 * PLANE, k, PLANE, EVEN_K)
+        _write_scaled(out_row, q3, side3, s3, start + 3 * PLANE, k, PLANE, EVEN_K)
+    else:
+        _write(out_row, q0, side0, scales, start, k, n_padded, GROUP, PLANE, EVEN_K)
+        _write(out_row, q1, side1, scales, start + PLANE, k, n_padded, GROUP, PLANE, EVEN_K)
+        _write(out_row, q2, side2, scales, start + 2 * PLANE, k, n_padded, GROUP, PLANE, EVEN_K)
+        _write(out_row, q3, side3, scales, start + 3 * PLANE, k, n_padded, GROUP, PLANE, EVEN_K)

@@ -2,7 +2,8 @@
 """More tokens than decode, fewer than pay for writing the weight out: weights scaled in registers.
 
 Each weight is multiplied by its scale once (half an instruction) instead of each partial sum, which
-decode does because it has few of them. Programs are numbered so that those running together share
+decode does because it has few of them; of scales of two levels by the integer code, and the sums by
+the row's scale at the end. Programs are numbered so that those running together share
 blocks of rows: the packed weight is read from memory once, and from the second-level cache for
 every further block of tokens.
 
@@ -10,6 +11,8 @@ Checkpoint                          Run time (repack_base, repack_sidecar)
 weight_packed  int32 [N, K / 8]     words  int16 [padded N, padded K / 4]
   a word: 8 neighbours in K           a word: 4 codes, PLANE columns apart
 weight_scale   [N, K / group]       scale  [groups of padded K, padded N]
+  two levels: int8, with              scale  [runs of words, padded N], a byte for each plane
+weight_row_scale  [N, 1]            row_scale  [padded N]
 sidecar_u      int8 [N, B, r]       u      uint8, flat: row after row of each slot, [B * r] padded
   (4 bits: two neighbours a byte)     (4 bits: two a byte, 16 z columns apart)
 sidecar_v, sidecar_gain             z      [M, z columns], made by shrink.py
@@ -18,7 +21,14 @@ sidecar_v, sidecar_gain             z      [M, z columns], made by shrink.py
 import triton
 import triton.language as tl
 
-from svsk_kernels.gpu.primitives import add_sidecar, group_scale, load_columns, unpack_codes
+from svsk_kernels.gpu.primitives import (
+    add_sidecar,
+    group_scale,
+    load_columns,
+    load_scale_words,
+    scale_planes,
+    unpack_codes,
+)
 
 __all__ = ["gemm_kernel"]
 
@@ -28,7 +38,8 @@ def gemm_kernel(
     # tensors
     x,  # [M, K] bf16 or fp16, rows x_stride apart
     words,  # int16 [padded N, padded K / 4]: four codes a word, PLANE columns apart
-    scale,  # [groups, padded N] bf16 or fp16
+    scale,  # [groups, padded N] bf16 or fp16; with row_scale [runs, padded N] int32, int16 or int8
+    row_scale,  # [padded N] bf16 or fp16; None: scales of one level
     bias,  # [N] bf16 or fp16; not read without HAS_BIAS
     row_table,  # int32 [3, padded N]: first byte of U, first z column, end of the z columns
     u,  # uint8, flat: 8-bit factors, or two of 4 bits a byte
@@ -48,7 +59,7 @@ def gemm_kernel(
     BLOCK_M: tl.constexpr,  # tokens per program
     BLOCK_N: tl.constexpr,  # outputs per program
     PLANE: tl.constexpr,  # columns between the four codes of a word
-    STEP: tl.constexpr,  # words per turn of the loop: a divisor of PLANE and of GROUP
+    STEP: tl.constexpr,  # words per turn: a divisor of PLANE, and of GROUP but with row_scale
     GROUP: tl.constexpr,  # weights per scale
     # what there is
     SIDECAR_BITS: tl.constexpr,  # of the factors: 8 or 4; 0 means no sidecar
@@ -83,14 +94,21 @@ def gemm_kernel(
         x2 = load_columns(x_row, start + 2 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
         x3 = load_columns(x_row, start + 3 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
         # scale the weights, multiply: one rounding to DTYPE per weight
-        s0 = group_scale(scales, start, n_padded, GROUP).to(DTYPE)
-        acc = tl.dot(q0 * s0, x0, acc)
-        s1 = group_scale(scales, start + PLANE, n_padded, GROUP).to(DTYPE)
-        acc = tl.dot(q1 * s1, x1, acc)
-        s2 = group_scale(scales, start + 2 * PLANE, n_padded, GROUP).to(DTYPE)
-        acc = tl.dot(q2 * s2, x2, acc)
-        s3 = group_scale(scales, start + 3 * PLANE, n_padded, GROUP).to(DTYPE)
-        acc = tl.dot(q3 * s3, x3, acc)
+        if row_scale is not None:
+            scale_words = load_scale_words(scales[:, None], step, n_padded, STEP, PLANE, GROUP)
+            w0, w1, w2, w3 = scale_planes(q0, q1, q2, q3, scale_words, DTYPE, ASM)
+            acc = tl.dot(w3, x3, tl.dot(w2, x2, tl.dot(w1, x1, tl.dot(w0, x0, acc))))
+        else:
+            s0 = group_scale(scales, start, n_padded, GROUP).to(DTYPE)
+            acc = tl.dot(q0 * s0, x0, acc)
+            s1 = group_scale(scales, start + PLANE, n_padded, GROUP).to(DTYPE)
+            acc = tl.dot(q1 * s1, x1, acc)
+            s2 = group_scale(scales, start + 2 * PLANE, n_padded, GROUP).to(DTYPE)
+            acc = tl.dot(q2 * s2, x2, acc)
+            s3 = group_scale(scales, start + 3 * PLANE, n_padded, GROUP).to(DTYPE)
+            acc = tl.dot(q3 * s3, x3, acc)
+    if row_scale is not None:  # once per row: after all products
+        acc *= tl.load(row_scale + offs_n).to(tl.float32)[:, None]
     # epilogue: U z, bias, and tokens as the rows of y
     if SIDECAR_BITS:
         acc = add_sidecar(

@@ -51,12 +51,13 @@ class Base:
     """Base of a layer as the kernels read it, see :mod:`svsk_kernels.gpu.repack_sidecar`."""
 
     words: torch.Tensor  # int16 [padded N, padded K / 4]
-    scale: torch.Tensor  # [groups, padded N]
+    scale: torch.Tensor  # [groups, padded N], or scale words [runs, padded N] with row_scale
     n: int
     k: int
     plane: int
     group_size: int
     quad8: bool
+    row_scale: torch.Tensor | None = None  # [padded N]; None: scales of one level
 
     @property
     def n_padded(self) -> int:
@@ -298,7 +299,7 @@ def packed_matmul(
     pdl = decode and choice.pdl and not INTERPRETED and sidecar is not None
     z = x if sidecar is None else shrink(x, sidecar, num_bits, tiles, pdl=pdl)
     side = (z, z, z, z) if sidecar is None else (sidecar.row_table, sidecar.u, z, sidecar.z_used)
-    left = (x, base.words, base.scale, x if bias is None else bias, *side, y)
+    left = (x, base.words, base.scale, base.row_scale, x if bias is None else bias, *side, y)
     sizes = (m, base.n, base.k, base.n_padded, x_stride(x), base.words.stride(0), x_stride(z))
     bits = num_bits if sidecar is not None else 0
     constants = (
@@ -370,6 +371,7 @@ def fold(
     fold_kernel[(blocks, base.k_padded // (4 * base.plane))](
         base.words,
         scale,
+        base.row_scale,
         *tensors,
         out,
         rows.start,

@@ -12,9 +12,15 @@ from typing import Final
 
 import torch
 
-from svsk_kernels.gpu.repack_base import pack_base, pack_scale, plane_length
+from svsk_kernels.gpu.repack_base import (
+    pack_base,
+    pack_row_scale,
+    pack_scale,
+    pack_scale_codes,
+    plane_length,
+)
 from svsk_kernels.gpu.repack_sidecar import PlanarSidecar, Tiles, pack_sidecar
-from svsk_kernels.gpu.tuning import Gpu, choice_for, choices_for
+from svsk_kernels.gpu.tuning import GROUP_SIZES, Gpu, choice_for, choices_for
 from svsk_kernels.layer_kernel import LayerSpec
 
 __all__ = ["SvskMatmul", "gpu_of"]
@@ -64,12 +70,11 @@ class SvskMatmul:
         """Whether the kernels take such a layer, and if not, why not."""
         if spec.dtype not in _DTYPES:
             return False, f"activations are {spec.dtype}, the kernels take bfloat16 and float16"
-        if spec.group_size not in (32, 64):
-            return False, f"groups of {spec.group_size}, the kernels take 32 and 64"
-        if spec.row_scaled:
-            return False, "scales have two levels, the kernels take one"
-        if spec.k % 32:
-            return False, f"{spec.k} columns per rank, the kernels take multiples of 32"
+        if spec.group_size not in GROUP_SIZES:
+            sizes = ", ".join(map(str, GROUP_SIZES))
+            return False, f"groups of {spec.group_size}, the kernels take sizes of {sizes}"
+        if spec.k % spec.group_size:
+            return False, f"{spec.k} columns per rank, no whole groups of {spec.group_size}"
         try:
             import triton
         except ImportError:
@@ -100,22 +105,27 @@ class SvskMatmul:
         u: torch.Tensor | None = None,
         v: torch.Tensor | None = None,
         gain: torch.Tensor | None = None,
+        row_scale: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Run-time tensors of a layer, by name; the op reads nothing else.
 
         Args:
             packed: int32 [N, K / 8] as in the checkpoint.
-            scale: [N, K / g].
+            scale: [N, K / g], int8 where the layer is row-scaled.
             u: int8, flat, in the plan's order; None without a sidecar.
             v: int8, flat, likewise.
             gain: float32, flat, likewise.
+            row_scale: [N, 1] where the layer is row-scaled, else None.
         """
         spec = self.spec
         plane = plane_length(spec.k)
-        tensors = {
-            "words": pack_base(packed, spec.k, plane),
-            "scale": pack_scale(scale.to(spec.dtype), plane, spec.group_size),
-        }
+        tensors = {"words": pack_base(packed, spec.k, plane)}
+        if spec.row_scaled:
+            assert row_scale is not None
+            tensors["scale"] = pack_scale_codes(scale, plane, spec.group_size)
+            tensors["row_scale"] = pack_row_scale(row_scale.to(spec.dtype))
+        else:
+            tensors["scale"] = pack_scale(scale.to(spec.dtype), plane, spec.group_size)
         if spec.plan is not None:
             assert u is not None
             assert v is not None
@@ -141,7 +151,13 @@ class SvskMatmul:
         """
         side = [tensors[name] for name in _SIDECAR_NAMES] if self.spec.plan is not None else []
         product: torch.Tensor = torch.ops.svsk.matmul(
-            x, tensors["words"], tensors["scale"], bias, side, self.code
+            x,
+            tensors["words"],
+            tensors["scale"],
+            tensors.get("row_scale"),
+            bias,
+            side,
+            self.code,
         )
         return product
 
@@ -169,7 +185,7 @@ class SvskMatmul:
             return
         limits = [
             choice.max_m
-            for choice in choices_for(gpu_of(device), *self.code[:3])
+            for choice in choices_for(gpu_of(device), *self.code[:3], self.spec.row_scaled)
             if choice.max_m is not None
         ]
         sizes = {
@@ -196,6 +212,7 @@ def _matmul(
     x: torch.Tensor,
     words: torch.Tensor,
     scale: torch.Tensor,
+    row_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     sidecar: Sequence[torch.Tensor],
     shape: Sequence[int],
@@ -209,9 +226,10 @@ def _matmul(
         x = x.clone(
             memory_format=torch.contiguous_format
         )  # rows that begin off 16 would be copied piece by piece
-    base = Base(words, scale, n, k, plane_length(k), group_size, bool(quad8))
+    base = Base(words, scale, n, k, plane_length(k), group_size, bool(quad8), row_scale)
     side = PlanarSidecar(*sidecar) if bits else None
-    choice = choice_for(choices_for(gpu_of(x.device), n, k, group_size), x.shape[0])
+    choices = choices_for(gpu_of(x.device), n, k, group_size, row_scale is not None)
+    choice = choice_for(choices, x.shape[0])
     if choice.kernel == "fold":
         return matmul_folded(x, base, side, bits, bias)
     return packed_matmul(x, base, side, bits, bias, choice, Tiles(bool(long), bool(aligned)))
@@ -221,6 +239,7 @@ def _matmul_fake(
     x: torch.Tensor,
     words: torch.Tensor,
     scale: torch.Tensor,
+    row_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     sidecar: Sequence[torch.Tensor],
     shape: Sequence[int],
@@ -230,8 +249,8 @@ def _matmul_fake(
 
 _library = torch.library.Library("svsk", "FRAGMENT")
 _library.define(
-    "matmul(Tensor x, Tensor words, Tensor scale, Tensor? bias, Tensor[] sidecar, int[] shape) ->"
-    " Tensor"
+    "matmul(Tensor x, Tensor words, Tensor scale, Tensor? row_scale, Tensor? bias,"
+    " Tensor[] sidecar, int[] shape) -> Tensor"
 )
 _library.impl("matmul", _matmul, "CompositeExplicitAutograd")
 torch.library.register_fake("svsk::matmul", _matmul_fake, lib=_library)

@@ -18,7 +18,11 @@ __all__ = [
     "add_sidecar",
     "group_scale",
     "load_columns",
+    "load_scale_words",
     "narrow_factors",
+    "scale_codes",
+    "scale_planes",
+    "spread",
     "u_step",
     "unpack_codes",
     "wide_factors",
@@ -84,9 +88,18 @@ _QUAD8_FP16: tl.constexpr = tl.constexpr("""{
     }""")
 
 
+# 0x4B000000 is 2**23 in float32, whose last bit is worth 1: each byte of a word into a mantissa.
+_SCALE_BYTES: tl.constexpr = tl.constexpr("""{
+    prmt.b32 $0, $4, 0x4B000000, 0x7440;
+    prmt.b32 $1, $4, 0x4B000000, 0x7441;
+    prmt.b32 $2, $4, 0x4B000000, 0x7442;
+    prmt.b32 $3, $4, 0x4B000000, 0x7443;
+    }""")
+
+
 @triton.jit
 def _exact(value, DTYPE: tl.constexpr):
-    """Float16 values that DTYPE can represent, in DTYPE.
+    """Float16 or float32 values that DTYPE can represent, in DTYPE.
 
     For bfloat16 it is the upper half of the float32: there is nothing to round.
     """
@@ -186,6 +199,83 @@ def u_step(BITS: tl.constexpr):
 def group_scale(scale, at, n_padded, GROUP: tl.constexpr):
     """Scales [BLOCK_N, 1] of the group that column ``at`` lies in."""
     return tl.load(scale + (at // GROUP).to(tl.int64) * n_padded)[:, None]
+
+
+@triton.jit
+def load_scale_words(
+    scale_row,  # pointers [BLOCK_N, 1] to the rows' first scale words
+    turn,  # which turn of WORDS words of codes
+    n_padded,
+    WORDS: tl.constexpr,
+    PLANE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Scale words [BLOCK_N, runs] of WORDS words of codes, see ``pack_scale_codes``."""
+    run: tl.constexpr = PLANE if PLANE < GROUP else GROUP
+    runs: tl.constexpr = WORDS // run if WORDS > run else 1
+    first = turn * runs if WORDS >= run else turn // (run // WORDS)
+    index = (first + tl.arange(0, runs)).to(tl.int64)
+    return tl.load(scale_row + index[None, :] * n_padded)
+
+
+@triton.jit
+def scale_codes(words, ASM: tl.constexpr):
+    """Codes of the scales of the four planes, float32 and of the shape of ``words``: exact.
+
+    Words of two bytes serve two planes with each, those of one byte all four.
+    """
+    if ASM:
+        b0, b1, b2, b3 = tl.inline_asm_elementwise(
+            _SCALE_BYTES,
+            "=&r,=&r,=&r,=&r,r",
+            [words.to(tl.int32)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        wide = words.to(tl.int32)
+        b0 = (wide & 255) | 0x4B000000
+        b1 = ((wide >> 8) & 255) | 0x4B000000
+        b2 = ((wide >> 16) & 255) | 0x4B000000
+        b3 = ((wide >> 24) & 255) | 0x4B000000
+    if words.dtype == tl.int8:
+        b1, b2, b3 = b0, b0, b0
+    elif words.dtype == tl.int16:
+        b1, b2, b3 = b0, b1, b1
+    return _scale_code(b0), _scale_code(b1), _scale_code(b2), _scale_code(b3)
+
+
+@triton.jit
+def _scale_code(bits):
+    """Code of a scale, float32, given as ``code + 128`` in the mantissa of 2**23."""
+    return bits.to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
+
+
+@triton.jit
+def spread(values, COLUMNS: tl.constexpr):
+    """Values [rows, runs] over the columns of their runs: [rows, COLUMNS], or [rows, 1] of one."""
+    rows: tl.constexpr = values.shape[0]
+    runs: tl.constexpr = values.shape[1]
+    if runs > 1:
+        wide = tl.broadcast_to(values[:, :, None], (rows, runs, COLUMNS // runs))
+        values = tl.reshape(wide, (rows, COLUMNS))
+    return values
+
+
+@triton.jit
+def scale_planes(q0, q1, q2, q3, words, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Levels of four planes times their scales' codes, rounded once to DTYPE.
+
+    At most 16 * 128: far from what overflows float16.
+    """
+    columns: tl.constexpr = q0.shape[1]
+    c0, c1, c2, c3 = scale_codes(words, ASM)
+    q0 = q0 * spread(_exact(c0, DTYPE), columns)
+    q1 = q1 * spread(_exact(c1, DTYPE), columns)
+    q2 = q2 * spread(_exact(c2, DTYPE), columns)
+    q3 = q3 * spread(_exact(c3, DTYPE), columns)
+    return q0, q1, q2, q3
 
 
 @triton.jit

@@ -7,6 +7,12 @@ j) * plane + p``. So a tile of words looks like a tile of a 16-bit matrix to the
 shift and mask turn it into four tiles of codes for four matrix products. Rows are padded to a
 multiple of :data:`ROW_PAD` with codes of zero, columns to whole blocks. Scales are stored group by
 group, so that a block of rows reads consecutive ones.
+
+Scales of two levels keep their 8-bit codes, as *scale words*: the codes (as ``code + 128``) that
+the four codes of a word of the base take, one byte each. So a kernel reads one scale word per row
+for all the words of a run, and copies of 32-bit words run ahead of the products, as those of 16-bit
+scales do not. Where a group is longer than a plane, the planes that share it share a byte, and
+scale words have two bytes or one: no code is stored twice.
 """
 
 from typing import Final
@@ -15,10 +21,19 @@ import torch
 
 from svsk_kernels.tile_grid import ceil_div
 
-__all__ = ["ROW_PAD", "pack_base", "pack_scale", "plane_length"]
+__all__ = [
+    "ROW_PAD",
+    "pack_base",
+    "pack_row_scale",
+    "pack_scale",
+    "pack_scale_codes",
+    "plane_length",
+]
 
 ROW_PAD: Final = 128
 """Rows of the stored base are padded to this: a multiple of every block of rows."""
+
+_SCALE_WORDS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 _UNPACK_ELEMENTS: Final = 1 << 25
 """Codes unpacked at a time: bounds the memory of repacking."""
@@ -74,4 +89,39 @@ def pack_scale(scale: torch.Tensor, plane: int, group_size: int) -> torch.Tensor
     padded = ceil_div(groups * group_size, block) * block // group_size
     stored = scale.new_zeros(padded, ceil_div(n, ROW_PAD) * ROW_PAD)
     stored[:groups, :n] = scale.T
+    return stored
+
+
+def pack_scale_codes(codes: torch.Tensor, plane: int, group_size: int) -> torch.Tensor:
+    """Scale words of the codes of a layer whose scales have two levels.
+
+    Word ``w`` of the base, counted along a padded row, takes scale word ``w // min(plane, g)``; its
+    nibble j the byte ``j``, or ``j * b // 4`` where scale words have b bytes.
+
+    Args:
+        codes: int8 [N, K / g].
+        plane: see :func:`plane_length`.
+        group_size: g.
+
+    Returns:
+        int32, int16 or int8 [padded K / 4 / min(plane, g), padded rows]; codes of zero in padding.
+    """
+    n, groups = codes.shape
+    block = 4 * plane
+    num_blocks, runs = ceil_div(groups * group_size, block), max(1, plane // group_size)
+    num_bytes = block // group_size // runs
+    padded_rows = ceil_div(n, ROW_PAD) * ROW_PAD
+    stored = codes.new_zeros(num_blocks * num_bytes * runs, padded_rows)
+    stored[:groups, :n] = codes.T
+    biased = (stored.to(torch.int16) + 128).to(torch.uint8)
+    # a plane's groups follow each other, and planes do: byte, run
+    words = biased.view(num_blocks, num_bytes, runs, padded_rows).permute(0, 2, 3, 1).contiguous()
+    return words.view(_SCALE_WORDS[num_bytes]).view(num_blocks * runs, padded_rows)
+
+
+def pack_row_scale(row_scale: torch.Tensor) -> torch.Tensor:
+    """Scales of rows, [N, 1] as [padded rows], zero in padding."""
+    n = row_scale.shape[0]
+    stored = row_scale.new_zeros(ceil_div(n, ROW_PAD) * ROW_PAD)
+    stored[:n] = row_scale[:, 0]
     return stored

@@ -34,6 +34,8 @@ class TritonKernel:
             raise ValueError(obstacle)
         self.matmul = SvskMatmul(_packable(spec))
         self.names = _BASE | (_SIDECAR if spec.plan else {})
+        if spec.row_scaled:
+            self.names["row_scale"] = "weight_row_scale"
 
     @staticmethod
     def obstacle(spec: LayerSpec, device: torch.device) -> str | None:
@@ -46,7 +48,10 @@ class TritonKernel:
         sidecar = (None, None, None)
         if self.matmul.spec.plan is not None:
             sidecar = (layer.sidecar_u.data, layer.sidecar_v.data, layer.sidecar_gain.data)
-        tensors = self.matmul.prepare(layer.weight_packed.data, layer.weight_scale.data, *sidecar)
+        row_scale = layer.weight_row_scale.data if self.matmul.spec.row_scaled else None
+        tensors = self.matmul.prepare(
+            layer.weight_packed.data, layer.weight_scale.data, *sidecar, row_scale
+        )
         replace_parameters(layer, {self.names[name]: tensor for name, tensor in tensors.items()})
         self.matmul.warm_up(tensors, getattr(layer, "bias", None))
 

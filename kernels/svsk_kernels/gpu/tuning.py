@@ -17,6 +17,7 @@ from svsk_kernels.gpu.repack_base import ROW_PAD, plane_length
 from svsk_kernels.tile_grid import ceil_div
 
 __all__ = [
+    "GROUP_SIZES",
     "Choice",
     "Gpu",
     "TuningError",
@@ -25,6 +26,7 @@ __all__ = [
     "choices_for",
     "heuristic_choices",
     "load_table",
+    "longest_step",
     "table_name",
 ]
 
@@ -32,6 +34,9 @@ _Made = TypeVar("_Made")
 
 MAX_SPLIT_K: Final = 8
 """More splits cost more in partial sums than they bring in parallelism."""
+
+GROUP_SIZES: Final = (16, 32, 64)
+"""Weights per scale that the kernels take."""
 
 FOLD_FROM: Final = 1025
 """Tokens from which it is faster to write the weight out first, where nothing was measured."""
@@ -102,10 +107,13 @@ class Entry:
     k: int
     group_size: int
     choices: tuple[Choice, ...]
+    row_scaled: bool = False  # scales of two levels
 
     def __post_init__(self) -> None:
-        if self.group_size not in (32, 64):
-            raise TuningError(f"group_size {self.group_size!r}: expected 32 or 64")
+        if self.group_size not in GROUP_SIZES:
+            raise TuningError(f"group_size {self.group_size!r}: expected one of {GROUP_SIZES}")
+        if type(self.row_scaled) is not bool:
+            raise TuningError(f"row_scaled {self.row_scaled!r}: expected true or false")
         limits = [choice.max_m for choice in self.choices]
         rising = [limit for limit in limits[:-1] if limit is not None]
         if (
@@ -115,12 +123,12 @@ class Entry:
             or rising != sorted(set(rising))
         ):
             raise TuningError(f"max_m {limits}: expected rising numbers, and null last")
-        plane = plane_length(self.k)
+        longest = longest_step(self.k, self.group_size, self.row_scaled)
         for choice in self.choices:
-            if choice.kernel != "fold" and (plane % choice.step or self.group_size % choice.step):
+            if choice.kernel != "fold" and longest % choice.step:
                 raise TuningError(
-                    f"step {choice.step} must divide the plane {plane} and the group"
-                    f" {self.group_size}"
+                    f"step {choice.step} must divide {longest}: the plane {plane_length(self.k)},"
+                    f" or with scales of one level the group {self.group_size} if that is shorter"
                 )
 
     @classmethod
@@ -227,7 +235,19 @@ def load_table(device: str) -> TuningTable | None:
         raise TuningError(f"{file}: not a valid table of kernel configurations: {error}") from error
 
 
-def heuristic_choices(gpu: Gpu, n: int, k: int, group_size: int) -> tuple[Choice, ...]:
+def longest_step(k: int, group_size: int, row_scaled: bool) -> int:
+    """Words of a row that one turn may take.
+
+    Scales of two levels are spread over the words of a turn; those of one level are not, and a turn
+    takes one group of each plane.
+    """
+    plane = plane_length(k)
+    return plane if row_scaled else min(plane, group_size)
+
+
+def heuristic_choices(
+    gpu: Gpu, n: int, k: int, group_size: int, row_scaled: bool = False
+) -> tuple[Choice, ...]:
     """Choices where nothing was measured.
 
     Decode fills the GPU twice by splitting the columns, the same way for every number of tokens
@@ -235,7 +255,8 @@ def heuristic_choices(gpu: Gpu, n: int, k: int, group_size: int) -> tuple[Choice
     words keeps the activations of 64 and more tokens in shared memory.
     """
     plane = plane_length(k)
-    long, short = min(plane, group_size, 64), min(plane, group_size, 32)
+    long = longest_step(k, group_size, row_scaled)
+    short = min(long, 32)
     programs = ceil_div(n, ROW_PAD) * ROW_PAD // 64
     steps = ceil_div(k, 4 * plane)
     split_k = (
@@ -269,13 +290,16 @@ def heuristic_choices(gpu: Gpu, n: int, k: int, group_size: int) -> tuple[Choice
 
 
 @lru_cache(maxsize=4096)
-def choices_for(gpu: Gpu, n: int, k: int, group_size: int) -> tuple[Choice, ...]:
+def choices_for(
+    gpu: Gpu, n: int, k: int, group_size: int, row_scaled: bool = False
+) -> tuple[Choice, ...]:
     """Choices for a layer of ``n`` rows and ``k`` columns: measured ones, or those of the rule."""
     table = load_table(gpu.name)
     for entry in table.entries if table else ():
-        if (entry.n, entry.k, entry.group_size) == (n, k, group_size):
+        stored = (entry.n, entry.k, entry.group_size, entry.row_scaled)
+        if stored == (n, k, group_size, row_scaled):
             return entry.choices
-    return heuristic_choices(gpu, n, k, group_size)
+    return heuristic_choices(gpu, n, k, group_size, row_scaled)
 
 
 def choice_for(choices: Sequence[Choice], m: int) -> Choice:

@@ -27,7 +27,7 @@ from svsk_kernel_tools.emulator.driver import emulated
 from svsk_kernel_tools.emulator.errors import RaceError
 from svsk_kernel_tools.emulator.machine import Gpu
 from svsk_kernels.gpu.launch import counters, fold
-from svsk_kernels.gpu.tuning import Choice
+from svsk_kernels.gpu.tuning import Choice, longest_step
 from svsk_kernels.naive import naive_matmul
 from svsk_vllm.format import Codebook
 
@@ -52,6 +52,7 @@ class Case:
     group_size: int = 64
     bias: bool = False
     plain: bool = False  # run it without inline PTX too
+    row_scaled: bool = False
 
     def layer(self) -> BenchLayer:
         return random_layer(
@@ -61,6 +62,7 @@ class Case:
             self.parts,
             codebook=self.codebook,
             group_size=self.group_size,
+            row_scaled=self.row_scaled,
             seed=self.m,
         )
 
@@ -71,7 +73,7 @@ class Case:
         return x, torch.randn(n, generator=generator).to(self.dtype) if self.bias else None
 
     def choice(self, layer: BenchLayer, pdl: bool) -> Choice:
-        step = min(layer.base.plane, self.group_size)
+        step = longest_step(self.k, self.group_size, self.row_scaled)
         return Choice(kernel=self.kernel, pdl=pdl, **({"step": step} | self.blocks))
 
 
@@ -145,6 +147,43 @@ CASES = (
         True,
         True,
     ),
+    Case(
+        "row scales, groups of 16, quad8, split",
+        5,
+        512,
+        (EIGHT,),
+        {"split_k": 2},
+        codebook="quad8",
+        group_size=16,
+        plain=True,
+        row_scaled=True,
+    ),
+    Case(
+        "row scales, ragged, float16",
+        17,
+        288,
+        MIXED,
+        {"block_m": 32},
+        dtype=HALF,
+        group_size=32,
+        bias=True,
+        plain=True,
+        row_scaled=True,
+    ),
+    Case("row scales, planes share groups", 3, 192, (Part(128),), plain=True, row_scaled=True),
+    Case(
+        "gemm, row scales",
+        65,
+        256,
+        (EIGHT,),
+        {"block_m": 64, "block_n": 128, "step": 32},
+        "gemm",
+        group_size=16,
+        bias=True,
+        plain=True,
+        row_scaled=True,
+    ),
+    Case("one level, groups of 16", 3, 256, (Part(128),), group_size=16),
 )
 
 
@@ -204,15 +243,18 @@ def test_split_products_in_every_order(arch: int) -> None:
 
 @ARCHES
 @pytest.mark.parametrize(
-    ("parts", "codebook"),
+    ("parts", "codebook", "row_scaled"),
     [
-        ((Part(100, 32, 4, 48, 128),), "quad8"),
-        ((Part(130, 24, 8, 64, 96),), "int4"),
-        ((Part(128),), "quad8"),
+        ((Part(100, 32, 4, 48, 128),), "quad8", False),
+        ((Part(130, 24, 8, 64, 96),), "int4", False),
+        ((Part(128),), "quad8", False),
+        ((Part(100, 24, 8, 64, 96),), "quad8", True),
     ],
 )
-def test_fold(parts: tuple[Part, ...], codebook: Codebook, arch: int) -> None:
-    layer = random_layer(288, BFLOAT, CPU, parts, codebook=codebook, group_size=32)
+def test_fold(parts: tuple[Part, ...], codebook: Codebook, row_scaled: bool, arch: int) -> None:
+    layer = random_layer(
+        288, BFLOAT, CPU, parts, codebook=codebook, group_size=32, row_scaled=row_scaled
+    )
     rows = slice(64, parts[0].n)
     with poisoned(), emulated(arch, order="shuffled"):
         found = fold(layer.base, layer.sidecar, layer.spec.factor_bits, BFLOAT, rows)
