@@ -20,7 +20,7 @@ import sys
 import tempfile
 import tomllib
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -192,8 +192,10 @@ def check_in_front(python: Path, package: str, version: str, front: Path) -> Non
         )
 
 
-def try_package(trial: Trial, work: Path) -> Row:
+def try_package(trial: Trial, work: Path, rows: Sequence[Row]) -> Row:
     """Try a package at one of its bounds.
+
+    Where one version alone is allowed, the row of the other bound among ``rows`` is this one's too.
 
     Raises:
         OverlayError: that version cannot be had here.
@@ -208,6 +210,9 @@ def try_package(trial: Trial, work: Path) -> Row:
             " if it passes."
         )
     version = oldest if trial.which == "oldest" else newest
+    for other in rows:
+        if (other.what, other.version) == (trial.what, str(version)):
+            return replace(other, which=trial.which)
     front = work / "front"
     others = overlay.build(trial.what, version, front, PYTHON)
     check_in_front(PYTHON, trial.what, str(version), front)
@@ -281,6 +286,7 @@ def run_all(
 
     A row each, or why there is none. What was installed for one is removed again.
     """
+    rows: list[Row] = []
     for trial in chosen:
         print(f"== {trial.what}, {trial.which}", flush=True)
         with tempfile.TemporaryDirectory(dir=work, prefix="svsk-versions-") as folder:
@@ -290,7 +296,8 @@ def run_all(
                 elif trial.what == "Python":
                     yield try_python(trial, pythons[trial.which], Path(folder))
                 elif trial.what in PACKAGES:
-                    yield try_package(trial, Path(folder))
+                    rows.append(try_package(trial, Path(folder), rows))
+                    yield rows[-1]
                 else:
                     yield try_slow(trial, Path(folder))
             except overlay.OverlayError as error:

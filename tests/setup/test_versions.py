@@ -174,3 +174,21 @@ def test_a_python_that_does_not_run_is_passed_over(
         program.write_text(f"#!/bin/sh\n{text}\n")
         program.chmod(0o755)
     assert versions.find_pythons([tmp_path]) == {"3.12": tmp_path / "3.12.7" / "bin" / "python"}
+
+
+def test_one_allowed_version_is_tried_once(
+    versions: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = next(iter(versions.PACKAGES))
+    oldest, newest = (versions.Trial(package, which) for which in ("oldest", "newest"))
+    monkeypatch.setattr(versions.overlay, "released", lambda *_: [Version("1.0")])
+    only = (Version("1.0"), Version("1.0"))
+    monkeypatch.setattr(versions.overlay, "bounds", lambda *_: only)
+    runs = []
+    monkeypatch.setattr(versions.overlay, "build", lambda *_: runs.append(1) or [])
+    monkeypatch.setattr(versions, "check_in_front", lambda *_: None)
+    monkeypatch.setattr(versions, "run_tests", lambda *_: (5, 0, 1))
+    first, second = versions.run_all([oldest, newest], {}, tmp_path)
+    assert len(runs) == 1
+    assert (first.which, second.which) == ("oldest", "newest")
+    assert (first.passed, first.version) == (second.passed, second.version) == (5, "1.0")
