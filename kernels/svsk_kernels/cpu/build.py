@@ -118,6 +118,7 @@ def _fake(
     x: torch.Tensor,
     codes: torch.Tensor,
     scale: torch.Tensor,
+    row_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     u: torch.Tensor | None,
     v: torch.Tensor | None,

@@ -9,7 +9,7 @@ inputs:
 
 - codes: uint8, [blocks, K / 2, 16]: a byte holds both codes of a pair for one output, the first in
   the low nibble;
-- scale: [blocks, K / group, 16];
+- scale: [blocks, K / group, 16], int8 where rows have scales: row_scale, [blocks, 1, 16];
 - U and V: bfloat16 *panels* [pairs, 16, 2]. A V panel is 16 ranks of one column tile. A U panel is
   one block's rows of one slot (zero for the block's other rows) times the slot's ranks in all
   column tiles;
@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 
 from svsk_kernels.cpu.build import cpu_ops_obstacle
-from svsk_kernels.group_scales import pop_scales
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.sidecar_plan import SidecarPlan
 
@@ -70,8 +69,10 @@ class CpuKernel:
         """Rearrange the loaded parameters, see the module; ``sidecar_index`` is added."""
         tensors = {
             "weight_packed": _blocks(layer.weight_packed.data.view(torch.uint8)),
-            "weight_scale": _blocks(pop_scales(layer)),
+            "weight_scale": _blocks(layer.weight_scale.data),
         }
+        if self.spec.row_scaled:
+            tensors["weight_row_scale"] = _blocks(layer.weight_row_scale.data)
         if self.spec.plan:
             loaded = (layer.sidecar_u.data, layer.sidecar_v.data, layer.sidecar_gain.data)
             tensors |= dict(zip(self.names, _prepare_sidecar(self.spec.plan, *loaded), strict=True))
@@ -84,6 +85,7 @@ class CpuKernel:
             x,
             layer.weight_packed,
             layer.weight_scale,
+            layer.weight_row_scale if self.spec.row_scaled else None,
             bias,
             *sidecar,
             self.spec.n,

@@ -4,7 +4,8 @@
 //
 // Checkpoint                          Run time (cpu_kernel.py); a block is 16 outputs
 // weight_packed  int32 [N, K / 8]     codes  uint8 [blocks, K / 2, 16]: two neighbours in K a byte
-// weight_scale   [N, K / group]       scale  [blocks, K / group, 16]
+// weight_scale   [N, K / group]       scale  [blocks, K / group, 16], int8 where rows have scales
+// weight_row_scale  [N, 1]            row_scale  [blocks, 1, 16]
 // sidecar_u      int8 [N, B, r]       u      bfloat16 panels [pairs, 16 outputs, 2] of a slot
 // sidecar_v      int8 [A, r, K]       v      bfloat16 panels [pairs, 16 ranks, 2] of a column tile
 // sidecar_gain   float32 [A, B, r]    gain   float32 [v panels, 16]
@@ -79,6 +80,11 @@ Vec load16(const c10::BFloat16* p) {
 template <>
 Vec load16(const c10::Half* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+template <>
+Vec load16(const int8_t* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
 }
 
 // Activations (or z) in tiles of the rows that are multiplied together, see by_rows: a tile's pairs
@@ -178,6 +184,7 @@ constexpr int chains() {
 struct Base {
   const uint8_t* codes;
   const at::Tensor& scale;
+  const std::optional<at::Tensor>& row_scale;  // given where scales are int8
   int64_t k, group;
   __m512i table;
 };
@@ -282,20 +289,24 @@ struct Job {
   int64_t m, n;
 };
 
-// One block: y = base + bias + U z for the rows [m_begin, m_end).
-template <typename X, int T>
+// One block: y = base + bias + U z for the rows [m_begin, m_end). Scales of groups are of the type
+// S: X, or int8 with a scale per output.
+template <typename X, int T, typename S>
 void compute_block(const Job<X>& job, int64_t block, int64_t m_begin, int64_t m_end) {
   const Base& base = job.base;
   const Sidecar& s = job.sidecar;
   const int64_t n0 = block * kLanes, count = std::min(kLanes, job.n - n0),
                 groups = base.k / base.group;
   const uint8_t* codes = base.codes + block * base.k * kLanes / 2;
-  const X* scale = base.scale.const_data_ptr<X>() + block * groups * kLanes;
+  const S* scale = base.scale.const_data_ptr<S>() + block * groups * kLanes;
   const Vec start = job.bias ? load_some(job.bias + n0, count) : _mm512_setzero_ps();
+  constexpr bool kRowScaled = !std::is_same_v<S, X>;
+  Vec row_scale = _mm512_setzero_ps();
+  if constexpr (kRowScaled) row_scale = load16(base.row_scale->const_data_ptr<X>() + n0);
   by_rows(m_begin, m_end, [&](auto rows, int64_t m0) {
     constexpr int M = decltype(rows)::value, C = chains<M>();
     Vec out[M];
-    for (int m = 0; m < M; ++m) out[m] = start;
+    for (int m = 0; m < M; ++m) out[m] = kRowScaled ? _mm512_setzero_ps() : start;
     Sums<M, C> acc;
     // the base, group by group: exact products of levels, scaled once per group. A group's pairs
     // are a multiple of 8, so of C
@@ -307,6 +318,8 @@ void compute_block(const Job<X>& job, int64_t block, int64_t m_begin, int64_t m_
       const Vec factor = load16(scale + g * kLanes);
       for (int m = 0; m < M; ++m) out[m] = _mm512_fmadd_ps(acc.total(m), factor, out[m]);
     }
+    if constexpr (kRowScaled)
+      for (int m = 0; m < M; ++m) out[m] = _mm512_fmadd_ps(out[m], row_scale, start);
     // the sidecar: U z for each slot that this block meets
     for (int32_t e = s.u ? s.u_starts[block] : 0, last = s.u ? s.u_starts[block + 1] : 0; e < last;
          ++e) {
@@ -390,20 +403,24 @@ at::Tensor run(const at::Tensor& x, const Base& base, const X* bias, const Sidec
   }
   by_tasks(m, chunk, (n + kLanes - 1) / kLanes, work,
            [&](int64_t block, int64_t begin, int64_t end) {
-             compute_block<X, T>(job, block, begin, end);
+             if (base.row_scale)
+               compute_block<X, T, int8_t>(job, block, begin, end);
+             else
+               compute_block<X, T, X>(job, block, begin, end);
            });
   return y;
 }
 
 at::Tensor cpu_linear(const at::Tensor& x_any, const at::Tensor& codes, const at::Tensor& scale,
+                      const std::optional<at::Tensor>& row_scale,
                       const std::optional<at::Tensor>& bias_any, const std::optional<at::Tensor>& u,
                       const std::optional<at::Tensor>& v, const std::optional<at::Tensor>& gain,
                       const std::optional<at::Tensor>& index, int64_t n, int64_t group_size,
                       bool quad8) {
   TORCH_CHECK(x_any.dim() == 2, "svsk::cpu_linear: x has ", x_any.dim(), " dimensions, expected 2");
-  TORCH_CHECK(scale.scalar_type() == x_any.scalar_type(), "svsk::cpu_linear: x is ",
-              x_any.scalar_type(), ", the scales are ", scale.scalar_type(),
-              ": cast x to the layer's dtype");
+  const auto scale_type = (row_scale ? *row_scale : scale).scalar_type();
+  TORCH_CHECK(scale_type == x_any.scalar_type(), "svsk::cpu_linear: x is ", x_any.scalar_type(),
+              ", the scales are ", scale_type, ": cast x to the layer's dtype");
   const int64_t blocks = (n + kLanes - 1) / kLanes, k = x_any.size(1);
   TORCH_CHECK(
       codes.numel() * 2 == blocks * kLanes * k && scale.numel() * group_size == blocks * kLanes * k,
@@ -413,7 +430,10 @@ at::Tensor cpu_linear(const at::Tensor& x_any, const at::Tensor& codes, const at
   const std::optional<at::Tensor> bias =
       bias_any ? std::optional<at::Tensor>(bias_any->to(x.scalar_type()).contiguous())
                : std::nullopt;
-  const Base base{codes.const_data_ptr<uint8_t>(), scale, k, group_size, level_table(quad8)};
+  TORCH_CHECK(!row_scale || row_scale->numel() == blocks * kLanes, "svsk::cpu_linear: ",
+              row_scale ? row_scale->numel() : 0, " row scales for ", n, " outputs");
+  const Base base{codes.const_data_ptr<uint8_t>(), scale,      row_scale,
+                  k,                               group_size, level_table(quad8)};
   const Sidecar sidecar = u ? read_sidecar(*u, *v, *gain, *index) : Sidecar();
   if (x.scalar_type() == at::kBFloat16) {
     const auto* b = bias ? bias->const_data_ptr<c10::BFloat16>() : nullptr;
@@ -429,9 +449,9 @@ at::Tensor cpu_linear(const at::Tensor& x_any, const at::Tensor& codes, const at
 
 TORCH_LIBRARY_FRAGMENT(svsk, m) {
   m.def(
-      "cpu_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor? u, Tensor? v, "
-      "Tensor? gain, "
-      "Tensor? index, int n, int group_size, bool quad8) -> Tensor");
+      "cpu_linear(Tensor x, Tensor codes, Tensor scale, Tensor? row_scale, Tensor? bias, "
+      "Tensor? u, Tensor? v, Tensor? gain, Tensor? index, int n, int group_size, bool quad8) "
+      "-> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(svsk, CPU, m) { m.impl("cpu_linear", &cpu_linear); }
