@@ -36,6 +36,7 @@ from svsk_vllm.format import (
 )
 from svsk_vllm.format.config import declared, undeclared
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
+from svsk_vllm.format.group_scales import ScaleBits
 from svsk_vllm.format.seal import schemes_metadata
 from svsk_vllm.format.shards import INDEX_NAME
 from tests.support.format_builders import save_shards, write_json
@@ -206,13 +207,14 @@ def scheme(
     num_bits: int = 8,
     group_size: int = 64,
     codebook: Codebook = "int4",
+    scale_bits: ScaleBits = 16,
     tile_m: int = TILE_M,
     tile_n: int = TILE_N,
 ) -> ConfigGroup:
     """A config group for the targets, with misaligned tiles unless told otherwise."""
     return ConfigGroup(
         targets=targets,
-        weights=WeightArgs(group_size=group_size, codebook=codebook),
+        weights=WeightArgs(group_size=group_size, codebook=codebook, scale_bits=scale_bits),
         sidecar=SidecarArgs.model_validate(
             {"rank": rank, "num_bits": num_bits, "tile_m": tile_m, "tile_n": tile_n}
         ),
@@ -308,7 +310,8 @@ def round_with_sidecar(
     spec = LinearSpec(name, n, k, group, weight.dtype)
     levels = codebook_levels(group.weights.codebook)
     grouped = weight.float().view(n, -1, spec.group_size)
-    scale = (grouped.abs().amax(dim=-1) / levels[-1]).clamp(min=1e-6).to(weight.dtype)
+    absmax = (grouped.abs().amax(dim=-1) / levels[-1]).clamp(min=1e-6)
+    scale = spec.scales.round(absmax, spec.scales.row_scale(absmax)).to(weight.dtype)
     nearest = torch.bucketize(grouped / scale.float().unsqueeze(-1), (levels[1:] + levels[:-1]) / 2)
     codes = (nearest - 8).to(torch.int8).view(n, k)
     if not spec.rank:

@@ -10,7 +10,7 @@ import torch
 from svsk_eval.errors import EvalError
 from svsk_offline.storage.atomic import PartialFolder, write_json, write_tensors
 from svsk_offline.storage.side_files import copy_side_files
-from svsk_vllm.format import Checkpoint
+from svsk_vllm.format import Checkpoint, pack_codes
 from svsk_vllm.format.config import undeclared
 from svsk_vllm.format.shards import SINGLE_NAME
 
@@ -20,7 +20,7 @@ __all__ = ["w4a16_config", "write_w4a16"]
 def write_w4a16(checkpoint: Path, out: Path) -> Path:
     """Drop the sidecars and say in compressed-tensors' words what is left.
 
-    Quality is not that of a W4A16 quantiser.
+    Quality is not that of a W4A16 quantiser. Scales in two levels are multiplied out.
 
     Args:
         checkpoint: SVSK folder whose linears all have the codebook int4.
@@ -44,11 +44,11 @@ def write_w4a16(checkpoint: Path, out: Path) -> Path:
     partial = folder.create()
     tensors = {name: source.read_dense(name) for name in source.dense_names}
     for name, linear in source.iter_linears():
-        stored = linear.to_tensors()
         tensors |= {
-            f"{name}.{part}": stored[f"{name}.{part}"] for part in ("weight_packed", "weight_scale")
+            f"{name}.weight_packed": pack_codes(linear.codes),
+            f"{name}.weight_scale": linear.scale,
+            f"{name}.weight_shape": torch.tensor([linear.spec.n, linear.spec.k]),
         }
-        tensors[f"{name}.weight_shape"] = torch.tensor([linear.spec.n, linear.spec.k])
     write_tensors(partial / SINGLE_NAME, tensors)
     write_json(
         partial / "config.json",

@@ -20,6 +20,7 @@ from svsk_eval.speed.throughput import Served, Speeds, measure, speeds_of, table
 from svsk_eval.speed.throughput_server import Load
 from svsk_eval.speed.w4a16 import write_w4a16
 from svsk_vllm.format import Checkpoint
+from svsk_vllm.format.group_scales import ScaleBits
 from tests.support.tiny_models import scheme, write_dense, write_random_svsk
 
 
@@ -31,8 +32,10 @@ def checkpoint(folder: Path, **changes: Any) -> Path:
     return write_random_svsk(write_dense(folder / "dense"), folder / "svsk", schemes=schemes)
 
 
-def test_base_of_a_checkpoint_as_w4a16(tmp_path: Path) -> None:
-    source = Checkpoint(checkpoint(tmp_path))
+@pytest.mark.parametrize("scale_bits", [16, 6])
+def test_base_of_a_checkpoint_as_w4a16(tmp_path: Path, scale_bits: ScaleBits) -> None:
+    """Scales in two levels are multiplied out."""
+    source = Checkpoint(checkpoint(tmp_path, scale_bits=scale_bits))
     out = write_w4a16(source.folder, tmp_path / "w4a16")
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
@@ -48,7 +51,9 @@ def test_base_of_a_checkpoint_as_w4a16(tmp_path: Path) -> None:
     for name, linear in source.iter_linears():
         stored = linear.to_tensors()
         assert torch.equal(tensors[f"{name}.weight_packed"], stored[f"{name}.weight_packed"])
-        assert torch.equal(tensors[f"{name}.weight_scale"], stored[f"{name}.weight_scale"])
+        assert tensors[f"{name}.weight_scale"].dtype == torch.bfloat16
+        assert torch.equal(tensors[f"{name}.weight_scale"], linear.scale)
+        assert f"{name}.weight_row_scale" not in tensors
         assert tensors[f"{name}.weight_shape"].tolist() == [linear.spec.n, linear.spec.k]
     assert {name for name in tensors if name in source.dense_names} == set(source.dense_names)
     assert (out / "tokenizer.json").exists()
