@@ -22,11 +22,18 @@ from pydantic import ValidationError
 
 import svsk_vllm.hf
 from svsk_vllm.architecture.folder_check import checkpoint_problems
-from svsk_vllm.format import SvskFormatError
+from svsk_vllm.format import ConfigGroup, SvskFormatError
+from svsk_vllm.format.group_scales import ScaleBits
 from svsk_vllm.format.shards import read_json
 from tests.support.independent_decoder import decode, read_folder
 from tests.support.mutations import Mutation, mutations
-from tests.support.tiny_models import FAMILIES, Family, write_dense, write_random_svsk
+from tests.support.tiny_models import (
+    FAMILIES,
+    Family,
+    default_schemes,
+    write_dense,
+    write_random_svsk,
+)
 
 SECONDS = 30
 KIBIBYTES = 2**20
@@ -49,12 +56,33 @@ class Folders:
     counts: Counter[str] = field(default_factory=Counter)
 
 
+def schemes() -> dict[str, ConfigGroup]:
+    """Every kind in one model: scales of one level on q, k, v, and of two on the others."""
+    changed: dict[str, tuple[int, ScaleBits]] = {
+        "default": (64, 6),  # three groups in down_proj: a code of each row's bytes is padding
+        "o": (16, 6),
+        "gate": (32, 8),
+        "up": (32, 8),
+    }
+    return default_schemes() | {
+        key: group.model_copy(
+            update={
+                "weights": group.weights.model_copy(
+                    update={"group_size": changed[key][0], "scale_bits": changed[key][1]}
+                )
+            }
+        )
+        for key, group in default_schemes().items()
+        if key in changed
+    }
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("mutations")
     dense = write_dense(root / "dense", MODEL)
-    sound = write_random_svsk(dense, root / "sound", shards=3)
-    other = write_random_svsk(dense, root / "other", shards=3, seed=1)
+    sound = write_random_svsk(dense, root / "sound", schemes=schemes(), shards=3)
+    other = write_random_svsk(dense, root / "other", schemes=schemes(), shards=3, seed=1)
     return Folders(sound, other, root / "work")
 
 
