@@ -91,12 +91,13 @@ class VllmClass:
             bases = {scheme.weights for scheme in chosen.values()}
             if len(bases) > 1:
                 described = ", ".join(
-                    f"{n}: {s.weights.codebook} g{s.weights.group_size}" for n, s in chosen.items()
+                    f"{name}: {base.codebook} g{base.group_size} with {base.scale_bits}-bit scales"
+                    for name, base in ((name, scheme.weights) for name, scheme in chosen.items())
                 )
                 problems.append(
                     f"{', '.join(chosen)}: vLLM fuses them into one layer ({self.name}), but their"
-                    f" bases differ ({described}). Give them one group size and one codebook;"
-                    " ranks and tiles may differ."
+                    f" bases differ ({described}). Give them one group size, one codebook and"
+                    " one scale_bits; ranks and tiles may differ."
                 )
         return problems
 

@@ -112,6 +112,11 @@ def test_validate_finds_what_vllm_refuses(tmp_path: Path, tiny_qwen2: Path) -> N
     problems = validate_against_architecture(folder)
     assert len(problems) == 2  # one per block
     assert "model.layers.0.self_attn.q_proj: int4 g32" in problems[0]
+    schemes = default_schemes() | {"q": scheme(r"re:.*\.q_proj$", rank=4, scale_bits=6)}
+    folder = write_random_svsk(tiny_qwen2, tmp_path / "scales", schemes=schemes)
+    problems = validate_against_architecture(folder)
+    assert len(problems) == 2
+    assert "q_proj: int4 g64 with 6-bit scales, " in problems[0]
     folder = write_random_svsk(tiny_qwen2, tmp_path / "half", ignore=("lm_head", "re:.*up_proj"))
     problems = validate_against_architecture(folder)
     assert len(problems) == 2
