@@ -30,7 +30,6 @@ from peers.common import RESULT, WEIGHTS, Job, PeerError, block_linears, load_fo
 from peers.environment import environment_python, run_shown
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import CalibrationSet, load_calibration
-from svsk_offline.recipe import load_recipe
 from svsk_offline.storage.side_files import copy_side_files
 
 __all__ = ["PEERS", "Peer", "compare_peer", "summarize"]
@@ -95,8 +94,8 @@ def main(
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     calibration: Annotated[str, typer.Option(help="Text, as for `svsk quantize`.")],
     samples: Annotated[
-        int, typer.Option(help="Calibration samples; by default those of the recipe best.")
-    ] = (load_recipe("best").calibration.samples),
+        int, typer.Option(help="Calibration samples; `svsk quantize` takes more of wide models.")
+    ] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens of a sample.")] = 512,
     seed: Annotated[int, typer.Option(help="Of the draw of samples, and the peer's.")] = 0,
     group_size: Annotated[

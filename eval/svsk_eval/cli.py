@@ -13,6 +13,7 @@ import typer
 from rich.text import Text
 
 from svsk_kernels.errors import SvskError
+from svsk_offline.calibration_entries import DEFAULT_SOURCE, calibration_entries
 from svsk_offline.cli import Commands, app
 from svsk_offline.cli_options import (
     CalibrationText,
@@ -31,7 +32,6 @@ from svsk_offline.cli_options import (
     write_json,
 )
 from svsk_offline.preflight import (
-    calibration_path,
     check_recipe_file,
     check_report_files,
     check_text,
@@ -274,7 +274,7 @@ def tune(
     codebook: CodebookName = None,
     tile_m: TileM = None,
     tile_n: TileN = None,
-    calibration: CalibrationText = "python",
+    calibration: CalibrationText = None,
     chat_template: ChatTemplate = False,
     samples: Samples = None,
     seq_len: SeqLen = None,
@@ -307,7 +307,7 @@ def tune(
     check_recipe_file(out, overwrite=overwrite)
     if work_dir is not None and work_dir.exists() and not work_dir.is_dir():
         raise SvskError(f"--work-dir {work_dir}: is a file, expected a folder.")
-    calibration_path(calibration)
+    calibration_entries(calibration or DEFAULT_SOURCE)
     from svsk_eval.tune.console import tune_with_progress
     from svsk_offline.recipe import load_recipe
 
@@ -325,7 +325,7 @@ def tune(
         out,
         chosen,
         budget_minutes=budget_minutes,
-        calibration=calibration,
+        calibration=calibration or DEFAULT_SOURCE,
         chat_template=chat_template,
         held_out=held_out,
         work_dir=work_dir,

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from svsk_offline.calibration_entries import DEFAULT_SOURCE, calibration_entries
 from svsk_offline.cli_options import (
     CalibrationText,
     ChatTemplate,
@@ -26,7 +27,7 @@ from svsk_offline.cli_options import (
     console,
 )
 from svsk_offline.endings import plain_endings
-from svsk_offline.preflight import calibration_path, check_output
+from svsk_offline.preflight import check_output
 from svsk_vllm.version import __version__
 
 __all__ = ["Commands", "app"]
@@ -110,7 +111,7 @@ def quantize(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Module to leave alone: name or re:pattern.")
     ] = None,
-    calibration: CalibrationText = "python",
+    calibration: CalibrationText = None,
     chat_template: ChatTemplate = False,
     samples: Samples = None,
     seq_len: SeqLen = None,
@@ -133,7 +134,7 @@ def quantize(
     """
     # What takes no time comes before imports that do.
     check_output(out, overwrite=overwrite, source=model)
-    calibration_path(calibration)
+    calibration_entries(calibration or DEFAULT_SOURCE)
     from svsk_offline.console import quantize_with_progress
     from svsk_offline.recipe import load_recipe
 
@@ -174,7 +175,7 @@ def quantize(
         model,
         out,
         chosen,
-        calibration=calibration,
+        calibration=calibration or DEFAULT_SOURCE,
         chat_template=chat_template,
         device=device,
         dtype=dtype,

@@ -33,13 +33,18 @@ TileM = Annotated[int | None, typer.Option(help="Rows of a tile, 0 for all.")]
 TileN = Annotated[int | None, typer.Option(help="Columns of a tile, 0 for all.")]
 CodebookName = Annotated[str | None, typer.Option(help="int4 or quad8.")]
 CalibrationText = Annotated[
-    str,
+    list[str] | None,
     typer.Option(
-        help="File (text, JSON lines or list, parquet), dataset name[:config]:split, or python."
+        help="File (text, JSON lines or list, parquet), dataset name[:config]:split, or"
+        " default (if none is given), python, prose, code, chat, arithmetic. Several may be given,"
+        " each with its weight: FILE:0.7.",
     ),
 ]
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Render Q/A rows as chat.")]
-Samples = Annotated[int | None, typer.Option(help="Calibration samples.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(help="Calibration samples; as many as the model needs if not given."),
+]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens per sample.")]
 Seed = Annotated[int | None, typer.Option(help="Of the draw of samples.")]
 StoredDtype = Annotated[

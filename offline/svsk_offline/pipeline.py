@@ -7,21 +7,20 @@ again with the same inputs, and writes the same bytes: the hidden states are com
 with a shard are not quantised again. A lock keeps a second run away from ``OUT``.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from svsk_kernels.errors import SvskError
-from svsk_offline.calibration import (
-    DEFAULT_SOURCE,
-    CalibrationSet,
-    load_calibration,
-)
+from svsk_offline.calibration import CalibrationSet, load_calibration
 from svsk_offline.calibration.limits import check_length, check_token_ids
-from svsk_offline.calibration.sources import check_source
+from svsk_offline.calibration.sources import check_sources
+from svsk_offline.calibration.token_budget import check_drawn, sample_count
+from svsk_offline.calibration_entries import DEFAULT_SOURCE, calibration_entries
 from svsk_offline.preflight import check_output, check_recipe
-from svsk_offline.recipe import CalibrationArgs, Recipe, load_recipe
+from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.run import Progress, QuantizationResult, Run
 from svsk_offline.storage.atomic import PartialFolder
 from svsk_offline.storage.dense_model import ModelSource
@@ -42,7 +41,7 @@ def quantize(
     out: str | Path,
     recipe: Recipe | str = "best",
     *,
-    calibration: str | CalibrationSet = DEFAULT_SOURCE,
+    calibration: str | Sequence[str] | CalibrationSet = DEFAULT_SOURCE,
     chat_template: bool = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -56,8 +55,8 @@ def quantize(
         model: folder or hub name.
         out: folder to write.
         recipe: a recipe, or the name or file of one.
-        calibration: text source, see :func:`svsk_offline.calibration.load_calibration`; or samples
-            drawn already, which then stand in for the recipe's.
+        calibration: text sources, see :func:`svsk_offline.calibration.load_calibration`; or samples
+            drawn already, which then stand in for the recipe's, however few they are.
         chat_template: render question and answer rows as chat messages.
         device: ``auto``, ``cpu``, ``cuda`` ...
         dtype: dtype of scales and unquantised tensors, ``auto`` for the model's own.
@@ -73,8 +72,8 @@ def quantize(
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     torch_device = resolve_device(device)
     check_output(Path(out), overwrite=overwrite, source=model)
-    if isinstance(calibration, str):
-        check_source(calibration, chat_template)
+    if not isinstance(calibration, CalibrationSet):
+        check_sources(calibration_entries(calibration), chat_template)
     model_folder = resolve_model(str(model), trust_remote_code=trust_remote_code)
     source = ModelSource(model_folder, trust_remote_code=trust_remote_code)
     folder = PartialFolder(Path(out), source.folder, overwrite=overwrite)
@@ -85,35 +84,57 @@ def quantize(
         if isinstance(calibration, CalibrationSet):
             count, seq_len = calibration.tokens.shape
             recipe = recipe.override({"calibration": {"samples": count, "seq_len": seq_len}})
-        args = recipe.calibration
 
         def texts() -> CalibrationSet:
-            drawn = calibration
-            if not isinstance(drawn, CalibrationSet):
-                progress.message(
-                    f"Calibration text: {drawn}, {args.samples} samples of {args.seq_len} tokens"
-                )
-                drawn = load_texts(source, drawn, args.samples, args, chat_template)
-            check_takes(source, drawn)
-            return drawn
+            if isinstance(calibration, CalibrationSet):
+                check_takes(source, calibration)
+                return calibration
+            return load_texts(source, calibration, recipe, chat_template, progress.message)
 
         run = Run(source, folder, recipe, texts, torch_device, scale_dtype, progress)
         return run.execute(overwrite)
 
 
 def load_texts(
-    source: ModelSource, calibration: str, samples: int, args: CalibrationArgs, chat_template: bool
+    source: ModelSource,
+    calibration: str | Sequence[str],
+    recipe: Recipe,
+    chat_template: bool,
+    message: Callable[[str], None],
+    *,
+    more: int = 0,
 ) -> CalibrationSet:
     """Draw calibration text for a model, after a check that it takes samples of that length.
 
+    Args:
+        source: the model.
+        calibration: text sources.
+        recipe: how many samples, how long, and the seed of their draw.
+        chat_template: render question and answer rows as chat messages.
+        message: told how many tokens these are, and whether they are few.
+        more: samples beyond the recipe's.
+
     Raises:
-        SvskError: it does not, or see :func:`svsk_offline.calibration.load_calibration`.
+        SvskError: it does not, there are too few samples for the width of the model, or see
+            :func:`svsk_offline.calibration.load_calibration`.
     """
     model: Any = source.model
+    args = recipe.calibration
     check_length(args.seq_len, model.config, str(source.folder))
-    return load_calibration(
-        calibration, source.tokenizer, samples, args.seq_len, args.seed, chat_template=chat_template
+    texts = calibration if isinstance(calibration, str) else ", ".join(calibration)
+    count = sample_count(source, recipe, message, texts)
+    drawn = load_calibration(
+        calibration,
+        source.tokenizer,
+        count + more,
+        args.seq_len,
+        args.seed,
+        chat_template=chat_template,
+        fewer=args.samples is None,
     )
+    check_drawn(source, recipe, len(drawn.tokens) - more, count, message)
+    check_takes(source, drawn)
+    return drawn
 
 
 def check_takes(source: ModelSource, texts: CalibrationSet) -> None:

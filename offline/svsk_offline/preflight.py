@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from svsk_offline.recipe import Recipe
 
 __all__ = [
-    "calibration_path",
     "check_apart",
     "check_output",
     "check_recipe",
@@ -25,12 +24,6 @@ __all__ = [
     "check_report_files",
     "check_text",
 ]
-
-_TEXT_SUFFIXES: Final = tuple(
-    """
-    .csv .gz .json .jsonl .log .md .ndjson .parquet .text .txt
-    """.split()  # noqa: SIM905 - a literal would take a line for each
-)
 
 _LARGEST_CONFIG: Final = 1 << 24
 """Bytes of a config.json that is looked at."""
@@ -102,23 +95,6 @@ def _is_ours(folder: Path, dense: bool) -> bool:
     return (isinstance(method, dict) and method.get("quant_method") == "svsk") or (
         dense and "model_type" in config
     )
-
-
-def calibration_path(name: str) -> Path | None:
-    """The file that a calibration source names; None for the standard library or a data set.
-
-    Raises:
-        SvskError: it is named like a file, but there is none.
-    """
-    path = Path(name).expanduser()
-    if name == "python":
-        return None
-    if path.exists():
-        return path
-    # Data sets have dots in their names too: wikimedia/wikipedia:20231101.en:train.
-    if path.suffix.lower() in _TEXT_SUFFIXES or name.startswith((".", "/", "~")):
-        raise SvskError(f"Calibration text {path}: no such file.")
-    return None
 
 
 def check_text(path: Path) -> None:

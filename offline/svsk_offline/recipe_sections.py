@@ -121,9 +121,13 @@ class AllocationArgs(Strict):
 
 
 class CalibrationArgs(Strict):
-    """How much text the statistics are taken from."""
+    """How much text the statistics are taken from.
 
-    samples: int = Field(default=64, ge=1)
+    Attributes:
+        samples: None for as many as the model's widest layer needs.
+    """
+
+    samples: int | None = Field(default=None, ge=1)
     seq_len: int = Field(default=512, ge=16)
     seed: int = Field(default=0, ge=0)
     sequential: bool = False  # each block sees the outputs of the quantised blocks before it

@@ -115,7 +115,7 @@ def test_blocks_one_at_a_time_are_the_model(dense: Path) -> None:
 def test_quantized_with_gradients_and_loaded_again(dense: Path, tmp_path: Path) -> None:
     recipe = load_recipe("best").override(
         {
-            "calibration": {"samples": 4, "seq_len": 32},
+            "calibration": {"samples": 16, "seq_len": 64},
             "sidecar": {
                 "rank": 0 if dense.name in ("bloom", "falcon", "gpt_neox") else 4
             },  # vLLM moves their rows
@@ -139,7 +139,7 @@ def test_names_in_the_checkpoint_are_those_of_the_source(tmp_path: Path) -> None
     """GPT-NeoX is stored with embed_out, its class has lm_head: loaders expect what is on disk."""
     dense = write_dense(tmp_path / "dense", FAMILIES["gpt_neox"])
     recipe = load_recipe("fast").override(
-        {"calibration": {"samples": 2, "seq_len": 16}, "sidecar": {"rank": 0}}
+        {"calibration": {"samples": 16, "seq_len": 64}, "sidecar": {"rank": 0}}
     )
     quantize(dense, tmp_path / "out", recipe)
     before = set(ModelSource(dense).tensors.names)
@@ -207,7 +207,7 @@ def test_a_matrix_that_is_made_when_loading_is_not_quantized(
         run_by_blocks(ModelSource(dense)), logits_of(dense), rtol=1e-3, atol=1e-4
     )
     recipe = load_recipe("fast").override(
-        {"calibration": {"samples": 2, "seq_len": 16}, "ignore": ("re:.*(gate|up)_proj",)}
+        {"calibration": {"samples": 16, "seq_len": 64}, "ignore": ("re:.*(gate|up)_proj",)}
     )
     quantize(dense, tmp_path / "out", recipe)
     assert kl(logits_of(dense), logits_of(tmp_path / "out")) < 0.2

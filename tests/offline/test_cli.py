@@ -17,7 +17,7 @@ from svsk_vllm.format import Checkpoint
 from svsk_vllm.version import __version__
 from tests.support.format_builders import edit_json
 
-SMALL = ["--samples", "4", "--seq-len", "32"]
+SMALL = ["--samples", "24", "--seq-len", "32"]
 
 
 def svsk(*arguments: object) -> Result:
@@ -80,7 +80,7 @@ def test_inspect(checkpoint: Path) -> None:
         .override(
             {
                 "sidecar": {"rank": 4, "tile_m": 48, "tile_n": 96},
-                "calibration": {"samples": 4, "seq_len": 32},
+                "calibration": {"samples": 24, "seq_len": 32},
             }
         )
         .digest

@@ -36,7 +36,7 @@ def test_hessian_recipes(
     Valid, repeatable, and closer to the outputs than ``published``.
     """
     changes = {
-        "calibration": {"samples": 8, "seq_len": 64},
+        "calibration": {"samples": 12, "seq_len": 64},
         "sidecar": {"rank": 4, "tile_m": 48, "tile_n": 96},
     }
     chosen = load_recipe(recipe).override(changes)
@@ -96,7 +96,7 @@ def test_reports_are_those_of_what_is_stored(
     source = ModelSource(tiny_llama)
     args = tiny_recipe.calibration
     tokens = load_calibration(
-        "python", source.tokenizer, args.samples, args.seq_len, args.seed
+        "default", source.tokenizer, args.samples, args.seq_len, args.seed
     ).tokens
     for name, module in linear_modules(model):
         module.register_forward_pre_hook(
@@ -218,7 +218,7 @@ def test_scales_in_two_levels(
     """Valid, with the bits asked for, and the same weights in transformers as restored."""
     changes = {
         "weights": {"group_size": group_size, "scale_bits": scale_bits, "codebook": "quad8"},
-        "calibration": {"samples": 8, "seq_len": 64},
+        "calibration": {"samples": 12, "seq_len": 64},
         "sidecar": {"rank": 4},
     }
     out = tmp_path / "out"

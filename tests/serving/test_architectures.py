@@ -58,7 +58,7 @@ def test_served_as_by_transformers(tmp_path: Path, run_vllm: Run, family: str) -
     dense = write_dense(tmp_path / "dense", family, dtype=torch.float16)
     recipe = load_recipe("fast").override(
         {
-            "calibration": {"samples": 4, "seq_len": 64},
+            "calibration": {"samples": 16, "seq_len": 64},
             "sidecar": {"rank": RANKS.get(family, 4), "tile_m": 48, "tile_n": 96},
         }
     )

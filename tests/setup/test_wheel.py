@@ -37,6 +37,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         "svsk_kernel_tools/bench/__main__.py",
         "svsk_vllm/format/architectures.json",
         "svsk_offline/recipes/best.yaml",
+        "svsk_offline/calibration/texts/chat.txt",
         "svsk_eval/cli.py",
         "svsk_eval/report/report.html.j2",
     ],

@@ -110,7 +110,7 @@ def small_recipe(name: str, **changes: Any) -> Recipe:
     ``changes`` by section.
     """
     small = {
-        "calibration": {"samples": 4, "seq_len": 24},
+        "calibration": {"samples": 12, "seq_len": 24},
         "sidecar": {"rank": 4, "tile_m": 48, "tile_n": 48},
     }
     for section, values in changes.items():

@@ -16,7 +16,7 @@ to report.
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,9 +33,10 @@ from svsk_eval.tune.held_out import split_calibration
 from svsk_eval.tune.search import Search, Step
 from svsk_eval.tune.trials import Score, State, Trial, differences
 from svsk_kernels.errors import SvskError, one_line
-from svsk_offline.calibration import DEFAULT_SOURCE, CalibrationSet
-from svsk_offline.calibration.sources import check_source
-from svsk_offline.pipeline import Progress, check_takes, load_texts, quantize, resolve_device
+from svsk_offline.calibration import CalibrationSet
+from svsk_offline.calibration.sources import check_sources
+from svsk_offline.calibration_entries import DEFAULT_SOURCE, calibration_entries
+from svsk_offline.pipeline import Progress, load_texts, quantize, resolve_device
 from svsk_offline.preflight import check_recipe, check_recipe_file
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.atomic import PartialFolder, write_text
@@ -92,7 +93,7 @@ def tune(
     recipe: Recipe | str = "best",
     *,
     budget_minutes: float = 60.0,
-    calibration: str = DEFAULT_SOURCE,
+    calibration: str | Sequence[str] = DEFAULT_SOURCE,
     chat_template: bool = False,
     held_out: int = 16,
     work_dir: str | Path | None = None,
@@ -116,7 +117,7 @@ def tune(
             length and seed say how calibration text is drawn.
         budget_minutes: for all runs of this search together. A trial is not started if, going by
             the median of the ones before, it would end later; the first one always is.
-        calibration: text source, see :func:`svsk_offline.calibration.load_calibration`.
+        calibration: text sources, see :func:`svsk_offline.calibration.load_calibration`.
         chat_template: render question and answer rows as chat messages.
         held_out: pieces to score on, drawn beyond the recipe's samples, 2 or more.
         work_dir: folder for the checkpoint of the trial under way and for what is known; None is
@@ -140,7 +141,8 @@ def tune(
     out = Path(out)
     work = out.with_name(f"{out.name}.tune") if work_dir is None else Path(work_dir)
     _check_arguments(out, work, budget_minutes, held_out, overwrite)
-    check_source(calibration, chat_template)
+    texts = [calibration] if isinstance(calibration, str) else list(calibration)
+    check_sources(calibration_entries(texts), chat_template)
     resolve_device(device)
     start = load_recipe(recipe) if isinstance(recipe, str) else recipe
     folder = resolve_model(str(model), trust_remote_code=trust_remote_code)
@@ -152,14 +154,14 @@ def tune(
     work.mkdir(parents=True, exist_ok=True)
     with locked(work / LOCK_NAME, work):
         inputs = _load_inputs(
-            source, start, calibration, chat_template, held_out, device, dtype, progress
+            source, start, texts, chat_template, held_out, device, dtype, progress
         )
         state = _open_state(work / _STATE_NAME, inputs.identity(start), overwrite, progress)
         trials = _Trials(inputs, work / _TRIAL_NAME, progress, clock)
         search = Search(
             start, trials.run, state, budget_minutes * 60, clock, progress.start, progress.step
         )
-        return _search(search, out, model, calibration, inputs.held)
+        return _search(search, out, model, texts, inputs.held)
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ class _Inputs:
 def _load_inputs(
     source: ModelSource,
     recipe: Recipe,
-    calibration: str,
+    calibration: Sequence[str],
     chat_template: bool,
     held_out: int,
     device: str,
@@ -200,13 +202,8 @@ def _load_inputs(
     """Resolve device and dtype, draw the calibration text and split it."""
     where = resolve_device(device)
     stored = str(source.model_dtype(dtype)).removeprefix("torch.")
-    args = recipe.calibration
-    progress.message(
-        f"Calibration text: {calibration}, {args.samples} samples and {held_out} held-out pieces of"
-        f" {args.seq_len} tokens"
-    )
-    drawn = load_texts(source, calibration, args.samples + held_out, args, chat_template)
-    check_takes(source, drawn)
+    progress.message(f"{held_out} more samples are held out")
+    drawn = load_texts(source, calibration, recipe, chat_template, progress.message, more=held_out)
     return _Inputs(source, *split_calibration(drawn, held_out), where, stored)
 
 
@@ -331,7 +328,7 @@ def _open_state(
 
 
 def _search(
-    search: Search, out: Path, model: str | Path, calibration: str, held: CalibrationSet
+    search: Search, out: Path, model: str | Path, calibration: Sequence[str], held: CalibrationSet
 ) -> TuneResult:
     """Run a search and write its result."""
     converged = search.execute()
@@ -356,7 +353,7 @@ def _write_recipe(
     best: Trial,
     default: Trial,
     model: str | Path,
-    calibration: str,
+    calibration: Sequence[str],
     held: CalibrationSet,
 ) -> Recipe:
     """Write a trial's recipe, named after the file; read back, it has the same digest."""
@@ -367,7 +364,7 @@ def _write_recipe(
     pieces, seq_len = held.tokens.shape
     description = (
         f"Tuned to {model}: held-out KL {figures[0]}, {figures[1]} with {default.recipe.name} "
-        f"({pieces} x {seq_len} tokens of {calibration})."
+        f"({pieces} x {seq_len} tokens of {', '.join(calibration)})."
     )
     changed = ", ".join(
         f"{key} {value}" for key, value in differences(best.recipe, default.recipe).items()
@@ -375,7 +372,12 @@ def _write_recipe(
     lines = (
         f"Made by svsk {__version__} tune. {description}",
         f"Changed: {changed or 'nothing, no trial was better'}.",
-        f"Use: svsk quantize {model} OUT --recipe {out.name} --calibration {calibration}",
+        " ".join(
+            (
+                f"Use: svsk quantize {model} OUT --recipe {out.name}",
+                *(f"--calibration {entry}" for entry in calibration),
+            )
+        ),
     )
     recipe = best.recipe.model_copy(update={"name": out.stem, "description": description})
     values = yaml.safe_dump(recipe.written(), sort_keys=False, allow_unicode=True, width=120)

@@ -2,14 +2,12 @@
 """Calibration: text, and what the model does with it."""
 
 from svsk_offline.calibration.block_runner import BlockRunner
-from svsk_offline.calibration.draw import load_calibration
 from svsk_offline.calibration.gradients import OutputGradients, sweep_gradients
 from svsk_offline.calibration.input_statistics import InputStatistics
-from svsk_offline.calibration.sources import DEFAULT_SOURCE
+from svsk_offline.calibration.mixture import load_calibration
 from svsk_offline.calibration.text import CalibrationSet
 
 __all__ = [
-    "DEFAULT_SOURCE",
     "BlockRunner",
     "CalibrationSet",
     "InputStatistics",

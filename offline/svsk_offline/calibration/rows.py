@@ -46,6 +46,7 @@ class RowReader:
     def __init__(self, tokenizer: Any, chat_template: bool) -> None:
         self.tokenizer, self.chat_template = tokenizer, chat_template
         self.rendered = False
+        self._taken: dict[tuple[str, ...], bool] = {}
 
     def text(self, row: Any, where: str) -> str:
         """The text of one row.
@@ -74,6 +75,36 @@ class RowReader:
                 " is no character."
             ) from error
         return text
+
+    def conversation(self, messages: Sequence[Mapping[str, str]], where: str) -> str:
+        """A conversation of this package, rendered as far as the chat template allows.
+
+        Where a template knows no system's role, the system's message opens the user's. Without a
+        template, or with one that refuses a plain question and answer (a set of templates without
+        a default, say), it is plain text: what a model is calibrated on by default is no reason to
+        refuse the model.
+
+        Args:
+            messages: perhaps a system's message, then user and assistant in turn.
+            where: names it in errors.
+        """
+        if not self._renders("user", "assistant"):
+            return "\n\n".join(message["content"] for message in messages) + "\n\n\n"
+        if messages[0]["role"] == "system" and not self._renders("system", "user", "assistant"):
+            system, first, *rest = messages
+            content = f"{system['content']}\n\n{first['content']}"
+            messages = [{"role": "user", "content": content}, *rest]
+        return self._render(messages, where)
+
+    def _renders(self, *roles: str) -> bool:
+        """Whether the tokenizer has a chat template that takes messages of these roles."""
+        if roles not in self._taken:
+            messages = [{"role": role, "content": "Hello."} for role in roles]
+            try:
+                self._taken[roles] = self._render(messages, "").count("Hello.") == len(roles)
+            except SvskError:
+                self._taken[roles] = False
+        return self._taken[roles]
 
     def _text(self, row: Mapping[str, Any], keys: tuple[str, ...], where: str) -> str:
         if keys[0] in _CONVERSATIONS:

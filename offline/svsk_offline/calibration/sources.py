@@ -1,52 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of calibration text: files, data sets, and the standard library of Python."""
+"""Sources of calibration text: files, data sets, and built-in texts."""
 
-import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from svsk_kernels.errors import SvskError, one_line
-from svsk_offline.calibration.files import TextFile, open_text
+from svsk_offline.calibration.built_in import built_in_documents
+from svsk_offline.calibration.files import open_text
 from svsk_offline.calibration.rows import RowReader
-from svsk_offline.preflight import calibration_path
+from svsk_offline.calibration_entries import BUILT_IN, CalibrationEntry, calibration_path
 
-__all__ = ["DEFAULT_SOURCE", "Source", "check_source"]
-
-DEFAULT_SOURCE: Final = "python"
-"""Name of the text that needs no download: Python's standard library, documentation and code."""
-
-_STANDARD_MODULES: Final = tuple(
-    """
-    argparse ast asyncio.base_events collections csv dataclasses datetime decimal difflib
-    email.message fractions heapq http.client inspect json.decoder logging pathlib pickle random
-    shutil statistics subprocess tarfile textwrap threading typing unittest.mock urllib.parse
-    zipfile
-    """.split()  # noqa: SIM905 - a literal would take a line for each
-)
+__all__ = ["Source", "check_chat", "check_sources"]
 
 
 class Source:
     """Where calibration text comes from.
 
     Args:
-        name: ``python``, a file, or a data set as ``name``, ``name:split`` or
+        name: a built-in text, a file, or a data set as ``name``, ``name:split`` or
             ``name:config:split``.
         tokenizer: the model's, for its chat template.
         chat_template: render question and answer as messages.
+        seed: of the order of a built-in text.
 
     Attributes:
         file: the file, if it is one.
         rows: what makes text of rows.
 
     Raises:
-        SvskError: there is no such source, or it cannot have a row for the chat template.
+        SvskError: there is no such source.
     """
 
-    def __init__(self, name: str, tokenizer: Any, chat_template: bool) -> None:
-        self.name = name
-        self.file = check_source(name, chat_template)
-        self.rows = RowReader(tokenizer, chat_template)
+    def __init__(self, name: str, tokenizer: Any, chat_template: bool, seed: int = 0) -> None:
+        self.name, self.seed = name, seed
+        path = calibration_path(name)
+        self.file = None if path is None else open_text(path)
+        self.rows = RowReader(tokenizer, chat_template and name not in BUILT_IN)
+
+    @property
+    def label(self) -> str:
+        """What a checkpoint calls it: of a file its name without its folder."""
+        return self.file.path.name if self.file else self.name
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether its documents stand each for itself, and are no pieces of one text."""
+        return self.file.kind != "text" if self.file else self.name != "python"
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the seed decides the order of its documents already."""
+        return self.name in BUILT_IN and self.name != "python"
 
     @property
     def size(self) -> int | None:
@@ -59,8 +64,8 @@ class Source:
     def documents(self) -> Iterator[str]:
         """All text, from its beginning: documents, or pieces of one."""
         if self.file is None:
-            if self.name == DEFAULT_SOURCE:
-                yield from _standard_library()
+            if self.name in BUILT_IN:
+                yield from built_in_documents(self.name, self.rows, self.seed)
             else:
                 yield from self._data_set(_dataset_rows(self.name), self.name)
         elif self.file.kind == "parquet":
@@ -77,63 +82,54 @@ class Source:
         for where, row in self.file.rows(start):
             yield self.rows.text(row, where)
 
-    def check_chat(self) -> None:
-        """Refuse a chat template that no row had a use for.
-
-        Raises:
-            SvskError: no row was rendered.
-        """
-        if self.rows.chat_template and not self.rows.rendered:
-            raise _no_chat(
-                self.name, "no row with messages, or with question and answer or the like"
-            )
-
     def _data_set(self, rows: Iterator[Mapping[str, Any]], name: str) -> Iterator[str]:
         for number, row in enumerate(rows, 1):
             yield self.rows.text(row, f"{name}, row {number}")
 
 
-def check_source(name: str, chat_template: bool = False) -> TextFile | None:
-    """The file that a source is, None for a data set or the standard library.
-
-    Reads no more than its first bytes.
+def check_sources(entries: Sequence[CalibrationEntry], chat_template: bool = False) -> None:
+    """Look at all sources before any work. Reads no more than the first bytes of files.
 
     Raises:
-        SvskError: there is no such file, it cannot be used, or it is plain text and a chat template
-            is asked for.
+        SvskError: a file cannot be used, or a chat template is asked for where no source can have a
+            row for it.
     """
-    if name == DEFAULT_SOURCE and chat_template:
-        raise _no_chat(name, "documentation and code")
-    path = calibration_path(name)
-    if path is None:
-        return None
-    file = open_text(path)
-    if chat_template and file.kind == "text":
-        raise _no_chat(name, "plain text")
-    return file
+    without: list[str] = []
+    for entry in entries:
+        path = calibration_path(entry.name)
+        file = None if path is None else open_text(path)
+        if entry.name in BUILT_IN:
+            without.append(f"{entry.name} has {_HOLDS.get(entry.name, _RENDERED)}")
+        elif file is not None and file.kind == "text":
+            without.append(f"{entry.name} has plain text")
+    if chat_template and len(without) == len(entries):
+        raise _no_chat(without)
 
 
-def _no_chat(name: str, holds: str) -> SvskError:
+def check_chat(sources: Sequence[Source]) -> None:
+    """Refuse a chat template that no row of any source had a use for.
+
+    Raises:
+        SvskError: no row was rendered.
+    """
+    if not any(source.rows.rendered and source.name not in BUILT_IN for source in sources):
+        raise _no_chat(
+            [
+                f"{source.name} has no row with messages, or with question and answer or the like"
+                for source in sources
+            ]
+        )
+
+
+_RENDERED: Final = "conversations that are always rendered"
+_HOLDS: Final = {"python": "documentation and code", "prose": "prose", "code": "code"}
+
+
+def _no_chat(without: Sequence[str]) -> SvskError:
     return SvskError(
-        f"--chat-template has no effect: calibration text {name} has {holds}. Leave it out, or give"
-        " rows with question and answer, prompt and completion, or instruction and output."
+        f"--chat-template has no effect: calibration text {', '.join(without)}. Leave it out, or"
+        " give rows with question and answer, prompt and completion, or instruction and output."
     )
-
-
-def _standard_library() -> Iterator[str]:
-    """Prose about Python, and code with docstrings, in turn: every part of the stream has both."""
-    from pydoc_data.topics import topics
-
-    prose = [topics[key] for key in sorted(topics)]
-    sources = []
-    for name in _STANDARD_MODULES:
-        module = importlib.util.find_spec(name)
-        if module and module.origin and module.origin.endswith(".py"):
-            sources.append(Path(module.origin).read_text(encoding="utf-8"))
-    step = -(-len(prose) // max(1, len(sources)))
-    for index, code in enumerate(sources):
-        yield "\n\n".join(prose[index * step : (index + 1) * step])
-        yield code
 
 
 def _dataset_rows(source: str) -> Iterator[Mapping[str, Any]]:

@@ -31,7 +31,7 @@ from tests.support.format_builders import edit_json
 from tests.support.tiny_models import write_dense
 
 SMALL = {
-    "calibration": {"samples": 4, "seq_len": 32},
+    "calibration": {"samples": 24, "seq_len": 32},
     "sidecar": {"rank": 4, "tile_m": 0, "tile_n": 0},
 }
 
@@ -123,7 +123,7 @@ def test_the_result_is_never_worse_than_the_default(
     assert written.digest == result.chosen.recipe.digest
     assert (written.name, written.calibration.samples, written.calibration.seq_len) == (
         "tuned",
-        4,
+        24,
         32,
     )
     for found in (result.chosen.score, result.default.score):
@@ -142,7 +142,7 @@ def test_a_trial_scores_what_its_checkpoint_gives_on_the_held_out_pieces(
     result = run_tune(dense, tmp_path / "tuned.yaml", budget_minutes=1e-9)
     assert not result.converged
     source = ModelSource(dense)
-    training, held = split_calibration(load_calibration("python", source.tokenizer, 8, 32, 0), 4)
+    training, held = split_calibration(load_calibration("default", source.tokenizer, 28, 32, 0), 4)
     rows = {tuple(row) for row in training.tokens.tolist()}
     assert not any(tuple(row) in rows for row in held.tokens.tolist())
     made = quantize(dense, tmp_path / "out", small(), calibration=training)
@@ -201,7 +201,6 @@ def test_the_target_is_kept(dense: Path, tmp_path: Path) -> None:
     recipe = small(
         allocation={"target_bpw": 5.5, "ranks": (0, 2, 4)},
         sidecar={"rank": 4},
-        calibration={"samples": 2},
     )
     result = run_tune(dense, tmp_path / "tuned.yaml", recipe, budget_minutes=1e-9)
     assert result.chosen.score is not None
@@ -259,7 +258,7 @@ def test_the_command(dense: Path, tmp_path: Path) -> None:
         "--tile-n",
         0,
         "--samples",
-        4,
+        24,
         "--seq-len",
         32,
     ]

@@ -369,7 +369,7 @@ def test_what_a_model_cannot_take_is_refused_before_any_work(
     tokenizer.save_pretrained(model)
     text = tmp_path / "rows.jsonl"
     text.write_text("\n".join(json.dumps({"text": f"<|new|>{sentence}"}) for sentence in SENTENCES))
-    recipe = load_recipe("fast").override({"calibration": {"samples": 4, "seq_len": 64}})
+    recipe = load_recipe("fast").override({"calibration": {"samples": 12, "seq_len": 64}})
     long = recipe.override({"calibration": {"seq_len": 600}})
     for run, name in ((quantize, "out"), (tune, "out.yaml")):
         with pytest.raises(

@@ -28,7 +28,7 @@ def hessian_recipe() -> Recipe:
     """Error feedback and a sidecar, on a handful of short samples."""
     return load_recipe("fast").override(
         {
-            "calibration": {"samples": 6, "seq_len": 32},
+            "calibration": {"samples": 24, "seq_len": 32},
             "sidecar": {"rank": 4, "tile_m": 0, "tile_n": 0},
         }
     )
@@ -75,7 +75,6 @@ def test_gradient_weights_change_what_is_fitted(
     weighted = hessian_recipe.override(
         {
             "gradients": {"token_power": power, "row_power": power, "shared": shared},
-            "calibration": {"samples": 6},
         }
     )
     quantize(tiny_llama, tmp_path / "weighted", weighted)

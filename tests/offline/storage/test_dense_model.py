@@ -34,7 +34,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 @pytest.fixture
 def quick() -> Recipe:
     return load_recipe("fast").override(
-        {"calibration": {"samples": 2, "seq_len": 16}, "sidecar": {"rank": 2}}
+        {"calibration": {"samples": 12, "seq_len": 64}, "sidecar": {"rank": 2}}
     )
 
 
