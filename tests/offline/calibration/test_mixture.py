@@ -164,7 +164,7 @@ def test_the_default_mixture(tokenizer: Any) -> None:
     assert "def " in text
     assert "<|im_start|>user\n" in text
     ends, starts = text.count("<|im_end|>"), text.count("<|im_start|>assistant")
-    assert ends > starts > 20  # most answers end within their sample
+    assert ends > starts > 3  # a user turn ends before each answer, and some answers end too
     assert load_calibration("default", tokenizer, 40, 256, 0).fingerprint == drawn.fingerprint
     assert load_calibration("default", tokenizer, 40, 256, 1).fingerprint != drawn.fingerprint
     # Fewer samples than it has parts go to the largest parts.
