@@ -140,6 +140,12 @@ def quantize(
 
     loaded = load_recipe(recipe)
     sidecar = {"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": factor_bits}
+    if target_bpw is None and loaded.target_bpw and not (rank is None and factor_bits is None):
+        _say_note(
+            "--rank, --factor-bits: one sidecar for all linears, in place of the recipe's bit"
+            " budget"
+        )
+        loaded = loaded.without_budget()
     budget: dict[str, Any] = {"target_bpw": target_bpw}
     if target_bpw or loaded.target_bpw:
         budget["group_sizes"] = (group_size,) if group_size else None

@@ -90,6 +90,10 @@ class _Recipe(Strict):
         """Bits per weight that may be spent; None without a budget."""
         return None
 
+    def without_budget(self) -> Self:
+        """A copy that gives all linears one scheme."""
+        return self
+
     @property
     def idle(self) -> dict[str, str]:
         """Keys whose value changes nothing, by ``section.key``, and why."""
@@ -170,6 +174,9 @@ class AlternatingRecipe(_Recipe):
     @property
     def target_bpw(self) -> float | None:
         return self.allocation.target_bpw if self.allocation else None
+
+    def without_budget(self) -> Self:
+        return self.model_copy(update={"allocation": None})
 
     @property
     def idle(self) -> dict[str, str]:

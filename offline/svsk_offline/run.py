@@ -19,7 +19,7 @@ from svsk_offline.calibration import (
     InputStatistics,
 )
 from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
-from svsk_offline.planning.serving import check_servable
+from svsk_offline.planning.serving import bases_alone, check_servable
 from svsk_offline.quantizers.alternating import PreparedInput
 from svsk_offline.quantizers.quantize_linear import quantize_linear
 from svsk_offline.recipe import USUAL_IGNORE, AlternatingArgs, AlternatingRecipe, Recipe
@@ -81,11 +81,12 @@ class Run:
         scale_dtype: torch.dtype,
         progress: Progress,
     ) -> None:
-        self.source, self.folder, self.recipe = source, folder, recipe
-        self.alternating = recipe if isinstance(recipe, AlternatingRecipe) else None
-        self.allocation = self.alternating.allocation if self.alternating else None
+        self.source, self.folder = source, folder
         self.device, self.scale_dtype, self.progress = device, scale_dtype, progress
         self.blocks_name, self.blocks = source.blocks
+        self.recipe = self._for_bases_alone(recipe)
+        self.alternating = self.recipe if isinstance(self.recipe, AlternatingRecipe) else None
+        self.allocation = self.alternating.allocation if self.alternating else None
         self.config = self._uniform_config({})  # without text, for the checks that come before it
         self._check_targets()
         self.texts = texts()  # only now: it takes time
@@ -112,6 +113,16 @@ class Run:
         writer.finish(self.config, layers, self.progress.message)
         out = self.folder.commit()
         return QuantizationResult(out, layers, seconds, planned)
+
+    def _for_bases_alone(self, recipe: Recipe) -> Recipe:
+        """A recipe whose budget is for bases alone, where vLLM serves a model without sidecars."""
+        if recipe.target_bpw is None or not recipe.largest_rank:
+            return recipe
+        linears = (n for n in self.source.block_linears() if not matches(n, recipe.ignore))
+        if reason := bases_alone(self.source, linears):
+            self.progress.message(f"Bases alone share the bit budget: {reason}")
+            return recipe.override({"sidecar": {"rank": 0}, "allocation": {"ranks": (0,)}})
+        return recipe
 
     def _fingerprint(self) -> str:
         """What tells this run's shards from others'; the same for the same inputs."""

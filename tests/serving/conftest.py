@@ -215,7 +215,7 @@ def smollm2_pair(
             }
             if dtype == "bfloat16":
                 changes |= {
-                    "allocation": {"target_bpw": 5.0},
+                    "allocation": {"target_bpw": 5.0, "group_sizes": (64,), "scale_bits": (16,)},
                     "alternating": {"rounds": 1, "polish": 0},
                 }
             recipe = load_recipe("best" if dtype == "bfloat16" else "published").override(changes)

@@ -18,11 +18,11 @@ class WordProblem:
     answer: str
 
 
-_NAMES: Final = (
+_NAMES: Final = (  # noqa: SIM905 - a literal would take a line for each
     "Amara Ben Chloe Dmitri Elena Farid Grace Hiro Ines Jonas Kavya Liam Mei Nadia Omar Priya Quinn"
     " Rosa Samuel Tariq Uma Viktor Wanda Xavier Yusuf Zoe"
 ).split()
-_GOODS: Final = (
+_GOODS: Final = (  # noqa: SIM905
     "apples pencils marbles stickers oranges books postcards tomatoes candles eggs bottles cookies"
     " tickets notebooks bricks seashells"
 ).split()
@@ -144,8 +144,8 @@ def _division(rng: random.Random) -> WordProblem:
     return WordProblem(
         f"{total} {goods} are packed into boxes of {size}. How many boxes are full, and how many"
         f" {goods} are left over?",
-        f"{total} ÷ {size} = {boxes} remainder {rest}, because {size} × {boxes} = {size * boxes} and"
-        f" {total} - {size * boxes} = {rest}.\n\n- full boxes: {boxes}\n- left over: {rest}",
+        f"{total} ÷ {size} = {boxes} remainder {rest}, because {size} × {boxes} = {size * boxes}"
+        f" and {total} - {size * boxes} = {rest}.\n\n- full boxes: {boxes}\n- left over: {rest}",
     )
 
 

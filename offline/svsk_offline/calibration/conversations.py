@@ -47,9 +47,9 @@ _ASK_DOCSTRING: Final = (
 _LONGEST: Final = 2400
 """Characters of a function that is asked about: question and answer fit into a sample or two."""
 
-_NAMES: Final = "Ana Boris Carla Deniz Emre Fatou Gita Hugo Ivy Jan Kim Lena Milan Noor".split()
-_CITIES: Final = "Berlin Lagos Lima Osaka Porto Quito Riga Seoul Turin Tunis".split()
-_PRODUCTS: Final = "cable chair clock drill fan kettle lamp monitor mug router scale tent".split()
+_NAMES: Final = "Ana Boris Carla Deniz Emre Fatou Gita Hugo Ivy Jan Kim Lena Milan Noor".split()  # noqa: SIM905
+_CITIES: Final = "Berlin Lagos Lima Osaka Porto Quito Riga Seoul Turin Tunis".split()  # noqa: SIM905
+_PRODUCTS: Final = "cable chair clock drill fan kettle lamp monitor mug router scale tent".split()  # noqa: SIM905
 
 
 def conversations(

@@ -237,8 +237,8 @@ class SampleDraw:
 
     def _too_little(self) -> SvskError:
         return SvskError(
-            f"Calibration text {self.source.name}: a part of it holds fewer than {self.width} tokens"
-            " (is it blank there?). Give other text, or lower --samples or --seq-len."
+            f"Calibration text {self.source.name}: a part of it holds fewer than {self.width}"
+            " tokens (is it blank there?). Give other text, or lower --samples or --seq-len."
         )
 
 

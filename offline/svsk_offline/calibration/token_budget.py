@@ -87,9 +87,9 @@ def _check(
     )
     if tokens < _REFUSED * widest:
         raise SvskError(
-            f"{few[:1].upper()}{few[1:]}. Expected {_samples(_REFUSED * widest, seq_len)} samples or"
-            f" more; {_samples(_PER_INPUT * widest, seq_len)} are recommended. Raise --samples or"
-            " leave it out, and give enough text."
+            f"{few[:1].upper()}{few[1:]}. Expected {_samples(_REFUSED * widest, seq_len)} samples"
+            f" or more; {_samples(_PER_INPUT * widest, seq_len)} are recommended. Raise --samples"
+            " or leave it out, and give enough text."
         )
     if tokens < _WARNED * widest:
         message(

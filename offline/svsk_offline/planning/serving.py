@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What vLLM will say of a checkpoint, asked before any work is done for it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.storage.dense_model import ModelSource
@@ -9,12 +9,27 @@ from svsk_vllm.format import ConfigGroup
 from svsk_vllm.format.architectures import VllmClass, vllm_class
 from svsk_vllm.format.row_order import row_order_problem
 
-__all__ = ["check_servable", "vllm_class_of"]
+__all__ = ["bases_alone", "check_servable", "vllm_class_of"]
 
 
 def vllm_class_of(source: ModelSource) -> VllmClass:
     """What vLLM makes of a model's class."""
     return vllm_class(source.config_dict, type(source.model).__name__)
+
+
+def bases_alone(source: ModelSource, linears: Iterable[str]) -> str | None:
+    """Why linears of a model can have no sidecar, although they can have a base; None if they can.
+
+    Args:
+        source: the dense model.
+        linears: those to quantise, by full name.
+    """
+    names = [vllm_class_of(source).name]
+    for linear in linears:
+        problem = row_order_problem(names, linear, 1)
+        if problem and not row_order_problem(names, linear, 0):
+            return problem
+    return None
 
 
 def check_servable(
