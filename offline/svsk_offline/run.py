@@ -18,8 +18,10 @@ from svsk_offline.calibration import (
     CalibrationSet,
     InputStatistics,
 )
+from svsk_offline.calibration.held_out import held_out_last, measure_outputs
 from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import bases_alone, check_servable
+from svsk_offline.precision import full_float32
 from svsk_offline.quantizers.alternating import PreparedInput
 from svsk_offline.quantizers.quantize_linear import quantize_linear
 from svsk_offline.recipe import USUAL_IGNORE, AlternatingArgs, AlternatingRecipe, Recipe
@@ -27,7 +29,12 @@ from svsk_offline.storage.atomic import PartialFolder, write_json
 from svsk_offline.storage.checkpoint_writer import CheckpointWriter
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.layer_report import LayerReport, bits_per_weight
-from svsk_vllm.format import ConfigGroup, QuantizedLinear, SvskCheckpointConfig, dequantize
+from svsk_vllm.format import (
+    ConfigGroup,
+    QuantizedLinear,
+    SvskCheckpointConfig,
+    dequantize,
+)
 from svsk_vllm.format.config import matches
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
 from svsk_vllm.format.shards import read_json
@@ -89,13 +96,18 @@ class Run:
         self.allocation = self.alternating.allocation if self.alternating else None
         self.config = self._uniform_config({})  # without text, for the checks that come before it
         self._check_targets()
-        self.texts = texts()  # only now: it takes time
-        self.config = self._uniform_config(self.texts.describe())
+        drawn = texts()  # only now: it takes time
+        self.texts, self.held_out = held_out_last(drawn)
+        self.config = self._uniform_config({**drawn.describe(), "held_out": self.held_out})
         producer = {**self.config.producer, FINGERPRINT_KEY: self._fingerprint()}
         self.config = self.config.model_copy(update={"producer": producer})
 
     def execute(self, overwrite: bool) -> QuantizationResult:
         """Decide, write all shards, then the rest of the folder."""
+        with full_float32(self.progress.message):
+            return self._execute(overwrite)
+
+    def _execute(self, overwrite: bool) -> QuantizationResult:
         result = self._claim(overwrite)
         started = time.perf_counter()
         plan = self._plan()
@@ -223,11 +235,12 @@ class Run:
             self.source,
             self.schemes,
             self.recipe,
-            self.texts,
+            self.texts.first(len(self.texts.tokens) - self.held_out),
             self.device,
             self.scale_dtype,
             self.folder.path,
             progress=self.progress.block,
+            say=self.progress.message,
         )
         plan.save(path)
         return plan
@@ -237,7 +250,14 @@ class Run:
     ) -> tuple[list[LayerReport], list[float]]:
         compute = _compute_dtype(self.device)
         scratch = self.folder.path
-        runner = BlockRunner(self.source, self.texts, self.device, compute, scratch=scratch)
+        runner = BlockRunner(
+            self.source,
+            self.texts,
+            self.device,
+            compute,
+            scratch=scratch,
+            held_out=self.held_out,
+        )
         sequential = self.recipe.calibration.sequential
         layers: list[LayerReport] = []
         seconds: list[float] = []
@@ -247,17 +267,7 @@ class Run:
                 self.source.load(block, f"{self.blocks_name}.{index}.", compute, self.device)
                 reports = writer.finished(index)
                 if reports is None:
-                    # In sequence, the next block's inputs come from what is stored of this one.
-                    statistics = runner.collect(
-                        index,
-                        block,
-                        full=self.alternating is not None,
-                        first=self._sink_names(index),
-                        weights=self._token_weights(plan, index),
-                        advance=not sequential,
-                    )
-                    linears, reports = self._quantize_block(index, statistics, plan)
-                    writer.write_block(index, linears, reports)
+                    linears, reports = self._write_block(runner, writer, plan, index, block)
                 elif sequential:
                     linears = writer.read_block(index, plan.schemes)  # as the first run did
                 else:
@@ -274,6 +284,40 @@ class Run:
         finally:
             runner.close()
         return layers, seconds
+
+    def _write_block(
+        self,
+        runner: BlockRunner,
+        writer: CheckpointWriter,
+        plan: Plan,
+        index: int,
+        block: nn.Module,
+    ) -> tuple[list[QuantizedLinear], list[LayerReport]]:
+        """Quantise the linears of a loaded block, measure them, write its shard.
+
+        The hidden states move on, but not in sequence: the next block's inputs then come from what
+        is stored of this one.
+        """
+        advance = not self.recipe.calibration.sequential
+        statistics = runner.collect(
+            index,
+            block,
+            full=self.alternating is not None,
+            first=self._sink_names(index),
+            weights=self._token_weights(plan, index),
+            # With nothing held out the same samples are measured below.
+            advance=advance and self.held_out > 0,
+        )
+        linears, seconds = self._quantize_block(index, statistics, plan)
+        names = {full: name for name, full, _ in self.source.linears(index)}
+        by_name = {names[linear.spec.name]: linear for linear in linears}
+        errors = measure_outputs(runner, index, block, by_name, advance=advance)
+        reports = []
+        for (name, linear), spent in zip(by_name.items(), seconds, strict=True):
+            reports.append(errors[name].report(linear.spec, spent))
+            self.progress.layer(reports[-1])
+        writer.write_block(index, linears, reports)
+        return linears, reports
 
     def _sink_names(self, index: int) -> frozenset[str]:
         """Linears below a block whose first tokens count more."""
@@ -295,8 +339,9 @@ class Run:
 
     def _quantize_block(
         self, index: int, statistics: dict[str, InputStatistics], plan: Plan
-    ) -> tuple[list[QuantizedLinear], list[LayerReport]]:
-        linears, reports = [], []
+    ) -> tuple[list[QuantizedLinear], list[float]]:
+        """The linears of a block, and the seconds that each took."""
+        linears, seconds = [], []
         prepare = _last_one_kept()
         for name, full, _ in self.source.linears(index):
             scheme = plan.schemes.get(full)
@@ -309,8 +354,9 @@ class Run:
                 )
             weight = self.source.tensors.read(f"{full}.weight").to(self.device)
             rows = plan.rows.get(full)
+            started = time.perf_counter()
             try:
-                linear, report = quantize_linear(
+                linear = quantize_linear(
                     full,
                     weight,
                     statistics.pop(name),
@@ -323,9 +369,8 @@ class Run:
             except SvskError as error:
                 raise error if full in str(error) else SvskError(f"{full}: {error}") from error
             linears.append(linear)
-            reports.append(report)
-            self.progress.layer(report)
-        return linears, reports
+            seconds.append(time.perf_counter() - started)
+        return linears, seconds
 
 
 def _last_one_kept() -> Callable[[InputStatistics, AlternatingArgs, float], PreparedInput]:

@@ -9,11 +9,12 @@ import math
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from svsk_eval.cli import app
 from svsk_offline.recipe import load_recipe, recipe_names
-from svsk_vllm.format import Checkpoint
+from svsk_vllm.format import Checkpoint, ShardedReader
 from svsk_vllm.version import __version__
 from tests.support.format_builders import edit_json
 
@@ -73,6 +74,17 @@ def test_inspect(checkpoint: Path) -> None:
     assert f"{found['bits_per_weight']:.4f}" in table.output
     bits = sum(sum(row["bits"].values()) for row in found["groups"])
     assert found["bits_per_weight"] == pytest.approx(bits / found["quantized_weights"])
+    stored = [
+        tensor for path in checkpoint.glob("*.safetensors") for tensor in load_file(path).values()
+    ]
+    dense = [ShardedReader(checkpoint).read(name) for name in Checkpoint(checkpoint).dense_names]
+    of_all = (
+        8
+        * sum(tensor.nbytes for tensor in stored)
+        / (found["quantized_weights"] + sum(tensor.numel() for tensor in dense))
+    )
+    assert found["bits_per_weight_of_all"] == pytest.approx(of_all)
+    assert f"{of_all:.4f} of all weights" in table.output
     assert found["producer"]["recipe"] == "published"
     assert (
         found["producer"]["recipe_hash"]

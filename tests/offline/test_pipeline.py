@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 import svsk_vllm.hf  # noqa: F401 - registers the loader
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import BlockRunner, load_calibration
+from svsk_offline.calibration.held_out import held_out_last
 from svsk_offline.pipeline import Progress, quantize
-from svsk_offline.quantizers.quantize_linear import weighted_error
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.decoder_blocks import linear_modules
 from svsk_offline.storage.dense_model import ModelSource
@@ -74,10 +74,8 @@ def test_checkpoint_is_valid_and_close_to_the_model(
     for name, linear in checkpoint.iter_linears():
         assert linear.scale.dtype == dtype
         weight = source.read(f"{name}.weight").float()
-        base = weighted_error(
-            weight, dequantize(linear, with_sidecar=False), torch.ones(weight.shape[1])
-        )
-        assert base < 0.02
+        error = weight - dequantize(linear, with_sidecar=False)
+        assert error.square().sum() < 0.02 * weight.square().sum()
     for layer in result.layers:
         assert layer.error < layer.base_error
     for name in checkpoint.dense_names:
@@ -95,23 +93,30 @@ def test_reports_are_those_of_what_is_stored(
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     source = ModelSource(tiny_llama)
     args = tiny_recipe.calibration
-    tokens = load_calibration(
-        "default", source.tokenizer, args.samples, args.seq_len, args.seed
-    ).tokens
+    tokens = load_calibration("default", source.tokenizer, args.samples, args.seq_len, args.seed)
     for name, module in linear_modules(model):
         module.register_forward_pre_hook(
             lambda _, given, name=name: inputs.__setitem__(name, given[0].flatten(0, 1))
         )
+    chosen = held_out_last(tokens)[0].tokens[-1:]
+    assert torch.equal(chosen, tokens.tokens[7:8] if args.samples > 7 else tokens.tokens[-1:])
     with torch.no_grad():
-        model(tokens)
+        model(chosen)
     checkpoint = Checkpoint(tmp_path / "out")
     for layer in result.layers:
         linear = checkpoint.read_linear(layer.name)
         weight = ShardedReader(tiny_llama).read(f"{layer.name}.weight").float()
-        moment = inputs[layer.name].square().mean(0)
-        assert layer.error == pytest.approx(
-            weighted_error(weight, dequantize(linear), moment), rel=1e-3
+        output, lost, base = (
+            float((inputs[layer.name] @ matrix.T).square().mean())
+            for matrix in (
+                weight,
+                weight - dequantize(linear),
+                weight - dequantize(linear, with_sidecar=False),
+            )
         )
+        assert layer.error == pytest.approx(lost / output, rel=1e-3)
+        assert layer.base_error == pytest.approx(base / output, rel=1e-3)
+        assert layer.held_out_tokens == args.seq_len
         noise = (weight - dequantize(linear)).square().sum()
         assert layer.sqnr_db == pytest.approx(
             float(10 * torch.log10(weight.square().sum() / noise)), rel=1e-4
@@ -222,7 +227,7 @@ def test_scales_in_two_levels(
         "sidecar": {"rank": 4},
     }
     out = tmp_path / "out"
-    quantize(tiny_qwen2, out, load_recipe(recipe).override(changes))
+    quantize(tiny_qwen2, out, load_recipe(recipe).without_budget().override(changes))
     assert validate_against_architecture(out) == []
     checkpoint = Checkpoint(out)
     assert checkpoint.config.version == "1.1"

@@ -24,7 +24,7 @@ from svsk_eval.text.scoring import EvalResult, evaluate
 from svsk_kernels.errors import SvskError
 from svsk_kernels.gpu import error_feedback as feedback
 from svsk_offline import run
-from svsk_offline.calibration import BlockRunner, load_calibration
+from svsk_offline.calibration import BlockRunner, input_statistics, load_calibration
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.planning import plan
 from svsk_offline.quantizers import lowrank
@@ -54,6 +54,12 @@ BUDGET = {"target_bpw": 4.7, "ranks": (0, 2, 4), "factor_bits": (4, 8)}
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other threads, in which transformers loads, do not see the simulation."""
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+
+
+@pytest.fixture(autouse=True)
+def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU, which computes for the simulated GPU, has no product of 16-bit factors in float32."""
+    monkeypatch.setattr(input_statistics, "multiplied_exactly", lambda *_: False)
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,9 @@ import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, Literal
 
 import numpy as np
 import torch
@@ -136,6 +137,7 @@ class BlockRunner:
         batch_tokens: tokens per forward pass of a block.
         memory_limit: bytes of hidden states to keep in memory.
         scratch: folder for the temporary file.
+        held_out: how many samples, the last ones, are not gathered by :meth:`collect`.
     """
 
     def __init__(
@@ -148,12 +150,15 @@ class BlockRunner:
         batch_tokens: int = 2048,
         memory_limit: int = 2 << 30,
         scratch: Path | None = None,
+        held_out: int = 0,
     ) -> None:
+        self.held_out = held_out
         self.source, self.device, self.dtype = source, device, dtype
         self._calls: dict[int, list[_Call]] = {}  # of every block, by the number of samples
         self._batch = max(1, batch_tokens // calibration.tokens.shape[1])
         self.file: IO[bytes] | None = None
         self.members = 0  # of the tuple that a block returns, 0 for no tuple
+        self._count = len(calibration.tokens)
         self.hidden = self._embed(calibration.tokens, memory_limit, scratch)
 
     @torch.no_grad()
@@ -167,7 +172,7 @@ class BlockRunner:
         weights: Mapping[str, torch.Tensor] | None = None,
         advance: bool = True,
     ) -> dict[str, InputStatistics]:
-        """Run every sample through a loaded block and gather its linears' inputs.
+        """Run the samples that are fitted through a loaded block; gather its linears' inputs.
 
         Args:
             index: number of the block.
@@ -191,7 +196,7 @@ class BlockRunner:
 
         hooks = self._watch(block, statistics, create, weights, window)
         try:
-            for part in self.batches():
+            for part in self.batches("fitted"):
                 window[0] = part
                 output = self.forward(index, block, self.hidden[part])
                 if advance:
@@ -207,10 +212,18 @@ class BlockRunner:
         for part in self.batches():
             self.hidden[part] = self.forward(index, block, self.hidden[part]).to(self.hidden)
 
-    def batches(self) -> Iterator[slice]:
-        """Slices of the samples, each as many as run at a time."""
-        for start in range(0, self.hidden.shape[0], self._batch):
-            yield slice(start, start + self._batch)
+    def batches(self, which: Literal["all", "fitted", "held out"] = "all") -> Iterator[slice]:
+        """Slices of the samples, each as many as run at a time.
+
+        None has samples of both kinds, so a block's outputs have the same bits whether the kinds
+        are run in one pass or in two.
+        """
+        count = self._count
+        fitted = count - self.held_out
+        ends = {"all": (0, fitted, count), "fitted": (0, fitted), "held out": (fitted, count)}
+        for first, last in pairwise(ends[which]):
+            for start in range(first, last, self._batch):
+                yield slice(start, min(start + self._batch, last))
 
     def forward(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Output of block ``index`` for inputs of samples, both [samples, tokens, features]."""
@@ -277,7 +290,7 @@ class BlockRunner:
                         )
                     hidden[index] = first[0].to(hidden)
                 # Masks and the like have as many rows as samples run at a time.
-                for count in {min(self._batch, len(tokens)), len(tokens) % self._batch} - {0, 1}:
+                for count in {part.stop - part.start for part in self.batches()} - {1}:
                     self._calls[count] = watcher.run(model, tokens[:count].to(self.device))[1]
         assert hidden is not None, "a calibration set has at least one sample"
         return hidden

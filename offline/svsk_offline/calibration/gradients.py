@@ -39,11 +39,21 @@ class OutputGradients:
     rows: torch.Tensor
 
 
-Visit = Callable[[int, nn.Module, dict[str, OutputGradients], dict[str, InputStatistics]], None]
+Visit = Callable[
+    [
+        int,
+        nn.Module,
+        dict[str, OutputGradients],
+        dict[str, InputStatistics],
+        dict[str, InputStatistics],
+    ],
+    None,
+]
 """Called per block, last block first, with what was gathered of its linears.
 
 Its number, the loaded block, and by the names of the linears below it their gradients and the
-statistics of their inputs, each token weighted by its squared gradient.
+statistics of their inputs, each token weighted by its squared gradient: those of samples to fit,
+and those of samples that are held out (none without such samples). Both may be emptied on the way.
 """
 
 
@@ -52,7 +62,8 @@ class _Observed:
     """What a sweep gathers of one block."""
 
     gradients: dict[str, OutputGradients] = field(default_factory=dict)
-    statistics: dict[str, InputStatistics] = field(default_factory=dict)
+    fitted: dict[str, InputStatistics] = field(default_factory=dict)
+    held_out: dict[str, InputStatistics] = field(default_factory=dict)
 
 
 def sweep_gradients(
@@ -63,6 +74,7 @@ def sweep_gradients(
     visit: Visit,
     *,
     full: bool,
+    held_out: int = 0,
     seed: int = 0,
     memory_limit: int = 2 << 30,
     scratch: Path | None = None,
@@ -82,6 +94,7 @@ def sweep_gradients(
         dtype: floating dtype they run in.
         visit: what to do with each block's gradients.
         full: give ``visit`` whole second-moment matrices, not only their diagonals.
+        held_out: samples, the last ones, whose inputs are kept apart.
         seed: of the labels drawn from the model's predictions.
         memory_limit: bytes of hidden states to keep in memory.
         scratch: folder for temporary files.
@@ -92,7 +105,13 @@ def sweep_gradients(
     """
     name, blocks = source.blocks
     runner = BlockRunner(
-        source, calibration, device, dtype, memory_limit=memory_limit, scratch=scratch
+        source,
+        calibration,
+        device,
+        dtype,
+        memory_limit=memory_limit,
+        scratch=scratch,
+        held_out=held_out,
     )
     inputs, file = scratch_tensor((len(blocks), *runner.hidden.shape), dtype, memory_limit, scratch)
     try:
@@ -113,7 +132,7 @@ def sweep_gradients(
                         f"{name}.{index}.{key}: its output's gradient is not finite on the"
                         " calibration text."
                     )
-            visit(index, blocks[index], observed.gradients, observed.statistics)
+            visit(index, blocks[index], observed.gradients, observed.fitted, observed.held_out)
             source.unload(blocks[index])
             progress(2 * len(blocks) - index, 2 * len(blocks))
     finally:
@@ -133,6 +152,7 @@ def _step_back(
     """Turn the gradient of a block's output into its input's, in place; note its linears'."""
     observed = _Observed()
     tokens = inputs.shape[:2]
+    fitted = len(inputs) - runner.held_out
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
         def after(module: nn.Module, given: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -149,12 +169,14 @@ def _step_back(
             observed.gradients[name] = OutputGradients(
                 torch.zeros(tokens), torch.zeros(squares.shape[-1], device=squares.device)
             )
-            observed.statistics[name] = InputStatistics(inputs.shape[-1], runner.device, full=full)
+        kind = observed.fitted if part.stop <= fitted else observed.held_out
+        if name not in kind:
+            kind[name] = InputStatistics(inputs.shape[-1], runner.device, full=full)
         total = observed.gradients[name]
         per_token = squares.sum(1)
         total.rows += squares.sum(0) / tokens.numel()
         total.tokens[part] = per_token.cpu().view_as(total.tokens[part])
-        observed.statistics[name].add(inputs, per_token)
+        kind[name].add(inputs, per_token)
 
     hooks = [module.register_forward_hook(hook(key)) for key, module in linear_modules(block)]
     try:

@@ -5,7 +5,7 @@ from typing import Final
 
 import torch
 
-__all__ = ["InputStatistics"]
+__all__ = ["InputStatistics", "multiplied_exactly"]
 
 _PANELS: Final = 4
 """More would leave out more of the products, but make them narrower and so slower."""
@@ -44,11 +44,15 @@ class InputStatistics:
         """
         if self._settled:
             raise ValueError("The Hessian has been read; nothing can be taken in after that.")
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
         if weights is None:
             self._weight += rows.shape[0]
+            if not multiplied_exactly(rows.device, rows.dtype):
+                rows = rows.float()
         else:
-            # The root on both factors of x x^T gives the weight once.
+            # The root on both factors of x x^T gives the weight once. Its product with what came
+            # in 16 bits does not fit into 16 bits.
+            rows = rows.float()
             rows = rows * weights.reshape(-1, 1).to(rows).sqrt()
             self._weight += float(weights.sum())
         self._accumulate(self._sum, rows)
@@ -60,14 +64,18 @@ class InputStatistics:
     @staticmethod
     def _accumulate(total: torch.Tensor, rows: torch.Tensor) -> None:
         if total.ndim == 1:
-            total += rows.square().sum(0)
+            total += rows.float().square().sum(0)
             return
         # Only the block upper triangle, panel by panel: 5/8 of the products.
         k = rows.shape[1]
         width = _panel_width(k)
         for start in range(0, k, width):
             stop = min(start + width, k)
-            total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+            left, right = rows[:, start:stop].T, rows[:, start:]
+            if rows.dtype == torch.float32:
+                total[start:stop, start:].addmm_(left, right)
+            else:
+                total[start:stop, start:] += _wide_product(left, right)
 
     @property
     def second_moment(self) -> torch.Tensor:
@@ -113,6 +121,25 @@ class InputStatistics:
             _mirror(self._first)
             self._first /= max(1, self._samples)
         self._settled = True
+
+
+def multiplied_exactly(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device's matrix units multiply a dtype without rounding, and add in float32.
+
+    A product of two bfloat16 or float16 numbers has at most 22 bits, so it is exact in float32: the
+    tensor cores of NVIDIA's GPUs give the sums of the float32 product, ten times as fast. PyTorch
+    has that product (``out_dtype``) for them alone.
+    """
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and dtype in (torch.bfloat16, torch.float16)
+    )
+
+
+def _wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Product of 16-bit matrices, summed and given in float32."""
+    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def _mirror(total: torch.Tensor) -> None:

@@ -59,6 +59,11 @@ class CalibrationSet:
         tokens = self.tokens[torch.linspace(0, count - 1, samples).round().long()]
         return replace(self, tokens=tokens, fingerprint=token_fingerprint(tokens), parts=())
 
+    def first(self, samples: int) -> "CalibrationSet":
+        """The first so many of the samples."""
+        tokens = self.tokens[:samples]
+        return replace(self, tokens=tokens, fingerprint=token_fingerprint(tokens), parts=())
+
     def describe(self) -> dict[str, Any]:
         """What goes into ``producer.calibration``.
 

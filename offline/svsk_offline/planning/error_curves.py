@@ -35,6 +35,7 @@ def choices_of(
     spec: LinearSpec,
     args: AlternatingArgs,
     allocation: AllocationArgs,
+    measured: torch.Tensor | None = None,
 ) -> list[Choice]:
     """All ways to store a matrix that an allocation may choose from, with their losses.
 
@@ -51,7 +52,10 @@ def choices_of(
         spec: shape, and the scheme without allocation.
         args: settings of the method.
         allocation: what may be chosen.
+        measured: float32 [K, K], H of other tokens, on which losses are measured; None measures
+            them on what was fitted, which is far too little where tokens are few.
     """
+    measured = hessian if measured is None else measured
     scheme = spec.scheme
     # Error feedback is run once, at the scheme's group size; all other sizes are scaled from it.
     order = ColumnOrder.of(hessian, args.damping)
@@ -60,9 +64,9 @@ def choices_of(
         args.scales, weight, order.importance, spec.group_size, codebook, spec.scales
     )
     residual = weight - gptq(weight, order, scale, codebook)[1]
-    loss = 0.5 * float(((residual @ hessian) * residual).sum(1) @ row_energy)
+    loss = 0.5 * float(((residual @ measured) * residual).sum(1) @ row_energy)
     reference = _rounding_error(weight, scale, order.importance, row_energy, spec)
-    shares = _rank_shares(residual, hessian, row_energy, spec, max(allocation.ranks))
+    shares = _rank_shares(residual, hessian, measured, row_energy, spec, max(allocation.ranks))
     # From 1 at one round to 1 + _ALTERNATION at many; every two rounds bring half of the rest.
     power = 1 + _ALTERNATION * (1 - 0.5 ** ((args.rounds - 1) / 2))
     choices = []
@@ -131,11 +135,16 @@ def _rounding_error(
 def _rank_shares(
     residual: torch.Tensor,
     hessian: torch.Tensor,
+    measured: torch.Tensor,
     row_energy: torch.Tensor,
     spec: LinearSpec,
     rank: int,
 ) -> torch.Tensor:
     """Float32 [rank]: the share of the error that the i-th rank of all tiles together takes off.
+
+    A tile's best factors of rank r under the fitted Hessian leave ``(I - Q Q^T) D^1/2 R``, Q the
+    first r left singular vectors of ``D^1/2 R F`` with ``H = F F^T``: so what each takes off is
+    known under any other Hessian, here the measured one.
 
     The share is that of the tiles' own errors ``tr(D_a R_ab H_bb R_ab^T)``. With several column
     tiles these add up to more than ``tr(D R H R^T)``, because error feedback lets columns make up
@@ -156,10 +165,10 @@ def _rank_shares(
         order = ColumnOrder.of(block, 1e-4)
         for a in range(grid.num_row_tiles):
             rows = grid.row_slice(a)
-            weighted = order.factored(
-                residual[rows, columns] * row_energy[rows].sqrt().unsqueeze(1)
-            )
-            error += float(weighted.square().sum())
-            values = truncated_svd(weighted, rank)[1].square().cpu()
-            total[: len(values)] += values
+            weighted = residual[rows, columns] * row_energy[rows].sqrt().unsqueeze(1)
+            other = measured[columns, columns]
+            error += float(((weighted @ other) * weighted).sum())
+            taken = truncated_svd(order.factored(weighted), rank)[0].T @ weighted
+            gains = ((taken @ other) * taken).sum(1).cpu()
+            total[: len(gains)] += gains
     return total / error if error else total

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantising one linear layer, and how well it went."""
+"""Quantising one linear layer."""
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -12,23 +11,9 @@ from svsk_offline.quantizers.activation_aware import channel_importance, quantiz
 from svsk_offline.quantizers.alternating import PreparedInput, quantize_alternating
 from svsk_offline.quantizers.diagonal_sidecar import fit_diagonal_sidecar
 from svsk_offline.recipe import AlternatingArgs, PublishedArgs, PublishedRecipe, Recipe
-from svsk_offline.storage.layer_report import LayerReport
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, dequantize
 
-__all__ = ["quantize_linear", "weighted_error"]
-
-
-def weighted_error(
-    weight: torch.Tensor, approximation: torch.Tensor, second_moment: torch.Tensor
-) -> float:
-    """``sum_ij d_j (W - W_hat)_ij^2 / sum_ij d_j W_ij^2`` with ``d_j = E[x_j^2]``.
-
-    0 for a layer that is never used.
-    """
-    energy = float((weight.square() @ second_moment).sum())
-    return (
-        float(((weight - approximation).square() @ second_moment).sum()) / energy if energy else 0.0
-    )
+__all__ = ["quantize_linear"]
 
 
 def quantize_linear(
@@ -40,7 +25,7 @@ def quantize_linear(
     scale_dtype: torch.dtype,
     row_weights: torch.Tensor | None = None,
     prepare: Callable[[InputStatistics, AlternatingArgs, float], PreparedInput] = PreparedInput,
-) -> tuple[QuantizedLinear, LayerReport]:
+) -> QuantizedLinear:
     """Quantise one weight by a recipe.
 
     Args:
@@ -56,7 +41,7 @@ def quantize_linear(
             saves that work for linears of one input.
 
     Returns:
-        The quantised linear on the CPU, and its report.
+        The quantised linear, on the CPU.
 
     Raises:
         SvskFormatError: K is not a multiple of the group size.
@@ -66,7 +51,6 @@ def quantize_linear(
         raise SvskError(
             f"{name}.weight: holds values that are not finite. The model is damaged; get it again."
         )
-    started = time.perf_counter()  # after a question that waits for what a GPU was given before
     weight = weight.float()
     spec = LinearSpec(name, weight.shape[0], weight.shape[1], scheme, scale_dtype)
     moment = statistics.second_moment
@@ -76,20 +60,7 @@ def quantize_linear(
     else:
         given = prepare(statistics, recipe.alternating, recipe.sink_weight(name))
         linear = quantize_alternating(weight, given, spec, row_weights)
-    base = dequantize(linear, with_sidecar=False)
-    whole = dequantize(linear) if spec.rank else base
-    noise = float((weight - whole).square().sum())
-    report = LayerReport(
-        name=name,
-        shape=(spec.n, spec.k),
-        num_weights=spec.num_weights,
-        stored_bits=spec.stored_bits,
-        base_error=weighted_error(weight, base, moment),
-        error=weighted_error(weight, whole, moment),
-        sqnr_db=10 * float(torch.log10(weight.square().sum() / noise)) if noise else float("inf"),
-        seconds=time.perf_counter() - started,
-    )
-    return _to_cpu(linear), report
+    return _to_cpu(linear)
 
 
 def _quantize_published(

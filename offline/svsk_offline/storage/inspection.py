@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a checkpoint holds, and whether it is whole."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = [
     "print_inspection",
     "serving_note",
     "validate_against_architecture",
+    "whole_bits_per_weight",
 ]
 
 
@@ -67,12 +69,26 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "bits_per_weight": (
             sum(spec.stored_bits for spec in specs) / weights_total if weights_total else None
         ),
+        "bits_per_weight_of_all": whole_bits_per_weight(folder),
         "dense_tensors": len(dense),
         "dense_bytes": sum(spec.num_bits for spec in dense) // 8,
         "bytes_on_disk": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         "ignore": list(checkpoint.config.ignore),
         "producer": checkpoint.config.producer,
     }
+
+
+def whole_bits_per_weight(folder: Path) -> float:
+    """Stored bits of all tensors of a checkpoint over all weights, those left dense among them.
+
+    Tensors that are tied are stored, and counted, once.
+    """
+    checkpoint = Checkpoint(folder)
+    specs = checkpoint.linears.values()
+    dense = [checkpoint.tensors.describe(name) for name in checkpoint.dense_names]
+    weights = sum(spec.num_weights for spec in specs) + sum(math.prod(one.shape) for one in dense)
+    bits = sum(spec.stored_bits for spec in specs) + sum(one.num_bits for one in dense)
+    return bits / weights
 
 
 def print_inspection(console: Console, inspection: dict[str, Any]) -> None:
@@ -104,7 +120,8 @@ def print_inspection(console: Console, inspection: dict[str, Any]) -> None:
         ),
         "bits per weight "
         + ("none" if bpw is None else f"{bpw:.4f}")
-        + " (every stored bit of the quantised linears)",
+        + " (every stored bit of the quantised linears),"
+        + f" {inspection['bits_per_weight_of_all']:.4f} of all weights",
         (
             f"on disk {inspection['bytes_on_disk'] / 1e6:.1f} MB, of"
             f" which {inspection['dense_bytes'] / 1e6:.1f} MB in"

@@ -15,8 +15,9 @@ class LayerReport:
     shape: Sequence[int]  # N, K
     num_weights: int
     stored_bits: int
-    base_error: float  # relative weighted error of the base alone
-    error: float  # relative weighted error with the sidecar
+    base_error: float  # of the output without the sidecar, E|dW x|^2 / E|W x|^2
+    error: float  # of the output, likewise
+    held_out_tokens: int  # tokens both were measured on; 0: on those that were fitted
     sqnr_db: float
     seconds: float
 

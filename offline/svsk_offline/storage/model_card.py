@@ -41,7 +41,8 @@ With transformers (dequantised when loaded): `import svsk_vllm.hf`, then \
 
 ## Error by layer kind
 
-Relative error of the weights, weighted by the energy of the input channels, mean over the blocks.
+Squared error of the layers' outputs over their squares, {tokens}, mean \
+over the blocks.
 
 | layer | layers | bits per weight | base alone | with sidecar |
 | --- | --- | --- | --- | --- |
@@ -135,6 +136,9 @@ def model_card(origin: Origin, config: SvskCheckpointConfig, layers: Sequence[La
         samples=calibration["samples"],
         seq_len=calibration["seq_len"],
         rows="\n".join(rows),
+        tokens="on calibration tokens that were held out"
+        if all(layer.held_out_tokens for layer in layers)
+        else "on the calibration tokens that were fitted",
     )
     values: dict[str, Any] = {"pipeline_tag": "text-generation", **origin.carried}
     if origin.base_model:

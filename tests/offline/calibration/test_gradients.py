@@ -53,20 +53,21 @@ def whole_model(
 
 @pytest.mark.parametrize(("family", "limit"), [("llama", 1 << 30), ("qwen2", 0)])
 def test_sweep_equals_one_backward_pass(tmp_path: Path, family: str, limit: int) -> None:
-    """Tied and untied heads, hidden states in memory and in a file."""
+    """Tied and untied heads, hidden states in memory and in a file; inputs of two kinds."""
     folder = write_dense(tmp_path / "dense", family, dtype=torch.float32)
     source = ModelSource(folder)
     texts = load_calibration("python", source.tokenizer, 5, 24, 0)
     expected = whole_model(folder, texts.tokens, seed=3)
     gradients: dict[str, OutputGradients] = {}
-    statistics: dict[str, InputStatistics] = {}
+    statistics: list[dict[str, InputStatistics]] = [{}, {}]
     order: list[int] = []
 
-    def visit(index: int, block: nn.Module, own: Any, inputs: Any) -> None:
+    def visit(index: int, block: nn.Module, own: Any, *inputs: Any) -> None:
         assert not block.weight.is_meta if hasattr(block, "weight") else True
         order.append(index)
         gradients.update({f"layers.{index}.{name}": value for name, value in own.items()})
-        statistics.update({f"layers.{index}.{name}": value for name, value in inputs.items()})
+        for kind, given in zip(statistics, inputs, strict=True):
+            kind.update({f"layers.{index}.{name}": value for name, value in given.items()})
 
     for _ in range(2):  # the model's skeleton is left as it was found
         order.clear()
@@ -77,6 +78,7 @@ def test_sweep_equals_one_backward_pass(tmp_path: Path, family: str, limit: int)
             torch.float32,
             visit,
             full=True,
+            held_out=2,
             seed=3,
             memory_limit=limit,
             scratch=tmp_path,
@@ -89,12 +91,13 @@ def test_sweep_equals_one_backward_pass(tmp_path: Path, family: str, limit: int)
         torch.testing.assert_close(
             gradients[name].rows, squares.mean((0, 1)), rtol=1e-3, atol=1e-10
         )
-        weights = squares.sum(-1).flatten()
-        rows = inputs.flatten(0, 1)
-        hessian = rows.T @ (rows * weights.unsqueeze(1)) / weights.sum()
-        torch.testing.assert_close(
-            statistics[name].hessian, hessian, rtol=1e-3, atol=1e-4 * float(hessian.max())
-        )
+        for kind, part in zip(statistics, (slice(3), slice(3, 5)), strict=True):
+            weights = squares[part].sum(-1).flatten()
+            rows = inputs[part].flatten(0, 1)
+            hessian = rows.T @ (rows * weights.unsqueeze(1)) / weights.sum()
+            torch.testing.assert_close(
+                kind[name].hessian, hessian, rtol=1e-3, atol=1e-4 * float(hessian.max())
+            )
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
 
 

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from svsk_offline.calibration import InputStatistics
 from svsk_offline.planning.error_curves import choices_of
 from svsk_offline.quantizers.alternating import (
     PreparedInput,
@@ -13,7 +14,7 @@ from svsk_offline.quantizers.alternating import (
 from svsk_offline.recipe import AllocationArgs, AlternatingArgs
 from svsk_vllm.format import LinearSpec, dequantize
 from svsk_vllm.format.group_scales import ScaleBits
-from tests.offline.quantizers.test_hessian_quantizers import statistics
+from tests.offline.quantizers.test_hessian_quantizers import inputs, statistics
 from tests.offline.quantizers.test_quantizers import weight
 from tests.support.format_builders import make_group
 
@@ -57,3 +58,26 @@ def test_losses_fall_as_they_do_in_fact(tile_m: int, tile_n: int) -> None:
             real = 0.5 * output_error(w - dequantize(linear), found.hessian, rows)
             assert 0.5 < choice.loss / real < 2
             assert choice.stored_bits == stored.stored_bits
+
+
+@pytest.mark.parametrize("tile", [0, 32])
+def test_losses_are_those_of_the_tokens_they_are_measured_on(tile: int) -> None:
+    """Few tokens are fitted closely, and say nothing of others; the measured ones do."""
+    w = weight(48, 192)
+    x = inputs(192, 4200)
+    few, other, many = (InputStatistics(192, torch.device("cpu"), full=True) for _ in range(3))
+    few.add(x[:, :200])
+    other.add(x[:, 200:2200])
+    many.add(x[:, 2200:])
+    spec = LinearSpec("m", 48, 192, make_group(tile_m=tile, tile_n=tile, num_bits=4, rank=4))
+    args = AlternatingArgs(rounds=1)
+    allocation = AllocationArgs(target_bpw=5, ranks=(0, 4), group_sizes=(spec.group_size,))
+    rows = torch.ones(48)
+    linear = quantize_alternating(w, PreparedInput(few, args), spec)
+    true = 0.5 * output_error(w - dequantize(linear), many.hessian)
+    predicted = [
+        choices_of(w, few.hessian, rows, spec, args, allocation, measured)[1].loss
+        for measured in (None, other.hessian)
+    ]
+    assert predicted[0] < 0.5 * true
+    assert 0.7 * true < predicted[1] < 1.4 * true

@@ -3,6 +3,7 @@
 
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -55,6 +56,28 @@ def test_budget_is_kept_and_used(
         assert len({linears[name].group_size for name in names}) == 1
     quantize(tiny_qwen2, tmp_path / "again", recipe)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "again")
+
+
+def test_losses_get_the_tokens_that_wide_matrices_need(
+    tmp_path: Path, tiny_llama: Path, hessian_recipe: Recipe
+) -> None:
+    """More samples than asked for, as far as there are any, and that is said."""
+    budget = {"target_bpw": 4.6, "ranks": (0, 4)}
+    for samples, words in ((80, r"measured on \d\d samples instead of 2"), (30, "all there are")):
+        said: list[str] = []
+        quantize(
+            tiny_llama,
+            tmp_path / str(samples),
+            hessian_recipe.override(
+                {
+                    "calibration": {"samples": samples},
+                    "gradients": {"samples": 2},
+                    "allocation": budget,
+                }
+            ),
+            progress=Progress(message=said.append),
+        )
+        assert any(re.search(words, text) for text in said), said
 
 
 def test_budget_too_small(tmp_path: Path, tiny_llama: Path, hessian_recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ from svsk_kernels.errors import SvskError
 from svsk_offline import run
 from svsk_offline.calibration import CalibrationSet, load_calibration
 from svsk_offline.pipeline import Progress, quantize
-from svsk_offline.recipe import Recipe
+from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.inspection import serving_note, validate_against_architecture
 from tests.support.format_builders import edit_json
@@ -64,27 +64,23 @@ def test_a_whole_fused_layer_may_be_ignored(
         quantize(tiny_qwen2, tmp_path / "out", recipe, calibration=texts(tiny_qwen2))
 
 
-@pytest.mark.parametrize("target", [None, 5.0])
 def test_a_sidecar_that_would_lose_its_rows(
-    tmp_path: Path, tiny_recipe: Recipe, nothing_is_computed: None, target: float | None
+    tmp_path: Path, tiny_recipe: Recipe, nothing_is_computed: None
 ) -> None:
     """vLLM's loader of Bloom regroups query_key_value by name, and cannot with a sidecar."""
     model = write_dense(tmp_path / "bloom", "bloom")
-    recipe = tiny_recipe.override({"sidecar": {"rank": 0}}) if target is None else None
-    if recipe is not None:
-        # Without a sidecar it is served.
+    calibration = texts(model)
+    refusal = r"query_key_value: a sidecar of rank \d+, but BloomForCausalLM"
+    with pytest.raises(SvskError, match=refusal):
+        quantize(model, tmp_path / "out", tiny_recipe, calibration=calibration)
+    messages: list[str] = []
+    progress = Progress(message=messages.append)
+    # Without a sidecar it is served: a bit budget, which chooses, is one for bases alone.
+    recipes = {"uniform": tiny_recipe.override({"sidecar": {"rank": 0}}), "b": load_recipe("best")}
+    for out, recipe in recipes.items():
         with pytest.raises(AssertionError, match="the run has begun"):
-            quantize(model, tmp_path / "out", recipe, calibration=texts(model))
-        return
-    from svsk_offline.recipe import load_recipe
-
-    recipe = load_recipe("fast").override(
-        {"sidecar": {"rank": 0}, "allocation": {"target_bpw": target}}
-    )
-    with pytest.raises(
-        SvskError, match=r"query_key_value: a sidecar of rank \d+, but BloomForCausalLM"
-    ):
-        quantize(model, tmp_path / "out", recipe, calibration=texts(model))
+            quantize(model, tmp_path / out, recipe, calibration=calibration, progress=progress)
+    assert any(text.startswith("Bases alone share the bit budget: ") for text in messages)
 
 
 def test_unknown_to_vllm_is_said_and_done(

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from svsk_kernels.errors import SvskError
-from svsk_offline.calibration import InputStatistics
+from svsk_offline.calibration import InputStatistics, input_statistics
+from svsk_offline.calibration.input_statistics import multiplied_exactly
 from svsk_offline.quantizers.activation_aware import quantize_aa
 from svsk_offline.quantizers.alternating import (
     PreparedInput,
@@ -124,6 +125,46 @@ def test_factor_of_an_order() -> None:
         float(factored.square().sum()), output_error(rows, damped(hessian, 0.01)), rtol=1e-4, atol=0
     )
     torch.testing.assert_close(order.unfactored(factored), rows, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "exact"),
+    [
+        ("cuda", torch.bfloat16, True),
+        ("cuda", torch.float16, True),
+        ("cuda", torch.float32, False),
+        ("cpu", torch.bfloat16, False),
+    ],
+)
+def test_which_products_are_left_to_tensor_cores(
+    device: str, dtype: torch.dtype, exact: bool
+) -> None:
+    assert multiplied_exactly(torch.device(device), dtype) == exact
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_statistics_of_16_bit_inputs(
+    dtype: torch.dtype, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: 16-bit factors reach the product, weighted ones in float32."""
+    factors: list[torch.dtype] = []
+
+    def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        factors.extend((left.dtype, right.dtype))
+        return left.float() @ right.float()
+
+    monkeypatch.setattr(input_statistics, "multiplied_exactly", lambda *_: True)
+    monkeypatch.setattr(input_statistics, "_wide_product", product)
+    x = inputs(24, 60).view(3, 20, 24).to(dtype)
+    weights = torch.rand(3, 20, generator=torch.Generator().manual_seed(0)) if weighted else None
+    found = InputStatistics(24, torch.device("cpu"), full=True, first=True)
+    found.add(x, weights)
+    rows = x.flatten(0, 1).float()
+    counts = torch.ones(60) if weights is None else weights.flatten()
+    torch.testing.assert_close(found.hessian, rows.T @ (rows * counts[:, None]) / counts.sum())
+    torch.testing.assert_close(found.first_hessian, x[:, 0].float().T @ x[:, 0].float() / 3)
+    assert set(factors) == (set() if weighted else {dtype})
 
 
 def test_nothing_is_taken_in_after_the_hessian_was_read() -> None:
