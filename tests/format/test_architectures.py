@@ -102,7 +102,8 @@ def test_problems() -> None:
     assert f"{LAYER}k_proj is not quantised while {LAYER}q_proj, {LAYER}v_proj are" in half
     assert half.endswith("Put all of them on the ignore list, or none.")
     (groups,) = llama.fused_problems(schemes(gate_proj=one, up_proj=make_group(group_size=32)))
-    assert f"{LAYER}gate_proj: int4 g64, {LAYER}up_proj: int4 g32" in groups
+    stored = "with 16-bit scales"
+    assert f"{LAYER}gate_proj: int4 g64 {stored}, {LAYER}up_proj: int4 g32 {stored}" in groups
     (codebooks,) = llama.fused_problems(
         schemes(gate_proj=one, up_proj=make_group(codebook="quad8"))
     )
