@@ -244,5 +244,7 @@ def test_small_and_large_values_survive_float16() -> None:
 
 
 def test_stacked_linears_must_share_columns_groups_and_codebook() -> None:
-    with pytest.raises(ValueError, match="differ in columns, group size or codebook"):
+    with pytest.raises(
+        ValueError, match="differ in columns, group size, codebook or in whether rows have scales"
+    ):
         make_layer(64, torch.float16, {"n": 8, "group_size": 32}, {"n": 8, "group_size": 64})
