@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Float32 products in float32: what decomposes a Hessian must not be rounded to 10 bits first."""
+"""What is multiplied in which precision.
+
+Float32 products are float32: what decomposes a Hessian must not be rounded to 10 bits first.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,9 +11,36 @@ from typing import Final
 
 import torch
 
-__all__ = ["full_float32"]
+from svsk_kernels.cpu.processor import has_bf16_products
+
+__all__ = ["block_dtype", "exact_bfloat16", "full_float32"]
 
 _OVERRIDE: Final = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
+
+
+def block_dtype(device: torch.device) -> torch.dtype:
+    """Dtype in which a model's decoder blocks run, and their gradients are taken.
+
+    Bfloat16, as the model will be served, where the hardware multiplies it; float32 on other CPUs.
+    """
+    if device.type != "cpu":
+        return torch.bfloat16
+    return torch.bfloat16 if has_bf16_products() else torch.float32
+
+
+@contextmanager
+def exact_bfloat16() -> Iterator[None]:
+    """Multiply float32 matrices on a CPU's bfloat16 units while the context lasts.
+
+    The factors are rounded to bfloat16 and the sums are float32, so it is exact for float32 numbers
+    that came from bfloat16.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from svsk_offline.calibration import (
 from svsk_offline.calibration.held_out import held_out_last, measure_outputs
 from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import bases_alone, check_servable
-from svsk_offline.precision import full_float32
+from svsk_offline.precision import block_dtype, full_float32
 from svsk_offline.quantizers.alternating import PreparedInput
 from svsk_offline.quantizers.quantize_linear import quantize_linear
 from svsk_offline.recipe import USUAL_IGNORE, AlternatingArgs, AlternatingRecipe, Recipe
@@ -68,11 +68,6 @@ class QuantizationResult:
     def bits_per_weight(self) -> float:
         """Stored bits of all quantised linears over their weights."""
         return bits_per_weight(self.layers)
-
-
-def _compute_dtype(device: torch.device) -> torch.dtype:
-    """Dtype in which the decoder blocks run."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 class Run:
@@ -248,7 +243,7 @@ class Run:
     def _write_blocks(
         self, writer: CheckpointWriter, plan: Plan
     ) -> tuple[list[LayerReport], list[float]]:
-        compute = _compute_dtype(self.device)
+        compute = block_dtype(self.device)
         scratch = self.folder.path
         runner = BlockRunner(
             self.source,

@@ -64,12 +64,12 @@ def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks run in float32 on a CPU and in bfloat16 on a GPU.
+    """Blocks run in bfloat16 on a GPU, and on some CPUs in float32.
 
-    Here in that everywhere, to compare the results.
+    Here in bfloat16 everywhere, to compare the results.
     """
-    monkeypatch.setattr(run, "_compute_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(plan, "sweep_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(run, "block_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(plan, "block_dtype", lambda device: torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)

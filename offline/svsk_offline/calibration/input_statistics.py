@@ -5,6 +5,9 @@ from typing import Final
 
 import torch
 
+from svsk_kernels.cpu.processor import has_bf16_products
+from svsk_offline.precision import exact_bfloat16
+
 __all__ = ["InputStatistics", "multiplied_exactly"]
 
 _PANELS: Final = 4
@@ -75,7 +78,7 @@ class InputStatistics:
             if rows.dtype == torch.float32:
                 total[start:stop, start:].addmm_(left, right)
             else:
-                total[start:stop, start:] += _wide_product(left, right)
+                _add_wide_product(total[start:stop, start:], left, right)
 
     @property
     def second_moment(self) -> torch.Tensor:
@@ -127,9 +130,11 @@ def multiplied_exactly(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a device's matrix units multiply a dtype without rounding, and add in float32.
 
     A product of two bfloat16 or float16 numbers has at most 22 bits, so it is exact in float32: the
-    tensor cores of NVIDIA's GPUs give the sums of the float32 product, ten times as fast. PyTorch
-    has that product (``out_dtype``) for them alone.
+    tensor cores of NVIDIA's GPUs, and the bfloat16 units of CPUs, give the sums of the float32
+    product several times as fast.
     """
+    if device.type == "cpu":
+        return dtype == torch.bfloat16 and has_bf16_products()
     return (
         device.type == "cuda"
         and torch.version.hip is None
@@ -137,9 +142,15 @@ def multiplied_exactly(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-def _wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Product of 16-bit matrices, summed and given in float32."""
-    return torch.mm(left, right, out_dtype=torch.float32)
+def _add_wide_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add a product of 16-bit matrices, summed in float32, to a float32 matrix in place."""
+    if total.device.type == "cpu":
+        # PyTorch has no product of bfloat16 given in float32 here, but it has one of float32
+        # numbers rounded to bfloat16, which these are already.
+        with exact_bfloat16():
+            total.addmm_(left.float(), right.float())
+    else:
+        total += torch.mm(left, right, out_dtype=torch.float32)
 
 
 def _mirror(total: torch.Tensor) -> None:

@@ -17,7 +17,6 @@ from typing import Final
 import torch
 from torch import nn
 
-from svsk_kernels.cpu.processor import has_bf16_products
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import (
     CalibrationSet,
@@ -29,6 +28,7 @@ from svsk_offline.calibration.held_out import split_order
 from svsk_offline.planning.bit_budget import Choice, allocate
 from svsk_offline.planning.error_curves import choices_of, scheme_with
 from svsk_offline.planning.serving import vllm_class_of
+from svsk_offline.precision import block_dtype
 from svsk_offline.recipe import AlternatingRecipe, Recipe
 from svsk_offline.storage.atomic import write_tensors
 from svsk_offline.storage.dense_model import ModelSource
@@ -170,7 +170,7 @@ def make_plan(
         source,
         texts,
         device,
-        sweep_dtype(device),
+        block_dtype(device),
         measured.visit,
         full=recipe.allocation is not None,
         held_out=held,
@@ -209,18 +209,6 @@ def _enough_samples(
             " features"
         )
     return count
-
-
-def sweep_dtype(device: torch.device) -> torch.dtype:
-    """Dtype in which gradients are taken.
-
-    Bfloat16 where the hardware multiplies it, float32 on other CPUs.
-
-    What is measured are squares over thousands of tokens; rounding does not matter, time does.
-    """
-    if device.type != "cpu":
-        return torch.bfloat16
-    return torch.bfloat16 if has_bf16_products() else torch.float32
 
 
 @dataclass

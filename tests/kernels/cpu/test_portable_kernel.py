@@ -14,7 +14,7 @@ from svsk_kernels.cpu.widened_op import widened_linear
 from svsk_kernels.errors import KernelError
 from svsk_kernels.naive import naive_matmul
 from svsk_kernels.reference_kernel import ReferenceKernel
-from svsk_offline.planning.plan import sweep_dtype
+from svsk_offline.precision import block_dtype
 from svsk_vllm.format import Codebook, LinearSpec
 from tests.support.format_builders import make_group, random_linear
 from tests.support.layers import loaded_layer
@@ -92,19 +92,19 @@ def test_a_simulated_processor_has_no_bfloat16_products(
     assert has_avx512() == (features == "avx512" and torch.cpu._is_avx512_supported())
     assert cpu_ops_obstacle() == "the processor has no AVX512-BF16"
     assert (
-        sweep_dtype(CPU)
+        block_dtype(CPU)
         == product_dtype(torch.bfloat16, CPU)
         == product_dtype(torch.float16, CPU)
         == torch.float32
     )
     gpu = torch.device("cuda")
-    assert sweep_dtype(gpu) == product_dtype(torch.bfloat16, gpu) == torch.bfloat16
+    assert block_dtype(gpu) == product_dtype(torch.bfloat16, gpu) == torch.bfloat16
 
 
 def test_no_simulation_is_what_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SVSK_CPU_FEATURES", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert sweep_dtype(CPU) == product_dtype(torch.bfloat16, CPU) == torch.bfloat16
+    assert block_dtype(CPU) == product_dtype(torch.bfloat16, CPU) == torch.bfloat16
     monkeypatch.setenv("SVSK_CPU_FEATURES", "avx1024")
     with pytest.raises(
         KernelError, match="SVSK_CPU_FEATURES=avx1024: expected avx2 or avx512, or unset it"

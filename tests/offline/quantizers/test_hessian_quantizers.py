@@ -133,13 +133,33 @@ def test_factor_of_an_order() -> None:
         ("cuda", torch.bfloat16, True),
         ("cuda", torch.float16, True),
         ("cuda", torch.float32, False),
-        ("cpu", torch.bfloat16, False),
+        ("cpu", torch.bfloat16, True),
+        ("cpu", torch.float16, False),
+        ("cpu", torch.float32, False),
     ],
 )
-def test_which_products_are_left_to_tensor_cores(
-    device: str, dtype: torch.dtype, exact: bool
+def test_which_products_are_left_to_matrix_units(
+    device: str, dtype: torch.dtype, exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(input_statistics, "has_bf16_products", lambda: True)
     assert multiplied_exactly(torch.device(device), dtype) == exact
+    monkeypatch.setattr(input_statistics, "has_bf16_products", lambda: False)
+    assert multiplied_exactly(torch.device(device), dtype) == (exact and device == "cuda")
+
+
+@pytest.mark.parametrize("k", [5, 64, 200])
+def test_bfloat16_inputs_lose_nothing_on_a_cpu(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums in bfloat16 would be wrong by a hundredth; and no setting of PyTorch is left changed."""
+    monkeypatch.setattr(input_statistics, "has_bf16_products", lambda: True)
+    x = inputs(k, 700).flatten(0, -2).bfloat16()
+    before = torch.get_float32_matmul_precision()
+    found = InputStatistics(k, torch.device("cpu"), full=True)
+    for part in x.split(300):
+        found.add(part)
+    exact = x.double().T @ x.double() / 700
+    scale = exact.diagonal().sqrt()
+    assert ((found.hessian - exact).abs() / torch.outer(scale, scale)).max() < 1e-5
+    assert torch.get_float32_matmul_precision() == before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -150,12 +170,12 @@ def test_statistics_of_16_bit_inputs(
     """As on a GPU: 16-bit factors reach the product, weighted ones in float32."""
     factors: list[torch.dtype] = []
 
-    def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         factors.extend((left.dtype, right.dtype))
-        return left.float() @ right.float()
+        total += left.float() @ right.float()
 
     monkeypatch.setattr(input_statistics, "multiplied_exactly", lambda *_: True)
-    monkeypatch.setattr(input_statistics, "_wide_product", product)
+    monkeypatch.setattr(input_statistics, "_add_wide_product", product)
     x = inputs(24, 60).view(3, 20, 24).to(dtype)
     weights = torch.rand(3, 20, generator=torch.Generator().manual_seed(0)) if weighted else None
     found = InputStatistics(24, torch.device("cpu"), full=True, first=True)
