@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from svsk_kernels.codebook import Codebook
+from svsk_kernels.codebook import Codebook, code_bits
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.naive import PlainLinear
 from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup, append_slot
@@ -27,7 +27,7 @@ class StackedLinear:
     """
 
     spec: LayerSpec
-    packed: torch.Tensor  # int32 [N, K / 8]
+    packed: torch.Tensor  # int32 [N, K / 8], K / 4 of 8-bit codes
     scale: torch.Tensor  # [N, K / g]; int8 where the spec says row_scaled
     u: torch.Tensor  # int8
     v: torch.Tensor  # int8
@@ -72,7 +72,8 @@ def random_linear(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=generator.device)
 
-    codes = integers(-8, 8, grid.n, grid.k)
+    half = 1 << code_bits(codebook) - 1
+    codes = integers(-half, half, grid.n, grid.k)
     row_scale = None
     if row_scaled:
         scale = integers(-128, 128, grid.n, grid.k // group_size)
@@ -133,7 +134,8 @@ def stack_linears(
         4 if members and all(linear.factor_bits == 4 for linear in members) else 8,
         first.row_scale is not None,
     )
-    packed = torch.cat([pack_words(linear.codes) for linear in linears])
+    bits = code_bits(first.codebook)
+    packed = torch.cat([pack_words(linear.codes, bits) for linear in linears])
     scale = torch.cat([linear.scale for linear in linears])
     row_scale = None
     if spec.row_scaled:
@@ -165,11 +167,13 @@ def _bundle(bounds: tuple[int, ...], entries: Sequence[tuple[PlainLinear, int]])
     return Bundle(bounds, tuple(groups))
 
 
-def pack_words(codes: torch.Tensor) -> torch.Tensor:
-    """Codes int8 [N, K] as int32 [N, K / 8]: ``svsk_vllm.format.pack_codes`` on torch alone."""
+def pack_words(codes: torch.Tensor, num_bits: Literal[4, 8] = 4) -> torch.Tensor:
+    """Codes int8 [N, K] as int32 words: ``svsk_vllm.format.pack_codes`` on torch alone."""
+    count = 32 // num_bits
     packed = torch.zeros(
-        codes.shape[0], codes.shape[1] // 8, dtype=torch.int32, device=codes.device
+        codes.shape[0], codes.shape[1] // count, dtype=torch.int32, device=codes.device
     )
-    for place in range(8):
-        packed |= (codes[:, place::8].to(torch.int32) + 8) << (4 * place)
+    for place in range(count):
+        shifted = codes[:, place::count].to(torch.int32) + (1 << num_bits - 1)
+        packed |= shifted << (num_bits * place)
     return packed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 16 levels a 4-bit code stands for, in units of the group's scale."""
+"""The levels that codes stand for, in units of the group's scale: 16 of 4 bits, 256 of 8."""
 
 from typing import Final, Literal, get_args
 
@@ -10,16 +10,24 @@ __all__ = [
     "CODE_MAX",
     "CODE_MIN",
     "Codebook",
+    "code_bits",
     "code_values",
     "codebook_levels",
+    "unpack_bytes",
+    "unpack_codes_of",
     "unpack_nibbles",
 ]
 
-Codebook = Literal["int4", "quad8"]
+Codebook = Literal["int4", "quad8", "int8"]
 CODEBOOKS: Final[tuple[str, ...]] = get_args(Codebook)
 
 CODE_MIN: Final = -8
 CODE_MAX: Final = 7
+
+
+def code_bits(codebook: Codebook) -> Literal[4, 8]:
+    """Bits of a code: 8 of the codebook ``int8``, 4 of the others."""
+    return 8 if codebook == "int8" else 4
 
 
 def code_values(
@@ -28,8 +36,10 @@ def code_values(
     """Value of each code in units of its scale: ``c(q)`` in docs/format.md.
 
     Args:
-        codes: integer or floating tensor of codes in [-8, 7], any shape.
-        codebook: ``int4`` (``c = q``) or ``quad8`` (``c = q (8 + |q|) / 8``, from -16 to 13.125).
+        codes: integer or floating tensor of codes in [-8, 7], any shape; in [-128, 127] for
+            ``int8``.
+        codebook: ``int4`` and ``int8`` (``c = q``) or ``quad8`` (``c = q (8 + |q|) / 8``, from -16
+            to 13.125).
         dtype: dtype of the result. Every value is exact in float16, bfloat16 and float32.
 
     Returns:
@@ -42,8 +52,30 @@ def code_values(
 
 
 def codebook_levels(codebook: Codebook) -> torch.Tensor:
-    """The 16 levels in ascending order, float32 [16]; entry ``i`` belongs to code ``i - 8``."""
-    return code_values(torch.arange(CODE_MIN, CODE_MAX + 1), codebook)
+    """All levels in ascending order, float32 [L].
+
+    Entry ``i`` of L = 16 belongs to code ``i - 8``, of 256 (``int8``) to ``i - 128``.
+    """
+    half = 1 << code_bits(codebook) - 1
+    return code_values(torch.arange(-half, half), codebook)
+
+
+def unpack_codes_of(packed: torch.Tensor, codebook: Codebook) -> torch.Tensor:
+    """Codes [N, K] of a codebook from the checkpoint's words, unchecked."""
+    return unpack_bytes(packed) if code_bits(codebook) == 8 else unpack_nibbles(packed)
+
+
+def unpack_bytes(packed: torch.Tensor) -> torch.Tensor:
+    """Codes in [-128, 127] from the checkpoint's words (docs/format.md), unchecked.
+
+    Args:
+        packed: int32 [N, K / 4], four codes a word, lowest byte first, each stored as ``q + 128``.
+
+    Returns:
+        int8 [N, K].
+    """
+    # 128 more, in a byte, is another highest bit.
+    return packed.contiguous().view(torch.int8) ^ -128
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:

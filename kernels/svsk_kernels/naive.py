@@ -19,7 +19,7 @@ class PlainLinear:
     The sidecar has A rows and B columns of tiles; ``u``, ``v`` and ``gain`` are None without one.
     """
 
-    codes: torch.Tensor  # int8 [N, K], values in [-8, 7]
+    codes: torch.Tensor  # int8 [N, K], values in [-8, 7], or of 8 bits
     scale: torch.Tensor  # float [N, K / g]; int8 where row_scale is given
     codebook: Codebook
     grid: TileGrid  # how the weight is cut into tiles

@@ -17,8 +17,8 @@ from typing import Any, Final
 import torch
 
 from svsk_vllm.format import SvskFormatError, validate_checkpoint
+from svsk_vllm.format.architecture_fit import Architecture
 from svsk_vllm.format.shards import ShardedReader, read_json
-from svsk_vllm.format.validate import Architecture
 
 __all__ = ["checkpoint_problems", "require_sound"]
 
@@ -186,6 +186,9 @@ def describe_architecture(model: Any, stored: list[str]) -> Architecture:
         required=parameters,
         optional={name: shape for name, shape in everything.items() if name not in parameters},
         linears=linears,
+        tables=frozenset(
+            name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)
+        ),
         tied=dict(tied),
         floating=frozenset(
             name for name, value in model.state_dict().items() if value.is_floating_point()

@@ -14,7 +14,13 @@ from svsk_kernels.codebook import (
 )
 from svsk_kernels.tile_grid import TileGrid, ceil_div
 from svsk_vllm.format.checkpoint import Checkpoint
-from svsk_vllm.format.config import ConfigGroup, SidecarArgs, SvskCheckpointConfig, WeightArgs
+from svsk_vllm.format.config import (
+    ConfigGroup,
+    EmbeddingArgs,
+    SidecarArgs,
+    SvskCheckpointConfig,
+    WeightArgs,
+)
 from svsk_vllm.format.errors import SvskError, SvskFormatError
 from svsk_vllm.format.packing import pack_codes, pack_factors, unpack_codes, unpack_factors
 from svsk_vllm.format.quantized_linear import QuantizedLinear, dequantize, restored_weight
@@ -30,6 +36,7 @@ __all__ = [
     "Checkpoint",
     "Codebook",
     "ConfigGroup",
+    "EmbeddingArgs",
     "LinearSpec",
     "QuantizedLinear",
     "ShardedReader",

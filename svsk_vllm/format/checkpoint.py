@@ -22,7 +22,7 @@ from svsk_vllm.format.spec import (
     LinearSpec,
 )
 
-__all__ = ["Checkpoint", "split_suffix"]
+__all__ = ["Checkpoint", "parse_quantization_config", "split_suffix", "stored_suffixes"]
 
 
 def split_suffix(name: str) -> tuple[str, str] | None:
@@ -126,7 +126,8 @@ class Checkpoint:
             raise SvskFormatError(
                 f"{module}: stored quantised, but {why} in config.json. Correct the config."
             )
-        k, group = packed.shape[1] * 8, scheme.weights.group_size
+        k = packed.shape[1] * scheme.weights.codes_per_word
+        group = scheme.weights.group_size
         if k % group:
             raise SvskFormatError(
                 f"{module}.{WEIGHT_PACKED}: shape {list(packed.shape)} holds K = {k} input"
@@ -158,3 +159,13 @@ def parse_quantization_config(folder: Path, hf_config: dict[str, Any]) -> SvskCh
             f"{source}: quant_method {raw.get('quant_method')!r}, expected 'svsk'."
         )
     return SvskCheckpointConfig.from_dict(raw, source)
+
+
+def stored_suffixes(checkpoint: Checkpoint) -> dict[str, set[str]]:
+    """Suffixes that are stored for each quantised module."""
+    stored: dict[str, set[str]] = {}
+    for name in checkpoint.tensors.names:
+        parts = split_suffix(name)
+        if parts:
+            stored.setdefault(parts[0], set()).add(parts[1])
+    return stored

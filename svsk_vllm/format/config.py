@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from svsk_kernels.codebook import Codebook
+from svsk_kernels.codebook import Codebook, code_bits
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.group_scales import ONE_LEVEL, ScaleBits
 from svsk_vllm.version import FORMAT_VERSION, __version__
@@ -33,6 +33,7 @@ __all__ = [
     "STOCK_LOADER_KEY",
     "STOCK_LOADER_NOTE",
     "ConfigGroup",
+    "EmbeddingArgs",
     "SidecarArgs",
     "Strict",
     "SvskCheckpointConfig",
@@ -92,13 +93,14 @@ class Strict(BaseModel):
 
 
 class WeightArgs(Strict):
-    """The 4-bit base of a weight.
+    """The base of a weight.
 
+    ``num_bits`` 8 goes with codebook ``int8`` and no other, for embeddings and output heads.
     ``scale_bits`` 16 stores each group's scale in the model's dtype; 8 and 6 in two levels
     (:mod:`svsk_vllm.format.group_scales`).
     """
 
-    num_bits: Literal[4] = 4
+    num_bits: Literal[4, 8] = 4
     type: Literal["int"] = "int"
     symmetric: Literal[True] = True
     strategy: Literal["group"] = "group"
@@ -113,10 +115,27 @@ class WeightArgs(Strict):
             raise ValueError(f"expected one of {GROUP_SIZES}, got {value}")
         return value
 
+    @model_validator(mode="after")
+    def _bits_of_codebook(self) -> "WeightArgs":
+        if self.num_bits != code_bits(self.codebook):
+            raise ValueError(
+                f"num_bits {self.num_bits} with codebook {self.codebook}, whose codes have"
+                f" {code_bits(self.codebook)} bits"
+            )
+        if self.num_bits == 8 and self.scale_bits != ONE_LEVEL:
+            raise ValueError(f"scale_bits {self.scale_bits} with num_bits 8: expected {ONE_LEVEL}")
+        return self
+
+    @property
+    def codes_per_word(self) -> int:
+        """How many codes an int32 of ``weight_packed`` holds."""
+        return 32 // self.num_bits
+
     @property
     def version(self) -> str:
         """The first version of the format that has these values."""
-        return "1.1" if self.scale_bits != ONE_LEVEL or self.group_size == 16 else "1.0"
+        new = self.scale_bits != ONE_LEVEL or self.group_size == 16 or self.num_bits == 8
+        return "1.1" if new else "1.0"
 
     @model_serializer(mode="wrap")
     def _without_new_defaults(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -151,6 +170,24 @@ class ConfigGroup(Strict):
     weights: WeightArgs = WeightArgs()
     sidecar: SidecarArgs = SidecarArgs()
 
+    @model_validator(mode="after")
+    def _sidecar_of_four_bits(self) -> "ConfigGroup":
+        if self.weights.num_bits == 8 and self.sidecar.rank:
+            raise ValueError(f"sidecar of rank {self.sidecar.rank} with num_bits 8: expected 0")
+        return self
+
+
+class EmbeddingArgs(Strict):
+    """The module whose quantised weight is an embedding table, looked up by row.
+
+    Attributes:
+        module: its name in the checkpoint.
+        tied: whether the table is the output head as well, which then is not stored.
+    """
+
+    module: Annotated[str, AfterValidator(_printable)]
+    tied: bool = Field(default=False, strict=True)
+
 
 class SvskCheckpointConfig(Strict):
     """``quantization_config`` in config.json; ``producer`` may hold anything."""
@@ -162,6 +199,7 @@ class SvskCheckpointConfig(Strict):
         min_length=1
     )
     ignore: tuple[Target, ...] = ()
+    embedding: EmbeddingArgs | None = None
     producer: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
@@ -189,23 +227,28 @@ class SvskCheckpointConfig(Strict):
             ) from error
         if _minor(config.needed_version) > _minor(config.version):
             raise SvskFormatError(
-                f"{source}: version {config.version} with scale_bits or a group_size of 16, which"
-                f" are of version {config.needed_version}. Correct the version, or copy the"
-                " folder again."
+                f"{source}: version {config.version} with scale_bits, num_bits 8, a group_size of"
+                f" 16 or an embedding, which are of version {config.needed_version}. Correct the"
+                " version, or copy the folder again."
             )
         return config
 
     @property
     def needed_version(self) -> str:
         """The first version of the format that has every value used here."""
-        return max((group.weights.version for group in self.config_groups.values()), key=_minor)
+        used = [group.weights.version for group in self.config_groups.values()]
+        return max(used if self.embedding is None else [*used, "1.1"], key=_minor)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON-ready dictionary that goes into config.json."""
-        return {
-            **self.model_dump(mode="json"),
-            "version": max(self.version, self.needed_version, key=_minor),
-        }
+        values = self.model_dump(mode="json")
+        if self.embedding is None:  # readers of version 1.0 do not know the key
+            del values["embedding"]
+        return {**values, "version": max(self.version, self.needed_version, key=_minor)}
+
+    def is_embedding(self, name: str) -> bool:
+        """Whether ``name`` is the module that is a quantised table."""
+        return self.embedding is not None and self.embedding.module == name
 
     def rename(self, rename: Callable[[list[str]], list[str]]) -> "SvskCheckpointConfig":
         """A copy with the module names of all targets and ignore entries translated.
@@ -218,9 +261,14 @@ class SvskCheckpointConfig(Strict):
             key: group.model_copy(update={"targets": tuple(rename(list(group.targets)))})
             for key, group in self.config_groups.items()
         }
-        return self.model_copy(
-            update={"config_groups": groups, "ignore": tuple(rename(list(self.ignore)))}
-        )
+        changes: dict[str, Any] = {
+            "config_groups": groups,
+            "ignore": tuple(rename(list(self.ignore))),
+        }
+        if self.embedding is not None:
+            renamed = next(iter(rename([self.embedding.module])), self.embedding.module)
+            changes["embedding"] = self.embedding.model_copy(update={"module": renamed})
+        return self.model_copy(update=changes)
 
     def is_ignored(self, name: str) -> bool:
         """Whether an ignore entry matches the linear module ``name`` (Hugging Face name)."""
@@ -230,7 +278,7 @@ class SvskCheckpointConfig(Strict):
         """The group that quantises a linear module, None when it is ignored or not targeted.
 
         Where several groups match, an exact name wins over a regular expression and that over a
-        class name.
+        class name. A class name does not match the embedding.
 
         Args:
             name: Hugging Face module name, for example ``model.layers.0.self_attn.q_proj``.
@@ -242,6 +290,7 @@ class SvskCheckpointConfig(Strict):
         """
         if self.is_ignored(name):
             return None
+        by_class = by_class and not self.is_embedding(name)
         best: dict[int, list[str]] = {}
         for key, group in self.config_groups.items():
             ranks = [

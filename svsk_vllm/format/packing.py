@@ -12,17 +12,19 @@ from svsk_vllm.format.errors import SvskFormatError
 
 __all__ = ["pack_codes", "pack_factors", "unpack_codes", "unpack_factors"]
 
-_CODES_PER_WORD = 8
+_WORD_BITS = 32
 
 
-def pack_codes(codes: torch.Tensor) -> torch.Tensor:
-    """Pack 4-bit codes, eight to a word, lowest nibble first along K, each stored as ``q + 8``.
+def pack_codes(codes: torch.Tensor, num_bits: int = 4) -> torch.Tensor:
+    """Pack codes into words along K, the first in the lowest bits.
 
     Args:
-        codes: int8 [N, K], values in [-8, 7], K a multiple of 8.
+        codes: int8 [N, K], values of ``num_bits`` bits and a sign, each stored with half their
+            range added (``q + 8``, ``q + 128``); K a multiple of what a word holds.
+        num_bits: 4, eight to a word, or 8, four to a word.
 
     Returns:
-        int32 [N, K / 8].
+        int32 [N, K * num_bits / 32].
 
     Raises:
         SvskFormatError: wrong dtype or shape, or a value out of range.
@@ -31,24 +33,24 @@ def pack_codes(codes: torch.Tensor) -> torch.Tensor:
         raise SvskFormatError(
             f"Codes: expected an int8 matrix, got {codes.dtype} of shape {list(codes.shape)}."
         )
-    if codes.shape[1] % _CODES_PER_WORD:
+    per_word, half = _WORD_BITS // num_bits, 1 << num_bits - 1
+    if codes.shape[1] % per_word:
         raise SvskFormatError(
             f"Codes of shape {list(codes.shape)}: K = {codes.shape[1]} is not a multiple of"
-            f" {_CODES_PER_WORD}."
+            f" {per_word}."
         )
-    if codes.numel() and (int(codes.min()) < CODE_MIN or int(codes.max()) > CODE_MAX):
+    if codes.numel() and (int(codes.min()) < -half or int(codes.max()) >= half):
         raise SvskFormatError(
-            f"Codes span {int(codes.min())} to {int(codes.max())}:"
-            f" expected {CODE_MIN} to {CODE_MAX}."
+            f"Codes span {int(codes.min())} to {int(codes.max())}: expected {-half} to {half - 1}."
         )
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    packed: torch.Tensor = pack_to_int32(codes, 4)
+    packed: torch.Tensor = pack_to_int32(codes, num_bits)
     return packed
 
 
-def unpack_codes(packed: torch.Tensor, k: int) -> torch.Tensor:
-    """Inverse of :func:`pack_codes`: int32 [N, K / 8] to int8 [N, ``k``] with values in [-8, 7].
+def unpack_codes(packed: torch.Tensor, k: int, num_bits: int = 4) -> torch.Tensor:
+    """Inverse of :func:`pack_codes`: int32 [N, K * num_bits / 32] to int8 [N, ``k``].
 
     Raises:
         SvskFormatError: wrong dtype, or ``k`` does not fit the number of words.
@@ -58,14 +60,14 @@ def unpack_codes(packed: torch.Tensor, k: int) -> torch.Tensor:
             f"Packed codes: expected an int32 matrix, got {packed.dtype} of shape"
             f" {list(packed.shape)}."
         )
-    if packed.shape[1] * _CODES_PER_WORD != k:
+    if packed.shape[1] * (_WORD_BITS // num_bits) != k:
         raise SvskFormatError(
             f"Packed codes of shape {list(packed.shape)}"
-            f" hold {packed.shape[1] * 8} columns, not {k}."
+            f" hold {packed.shape[1] * (_WORD_BITS // num_bits)} columns, not {k}."
         )
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    codes: torch.Tensor = unpack_from_int32(packed, 4, torch.Size((packed.shape[0], k)))
+    codes: torch.Tensor = unpack_from_int32(packed, num_bits, torch.Size((packed.shape[0], k)))
     return codes
 
 

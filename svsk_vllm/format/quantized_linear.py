@@ -34,7 +34,7 @@ class QuantizedLinear:
     """
 
     spec: LinearSpec
-    codes: torch.Tensor  # int8 [N, K], values in [-8, 7]
+    codes: torch.Tensor  # int8 [N, K], values in [-8, 7], or of 8 bits
     scale: torch.Tensor  # scale dtype [N, K / g], multiplied out where it is stored in two levels
     u: torch.Tensor | None = None  # int8 [N, B, r]
     v: torch.Tensor | None = None  # int8 [A, r, K]
@@ -56,7 +56,10 @@ class QuantizedLinear:
             SvskFormatError: a tensor's dtype, shape or range is not what the scheme asks for.
         """
         try:
-            stored = {names.WEIGHT_PACKED: pack_codes(self.codes), **self._stored_scales()}
+            stored = {
+                names.WEIGHT_PACKED: pack_codes(self.codes, self.spec.scheme.weights.num_bits),
+                **self._stored_scales(),
+            }
             if self.u is not None and self.v is not None and self.gain is not None:
                 bits = self.spec.factor_bits
                 stored[names.SIDECAR_U] = pack_factors(self.u, bits)
@@ -100,7 +103,7 @@ class QuantizedLinear:
         problems = tensor_problems(spec, stored)
         if problems:
             raise SvskFormatError("; ".join(problems))
-        codes = unpack_codes(stored[names.WEIGHT_PACKED], spec.k)
+        codes = unpack_codes(stored[names.WEIGHT_PACKED], spec.k, spec.scheme.weights.num_bits)
         scale = read_scales(spec, stored)
         if not spec.rank:
             return cls(spec, codes, scale)

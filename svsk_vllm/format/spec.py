@@ -105,7 +105,8 @@ class LinearSpec:
     def tensors(self) -> dict[str, TensorSpec]:
         """Stored tensors by suffix, in the order of docs/format.md."""
         groups, bits = self.k // self.group_size, self.scheme.weights.scale_bits
-        specs = {WEIGHT_PACKED: TensorSpec(torch.int32, (self.n, self.k // 8))}
+        words = self.k // self.scheme.weights.codes_per_word
+        specs = {WEIGHT_PACKED: TensorSpec(torch.int32, (self.n, words))}
         if bits == ONE_LEVEL:
             specs[WEIGHT_SCALE] = TensorSpec(self.scale_dtype, (self.n, groups))
         else:

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Structural and numerical checks of a checkpoint: every problem, not only the first."""
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from svsk_vllm.format.architecture_fit import Architecture, architecture_problems
 from svsk_vllm.format.architectures import serving_problems
-from svsk_vllm.format.checkpoint import Checkpoint, parse_quantization_config, split_suffix
+from svsk_vllm.format.checkpoint import (
+    Checkpoint,
+    parse_quantization_config,
+    stored_suffixes,
+)
 from svsk_vllm.format.config import LINEAR_CLASS
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.files import MAX_INDEX_BYTES
@@ -35,39 +37,7 @@ from svsk_vllm.format.spec import (
 )
 from svsk_vllm.format.values import finite_problems, weight_problems
 
-__all__ = ["Architecture", "validate_checkpoint"]
-
-Targets = Callable[[list[str]], Mapping[str, tuple[tuple[str, ...], bool]]]
-
-
-def _own_names(names: list[str]) -> dict[str, tuple[tuple[str, ...], bool]]:
-    return {name: ((name,), True) for name in names}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The unquantised model that a checkpoint must fill.
-
-    Attributes:
-        required: shape by name of every parameter, tied ones once.
-        optional: shape by name of what may be stored as well: other ends of ties, buffers.
-        linears: names of the linear modules. One that the config quantises must not be stored as it
-            was.
-        tied: parameter by the name of the parameter tied to it, for values stored twice.
-        floating: names of what holds floating numbers, which integers stored in their place would
-            be taken for.
-        ignored: patterns of names that the model's class does not want although they are stored.
-        targets: which parameters each stored name fills, and whether as it is: models rename and
-            fuse what is stored.
-    """
-
-    required: Mapping[str, tuple[int, ...]]
-    optional: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    linears: frozenset[str] = frozenset()
-    tied: Mapping[str, str] = field(default_factory=dict)
-    floating: frozenset[str] = frozenset()
-    ignored: tuple[str, ...] = ()
-    targets: Targets = _own_names
+__all__ = ["validate_checkpoint"]
 
 
 def validate_checkpoint(
@@ -109,7 +79,7 @@ def validate_checkpoint(
     if not problems:
         problems += scheme_problems(checkpoint)
     if architecture is not None:
-        problems += _architecture_problems(checkpoint, architecture, unreadable)
+        problems += architecture_problems(checkpoint, architecture, unreadable)
     return problems
 
 
@@ -163,7 +133,7 @@ def _shard_problems(folder: Path) -> tuple[list[str], set[str]]:
 def _linear_problems(checkpoint: Checkpoint, unreadable: set[str]) -> list[str]:
     """Every quantised linear that can be read: scheme, presence, dtype, shape, finite values."""
     problems = []
-    stored = _stored_suffixes(checkpoint)
+    stored = stored_suffixes(checkpoint)
     for module, suffixes in stored.items():
         if f"{module}.weight" in checkpoint.tensors:
             problems.append(f"{module}: stored both dense (.weight) and quantised; remove one.")
@@ -218,16 +188,6 @@ def _one_linear(checkpoint: Checkpoint, spec: LinearSpec, suffixes: set[str]) ->
     )
 
 
-def _stored_suffixes(checkpoint: Checkpoint) -> dict[str, set[str]]:
-    """Suffixes that are stored for each quantised module."""
-    stored: dict[str, set[str]] = {}
-    for name in checkpoint.tensors.names:
-        parts = split_suffix(name)
-        if parts:
-            stored.setdefault(parts[0], set()).add(parts[1])
-    return stored
-
-
 def _dense_problems(checkpoint: Checkpoint, unreadable: set[str]) -> list[str]:
     problems = []
     for name in checkpoint.dense_names:
@@ -241,117 +201,17 @@ def _dense_problems(checkpoint: Checkpoint, unreadable: set[str]) -> list[str]:
 
 
 def _target_problems(checkpoint: Checkpoint) -> list[str]:
-    """Modules that a config group names one by one must be stored quantised."""
-    modules = _stored_suffixes(checkpoint)
-    return [
+    """Modules that the config names one by one must be stored quantised."""
+    modules = stored_suffixes(checkpoint)
+    table = checkpoint.config.embedding
+    problems = []
+    if table is not None and table.module not in modules:
+        problems.append(
+            f"config.json: embedding names {table.module}, which is not stored quantised."
+        )
+    return problems + [
         f"config.json: {key} names {target}, which is not stored quantised."
         for key, group in checkpoint.config.config_groups.items()
         for target in group.targets
         if target != LINEAR_CLASS and not target.startswith("re:") and target not in modules
     ]
-
-
-def _architecture_problems(
-    checkpoint: Checkpoint, model: Architecture, unreadable: set[str]
-) -> list[str]:
-    problems = []
-    dense, modules = checkpoint.dense_names, sorted(_stored_suffixes(checkpoint))
-    targets = model.targets([*dense, *(f"{module}.weight" for module in modules)])
-    filled = {target for found, _ in targets.values() for target in found}
-    problems += [
-        f"{name}: missing, the architecture expects it with shape {list(shape)}."
-        for name, shape in model.required.items()
-        if name not in filled
-    ]
-    shapes = {**model.optional, **model.required}
-    for name in dense:
-        found, as_it_is = targets[name]
-        if found[0] not in shapes:
-            if not any(re.search(pattern, name) for pattern in model.ignored):
-                problems.append(f"{name}: the architecture has no such parameter.")
-        elif as_it_is:
-            problems += _shape_problems(checkpoint, name, shapes[found[0]], unreadable)
-            problems += _dense_linear_problems(checkpoint, model, name, found[0])
-        if found[0] in model.floating and name not in unreadable:
-            problems += _integer_problems(checkpoint, name)
-    for module in modules:
-        found, as_it_is = targets[f"{module}.weight"]
-        packed = f"{module}.{WEIGHT_PACKED}"
-        if found[0] not in shapes:
-            problems.append(
-                f"{module}: stored quantised, but the architecture has no {module}.weight."
-            )
-        elif as_it_is and packed in checkpoint.tensors:  # its absence is reported with the linear
-            problems += _shape_problems(checkpoint, packed, shapes[found[0]], unreadable)
-    return problems + _tie_problems(
-        checkpoint, model, {found[0]: name for name, (found, _) in targets.items()}
-    )
-
-
-def _integer_problems(checkpoint: Checkpoint, name: str) -> list[str]:
-    try:
-        dtype = checkpoint.tensors.describe(name).dtype
-    except SvskFormatError:
-        return []  # reported where it is read
-    return (
-        []
-        if dtype.is_floating_point
-        else [f"{name}: {dtype}, the architecture expects floating numbers."]
-    )
-
-
-def _dense_linear_problems(
-    checkpoint: Checkpoint, model: Architecture, name: str, target: str
-) -> list[str]:
-    """A linear stored as it was although the config quantises it; no tied head is."""
-    module = name.removesuffix(".weight")
-    if target.removesuffix(".weight") not in model.linears or not name.endswith(".weight"):
-        return []
-    if target in model.tied or checkpoint.config.scheme_for(module) is None:
-        return []
-    return [
-        f"{name}: stored as it was, but config.json quantises"
-        f" {module}. Add it to the ignore list, or quantise it."
-    ]
-
-
-def _tie_problems(
-    checkpoint: Checkpoint, model: Architecture, stored: Mapping[str, str]
-) -> list[str]:
-    """Both ends of a tie stored with different values: a loader would drop one of them."""
-    problems = []
-    for other, first in model.tied.items():
-        names = [
-            stored[name]
-            for name in (first, other)
-            if name in stored and stored[name] in checkpoint.tensors
-        ]
-        if len(names) < 2:
-            continue
-        try:
-            values = [checkpoint.read_dense(name) for name in names]
-        except SvskFormatError:
-            continue  # reported with its shard
-        if not torch.equal(*values):
-            problems.append(
-                f"{names[1]}: differs from {names[0]}, to which"
-                " config.json ties it. Remove one, or the tie."
-            )
-    return problems
-
-
-def _shape_problems(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], unreadable: set[str]
-) -> list[str]:
-    """A stored tensor against the architecture's shape; packed codes count eight columns a word."""
-    if name in unreadable:
-        return []
-    try:
-        stored = checkpoint.tensors.describe(name).shape
-    except SvskFormatError as error:
-        return [str(error)]
-    if name.endswith(f".{WEIGHT_PACKED}"):
-        stored = (*stored[:-1], stored[-1] * 8) if stored else stored
-    if stored == tuple(shape):
-        return []
-    return [f"{name}: holds {list(stored)}, the architecture expects {list(shape)}."]

@@ -92,6 +92,11 @@ class SvskLinearMethod(LinearMethodBase):
         self.prefix, self.parts, self.schemes = prefix, list(parts), list(schemes)
         self.origin = origin or Origin(tuple(parts))
         self.weights = schemes[0].weights
+        if self.weights.num_bits != 4:
+            raise SvskFormatError(
+                f"{prefix}: weights of {self.weights.num_bits} bits are not served. Quantise it to"
+                " 4 bits, or load the checkpoint with transformers."
+            )
         self.row_scaled = self.weights.scale_bits != ONE_LEVEL
         if any(scheme.weights != self.weights for scheme in schemes):
             raise SvskFormatError(

@@ -116,7 +116,7 @@ def test_writes_the_current_version() -> None:
             lambda raw: group_0(raw)["weights"].update(group_size="64"),
             ["weights.group_size", "'64'"],
         ),
-        (lambda raw: group_0(raw)["weights"].update(num_bits=8), ["weights.num_bits", "8"]),
+        (lambda raw: group_0(raw)["weights"].update(num_bits=3), ["weights.num_bits", "3"]),
         (
             lambda raw: group_0(raw)["weights"].update(symmetric=False),
             ["weights.symmetric", "False"],

@@ -17,15 +17,17 @@ from tests.support.independent_decoder import decode, read_folder
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("scale_bits", get_args(ScaleBits))
+@pytest.mark.parametrize("tables", [False, True], ids=["dense tables", "int8 tables"])
 def test_the_page_and_the_package_give_the_same_weights(
-    tmp_path: Path, shards: int, dtype: torch.dtype, scale_bits: ScaleBits
+    tmp_path: Path, shards: int, dtype: torch.dtype, scale_bits: ScaleBits, tables: bool
 ) -> None:
-    small = build_small_checkpoint(tmp_path, shards, dtype, scale_bits)
+    small = build_small_checkpoint(tmp_path, shards, dtype, scale_bits, tables=tables)
     config, tensors = read_folder(tmp_path)
     modules = [
         name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")
     ]
     assert set(modules) == set(small.linears)
+    assert len(modules) == (5 if tables else 3)
     checkpoint = Checkpoint(tmp_path)
     for name in modules:
         ours = dequantize(checkpoint.read_linear(name)).double().numpy()

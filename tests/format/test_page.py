@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from svsk_vllm.format import (
     SUFFIXES,
     ConfigGroup,
+    EmbeddingArgs,
     LinearSpec,
     SidecarArgs,
     SvskCheckpointConfig,
@@ -54,6 +55,7 @@ def test_the_example_config_is_valid_and_complete() -> None:
 def test_the_key_tables_are_the_schema() -> None:
     schema = fields(SvskCheckpointConfig) | fields(ConfigGroup)
     schema |= fields(WeightArgs, "weights.") | fields(SidecarArgs, "sidecar.")
+    schema |= fields(EmbeddingArgs, "embedding.")
     del schema["weights"], schema["sidecar"]
     table = key_table()
     assert set(table) == set(schema)
@@ -81,6 +83,13 @@ def test_the_worked_example_of_codes() -> None:
     assert f"bytes {word.numpy().astype('<i4').tobytes().hex(' ')}." in PAGE
 
 
+def test_the_worked_example_of_eight_bit_codes() -> None:
+    word = pack_codes(torch.tensor([[-128, -1, 0, 127]], dtype=torch.int8), 8)
+    stored = word.numpy().astype("<i4").tobytes().hex(" ")
+    assert f"codes -128, -1, 0, 127 are the bytes {stored}," in PAGE
+    assert f"the word is {int(word) & 0xFFFFFFFF:#x}, as int32\n{int(word)}." in PAGE
+
+
 def test_the_worked_example_of_factors() -> None:
     stored = pack_factors(torch.tensor([-8, 7, 0, -1], dtype=torch.int8), 4)
     assert f"factors -8, 7, 0, -1 are the bytes {stored.numpy().tobytes().hex(' ')}." in PAGE
@@ -96,6 +105,12 @@ def test_the_bits_per_weight_of_two_levels(group_size: int, bits: Literal[6, 8])
     spec = LinearSpec("m", 2048, 4096, make_group(group_size=group_size, scale_bits=bits))
     assert spec.bits_per_weight == 4 + bits / group_size + 16 / 4096
     assert f"{spec.bits_per_weight:.3f} with g = {group_size} and {bits}-bit" in PAGE
+
+
+def test_the_bits_per_weight_of_eight_bit_codes() -> None:
+    spec = LinearSpec("m", 2048, 4096, make_group(codebook="int8"))
+    assert spec.bits_per_weight == 8.25
+    assert "With 8-bit codes, g =\n64 and 16-bit scales: 8.25." in PAGE
 
 
 def test_the_levels_of_quad8() -> None:

@@ -22,6 +22,7 @@ from svsk_vllm.format.group_scales import ScaleBits
 from tests.support.format_builders import make_group, property_test, random_linear
 
 NAME = "model.layers.0.mlp.up_proj"
+FOUR_BITS: tuple[Codebook, ...] = ("int4", "quad8")
 
 
 def naive_weight(linear: QuantizedLinear, *, with_sidecar: bool = True) -> torch.Tensor:
@@ -54,7 +55,7 @@ def assert_reference_is_exact(linear: QuantizedLinear) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3, 16])
-@pytest.mark.parametrize("codebook", get_args(Codebook))
+@pytest.mark.parametrize("codebook", FOUR_BITS)
 @pytest.mark.parametrize(("group_size", "k"), [(32, 96), (64, 128)])
 @pytest.mark.parametrize(
     ("tile_m", "tile_n"),
@@ -81,7 +82,7 @@ def test_dequantize_with_int8_factors(
     n=st.integers(1, 20),
     groups=st.integers(1, 3),
     group_size=st.sampled_from([16, 32, 64]),
-    codebook=st.sampled_from(get_args(Codebook)),
+    codebook=st.sampled_from(FOUR_BITS),
     scale_bits=st.sampled_from(get_args(ScaleBits)),
     rank=st.sampled_from([2, 4, 16]),
     tile_m=st.integers(0, 24),

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svsk_vllm.format import validate_checkpoint
-from svsk_vllm.format.validate import Architecture
+from svsk_vllm.format.architecture_fit import Architecture
 from tests.support.format_builders import (
     DOWN_PROJ,
     INDEX,

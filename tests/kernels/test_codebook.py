@@ -9,15 +9,20 @@ import torch
 
 from svsk_vllm.format import CODE_MAX, CODE_MIN, CODEBOOKS, Codebook, code_values, codebook_levels
 
-CODES = range(-8, 8)
+
+def codes_of(codebook: str) -> range:
+    return range(-128, 128) if codebook == "int8" else range(-8, 8)
 
 
 def exact_levels(codebook: str) -> list[Fraction]:
-    return [Fraction(q) if codebook == "int4" else Fraction(q * (8 + abs(q)), 8) for q in CODES]
+    return [
+        Fraction(q * (8 + abs(q)), 8) if codebook == "quad8" else Fraction(q)
+        for q in codes_of(codebook)
+    ]
 
 
 def test_names_and_range_of_codes() -> None:
-    assert get_args(Codebook) == CODEBOOKS == ("int4", "quad8")
+    assert get_args(Codebook) == CODEBOOKS == ("int4", "quad8", "int8")
     assert (CODE_MIN, CODE_MAX) == (-8, 7)
 
 
@@ -35,9 +40,10 @@ def test_levels(codebook: Codebook) -> None:
 def test_values_are_exact_in_every_dtype(
     codebook: Codebook, dtype: torch.dtype, code_dtype: torch.dtype
 ) -> None:
-    values = code_values(torch.tensor(CODES, dtype=code_dtype).view(4, 4), codebook, dtype)
+    codes = torch.tensor(codes_of(codebook), dtype=code_dtype).view(4, -1)
+    values = code_values(codes, codebook, dtype)
     assert values.dtype == dtype
-    assert values.shape == (4, 4)
+    assert values.shape == codes.shape
     assert [Fraction(value) for value in values.double().flatten().tolist()] == exact_levels(
         codebook
     )

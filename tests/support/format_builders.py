@@ -15,9 +15,11 @@ from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file, save_file
 
 from svsk_kernel_tools.stack_linears import random_linear as random_plain
+from svsk_kernels.codebook import code_bits
 from svsk_vllm.format import (
     Codebook,
     ConfigGroup,
+    EmbeddingArgs,
     LinearSpec,
     QuantizedLinear,
     SidecarArgs,
@@ -47,7 +49,12 @@ def make_group(
     """A config group, every setting of the scheme by keyword."""
     return ConfigGroup(
         targets=tuple(targets),
-        weights=WeightArgs(group_size=group_size, codebook=codebook, scale_bits=scale_bits),
+        weights=WeightArgs(
+            num_bits=code_bits(codebook),
+            group_size=group_size,
+            codebook=codebook,
+            scale_bits=scale_bits,
+        ),
         sidecar=SidecarArgs.model_validate(
             {"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": num_bits}
         ),
@@ -199,6 +206,8 @@ class SmallCheckpoint:
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 O_PROJ = "model.layers.0.self_attn.o_proj"
 DOWN_PROJ = "model.layers.0.mlp.down_proj"
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
 
 
 def build_small_checkpoint(
@@ -206,8 +215,18 @@ def build_small_checkpoint(
     shards: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     scale_bits: ScaleBits = 16,
+    *,
+    tables: bool = False,
 ) -> SmallCheckpoint:
-    """Write a :class:`SmallCheckpoint` of a model of dtype ``dtype``."""
+    """Write a :class:`SmallCheckpoint` of a model of dtype ``dtype``.
+
+    Args:
+        folder: where.
+        shards: how many.
+        dtype: of scales and dense tensors.
+        scale_bits: of the three linears.
+        tables: quantise embedding and head too, to 8 bits: 50 x 32 in groups of 16, 50 x 64.
+    """
     config = SvskCheckpointConfig(
         config_groups={
             "base": make_group(scale_bits=scale_bits),
@@ -225,10 +244,22 @@ def build_small_checkpoint(
                 targets=[DOWN_PROJ], rank=3, tile_m=16, tile_n=100, scale_bits=scale_bits
             ),
         },
-        ignore=("lm_head",),
+        ignore=() if tables else (HEAD,),
         producer={"svsk": "0.1.0", "anything": [1, None]},
     )
     shapes = {Q_PROJ: (24, 128), O_PROJ: (33, 96), DOWN_PROJ: (20, 192)}
+    if tables:
+        more = {
+            "head": make_group(targets=[HEAD], codebook="int8"),
+            "embedding": make_group(targets=[EMBEDDING], codebook="int8", group_size=16),
+        }
+        config = config.model_copy(
+            update={
+                "config_groups": config.config_groups | more,
+                "embedding": EmbeddingArgs(module=EMBEDDING),
+            }
+        )
+        shapes |= {EMBEDDING: (50, 32), HEAD: (50, 64)}
     linears: dict[str, QuantizedLinear] = {}
     tensors: dict[str, torch.Tensor] = {}
     for seed, (name, (n, k)) in enumerate(shapes.items()):
@@ -238,11 +269,12 @@ def build_small_checkpoint(
         tensors |= linears[name].to_tensors()
     generator = torch.Generator().manual_seed(9)
     dense = {
-        "model.embed_tokens.weight": torch.randn(50, 24, generator=generator).to(dtype),
+        f"{EMBEDDING}.weight": torch.randn(50, 24, generator=generator).to(dtype),
         "model.norm.weight": torch.randn(24, generator=generator),
         f"{O_PROJ}.bias": torch.randn(33, generator=generator).to(dtype),
-        "lm_head.weight": torch.randn(50, 24, generator=generator).to(dtype),
+        f"{HEAD}.weight": torch.randn(50, 24, generator=generator).to(dtype),
     }
+    dense = {name: t for name, t in dense.items() if name.removesuffix(".weight") not in linears}
     hf_config = {"dtype": str(dtype).removeprefix("torch.")}
     write_checkpoint(folder, config, tensors | dense, shards=shards, hf_config=hf_config)
     return SmallCheckpoint(folder, config, linears, dense)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I8": "i1", "U8": "u1"}
-WEIGHT_DEFAULTS = {"group_size": 64, "codebook": "int4", "scale_bits": 16}
+WEIGHT_DEFAULTS = {"num_bits": 4, "group_size": 64, "codebook": "int4", "scale_bits": 16}
 SIDECAR_DEFAULTS = {"rank": 0, "tile_m": 512, "tile_n": 1024, "num_bits": 8}
 QUAD8 = [
     -16,
@@ -37,7 +37,11 @@ QUAD8 = [
     10.5,
     13.125,
 ]
-LEVELS = {"int4": np.arange(-8.0, 8.0), "quad8": np.array(QUAD8)}
+LEVELS = {
+    "int4": np.arange(-8.0, 8.0),
+    "quad8": np.array(QUAD8),
+    "int8": np.arange(-128.0, 128.0),
+}
 
 
 def read_safetensors(path: Path) -> dict[str, Array]:
@@ -66,20 +70,21 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     return config, {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
-def match(name: str, entries: list[str]) -> int | None:
+def match(name: str, entries: list[str], *, table: bool = False) -> int | None:
     """Section 3: 0 for a name, 1 for a pattern, 2 for the class, the best of them."""
     kinds = [0 for entry in entries if entry == name]
     kinds += [1 for entry in entries if entry.startswith("re:") and re.match(entry[3:], name)]
-    kinds += [2 for entry in entries if entry == "Linear"]
+    kinds += [2 for entry in entries if entry == "Linear" and not table]
     return min(kinds, default=None)
 
 
 def scheme_of(config: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     assert match(name, config.get("ignore", [])) is None
+    table = config.get("embedding", {}).get("module") == name
     matches = [
         (kind, g)
         for g in config["config_groups"].values()
-        if (kind := match(name, g["targets"])) is not None
+        if (kind := match(name, g["targets"], table=table)) is not None
     ]
     best = min(kind for kind, _ in matches)
     (group,) = [group for kind, group in matches if kind == best]
@@ -94,6 +99,12 @@ def nibbles(stored: Array, per_element: int) -> Array:
     unsigned = stored.astype(np.int64) & 0xFFFFFFFF
     parts = np.stack([unsigned >> 4 * j & 15 for j in range(per_element)], axis=-1)
     codes: Array = parts.reshape(*stored.shape[:-1], -1) - 8
+    return codes
+
+
+def signed_bytes(stored: Array) -> Array:
+    """Section 5: the four bytes of a word, lowest first, minus 128."""
+    codes: Array = np.ascontiguousarray(stored).astype("<i4").view(np.uint8).astype(np.int64) - 128
     return codes
 
 
@@ -112,10 +123,12 @@ def scales(weights: dict[str, Any], tensors: dict[str, Array], name: str, groups
 def decode(config: dict[str, Any], tensors: dict[str, Array], name: str) -> Array:
     """Sections 6 and 7, in float64."""
     weights, sidecar = scheme_of(config, name)
-    q = nibbles(tensors[f"{name}.weight_packed"], 8)
+    words = tensors[f"{name}.weight_packed"]
+    q = nibbles(words, 8) if weights["num_bits"] == 4 else signed_bytes(words)
     n, k = np.indices(q.shape)
+    q_min = -(2 ** (weights["num_bits"] - 1))
     scale = scales(weights, tensors, name, q.shape[1] // weights["group_size"])
-    weight: Array = scale[n, k // weights["group_size"]] * LEVELS[weights["codebook"]][q + 8]
+    weight: Array = scale[n, k // weights["group_size"]] * LEVELS[weights["codebook"]][q - q_min]
     if sidecar["rank"] == 0:
         return weight
     u, v, gain = (tensors[f"{name}.sidecar_{part}"] for part in ("u", "v", "gain"))

@@ -2,9 +2,10 @@
 """What a checkpoint holds, and whether it is whole."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,11 +25,16 @@ __all__ = [
     "whole_bits_per_weight",
 ]
 
+_IN_BLOCK: Final = re.compile(r"\.\d+\.")
+"""Finds the number of a decoder block in the name of a linear: embeddings and heads have none."""
+
 
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """Sizes and schemes of a checkpoint, JSON-ready.
 
-    Linears with the same kind (last part of the name), shape and scheme are one group.
+    ``bits_per_weight`` is that of the quantised linears of the decoder blocks,
+    ``bits_per_weight_of_all`` that of the whole file, embedding and head among them. Linears with
+    the same kind (last part of the name), shape and scheme are one group.
 
     Raises:
         SvskFormatError: not a readable SVSK checkpoint.
@@ -58,7 +64,9 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         for suffix, tensor in spec.tensors().items():
             row["bits"][suffix] += tensor.num_bits
     specs = checkpoint.linears.values()
+    in_blocks = [spec for name, spec in checkpoint.linears.items() if _IN_BLOCK.search(name)]
     weights_total = sum(spec.num_weights for spec in specs)
+    block_weights = sum(spec.num_weights for spec in in_blocks)
     dense = [checkpoint.tensors.describe(name) for name in checkpoint.dense_names]
     return {
         "folder": str(folder),
@@ -67,7 +75,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "linears": len(checkpoint.linears),
         "quantized_weights": weights_total,
         "bits_per_weight": (
-            sum(spec.stored_bits for spec in specs) / weights_total if weights_total else None
+            sum(spec.stored_bits for spec in in_blocks) / block_weights if block_weights else None
         ),
         "bits_per_weight_of_all": whole_bits_per_weight(folder),
         "dense_tensors": len(dense),
@@ -120,8 +128,8 @@ def print_inspection(console: Console, inspection: dict[str, Any]) -> None:
         ),
         "bits per weight "
         + ("none" if bpw is None else f"{bpw:.4f}")
-        + " (every stored bit of the quantised linears),"
-        + f" {inspection['bits_per_weight_of_all']:.4f} of all weights",
+        + " (every stored bit of the quantised linears of the blocks),"
+        + f" {inspection['bits_per_weight_of_all']:.4f} of all weights in the file",
         (
             f"on disk {inspection['bytes_on_disk'] / 1e6:.1f} MB, of"
             f" which {inspection['dense_bytes'] / 1e6:.1f} MB in"
