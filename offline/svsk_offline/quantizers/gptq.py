@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The 4-bit base: searched scales, error feedback, and polish by coordinate descent."""
 
-from collections.abc import Sequence
-from typing import Final, Literal
+from collections.abc import Callable, Sequence
+from typing import Final, Literal, TypeAlias
 
 import torch
 
@@ -10,7 +10,7 @@ from svsk_offline.quantizers.error_feedback import BLOCK, Levels, round_block, r
 from svsk_offline.quantizers.hessian import ColumnOrder
 from svsk_offline.quantizers.rounding import absmax_scale, nearest_levels
 from svsk_vllm.format import Codebook, codebook_levels
-from svsk_vllm.format.group_scales import ONE_LEVEL, GroupScales
+from svsk_vllm.format.group_scales import GroupScales
 
 __all__ = [
     "DEFAULT_CANDIDATES",
@@ -29,8 +29,9 @@ Below 1 the largest weights are clipped for finer steps of all others. Above 1 n
 and the one of largest magnitude falls between two levels.
 """
 
-_CHUNK: Final = (1 << 20, 1 << 25)
-"""Weights searched at a time: a CPU's cache full; on a GPU, so many that launches do not count."""
+_CHUNK: Final = (1 << 17, 1 << 25)
+"""Weights searched at a time: half a MiB of each temporary result, of which a CPU's cache holds
+several; on a GPU, so many that launches do not count."""
 
 _SYSTEMS: Final = (1 << 24, 1 << 26)
 """Elements of the float64 systems solved at a time to refit scales: 128 MiB, on a GPU 512."""
@@ -98,12 +99,6 @@ def _search(
     stored: GroupScales,
     candidates: Sequence[float],
 ) -> torch.Tensor:
-    row_scale = None
-    if stored.bits != ONE_LEVEL:
-        free = GroupScales(torch.float32)
-        row_scale = stored.row_scale(
-            _search(weight, importance, group_size, codebook, free, candidates)
-        )
     groups = weight.view(weight.shape[0], -1, group_size)
     weights = importance.view(-1, group_size)
     # The error is expanded, sum p (w - s c)^2 = sum p w^2 - 2 s sum p w c + s^2 sum p c^2, so that
@@ -111,21 +106,37 @@ def _search(
     weighted = groups * weights
     energy = (weighted * groups).sum(-1)
     full = groups.abs().amax(-1) / float(codebook_levels(codebook).abs().max())
-    best_error = torch.full_like(full, torch.inf)
-    best = torch.zeros_like(full)
+    fits: list[_Fit] = []
     for factor in (sign * candidate for sign in (1, -1) for candidate in candidates):
         start = full * factor
         inverse = torch.where(start == 0, 0.0, 1 / start)
         levels = nearest_levels(groups * inverse.unsqueeze(-1), codebook)
         cross = (weighted * levels).sum(-1)
         square = (levels.square_() * weights).sum(-1)
+        fits.append((torch.where(square > 0, cross / square, start), cross, square))
+    free = _best_of(fits, energy, lambda scale: scale)
+    row_scale = stored.row_scale(free)
+    return _best_of(fits, energy, lambda scale: stored.round(scale, row_scale)).to(stored.dtype)
+
+
+_Fit: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Scale refitted to a candidate's codes, ``sum p w c`` and ``sum p c^2``; float32 [N, G] each."""
+
+
+def _best_of(
+    fits: Sequence[_Fit], energy: torch.Tensor, rounded: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Of each group's rounded scales that of least error, float32 [N, G]."""
+    best_error = torch.full_like(energy, torch.inf)
+    best = torch.zeros_like(energy)
+    for free, cross, square in fits:
         # Rounded before its error is taken: the stored scale is the one that is used.
-        scale = stored.round(torch.where(square > 0, cross / square, start), row_scale)
+        scale = rounded(free)
         error = energy - 2 * scale * cross + scale.square() * square
         better = error < best_error  # strictly: of equal ones the first, whose sign is positive
         best_error = torch.where(better, error, best_error)
         best = torch.where(better, scale, best)
-    return best.to(stored.dtype)
+    return best
 
 
 def gptq(
