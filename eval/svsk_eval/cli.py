@@ -5,9 +5,8 @@ Heavy packages are imported by the subcommand that needs them.
 """
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -53,12 +52,24 @@ HtmlFile = Annotated[
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Dense or SVSK model: folder or hub name.")],
-    text: Annotated[Path, typer.Option(help="Plain text to score.")],
+    text: Annotated[Path | None, typer.Option(help="Plain text to score.")] = None,
     reference: Annotated[str | None, typer.Option(help="Dense model to compare with.")] = None,
     chunks: Annotated[
         int, typer.Option(min=1, help="Chunks of --seq-len tokens, from the start of the text.")
     ] = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per chunk.")] = 512,
+    chat: Annotated[
+        Path | None,
+        typer.Option(help="Prompts, JSON lines: score the answers that the reference gives."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of --chat, from the first.")] = 32,
+    answer_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of an answer, its end included.")
+    ] = 256,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="Keeps the answers, for other models and after an interruption."),
+    ] = None,
     device: Device = "auto",
     dtype: Annotated[
         str,
@@ -86,27 +97,41 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Score MODEL: NLL, perplexity, and KL divergence and top-1 agreement against a reference."""
-    check_report_files(json=json_file)
-    check_text(text)
-    from svsk_eval.text.console import evaluate_with_progress
+    """Score MODEL on a text, or on its reference's answers to prompts, or on both.
+
+    On a text: NLL, perplexity, and KL divergence and top-1 agreement with a reference. On answers:
+    the same, and how sure it is of their ends.
+    """
+    check_report_files(json=json_file, answers=answers)
+    if text is not None:
+        check_text(text)
+    from svsk_eval.chat.command import check_options, evaluate_parts
+    from svsk_eval.chat.scoring import ChatRequest
     from svsk_eval.text.engine_args import parse_engine_args
     from svsk_eval.text.request import TextRequest
 
-    request = TextRequest(
-        model=model,
-        reference=reference,
-        text=text,
-        chunks=chunks,
-        seq_len=seq_len,
-        engine=engine,
-        dtype=dtype,
-        device=device,
-        engine_args=parse_engine_args(engine_arg or ()),
-        trust_remote_code=trust_remote_code,
-    )
-    result = evaluate_with_progress(console, request)
-    write_json(json_file, result)
+    check_options(text=text, chat=chat, answers=answers, reference=reference, engine=engine)
+    about: dict[str, Any] = {
+        "model": model,
+        "reference": reference,
+        "dtype": dtype,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+    }
+    scored = asked = None
+    if text is not None:
+        engine_args = parse_engine_args(engine_arg or ())
+        parts: dict[str, Any] = {
+            "text": text,
+            "chunks": chunks,
+            "seq_len": seq_len,
+            "engine": engine,
+        }
+        scored = TextRequest(**parts, engine_args=engine_args, **about)
+    if chat is not None:
+        parts = {"file": chat, "prompts": prompts, "answer_tokens": answer_tokens}
+        asked = ChatRequest(**parts, answers=answers, **about)
+    write_json(json_file, evaluate_parts(console, scored, asked))
 
 
 @app.command("bench")
@@ -237,27 +262,20 @@ def compare(
     markdown: MarkdownFile = None,
     html: HtmlFile = None,
 ) -> None:
-    """Compare evaluations of the same text chunk by chunk, or of the same tasks item by item.
+    """Compare evaluations of the same text, answers or tasks, item by item.
 
     Example: `svsk compare published.json best.json`
     """
     check_report_files(json=json_file, markdown=markdown, html=html)
+    from svsk_eval.chat.console import compare_scores_and_print
     from svsk_eval.report.merge import compare_and_print, is_bench_report
-    from svsk_eval.text.compare import compare_files
-    from svsk_eval.text.console import print_comparisons
 
     if any(map(is_bench_report, files)):
         compare_and_print(console, files, json_file, markdown, html)
         return
     if markdown is not None or html is not None:
         raise SvskError("--markdown and --html are for files of `svsk bench --json`.")
-    comparisons = compare_files(files)
-    print_comparisons(console, files[0], comparisons)
-    result = {
-        "baseline": str(files[0]),
-        "comparisons": [asdict(comparison) for comparison in comparisons],
-    }
-    write_json(json_file, result)
+    write_json(json_file, compare_scores_and_print(console, files))
 
 
 @app.command()

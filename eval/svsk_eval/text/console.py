@@ -14,7 +14,7 @@ from svsk_eval.text.compare import Comparison
 from svsk_eval.text.models import silence_progress_bars
 from svsk_eval.text.request import TextRequest, score
 
-__all__ = ["evaluate_with_progress", "print_comparisons", "print_scores"]
+__all__ = ["COMPARED", "evaluate_with_progress", "print_comparisons", "print_scores"]
 
 _ROWS = (
     ("nll", "NLL, nats per token", ".5f"),
@@ -26,7 +26,8 @@ _ROWS = (
     ("top1", "top-1 agreement", ".4f"),
 )
 
-_COMPARED = (("kl", "KL", ".5f"), ("delta_nll", "delta NLL", ".5f"), ("top1", "top-1", ".4f"))
+COMPARED = (("kl", "KL", ".5f"), ("delta_nll", "delta NLL", ".5f"), ("top1", "top-1", ".4f"))
+"""Figures that models are compared by: their key, what they are called, and their format."""
 
 _ROUNDING = 1e-4
 """Nats per token.
@@ -77,7 +78,10 @@ def print_scores(console: Console, result: dict[str, Any]) -> None:
 
 
 def print_comparisons(
-    console: Console, baseline: str | Path, comparisons: Sequence[Comparison]
+    console: Console,
+    baseline: str | Path,
+    comparisons: Sequence[Comparison],
+    figures: Sequence[tuple[str, str, str]] = COMPARED,
 ) -> None:
     """Show models against a baseline.
 
@@ -91,7 +95,7 @@ def print_comparisons(
     for heading in ("baseline", "value", "difference ± se", "p"):
         table.add_column(heading, justify="right", no_wrap=True)
     for comparison in comparisons:
-        rows = [row for row in _COMPARED if row[0] in comparison.metrics]
+        rows = [row for row in figures if row[0] in comparison.metrics]
         if not rows or comparison.engines is not None:
             rows.insert(0, ("nll", "NLL", ".5f"))
         for key, label, form in rows:

@@ -8,7 +8,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Final, Literal, cast
 
@@ -34,6 +34,9 @@ _LONGEST_ROW: Final = 1 << 28
 """Characters of a JSON value: a file that forgets to close a string is not read to its end."""
 
 
+_CALIBRATION: Final = "Calibration text"
+
+
 @dataclass(frozen=True)
 class TextFile:
     """A file of calibration text.
@@ -45,6 +48,7 @@ class TextFile:
         start: bytes of the byte order mark.
         compressed: by gzip.
         size: bytes, as they are stored.
+        what: what it is read for, in errors.
     """
 
     path: Path
@@ -53,6 +57,7 @@ class TextFile:
     start: int
     compressed: bool
     size: int
+    what: str = _CALIBRATION
 
     def text(self, start: int | None = None) -> Iterator[str]:
         """The characters in blocks, every line end made one character, from byte ``start`` on.
@@ -167,52 +172,56 @@ class TextFile:
         name = "UTF-8" if self.encoding == "utf-8" else "UTF-16"
         within = " of what it unpacks to" if self.compressed else ""
         return SvskError(
-            f"Calibration text {self.path}: not {name}: byte {place}{within} is 0x{byte:02x}"
+            f"{self.what} {self.path}: not {name}: byte {place}{within} is 0x{byte:02x}"
             f" ({reason}). Expected UTF-8, or UTF-16 with a byte order mark. Convert it, as in:"
             " iconv -f LATIN1 -t UTF-8."
         )
 
 
-def open_text(path: Path) -> TextFile:
+def open_text(path: Path, what: str = _CALIBRATION) -> TextFile:
     """Look at a file's first bytes.
+
+    Args:
+        path: the file.
+        what: what it is read for, in errors.
 
     Raises:
         SvskError: there is no such file, it is not a regular one, it is empty, or not what its name
             says.
     """
     if path.is_dir():
-        raise SvskError(f"Calibration text {path}: is a folder, expected a file.")
+        raise SvskError(f"{what} {path}: is a folder, expected a file.")
     if not path.exists():
-        raise SvskError(f"Calibration text {path}: no such file.")
+        raise SvskError(f"{what} {path}: no such file.")
     if not path.is_file():
-        raise SvskError(f"Calibration text {path}: not a regular file.")
+        raise SvskError(f"{what} {path}: not a regular file.")
     size = path.stat().st_size
     with path.open("rb") as raw:
         head = raw.read(4)
     compressed = head[:2] == _GZIP
     name = path.name.lower().removesuffix(".gz") if compressed else path.name.lower()
     if head == _PARQUET or name.endswith(".parquet"):
-        _check_parquet(path, head, size)
-        return TextFile(path, "parquet", "", 0, False, size)
+        _check_parquet(what, path, head, size)
+        return TextFile(path, "parquet", "", 0, False, size, what)
     if compressed:
         try:
             with gzip.open(path, "rb") as raw:
                 head = raw.read(4)
         except (OSError, EOFError, zlib.error) as error:
             raise SvskError(
-                f"Calibration text {path}: begins like gzip, but cannot be unpacked ({error})."
+                f"{what} {path}: begins like gzip, but cannot be unpacked ({error})."
             ) from error
     if not head:
-        raise SvskError(f"Calibration text {path}: is empty.")
-    encoding, start = _encoding(path, head)
-    file = TextFile(path, "text", encoding, start, compressed, size)
-    return TextFile(path, _kind(file, name), encoding, start, compressed, size)
+        raise SvskError(f"{what} {path}: is empty.")
+    encoding, start = _encoding(what, path, head)
+    file = TextFile(path, "text", encoding, start, compressed, size, what)
+    return replace(file, kind=_kind(file, name))
 
 
-def _encoding(path: Path, head: bytes) -> tuple[str, int]:
+def _encoding(what: str, path: Path, head: bytes) -> tuple[str, int]:
     if head in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
         raise SvskError(
-            f"Calibration text {path}: is UTF-32, expected UTF-8, or UTF-16 with a byte order mark."
+            f"{what} {path}: is UTF-32, expected UTF-8, or UTF-16 with a byte order mark."
         )
     if head.startswith(codecs.BOM_UTF8):
         return "utf-8", 3
@@ -222,14 +231,14 @@ def _encoding(path: Path, head: bytes) -> tuple[str, int]:
     return "utf-8", 0
 
 
-def _check_parquet(path: Path, head: bytes, size: int) -> None:
+def _check_parquet(what: str, path: Path, head: bytes, size: int) -> None:
     with path.open("rb") as raw:
         raw.seek(max(0, size - 4))
         tail = raw.read(4)
     for place, magic in (("begins", head), ("ends", tail)):
         if magic != _PARQUET:
             raise SvskError(
-                f"Calibration text {path}: {place} with {magic!r}, a parquet file with"
+                f"{what} {path}: {place} with {magic!r}, a parquet file with"
                 f" {_PARQUET!r}. Is it cut short, or of another kind?"
             )
 

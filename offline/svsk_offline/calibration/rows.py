@@ -6,14 +6,15 @@ from typing import Any, Final
 
 from svsk_kernels.errors import SvskError
 
-__all__ = ["RowReader"]
+__all__ = ["CONVERSATIONS", "RowReader", "messages_of", "string_of"]
 
 _PAIRS: Final = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
 """Question and answer; Alpaca's rows may have an ``input`` that goes with the instruction."""
 
-_CONVERSATIONS: Final = ("messages", "conversations")
+CONVERSATIONS: Final = ("messages", "conversations")
+"""Keys of a row that hold a conversation."""
 
-_KINDS: Final = (("text",), *((name,) for name in _CONVERSATIONS), *_PAIRS)
+_KINDS: Final = (("text",), *((name,) for name in CONVERSATIONS), *_PAIRS)
 """Keys of the kinds of rows, in the order in which they are looked for."""
 
 _EXPECTED: Final = (
@@ -107,15 +108,15 @@ class RowReader:
         return self._taken[roles]
 
     def _text(self, row: Mapping[str, Any], keys: tuple[str, ...], where: str) -> str:
-        if keys[0] in _CONVERSATIONS:
-            return self._render(_messages(row[keys[0]], keys[0], where), where)
-        values = {key: _string(row[key], key, where) for key in keys}
+        if keys[0] in CONVERSATIONS:
+            return self._render(messages_of(row[keys[0]], keys[0], f"Calibration {where}"), where)
+        values = {key: string_of(row[key], key, f"Calibration {where}") for key in keys}
         if keys == ("text",):
             return values["text"] + "\n\n"
         question, answer = values.values()
         extra = row.get("input") if keys[0] == "instruction" else None
         if extra:
-            question += "\n" + _string(extra, "input", where)
+            question += "\n" + string_of(extra, "input", f"Calibration {where}")
         if self.chat_template:
             messages = [
                 {"role": "user", "content": question},
@@ -156,24 +157,33 @@ class RowReader:
             ) from error
 
 
-def _string(value: Any, key: str, where: str) -> str:
+def string_of(value: Any, key: str, where: str) -> str:
+    """A row's value that must be text.
+
+    Raises:
+        SvskError: it is none.
+    """
     if not isinstance(value, str):
-        raise SvskError(
-            f"Calibration {where}: {key} is a {type(value).__name__}, expected a string."
-        )
+        raise SvskError(f"{where}: {key} is a {type(value).__name__}, expected a string.")
     return value
 
 
-def _messages(value: Any, key: str, where: str) -> list[Mapping[str, Any]]:
-    """Messages with role and content; ShareGPT's ``from`` and ``value`` are renamed."""
+def messages_of(value: Any, key: str, where: str) -> list[Mapping[str, Any]]:
+    """A row's messages with role and content; ShareGPT's ``from`` and ``value`` are renamed.
+
+    Args:
+        value: of the row's ``key``.
+        key: ``messages`` or ``conversations``.
+        where: names the row in errors.
+
+    Raises:
+        SvskError: they are no list of objects, or one is from a speaker that is not known.
+    """
     if not isinstance(value, list):
-        raise SvskError(
-            f"Calibration {where}: {key} is a {type(value).__name__}, expected a list of messages."
-        )
+        raise SvskError(f"{where}: {key} is a {type(value).__name__}, expected a list of messages.")
     if not all(isinstance(message, Mapping) for message in value):
         raise SvskError(
-            f"Calibration {where}: messages must be objects"
-            " with role and content, or from and value."
+            f"{where}: messages must be objects with role and content, or from and value."
         )
     messages: list[Mapping[str, Any]] = []
     for message in value:
@@ -183,8 +193,7 @@ def _messages(value: Any, key: str, where: str) -> list[Mapping[str, Any]]:
         speaker = message["from"]
         if not isinstance(speaker, str) or speaker.lower() not in _ROLES:
             raise SvskError(
-                f"Calibration {where}: a message is from {speaker!r}, expected one of"
-                f" {', '.join(_ROLES)}."
+                f"{where}: a message is from {speaker!r}, expected one of {', '.join(_ROLES)}."
             )
         messages.append({"role": _ROLES[speaker.lower()], "content": message.get("value")})
     return messages
