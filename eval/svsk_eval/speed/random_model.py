@@ -19,10 +19,12 @@ import typer
 from rich.console import Console
 
 from svsk_eval.errors import EvalError
+from svsk_eval.speed.fused_obstacle import fused_obstacle
 from svsk_eval.speed.w4a16 import w4a16_config
 from svsk_kernels.errors import SvskError
 from svsk_offline.storage.atomic import PartialFolder, write_index, write_json, write_tensors
 from svsk_vllm.format import (
+    Checkpoint,
     ConfigGroup,
     LinearSpec,
     QuantizedLinear,
@@ -67,6 +69,16 @@ VARIANTS: Final[dict[str, ConfigGroup | int | None]] = {
     "svsk-quad8-r16": ConfigGroup(
         targets=("Linear",), weights=WeightArgs(codebook="quad8"), sidecar=SidecarArgs(rank=16)
     ),
+    "svsk-g32-s8-r16": ConfigGroup(
+        targets=("Linear",),
+        weights=WeightArgs(group_size=32, scale_bits=8),
+        sidecar=SidecarArgs(rank=16),
+    ),
+    "svsk-g16-s6-r16": ConfigGroup(
+        targets=("Linear",),
+        weights=WeightArgs(group_size=16, scale_bits=6),
+        sidecar=SidecarArgs(rank=16),
+    ),
 }
 """How linears are stored: an SVSK scheme, the group size of a W4A16 model, or None for dense."""
 
@@ -92,6 +104,8 @@ class Variant(StrEnum):
     SVSK_R16 = "svsk-r16"
     SVSK_R32_4BIT = "svsk-r32-4bit"
     SVSK_QUAD8_R16 = "svsk-quad8-r16"
+    SVSK_G32_S8_R16 = "svsk-g32-s8-r16"
+    SVSK_G16_S6_R16 = "svsk-g16-s6-r16"
 
 
 def write_random_model(
@@ -196,7 +210,9 @@ def _w4a16(
     )
     return {
         f"{module}.weight_packed": words.to(torch.int32),
-        f"{module}.weight_scale": _scales(n, k // group, torch.arange(-8.0, 8.0), generator),
+        f"{module}.weight_scale": _scales(n, k // group, torch.arange(-8.0, 8.0), generator).to(
+            torch.bfloat16
+        ),
         f"{module}.weight_shape": torch.tensor([n, k]),
     }
 
@@ -214,9 +230,10 @@ def _svsk(
         )
 
     codes = integers(8, spec.n, spec.k)
-    scale = _scales(
+    wanted = _scales(
         spec.n, spec.k // spec.group_size, codebook_levels(scheme.weights.codebook), generator
     )
+    scale = spec.scales.round(wanted, spec.scales.row_scale(wanted)).to(spec.scale_dtype)
     if not rank:
         return QuantizedLinear(spec, codes, scale)
     limit = 1 << (spec.factor_bits - 1)
@@ -233,11 +250,14 @@ def _svsk(
 
 
 def _scales(n: int, groups: int, levels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Scales [n, groups] that give evenly drawn levels the standard deviation of dense weights."""
+    """Scales that give evenly drawn levels the standard deviation of dense weights.
+
+    float32 [n, groups].
+    """
     spread = torch.rand(n, groups, generator=generator, device=generator.device) + 0.5
     # 1/12: the spread's variance
     root_mean_square = math.sqrt(float(levels.float().square().mean()) * (1 + 1 / 12))
-    return (spread * (_STD / root_mean_square)).to(torch.bfloat16)
+    return spread * (_STD / root_mean_square)
 
 
 def _quantization(scheme: ConfigGroup | int | None, linears: list[str]) -> dict[str, Any]:
@@ -263,7 +283,10 @@ def main(
     ] = None,
     device: Annotated[str, typer.Option(help="Where the weights are drawn: cpu, cuda.")] = "cpu",
 ) -> None:
-    """Write models with random weights. A folder that is there already is left as it is."""
+    """Write models with random weights. A folder that is there already is left as it is.
+
+    Where this machine's kernels do not run a variant, a note says why: it may be for another.
+    """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter(f"--device {device}: torch finds no GPU; leave it out")
     out.mkdir(parents=True, exist_ok=True)
@@ -280,7 +303,12 @@ def main(
                 raise typer.Exit(1) from error
         size = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
         was_there = ", was there" if there else ""
-        Console(soft_wrap=True, highlight=False).print(f"{folder}: {size:.2f} GB{was_there}")
+        console = Console(soft_wrap=True, highlight=False)
+        console.print(f"{folder}: {size:.2f} GB{was_there}")
+        if Checkpoint.is_svsk(folder) and (obstacle := fused_obstacle(Checkpoint(folder))):
+            console.print(
+                f"note: the fused kernels cannot run it on this machine: {obstacle}.", markup=False
+            )
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

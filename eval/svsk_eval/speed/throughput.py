@@ -25,10 +25,12 @@ from rich.console import Console
 from rich.table import Table
 
 from svsk_eval.errors import EvalError
+from svsk_eval.speed.fused_obstacle import fused_obstacle
 from svsk_eval.speed.throughput_server import Load, Server, serve
 from svsk_eval.speed.w4a16 import write_w4a16
 from svsk_eval.text.engine_args import parse_engine_args
 from svsk_offline.storage.atomic import write_json, write_text
+from svsk_vllm.format import Checkpoint
 from svsk_vllm.format.shards import read_json
 
 __all__ = ["Served", "Speeds", "app", "measure", "speeds_of", "table_rows"]
@@ -201,6 +203,12 @@ def _models(texts: list[str], work: Path) -> dict[str, Served]:
         # Where the fused kernels do not run, the figures of another path under their name would
         # mislead.
         kernel = "split" if label.endswith(_SPLIT) else "fused"
+        fused = kernel == "fused" and Checkpoint.is_svsk(folder)
+        if fused and (obstacle := fused_obstacle(Checkpoint(folder))):
+            raise EvalError(
+                f"{text}: the fused kernels cannot run it on this machine: {obstacle}. End its"
+                f" label in {_SPLIT} to measure another path, or leave it out."
+            )
         models[label] = Served(folder, {"SVSK_KERNEL": kernel})
     return models
 

@@ -10,6 +10,7 @@ vLLM is installed.
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -31,16 +32,37 @@ __all__ = ["app", "measure_shape"]
 SHAPES: Final = {"gate_up": (19456, 2560), "down": (2560, 9728), "o": (2560, 4096)}
 """Outputs and inputs of layers of Qwen3-4B."""
 
-LAYERS: Final[dict[str, tuple[Codebook, int, int, int]]] = {
-    "int4_base": ("int4", 0, 0, 0),
-    "int4_tiles": ("int4", 16, TILE_M, TILE_N),
-    "int4_whole": ("int4", 32, 0, 0),
-    "quad8_tiles": ("quad8", 16, TILE_M, TILE_N),
-}
-"""Codebook, rank and tiles: the original method's, or the whole matrix (0 x 0).
 
-Run-time factors are bfloat16 whatever was stored.
-"""
+@dataclass(frozen=True)
+class Layer:
+    """How a layer is stored.
+
+    Attributes:
+        codebook: of the base.
+        rank: of the sidecar, whose run-time factors are bfloat16 whatever was stored.
+        tile_m: rows of a tile of the sidecar; 0 is the whole matrix.
+        tile_n: columns of one.
+        group_size: weights that share a scale.
+        row_scaled: scales in two levels, whose codes are bytes at run time, of 6 bits or of 8.
+    """
+
+    codebook: Codebook = "int4"
+    rank: int = 0
+    tile_m: int = 0
+    tile_n: int = 0
+    group_size: int = GROUP_SIZE
+    row_scaled: bool = False
+
+
+LAYERS: Final = {
+    "int4_base": Layer(),
+    "int4_tiles": Layer(rank=16, tile_m=TILE_M, tile_n=TILE_N),
+    "int4_whole": Layer(rank=32),
+    "quad8_tiles": Layer("quad8", 16, TILE_M, TILE_N),
+    "int4_two_level_32": Layer(group_size=32, row_scaled=True),
+    "int4_two_level_16": Layer(group_size=16, row_scaled=True),
+}
+"""Candidates by name; tiles are the original method's."""
 
 _HEADINGS: Final = (
     "layer",
@@ -51,8 +73,12 @@ _HEADINGS: Final = (
     "int4 tiles",
     "int4 whole",
     "quad8 tiles",
+    "two levels, groups of 32",
+    "of 16",
     "sidecar / base: tiles",
     "whole",
+    "two levels / base: 32",
+    "16",
     "int4 tiles vs W4A16",
     "vs F.linear",
 )
@@ -61,12 +87,16 @@ Candidate = Callable[[torch.Tensor], torch.Tensor]
 """A product [M, n] from [M, k]."""
 
 
-def _svsk_layer(
-    n: int, k: int, codebook: Codebook, rank: int, tile_m: int, tile_n: int
-) -> Candidate:
-    grid, generator = TileGrid(n, k, tile_m, tile_n), torch.Generator().manual_seed(0)
+def _svsk_layer(n: int, k: int, stored: Layer) -> Candidate:
+    grid = TileGrid(n, k, stored.tile_m, stored.tile_n)
     linear = random_linear(
-        grid, torch.bfloat16, generator, codebook=codebook, group_size=GROUP_SIZE, rank=rank
+        grid,
+        torch.bfloat16,
+        torch.Generator().manual_seed(0),
+        codebook=stored.codebook,
+        group_size=stored.group_size,
+        rank=stored.rank,
+        row_scaled=stored.row_scaled,
     )
     stacked = stack_linears([linear])
     kernel, layer = CpuKernel(stacked.spec), stacked.module()
@@ -98,7 +128,7 @@ def measure_shape(n: int, k: int, tokens: list[int], rounds: int) -> dict[int, d
     candidates: dict[str, Candidate] = {"linear": lambda x: F.linear(x, weight)}
     if w4a16 := _vllm_w4a16(n, k):
         candidates["w4a16"] = w4a16
-    candidates |= {name: _svsk_layer(n, k, *layer) for name, layer in LAYERS.items()}
+    candidates |= {name: _svsk_layer(n, k, layer) for name, layer in LAYERS.items()}
     medians = {}
     for m in tokens:
         x = torch.randn(m, k).bfloat16()
@@ -120,9 +150,11 @@ def table_rows(results: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list
     for name, by_m in results.items():
         for m, us in by_m.items():
             tiles, whole, base = us["int4_tiles"], us["int4_whole"], us["int4_base"]
+            two_levels = [us["int4_two_level_32"], us["int4_two_level_16"]]
             times = [us["linear"], us.get("w4a16"), base, tiles, whole, us["quad8_tiles"]]
-            cells = ["" if time is None else f"{time:.0f}" for time in times]
+            cells = ["" if time is None else f"{time:.0f}" for time in (*times, *two_levels)]
             cells += [f"{sidecar / base - 1:.2f}" for sidecar in (tiles, whole)]
+            cells += [f"{finer / base:.2f}" for finer in two_levels]
             others = [us.get("w4a16"), us["linear"]]
             cells += ["" if other is None else f"{other / tiles:.2f}x" for other in others]
             rows.append([name, str(m), *cells])

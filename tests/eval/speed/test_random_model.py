@@ -11,11 +11,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from svsk_eval.errors import EvalError
-from svsk_eval.speed import random_model
+from svsk_eval.speed import random_model, throughput
+from svsk_eval.speed.fused_obstacle import fused_obstacle
 from svsk_eval.speed.random_model import SHAPES, VARIANTS, Shape, Variant, app, write_random_model
+from svsk_kernels.cpu.cpu_kernel import CpuKernel
 from svsk_kernels.errors import SvskError
+from svsk_kernels.layer_kernel import LayerSpec
 from svsk_offline.storage.inspection import validate_against_architecture
 from svsk_vllm.format import Checkpoint, ShardedReader, dequantize
+from svsk_vllm.format.group_scales import unpack_scale_codes
 
 SMALL = {
     "hidden_size": 256,
@@ -45,6 +49,62 @@ def test_svsk_variants_are_valid_checkpoints(tmp_path: Path, variant: str) -> No
         assert linear.u is not None
         limit = 8 if linear.spec.factor_bits == 4 else 128
         assert (int(linear.u.min()), int(linear.u.max())) == (-limit, limit - 1)
+
+
+@pytest.mark.parametrize(
+    ("variant", "group", "bits"), [("svsk-g32-s8-r16", 32, 8), ("svsk-g16-s6-r16", 16, 6)]
+)
+def test_scales_in_two_levels_use_their_codes(
+    tmp_path: Path, variant: str, group: int, bits: int
+) -> None:
+    checkpoint = Checkpoint(small(tmp_path, variant))
+    assert checkpoint.hf_config["quantization_config"]["version"] == "1.1"
+    for name, linear in checkpoint.iter_linears():
+        assert linear.scale.shape == (linear.spec.n, linear.spec.k // group)
+        stored = checkpoint.tensors.read(f"{name}.weight_scale")
+        codes = unpack_scale_codes(stored, bits, linear.spec.k // group)
+        top = (1 << bits - 1) - 1
+        assert top // 2 < int(codes.max()) <= top
+        # as many scales as codes allow, a third of the largest and up
+        assert len(codes.unique()) > top // 3
+
+
+def test_a_variant_that_the_kernels_cannot_run_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setitem(SHAPES, "qwen3-8b", SHAPES["qwen3-8b"] | SMALL)
+    options = ["--layers", "1", *(f"--variant={name}" for name in ("bf16", "svsk-g16-s6-r16"))]
+    asked: list[LayerSpec] = []
+
+    def none_takes_groups_of_16(layer: LayerSpec) -> str | None:
+        asked.append(layer)
+        return "groups of 16, a made-up limit" if layer.group_size == 16 else None
+
+    monkeypatch.setattr(CpuKernel, "obstacle", none_takes_groups_of_16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    written = CliRunner().invoke(random_model.app, ["qwen3-8b", str(tmp_path), *options])
+    assert written.exit_code == 0, written.output
+    reason = "model.layers.0.mlp.down_proj: groups of 16, a made-up limit"
+    note = f"note: the fused kernels cannot run it on this machine: {reason}.\n"
+    assert written.output.endswith(note)
+    assert written.output.count("note:") == 1
+    assert [(layer.dtype, layer.row_scaled) for layer in asked] == [(torch.bfloat16, True)]
+    folder = tmp_path / "svsk-g16-s6-r16"
+    refused = CliRunner().invoke(throughput.app, ["run", f"x={folder}"])
+    assert refused.exit_code == 1
+    assert (
+        f"x={folder}: the fused kernels cannot run it on this machine: {reason}. End its label"
+        in (refused.output)
+    )
+
+
+def test_the_first_layer_without_a_kernel_is_named(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(small(tmp_path, "svsk-g16-s6-r16"))
+    where = torch.device("meta")
+    assert fused_obstacle(checkpoint, where) == (
+        "model.layers.0.mlp.down_proj: Triton has no backend for meta"
+    )
 
 
 def test_w4a16_and_dense_hold_the_same_linears(tmp_path: Path) -> None:
