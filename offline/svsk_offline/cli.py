@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from svsk_kernels.errors import SvskError
 from svsk_offline.calibration_entries import DEFAULT_SOURCE, calibration_entries
 from svsk_offline.cli_options import (
     CalibrationText,
@@ -27,7 +28,7 @@ from svsk_offline.cli_options import (
     console,
 )
 from svsk_offline.endings import plain_endings
-from svsk_offline.preflight import check_output
+from svsk_offline.preflight import check_measurements, check_output
 from svsk_vllm.version import __version__
 
 __all__ = ["Commands", "app"]
@@ -125,6 +126,12 @@ def quantize(
     ] = None,
     device: Device = "auto",
     dtype: StoredDtype = "auto",
+    measurements: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps what a bit budget measures, for runs with other budgets."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -134,6 +141,8 @@ def quantize(
     """
     # What takes no time comes before imports that do.
     check_output(out, overwrite=overwrite, source=model)
+    if measurements is not None:
+        check_measurements(measurements, (out,))
     calibration_entries(calibration or DEFAULT_SOURCE)
     from svsk_offline.console import quantize_with_progress
     from svsk_offline.recipe import load_recipe
@@ -176,6 +185,11 @@ def quantize(
             if value is not None
         }
     )
+    if measurements is not None and not chosen.needs_gradients:
+        raise SvskError(
+            f"--measurements: no effect with recipe {chosen.name} as given, which measures nothing"
+            " beforehand. Leave that out."
+        )
     quantize_with_progress(
         console,
         model,
@@ -187,6 +201,7 @@ def quantize(
         dtype=dtype,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
+        measurements=measurements,
     )
 
 

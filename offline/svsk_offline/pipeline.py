@@ -19,7 +19,7 @@ from svsk_offline.calibration.limits import check_length, check_token_ids
 from svsk_offline.calibration.sources import check_sources
 from svsk_offline.calibration.token_budget import check_drawn, sample_count
 from svsk_offline.calibration_entries import DEFAULT_SOURCE, calibration_entries
-from svsk_offline.preflight import check_output, check_recipe
+from svsk_offline.preflight import check_measurements, check_output, check_recipe
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.run import Progress, QuantizationResult, Run
 from svsk_offline.storage.atomic import PartialFolder
@@ -47,6 +47,7 @@ def quantize(
     dtype: str = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    measurements: str | Path | None = None,
     progress: Progress | None = None,
 ) -> QuantizationResult:
     """Quantise a dense Hugging Face model into an SVSK checkpoint.
@@ -62,6 +63,9 @@ def quantize(
         dtype: dtype of scales and unquantised tensors, ``auto`` for the model's own.
         overwrite: replace ``out``, and drop an unfinished run with other inputs.
         trust_remote_code: run Python files that come with the model.
+        measurements: folder that keeps what a bit budget and gradient weights measure of model and
+            text, for runs that differ in the budget or in how they quantise; they do not measure it
+            again.
         progress: callbacks.
 
     Raises:
@@ -77,6 +81,9 @@ def quantize(
     model_folder = resolve_model(str(model), trust_remote_code=trust_remote_code)
     source = ModelSource(model_folder, trust_remote_code=trust_remote_code)
     folder = PartialFolder(Path(out), source.folder, overwrite=overwrite)
+    kept = None if measurements is None else Path(measurements)
+    if kept is not None:
+        check_measurements(kept, (source.folder, folder.out, folder.path))
     with folder.locked():
         scale_dtype = source.model_dtype(dtype)
         source.check()
@@ -91,7 +98,7 @@ def quantize(
                 return calibration
             return load_texts(source, calibration, recipe, chat_template, progress.message)
 
-        run = Run(source, folder, recipe, texts, torch_device, scale_dtype, progress)
+        run = Run(source, folder, recipe, texts, torch_device, scale_dtype, progress, kept)
         return run.execute(overwrite)
 
 

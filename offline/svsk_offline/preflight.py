@@ -7,7 +7,7 @@ The functions up to :func:`check_recipe` import nothing heavy: a command runs th
 import difflib
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_apart",
+    "check_measurements",
     "check_output",
     "check_recipe",
     "check_recipe_file",
@@ -79,6 +80,24 @@ def check_apart(out: Path, source: Path) -> None:
         raise SvskError(
             f"{out}: overlaps the model it is made from, {source}. Choose another folder."
         )
+
+
+def check_measurements(folder: Path, others: Iterable[Path] = ()) -> None:
+    """Refuse a folder to keep measurements in that is a file, or overlaps others.
+
+    Args:
+        folder: where they shall be kept; it need not be there.
+        others: folders of the run, which must hold nothing else.
+
+    Raises:
+        SvskError: it is, or does.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise SvskError(f"--measurements {folder}: is a file, expected a folder.")
+    target = folder.resolve()
+    for other in (other.resolve() for other in others):
+        if target == other or target in other.parents or other in target.parents:
+            raise SvskError(f"--measurements {folder}: overlaps {other}. Choose another folder.")
 
 
 def _is_ours(folder: Path, dense: bool) -> bool:

@@ -90,6 +90,11 @@ class _Recipe(Strict):
         """Bits per weight that may be spent; None without a budget."""
         return None
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the gradient of the model's loss must be taken first."""
+        return False
+
     def without_budget(self) -> Self:
         """A copy that gives all linears one scheme."""
         return self
@@ -201,7 +206,6 @@ class AlternatingRecipe(_Recipe):
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether the gradient of the model's loss must be taken first."""
         rows = self.gradients.row_power and self.largest_rank
         return bool(self.gradients.token_power or rows) or self.allocation is not None
 

@@ -22,9 +22,9 @@ from svsk_offline.calibration.held_out import held_out_last, measure_outputs
 from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import bases_alone, check_servable
 from svsk_offline.precision import block_dtype, full_float32
-from svsk_offline.quantizers.alternating import PreparedInput
+from svsk_offline.quantizers.alternating import last_one_kept
 from svsk_offline.quantizers.quantize_linear import quantize_linear
-from svsk_offline.recipe import USUAL_IGNORE, AlternatingArgs, AlternatingRecipe, Recipe
+from svsk_offline.recipe import USUAL_IGNORE, AlternatingRecipe, Recipe
 from svsk_offline.storage.atomic import PartialFolder, write_json
 from svsk_offline.storage.checkpoint_writer import CheckpointWriter
 from svsk_offline.storage.dense_model import ModelSource
@@ -71,7 +71,18 @@ class QuantizationResult:
 
 
 class Run:
-    """State of one quantisation."""
+    """State of one quantisation.
+
+    Args:
+        source: the dense model.
+        folder: what is written.
+        recipe: how.
+        texts: gives the calibration text, once everything that takes no time is checked.
+        device: where to compute.
+        scale_dtype: stored dtype of scales.
+        progress: callbacks.
+        kept: folder that keeps what the plan measures for other runs; None keeps nothing.
+    """
 
     def __init__(
         self,
@@ -82,8 +93,9 @@ class Run:
         device: torch.device,
         scale_dtype: torch.dtype,
         progress: Progress,
+        kept: Path | None = None,
     ) -> None:
-        self.source, self.folder = source, folder
+        self.source, self.folder, self.kept = source, folder, kept
         self.device, self.scale_dtype, self.progress = device, scale_dtype, progress
         self.blocks_name, self.blocks = source.blocks
         self.recipe = self._for_bases_alone(recipe)
@@ -135,7 +147,7 @@ class Run:
         """What tells this run's shards from others'; the same for the same inputs."""
         inputs = [
             self.config.to_dict(),
-            self.source.content_sample(),
+            self.source.content_sample,
             self.device.type,
             str(self.scale_dtype),
         ]
@@ -224,8 +236,6 @@ class Run:
         path = self.folder.path / _PLAN_NAME
         if path.exists():
             return Plan.load(path)
-        if self.alternating and self.alternating.needs_gradients:
-            self.progress.message("Measuring how much the predictions feel each matrix")
         plan = make_plan(
             self.source,
             self.schemes,
@@ -234,6 +244,7 @@ class Run:
             self.device,
             self.scale_dtype,
             self.folder.path,
+            self.kept,
             progress=self.progress.block,
             say=self.progress.message,
         )
@@ -337,7 +348,7 @@ class Run:
     ) -> tuple[list[QuantizedLinear], list[float]]:
         """The linears of a block, and the seconds that each took."""
         linears, seconds = [], []
-        prepare = _last_one_kept()
+        prepare = last_one_kept()
         for name, full, _ in self.source.linears(index):
             scheme = plan.schemes.get(full)
             if scheme is None:
@@ -366,25 +377,6 @@ class Run:
             linears.append(linear)
             seconds.append(time.perf_counter() - started)
         return linears, seconds
-
-
-def _last_one_kept() -> Callable[[InputStatistics, AlternatingArgs, float], PreparedInput]:
-    """:class:`PreparedInput`, made once for linears of one input that follow one another.
-
-    Only one is kept: its matrices are the largest a run has.
-    """
-    kept: dict[tuple[InputStatistics, AlternatingArgs, float], PreparedInput] = {}
-
-    def prepare(
-        statistics: InputStatistics, args: AlternatingArgs, sink_weight: float
-    ) -> PreparedInput:
-        key = statistics, args, sink_weight
-        if key not in kept:
-            kept.clear()  # before the next one is made
-            kept[key] = PreparedInput(*key)
-        return kept[key]
-
-    return prepare
 
 
 def _put_weights(

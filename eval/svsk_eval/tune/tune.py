@@ -7,7 +7,8 @@ One calibration text is drawn and split into pieces to calibrate with and pieces
 first trial is the recipe as it is; :mod:`svsk_eval.tune.search` says which ones follow, and when
 one counts as better. A trial is scored by the mean KL divergence to the dense model over the
 held-out pieces. Its checkpoint is deleted, its figures are kept in the work folder: a search that
-is killed loses the trial under way and no other.
+is killed loses the trial under way and no other. What a trial's plan measures of model and text is
+kept there too, and is measured again only for a trial that changes what it depends on.
 
 The result is the best of many on the held-out pieces, so its KL there is a little too good; the
 noise rule limits by how much. Score the final checkpoint on other text (``svsk eval``) for figures
@@ -50,6 +51,7 @@ __all__ = ["TuneProgress", "TuneResult", "tune"]
 
 _STATE_NAME: Final = "svsk-tune.json"
 _TRIAL_NAME: Final = "svsk-tune-trial"
+_MEASURED_NAME: Final = "measured"
 
 
 @dataclass
@@ -120,8 +122,8 @@ def tune(
         calibration: text sources, see :func:`svsk_offline.calibration.load_calibration`.
         chat_template: render question and answer rows as chat messages.
         held_out: pieces to score on, drawn beyond the recipe's samples, 2 or more.
-        work_dir: folder for the checkpoint of the trial under way and for what is known; None is
-            ``OUT.tune``.
+        work_dir: folder for the checkpoint of the trial under way, for what is known and for what
+            was measured; None is ``OUT.tune``.
         device: ``auto``, ``cpu``, ``cuda`` ...
         dtype: of scales and unquantised tensors, ``auto`` for the model's own.
         overwrite: replace ``out``, and forget a search with other inputs in ``work_dir``.
@@ -235,6 +237,7 @@ class _Trials:
                 dtype=inputs.dtype,
                 overwrite=True,
                 trust_remote_code=inputs.source.trust_remote_code,
+                measurements=self.folder.with_name(_MEASURED_NAME),
                 progress=Progress(block=self.progress.block),
             )
             loaded = self._load(self.folder)

@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the loss of one matrix falls with the bits spent on it."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from itertools import product
-from typing import Final
+from typing import Any, Final, Literal
 
 import torch
 
+from svsk_kernels.tile_grid import TileGrid
 from svsk_offline.planning.bit_budget import Choice
 from svsk_offline.quantizers.gptq import gptq, initial_scales
 from svsk_offline.quantizers.hessian import ColumnOrder
 from svsk_offline.quantizers.lowrank import truncated_svd
 from svsk_offline.quantizers.rounding import nearest_levels
 from svsk_offline.recipe import AllocationArgs, AlternatingArgs
-from svsk_vllm.format import ConfigGroup, LinearSpec
+from svsk_vllm.format import Codebook, ConfigGroup, LinearSpec, WeightArgs
 from svsk_vllm.format.group_scales import GroupScales, ScaleBits
 
-__all__ = ["choices_of", "scheme_with"]
+__all__ = ["CurveSettings", "ErrorCurve", "measure_curve", "scheme_with"]
 
 _KEPT: Final = {8: 1.0, 4: 0.93}
 """Share of what a sidecar takes off that is left when its factors are rounded."""
@@ -28,81 +31,151 @@ Fitted to matrices of SmolLM2 at ranks 16 to 64 (docs/benchmarks/quality.md).
 """
 
 
-def choices_of(
+@dataclass(frozen=True)
+class CurveSettings:
+    """All that an error curve depends on besides the matrix and its tokens.
+
+    :func:`measure_curve` is given nothing else of a recipe, so curves can be kept by these values.
+
+    Attributes:
+        weights: the base whose error is measured; those of other bases are scaled from it.
+        tile_m: rows of a sidecar's tile, 0 for all.
+        tile_n: columns of a sidecar's tile, 0 for all.
+        scales: see :class:`AlternatingArgs`.
+        damping: see :class:`AlternatingArgs`.
+        rank: the largest that may be chosen.
+        bases: group sizes and scale bits that may be chosen; those that do not fit a matrix are
+            left out of its curve.
+        scale_dtype: stored dtype of scales.
+    """
+
+    weights: WeightArgs
+    tile_m: int
+    tile_n: int
+    scales: Literal["search", "absmax"]
+    damping: float
+    rank: int
+    bases: tuple[tuple[int, ScaleBits], ...]
+    scale_dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        scheme: ConfigGroup,
+        args: AlternatingArgs,
+        allocation: AllocationArgs,
+        scale_dtype: torch.dtype,
+    ) -> "CurveSettings":
+        """Those of a recipe, where all matrices have one scheme before the budget is spent."""
+        return cls(
+            scheme.weights,
+            scheme.sidecar.tile_m,
+            scheme.sidecar.tile_n,
+            args.scales,
+            args.damping,
+            max(allocation.ranks),
+            tuple(product(allocation.group_sizes, allocation.scale_bits)),
+            scale_dtype,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values; different settings have different ones."""
+        raw = {field.name: getattr(self, field.name) for field in fields(self)}
+        raw |= {"weights": self.weights.model_dump(mode="json"), "bases": list(self.bases)}
+        return raw | {"scale_dtype": str(self.scale_dtype)}
+
+
+@dataclass(frozen=True)
+class ErrorCurve:
+    """What was measured of one matrix, from which the loss of every choice follows.
+
+    The loss is ``1/2 tr(D R H R^T)``, the matrix's share of the KL divergence when the Fisher
+    information is taken apart into the factors H of the input and D of the output (diagonal).
+
+    Attributes:
+        loss: of the base alone that was measured.
+        ratios: by group size and scale bits, how much larger the error of plain rounding is than
+            with the base that was measured.
+        shares: float32 [largest rank], the share of the error that the i-th rank of all tiles
+            together takes off.
+    """
+
+    loss: float
+    ratios: Mapping[tuple[int, ScaleBits], float]
+    shares: torch.Tensor
+
+    def choices(self, spec: LinearSpec, rounds: int, allocation: AllocationArgs) -> list[Choice]:
+        """All ways to store the matrix that an allocation may choose from, with their losses.
+
+        Args:
+            spec: shape, and the scheme without allocation.
+            rounds: of base and sidecar in turn.
+            allocation: what may be chosen: bases of :attr:`ratios`, ranks up to the largest.
+        """
+        # From 1 at one round to 1 + _ALTERNATION at many; every two rounds bring half of the rest.
+        power = 1 + _ALTERNATION * (1 - 0.5 ** ((rounds - 1) / 2))
+        choices = []
+        for base in product(allocation.group_sizes, allocation.scale_bits):
+            if spec.k % base[0]:
+                continue
+            for rank in allocation.ranks:
+                for bits in allocation.factor_bits if rank else allocation.factor_bits[:1]:
+                    scheme = scheme_with(spec.scheme, base, rank, bits)
+                    stored = replace(spec, scheme=scheme).stored_bits
+                    # What rounded factors keep of the gain is an estimate, so it may exceed the
+                    # whole.
+                    left = max(1 - _KEPT[bits] * float(self.shares[:rank].sum()), 0.0)
+                    loss = self.loss * self.ratios[base] * left**power
+                    choices.append(Choice(*base, rank, bits, stored, loss))
+        return choices
+
+
+def measure_curve(
     weight: torch.Tensor,
     hessian: torch.Tensor,
     row_energy: torch.Tensor,
-    spec: LinearSpec,
-    args: AlternatingArgs,
-    allocation: AllocationArgs,
+    settings: CurveSettings,
     measured: torch.Tensor | None = None,
-) -> list[Choice]:
-    """All ways to store a matrix that an allocation may choose from, with their losses.
+) -> ErrorCurve:
+    """Measure how the loss of a matrix falls with the bits spent on it.
 
-    The loss is ``1/2 tr(D R H R^T)``, the matrix's share of the KL divergence when the Fisher
-    information is taken apart into the factors H of the input and D of the output (diagonal). The
-    error of the base is measured at the scheme's group size and estimated at others from the error
-    of plain rounding; the share of it that a sidecar of rank r takes off is that of the r largest
-    squared singular values of ``D^1/2 R L``, per tile.
+    The error of the base is measured with the settings' own base and estimated with others from the
+    error of plain rounding; the share of it that a sidecar of rank r takes off is that of the r
+    largest squared singular values of ``D^1/2 R L``, per tile.
 
     Args:
         weight: float32 [N, K].
         hessian: float32 [K, K], tokens weighted by their squared gradients.
         row_energy: float32 [N], ``E[g_n^2]``, the diagonal of D.
-        spec: shape, and the scheme without allocation.
-        args: settings of the method.
-        allocation: what may be chosen.
+        settings: what is measured.
         measured: float32 [K, K], H of other tokens, on which losses are measured; None measures
             them on what was fitted, which is far too little where tokens are few.
     """
     measured = hessian if measured is None else measured
-    scheme = spec.scheme
-    # Error feedback is run once, at the scheme's group size; all other sizes are scaled from it.
-    order = ColumnOrder.of(hessian, args.damping)
-    codebook, dtype = scheme.weights.codebook, spec.scale_dtype
-    scale = initial_scales(
-        args.scales, weight, order.importance, spec.group_size, codebook, spec.scales
-    )
+    codebook = settings.weights.codebook
+    own = settings.weights.group_size, settings.weights.scale_bits
+    # Error feedback is run once, with the settings' base; all other bases are scaled from it.
+    order = ColumnOrder.of(hessian, settings.damping)
+
+    def scale_of(base: tuple[int, ScaleBits]) -> torch.Tensor:
+        stored = GroupScales(settings.scale_dtype, base[1])
+        return initial_scales(settings.scales, weight, order.importance, base[0], codebook, stored)
+
+    scale = scale_of(own)
     residual = weight - gptq(weight, order, scale, codebook)[1]
     loss = 0.5 * float(((residual @ measured) * residual).sum(1) @ row_energy)
-    reference = _rounding_error(weight, scale, order.importance, row_energy, spec)
-    shares = _rank_shares(residual, hessian, measured, row_energy, spec, max(allocation.ranks))
-    # From 1 at one round to 1 + _ALTERNATION at many; every two rounds bring half of the rest.
-    power = 1 + _ALTERNATION * (1 - 0.5 ** ((args.rounds - 1) / 2))
-    choices = []
-    for size, scale_bits in product(allocation.group_sizes, allocation.scale_bits):
-        if spec.k % size:
+    reference = _rounding_error(weight, scale, order.importance, row_energy, codebook)
+    n, k = weight.shape
+    grid = TileGrid(n, k, settings.tile_m, settings.tile_n)
+    shares = _rank_shares(residual, hessian, measured, row_energy, grid, settings.rank)
+    ratios = {}
+    for base in settings.bases:
+        if k % base[0]:
             continue
-        other = scale
-        if (size, scale_bits) != (spec.group_size, scheme.weights.scale_bits):
-            other = initial_scales(
-                args.scales,
-                weight,
-                order.importance,
-                size,
-                codebook,
-                GroupScales(dtype, scale_bits),
-            )
-        ratio = (
-            _rounding_error(weight, other, order.importance, row_energy, spec) / reference
-            if reference
-            else 0.0
-        )
-        for rank in allocation.ranks:
-            for bits in allocation.factor_bits if rank else allocation.factor_bits[:1]:
-                stored = LinearSpec(
-                    spec.name,
-                    spec.n,
-                    spec.k,
-                    scheme_with(scheme, (size, scale_bits), rank, bits),
-                    dtype,
-                ).stored_bits
-                # What rounded factors keep of the gain is an estimate, so it may exceed the whole.
-                left = max(1 - _KEPT[bits] * float(shares[:rank].sum()), 0.0)
-                choices.append(
-                    Choice(size, scale_bits, rank, bits, stored, loss * ratio * left**power)
-                )
-    return choices
+        other = scale if base == own else scale_of(base)
+        error = _rounding_error(weight, other, order.importance, row_energy, codebook)
+        ratios[base] = error / reference if reference else 0.0
+    return ErrorCurve(loss, ratios, shares)
 
 
 def scheme_with(
@@ -120,15 +193,13 @@ def _rounding_error(
     scale: torch.Tensor,
     importance: torch.Tensor,
     row_energy: torch.Tensor,
-    spec: LinearSpec,
+    codebook: Codebook,
 ) -> float:
     """Error of plain rounding, columns weighted by what error feedback cannot make up for."""
-    groups = weight.view(spec.n, scale.shape[1], -1)
+    groups = weight.view(*scale.shape, -1)
     wide = scale.float().unsqueeze(-1)
-    levels = nearest_levels(
-        torch.where(wide == 0, 0.0, groups / wide), spec.scheme.weights.codebook
-    )
-    error = (groups - levels * wide).square().view(spec.n, spec.k) @ importance
+    levels = nearest_levels(torch.where(wide == 0, 0.0, groups / wide), codebook)
+    error = (groups - levels * wide).square().view(weight.shape) @ importance
     return float(error @ row_energy)
 
 
@@ -137,7 +208,7 @@ def _rank_shares(
     hessian: torch.Tensor,
     measured: torch.Tensor,
     row_energy: torch.Tensor,
-    spec: LinearSpec,
+    grid: TileGrid,
     rank: int,
 ) -> torch.Tensor:
     """Float32 [rank]: the share of the error that the i-th rank of all tiles together takes off.
@@ -154,7 +225,6 @@ def _rank_shares(
     if not rank:
         return total
     error = 0.0
-    grid = spec.grid
     for b in range(grid.num_col_tiles):
         columns = grid.col_slice(b)
         block = hessian[columns, columns]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Base and sidecar of one linear, each fitted in turn to what the other leaves."""
 
+from collections.abc import Callable
+
 import torch
 
 from svsk_kernels.errors import SvskError
@@ -17,7 +19,7 @@ from svsk_offline.quantizers.rounding import nearest_codes
 from svsk_offline.recipe import AlternatingArgs
 from svsk_vllm.format import LinearSpec, QuantizedLinear, TileGrid
 
-__all__ = ["PreparedInput", "output_error", "quantize_alternating"]
+__all__ = ["PreparedInput", "last_one_kept", "output_error", "quantize_alternating"]
 
 
 class PreparedInput:
@@ -49,6 +51,25 @@ class PreparedInput:
         if grid.tile_cols not in self._tiles:
             self._tiles[grid.tile_cols] = column_tiles(self.hessian, grid, self.args.ridge)
         return self._tiles[grid.tile_cols]
+
+
+def last_one_kept() -> Callable[[InputStatistics, AlternatingArgs, float], PreparedInput]:
+    """:class:`PreparedInput`, made once for linears of one input that follow one another.
+
+    Only one is kept: its matrices are the largest a run has.
+    """
+    kept: dict[tuple[InputStatistics, AlternatingArgs, float], PreparedInput] = {}
+
+    def prepare(
+        statistics: InputStatistics, args: AlternatingArgs, sink_weight: float
+    ) -> PreparedInput:
+        key = statistics, args, sink_weight
+        if key not in kept:
+            kept.clear()  # before the next one is made
+            kept[key] = PreparedInput(*key)
+        return kept[key]
+
+    return prepare
 
 
 def output_error(

@@ -75,9 +75,14 @@ class ModelSource:
             raise SvskError(f"{self.folder}: no usable tokenizer ({error}).") from error
 
     def identity(self) -> dict[str, Any]:
-        """What tells one model from another without reading its weights; JSON values."""
+        """What tells one model from another without reading its weights; JSON values.
+
+        Its own Python files are part of it where they are run.
+        """
         shards = [[name, self.tensors.shard_of(name)] for name in self.tensors.names]
-        files = ((path.name, path.stat()) for path in sorted(self.folder.glob("*.safetensors")))
+        patterns = ("*.safetensors", "*.py") if self.trust_remote_code else ("*.safetensors",)
+        paths = sorted(path for pattern in patterns for path in self.folder.glob(pattern))
+        files = ((path.name, path.stat()) for path in paths)
         return {
             "model": (
                 hashlib.sha256(
@@ -87,6 +92,7 @@ class ModelSource:
             "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files],
         }
 
+    @cached_property
     def content_sample(self) -> str:
         """Digest of config.json and of a piece from the middle of every tensor.
 

@@ -16,6 +16,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import svsk_eval.tune.tune as tune_module
+import svsk_offline.planning.measurements as measurements_module
 from svsk_eval.cli import app
 from svsk_eval.errors import EvalError
 from svsk_eval.tune.held_out import split_calibration
@@ -27,6 +28,7 @@ from svsk_offline.calibration.text import token_fingerprint
 from svsk_offline.pipeline import quantize
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.dense_model import ModelSource
+from tests.offline.folders import folder_bytes
 from tests.support.format_builders import edit_json
 from tests.support.tiny_models import write_dense
 
@@ -129,8 +131,9 @@ def test_the_result_is_never_worse_than_the_default(
     for found in (result.chosen.score, result.default.score):
         assert f"{found.kl:.5f} ± {found.kl_se:.5f}" in written.description
         assert f"{found.kl:.5f}" in out.read_text().splitlines()[0]
-    # Nothing is left but the state.
-    assert [path.name for path in (tmp_path / "tuned.yaml.tune").iterdir()] == ["svsk-tune.json"]
+    # Nothing is left but the state and what was measured.
+    left = {path.name for path in (tmp_path / "tuned.yaml.tune").iterdir()}
+    assert left == {"svsk-tune.json", "measured"}
 
 
 def test_a_trial_scores_what_its_checkpoint_gives_on_the_held_out_pieces(
@@ -195,6 +198,53 @@ def test_a_killed_run_goes_on(
     third = run_tune(dense, tmp_path / "again.yaml", overwrite=True)
     assert third.recipe == result.recipe
     assert third.trials == result.trials
+
+
+@pytest.fixture
+def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry per sweep of gradients."""
+    calls: list[int] = []
+    sweep = measurements_module.sweep_gradients
+
+    def counted(*arguments: Any, **options: Any) -> None:
+        calls.append(1)
+        sweep(*arguments, **options)
+
+    monkeypatch.setattr(measurements_module, "sweep_gradients", counted)
+    return calls
+
+
+def test_trials_measure_once_and_give_what_they_give_alone(
+    dense: Path, tmp_path: Path, sweeps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search that was killed in its second trial does not measure again when it goes on."""
+    ladders: dict[str, tuple[Any, ...]] = {"rounds": (1, 2), "damping": (0.01, 0.1)}
+    short = tuple(replace(p, ladder=ladders[p.key]) for p in SEARCHED if p.key in ladders)
+    monkeypatch.setattr("svsk_eval.tune.search.SEARCHED", short)
+    made: list[tuple[Recipe, dict[str, bytes], CalibrationSet]] = []
+
+    def watched(model: Path, out: Path, recipe: Recipe, **options: Any) -> Any:
+        if len(made) == 1 and not killed:
+            killed.append(recipe)
+            raise KeyboardInterrupt
+        result = quantize(model, out, recipe, **options)
+        made.append((recipe, folder_bytes(out), options["calibration"]))
+        return result
+
+    killed: list[Recipe] = []
+    monkeypatch.setattr(tune_module, "quantize", watched)
+    recipe = small(gradients={"row_power": 1.0}, allocation={"target_bpw": 5.5, "ranks": (0, 2, 4)})
+    with pytest.raises(KeyboardInterrupt):
+        run_tune(dense, tmp_path / "tuned.yaml", recipe)
+    result = run_tune(dense, tmp_path / "tuned.yaml", recipe)
+    assert result.converged
+    dampings = {made_by.model_dump()["alternating"]["damping"] for made_by, *_ in made}
+    assert len(made) >= 3
+    assert len(sweeps) == len(dampings) == 2
+    for number, (chosen, files, texts) in enumerate(made):
+        alone = tmp_path / str(number)
+        quantize(dense, alone, chosen, calibration=texts)
+        assert folder_bytes(alone) == files
 
 
 def test_the_target_is_kept(dense: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from svsk_offline.calibration import InputStatistics
-from svsk_offline.planning.error_curves import choices_of
 from svsk_offline.quantizers.alternating import (
     PreparedInput,
     output_error,
@@ -14,6 +13,7 @@ from svsk_offline.quantizers.alternating import (
 from svsk_offline.recipe import AllocationArgs, AlternatingArgs
 from svsk_vllm.format import LinearSpec, dequantize
 from svsk_vllm.format.group_scales import ScaleBits
+from tests.offline.planning.choices import choices_of
 from tests.offline.quantizers.test_hessian_quantizers import inputs, statistics
 from tests.offline.quantizers.test_quantizers import weight
 from tests.support.format_builders import make_group

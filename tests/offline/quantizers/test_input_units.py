@@ -9,10 +9,10 @@ import torch
 
 from svsk_offline.calibration import InputStatistics
 from svsk_offline.planning.bit_budget import allocate
-from svsk_offline.planning.error_curves import choices_of
 from svsk_offline.quantizers.quantize_linear import quantize_linear
 from svsk_offline.recipe import AllocationArgs, AlternatingArgs, load_recipe
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, dequantize
+from tests.offline.planning.choices import choices_of
 from tests.offline.quantizers.test_hessian_quantizers import inputs
 from tests.offline.quantizers.test_quantizers import weight
 from tests.support.format_builders import make_group
