@@ -26,7 +26,7 @@ from svsk_kernels.gpu import error_feedback as feedback
 from svsk_offline import run
 from svsk_offline.calibration import BlockRunner, input_statistics, load_calibration
 from svsk_offline.pipeline import Progress, quantize
-from svsk_offline.planning import plan
+from svsk_offline.planning import measurements
 from svsk_offline.quantizers import lowrank
 from svsk_offline.quantizers.error_feedback import Levels, round_in_a_loop
 from svsk_offline.recipe import Recipe, load_recipe
@@ -69,7 +69,7 @@ def one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     Here in bfloat16 everywhere, to compare the results.
     """
     monkeypatch.setattr(run, "block_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(plan, "block_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(measurements, "block_dtype", lambda device: torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
