@@ -105,13 +105,20 @@ def quantize_alternating(
         tiles = given.tiles(spec.grid)
         sidecar = HessianSidecar(tiles, spec.grid, rank, spec.factor_bits, row_weights)
     target, best, least = weight, None, float("inf")
+    near: torch.Tensor | None = None  # scales of the round before
     # Without a sidecar the base would see the same target again and again.
     rounds = args.rounds if sidecar else 1
     # The last of the rounds is the first of polish.
     for number in range(1, rounds + max(1, args.polish)):
         if number <= rounds:  # from scratch, to what the sidecar leaves now
-            scale = initial_scales(
-                args.scales, target, order.importance, spec.group_size, codebook, spec.scales
+            scale = near = initial_scales(
+                args.scales,
+                target,
+                order.importance,
+                spec.group_size,
+                codebook,
+                spec.scales,
+                near,
             )
             levels, values = gptq(target, order, scale, codebook)
         if number >= rounds and args.polish:

@@ -29,6 +29,13 @@ Below 1 the largest weights are clipped for finer steps of all others. Above 1 n
 and the one of largest magnitude falls between two levels.
 """
 
+_NEARBY: Final = (1.0, 0.95, 1.05, 0.9, 1.1)
+"""Factors on the scales of a weight that differed little.
+
+What a sidecar takes off moves a group's best scale by some hundredths; those of its own codes are
+found by the refit that follows each factor.
+"""
+
 _CHUNK: Final = (1 << 17, 1 << 25)
 """Weights searched at a time: half a MiB of each temporary result, of which a CPU's cache holds
 several; on a GPU, so many that launches do not count."""
@@ -49,10 +56,11 @@ def initial_scales(
     group_size: int,
     codebook: Codebook,
     stored: GroupScales,
+    near: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Scales of :func:`search_scales` (arguments as there), or those of plain rounding."""
     if method == "search":
-        return search_scales(weight, importance, group_size, codebook, stored)
+        return search_scales(weight, importance, group_size, codebook, stored, near=near)
     scale = absmax_scale(weight.view(weight.shape[0], -1, group_size), codebook)
     return stored.round(scale, stored.row_scale(scale)).to(stored.dtype)
 
@@ -64,6 +72,7 @@ def search_scales(
     codebook: Codebook,
     stored: GroupScales,
     candidates: Sequence[float] = DEFAULT_CANDIDATES,
+    near: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Per group, the scale with the least importance-weighted error of plain rounding.
 
@@ -79,14 +88,17 @@ def search_scales(
         codebook: the 16 levels.
         stored: how scales are stored.
         candidates: positive factors.
+        near: scales [N, K / group_size] found for a weight that differs little; the search is then
+            around them alone, in a quarter of the time.
 
     Returns:
         Scales [N, K / group_size] of the stored dtype.
     """
     rows = max(1, _at_a_time(_CHUNK, weight) // weight.shape[1])
+    starts = [None] * -(-len(weight) // rows) if near is None else near.float().split(rows)
     parts = [
-        _search(part, importance, group_size, codebook, stored, candidates)
-        for part in weight.split(rows)
+        _search(part, importance, group_size, codebook, stored, candidates, start)
+        for part, start in zip(weight.split(rows), starts, strict=True)
     ]
     return torch.cat(parts)
 
@@ -98,6 +110,7 @@ def _search(
     codebook: Codebook,
     stored: GroupScales,
     candidates: Sequence[float],
+    near: torch.Tensor | None,
 ) -> torch.Tensor:
     groups = weight.view(weight.shape[0], -1, group_size)
     weights = importance.view(-1, group_size)
@@ -106,8 +119,11 @@ def _search(
     weighted = groups * weights
     energy = (weighted * groups).sum(-1)
     full = groups.abs().amax(-1) / float(codebook_levels(codebook).abs().max())
+    factors = [sign * candidate for sign in (1, -1) for candidate in candidates]
+    if near is not None:  # zero is what a group of zeros had
+        full, factors = torch.where(near == 0, full, near), list(_NEARBY)
     fits: list[_Fit] = []
-    for factor in (sign * candidate for sign in (1, -1) for candidate in candidates):
+    for factor in factors:
         start = full * factor
         inverse = torch.where(start == 0, 0.0, 1 / start)
         levels = nearest_levels(groups * inverse.unsqueeze(-1), codebook)
@@ -256,10 +272,11 @@ def _refit(
     size = levels.shape[1] // groups
     system = torch.empty(n, groups, groups, dtype=torch.float64, device=levels.device)
     for g in range(groups):
-        columns = slice(g * size, (g + 1) * size)
-        system[:, g] = (
-            ((levels[:, columns] @ hessian[columns]) * levels).view(n, groups, size).sum(-1)
-        )
+        # It is symmetric: row g from its diagonal on, and column g with it.
+        columns, rest = slice(g * size, (g + 1) * size), slice(g * size, None)
+        products = (levels[:, columns] @ hessian[columns, rest]) * levels[:, rest]
+        system[:, g, g:] = products.view(n, groups - g, size).sum(-1)
+        system[:, g:, g] = system[:, g, g:]
     right = (weighted * levels).view(n, groups, size).sum(-1).double()
     old = scale.double()
     # A group whose codes are all 0 has a row of zeros, which leaves its scale open. A pull towards

@@ -26,7 +26,7 @@ from svsk_offline.quantizers.gptq import (
 )
 from svsk_offline.quantizers.hessian import ColumnOrder, damped, inverse_root, inverse_roots
 from svsk_offline.quantizers.hessian_sidecar import HessianSidecar, column_tiles, sidecar_weight
-from svsk_offline.quantizers.rounding import nearest_codes
+from svsk_offline.quantizers.rounding import nearest_codes, nearest_levels
 from svsk_offline.recipe import AlternatingArgs
 from svsk_vllm.format import Codebook, LinearSpec, TileGrid, codebook_levels, dequantize
 from svsk_vllm.format.group_scales import GroupScales, ScaleBits, split_scales
@@ -309,6 +309,28 @@ def test_searched_scales_are_no_worse_than_clipped_ones(codebook: Codebook) -> N
 
     assert error(searched) < 0.95 * error(clipped)
     assert error(clipped) < error(plain)
+
+
+@pytest.mark.parametrize("scale_bits", [6, 16])
+def test_a_search_nearby_ends_as_well_as_a_whole_one(scale_bits: ScaleBits) -> None:
+    """From the scales of a weight that differs by a hundredth; a group of zeros is found anew."""
+    generator = torch.Generator().manual_seed(0)
+    w, importance = weight(40, 128), torch.rand(128, generator=generator) + 0.1
+    before = w + weight(40, 128, 3) * 0.01
+    before[:, :16] = 0
+    stored = GroupScales(torch.bfloat16, scale_bits)
+    start = search_scales(before, importance, 16, "quad8", stored)
+    assert not bool(start[:, 0].any())
+
+    def error(scale: torch.Tensor) -> float:
+        wide = scale.float().repeat_interleave(16, 1)
+        return float(((w - nearest_levels(w / wide, "quad8") * wide).square() * importance).sum())
+
+    whole = search_scales(w, importance, 16, "quad8", stored)
+    near = search_scales(w, importance, 16, "quad8", stored, near=start)
+    assert bool((near != 0).all())
+    assert error(near) < 1.05 * error(whole)  # one sign is tried, not two
+    assert error(near) < 0.97 * error(whole * 1.06)
 
 
 @pytest.mark.parametrize("num_bits", [4, 8])
