@@ -43,7 +43,8 @@ __all__ = [
 ]
 
 GROUP_SIZES = (16, 32, 64)
-MAX_RANK = 128
+MAX_RANK = 512
+_MAX_RANK_OF_1_0 = 128
 LINEAR_CLASS = "Linear"
 _BY_CLASS = 2  # the least specific match
 _MAX_REPEATS = 4
@@ -153,6 +154,11 @@ class SidecarArgs(Strict):
     tile_n: int = Field(default=1024, ge=0, strict=True)
     num_bits: Literal[4, 8] = 8
 
+    @property
+    def version(self) -> str:
+        """The first version of the format that has these values."""
+        return "1.1" if self.rank > _MAX_RANK_OF_1_0 else "1.0"
+
     @model_validator(mode="after")
     def _even_axes(self) -> "SidecarArgs":
         if self.num_bits == 4 and self.rank % 2:
@@ -169,6 +175,11 @@ class ConfigGroup(Strict):
     targets: tuple[Target, ...] = Field(min_length=1)
     weights: WeightArgs = WeightArgs()
     sidecar: SidecarArgs = SidecarArgs()
+
+    @property
+    def version(self) -> str:
+        """The first version of the format that has these values."""
+        return max(self.weights.version, self.sidecar.version, key=_minor)
 
     @model_validator(mode="after")
     def _sidecar_of_four_bits(self) -> "ConfigGroup":
@@ -228,15 +239,15 @@ class SvskCheckpointConfig(Strict):
         if _minor(config.needed_version) > _minor(config.version):
             raise SvskFormatError(
                 f"{source}: version {config.version} with scale_bits, num_bits 8, a group_size of"
-                f" 16 or an embedding, which are of version {config.needed_version}. Correct the"
-                " version, or copy the folder again."
+                f" 16, a rank over {_MAX_RANK_OF_1_0} or an embedding, which are of version"
+                f" {config.needed_version}. Correct the version, or copy the folder again."
             )
         return config
 
     @property
     def needed_version(self) -> str:
         """The first version of the format that has every value used here."""
-        used = [group.weights.version for group in self.config_groups.values()]
+        used = [group.version for group in self.config_groups.values()]
         return max(used if self.embedding is None else [*used, "1.1"], key=_minor)
 
     def to_dict(self) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def test_writes_the_current_version() -> None:
             lambda raw: group_0(raw)["weights"].update(codebook="nf4"),
             ["weights.codebook", "quad8", "nf4"],
         ),
-        (lambda raw: group_0(raw)["sidecar"].update(rank=129), ["sidecar.rank", "128", "129"]),
+        (lambda raw: group_0(raw)["sidecar"].update(rank=513), ["sidecar.rank", "512", "513"]),
         (lambda raw: group_0(raw)["sidecar"].update(rank=-1), ["sidecar.rank", "-1"]),
         (lambda raw: group_0(raw)["sidecar"].update(rank=True), ["sidecar.rank", "True"]),
         (
@@ -164,7 +164,7 @@ def test_every_schema_error_is_in_the_message() -> None:
     def change(raw: Raw) -> None:
         raw["colour"] = "red"
         group_0(raw)["weights"]["group_size"] = 128
-        group_0(raw)["sidecar"]["rank"] = 129
+        group_0(raw)["sidecar"]["rank"] = 513
 
     with pytest.raises(
         SvskFormatError, match=r"(?s)(?=.*colour)(?=.*group_size)(?=.*sidecar\.rank)"
@@ -176,6 +176,20 @@ def test_every_schema_error_is_in_the_message() -> None:
 def test_every_minor_version_is_read(version: str) -> None:
     config = SvskCheckpointConfig.from_dict({**EXAMPLE, "version": version})
     assert config.version == version  # kept: what is written back must not claim less
+
+
+@pytest.mark.parametrize(("rank", "version"), [(128, "1.0"), (129, "1.1"), (512, "1.1")])
+def test_ranks_over_128_are_of_version_1_1(rank: int, version: str) -> None:
+    """What is written says so, and what claims to be older is refused."""
+    config = SvskCheckpointConfig(config_groups={"a": make_group(rank=rank)}).to_dict()
+    assert config["version"] == version
+    assert SvskCheckpointConfig.from_dict(config).config_groups["a"].sidecar.rank == rank
+    older = {**config, "version": "1.0"}
+    if version == "1.0":
+        assert SvskCheckpointConfig.from_dict(older).version == "1.0"
+    else:
+        with pytest.raises(SvskFormatError, match=r"version 1\.0 with .*a rank over 128"):
+            SvskCheckpointConfig.from_dict(older)
 
 
 @pytest.mark.parametrize("version", ["0.9", "2.0", "10.0"])

@@ -60,10 +60,16 @@ def test_base_and_polish(both: Any, n: int, k: int, codebook: Codebook) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "tile", "rank", "bits"), [(40, 96, 48, 8, 4), (24, 64, 64, 4, 8), (1, 32, 32, 4, 8)]
+    ("n", "k", "tiles", "rank", "bits"),
+    [
+        (40, 96, (16, 48), 8, 4),
+        (24, 64, (16, 64), 4, 8),
+        (1, 32, (16, 32), 4, 8),
+        (132, 144, (0, 0), 130, 4),  # U has more columns than a launch takes
+    ],
 )
-def test_sidecar(both: Any, n: int, k: int, tile: int, rank: int, bits: int) -> None:
-    grid, moment = TileGrid(n, k, 16, tile), hessian(k)
+def test_sidecar(both: Any, n: int, k: int, tiles: tuple[int, int], rank: int, bits: int) -> None:
+    grid, moment = TileGrid(n, k, *tiles), hessian(k)
     sidecar = HessianSidecar(column_tiles(moment, grid, 1e-4), grid, rank, bits)
     residual = weight(n, k)
     looped, launched = both(lambda: sidecar_weight(sidecar.fit(residual), grid))

@@ -14,6 +14,7 @@ __all__ = [
     "BLOCK",
     "Levels",
     "round_block",
+    "round_columns",
     "round_in_a_loop",
     "round_in_one_launch",
     "round_with_feedback",
@@ -127,6 +128,32 @@ def round_in_a_loop(
         else:
             work[:, i + 1 :] -= coupling[:, i, i + 1 :].unsqueeze(2) * errors[:, i].unsqueeze(1)
     return chosen, errors
+
+
+def round_columns(
+    work: torch.Tensor, root: torch.Tensor, scale: torch.Tensor, levels: Levels
+) -> torch.Tensor:
+    """Round the columns of several matrices in their order, a block at a time.
+
+    Args:
+        work: float32 [A, B, N], A matrices of B columns. Changed.
+        root: float32 [A, B, B], the upper inverse root of each Hessian, in the order of columns.
+        scale: float32 [A, B, N], may be expanded.
+        levels: what to round to, in units of the scale.
+
+    Returns:
+        Levels, float32 [A, B, N].
+    """
+    size, pivots = work.shape[1], root.diagonal(dim1=1, dim2=2)
+    chosen = torch.empty_like(work)
+    for start in range(0, size, BLOCK):
+        part = slice(start, min(start + BLOCK, size))
+        chosen[:, part], errors = round_block(
+            work[:, part], root[:, part, part], pivots[:, part], scale[:, part], levels
+        )
+        if part.stop < size:
+            work[:, part.stop :].baddbmm_(root[:, part, part.stop :].mT, errors, alpha=-1)
+    return chosen
 
 
 def round_with_feedback(

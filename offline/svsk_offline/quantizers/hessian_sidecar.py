@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from svsk_offline.quantizers.diagonal_sidecar import Sidecar
-from svsk_offline.quantizers.error_feedback import Levels, round_block, round_with_feedback
+from svsk_offline.quantizers.error_feedback import Levels, round_columns, round_with_feedback
 from svsk_offline.quantizers.hessian import (
     ColumnOrder,
     damped,
@@ -177,8 +177,7 @@ class HessianSidecar:
         batch = torch.arange(len(rows), device=rows.device).unsqueeze(1)
         root = inverse_roots(small[batch.unsqueeze(2), order.unsqueeze(2), order.unsqueeze(1)])
         steps = scale[batch, order].unsqueeze(2).expand_as(rows)
-        pivots = root.diagonal(dim1=1, dim2=2)
-        codes, _ = round_block(rows[batch, order], root, pivots, steps, self._levels)
+        codes = round_columns(rows[batch, order], root, steps, self._levels)
         result = torch.empty_like(codes)
         result[batch, order] = codes
         return result, scale

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Error feedback, scale search, polish, the Hessian-fitted sidecar and their alternation."""
 
+from itertools import pairwise
 from typing import get_args
 
 import pytest
@@ -15,7 +16,12 @@ from svsk_offline.quantizers.alternating import (
     output_error,
     quantize_alternating,
 )
-from svsk_offline.quantizers.error_feedback import Levels, round_with_feedback
+from svsk_offline.quantizers.error_feedback import (
+    Levels,
+    round_columns,
+    round_in_a_loop,
+    round_with_feedback,
+)
 from svsk_offline.quantizers.gptq import (
     gptq,
     initial_scales,
@@ -331,6 +337,38 @@ def test_a_search_nearby_ends_as_well_as_a_whole_one(scale_bits: ScaleBits) -> N
     assert bool((near != 0).all())
     assert error(near) < 1.05 * error(whole)  # one sign is tried, not two
     assert error(near) < 0.97 * error(whole * 1.06)
+
+
+@pytest.mark.parametrize("matrices", [1, 3])
+def test_columns_in_blocks_are_rounded_as_in_one(matrices: int) -> None:
+    """Whole numbers throughout, so that no order of sums changes a bit."""
+    generator = torch.Generator().manual_seed(0)
+    columns = 300
+    work = torch.randint(-40, 41, (matrices, columns, 7), generator=generator).float()
+    coupling = torch.randint(-1, 2, (matrices, columns, columns), generator=generator).float()
+    root = (coupling * (torch.rand(coupling.shape, generator=generator) < 0.02)).triu(1)
+    root += torch.eye(columns)
+    fives = torch.full((1, 1, 1), 5.0).expand(matrices, columns, 7)
+    levels = Levels(-100, 100)
+    pivots = root.diagonal(dim1=1, dim2=2)
+    whole, errors = round_in_a_loop(work.clone(), root, pivots, fives, levels)
+    assert bool((whole != (work / 5).round()).any()), "no error was carried on"
+    assert float(errors.abs().max()) < 2**20, "sums are not exact"
+    assert torch.equal(round_columns(work, root, fives, levels), whole)
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_ranks_beyond_a_block_of_columns_help(num_bits: int) -> None:
+    """U has a column per rank, and is rounded in blocks of 128."""
+    n, k = 300, 320
+    hessian, residual = statistics(k, 2000).hessian, weight(n, k, 5) * 0.1
+    grid = TileGrid(n, k, 0, 0)
+    tiles = column_tiles(hessian, grid, 1e-4)
+    errors = []
+    for rank in (64, 128, 130, 256, 300):
+        side = HessianSidecar(tiles, grid, rank, num_bits).fit(residual)
+        errors.append(output_error(residual - sidecar_weight(side, grid), hessian))
+    assert all(less > more for less, more in pairwise(errors))
 
 
 @pytest.mark.parametrize("num_bits", [4, 8])
