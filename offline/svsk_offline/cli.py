@@ -98,7 +98,9 @@ def quantize(
         float | None,
         typer.Option(help="Bits per weight; rank, group size and scale bits are then chosen."),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Sidecar rank per tile, 0 for none.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Sidecar rank per tile, 0 (none) to 512.")
+    ] = None,
     tile_m: TileM = None,
     tile_n: TileN = None,
     factor_bits: Annotated[

@@ -174,7 +174,7 @@ class AlternatingRecipe(_Recipe):
 
     @property
     def largest_rank(self) -> int:
-        return max(self.allocation.ranks) if self.allocation else self.sidecar.rank
+        return self.allocation.largest_rank if self.allocation else self.sidecar.rank
 
     @property
     def target_bpw(self) -> float | None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sections of a recipe: the settings of a method, of calibration, of a bit budget."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from svsk_kernels.tile_grid import TileGrid
 from svsk_vllm.format.config import MAX_RANK, Strict
 from svsk_vllm.format.group_scales import ScaleBits
 
@@ -15,6 +16,7 @@ __all__ = [
     "GradientArgs",
     "PublishedArgs",
     "SinkArgs",
+    "ranks_that_pay",
 ]
 
 
@@ -92,32 +94,62 @@ class GradientArgs(Strict):
     samples: int | None = Field(default=None, ge=1)
 
 
+_RANKS: Final = (0, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128)
+_LARGE_RANKS: Final = (160, 192, 224, 256, 320, 384, 448, 512)
+_LARGE_SIDE: Final = 4096
+_SIDE_PER_LARGE_RANK: Final = 16
+"""A square tile of so many rows per rank spends half a bit per weight on 4-bit factors: more is
+better spent on the base."""
+
+
+def ranks_that_pay(grid: TileGrid) -> tuple[int, ...]:
+    """Ranks that a matrix may be given where a recipe names none.
+
+    Up to 128; in tiles of 4096 rows and columns or more, up to a sixteenth of the shorter side.
+    """
+    side = min(grid.tile_rows, grid.n, grid.tile_cols, grid.k)
+    most = side // _SIDE_PER_LARGE_RANK if side >= _LARGE_SIDE else 0
+    return (*_RANKS, *(rank for rank in _LARGE_RANKS if rank <= most))
+
+
 class AllocationArgs(Strict):
     """What is chosen per matrix under a budget of bits per weight.
 
     Every group size comes with every ``scale_bits``.
+
+    Attributes:
+        ranks: None for those of :meth:`ranks_for`.
     """
 
     target_bpw: float = Field(gt=4, le=8)
-    ranks: tuple[Annotated[int, Field(ge=0, le=MAX_RANK)], ...] = Field(
-        default=(0, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128)
-    )
+    ranks: tuple[Annotated[int, Field(ge=0, le=MAX_RANK)], ...] | None = None
     factor_bits: tuple[Literal[4, 8], ...] = (4,)
     group_sizes: tuple[Literal[16, 32, 64], ...] = (64, 32)
     scale_bits: tuple[ScaleBits, ...] = (16,)
 
     @field_validator("ranks", "factor_bits", "group_sizes", "scale_bits")
     @classmethod
-    def _not_empty(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+    def _not_empty(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is None:
+            return None
         if not value or len(set(value)) != len(value):
             raise ValueError(f"expected one or more different values, got {value}")
         return value
 
     @model_validator(mode="after")
     def _ranks_pack(self) -> Self:
-        if 4 in self.factor_bits and any(rank % 2 for rank in self.ranks):
+        if 4 in self.factor_bits and any(rank % 2 for rank in self.ranks or ()):
             raise ValueError(f"ranks {self.ranks}: with 4-bit factors every rank must be even")
         return self
+
+    @property
+    def largest_rank(self) -> int:
+        """Of any matrix, however large."""
+        return max(self.ranks or _LARGE_RANKS)
+
+    def ranks_for(self, grid: TileGrid) -> tuple[int, ...]:
+        """What a matrix may be given: the ranks of the recipe, or those that can pay."""
+        return ranks_that_pay(grid) if self.ranks is None else self.ranks
 
 
 class CalibrationArgs(Strict):

@@ -186,7 +186,7 @@ class Run:
             )
         self.schemes = uniform_schemes(self.source, self.config, self.scale_dtype)
         budget = self.allocation
-        most = 0 if budget is None else max(budget.ranks)
+        most = 0 if budget is None else budget.largest_rank
         check_servable(self.source, self.schemes, self.progress.message, most=most)
         sizes = () if budget is None else budget.group_sizes
         for name in self.schemes if sizes else ():

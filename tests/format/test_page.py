@@ -125,11 +125,12 @@ def test_the_levels_of_quad8() -> None:
         ("rank 16, 512 x 1024, 8 bits", 16, 512, 1024, 8),
         ("rank 32, 512 x 1024, 4 bits", 32, 512, 1024, 4),
         ("rank 16, 1024 x 2048, 8 bits", 16, 1024, 2048, 8),
+        ("rank 256, 4096 x 4096, 4 bits", 256, 4096, 4096, 4),
     ],
 )
 def test_the_bits_per_weight(row: str, rank: int, tile_m: int, tile_n: int, bits: int) -> None:
     spec = LinearSpec(
-        "linear", 2048, 4096, make_group(rank=rank, tile_m=tile_m, tile_n=tile_n, num_bits=bits)
+        "linear", 4096, 4096, make_group(rank=rank, tile_m=tile_m, tile_n=tile_n, num_bits=bits)
     )
     formula = 4 + 16 / 64 + bits * rank * (1 / tile_n + 1 / tile_m) + 32 * rank / (tile_m * tile_n)
     assert spec.bits_per_weight == formula

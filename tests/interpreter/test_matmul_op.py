@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from svsk_kernels.gpu.tuning import (
     table_name,
 )
 from svsk_kernels.layer_kernel import LayerSpec
+from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup
 from tests.interpreter.layers import BOUNDS, activations, make_layer
 
 H100 = Gpu(name="NVIDIA H100 80GB HBM3", capability=90, processors=132)
@@ -113,6 +115,21 @@ def test_refusals_say_why() -> None:
         works, why = SvskMatmul.can_implement(spec, CPU)
         assert not works
         assert reason in why
+
+
+@pytest.mark.parametrize(
+    ("slots", "bits", "works"), [(4095, 8, True), (4096, 8, False), (4096, 4, True)]
+)
+def test_a_sidecar_that_32_bits_do_not_address_is_refused(
+    slots: int, bits: Literal[4, 8], works: bool
+) -> None:
+    """U of 512 ranks in 16 tiles, 64 rows to a slot: 2**19 bytes a slot."""
+    bounds = tuple(range(0, 17 * 64, 64))
+    plan = SidecarPlan(slots * 64, (Bundle(bounds, (SlotGroup(slots, 64, 512, 0),)),))
+    spec = LayerSpec(slots * 64, 1024, 64, "int4", torch.float16, plan, bits)
+    found, why = SvskMatmul.can_implement(spec, CPU)
+    assert found == works
+    assert why == "" or "takes 2147483648 bytes, the kernels address 2147483647" in why
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svsk_kernels.gpu.repack_base import ROW_PAD, pack_base, pack_scale, plane_length
-from svsk_kernels.gpu.repack_sidecar import MAX_JOB_COLUMNS, V_ROWS, Tiles, pack_sidecar
+from svsk_kernels.gpu.repack_sidecar import (
+    MAX_JOB_COLUMNS,
+    V_ROWS,
+    Tiles,
+    pack_sidecar,
+    u_bytes,
+)
 from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup
 from tests.interpreter.layers import make_layer
 from tests.support.format_builders import property_test
@@ -125,6 +131,14 @@ def test_alignment_of_tiles() -> None:
     assert Tiles.of(None) == Tiles(long=False, aligned=True)
     layer = make_layer(160, torch.float16, {"n": 32, "rank": 4, "tile_n": 40}, group_size=32)
     assert layer.tiles == Tiles(long=False, aligned=False)
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_size_of_u_is_known_before_it_is_made(num_bits: int) -> None:
+    stacked = make_layer(160, torch.float16, *QKV, group_size=32, num_bits=num_bits).stacked
+    assert stacked.spec.plan is not None
+    side = pack_sidecar(stacked.spec.plan, 160, stacked.u, stacked.v, stacked.gain, num_bits)
+    assert u_bytes(stacked.spec.plan, num_bits) == side.u.numel()
 
 
 def test_factors_that_do_not_fit_and_uneven_tiles_are_refused() -> None:

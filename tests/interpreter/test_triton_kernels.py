@@ -92,6 +92,45 @@ def test_kernel_equals_reference(
 
 
 @pytest.mark.parametrize("kernel", ["decode", "gemm", "fold"])
+@pytest.mark.parametrize(
+    ("rank", "num_bits", "n", "k", "tile_n"),
+    [
+        (130, 4, 70, 320, 0),
+        (131, 8, 33, 96, 40),
+        (256, 4, 40, 2304, 0),
+        (511, 8, 40, 192, 0),
+        (512, 4, 7, 512, 256),
+    ],
+)
+def test_ranks_beyond_128(
+    kernel: str, rank: int, num_bits: int, n: int, k: int, tile_n: int
+) -> None:
+    """Over whole matrices and in tiles, one of them longer than a job."""
+    sizes = {"n": n, "rank": rank, "tile_m": 0, "tile_n": tile_n, "group_size": 32}
+    layer = make_layer(k, torch.float16, sizes, num_bits=num_bits)
+    bits = layer.stacked.spec.factor_bits
+    x = activations(3, k, torch.float16)
+    if kernel == "fold":
+        found = matmul_folded(x, layer.base, layer.sidecar, bits, None)
+    else:
+        found = run(layer, x, choice(kernel, layer))
+    assert relative_error(found, layer.expected(x)) < BOUNDS[torch.float16]
+
+
+@pytest.mark.parametrize("rank", [16, 40, 256])
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_splits_share_the_ranks(rank: int, num_bits: int) -> None:
+    """32 of them at a time, fewer times than there are splits or more."""
+    layer = make_layer(
+        1280, torch.float16, {"n": 70, "rank": rank, "tile_m": 0, "tile_n": 0}, num_bits=num_bits
+    )
+    x = activations(2, 1280, torch.float16)
+    found = run(layer, x, choice("decode", layer, split_k=5))
+    assert relative_error(found, layer.expected(x)) < BOUNDS[torch.float16]
+    assert counters.busy(x.device) == 0
+
+
+@pytest.mark.parametrize("kernel", ["decode", "gemm", "fold"])
 def test_bfloat16(kernel: str) -> None:
     layer = layer_of(SHAPES[3], "quad8", 4, torch.bfloat16)
     x = activations(9, 512, torch.bfloat16)

@@ -19,7 +19,7 @@ from tests.support.layers import loaded_layer
 
 @pytest.mark.parametrize("codebook", ["int4", "quad8"])
 def test_stacked_layer_is_its_linears_stacked(codebook: str) -> None:
-    shapes = ((70, 6, 32, 0), (40, 0, 0, 0), (33, 4, 16, 40))
+    shapes = ((70, 6, 32, 0), (40, 0, 0, 0), (33, 4, 16, 40), (30, 512, 0, 0))
     linears = [
         random_linear(
             LinearSpec(
@@ -34,7 +34,7 @@ def test_stacked_layer_is_its_linears_stacked(codebook: str) -> None:
     ]
     stacked = stack_linears([linear.plain for linear in linears])
     assert torch.equal(stacked.packed, torch.cat([pack_codes(linear.codes) for linear in linears]))
-    assert (stacked.spec.n, stacked.spec.k, stacked.spec.group_size) == (143, 96, 32)
+    assert (stacked.spec.n, stacked.spec.k, stacked.spec.group_size) == (173, 96, 32)
     sidecar = (stacked.u, stacked.v, stacked.gain)
     weight = dequantize_layer(stacked.spec, stacked.packed, stacked.scale, sidecar)
     expected = torch.cat([dequantize(linear) for linear in linears])

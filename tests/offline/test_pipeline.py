@@ -240,6 +240,20 @@ def test_scales_in_two_levels(
         assert torch.equal(loaded[f"{name}.weight"], restored.read(f"{name}.weight"))
 
 
+def test_ranks_over_128(tmp_path: Path, tiny_qwen2: Path, tiny_recipe: Recipe) -> None:
+    """More than these matrices have: valid all the same, of the version that allows it."""
+    out = tmp_path / "out"
+    quantize(tiny_qwen2, out, tiny_recipe.override({"sidecar": {"rank": 130, "num_bits": 4}}))
+    assert validate_against_architecture(out) == []
+    checkpoint = Checkpoint(out)
+    assert checkpoint.config.version == "1.1"
+    assert {spec.rank for spec in checkpoint.linears.values()} == {130}
+    loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    restored = ShardedReader(restore(out, tmp_path / "dense"))
+    for name in checkpoint.linears:
+        assert torch.equal(loaded[f"{name}.weight"], restored.read(f"{name}.weight"))
+
+
 def test_ignored_modules_stay_dense(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
     recipe = tiny_recipe.override(
         {"ignore": (r"re:.*\.down_proj$", "model.layers.0.self_attn.o_proj")}

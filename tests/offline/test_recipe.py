@@ -50,6 +50,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, name: str) -> None:
         (ALTERNATING + "allocation: {ranks: [0, 2]}", r"allocation\.target_bpw: Field required"),
         (ALTERNATING + "allocation: {target_bpw: 5, ranks: [0, 3]}", "must be even"),
         (ALTERNATING + "allocation: {target_bpw: 5, ranks: []}", "one or more"),
+        (ALTERNATING + "allocation: {target_bpw: 5, ranks: [0, 514]}", "less than or equal to 512"),
         (ALTERNATING + "allocation: {target_bpw: 5, group_sizes: [128]}", "group_sizes"),
         ("method: gptq", "method: expected published or alternating, got 'gptq'"),
         ("[1]", "not valid YAML"),

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints with scales in two levels (format 1.1), served as transformers loads them."""
+"""Checkpoints of format 1.1, served as transformers loads them.
+
+Scales in two levels, and ranks over 128.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -28,8 +31,8 @@ def test_served_as_by_transformers(
     scheme = partial(make_scheme, group_size=group_size, codebook=codebook, scale_bits=bits)
     schemes = {
         "default": scheme("Linear", rank=3),
-        "q": scheme(r"re:.*\.q_proj$", rank=4),
-        "k": scheme(r"re:.*\.k_proj$", rank=2, num_bits=4),
+        "q": scheme(r"re:.*\.q_proj$", rank=131),
+        "k": scheme(r"re:.*\.k_proj$", rank=130, num_bits=4),
         "v": scheme(r"re:.*\.v_proj$"),
     }
     dense = write_dense(tmp_path / "dense", "llama", dtype=torch.float16)

@@ -54,7 +54,7 @@ def row(config: SvskConfig) -> torch.nn.Module:
 LAYERS: dict[str, tuple[Make, list[tuple[int, int, int]]]] = {  # rows, rank and bits of each part
     "column": (column, [(96, 8, 4)]),
     "merged": (merged, [(96, 4, 8), (160, 6, 4)]),
-    "qkv": (qkv, [(128, 8, 8), (64, 2, 4), (64, 0, 8)]),
+    "qkv": (qkv, [(128, 131, 8), (64, 130, 4), (64, 0, 8)]),
     "row": (row, [(96, 3, 8)]),
     "no sidecar": (merged, [(96, 0, 8), (160, 0, 8)]),
 }

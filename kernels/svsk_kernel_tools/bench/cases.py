@@ -82,6 +82,8 @@ _SMALL: Final = (
     ),
     Case("parts of different ranks, tiles and bits", 512, _MIXED, (1, 33, 65), bias=True),
     Case("tiles longer than a job", 4608, (Part(200, 16, 8, 0, 0),), (1, 33, 100)),
+    Case("rank 512 over the whole matrix", 4608, (Part(200, 512, 4, 0, 0),), (1, 33, 100)),
+    Case("rank 131 over the whole matrix", 512, (Part(100, 131, 8, 0, 0),), (1, 64), _HALF),
     Case(
         "row scales, groups of 16",
         1024,

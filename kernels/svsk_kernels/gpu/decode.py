@@ -146,9 +146,10 @@ def decode_kernel(
                 acc += tl.dot(q3, x3) * s3.to(tl.float32)
     if row_scale is not None:  # once per row: after all products
         acc *= tl.load(row_scale + offs_n).to(tl.float32)[:, None]
-    # sidecar and bias count once: the last split adds them
-    if split == SPLIT_K - 1:
-        if SIDECAR_BITS:
+    # the sidecar: dealt out to the splits from the last on, as far as there are z columns at all
+    if SIDECAR_BITS:
+        share = SPLIT_K - 1 - split
+        if share * 32 < z_stride:
             if PDL:  # z comes from the kernel launched just before; all above ran beside it
                 tl.extra.cuda.gdc_wait()
             acc = add_sidecar(
@@ -162,11 +163,14 @@ def decode_kernel(
                 u,
                 z,
                 z_used,
+                share,
                 SIDECAR_BITS,
                 DTYPE,
+                SPLIT_K,
             )
-        if HAS_BIAS:
-            acc += tl.load(bias + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[:, None]
+    # the bias counts once
+    if HAS_BIAS and split == SPLIT_K - 1:
+        acc += tl.load(bias + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[:, None]
     # to memory: tokens are the rows of y
     out = tl.trans(acc)
     mask = (offs_m < m)[:, None] & (offs_n < n)[None, :]

@@ -112,7 +112,20 @@ def gemm_kernel(
     # epilogue: U z, bias, and tokens as the rows of y
     if SIDECAR_BITS:
         acc = add_sidecar(
-            acc, offs_n, offs_m, m, n_padded, z_stride, row_table, u, z, z_used, SIDECAR_BITS, DTYPE
+            acc,
+            offs_n,
+            offs_m,
+            m,
+            n_padded,
+            z_stride,
+            row_table,
+            u,
+            z,
+            z_used,
+            0,
+            SIDECAR_BITS,
+            DTYPE,
+            1,
         )
     if HAS_BIAS:
         acc += tl.load(bias + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[:, None]

@@ -19,7 +19,13 @@ from svsk_kernels.gpu.repack_base import (
     pack_scale_codes,
     plane_length,
 )
-from svsk_kernels.gpu.repack_sidecar import PlanarSidecar, Tiles, pack_sidecar
+from svsk_kernels.gpu.repack_sidecar import (
+    MAX_U_BYTES,
+    PlanarSidecar,
+    Tiles,
+    pack_sidecar,
+    u_bytes,
+)
 from svsk_kernels.gpu.tuning import GROUP_SIZES, Gpu, choice_for, choices_for
 from svsk_kernels.layer_kernel import LayerSpec
 
@@ -75,6 +81,12 @@ class SvskMatmul:
             return False, f"groups of {spec.group_size}, the kernels take sizes of {sizes}"
         if spec.k % spec.group_size:
             return False, f"{spec.k} columns per rank, no whole groups of {spec.group_size}"
+        size = 0 if spec.plan is None else u_bytes(spec.plan, spec.factor_bits)
+        if size > MAX_U_BYTES:
+            return False, (
+                f"the sidecar's U takes {size} bytes, the kernels address {MAX_U_BYTES}: quantise"
+                " with a smaller rank or wider tiles"
+            )
         try:
             import triton
         except ImportError:

@@ -303,10 +303,12 @@ def add_sidecar(
     u,  # uint8, flat
     z,  # [M, z columns] bf16 or fp16
     z_used,  # uint8 [z columns]: 0 in padding
+    share,  # which of SHARES this program adds
     BITS: tl.constexpr,  # of the factors: 8 or 4
     DTYPE: tl.constexpr,  # of the matrix products
+    SHARES: tl.constexpr,  # programs among which the z columns are dealt out, 32 at a time
 ):
-    """``acc + U z`` for a block of rows, [BLOCK_N, BLOCK_M].
+    """``acc`` and a share of ``U z`` for a block of rows, [BLOCK_N, BLOCK_M].
 
     The rows may belong to several slots, or to none.
 
@@ -321,7 +323,7 @@ def add_sidecar(
     z_row = z + offs_m.to(tl.int64)[None, :] * z_stride
     # all z columns that any of these rows takes, 32 at a time: what 16 bytes of 4-bit factors hold.
     # A row's factors are zero outside its own columns
-    for start in range(tl.min(first), tl.max(last), 32):
+    for start in range(tl.min(first) + share * 32, tl.max(last), 32 * SHARES):
         column = start // 16 * 16  # says so to the compiler
         if BITS == 8:
             columns = column + tl.arange(0, 32)

@@ -30,10 +30,12 @@ from svsk_kernels.tile_grid import ceil_div
 
 __all__ = [
     "MAX_JOB_COLUMNS",
+    "MAX_U_BYTES",
     "V_ROWS",
     "PlanarSidecar",
     "Tiles",
     "pack_sidecar",
+    "u_bytes",
     "v_pitch",
     "z_alignment",
 ]
@@ -47,6 +49,9 @@ MAX_JOB_COLUMNS: Final = 2048
 
 Longer tiles are split and summed in order.
 """
+
+MAX_U_BYTES: Final = 2**31 - 1
+"""Size of a layer's U: the kernels address it with 32 bits."""
 
 _V_HALF: Final = 64
 """Distance in columns of the two 4-bit V factors in a byte."""
@@ -148,6 +153,12 @@ def _place(plan: SidecarPlan, num_bits: int) -> list[_PlacedSlot]:
         placed.append(_PlacedSlot(index, slot, tiles, v_row, z, z_stop))
         z = z_stop
     return placed
+
+
+def u_bytes(plan: SidecarPlan, num_bits: int) -> int:
+    """Bytes of all rows of U, padding included; at most :data:`MAX_U_BYTES`."""
+    rows = ((p.slot.rows.stop - p.slot.rows.start, p) for p in _place(plan, num_bits))
+    return sum(height * (p.z_stop - p.z_start) * num_bits // 8 for height, p in rows)
 
 
 def _v_rows(plan: SidecarPlan) -> list[int]:

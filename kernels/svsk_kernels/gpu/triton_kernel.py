@@ -40,7 +40,7 @@ class TritonKernel:
     @staticmethod
     def obstacle(spec: LayerSpec, device: torch.device) -> str | None:
         """Why the kernels do not take a layer; None when they do."""
-        works, reason = SvskMatmul.can_implement(spec, device)
+        works, reason = SvskMatmul.can_implement(_packable(spec), device)
         return None if works else reason
 
     def prepare(self, layer: Any) -> None:

@@ -15,6 +15,7 @@ from svsk_offline.quantizers.hessian import ColumnOrder
 from svsk_offline.quantizers.lowrank import truncated_svd
 from svsk_offline.quantizers.rounding import nearest_levels
 from svsk_offline.recipe import AllocationArgs, AlternatingArgs
+from svsk_offline.recipe_sections import ranks_that_pay
 from svsk_vllm.format import Codebook, ConfigGroup, LinearSpec, WeightArgs
 from svsk_vllm.format.group_scales import GroupScales, ScaleBits
 
@@ -43,7 +44,7 @@ class CurveSettings:
         tile_n: columns of a sidecar's tile, 0 for all.
         scales: see :class:`AlternatingArgs`.
         damping: see :class:`AlternatingArgs`.
-        rank: the largest that may be chosen.
+        rank: the largest that may be chosen; None for the largest that pays in a matrix.
         bases: group sizes and scale bits that may be chosen; those that do not fit a matrix are
             left out of its curve.
         scale_dtype: stored dtype of scales.
@@ -54,7 +55,7 @@ class CurveSettings:
     tile_n: int
     scales: Literal["search", "absmax"]
     damping: float
-    rank: int
+    rank: int | None
     bases: tuple[tuple[int, ScaleBits], ...]
     scale_dtype: torch.dtype
 
@@ -73,7 +74,7 @@ class CurveSettings:
             scheme.sidecar.tile_n,
             args.scales,
             args.damping,
-            max(allocation.ranks),
+            None if allocation.ranks is None else max(allocation.ranks),
             tuple(product(allocation.group_sizes, allocation.scale_bits)),
             scale_dtype,
         )
@@ -118,7 +119,7 @@ class ErrorCurve:
         for base in product(allocation.group_sizes, allocation.scale_bits):
             if spec.k % base[0]:
                 continue
-            for rank in allocation.ranks:
+            for rank in allocation.ranks_for(spec.grid):
                 for bits in allocation.factor_bits if rank else allocation.factor_bits[:1]:
                     scheme = scheme_with(spec.scheme, base, rank, bits)
                     stored = replace(spec, scheme=scheme).stored_bits
@@ -167,7 +168,8 @@ def measure_curve(
     reference = _rounding_error(weight, scale, order.importance, row_energy, codebook)
     n, k = weight.shape
     grid = TileGrid(n, k, settings.tile_m, settings.tile_n)
-    shares = _rank_shares(residual, hessian, measured, row_energy, grid, settings.rank)
+    rank = max(ranks_that_pay(grid)) if settings.rank is None else settings.rank
+    shares = _rank_shares(residual, hessian, measured, row_energy, grid, rank)
     ratios = {}
     for base in settings.bases:
         if k % base[0]:

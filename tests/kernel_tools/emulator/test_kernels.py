@@ -127,6 +127,13 @@ CASES = (
         "tiles longer than a job", 17, 4352, (Part(40, 16, 8, 0, 0),), {"block_m": 32, "split_k": 4}
     ),
     Case(
+        "rank 160 of 4 bits over the whole matrix, split",
+        5,
+        512,
+        (Part(70, 160, 4, 0, 0),),
+        {"split_k": 2},
+    ),
+    Case(
         "gemm",
         100,
         256,
@@ -247,6 +254,7 @@ def test_split_products_in_every_order(arch: int) -> None:
     [
         ((Part(100, 32, 4, 48, 128),), "quad8", False),
         ((Part(130, 24, 8, 64, 96),), "int4", False),
+        ((Part(70, 132, 4, 0, 0),), "int4", False),
         ((Part(128),), "quad8", False),
         ((Part(100, 24, 8, 64, 96),), "quad8", True),
     ],

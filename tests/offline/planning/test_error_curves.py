@@ -4,7 +4,10 @@
 import pytest
 import torch
 
+from svsk_kernels.tile_grid import TileGrid
 from svsk_offline.calibration import InputStatistics
+from svsk_offline.planning.bit_budget import allocate
+from svsk_offline.planning.error_curves import scheme_with
 from svsk_offline.quantizers.alternating import (
     PreparedInput,
     output_error,
@@ -58,6 +61,46 @@ def test_losses_fall_as_they_do_in_fact(tile_m: int, tile_n: int) -> None:
             real = 0.5 * output_error(w - dequantize(linear), found.hessian, rows)
             assert 0.5 < choice.loss / real < 2
             assert choice.stored_bits == stored.stored_bits
+
+
+def test_large_ranks_are_chosen_where_they_pay() -> None:
+    """Their losses are those of quantising with them, and a budget that has the room takes one."""
+    n, k = 320, 384
+    w, found = weight(n, k), statistics(k, 2000)
+    rows = torch.ones(n)
+    spec = LinearSpec("m", n, k, make_group(tile_m=0, tile_n=0, num_bits=4))
+    args = AlternatingArgs(rounds=1)
+    allocation = AllocationArgs(target_bpw=8, ranks=(0, 128, 160, 256), group_sizes=(64,))
+    choices = choices_of(w, found.hessian, rows, spec, args, allocation)
+    losses = [choice.loss for choice in choices]
+    assert losses == sorted(losses, reverse=True)
+    target = choices[2].stored_bits / spec.num_weights + 0.1
+    assert allocate({"m": choices}, {"m": 0}, target, spec.num_weights)["m"] is choices[2]
+    stored = LinearSpec("m", n, k, scheme_with(spec.scheme, choices[2].base, 160, 4))
+    linear = quantize_alternating(w, PreparedInput(found, args), stored)
+    real = 0.5 * output_error(w - dequantize(linear), found.hessian)
+    assert 0.5 < choices[2].loss / real < 2
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "tiles", "largest"),
+    [
+        (4095, 20_000, (0, 0), 128),
+        (4096, 4096, (0, 0), 256),
+        (14_336, 5120, (0, 0), 320),
+        (8192, 8192, (0, 0), 512),
+        (50_000, 50_000, (0, 0), 512),
+        (8192, 8192, (512, 1024), 128),
+        (8192, 8192, (9000, 4096), 256),
+    ],
+)
+def test_ranks_over_128_only_for_large_tiles(
+    n: int, k: int, tiles: tuple[int, int], largest: int
+) -> None:
+    """And those that a recipe names for all."""
+    grid = TileGrid(n, k, *tiles)
+    assert max(AllocationArgs(target_bpw=5).ranks_for(grid)) == largest
+    assert AllocationArgs(target_bpw=5, ranks=(0, 300)).ranks_for(grid) == (0, 300)
 
 
 @pytest.mark.parametrize("tile", [0, 32])
