@@ -7,7 +7,7 @@ import torch
 from svsk_kernels.tile_grid import TileGrid
 from svsk_offline.calibration import InputStatistics
 from svsk_offline.planning.bit_budget import allocate
-from svsk_offline.planning.error_curves import scheme_with
+from svsk_offline.planning.error_curves import CurveSettings, measure_curve, scheme_with
 from svsk_offline.quantizers.alternating import (
     PreparedInput,
     output_error,
@@ -101,6 +101,16 @@ def test_ranks_over_128_only_for_large_tiles(
     grid = TileGrid(n, k, *tiles)
     assert max(AllocationArgs(target_bpw=5).ranks_for(grid)) == largest
     assert AllocationArgs(target_bpw=5, ranks=(0, 300)).ranks_for(grid) == (0, 300)
+
+
+def test_small_matrices_are_measured_up_to_rank_128() -> None:
+    w, found = weight(16, 64), statistics(64)
+    spec = LinearSpec("m", 16, 64, make_group(tile_m=0, tile_n=0, num_bits=4))
+    allocation, args = AllocationArgs(target_bpw=5, group_sizes=(64,)), AlternatingArgs(rounds=1)
+    settings = CurveSettings.of(spec.scheme, args, allocation, spec.scale_dtype)
+    curve = measure_curve(w, found.hessian, torch.ones(16), settings)
+    assert len(curve.shares) == 128
+    assert max(choice.rank for choice in curve.choices(spec, 1, allocation)) == 128
 
 
 @pytest.mark.parametrize("tile", [0, 32])
