@@ -114,6 +114,17 @@ def quantize(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Module to leave alone: name or re:pattern.")
     ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(help="Output head: int8, svsk (4 bits and a sidecar) or dense."),
+    ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(help="Embedding table: int8, dense, or auto (as the head where it is tied)."),
+    ] = None,
+    budget_includes: Annotated[
+        list[str] | None, typer.Option(help="head: its bits count in --target-bpw.")
+    ] = None,
     calibration: CalibrationText = None,
     chat_template: ChatTemplate = False,
     samples: Samples = None,
@@ -161,6 +172,9 @@ def quantize(
     if target_bpw or loaded.target_bpw:
         budget["group_sizes"] = (group_size,) if group_size else None
         budget["scale_bits"] = (scale_bits,) if scale_bits else None
+        budget["includes"] = tuple(budget_includes) if budget_includes else None
+    elif budget_includes:
+        raise SvskError("--budget-includes: there is no bit budget. Give one with --target-bpw.")
     chosen = loaded.override(
         {
             "weights": {
@@ -176,6 +190,7 @@ def quantize(
                 "sequential": sequential,
             },
             "allocation": budget,
+            "tables": {"head": head, "embedding": embedding},
             "ignore": tuple(ignore or ()),
         }
     )

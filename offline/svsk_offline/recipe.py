@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.recipe_sections import (
@@ -25,6 +25,7 @@ from svsk_offline.recipe_sections import (
     GradientArgs,
     PublishedArgs,
     SinkArgs,
+    TableArgs,
 )
 from svsk_vllm.format import SidecarArgs, WeightArgs
 from svsk_vllm.format.config import Strict, matches
@@ -40,6 +41,7 @@ __all__ = [
     "PublishedRecipe",
     "Recipe",
     "SinkArgs",
+    "TableArgs",
     "load_recipe",
     "parse_recipe",
     "recipe_names",
@@ -66,6 +68,14 @@ class _Recipe(Strict):
     sidecar: SidecarArgs = SidecarArgs(rank=16)
     calibration: CalibrationArgs = CalibrationArgs()
     ignore: tuple[str, ...] = USUAL_IGNORE
+    tables: TableArgs = TableArgs()
+
+    @field_validator("weights")
+    @classmethod
+    def _four_bits(cls, value: WeightArgs) -> WeightArgs:
+        if value.num_bits != 4:
+            raise ValueError(f"codebook {value.codebook} {_EIGHT_BITS}")
+        return value
 
     @classmethod
     def checked(cls, raw: Mapping[str, Any], source: str) -> Self:
@@ -103,7 +113,10 @@ class _Recipe(Strict):
     def idle(self) -> dict[str, str]:
         """Keys whose value changes nothing, by ``section.key``, and why."""
         keys = ("sidecar.tile_m", "sidecar.tile_n", "sidecar.num_bits", f"{self.method}.ridge")
-        return {} if self.largest_rank else dict.fromkeys(keys, _NO_SIDECAR)
+        idle = {} if self.largest_rank else dict.fromkeys(keys, _NO_SIDECAR)
+        if self.tables.head != "svsk":
+            idle["tables.rank"] = f"with tables.head {self.tables.head}"
+        return idle
 
     def override(self, changes: Mapping[str, Mapping[str, Any] | tuple[str, ...]]) -> Self:
         """A copy with some values replaced and checked again; None leaves a value as it is.
@@ -216,6 +229,7 @@ _METHODS: Final[dict[str, type[Recipe]]] = {
     "published": PublishedRecipe,
     "alternating": AlternatingRecipe,
 }
+_EIGHT_BITS: Final = "has 8 bits, which only tables.head and tables.embedding may have"
 _NO_SIDECAR: Final = "at rank 0, which has no sidecar"
 _CHOSEN: Final = "under a bit budget, which chooses it per matrix"
 

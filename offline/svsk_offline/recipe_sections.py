@@ -16,6 +16,7 @@ __all__ = [
     "GradientArgs",
     "PublishedArgs",
     "SinkArgs",
+    "TableArgs",
     "ranks_that_pay",
 ]
 
@@ -115,7 +116,8 @@ def ranks_that_pay(grid: TileGrid) -> tuple[int, ...]:
 class AllocationArgs(Strict):
     """What is chosen per matrix under a budget of bits per weight.
 
-    Every group size comes with every ``scale_bits``.
+    Every group size comes with every ``scale_bits``. With ``includes: [head]`` the output head's
+    bits and weights count in ``target_bpw``.
 
     Attributes:
         ranks: None for those of :meth:`ranks_for`.
@@ -126,6 +128,7 @@ class AllocationArgs(Strict):
     factor_bits: tuple[Literal[4, 8], ...] = (4,)
     group_sizes: tuple[Literal[16, 32, 64], ...] = (64, 32)
     scale_bits: tuple[ScaleBits, ...] = (16,)
+    includes: tuple[Literal["head"], ...] = ()
 
     @field_validator("ranks", "factor_bits", "group_sizes", "scale_bits")
     @classmethod
@@ -150,6 +153,24 @@ class AllocationArgs(Strict):
     def ranks_for(self, grid: TileGrid) -> tuple[int, ...]:
         """What a matrix may be given: the ranks of the recipe, or those that can pay."""
         return ranks_that_pay(grid) if self.ranks is None else self.ranks
+
+
+class TableArgs(Strict):
+    """How the embedding table and the output head are stored.
+
+    ``int8`` rounds to 8 bits, a scale for 64 weights: near lossless. ``svsk`` runs the recipe's
+    quantiser on the head, with the Hessian of the final norm's output.
+
+    Attributes:
+        head: of the output head.
+        embedding: of the table. ``auto`` is ``int8``, or ``dense`` beside a dense head; where the
+            model ties the two it is what the head is, and they are stored once.
+        rank: of the sidecar of a head ``svsk``, over the whole matrix, with 4-bit factors.
+    """
+
+    head: Literal["int8", "svsk", "dense"] = "dense"
+    embedding: Literal["auto", "int8", "dense"] = "auto"
+    rank: int = Field(default=32, ge=0, le=MAX_RANK, multiple_of=2)
 
 
 class CalibrationArgs(Strict):

@@ -21,9 +21,11 @@ from svsk_offline.calibration import (
 from svsk_offline.calibration.held_out import held_out_last, measure_outputs
 from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import bases_alone, check_servable
+from svsk_offline.planning.tables import QuantizedTables, plan_tables
 from svsk_offline.precision import block_dtype, full_float32
 from svsk_offline.quantizers.alternating import last_one_kept
 from svsk_offline.quantizers.quantize_linear import quantize_linear
+from svsk_offline.quantizers.quantize_tables import quantize_tables
 from svsk_offline.recipe import USUAL_IGNORE, AlternatingRecipe, Recipe
 from svsk_offline.storage.atomic import PartialFolder, write_json
 from svsk_offline.storage.checkpoint_writer import CheckpointWriter
@@ -61,12 +63,13 @@ class QuantizationResult:
 
     folder: Path
     layers: list[LayerReport]
+    tables: list[LayerReport] = field(default_factory=list)  # embedding and output head
     block_seconds: list[float] = field(default_factory=list)
     plan_seconds: float = 0.0  # spent measuring gradients and error curves
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits of all quantised linears over their weights."""
+        """Stored bits of the blocks' quantised linears over their weights."""
         return bits_per_weight(self.layers)
 
 
@@ -101,8 +104,10 @@ class Run:
         self.recipe = self._for_bases_alone(recipe)
         self.alternating = self.recipe if isinstance(self.recipe, AlternatingRecipe) else None
         self.allocation = self.alternating.allocation if self.alternating else None
+        self.tables = plan_tables(source, self.recipe, scale_dtype, progress.message)
         self.config = self._uniform_config({})  # without text, for the checks that come before it
         self._check_targets()
+        self.planned = self._after_head(self.recipe)
         drawn = texts()  # only now: it takes time
         self.texts, self.held_out = held_out_last(drawn)
         self.config = self._uniform_config({**drawn.describe(), "held_out": self.held_out})
@@ -126,12 +131,13 @@ class Run:
             self.scale_dtype,
             self.config.producer[FINGERPRINT_KEY],
         )
-        layers, seconds = self._write_blocks(writer, plan)
+        layers, tables, seconds = self._write_blocks(writer, plan)
         if self.allocation is not None:
-            self.config = self.config.model_copy(update={"config_groups": plan.groups()})
-        writer.finish(self.config, layers, self.progress.message)
+            groups = plan.groups() | self.tables.groups
+            self.config = self.config.model_copy(update={"config_groups": groups})
+        writer.finish(self.config, layers, tables, self.progress.message)
         out = self.folder.commit()
-        return QuantizationResult(out, layers, seconds, planned)
+        return QuantizationResult(out, layers, list(tables.reports), seconds, planned)
 
     def _for_bases_alone(self, recipe: Recipe) -> Recipe:
         """A recipe whose budget is for bases alone, where vLLM serves a model without sidecars."""
@@ -142,6 +148,17 @@ class Run:
             self.progress.message(f"Bases alone share the bit budget: {reason}")
             return recipe.override({"sidecar": {"rank": 0}, "allocation": {"ranks": (0,)}})
         return recipe
+
+    def _after_head(self, recipe: Recipe) -> Recipe:
+        """A recipe whose budget is what the output head leaves, where it counts in it."""
+        if self.allocation is None or not self.allocation.includes:
+            return recipe
+        linears = self.source.block_linears()
+        weights = sum(linears[name].weight.numel() for name in self.schemes)
+        left = self.tables.budget_left(self.allocation.target_bpw, weights)
+        self.progress.message(f"The head leaves {left:.4f} bits per weight to the blocks' linears")
+        allocation = self.allocation.model_copy(update={"target_bpw": left})
+        return recipe.model_copy(update={"allocation": allocation})
 
     def _fingerprint(self) -> str:
         """What tells this run's shards from others'; the same for the same inputs."""
@@ -174,7 +191,10 @@ class Run:
         ]
         ignore = dict.fromkeys((*ignored, *self.source.other_linears()))
         return SvskCheckpointConfig(
-            config_groups={"group_0": group}, ignore=tuple(ignore), producer=producer
+            config_groups={"group_0": group} | self.tables.groups,
+            ignore=tuple(self.tables.left(ignore)),
+            embedding=self.tables.embedding,
+            producer=producer,
         )
 
     def _check_targets(self) -> None:
@@ -239,7 +259,7 @@ class Run:
         plan = make_plan(
             self.source,
             self.schemes,
-            self.recipe,
+            self.planned,
             self.texts.first(len(self.texts.tokens) - self.held_out),
             self.device,
             self.scale_dtype,
@@ -253,7 +273,7 @@ class Run:
 
     def _write_blocks(
         self, writer: CheckpointWriter, plan: Plan
-    ) -> tuple[list[LayerReport], list[float]]:
+    ) -> tuple[list[LayerReport], QuantizedTables, list[float]]:
         compute = block_dtype(self.device)
         scratch = self.folder.path
         runner = BlockRunner(
@@ -287,9 +307,12 @@ class Run:
                 layers += reports
                 seconds.append(time.perf_counter() - started)
                 self.progress.block(index + 1, len(self.blocks))
+            tables = quantize_tables(self.tables, runner, self.texts.tokens, self.recipe)
         finally:
             runner.close()
-        return layers, seconds
+        for report in tables.reports:
+            self.progress.layer(report)
+        return layers, tables, seconds
 
     def _write_block(
         self,

@@ -85,8 +85,9 @@ def match_model(
         names: of parameters, by stored name.
 
     Raises:
-        SvskFormatError: a quantised weight has no ``torch.nn.Linear`` to go to, a tensor has the
-            wrong shape, a linear the config targets is stored dense, or is not stored.
+        SvskFormatError: a quantised weight has no ``torch.nn.Linear`` to go to, a table no
+            ``torch.nn.Embedding``, a tensor has the wrong shape, a linear the config targets is
+            stored dense, or is not stored.
     """
     parameters = model.state_dict()
     owners = {name: type(module) for name, module in model.named_modules()}
@@ -96,15 +97,12 @@ def match_model(
         target = names[f"{module}.{WEIGHT_PACKED}"].targets[0]
         if target not in parameters:
             homeless.append(module)
-        elif not issubclass(owners[_owner(target)], torch.nn.Linear) or target in tied:
-            what = (
-                "tied to another"
-                if target in tied
-                else f"part of a {owners[_owner(target)].__name__}"
-            )
-            problems.append(
-                f"{module}: stored quantised, but {target} is {what}, not a plain torch.nn.Linear"
-            )
+        elif what := _not_taken(
+            owners[_owner(target)],
+            is_table=checkpoint.config.is_embedding(module),
+            tied=target in tied,
+        ):
+            problems.append(f"{module}: stored quantised, but {target} is {what}")
         elif tuple(parameters[target].shape) != (spec.n, spec.k):
             problems.append(
                 f"{module}: stored as {[spec.n, spec.k]}, {target} is"
@@ -120,6 +118,19 @@ def match_model(
     if problems:
         raise SvskFormatError(listed(sorted(problems)))
     return specs
+
+
+def _not_taken(owner: type, *, is_table: bool, tied: bool) -> str | None:
+    """What is in the way of a quantised weight in a module; None if nothing is.
+
+    A table may be the head as well: transformers ties the two once the table is there.
+    """
+    kind = torch.nn.Embedding if is_table else torch.nn.Linear
+    if tied and not is_table:
+        return "tied to another, not a plain torch.nn.Linear"
+    if not issubclass(owner, kind):
+        return f"part of a {owner.__name__}, not a plain torch.nn.{kind.__name__}"
+    return None
 
 
 def _unfilled_problems(

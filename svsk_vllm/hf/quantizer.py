@@ -8,10 +8,11 @@ dtype, then cast to the dtype asked for. It is the reference for quality and for
 implementations, not a way to save memory or time.
 
 No module of the model is replaced. A weight converter collects the stored tensors of each quantised
-linear while transformers loads, and yields the ``weight`` of a plain ``torch.nn.Linear``, so device
-maps, offloading and ``save_pretrained`` see an ordinary model. What the checkpoint stores is
-compared with its config and with the model before anything is loaded, because transformers only
-warns about weights that it leaves at random values.
+linear while transformers loads, and yields the ``weight`` of a plain ``torch.nn.Linear`` (of a
+``torch.nn.Embedding`` for a quantised table, tied to its head as ever), so device maps, offloading
+and ``save_pretrained`` see an ordinary model. What the checkpoint stores is compared with its
+config and with the model before anything is loaded, because transformers only warns about weights
+that it leaves at random values.
 """
 
 from collections.abc import Mapping

@@ -21,10 +21,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from svsk_kernels.codebook import code_bits
 from svsk_vllm.format import (
     Checkpoint,
     Codebook,
     ConfigGroup,
+    EmbeddingArgs,
     LinearSpec,
     QuantizedLinear,
     ShardedReader,
@@ -46,6 +48,7 @@ TILE_N: Final = 96
 VOCAB: Final = 320
 PAD, EOS, BOS = 256, 257, 258
 SIDECAR_FRACTION: Final = 0.05
+EMBEDDING: Final = "model.embed_tokens"
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,12 @@ def scheme(
     """A config group for the targets, with misaligned tiles unless told otherwise."""
     return ConfigGroup(
         targets=targets,
-        weights=WeightArgs(group_size=group_size, codebook=codebook, scale_bits=scale_bits),
+        weights=WeightArgs(
+            num_bits=code_bits(codebook),
+            group_size=group_size,
+            codebook=codebook,
+            scale_bits=scale_bits,
+        ),
         sidecar=SidecarArgs.model_validate(
             {"rank": rank, "num_bits": num_bits, "tile_m": tile_m, "tile_n": tile_n}
         ),
@@ -237,6 +245,18 @@ def default_schemes() -> dict[str, ConfigGroup]:
     }
 
 
+def table_schemes(head: Codebook | None, embedding: Codebook | None) -> dict[str, ConfigGroup]:
+    """Schemes of an output head and an embedding table: 8 bits, or 4 with a sidecar."""
+
+    def of(target: str, codebook: Codebook) -> ConfigGroup:
+        if codebook == "int8":
+            return scheme(target, codebook=codebook)
+        return scheme(target, codebook=codebook, group_size=32, scale_bits=6, rank=4, num_bits=4)
+
+    schemes = {} if head is None else {"head": of("lm_head", head)}
+    return schemes if embedding is None else schemes | {"embedding": of(EMBEDDING, embedding)}
+
+
 def write_random_svsk(
     dense: Path,
     out: Path,
@@ -244,6 +264,7 @@ def write_random_svsk(
     schemes: Mapping[str, ConfigGroup] | None = None,
     ignore: Collection[str] = ("lm_head",),
     linears: Collection[str] | None = None,
+    embedding: EmbeddingArgs | None = None,
     shards: int = 1,
     seed: int = 0,
 ) -> Path:
@@ -258,6 +279,7 @@ def write_random_svsk(
         ignore: ignore list of the config.
         linears: names of the linears to quantise, by default every ``torch.nn.Linear`` that gets a
             scheme.
+        embedding: the table to quantise too, by a scheme that names it.
         shards: 1 for ``model.safetensors``, more for that many shards (tensors dealt in turn) and
             an index.
         seed: of the sidecar.
@@ -266,10 +288,14 @@ def write_random_svsk(
         ``out``.
     """
     config = SvskCheckpointConfig(
-        config_groups=dict(schemes or default_schemes()), ignore=tuple(ignore)
+        config_groups=dict(schemes or default_schemes()),
+        ignore=tuple(ignore),
+        embedding=embedding,
     )
     reader = ShardedReader(dense)
-    names = linear_names(dense) if linears is None else linears
+    names = {*(linear_names(dense) if linears is None else linears)}
+    if embedding is not None:
+        names.add(embedding.module)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for name in reader.names:
@@ -313,7 +339,7 @@ def round_with_sidecar(
     absmax = (grouped.abs().amax(dim=-1) / levels[-1]).clamp(min=1e-6)
     scale = spec.scales.round(absmax, spec.scales.row_scale(absmax)).to(weight.dtype)
     nearest = torch.bucketize(grouped / scale.float().unsqueeze(-1), (levels[1:] + levels[:-1]) / 2)
-    codes = (nearest - 8).to(torch.int8).view(n, k)
+    codes = (nearest - len(levels) // 2).to(torch.int8).view(n, k)
     if not spec.rank:
         return QuantizedLinear(spec, codes, scale)
     rows, cols, r = spec.grid.num_row_tiles, spec.grid.num_col_tiles, spec.rank

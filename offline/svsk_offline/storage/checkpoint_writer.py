@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from svsk_kernels.errors import SvskError
+from svsk_offline.planning.tables import QuantizedTables
 from svsk_offline.storage.atomic import write_index, write_json, write_tensors, write_text
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.layer_report import LayerReport
@@ -99,32 +100,43 @@ class CheckpointWriter:
         return linears
 
     def finish(
-        self, config: SvskCheckpointConfig, layers: list[LayerReport], say: Callable[[str], None]
+        self,
+        config: SvskCheckpointConfig,
+        layers: list[LayerReport],
+        tables: QuantizedTables,
+        say: Callable[[str], None],
     ) -> None:
         """Write what is outside the blocks, the index, the config, the other files and the card.
 
         ``say`` is told of files that are left out.
         """
         schemes = {
-            layer.name: scheme for layer in layers if (scheme := config.scheme_for(layer.name))
+            layer.name: scheme
+            for layer in (*layers, *tables.reports)
+            if (scheme := config.scheme_for(layer.name))
         }
+        replaced = {table.stored for table in tables.plan.tables}
         outside = {
             self.source.map.output_name(name): self._dense(name)
             for name in self.source.outside_tensors()
+            if name not in replaced
         }
+        for table in tables.linears:
+            outside |= table.to_tensors()
         self._write(self.shard_path(0), outside, schemes_metadata(schemes))
         shards = (self.shard_path(number).name for number in range(len(self.blocks) + 1))
         write_index(self.folder, shards)
         model = {
             key: value
-            for key, value in self.source.output_config.items()
+            for key, value in self.source.output_config(untied=tables.plan.untied).items()
             if key not in ("dtype", "torch_dtype")
         }
         model["dtype"] = str(self.scale_dtype).removeprefix("torch.")
         write_json(self.folder / "config.json", declared(model, config))
         copy_side_files(self.source.folder, self.folder, say, code=self.source.trust_remote_code)
         write_text(
-            self.folder / "README.md", model_card(Origin.of(self.source.folder), config, layers)
+            self.folder / "README.md",
+            model_card(Origin.of(self.source.folder), config, layers, tables.reports),
         )
 
     def _write(

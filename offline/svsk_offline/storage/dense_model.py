@@ -245,10 +245,13 @@ class ModelSource:
         ]
         return list(dict.fromkeys([*names, *(self.stored_module(name) for name in names), *spare]))
 
-    @property
-    def output_config(self) -> dict[str, Any]:
-        """config.json for these tensors: it does not tie what the stored values do not."""
-        if not self.map.untied:
+    def output_config(self, *, untied: bool = False) -> dict[str, Any]:
+        """config.json for these tensors: it does not tie what the stored values do not.
+
+        Args:
+            untied: embedding and head are stored apart although the model ties them.
+        """
+        if not self.map.untied and not untied:
             return self.config_dict
         config = {**self.config_dict, "tie_word_embeddings": False}
         if isinstance(text := config.get("text_config"), dict):

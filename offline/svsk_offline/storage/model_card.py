@@ -42,7 +42,7 @@ With transformers (dequantised when loaded): `import svsk_vllm.hf`, then \
 ## Error by layer kind
 
 Squared error of the layers' outputs over their squares, {tokens}, mean \
-over the blocks.
+over the blocks.{tables}
 
 | layer | layers | bits per weight | base alone | with sidecar |
 | --- | --- | --- | --- | --- |
@@ -107,18 +107,24 @@ def _card_metadata(path: Path) -> dict[str, Any]:
         return {}
 
 
-def model_card(origin: Origin, config: SvskCheckpointConfig, layers: Sequence[LayerReport]) -> str:
+def model_card(
+    origin: Origin,
+    config: SvskCheckpointConfig,
+    layers: Sequence[LayerReport],
+    tables: Sequence[LayerReport] = (),
+) -> str:
     """Markdown with Hugging Face metadata.
 
     Args:
         origin: the original model.
         config: of the checkpoint.
-        layers: reports of the quantised linears, at least one.
+        layers: reports of the quantised linears of the blocks, at least one.
+        tables: of embedding and output head, where they are quantised.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     kinds: dict[str, list[LayerReport]] = {}
-    for layer in layers:
+    for layer in (*layers, *tables):
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
     rows = []
     for kind, reports in kinds.items():
@@ -136,6 +142,9 @@ def model_card(origin: Origin, config: SvskCheckpointConfig, layers: Sequence[La
         samples=calibration["samples"],
         seq_len=calibration["seq_len"],
         rows="\n".join(rows),
+        tables=" The bits per weight above are the blocks'; embedding and head come on top."
+        if tables
+        else "",
         tokens="on calibration tokens that were held out"
         if all(layer.held_out_tokens for layer in layers)
         else "on the calibration tokens that were fitted",

@@ -178,7 +178,7 @@ class TensorMap:
             self.sources[target] = of_source
         elif of_target is not None and of_source is None:
             self.sources[source] = of_target
-            if (better := self._name_for(source)) is not None:
+            if (better := self.name_for(source)) is not None:
                 self._output[of_target] = better
         elif of_target is not None and of_source is not None and of_target != of_source:
             if equal(of_target, of_source):
@@ -187,7 +187,7 @@ class TensorMap:
             elif target not in self.untied:
                 self.untied.append(target)
 
-    def _name_for(self, parameter: str) -> str | None:
+    def name_for(self, parameter: str) -> str | None:
         """A name by which transformers finds a parameter in this folder; None if it is unclear.
 
         The names of its neighbours tell how the folder names things.

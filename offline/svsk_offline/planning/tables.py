@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of a model's embedding table and output head are quantised, and under which names."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from svsk_kernels.errors import SvskError
+from svsk_offline.recipe import Recipe, TableArgs
+from svsk_offline.storage.dense_model import ModelSource
+from svsk_offline.storage.layer_report import LayerReport
+from svsk_vllm.format import (
+    ConfigGroup,
+    EmbeddingArgs,
+    LinearSpec,
+    QuantizedLinear,
+    SidecarArgs,
+    WeightArgs,
+)
+from svsk_vllm.format.config import matches
+
+__all__ = ["QuantizedTables", "Table", "TablePlan", "plan_tables"]
+
+_GROUP_SIZES: Final = (64, 32, 16)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A matrix outside the decoder blocks that is quantised.
+
+    Attributes:
+        spec: with the name it has in the checkpoint.
+        stored: the dense tensor in the folder.
+        is_embedding: whether it is looked up by row.
+    """
+
+    spec: LinearSpec
+    stored: str
+    is_embedding: bool
+
+    @property
+    def group(self) -> ConfigGroup:
+        """The scheme, for this matrix alone."""
+        return self.spec.scheme
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """What becomes of embedding and head.
+
+    Attributes:
+        tables: those that are quantised.
+        tied: whether the quantised embedding is the head as well.
+        untied: whether the model's one table becomes two in the checkpoint.
+    """
+
+    tables: tuple[Table, ...] = ()
+    tied: bool = False
+    untied: bool = False
+
+    @property
+    def groups(self) -> dict[str, ConfigGroup]:
+        """Config groups of the tables."""
+        return {"embedding" if t.is_embedding else "head": t.group for t in self.tables}
+
+    @property
+    def embedding(self) -> EmbeddingArgs | None:
+        """What config.json says of the table."""
+        names = [table.spec.name for table in self.tables if table.is_embedding]
+        return EmbeddingArgs(module=names[0], tied=self.tied) if names else None
+
+    def left(self, ignore: Iterable[str]) -> list[str]:
+        """Ignore entries without those that name a table.
+
+        Raises:
+            SvskError: a pattern matches one.
+        """
+        names = {table.spec.name for table in self.tables}
+        kept = [entry for entry in ignore if entry not in names]
+        for name in names:
+            if hit := next((entry for entry in kept if matches(name, (entry,))), None):
+                raise SvskError(
+                    f"--ignore {hit}: matches {name}, which --head and --embedding decide on. Say"
+                    " --head dense --embedding dense, or narrow the pattern."
+                )
+        return kept
+
+    def budget_left(self, target_bpw: float, linears: int) -> float:
+        """Bits per weight that a budget for linears and head leaves to the linears.
+
+        Args:
+            target_bpw: of both.
+            linears: weights of the linears.
+
+        Raises:
+            SvskError: the head is dense.
+        """
+        head = self.multiplied
+        if head is None:
+            raise SvskError(
+                "--budget-includes head: the head stays dense, 16 bits per weight. Quantise it"
+                " (--head), or leave it out of the budget."
+            )
+        bits = target_bpw * (linears + head.spec.num_weights) - head.spec.stored_bits
+        return bits / linears
+
+    @property
+    def multiplied(self) -> Table | None:
+        """The quantised matrix that logits are computed with."""
+        return next((t for t in self.tables if not t.is_embedding or self.tied), None)
+
+
+@dataclass(frozen=True)
+class QuantizedTables:
+    """Embedding and head as they are stored, in the order of the plan's tables."""
+
+    plan: TablePlan
+    linears: tuple[QuantizedLinear, ...] = ()
+    reports: tuple[LayerReport, ...] = ()
+
+
+def plan_tables(
+    source: ModelSource,
+    recipe: Recipe,
+    scale_dtype: torch.dtype,
+    message: Callable[[str], None] = lambda text: None,
+) -> TablePlan:
+    """Decide on embedding and head.
+
+    Args:
+        source: the dense model.
+        recipe: says how each is stored.
+        scale_dtype: stored dtype of scales.
+        message: told what cannot be as the recipe says, and of a table that is stored twice.
+
+    Raises:
+        SvskError: embedding and head are one matrix and cannot be stored apart in that way.
+        SvskFormatError: a matrix does not fit its scheme.
+    """
+    args = recipe.tables
+    model: Any = source.model
+    lookup, output = model.get_input_embeddings(), model.get_output_embeddings()
+    head_name = _weight(source, output) if isinstance(output, nn.Linear) else None
+    table_name = _weight(source, lookup) if isinstance(lookup, nn.Embedding) else None
+    head = args.head
+    if head != "dense" and head_name is None:
+        message(
+            f"The output head stays dense: {type(model).__name__} has none that is one stored"
+            " matrix."
+        )
+        head = "dense"
+    embedding = _embedding(args, head)
+    if embedding != "dense" and table_name is None:
+        message(
+            f"The embedding stays dense: {type(model).__name__} has none that is one stored matrix."
+        )
+        embedding = "dense"
+    names = source.map.sources
+    if head_name and table_name and names[head_name] == names[table_name]:
+        return _plan_tied(source, recipe, head, scale_dtype, table_name, head_name, message)
+    tables = []
+    for parameter, kind in ((table_name, embedding), (head_name, head)):
+        if parameter is not None and kind != "dense":
+            stored = names[parameter]
+            tables.append(
+                _table(
+                    source,
+                    stored,
+                    stored,
+                    kind,
+                    recipe,
+                    scale_dtype,
+                    is_embedding=parameter == table_name,
+                )
+            )
+    return TablePlan(tuple(tables))
+
+
+def _plan_tied(
+    source: ModelSource,
+    recipe: Recipe,
+    head: str,
+    scale_dtype: torch.dtype,
+    table_name: str,
+    head_name: str,
+    message: Callable[[str], None],
+) -> TablePlan:
+    """One table for both uses, or an 8-bit table beside a 4-bit head."""
+    stored = source.map.sources[table_name]
+    name = source.map.output_name(stored)
+    embedding = recipe.tables.embedding
+    if embedding in ("auto", head):
+        if head == "dense":
+            return TablePlan()
+        table = _table(source, stored, name, head, recipe, scale_dtype, is_embedding=True)
+        return TablePlan((table,), tied=True)
+    if (head, embedding) != ("svsk", "int8"):
+        raise SvskError(
+            f"--head {head} --embedding {embedding}: embedding and head of {source.folder} are one"
+            f" matrix. Leave --embedding out, or say --embedding {head}."
+        )
+    own = source.map.name_for(head_name)
+    if own is None:
+        raise SvskError(
+            f"{source.folder}: the head is tied to {name} and has no name of its own, so it cannot"
+            " be stored apart. Leave --embedding out."
+        )
+    table = _table(source, stored, name, embedding, recipe, scale_dtype, is_embedding=True)
+    second = _table(source, stored, own, head, recipe, scale_dtype, is_embedding=False)
+    message(
+        f"Embedding and head are one matrix in the model and two in the checkpoint:"
+        f" {table.spec.bits_per_weight:.2f} and {second.spec.bits_per_weight:.2f} bits per weight"
+    )
+    return TablePlan((table, second), untied=True)
+
+
+def _embedding(args: TableArgs, head: str) -> str:
+    if args.embedding != "auto":
+        return args.embedding
+    return "dense" if head == "dense" else "int8"
+
+
+def _weight(source: ModelSource, module: nn.Module) -> str | None:
+    """Parameter name of a module's weight, where it is one stored tensor."""
+    for name, candidate in source.model.named_modules():
+        if candidate is module and f"{name}.weight" in source.map.sources:
+            return f"{name}.weight"
+    return None
+
+
+def _table(
+    source: ModelSource,
+    stored: str,
+    name: str,
+    kind: str,
+    recipe: Recipe,
+    scale_dtype: torch.dtype,
+    *,
+    is_embedding: bool,
+) -> Table:
+    n, k = source.tensors.describe(stored).shape
+    module = name.removesuffix(".weight")
+    if kind == "int8":
+        group_size = next((size for size in _GROUP_SIZES if k % size == 0), _GROUP_SIZES[-1])
+        group = ConfigGroup(
+            targets=(module,),
+            weights=WeightArgs(num_bits=8, codebook="int8", group_size=group_size),
+        )
+    else:
+        # Of the whole matrix: tensor parallelism then cuts U by rows, and V is copied.
+        side = SidecarArgs(rank=recipe.tables.rank, tile_m=0, tile_n=0, num_bits=4)
+        group = ConfigGroup(targets=(module,), weights=recipe.weights, sidecar=side)
+    return Table(LinearSpec(module, n, k, group, scale_dtype), stored, is_embedding)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantising a model's embedding table and output head."""
+
+import math
+import time
+from typing import Final
+
+import torch
+
+from svsk_offline.calibration.block_runner import BlockRunner
+from svsk_offline.calibration.head_input import collect_head_input
+from svsk_offline.calibration.held_out import OutputErrors
+from svsk_offline.planning.tables import QuantizedTables, TablePlan
+from svsk_offline.quantizers.eight_bits import round_to_eight_bits
+from svsk_offline.quantizers.quantize_linear import quantize_linear
+from svsk_offline.recipe import PublishedRecipe, Recipe
+from svsk_vllm.format import QuantizedLinear, dequantize
+
+__all__ = ["quantize_tables"]
+
+_ROWS: Final = 8192
+"""Of a table whose error is measured at a time."""
+
+
+def quantize_tables(
+    plan: TablePlan, runner: BlockRunner, tokens: torch.Tensor, recipe: Recipe
+) -> QuantizedTables:
+    """Quantise what the plan says, and measure it.
+
+    The error of a head is that of its output on the held-out tokens; the error of a table that is
+    only looked up is that of its rows, each counting the same.
+
+    Args:
+        plan: the tables.
+        runner: past the last block.
+        tokens: the calibration samples, int64 [samples, tokens].
+        recipe: of a head that is quantised as linears are.
+
+    Raises:
+        SvskError: a table holds values that cannot be stored, or statistics cannot be used.
+    """
+    if not plan.tables:
+        return QuantizedTables(plan)
+    linears, reports = [], []
+    full = not isinstance(recipe, PublishedRecipe)
+    fitted, measured = (
+        collect_head_input(runner, tokens, full=full) if plan.multiplied else (None, None)
+    )
+    held_out = runner.held_out * tokens.shape[1]
+    for table in plan.tables:
+        started = time.perf_counter()
+        spec = table.spec
+        weight = runner.source.tensors.read(table.stored)
+        if spec.scheme.weights.num_bits == 8:
+            linear = round_to_eight_bits(weight, spec)
+        else:
+            assert fitted is not None, "only what is multiplied with is quantised to 4 bits"
+            linear = quantize_linear(
+                spec.name, weight.to(runner.device), fitted, recipe, spec.scheme, spec.scale_dtype
+            )
+        seconds = time.perf_counter() - started
+        moment = None
+        if measured is not None and table is plan.multiplied:
+            moment = measured.hessian.cpu()
+        errors = _errors(weight, linear, moment, held_out if moment is not None else 0)
+        linears.append(linear)
+        reports.append(errors.report(spec, seconds))
+    return QuantizedTables(plan, tuple(linears), tuple(reports))
+
+
+def _errors(
+    weight: torch.Tensor, linear: QuantizedLinear, moment: torch.Tensor | None, tokens: int
+) -> OutputErrors:
+    """Errors under a second moment [K, K] of the input; None for inputs that are rows' numbers."""
+    whole, base = dequantize(linear), dequantize(linear, with_sidecar=False)
+    signal = energy = missed = without = noise = 0.0
+    for start in range(0, len(weight), _ROWS):
+        part = slice(start, start + _ROWS)
+        dense = weight[part].float().cpu()
+        signal += float(dense.square().sum())
+        noise += float((dense - whole[part]).square().sum())
+        energy += _energy(dense, moment)
+        missed += _energy(dense - whole[part], moment)
+        without += _energy(dense - base[part], moment)
+    unit = energy or 1.0
+    sqnr = 10 * math.log10(signal / noise) if noise and signal else math.inf
+    return OutputErrors(without / unit, missed / unit, sqnr, tokens)
+
+
+def _energy(rows: torch.Tensor, moment: torch.Tensor | None) -> float:
+    return float((rows.square() if moment is None else (rows @ moment) * rows).double().sum())
