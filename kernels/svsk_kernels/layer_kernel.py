@@ -3,14 +3,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
 from svsk_kernels.codebook import Codebook
 from svsk_kernels.sidecar_plan import SidecarPlan
 
-__all__ = ["LayerKernel", "LayerSpec", "replace_parameters"]
+__all__ = ["LayerKernel", "LayerSpec", "TableKernel", "replace_parameters"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class LayerSpec:
 
     A loaded layer has these parameters, which :meth:`LayerKernel.prepare` reads:
 
-    - ``weight_packed``: int32 [n, k / 8], codes as in the checkpoint;
+    - ``weight_packed``: int32 [n, k / 8], of codebook ``int8`` [n, k / 4], codes as in the
+      checkpoint;
     - ``weight_scale``: ``dtype`` [n, k / group_size], the scale of each group;
     - with ``row_scaled``, ``weight_scale`` is int8 instead and ``weight_row_scale`` is ``dtype``
       [n, 1]: a group's scale is the product of the two, exact in ``dtype``
@@ -36,6 +37,7 @@ class LayerSpec:
     plan: SidecarPlan | None = None  # None: no sidecar
     factor_bits: Literal[4, 8] = 8  # 4 when no part's factors have more
     row_scaled: bool = False  # scales of two levels: an integer per group times a value per row
+    lookup: bool = False  # an embedding table: rows of the weight are looked up too
 
 
 class LayerKernel(Protocol):
@@ -53,6 +55,22 @@ class LayerKernel(Protocol):
         """``x W_hat^T + bias``.
 
         [M, n] from [M, k], both of the layer's dtype, with a prepared layer.
+        """
+
+
+@runtime_checkable
+class TableKernel(LayerKernel, Protocol):
+    """A kernel that can also look up rows of a prepared layer whose spec says ``lookup``."""
+
+    def rows(self, layer: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of ``W_hat``, rounded once to the layer's dtype.
+
+        Args:
+            layer: prepared.
+            ids: int64 [M], each below ``n``.
+
+        Returns:
+            [M, k] of the layer's dtype.
         """
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 import svsk_kernels.cpu.widened_op  # noqa: F401 - registers svsk::widened_linear
-from svsk_kernels.codebook import code_values, unpack_nibbles
+from svsk_kernels.codebook import code_values, unpack_codes_of
 from svsk_kernels.cpu.processor import product_dtype
 from svsk_kernels.group_scales import expand_scales
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
@@ -62,6 +62,11 @@ class ReferenceKernel:
         y: torch.Tensor = torch.ops.svsk.widened_linear(x, layer.weight)
         return (y if bias is None else y + bias).to(x.dtype)
 
+    def rows(self, layer: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Rows [M, K] of the weight, of the layer's dtype."""
+        found: torch.Tensor = layer.weight[ids]
+        return found
+
 
 def dequantize_layer(
     spec: LayerSpec,
@@ -73,7 +78,7 @@ def dequantize_layer(
 
     Args:
         spec: the layer.
-        packed: int32 [N, K / 8].
+        packed: int32 [N, K / 8], of codebook ``int8`` [N, K / 4].
         scale: floating [N, K / g], the scale of each group: expanded where ``spec.row_scaled``.
         sidecar: flat ``u`` and ``v``, int8, and ``gain``, float32, in the plan's order; None for
             none.
@@ -81,7 +86,7 @@ def dequantize_layer(
     Returns:
         float32 [N, K].
     """
-    levels = code_values(unpack_nibbles(packed), spec.codebook)
+    levels = code_values(unpack_codes_of(packed, spec.codebook), spec.codebook)
     groups = levels.view(spec.n, -1, spec.group_size) * scale.float().unsqueeze(-1)
     weight = groups.view(spec.n, spec.k)
     if spec.plan is not None and sidecar is not None:

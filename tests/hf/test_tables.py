@@ -62,9 +62,7 @@ def test_loaded_as_restored(
 def test_a_table_that_config_json_does_not_name_is_refused(tmp_path: Path) -> None:
     svsk = with_tables(tmp_path, "qwen2", None, "int8")
     edit_json(svsk / "config.json", lambda c: c["quantization_config"].pop("embedding"))
-    with pytest.raises(
-        SvskFormatError, match=r"model\.embed_tokens: stored quantised, but it"
-    ):
+    with pytest.raises(SvskFormatError, match=r"model\.embed_tokens: stored quantised, but it"):
         load(svsk)
 
 

@@ -126,6 +126,7 @@ def _fake(
     index: torch.Tensor | None,
     n: int,
     group_size: int,
+    code_bits: int,
     quad8: bool,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], n)

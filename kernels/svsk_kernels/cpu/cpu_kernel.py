@@ -8,7 +8,7 @@ Run-time tensors; a *block* is 16 outputs (N is padded to whole blocks), a *pair
 inputs:
 
 - codes: uint8, [blocks, K / 2, 16]: a byte holds both codes of a pair for one output, the first in
-  the low nibble;
+  the low nibble; of 8 bits [blocks, K, 16], two's complement;
 - scale: [blocks, K / group, 16], int8 where rows have scales: row_scale, [blocks, 1, 16];
 - U and V: bfloat16 *panels* [pairs, 16, 2]. A V panel is 16 ranks of one column tile. A U panel is
   one block's rows of one slot (zero for the block's other rows) times the slot's ranks in all
@@ -26,9 +26,12 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 
+from svsk_kernels.codebook import code_bits, unpack_bytes
 from svsk_kernels.cpu.build import cpu_ops_obstacle
+from svsk_kernels.group_scales import expand_scales
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.sidecar_plan import SidecarPlan
+from svsk_kernels.table_rows import TableRows
 
 __all__ = ["CpuKernel", "cpu_ops_obstacle"]
 
@@ -51,6 +54,8 @@ class CpuKernel:
         if obstacle:
             raise RuntimeError(f"svsk::cpu_linear cannot be used: {obstacle}")
         self.spec = spec
+        self.bits = code_bits(spec.codebook)
+        self.table = TableRows(spec)
         self.names = (
             ("sidecar_u", "sidecar_v", "sidecar_gain", "sidecar_index") if spec.plan else ()
         )
@@ -67,8 +72,11 @@ class CpuKernel:
 
     def prepare(self, layer: Any) -> None:
         """Rearrange the loaded parameters, see the module; ``sidecar_index`` is added."""
+        self.table.keep(layer)
+        packed = layer.weight_packed.data
+        stored = unpack_bytes(packed) if self.bits == 8 else packed
         tensors = {
-            "weight_packed": _blocks(layer.weight_packed.data.view(torch.uint8)),
+            "weight_packed": _blocks(stored.view(torch.uint8)),
             "weight_scale": _blocks(layer.weight_scale.data),
         }
         if self.spec.row_scaled:
@@ -90,9 +98,23 @@ class CpuKernel:
             *sidecar,
             self.spec.n,
             self.spec.group_size,
+            self.bits,
             self.spec.codebook == "quad8",
         )
         return y
+
+    def rows(self, layer: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Rows [M, K] of ``W_hat``, of the layer's dtype."""
+        block, lane = ids // _LANES, ids % _LANES
+        codes = layer.weight_packed[block, :, lane]
+        if self.bits == 8:
+            codes = codes.view(torch.int8)
+        else:
+            codes = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1).to(torch.int8) - 8
+        scale = layer.weight_scale[block, :, lane]
+        if self.spec.row_scaled:
+            scale = expand_scales(scale, layer.weight_row_scale[block, :, lane])
+        return self.table(layer, ids, codes, scale)
 
 
 def _blocks(rows: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@
 //
 // Checkpoint                          Run time (cpu_kernel.py); a block is 16 outputs
 // weight_packed  int32 [N, K / 8]     codes  uint8 [blocks, K / 2, 16]: two neighbours in K a byte
+//   8 bits: int32 [N, K / 4]            int8 [blocks, K, 16]
 // weight_scale   [N, K / group]       scale  [blocks, K / group, 16], int8 where rows have scales
 // weight_row_scale  [N, 1]            row_scale  [blocks, 1, 16]
 // sidecar_u      int8 [N, B, r]       u      bfloat16 panels [pairs, 16 outputs, 2] of a slot
@@ -68,6 +69,18 @@ __m512bh decode(const uint8_t* codes, __m512i table) {
       _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
   return as_pairs(
       _mm512_permutexvar_epi16(_mm512_or_si512(wide, _mm512_slli_epi32(wide, 12)), table));
+}
+
+// 32 bytes, codes of 8 bits of 16 outputs and two inputs, to 32 bfloat16 levels: those of the first
+// input in the even lanes. Such a level has 8 significant bits, so that the upper half of the float
+// is all of it.
+__m512bh decode_bytes(const uint8_t* codes) {
+  const auto level = [](const uint8_t* p) {
+    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw)));
+  };
+  return as_pairs(
+      _mm512_or_si512(_mm512_srli_epi32(level(codes), 16), level(codes + kLanes)));
 }
 
 template <typename T>
@@ -185,7 +198,7 @@ struct Base {
   const uint8_t* codes;
   const at::Tensor& scale;
   const std::optional<at::Tensor>& row_scale;  // given where scales are int8
-  int64_t k, group;
+  int64_t k, group, bits;
   __m512i table;
 };
 
@@ -290,14 +303,15 @@ struct Job {
 };
 
 // One block: y = base + bias + U z for the rows [m_begin, m_end). Scales of groups are of the type
-// S: X, or int8 with a scale per output.
-template <typename X, int T, typename S>
+// S: X, or int8 with a scale per output; codes have Bits bits.
+template <typename X, int T, typename S, int Bits>
 void compute_block(const Job<X>& job, int64_t block, int64_t m_begin, int64_t m_end) {
   const Base& base = job.base;
   const Sidecar& s = job.sidecar;
   const int64_t n0 = block * kLanes, count = std::min(kLanes, job.n - n0),
                 groups = base.k / base.group;
-  const uint8_t* codes = base.codes + block * base.k * kLanes / 2;
+  constexpr int64_t kPairBytes = kLanes * Bits / 4;
+  const uint8_t* codes = base.codes + block * base.k / 2 * kPairBytes;
   const S* scale = base.scale.const_data_ptr<S>() + block * groups * kLanes;
   const Vec start = job.bias ? load_some(job.bias + n0, count) : _mm512_setzero_ps();
   constexpr bool kRowScaled = !std::is_same_v<S, X>;
@@ -312,9 +326,13 @@ void compute_block(const Job<X>& job, int64_t block, int64_t m_begin, int64_t m_
     // are a multiple of 8, so of C
     for (int64_t g = 0; g < groups; ++g) {
       acc.clear();
-      const uint8_t* first = codes + g * base.group / 2 * kLanes;
-      multiply<M, C, T>(acc, job.x, m0, g * base.group, base.group / 2,
-                        [&](int64_t p) { return decode(first + p * kLanes, base.table); });
+      const uint8_t* first = codes + g * base.group / 2 * kPairBytes;
+      multiply<M, C, T>(acc, job.x, m0, g * base.group, base.group / 2, [&](int64_t p) {
+        if constexpr (Bits == 8)
+          return decode_bytes(first + p * kPairBytes);
+        else
+          return decode(first + p * kPairBytes, base.table);
+      });
       const Vec factor = load16(scale + g * kLanes);
       for (int m = 0; m < M; ++m) out[m] = _mm512_fmadd_ps(acc.total(m), factor, out[m]);
     }
@@ -403,10 +421,12 @@ at::Tensor run(const at::Tensor& x, const Base& base, const X* bias, const Sidec
   }
   by_tasks(m, chunk, (n + kLanes - 1) / kLanes, work,
            [&](int64_t block, int64_t begin, int64_t end) {
-             if (base.row_scale)
-               compute_block<X, T, int8_t>(job, block, begin, end);
+             if (base.bits == 8)
+               compute_block<X, T, X, 8>(job, block, begin, end);
+             else if (base.row_scale)
+               compute_block<X, T, int8_t, 4>(job, block, begin, end);
              else
-               compute_block<X, T, X>(job, block, begin, end);
+               compute_block<X, T, X, 4>(job, block, begin, end);
            });
   return y;
 }
@@ -416,14 +436,14 @@ at::Tensor cpu_linear(const at::Tensor& x_any, const at::Tensor& codes, const at
                       const std::optional<at::Tensor>& bias_any, const std::optional<at::Tensor>& u,
                       const std::optional<at::Tensor>& v, const std::optional<at::Tensor>& gain,
                       const std::optional<at::Tensor>& index, int64_t n, int64_t group_size,
-                      bool quad8) {
+                      int64_t code_bits, bool quad8) {
   TORCH_CHECK(x_any.dim() == 2, "svsk::cpu_linear: x has ", x_any.dim(), " dimensions, expected 2");
   const auto scale_type = (row_scale ? *row_scale : scale).scalar_type();
   TORCH_CHECK(scale_type == x_any.scalar_type(), "svsk::cpu_linear: x is ", x_any.scalar_type(),
               ", the scales are ", scale_type, ": cast x to the layer's dtype");
   const int64_t blocks = (n + kLanes - 1) / kLanes, k = x_any.size(1);
   TORCH_CHECK(
-      codes.numel() * 2 == blocks * kLanes * k && scale.numel() * group_size == blocks * kLanes * k,
+      codes.numel() * 8 == blocks * kLanes * k * code_bits && scale.numel() * group_size == blocks * kLanes * k,
       "svsk::cpu_linear: x has ", k, " columns, which does not fit ", codes.numel(),
       " bytes of codes for ", n, " outputs");
   const at::Tensor x = x_any.contiguous();
@@ -432,8 +452,10 @@ at::Tensor cpu_linear(const at::Tensor& x_any, const at::Tensor& codes, const at
                : std::nullopt;
   TORCH_CHECK(!row_scale || row_scale->numel() == blocks * kLanes, "svsk::cpu_linear: ",
               row_scale ? row_scale->numel() : 0, " row scales for ", n, " outputs");
-  const Base base{codes.const_data_ptr<uint8_t>(), scale,      row_scale,
-                  k,                               group_size, level_table(quad8)};
+  TORCH_CHECK(code_bits == 4 || (code_bits == 8 && !row_scale), "svsk::cpu_linear: codes of ",
+              code_bits, " bits", row_scale ? " with row scales" : "");
+  const Base base{codes.const_data_ptr<uint8_t>(), scale,     row_scale, k, group_size,
+                  code_bits,                       level_table(quad8)};
   const Sidecar sidecar = u ? read_sidecar(*u, *v, *gain, *index) : Sidecar();
   if (x.scalar_type() == at::kBFloat16) {
     const auto* b = bias ? bias->const_data_ptr<c10::BFloat16>() : nullptr;
@@ -450,8 +472,8 @@ at::Tensor cpu_linear(const at::Tensor& x_any, const at::Tensor& codes, const at
 TORCH_LIBRARY_FRAGMENT(svsk, m) {
   m.def(
       "cpu_linear(Tensor x, Tensor codes, Tensor scale, Tensor? row_scale, Tensor? bias, "
-      "Tensor? u, Tensor? v, Tensor? gain, Tensor? index, int n, int group_size, bool quad8) "
-      "-> Tensor");
+      "Tensor? u, Tensor? v, Tensor? gain, Tensor? index, int n, int group_size, int code_bits, "
+      "bool quad8) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(svsk, CPU, m) { m.impl("cpu_linear", &cpu_linear); }

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 import svsk_kernels.cpu.widened_op  # noqa: F401 - registers svsk::widened_linear
-from svsk_kernels.codebook import code_values, unpack_nibbles
+from svsk_kernels.codebook import code_values, unpack_codes_of
 from svsk_kernels.group_scales import pop_scales
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.sidecar_op import prepare_sidecar
+from svsk_kernels.table_rows import TableRows
 
 __all__ = ["PortableKernel"]
 
-_PARTS = {"int4": 1, "quad8": 8}
+_PARTS = {"int4": 1, "quad8": 8, "int8": 1}
 """A level times this is a whole number that int8 holds."""
 
 
@@ -34,14 +35,16 @@ class PortableKernel:
     def __init__(self, spec: LayerSpec) -> None:
         self.spec = spec
         self.plan = spec.plan.encode() if spec.plan else []
+        self.table = TableRows(spec, "int8")  # the codes are levels, in units of the scales
 
     def prepare(self, layer: Any) -> None:
         """Replace the loaded parameters.
 
         ``weight_packed`` by int8 levels [N, K], the others by float32 tensors.
         """
+        self.table.keep(layer)
         parts = _PARTS[self.spec.codebook]
-        codes = unpack_nibbles(layer.weight_packed.data)
+        codes = unpack_codes_of(layer.weight_packed.data, self.spec.codebook)
         tensors = {
             "weight_packed": (code_values(codes, self.spec.codebook) * parts).to(torch.int8),
             "weight_scale": pop_scales(layer).float() / parts,
@@ -65,3 +68,7 @@ class PortableKernel:
         if bias is not None:
             y = y + bias
         return y.to(x.dtype)
+
+    def rows(self, layer: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Rows [M, K] of ``W_hat``, of the layer's dtype."""
+        return self.table(layer, ids, layer.weight_packed[ids], layer.weight_scale[ids])

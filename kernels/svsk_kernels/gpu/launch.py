@@ -27,6 +27,7 @@ __all__ = [
     "matmul_constants",
     "matmul_folded",
     "packed_matmul",
+    "product_type",
     "rows_at_a_time",
     "shrink",
     "shrink_constants",
@@ -146,11 +147,16 @@ class _Counters:
 counters: Final = _Counters()
 
 
+def product_type(dtype: torch.dtype) -> Any:
+    """Triton's dtype of matrix products: that of the activations, float32 in the interpreter."""
+    return tl.float32 if INTERPRETED else _TYPES[dtype]
+
+
 def _types(dtype: torch.dtype, asm: bool | None) -> dict[str, Any]:
     """Dtype of the products, and whether codes are unpacked by inline PTX."""
     native = not INTERPRETED and torch.version.hip is None
     return {
-        "DTYPE": tl.float32 if INTERPRETED else _TYPES[dtype],
+        "DTYPE": product_type(dtype),
         "ASM": native if asm is None else asm,
     }
 

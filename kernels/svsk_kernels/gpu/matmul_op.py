@@ -29,7 +29,7 @@ from svsk_kernels.gpu.repack_sidecar import (
 from svsk_kernels.gpu.tuning import GROUP_SIZES, Gpu, choice_for, choices_for
 from svsk_kernels.layer_kernel import LayerSpec
 
-__all__ = ["SvskMatmul", "gpu_of"]
+__all__ = ["SvskMatmul", "device_obstacle", "gpu_of"]
 
 _DTYPES: Final = (torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY: Final = 80
@@ -61,6 +61,24 @@ def gpu_of(device: torch.device) -> Gpu:
     )
 
 
+def device_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why kernels for activations of a dtype do not run on a device; None when they do."""
+    if dtype not in _DTYPES:
+        return f"activations are {dtype}, the kernels take bfloat16 and float16"
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST_TRITON:
+        return f"Triton {triton.__version__} is older than {'.'.join(map(str, _OLDEST_TRITON))}"
+    if device.type == "cuda":
+        if torch.version.hip is None and gpu_of(device).capability < _LEAST_CAPABILITY:
+            name, least = gpu_of(device).name, _LEAST_CAPABILITY / 10
+            return f"{name} is older than compute capability {least}"
+        return None
+    return None if triton.knobs.runtime.interpret else f"Triton has no backend for {device.type}"
+
+
 class SvskMatmul:
     """The kernels of one layer.
 
@@ -74,8 +92,8 @@ class SvskMatmul:
     @staticmethod
     def can_implement(spec: LayerSpec, device: torch.device) -> tuple[bool, str]:
         """Whether the kernels take such a layer, and if not, why not."""
-        if spec.dtype not in _DTYPES:
-            return False, f"activations are {spec.dtype}, the kernels take bfloat16 and float16"
+        if spec.codebook == "int8":
+            return False, "codes have 8 bits, the kernels take 4"
         if spec.group_size not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES))
             return False, f"groups of {spec.group_size}, the kernels take sizes of {sizes}"
@@ -87,28 +105,8 @@ class SvskMatmul:
                 f"the sidecar's U takes {size} bytes, the kernels address {MAX_U_BYTES}: quantise"
                 " with a smaller rank or wider tiles"
             )
-        try:
-            import triton
-        except ImportError:
-            return False, "Triton is not installed"
-        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST_TRITON:
-            return (
-                False,
-                f"Triton {triton.__version__} is older than {'.'.join(map(str, _OLDEST_TRITON))}",
-            )
-        if device.type == "cuda":
-            if torch.version.hip is None and gpu_of(device).capability < _LEAST_CAPABILITY:
-                return (
-                    False,
-                    (
-                        f"{gpu_of(device).name} is older than compute capability"
-                        f" {_LEAST_CAPABILITY / 10}"
-                    ),
-                )
-            return True, ""
-        if triton.knobs.runtime.interpret:
-            return True, ""
-        return False, f"Triton has no backend for {device.type}"
+        obstacle = device_obstacle(spec.dtype, device)
+        return obstacle is None, obstacle or ""
 
     def prepare(
         self,

@@ -28,6 +28,8 @@ __all__ = [
     "pack_scale",
     "pack_scale_codes",
     "plane_length",
+    "unpack_rows",
+    "unpack_scale_rows",
 ]
 
 ROW_PAD: Final = 128
@@ -125,3 +127,38 @@ def pack_row_scale(row_scale: torch.Tensor) -> torch.Tensor:
     stored = row_scale.new_zeros(ceil_div(n, ROW_PAD) * ROW_PAD)
     stored[:n] = row_scale[:, 0]
     return stored
+
+
+def unpack_rows(words: torch.Tensor, ids: torch.Tensor, k: int, plane: int) -> torch.Tensor:
+    """Codes of some rows of what :func:`pack_base` gives.
+
+    Args:
+        words: int16 [padded N, padded K / 4].
+        ids: int64 [M].
+        k: columns K.
+        plane: as it was packed with.
+
+    Returns:
+        int32 [M, K].
+    """
+    blocks = words[ids].to(torch.int32).unflatten(1, (-1, 1, plane))
+    shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=words.device).view(4, 1)
+    codes: torch.Tensor = ((blocks >> shifts) & 15) - 8
+    return codes.flatten(1)[:, :k]
+
+
+def unpack_scale_rows(
+    words: torch.Tensor, ids: torch.Tensor, groups: int, plane: int, group_size: int
+) -> torch.Tensor:
+    """Codes of scales of some rows of what :func:`pack_scale_codes` gives, int8 [M, groups].
+
+    Args:
+        words: int32, int16 or int8 [words of a row, padded N].
+        ids: int64 [M].
+        groups: of a row without its padding.
+        plane: as they were packed with.
+        group_size: likewise.
+    """
+    some = words[:, ids].unsqueeze(-1).contiguous().view(torch.uint8)  # [words, M, bytes]
+    codes: torch.Tensor = some.unflatten(0, (-1, max(1, plane // group_size))).permute(2, 0, 3, 1)
+    return (codes.flatten(1)[:, :groups].to(torch.int16) - 128).to(torch.int8)

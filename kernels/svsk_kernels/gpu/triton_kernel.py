@@ -7,8 +7,11 @@ from typing import Any, Final
 import torch
 
 from svsk_kernels.gpu.matmul_op import SvskMatmul
+from svsk_kernels.gpu.repack_base import plane_length, unpack_rows, unpack_scale_rows
 from svsk_kernels.gpu.repack_sidecar import PlanarSidecar, Tiles
+from svsk_kernels.group_scales import expand_scales
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
+from svsk_kernels.table_rows import TableRows
 
 __all__ = ["TritonKernel"]
 
@@ -33,6 +36,8 @@ class TritonKernel:
         if obstacle:
             raise ValueError(obstacle)
         self.matmul = SvskMatmul(_packable(spec))
+        self.table = TableRows(spec)
+        self.plane = plane_length(spec.k)
         self.names = _BASE | (_SIDECAR if spec.plan else {})
         if spec.row_scaled:
             self.names["row_scale"] = "weight_row_scale"
@@ -45,6 +50,7 @@ class TritonKernel:
 
     def prepare(self, layer: Any) -> None:
         """Replace the parameters by run-time tensors, compile what any number of rows may need."""
+        self.table.keep(layer)
         sidecar = (None, None, None)
         if self.matmul.spec.plan is not None:
             sidecar = (layer.sidecar_u.data, layer.sidecar_v.data, layer.sidecar_gain.data)
@@ -60,6 +66,19 @@ class TritonKernel:
         return self.matmul(
             x, {name: getattr(layer, stored) for name, stored in self.names.items()}, bias
         )
+
+    def rows(self, layer: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Rows [M, K] of ``W_hat``, of the layer's dtype."""
+        spec = self.matmul.spec
+        codes = unpack_rows(layer.weight_packed, ids, spec.k, self.plane)
+        groups = spec.k // spec.group_size
+        if spec.row_scaled:
+            words = layer.weight_scale
+            scale_codes = unpack_scale_rows(words, ids, groups, self.plane, spec.group_size)
+            scale = expand_scales(scale_codes, layer.weight_row_scale[ids].unsqueeze(1))
+        else:
+            scale = layer.weight_scale[:groups, ids].T
+        return self.table(layer, ids, codes, scale)
 
 
 def _packable(spec: LayerSpec) -> LayerSpec:
