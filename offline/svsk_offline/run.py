@@ -21,7 +21,7 @@ from svsk_offline.calibration import (
 from svsk_offline.calibration.held_out import held_out_last, measure_outputs
 from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import bases_alone, check_servable
-from svsk_offline.planning.tables import QuantizedTables, plan_tables
+from svsk_offline.planning.tables import QuantizedTables, after_head, plan_tables
 from svsk_offline.precision import block_dtype, full_float32
 from svsk_offline.quantizers.alternating import last_one_kept
 from svsk_offline.quantizers.quantize_linear import quantize_linear
@@ -107,7 +107,7 @@ class Run:
         self.tables = plan_tables(source, self.recipe, scale_dtype, progress.message)
         self.config = self._uniform_config({})  # without text, for the checks that come before it
         self._check_targets()
-        self.planned = self._after_head(self.recipe)
+        self.planned = after_head(source, self.recipe, self.tables, self.schemes, progress.message)
         drawn = texts()  # only now: it takes time
         self.texts, self.held_out = held_out_last(drawn)
         self.config = self._uniform_config({**drawn.describe(), "held_out": self.held_out})
@@ -148,17 +148,6 @@ class Run:
             self.progress.message(f"Bases alone share the bit budget: {reason}")
             return recipe.override({"sidecar": {"rank": 0}, "allocation": {"ranks": (0,)}})
         return recipe
-
-    def _after_head(self, recipe: Recipe) -> Recipe:
-        """A recipe whose budget is what the output head leaves, where it counts in it."""
-        if self.allocation is None or not self.allocation.includes:
-            return recipe
-        linears = self.source.block_linears()
-        weights = sum(linears[name].weight.numel() for name in self.schemes)
-        left = self.tables.budget_left(self.allocation.target_bpw, weights)
-        self.progress.message(f"The head leaves {left:.4f} bits per weight to the blocks' linears")
-        allocation = self.allocation.model_copy(update={"target_bpw": left})
-        return recipe.model_copy(update={"allocation": allocation})
 
     def _fingerprint(self) -> str:
         """What tells this run's shards from others'; the same for the same inputs."""

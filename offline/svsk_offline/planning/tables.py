@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which of a model's embedding table and output head are quantised, and under which names."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from svsk_kernels.errors import SvskError
-from svsk_offline.recipe import Recipe, TableArgs
+from svsk_offline.recipe import AlternatingRecipe, Recipe, TableArgs
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.layer_report import LayerReport
 from svsk_vllm.format import (
@@ -22,7 +23,7 @@ from svsk_vllm.format import (
 )
 from svsk_vllm.format.config import matches
 
-__all__ = ["QuantizedTables", "Table", "TablePlan", "plan_tables"]
+__all__ = ["QuantizedTables", "Table", "TablePlan", "after_head", "plan_tables"]
 
 _GROUP_SIZES: Final = (64, 32, 16)
 
@@ -87,25 +88,6 @@ class TablePlan:
                     " --head dense --embedding dense, or narrow the pattern."
                 )
         return kept
-
-    def budget_left(self, target_bpw: float, linears: int) -> float:
-        """Bits per weight that a budget for linears and head leaves to the linears.
-
-        Args:
-            target_bpw: of both.
-            linears: weights of the linears.
-
-        Raises:
-            SvskError: the head is dense.
-        """
-        head = self.multiplied
-        if head is None:
-            raise SvskError(
-                "--budget-includes head: the head stays dense, 16 bits per weight. Quantise it"
-                " (--head), or leave it out of the budget."
-            )
-        bits = target_bpw * (linears + head.spec.num_weights) - head.spec.stored_bits
-        return bits / linears
 
     @property
     def multiplied(self) -> Table | None:
@@ -177,6 +159,42 @@ def plan_tables(
                 )
             )
     return TablePlan(tuple(tables))
+
+
+def after_head(
+    source: ModelSource,
+    recipe: Recipe,
+    plan: TablePlan,
+    linears: Iterable[str],
+    message: Callable[[str], None],
+) -> Recipe:
+    """A recipe whose bit budget is what the output head leaves, where the head counts in it.
+
+    Args:
+        source: the dense model.
+        recipe: with a budget for the blocks' linears, or for them and the head.
+        plan: says how the head is stored.
+        linears: names of those that are quantised.
+        message: told what the head leaves.
+
+    Raises:
+        SvskError: the head is dense.
+    """
+    allocation = recipe.allocation if isinstance(recipe, AlternatingRecipe) else None
+    if allocation is None or not allocation.includes:
+        return recipe
+    head = plan.multiplied
+    if head is None:
+        raise SvskError(
+            "--budget-includes head: the head stays dense, 16 bits per weight. Quantise it"
+            " (--head), or leave it out of the budget."
+        )
+    shapes = (source.tensors.describe(f"{name}.weight").shape for name in linears)
+    weights = sum(math.prod(shape) for shape in shapes)
+    bits = allocation.target_bpw * (weights + head.spec.num_weights) - head.spec.stored_bits
+    message(f"The head leaves {bits / weights:.4f} bits per weight to the blocks' linears")
+    left = allocation.model_copy(update={"target_bpw": bits / weights})
+    return recipe.model_copy(update={"allocation": left})
 
 
 def _plan_tied(

@@ -144,22 +144,3 @@ def quantize_alternating(
             " round. Is the weight or an activation infinite?"
         )
     return best
-
-
-def last_one_kept() -> Callable[[InputStatistics, AlternatingArgs, float], PreparedInput]:
-    """:class:`PreparedInput`, made once for linears of one input that follow one another.
-
-    Only one is kept: its matrices are the largest a run has.
-    """
-    kept: dict[tuple[InputStatistics, AlternatingArgs, float], PreparedInput] = {}
-
-    def prepare(
-        statistics: InputStatistics, args: AlternatingArgs, sink_weight: float
-    ) -> PreparedInput:
-        key = statistics, args, sink_weight
-        if key not in kept:
-            kept.clear()  # before the next one is made
-            kept[key] = PreparedInput(*key)
-        return kept[key]
-
-    return prepare
