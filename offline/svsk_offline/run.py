@@ -21,14 +21,14 @@ from svsk_offline.calibration import (
 from svsk_offline.calibration.held_out import held_out_last, measure_outputs
 from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import bases_alone, check_servable
-from svsk_offline.planning.tables import QuantizedTables, after_head, plan_tables
+from svsk_offline.planning.tables import after_head, plan_tables
 from svsk_offline.precision import block_dtype, full_float32
+from svsk_offline.quantize_tables import quantize_tables
 from svsk_offline.quantizers.alternating import last_one_kept
 from svsk_offline.quantizers.quantize_linear import quantize_linear
-from svsk_offline.quantizers.quantize_tables import quantize_tables
 from svsk_offline.recipe import USUAL_IGNORE, AlternatingRecipe, Recipe
 from svsk_offline.storage.atomic import PartialFolder, write_json
-from svsk_offline.storage.checkpoint_writer import CheckpointWriter
+from svsk_offline.storage.checkpoint_writer import CheckpointWriter, QuantizedTables
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.layer_report import LayerReport, bits_per_weight
 from svsk_vllm.format import (

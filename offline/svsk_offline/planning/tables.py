@@ -12,18 +12,16 @@ from torch import nn
 from svsk_kernels.errors import SvskError
 from svsk_offline.recipe import AlternatingRecipe, Recipe, TableArgs
 from svsk_offline.storage.dense_model import ModelSource
-from svsk_offline.storage.layer_report import LayerReport
 from svsk_vllm.format import (
     ConfigGroup,
     EmbeddingArgs,
     LinearSpec,
-    QuantizedLinear,
     SidecarArgs,
     WeightArgs,
 )
 from svsk_vllm.format.config import matches
 
-__all__ = ["QuantizedTables", "Table", "TablePlan", "after_head", "plan_tables"]
+__all__ = ["Table", "TablePlan", "after_head", "plan_tables"]
 
 _GROUP_SIZES: Final = (64, 32, 16)
 
@@ -93,15 +91,6 @@ class TablePlan:
     def multiplied(self) -> Table | None:
         """The quantised matrix that logits are computed with."""
         return next((t for t in self.tables if not t.is_embedding or self.tied), None)
-
-
-@dataclass(frozen=True)
-class QuantizedTables:
-    """Embedding and head as they are stored, in the order of the plan's tables."""
-
-    plan: TablePlan
-    linears: tuple[QuantizedLinear, ...] = ()
-    reports: tuple[LayerReport, ...] = ()
 
 
 def plan_tables(

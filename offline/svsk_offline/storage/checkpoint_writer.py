@@ -3,7 +3,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from svsk_kernels.errors import SvskError
-from svsk_offline.planning.tables import QuantizedTables
 from svsk_offline.storage.atomic import write_index, write_json, write_tensors, write_text
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.layer_report import LayerReport
@@ -30,10 +29,27 @@ from svsk_vllm.format.fingerprint import FINGERPRINT_KEY, shard_fingerprint
 from svsk_vllm.format.seal import schemes_metadata
 from svsk_vllm.format.shards import read_json
 
-__all__ = ["CheckpointWriter"]
+__all__ = ["CheckpointWriter", "QuantizedTables"]
 
 _FLOAT32: Final = re.compile(r"(^|\.)(A_log|D|dt_bias|e_score_correction_bias|expert_bias)$")
 """Small vectors that vLLM's classes hold in float32 although transformers' do not say so."""
+
+
+@dataclass(frozen=True)
+class QuantizedTables:
+    """Embedding and output head as they are stored.
+
+    Attributes:
+        linears: those that are quantised.
+        reports: of each of them.
+        replaced: the dense tensors in whose place they are stored.
+        untied: whether the model's one table is stored as two.
+    """
+
+    linears: tuple[QuantizedLinear, ...] = ()
+    reports: tuple[LayerReport, ...] = ()
+    replaced: frozenset[str] = frozenset()
+    untied: bool = False
 
 
 class CheckpointWriter:
@@ -115,11 +131,10 @@ class CheckpointWriter:
             for layer in (*layers, *tables.reports)
             if (scheme := config.scheme_for(layer.name))
         }
-        replaced = {table.stored for table in tables.plan.tables}
         outside = {
             self.source.map.output_name(name): self._dense(name)
             for name in self.source.outside_tensors()
-            if name not in replaced
+            if name not in tables.replaced
         }
         for table in tables.linears:
             outside |= table.to_tensors()
@@ -128,7 +143,7 @@ class CheckpointWriter:
         write_index(self.folder, shards)
         model = {
             key: value
-            for key, value in self.source.output_config(untied=tables.plan.untied).items()
+            for key, value in self.source.output_config(untied=tables.untied).items()
             if key not in ("dtype", "torch_dtype")
         }
         model["dtype"] = str(self.scale_dtype).removeprefix("torch.")

@@ -10,10 +10,11 @@ import torch
 from svsk_offline.calibration.block_runner import BlockRunner
 from svsk_offline.calibration.head_input import collect_head_input
 from svsk_offline.calibration.held_out import OutputErrors
-from svsk_offline.planning.tables import QuantizedTables, TablePlan
+from svsk_offline.planning.tables import TablePlan
 from svsk_offline.quantizers.eight_bits import round_to_eight_bits
 from svsk_offline.quantizers.quantize_linear import quantize_linear
 from svsk_offline.recipe import PublishedRecipe, Recipe
+from svsk_offline.storage.checkpoint_writer import QuantizedTables
 from svsk_vllm.format import QuantizedLinear, dequantize
 
 __all__ = ["quantize_tables"]
@@ -40,7 +41,7 @@ def quantize_tables(
         SvskError: a table holds values that cannot be stored, or statistics cannot be used.
     """
     if not plan.tables:
-        return QuantizedTables(plan)
+        return QuantizedTables()
     linears, reports = [], []
     full = not isinstance(recipe, PublishedRecipe)
     fitted, measured = (
@@ -65,7 +66,8 @@ def quantize_tables(
         errors = _errors(weight, linear, moment, held_out if moment is not None else 0)
         linears.append(linear)
         reports.append(errors.report(spec, seconds))
-    return QuantizedTables(plan, tuple(linears), tuple(reports))
+    replaced = frozenset(table.stored for table in plan.tables)
+    return QuantizedTables(tuple(linears), tuple(reports), replaced, plan.untied)
 
 
 def _errors(
