@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 from svsk_offline.pipeline import Progress as Callbacks
-from svsk_offline.pipeline import QuantizationResult, quantize
+from svsk_offline.pipeline import QuantizationResult, quantize, resolve_device
 from svsk_offline.recipe import Recipe
 from svsk_offline.storage.inspection import whole_bits_per_weight
 from svsk_offline.storage.layer_report import LayerReport
@@ -34,10 +34,9 @@ def peak_memory_gib() -> float:
     return float(peak) / (1 << 30 if sys.platform == "darwin" else 1 << 20)
 
 
-def peak_gpu_memory_gib() -> float | None:
-    """Most memory that tensors took on the present GPU so far, in GiB; None where none was used."""
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return peak / (1 << 30) if peak else None
+def peak_gpu_memory_gib(device: torch.device) -> float | None:
+    """Most memory that tensors of this process took on a GPU so far, in GiB; None off a GPU."""
+    return torch.cuda.max_memory_allocated(device) / (1 << 30) if device.type == "cuda" else None
 
 
 def quantize_with_progress(
@@ -65,7 +64,7 @@ def quantize_with_progress(
         )
         result = quantize(model, out, recipe, progress=callbacks, **options)
     seconds = time.perf_counter() - started
-    gpu = peak_gpu_memory_gib()
+    gpu = peak_gpu_memory_gib(resolve_device(options.get("device", "auto")))
     console.print(
         f"wrote {result.folder}: {len(result.layers)} matrices, {result.bits_per_weight:.4f} bits"
         f" per weight ({whole_bits_per_weight(result.folder):.4f} over all weights of the model),"

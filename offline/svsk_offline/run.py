@@ -31,6 +31,7 @@ from svsk_offline.storage.atomic import PartialFolder, write_json
 from svsk_offline.storage.checkpoint_writer import CheckpointWriter, QuantizedTables
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.layer_report import LayerReport, bits_per_weight
+from svsk_offline.storage.loaded_weight import loaded_weight
 from svsk_vllm.format import (
     ConfigGroup,
     QuantizedLinear,
@@ -358,10 +359,10 @@ class Run:
     def _quantize_block(
         self, index: int, statistics: dict[str, InputStatistics], plan: Plan
     ) -> tuple[list[QuantizedLinear], list[float]]:
-        """The linears of a block, and the seconds that each took."""
+        """The linears of a loaded block, and the seconds that each took."""
         linears, seconds = [], []
         prepare = last_one_kept()
-        for name, full, _ in self.source.linears(index):
+        for name, full, module in self.source.linears(index):
             scheme = plan.schemes.get(full)
             if scheme is None:
                 continue
@@ -370,7 +371,7 @@ class Run:
                     f"{full}: saw no calibration token, so it"
                     " cannot be quantised. Add it to --ignore."
                 )
-            weight = self.source.tensors.read(f"{full}.weight").to(self.device)
+            weight = loaded_weight(self.source, full, module)
             rows = plan.rows.get(full)
             started = time.perf_counter()
             try:

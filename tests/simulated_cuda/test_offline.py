@@ -4,6 +4,7 @@
 No devices are mixed, and the bits are the CPU's.
 """
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import svsk_vllm.hf  # noqa: F401 - registers the loader
@@ -25,6 +27,7 @@ from svsk_kernels.errors import SvskError
 from svsk_kernels.gpu import error_feedback as feedback
 from svsk_offline import run
 from svsk_offline.calibration import BlockRunner, input_statistics, load_calibration
+from svsk_offline.console import quantize_with_progress
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.planning import measurements
 from svsk_offline.quantizers import lowrank
@@ -309,6 +312,26 @@ def test_transformers_loads_a_checkpoint_straight_to_the_gpu(tmp_path: Path) -> 
             for name, tensor in model.state_dict().items():
                 assert torch.equal(tensor.cpu(), expected[name]), name
             assert model(torch.arange(8, device="cuda").view(1, 8)).logits.device == GPU
+
+
+def test_the_summary_tells_the_peak_memory_of_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, shown = small_model(tmp_path / "dense", num_hidden_layers=1), io.StringIO()
+    console = Console(file=shown, soft_wrap=True)
+    asked: list[torch.device] = []
+
+    def peak(device: torch.device) -> int:
+        asked.append(device)
+        return 5 << 29
+
+    with simulated_cuda(), monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "max_memory_allocated", peak)
+        quantize_with_progress(
+            console, dense, tmp_path / "out", small_recipe("published"), device="cuda:0"
+        )
+    assert shown.getvalue().endswith(" GiB, of the GPU 2.50 GiB\n")
+    assert asked == [GPU]
 
 
 def test_tasks_with_transformers(tmp_path: Path) -> None:

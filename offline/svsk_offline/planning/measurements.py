@@ -32,6 +32,7 @@ from svsk_offline.precision import block_dtype
 from svsk_offline.recipe import AlternatingRecipe
 from svsk_offline.storage.atomic import write_tensors
 from svsk_offline.storage.dense_model import ModelSource
+from svsk_offline.storage.loaded_weight import loaded_weight
 from svsk_offline.storage.locks import LOCK_NAME, locked
 from svsk_vllm.format import ConfigGroup, ShardedReader, SvskFormatError
 from svsk_vllm.version import __version__
@@ -196,7 +197,7 @@ class Measuring:
             fitted: dict[str, InputStatistics],
             held_out: dict[str, InputStatistics],
         ) -> None:
-            for name, full, _ in self.source.linears(index):
+            for name, full, module in self.source.linears(index):
                 if full not in self.names:
                     continue
                 if name not in gradients:
@@ -209,8 +210,9 @@ class Measuring:
                 if self.curves is not None:
                     # Now, while the block's statistics are in memory: one block's at a time are.
                     other = held_out.pop(name, None)
-                    curves[full] = self._curve(
-                        full, gradients[name].rows, fitted.pop(name), other, self.curves
+                    weight = loaded_weight(self.source, full, module).float()
+                    curves[full] = _curve(
+                        full, weight, gradients[name].rows, fitted.pop(name), other, self.curves
                     )
 
         sweep_gradients(
@@ -227,21 +229,21 @@ class Measuring:
         )
         return Measurements(rows, tokens, curves)
 
-    def _curve(
-        self,
-        name: str,
-        rows: torch.Tensor,
-        fitted: InputStatistics,
-        held_out: InputStatistics | None,
-        settings: CurveSettings,
-    ) -> ErrorCurve:
-        """The curve of one matrix; the statistics are used up."""
-        weight = self.source.tensors.read(f"{name}.weight").to(rows.device).float()
-        measured = None if held_out is None else held_out.hessian
-        try:
-            return measure_curve(weight, fitted.hessian, rows, settings, measured)
-        except SvskError as error:
-            raise SvskError(f"{name}: {error}") from error
+
+def _curve(
+    name: str,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    fitted: InputStatistics,
+    held_out: InputStatistics | None,
+    settings: CurveSettings,
+) -> ErrorCurve:
+    """The curve of one matrix; the statistics are used up."""
+    measured = None if held_out is None else held_out.hessian
+    try:
+        return measure_curve(weight, fitted.hessian, rows, settings, measured)
+    except SvskError as error:
+        raise SvskError(f"{name}: {error}") from error
 
 
 def measure_once(
