@@ -200,7 +200,8 @@ class AlternatingRecipe(_Recipe):
     def idle(self) -> dict[str, str]:
         idle = super().idle
         if not self.largest_rank:
-            idle |= dict.fromkeys(("alternating.rounds", "gradients.row_power"), _NO_SIDECAR)
+            settings = ("alternating.rounds", "gradients.row_power", "gradients.directions")
+            idle |= dict.fromkeys(settings, _NO_SIDECAR)
         if self.allocation is not None:
             idle |= dict.fromkeys(("sidecar.rank", "sidecar.num_bits"), _CHOSEN)
         if not self.sink.weight:

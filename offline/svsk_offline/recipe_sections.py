@@ -85,14 +85,27 @@ class GradientArgs(Strict):
     in proportion to ``E[g_tn^2] ** row_power``. 0 is off: all count the same.
 
     Attributes:
+        directions: directions of the output in which the sidecar's fit counts errors of several
+            features together, those of the largest mean squared gradient; 0 counts each feature for
+            itself.
         shared: one weighting of tokens for all linears of one input: fewer Hessians.
         samples: calibration samples to measure with, None for all; all with ``token_power``.
     """
 
     token_power: float = Field(default=0.0, ge=0, le=1)
     row_power: float = Field(default=0.0, ge=0, le=1)
+    directions: int = Field(default=0, ge=0, le=4096)
     shared: bool = False
     samples: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _whole_gradients(self) -> Self:
+        if self.directions and self.row_power != 1:
+            raise ValueError(
+                f"directions {self.directions} beside row_power {self.row_power}: directions are of"
+                " the gradients as they are. Set row_power to 1, or directions to 0"
+            )
+        return self
 
 
 _RANKS: Final = (0, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128)

@@ -372,7 +372,7 @@ class Run:
                     " cannot be quantised. Add it to --ignore."
                 )
             weight = loaded_weight(self.source, full, module)
-            rows = plan.rows.get(full)
+            metric = plan.rows.get(full)
             started = time.perf_counter()
             try:
                 linear = quantize_linear(
@@ -382,7 +382,7 @@ class Run:
                     self.recipe,
                     scheme,
                     self.scale_dtype,
-                    None if rows is None else rows.to(self.device),
+                    None if metric is None else metric.to(self.device),
                     prepare,
                 )
             except SvskError as error:

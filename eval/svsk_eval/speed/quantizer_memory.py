@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from svsk_offline.calibration import InputStatistics
 from svsk_offline.quantizers.alternating import PreparedInput, quantize_alternating
+from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import AlternatingRecipe, load_recipe
 from svsk_vllm.format import ConfigGroup, LinearSpec
 
@@ -95,7 +96,10 @@ def measure(k: int, recipe_name: str = "best", tokens: int | None = None) -> Pea
     scheme = ConfigGroup(targets=("Linear",), weights=recipe.weights, sidecar=sidecar)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(k // 3, k, generator=generator)
-    rows = torch.rand(k // 3, generator=generator)
+    count = recipe.gradients.directions
+    metric = RowMetric(
+        torch.rand(k // 3, generator=generator), torch.randn(count, k // 3, generator=generator)
+    )
     spec = LinearSpec("down_proj", k // 3, k, scheme, torch.bfloat16)
     before = _resident_kib()
     everything, matrices = LiveMemory(), LiveMemory(4 * k * k)
@@ -107,7 +111,7 @@ def measure(k: int, recipe_name: str = "best", tokens: int | None = None) -> Pea
             statistics.add(torch.randn(1, count, k, generator=generator))
             left -= count
         given = PreparedInput(statistics, recipe.alternating)
-        quantize_alternating(weight, given, spec, rows)
+        quantize_alternating(weight, given, spec, metric)
     unit = 4 * k * k
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * _KIB
     return Peak(k, matrices.peak / unit, everything.peak / unit, grown)

@@ -14,6 +14,7 @@ from svsk_offline.quantizers.gptq import gptq, initial_scales
 from svsk_offline.quantizers.hessian import ColumnOrder
 from svsk_offline.quantizers.lowrank import truncated_svd
 from svsk_offline.quantizers.rounding import nearest_levels
+from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import AllocationArgs, AlternatingArgs
 from svsk_offline.recipe_sections import ranks_that_pay
 from svsk_vllm.format import Codebook, ConfigGroup, LinearSpec, WeightArgs
@@ -135,6 +136,7 @@ def measure_curve(
     weight: torch.Tensor,
     hessian: torch.Tensor,
     row_energy: torch.Tensor,
+    metric: RowMetric,
     settings: CurveSettings,
     measured: torch.Tensor | None = None,
 ) -> ErrorCurve:
@@ -142,12 +144,13 @@ def measure_curve(
 
     The error of the base is measured with the settings' own base and estimated with others from the
     error of plain rounding; the share of it that a sidecar of rank r takes off is that of the r
-    largest squared singular values of ``D^1/2 R L``, per tile.
+    largest squared singular values of ``C^T R L``, per tile, ``G = C C^T`` the metric.
 
     Args:
         weight: float32 [N, K].
         hessian: float32 [K, K], tokens weighted by their squared gradients.
         row_energy: float32 [N], ``E[g_n^2]``, the diagonal of D.
+        metric: G, in which the shares of ranks are measured.
         settings: what is measured.
         measured: float32 [K, K], H of other tokens, on which losses are measured; None measures
             them on what was fitted, which is far too little where tokens are few.
@@ -169,7 +172,7 @@ def measure_curve(
     n, k = weight.shape
     grid = TileGrid(n, k, settings.tile_m, settings.tile_n)
     rank = max(ranks_that_pay(grid)) if settings.rank is None else settings.rank
-    shares = _rank_shares(residual, hessian, measured, row_energy, grid, rank)
+    shares = _rank_shares(residual, hessian, measured, metric, grid, rank)
     ratios = {}
     for base in settings.bases:
         if k % base[0]:
@@ -209,18 +212,18 @@ def _rank_shares(
     residual: torch.Tensor,
     hessian: torch.Tensor,
     measured: torch.Tensor,
-    row_energy: torch.Tensor,
+    metric: RowMetric,
     grid: TileGrid,
     rank: int,
 ) -> torch.Tensor:
     """Float32 [rank]: the share of the error that the i-th rank of all tiles together takes off.
 
-    A tile's best factors of rank r under the fitted Hessian leave ``(I - Q Q^T) D^1/2 R``, Q the
-    first r left singular vectors of ``D^1/2 R F`` with ``H = F F^T``: so what each takes off is
-    known under any other Hessian, here the measured one.
+    A tile's best factors of rank r under the fitted Hessian leave ``(I - Q Q^T) C^T R``, Q the
+    first r left singular vectors of ``C^T R F`` with ``H = F F^T`` and ``G = C C^T``: so what each
+    takes off is known under any other Hessian, here the measured one.
 
-    The share is that of the tiles' own errors ``tr(D_a R_ab H_bb R_ab^T)``. With several column
-    tiles these add up to more than ``tr(D R H R^T)``, because error feedback lets columns make up
+    The share is that of the tiles' own errors ``tr(G_a R_ab H_bb R_ab^T)``. With several column
+    tiles these add up to more than ``tr(G R H R^T)``, because error feedback lets columns make up
     for one another across tiles.
     """
     total = torch.zeros(rank)
@@ -237,7 +240,7 @@ def _rank_shares(
         order = ColumnOrder.of(block, 1e-4)
         for a in range(grid.num_row_tiles):
             rows = grid.row_slice(a)
-            weighted = residual[rows, columns] * row_energy[rows].sqrt().unsqueeze(1)
+            weighted = metric.part(rows).rooted(residual[rows, columns])
             other = measured[columns, columns]
             error += float(((weighted @ other) * weighted).sum())
             taken = truncated_svd(order.factored(weighted), rank)[0].T @ weighted

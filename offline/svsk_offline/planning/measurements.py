@@ -29,6 +29,7 @@ from svsk_offline.calibration.held_out import split_order
 from svsk_offline.calibration.text import token_fingerprint
 from svsk_offline.planning.error_curves import CurveSettings, ErrorCurve, measure_curve
 from svsk_offline.precision import block_dtype
+from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import AlternatingRecipe
 from svsk_offline.storage.atomic import write_tensors
 from svsk_offline.storage.dense_model import ModelSource
@@ -63,17 +64,21 @@ class Measurements:
         rows: float32 [N], ``E_t[g_tn^2]``, the mean squared gradient of each output feature.
         tokens: float32 [samples, tokens], ``|g_t|^2``; empty where that was not asked for.
         curves: how each matrix's loss falls; empty without a bit budget.
+        metrics: how much errors of its output features count together; empty where no directions
+            were asked for.
     """
 
     rows: Mapping[str, torch.Tensor]
     tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
     curves: Mapping[str, ErrorCurve] = field(default_factory=dict)
+    metrics: dict[str, RowMetric] = field(default_factory=dict)
 
     def save(self, path: Path, key: str) -> None:
         """Write them to a safetensors file, atomically, with the key of what they depend on."""
         tensors = {f"{name}:rows": tensor for name, tensor in self.rows.items()}
         tensors |= {f"{name}:tokens": tensor for name, tensor in self.tokens.items()}
         tensors |= {f"{name}:shares": curve.shares for name, curve in self.curves.items()}
+        tensors |= metric_tensors(self.metrics)
         curves = {
             name: [curve.loss, [[*base, ratio] for base, ratio in curve.ratios.items()]]
             for name, curve in self.curves.items()
@@ -92,16 +97,34 @@ class Measurements:
         if metadata.get("key") != key:
             raise SvskFormatError(f"{path}: its name is not that of what it holds.")
         found: dict[str, dict[str, torch.Tensor]] = {"rows": {}, "tokens": {}, "shares": {}}
+        metrics: dict[str, torch.Tensor] = {}
         for stored in reader.names:
             name, _, kind = stored.rpartition(":")
-            found[kind][name] = reader.read(stored)
+            if kind in found:
+                found[kind][name] = reader.read(stored)
+            else:
+                metrics[stored] = reader.read(stored)
         curves = {
             name: ErrorCurve(
                 loss, {(size, bits): r for size, bits, r in ratios}, found["shares"][name]
             )
             for name, (loss, ratios) in json.loads(metadata["curves"]).items()
         }
-        return cls(found["rows"], found["tokens"], curves)
+        return cls(found["rows"], found["tokens"], curves, stored_metrics(metrics))
+
+
+def metric_tensors(metrics: Mapping[str, RowMetric]) -> dict[str, torch.Tensor]:
+    """What is stored of metrics, by names that :func:`stored_metrics` takes apart."""
+    tensors = {f"{name}:own": metric.own for name, metric in metrics.items()}
+    return tensors | {f"{name}:directions": metric.directions for name, metric in metrics.items()}
+
+
+def stored_metrics(tensors: Mapping[str, torch.Tensor]) -> dict[str, RowMetric]:
+    """Metrics by the names of linears, from :func:`metric_tensors`."""
+    names = (key.rpartition(":")[0] for key in tensors if key.endswith(":own"))
+    return {
+        name: RowMetric(tensors[f"{name}:own"], tensors[f"{name}:directions"]) for name in names
+    }
 
 
 @dataclass(frozen=True)
@@ -119,6 +142,7 @@ class Measuring:
         held_out: how many of them, the last ones, are measured on and not fitted.
         seed: of the labels drawn from the model's predictions.
         curves: what error curves depend on; None measures none.
+        directions: of each output's metric; 0 measures none.
         tokens: keep the gradients of tokens. A file that has them serves sweeps without, so this
             is no part of the key.
         device: where to compute.
@@ -131,6 +155,7 @@ class Measuring:
     held_out: int
     seed: int
     curves: CurveSettings | None
+    directions: int
     tokens: bool
     device: torch.device
 
@@ -158,7 +183,18 @@ class Measuring:
             scheme = next(iter(schemes.values()))  # all are the recipe's
             curves = CurveSettings.of(scheme, recipe.alternating, allocation, scale_dtype)
         seed, tokens = recipe.calibration.seed, bool(args.token_power)
-        return cls(source, tuple(schemes), texts, order, held, seed, curves, tokens, device)
+        return cls(
+            source,
+            tuple(schemes),
+            texts,
+            order,
+            held,
+            seed,
+            curves,
+            args.directions if recipe.largest_rank else 0,
+            tokens,
+            device,
+        )
 
     def key(self) -> str:
         """All that the measurements depend on, as JSON; the same for the same."""
@@ -172,6 +208,7 @@ class Measuring:
             "order": self.order.tolist(),
             "seed": self.seed,
             "curves": self.curves and self.curves.to_json(),
+            "directions": self.directions,
             "device": [self.device.type, str(block_dtype(self.device))],
         }
         return json.dumps(values, sort_keys=True)
@@ -189,11 +226,12 @@ class Measuring:
         rows: dict[str, torch.Tensor] = {}
         tokens: dict[str, torch.Tensor] = {}
         curves: dict[str, ErrorCurve] = {}
+        metrics: dict[str, RowMetric] = {}
 
         def visit(
             index: int,
             block: nn.Module,
-            gradients: Mapping[str, OutputGradients],
+            gradients: dict[str, OutputGradients],
             fitted: dict[str, InputStatistics],
             held_out: dict[str, InputStatistics],
         ) -> None:
@@ -204,15 +242,20 @@ class Measuring:
                     raise SvskError(
                         f"{full}: the model's output does not depend on it. Add it to --ignore."
                     )
-                rows[full] = gradients[name].rows.cpu()
+                gradient = gradients.pop(name)  # its moment is as large as a Hessian
+                rows[full] = gradient.rows.cpu()
+                metric = RowMetric.diagonal(gradient.rows)
+                if gradient.moment is not None:
+                    metric = RowMetric.of(gradient.moment.hessian, self.directions)
+                    metrics[full] = metric.to(torch.device("cpu"))
                 if self.tokens:
-                    tokens[full] = gradients[name].tokens[self.order.argsort()]
+                    tokens[full] = gradient.tokens[self.order.argsort()]
                 if self.curves is not None:
                     # Now, while the block's statistics are in memory: one block's at a time are.
                     other = held_out.pop(name, None)
                     weight = loaded_weight(self.source, full, module).float()
                     curves[full] = _curve(
-                        full, weight, gradients[name].rows, fitted.pop(name), other, self.curves
+                        full, weight, gradient.rows, metric, fitted.pop(name), other, self.curves
                     )
 
         sweep_gradients(
@@ -222,18 +265,20 @@ class Measuring:
             block_dtype(self.device),
             visit,
             full=self.curves is not None,
+            moments=self.directions > 0,
             held_out=self.held_out,
             seed=self.seed,
             scratch=scratch,
             progress=progress,
         )
-        return Measurements(rows, tokens, curves)
+        return Measurements(rows, tokens, curves, metrics)
 
 
 def _curve(
     name: str,
     weight: torch.Tensor,
     rows: torch.Tensor,
+    metric: RowMetric,
     fitted: InputStatistics,
     held_out: InputStatistics | None,
     settings: CurveSettings,
@@ -241,7 +286,7 @@ def _curve(
     """The curve of one matrix; the statistics are used up."""
     measured = None if held_out is None else held_out.hessian
     try:
-        return measure_curve(weight, fitted.hessian, rows, settings, measured)
+        return measure_curve(weight, fitted.hessian, rows, metric, settings, measured)
     except SvskError as error:
         raise SvskError(f"{name}: {error}") from error
 

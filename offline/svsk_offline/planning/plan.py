@@ -18,8 +18,14 @@ import torch
 from svsk_offline.calibration import CalibrationSet
 from svsk_offline.planning.bit_budget import allocate
 from svsk_offline.planning.error_curves import ErrorCurve, scheme_with
-from svsk_offline.planning.measurements import Measuring, measure_once
+from svsk_offline.planning.measurements import (
+    Measuring,
+    measure_once,
+    metric_tensors,
+    stored_metrics,
+)
 from svsk_offline.planning.serving import vllm_class_of
+from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import AllocationArgs, AlternatingRecipe, Recipe
 from svsk_offline.storage.atomic import write_tensors
 from svsk_offline.storage.dense_model import ModelSource
@@ -36,13 +42,13 @@ class Plan:
         schemes: scheme of each linear to quantise.
         tokens: float32 [samples, tokens], mean 1: how much each token counts in the Hessian. Empty:
             1 each.
-        rows: float32 [N], mean 1: how much each output feature counts in the sidecar's fit. Empty:
-            1 each.
+        rows: how much errors of output features count in the sidecar's fit, of mean 1. Empty: 1
+            each.
     """
 
     schemes: Mapping[str, ConfigGroup]
     tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    rows: Mapping[str, RowMetric] = field(default_factory=dict)
 
     def groups(self) -> dict[str, ConfigGroup]:
         """A config group per scheme that lists its linears, the most frequent scheme first."""
@@ -61,7 +67,7 @@ class Plan:
         owners: dict[int, str] = {}
         tokens = {name: owners.setdefault(id(tensor), name) for name, tensor in self.tokens.items()}
         tensors = {f"{name}:tokens": self.tokens[name] for name in owners.values()}
-        tensors |= {f"{name}:rows": tensor for name, tensor in self.rows.items()}
+        tensors |= metric_tensors(self.rows)
         schemes = {name: scheme.model_dump(mode="json") for name, scheme in self.schemes.items()}
         write_tensors(path, tensors, {"schemes": json.dumps(schemes), "tokens": json.dumps(tokens)})
 
@@ -69,18 +75,21 @@ class Plan:
     def load(cls, path: Path) -> "Plan":
         """Read what :meth:`save` wrote."""
         tokens: dict[str, torch.Tensor] = {}
-        rows: dict[str, torch.Tensor] = {}
+        others: dict[str, torch.Tensor] = {}
         reader = ShardedReader(path.parent, shards=[path.name])
         for key in reader.names:
             name, _, kind = key.rpartition(":")
-            (tokens if kind == "tokens" else rows)[name] = reader.read(key)
+            if kind == "tokens":
+                tokens[name] = reader.read(key)
+            else:
+                others[key] = reader.read(key)
         metadata = reader.metadata(path.name)
         schemes, owners = (json.loads(metadata[key]) for key in ("schemes", "tokens"))
         tokens = {name: tokens[owner] for name, owner in owners.items()}
         return cls(
             {name: ConfigGroup.model_validate(scheme) for name, scheme in schemes.items()},
             tokens,
-            rows,
+            stored_metrics(others),
         )
 
 
@@ -144,12 +153,13 @@ def make_plan(
         {name: _relative(squares[name], power) for name in schemes} if power else {}
         for squares, power in ((found.tokens, args.token_power), (found.rows, args.row_power))
     )
+    metrics = {name: RowMetric.diagonal(weights) for name, weights in rows.items()} | found.metrics
     if args.shared:
         _share(source, tokens)
     if recipe.allocation is not None:
         curves = found.curves
         schemes = _within_budget(source, schemes, curves, recipe, recipe.allocation, scale_dtype)
-    return Plan(schemes, tokens, rows)
+    return Plan(schemes, tokens, metrics)
 
 
 def _within_budget(

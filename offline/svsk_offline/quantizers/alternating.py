@@ -16,6 +16,7 @@ from svsk_offline.quantizers.hessian_sidecar import (
     sidecar_weight,
 )
 from svsk_offline.quantizers.rounding import nearest_codes
+from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import AlternatingArgs
 from svsk_vllm.format import LinearSpec, QuantizedLinear, TileGrid
 
@@ -73,18 +74,18 @@ def last_one_kept() -> Callable[[InputStatistics, AlternatingArgs, float], Prepa
 
 
 def output_error(
-    residual: torch.Tensor, hessian: torch.Tensor, row_weights: torch.Tensor | None = None
+    residual: torch.Tensor, hessian: torch.Tensor, metric: RowMetric | None = None
 ) -> float:
-    """``tr(D R H R^T)``, the mean squared error of all outputs, D the weights of the rows."""
-    by_row = ((residual @ hessian) * residual).sum(1)
-    return float(by_row.sum() if row_weights is None else by_row @ row_weights)
+    """``tr(G R H R^T)``, the mean squared error of all outputs under the metric G of the rows."""
+    rooted = residual if metric is None else metric.rooted(residual)
+    return float(((rooted @ hessian) * rooted).sum())
 
 
 def quantize_alternating(
     weight: torch.Tensor,
     given: PreparedInput,
     spec: LinearSpec,
-    row_weights: torch.Tensor | None = None,
+    metric: RowMetric | None = None,
 ) -> QuantizedLinear:
     """Quantise a weight to the least error of its output that a few rounds find.
 
@@ -92,8 +93,7 @@ def quantize_alternating(
         weight: float32 [N, K].
         given: its input.
         spec: name, shape and scheme.
-        row_weights: float32 [N], how much each output feature counts in the sidecar's fit; None is
-            1 each.
+        metric: how much errors of output features count in the sidecar's fit; None is 1 each.
 
     Raises:
         SvskError: the Hessian cannot be used, or no round's error is finite.
@@ -103,7 +103,7 @@ def quantize_alternating(
     sidecar = None
     if rank:
         tiles = given.tiles(spec.grid)
-        sidecar = HessianSidecar(tiles, spec.grid, rank, spec.factor_bits, row_weights)
+        sidecar = HessianSidecar(tiles, spec.grid, rank, spec.factor_bits, metric)
     target, best, least = weight, None, float("inf")
     near: torch.Tensor | None = None  # scales of the round before
     # Without a sidecar the base would see the same target again and again.
@@ -133,7 +133,7 @@ def quantize_alternating(
         side = sidecar.fit(weight - values)
         product = sidecar_weight(side, spec.grid)
         # A round may end worse than one before it, since factors are rounded: the best is kept.
-        error = output_error(weight - values - product, given.hessian, row_weights)
+        error = output_error(weight - values - product, given.hessian, metric)
         if error < least:
             codes = nearest_codes(levels, codebook)
             least, best = error, QuantizedLinear(spec, codes, scale, side.u, side.v, side.gain)

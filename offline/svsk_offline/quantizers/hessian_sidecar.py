@@ -17,6 +17,7 @@ from svsk_offline.quantizers.hessian import (
     lower_factor,
 )
 from svsk_offline.quantizers.lowrank import leading_right_vectors
+from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_vllm.format import TileGrid
 
 __all__ = ["ColumnTile", "HessianSidecar", "column_tiles", "sidecar_weight"]
@@ -75,7 +76,7 @@ class HessianSidecar:
         grid: tiles of the weight.
         rank: rank per tile.
         num_bits: 8 or 4, bits of a factor.
-        row_weights: float32 [N], how much each output feature counts; None is 1 each.
+        metric: how much errors of output features count; None is 1 each.
     """
 
     def __init__(
@@ -84,17 +85,23 @@ class HessianSidecar:
         grid: TileGrid,
         rank: int,
         num_bits: int,
-        row_weights: torch.Tensor | None = None,
+        metric: RowMetric | None = None,
     ) -> None:
         self.tiles, self.grid, self.rank, self.num_bits = tiles, grid, rank, num_bits
-        self.weights = (
-            None if row_weights is None else self._by_tile(row_weights.unsqueeze(1)).squeeze(2)
-        )
+        # Of the rows of each tile, [A, rows]; rows that fill up the last one do not count.
+        self.metrics: list[RowMetric] | None = None
+        self.weights: torch.Tensor | None = None
+        if metric is not None:
+            own = self._by_tile(metric.own.unsqueeze(1)).squeeze(2)
+            directions = self._by_tile(metric.directions.T).mT
+            self.metrics = [RowMetric(*tile) for tile in zip(own, directions, strict=True)]
+            self.weights = torch.stack([tile.weights for tile in self.metrics])
 
     def fit(self, residual: torch.Tensor, sweeps: int = 3) -> Sidecar:
-        """Minimise ``tr(D E H E^T)`` with ``E = R - U diag(gain) V`` over rounded factors.
+        """Minimise ``tr(G E H E^T)`` with ``E = R - U diag(gain) V`` over rounded factors.
 
-        R is the residual, D the row weights.
+        R is the residual, G the metric of the rows. In the rounding of U only the diagonal of G
+        counts: for given V the best U without rounding is the same under every G.
 
         All rows of tiles are fitted at once. Column tiles are fitted in turn: in the first sweep to
         their own columns of the residual, then to what all others leave, as far as a tile can make
@@ -138,9 +145,12 @@ class HessianSidecar:
         self, target: torch.Tensor, tile: ColumnTile
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rounded U [A, rows, f], V [A, f, w], gains [A, f] of [A, rows, w], f <= rank."""
-        weighted = target if self.weights is None else target * self.weights.sqrt().unsqueeze(2)
-        # With H = F F^T the error is the squared norm of D^1/2 E F: the best V is Q^T F^-1, Q^T the
-        # leading right vectors of D^1/2 T F.
+        weighted = target
+        if self.metrics is not None:
+            pairs = zip(self.metrics, target, strict=True)
+            weighted = torch.stack([metric.rooted(rows) for metric, rows in pairs])
+        # With H = F F^T and G = C C^T the error is the squared norm of C^T E F: the best V is
+        # Q^T F^-1, Q^T the leading right vectors of C^T T F.
         right = leading_right_vectors(tile.order.factored(weighted), self.rank)
         count, ranks, width = right.shape
         vectors = tile.order.unfactored(right.flatten(0, 1))
@@ -198,7 +208,10 @@ class HessianSidecar:
             gram: ``V H V^T`` [A, f, f] of the integers.
             start: gains to keep where the new ones are no better.
         """
-        counted = u if self.weights is None else u * self.weights.unsqueeze(1)
+        counted = u
+        if self.metrics is not None:
+            pairs = zip(self.metrics, u, strict=True)
+            counted = torch.stack([metric.applied(rows) for metric, rows in pairs])
         system = ((counted @ u.mT) * gram).double()
         right = (counted * right_side).sum(2).double()
         diagonal = system.diagonal(dim1=1, dim2=2)

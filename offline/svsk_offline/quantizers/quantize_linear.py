@@ -10,6 +10,7 @@ from svsk_offline.calibration.input_statistics import InputStatistics
 from svsk_offline.quantizers.activation_aware import channel_importance, quantize_aa
 from svsk_offline.quantizers.alternating import PreparedInput, quantize_alternating
 from svsk_offline.quantizers.diagonal_sidecar import fit_diagonal_sidecar
+from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import AlternatingArgs, PublishedArgs, PublishedRecipe, Recipe
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, dequantize
 
@@ -23,7 +24,7 @@ def quantize_linear(
     recipe: Recipe,
     scheme: ConfigGroup,
     scale_dtype: torch.dtype,
-    row_weights: torch.Tensor | None = None,
+    metric: RowMetric | None = None,
     prepare: Callable[[InputStatistics, AlternatingArgs, float], PreparedInput] = PreparedInput,
 ) -> QuantizedLinear:
     """Quantise one weight by a recipe.
@@ -35,8 +36,7 @@ def quantize_linear(
         recipe: how.
         scheme: group size, codebook, sidecar shape.
         scale_dtype: stored dtype of the scales.
-        row_weights: float32 [N], how much each output feature counts in a Hessian fit; None is 1
-            each.
+        metric: how much errors of output features count in a Hessian fit; None is 1 each.
         prepare: derives from an input what the method alternating needs of it; one that remembers
             saves that work for linears of one input.
 
@@ -59,7 +59,7 @@ def quantize_linear(
         linear = _quantize_published(weight, moment, spec, recipe.published, seed)
     else:
         given = prepare(statistics, recipe.alternating, recipe.sink_weight(name))
-        linear = quantize_alternating(weight, given, spec, row_weights)
+        linear = quantize_alternating(weight, given, spec, metric)
     return _to_cpu(linear)
 
 

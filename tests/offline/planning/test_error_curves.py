@@ -13,6 +13,7 @@ from svsk_offline.quantizers.alternating import (
     output_error,
     quantize_alternating,
 )
+from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import AllocationArgs, AlternatingArgs
 from svsk_vllm.format import LinearSpec, dequantize
 from svsk_vllm.format.group_scales import ScaleBits
@@ -30,6 +31,7 @@ def test_losses_fall_as_they_do_in_fact(tile_m: int, tile_n: int) -> None:
     group = make_group(tile_m=tile_m, tile_n=tile_n, num_bits=4)
     spec = LinearSpec("m", 48, 192, group)
     ranks = (0, 2, 4, 8)
+    metric = RowMetric.diagonal(rows)
     choices = choices_of(
         w,
         found.hessian,
@@ -56,9 +58,9 @@ def test_losses_fall_as_they_do_in_fact(tile_m: int, tile_n: int) -> None:
             )
             stored = LinearSpec("m", 48, 192, own)
             linear = quantize_alternating(
-                w, PreparedInput(found, AlternatingArgs(rounds=1)), stored, row_weights=rows
+                w, PreparedInput(found, AlternatingArgs(rounds=1)), stored, metric
             )
-            real = 0.5 * output_error(w - dequantize(linear), found.hessian, rows)
+            real = 0.5 * output_error(w - dequantize(linear), found.hessian, metric)
             assert 0.5 < choice.loss / real < 2
             assert choice.stored_bits == stored.stored_bits
 
@@ -108,7 +110,8 @@ def test_small_matrices_are_measured_up_to_rank_128() -> None:
     spec = LinearSpec("m", 16, 64, make_group(tile_m=0, tile_n=0, num_bits=4))
     allocation, args = AllocationArgs(target_bpw=5, group_sizes=(64,)), AlternatingArgs(rounds=1)
     settings = CurveSettings.of(spec.scheme, args, allocation, spec.scale_dtype)
-    curve = measure_curve(w, found.hessian, torch.ones(16), settings)
+    ones = torch.ones(16)
+    curve = measure_curve(w, found.hessian, ones, RowMetric.diagonal(ones), settings)
     assert len(curve.shares) == 128
     assert max(choice.rank for choice in curve.choices(spec, 1, allocation)) == 128
 

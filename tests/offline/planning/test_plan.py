@@ -15,6 +15,7 @@ from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.block_runner import scratch_tensor
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.planning.plan import Plan
+from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.inspection import inspect_checkpoint, validate_against_architecture
 from svsk_offline.storage.layer_report import LayerReport
@@ -203,7 +204,7 @@ def test_plan_survives_its_file(tmp_path: Path) -> None:
     plan = Plan(
         {"a.b": make_group(rank=4), "a.c": make_group(rank=0)},
         {"a.b": tokens, "a.c": tokens},
-        {"a.b": tokens},
+        {"a.b": RowMetric(torch.rand(3), torch.rand(2, 3))},
     )
     plan.save(tmp_path / "plan.safetensors")
     found = Plan.load(tmp_path / "plan.safetensors")
@@ -212,5 +213,6 @@ def test_plan_survives_its_file(tmp_path: Path) -> None:
     assert torch.equal(found.tokens["a.c"], tokens)
     # Or linears of one input would no longer share statistics.
     assert found.tokens["a.b"] is found.tokens["a.c"]
-    assert torch.equal(found.rows["a.b"], tokens)
+    assert torch.equal(found.rows["a.b"].own, plan.rows["a.b"].own)
+    assert torch.equal(found.rows["a.b"].directions, plan.rows["a.b"].directions)
     assert [group.targets for group in found.groups().values()] == [("a.b",), ("a.c",)]

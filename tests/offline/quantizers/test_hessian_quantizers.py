@@ -33,6 +33,7 @@ from svsk_offline.quantizers.gptq import (
 from svsk_offline.quantizers.hessian import ColumnOrder, damped, inverse_root, inverse_roots
 from svsk_offline.quantizers.hessian_sidecar import HessianSidecar, column_tiles, sidecar_weight
 from svsk_offline.quantizers.rounding import nearest_codes, nearest_levels
+from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import AlternatingArgs
 from svsk_vllm.format import Codebook, LinearSpec, TileGrid, codebook_levels, dequantize
 from svsk_vllm.format.group_scales import GroupScales, ScaleBits, split_scales
@@ -469,15 +470,32 @@ def test_row_weights_move_the_error_to_rows_that_count_less() -> None:
     spec = LinearSpec("m", 48, 128, make_group(rank=6, tile_m=0, tile_n=0, num_bits=4))
     rows = torch.where(torch.arange(48) < 8, 100.0, 1.0)
     shares = []
-    for weights in (None, rows):
+    for metric in (None, RowMetric.diagonal(rows)):
         linear = quantize_alternating(
-            w, PreparedInput(found, AlternatingArgs(rounds=2)), spec, row_weights=weights
+            w, PreparedInput(found, AlternatingArgs(rounds=2)), spec, metric
         )
         residual = w - dequantize(linear)
         shares.append(
             output_error(residual[:8], found.hessian) / output_error(residual, found.hessian)
         )
     assert shares[1] < 0.8 * shares[0]
+
+
+@pytest.mark.parametrize("tile_m", [0, 20])
+def test_a_metric_of_directions_moves_the_error_out_of_them(tile_m: int) -> None:
+    """A sidecar of few ranks first takes off what rows have in common, where that is felt."""
+    w, found = weight(48, 128), statistics(128)
+    generator = torch.Generator().manual_seed(5)
+    common = torch.randn(3, 48, generator=generator)
+    metric = RowMetric(torch.ones(48), 10 * common)
+    spec = LinearSpec("m", 48, 128, make_group(rank=4, tile_m=tile_m, tile_n=0, num_bits=8))
+    errors = []
+    for given in (RowMetric.diagonal(metric.weights), metric):
+        linear = quantize_alternating(
+            w, PreparedInput(found, AlternatingArgs(rounds=2)), spec, given
+        )
+        errors.append(output_error(w - dequantize(linear), found.hessian, metric))
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_sink_weight_moves_the_error_away_from_the_first_token() -> None:
