@@ -13,11 +13,7 @@ import torch
 from torch import nn
 
 from svsk_kernels.errors import SvskError
-from svsk_offline.calibration import (
-    BlockRunner,
-    CalibrationSet,
-    InputStatistics,
-)
+from svsk_offline.calibration import BlockRunner, CalibrationSet, InputStatistics
 from svsk_offline.calibration.held_out import held_out_last, measure_outputs
 from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import bases_alone, check_servable
