@@ -191,9 +191,11 @@ class CalibrationArgs(Strict):
 
     Attributes:
         samples: None for as many as the model's widest layer needs.
+        tokens_per_input: how many tokens it needs for each of its inputs.
     """
 
     samples: int | None = Field(default=None, ge=1)
+    tokens_per_input: int = Field(default=16, ge=2)
     seq_len: int = Field(default=512, ge=16)
     seed: int = Field(default=0, ge=0)
     sequential: bool = False  # each block sees the outputs of the quantised blocks before it

@@ -12,18 +12,18 @@ from typing import Final
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.recipe import AlternatingRecipe, Recipe
+from svsk_offline.recipe_sections import CalibrationArgs
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_vllm.format.config import matches
 
 __all__ = ["check_drawn", "sample_count"]
 
-_LEAST_TOKENS: Final = 128 * 512
-"""Tokens of a model however narrow it is."""
+_LEAST_WIDTH: Final = 4096
+"""A narrower model gets as many tokens as one so wide: a text's variety needs them too."""
 
-_PER_INPUT: Final = 16
 _WARNED: Final = 4
 _REFUSED: Final = 2
-"""Tokens per input of the widest layer: that are taken, that are warned below, refused below."""
+"""Tokens per input of the widest layer: that are warned below, refused below."""
 
 
 def sample_count(
@@ -43,7 +43,8 @@ def sample_count(
         SvskError: the recipe has fewer than two tokens per input of the widest layer.
     """
     args, (name, widest) = recipe.calibration, _widest(source, recipe)
-    count = args.samples or _samples(max(_LEAST_TOKENS, _PER_INPUT * widest), args.seq_len)
+    enough = _samples(args.tokens_per_input * max(_LEAST_WIDTH, widest), args.seq_len)
+    count = args.samples or enough
     tokens = count * args.seq_len
     said = f"{count} samples of {args.seq_len} tokens = {tokens:,} tokens"
     message(
@@ -51,7 +52,7 @@ def sample_count(
         f" (K = {widest})"
     )
     if isinstance(recipe, AlternatingRecipe):
-        _check(tokens, name, widest, args.seq_len, said, message)
+        _check(tokens, name, widest, args, said, message)
     return count
 
 
@@ -75,27 +76,30 @@ def check_drawn(
         " widest layer. More text gives a better checkpoint."
     )
     if isinstance(recipe, AlternatingRecipe):
-        _check(tokens, name, widest, args.seq_len, said, lambda _: None)
+        _check(tokens, name, widest, args, said, lambda _: None)
 
 
 def _check(
-    tokens: int, name: str, widest: int, seq_len: int, said: str, message: Callable[[str], None]
+    tokens: int,
+    name: str,
+    widest: int,
+    args: CalibrationArgs,
+    said: str,
+    message: Callable[[str], None],
 ) -> None:
+    recommended = _samples(args.tokens_per_input * widest, args.seq_len)
     few = (
         f"{said}: {tokens / widest:.1f} tokens per input of {name}, which has {widest}, so that its"
         " Hessian is mostly noise"
     )
     if tokens < _REFUSED * widest:
         raise SvskError(
-            f"{few[:1].upper()}{few[1:]}. Expected {_samples(_REFUSED * widest, seq_len)} samples"
-            f" or more; {_samples(_PER_INPUT * widest, seq_len)} are recommended. Raise --samples"
-            " or leave it out, and give enough text."
+            f"{few[:1].upper()}{few[1:]}. Expected "
+            f"{_samples(_REFUSED * widest, args.seq_len)} samples or more; {recommended} are"
+            " recommended. Raise --samples or leave it out, and give enough text."
         )
     if tokens < _WARNED * widest:
-        message(
-            f"Warning: {few}. {_samples(_PER_INPUT * widest, seq_len)} samples are recommended:"
-            " leave --samples out."
-        )
+        message(f"Warning: {few}. {recommended} samples are recommended: leave --samples out.")
 
 
 def _samples(tokens: int, seq_len: int) -> int:

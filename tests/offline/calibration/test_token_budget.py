@@ -30,18 +30,25 @@ def recipe(name: str = "fast", **calibration: Any) -> Recipe:
 @pytest.mark.parametrize(
     ("least", "count", "line"),
     [
-        (16_000, 500, "500 samples of 32 tokens = 16,000 tokens, 41.7 per input"),
-        (6000, 192, "192 samples of 32 tokens = 6,144 tokens, 16.0 per input"),
-        (6145, 193, "193 samples of 32 tokens = 6,176 tokens, 16.1 per input"),
+        (1000, 500, "500 samples of 32 tokens = 16,000 tokens, 41.7 per input"),
+        (300, 192, "192 samples of 32 tokens = 6,144 tokens, 16.0 per input"),
+        (386, 193, "193 samples of 32 tokens = 6,176 tokens, 16.1 per input"),
     ],
 )
 def test_enough_for_the_widest_layer(
     source: ModelSource, monkeypatch: pytest.MonkeyPatch, least: int, count: int, line: str
 ) -> None:
-    monkeypatch.setattr(token_budget, "_LEAST_TOKENS", least)
+    monkeypatch.setattr(token_budget, "_LEAST_WIDTH", least)
     told: list[str] = []
     assert sample_count(source, recipe(), told.append, "text.txt") == count
     assert told == [f"Calibration: text.txt, {line} of the widest layer (K = {WIDEST})"]
+
+
+@pytest.mark.usefixtures("few_tokens")
+def test_a_recipe_that_asks_for_more(source: ModelSource) -> None:
+    told: list[str] = []
+    assert sample_count(source, recipe(tokens_per_input=32), told.append, "text") == 384
+    assert "32.0 per input" in told[0]
 
 
 def test_what_is_ignored_does_not_count(source: ModelSource) -> None:
@@ -100,8 +107,8 @@ def test_a_text_that_holds_less_than_is_wanted(source: ModelSource, tmp_path: Pa
 
 @pytest.fixture
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A least number that tiny models' widest layers are above of."""
-    monkeypatch.setattr(token_budget, "_LEAST_TOKENS", 64)
+    """A least width that tiny models' widest layers are above of."""
+    monkeypatch.setattr(token_budget, "_LEAST_WIDTH", 4)
 
 
 @pytest.mark.usefixtures("few_tokens")
