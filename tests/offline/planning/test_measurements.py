@@ -150,6 +150,7 @@ def test_what_quantises_is_no_part_of_the_key(tiny_llama: Path) -> None:
         {"allocation": {"ranks": (0, 4)}},
         {"allocation": {"group_sizes": (32,)}},
         {"allocation": {"scale_bits": (6, 8)}},
+        {"gradients": {"directions": 8}},
         {"calibration": {"seed": 1}},
         {"calibration": {"samples": 23}},
         {"ignore": ("model.layers.0.mlp.up_proj",)},
