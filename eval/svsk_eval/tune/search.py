@@ -59,6 +59,12 @@ class Parameter:
         name = f"{self.section}.{self.key}"
         if getattr(recipe, self.section, None) is None or name in recipe.idle:
             return False
+        gradients = getattr(recipe, "gradients", None)
+        # Directions are of the gradients as they are (GradientArgs).
+        if name == "gradients.row_power" and gradients and gradients.directions:
+            return False
+        if name == "gradients.directions" and gradients and gradients.row_power != 1:
+            return False
         # A bit budget chooses the group size; the recipe's is only where errors are measured.
         return name != "weights.group_size" or getattr(recipe, "allocation", None) is None
 
@@ -73,6 +79,7 @@ class Parameter:
 SEARCHED: Final = (
     Parameter("gradients", "token_power", (0.0, 0.25, 0.5, 0.75, 1.0)),
     Parameter("gradients", "row_power", (0.0, 0.25, 0.5, 0.75, 1.0)),
+    Parameter("gradients", "directions", (0, 64, 256, 1024)),
     Parameter("gradients", "shared", (False, True)),
     Parameter("calibration", "sequential", (False, True)),
     Parameter("sink", "weight", (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)),

@@ -240,7 +240,8 @@ def test_what_is_searched_depends_on_the_recipe(bench: Bench, tmp_path: Path) ->
 
     every = {f"{parameter.section}.{parameter.key}" for parameter in SEARCHED}
     plain, refused = keys(BEST)
-    other = {"published.alpha", "published.ridge"}
+    # Directions want a row_power of 1, which a recipe without gradients does not have.
+    other = {"published.alpha", "published.ridge", "gradients.directions"}
     assert plain == every - other - {"allocation.factor_bits", "gradients.shared"}
     assert refused == 0
     target, _ = keys(BEST.override({"allocation": {"target_bpw": 4.5}}))
@@ -249,8 +250,15 @@ def test_what_is_searched_depends_on_the_recipe(bench: Bench, tmp_path: Path) ->
     assert tokens == plain | {"gradients.shared"}
     base, _ = keys(BEST.override({"sidecar": {"rank": 0}}))
     assert base == plain - {"gradients.row_power", "alternating.rounds", "alternating.ridge"}
+    rows, _ = keys(BEST.override({"gradients": {"row_power": 1}}))
+    assert rows == plain | {"gradients.directions"}
+    directions, _ = keys(BEST.override({"gradients": {"row_power": 1, "directions": 256}}))
+    assert directions == rows - {"gradients.row_power"}
     published, refused = keys(load_recipe("published"))
-    assert published == other | {"calibration.sequential", "weights.group_size"}
+    assert published == other - {"gradients.directions"} | {
+        "calibration.sequential",
+        "weights.group_size",
+    }
     assert refused == 0
     odd = {"target_bpw": 4.5, "factor_bits": (8,), "ranks": (0, 3)}
     _, refused = keys(BEST.override({"allocation": odd}))
