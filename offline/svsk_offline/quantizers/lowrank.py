@@ -8,7 +8,7 @@ import torch
 
 from svsk_kernels.errors import SvskError
 
-__all__ = ["leading_right_vectors", "round_rows", "truncated_svd"]
+__all__ = ["leading_eigenvectors", "leading_right_vectors", "round_rows", "truncated_svd"]
 
 _EXACT_LIMIT: Final = 1536
 """Smaller dimension up to which the decomposition is exact (an eigenproblem of that size).
@@ -108,6 +108,28 @@ def leading_right_vectors(
     norms = rows.norm(dim=2, keepdim=True)
     kept: torch.Tensor = rows / torch.where(norms > _ZERO * norms[:, :1], norms, torch.inf)
     return kept
+
+
+def leading_eigenvectors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leading eigenvectors and eigenvalues of a positive semidefinite matrix.
+
+    Exact up to an order of 1536 on a CPU; elsewhere by the subspace iteration of
+    :func:`leading_right_vectors`.
+
+    Args:
+        matrix: float32 [n, n].
+        rank: number of vectors; at most n are returned.
+
+    Returns:
+        ``vectors`` float32 [n, r] with orthonormal columns and ``values`` float32 [r], descending,
+        none negative.
+    """
+    rank = min(rank, len(matrix))
+    if not rank:
+        return matrix[:, :0], matrix[0, :0]
+    exact = matrix.device.type != "cuda" and len(matrix) <= _EXACT_LIMIT
+    vectors = _leading_vectors(matrix.unsqueeze(0), rank, exact)[0]
+    return vectors, ((matrix @ vectors) * vectors).sum(0).clamp_min(0)
 
 
 def _leading_vectors(gram: torch.Tensor, rank: int, exact: bool) -> torch.Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from svsk_offline.quantizers.lowrank import truncated_svd
+from svsk_offline.quantizers.lowrank import leading_eigenvectors
 
 __all__ = ["RowMetric"]
 
@@ -57,8 +57,8 @@ class RowMetric:
         mean = float(diagonal.mean())
         if not mean:
             return cls.diagonal(torch.ones_like(diagonal))
-        vectors, values, _ = truncated_svd(moment / mean, count)
-        directions = (vectors * (_COUNTED * values).clamp_min(0).sqrt()).T.contiguous()
+        vectors, values = leading_eigenvectors(moment / mean, count)
+        directions = (vectors * (_COUNTED * values).sqrt()).T.contiguous()
         own = diagonal / mean - directions.square().sum(0)
         return cls(own.clamp_min(0) + _FLOOR, directions)
 

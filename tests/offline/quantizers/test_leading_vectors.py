@@ -7,7 +7,8 @@ How much of a matrix they hold, against the exact decomposition.
 import pytest
 import torch
 
-from svsk_offline.quantizers.lowrank import leading_right_vectors
+from svsk_offline.quantizers import lowrank
+from svsk_offline.quantizers.lowrank import leading_eigenvectors, leading_right_vectors
 
 
 def matrices(count: int, m: int, n: int, decay: float, seed: int = 0) -> torch.Tensor:
@@ -83,3 +84,24 @@ def test_a_matrix_does_not_depend_on_its_batch(exact: bool) -> None:
     for index in range(3):
         alone = leading_right_vectors(given[index : index + 1], 12, exact)[0]
         torch.testing.assert_close(together[index], alone, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("limit", [100, 1000])
+def test_eigenvectors_of_a_large_matrix_are_iterated(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowrank, "_EXACT_LIMIT", limit)
+    given = matrices(1, 400, 260, 0.7)[0]
+    gram = given.T @ given
+    vectors, values = leading_eigenvectors(gram, 20)
+    exact = torch.linalg.eigvalsh(gram.double()).flip(0)[:20].float()
+    torch.testing.assert_close(values, exact, rtol=1e-3, atol=0)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(20), rtol=0, atol=1e-4)
+    assert (gram @ vectors - vectors * values).norm() < 0.02 * gram.norm()
+
+
+def test_eigenvectors_of_zeros_and_of_none() -> None:
+    vectors, values = leading_eigenvectors(torch.zeros(6, 6), 9)
+    assert vectors.shape == (6, 6)
+    assert not bool(values.any())
+    assert leading_eigenvectors(torch.eye(6), 0)[0].shape == (6, 0)
