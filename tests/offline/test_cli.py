@@ -171,7 +171,7 @@ def test_generate_with_transformers(checkpoint: Path, tmp_path: Path) -> None:
         (["quantize", "nowhere/at/all", "out"], "no such folder"),
         (["quantize", "no-such-org/no-such-model", "out"], "the hub did not give it"),
         (["quantize", "MODEL", "out", "--recipe", "nonsense"], "is not one of"),
-        (["quantize", "MODEL", "out", "--rank", "129"], "sidecar.rank"),
+        (["quantize", "MODEL", "out", "--rank", "513"], "sidecar.rank"),
         (["quantize", "MODEL", "out", "--rank", "3", "--factor-bits", "4"], "must be even"),
         (["quantize", "MODEL", "out", "--group-size", "100"], "group_size"),
         (

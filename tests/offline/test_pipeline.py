@@ -15,6 +15,7 @@ from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import BlockRunner, load_calibration
 from svsk_offline.calibration.held_out import held_out_last
 from svsk_offline.pipeline import Progress, quantize
+from svsk_offline.precision import block_dtype
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.decoder_blocks import linear_modules
 from svsk_offline.storage.dense_model import ModelSource
@@ -114,8 +115,10 @@ def test_reports_are_those_of_what_is_stored(
                 weight - dequantize(linear, with_sidecar=False),
             )
         )
-        assert layer.error == pytest.approx(lost / output, rel=1e-3)
-        assert layer.base_error == pytest.approx(base / output, rel=1e-3)
+        # Measured in bfloat16 where the processor multiplies it.
+        rel = 1e-3 if block_dtype(torch.device("cpu")) == torch.float32 else 1e-2
+        assert layer.error == pytest.approx(lost / output, rel=rel)
+        assert layer.base_error == pytest.approx(base / output, rel=rel)
         assert layer.held_out_tokens == args.seq_len
         noise = (weight - dequantize(linear)).square().sum()
         assert layer.sqnr_db == pytest.approx(
@@ -386,6 +389,8 @@ def test_what_the_class_wants_in_float32_stays(
     stored = {name.removeprefix(dropped): tensor for name, tensor in tensors.items()}
     save_file(stored, model / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr("transformers.LlamaForCausalLM._keep_in_fp32_modules_strict", {"norm"})
+    # Llama's code does not convert what such norms give, as that of classes that have some does.
+    monkeypatch.setattr("svsk_offline.run.block_dtype", lambda device: torch.float32)
     quantize(model, tmp_path / "out", tiny_recipe)
     norm = Checkpoint(tmp_path / "out").read_dense("model.norm.weight".removeprefix(dropped))
     assert torch.equal(norm, tensors["model.norm.weight"])
