@@ -17,6 +17,8 @@ def register_with_vllm() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from svsk_vllm.plugin.quantization_config import SvskConfig
+    from svsk_vllm.plugin.vocabulary_layers import register_vocabulary_layers
 
     register_quantization_config("svsk")(SvskConfig)
+    register_vocabulary_layers()
     _registered = True

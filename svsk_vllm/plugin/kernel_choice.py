@@ -11,6 +11,7 @@ from vllm.config import get_current_vllm_config
 from svsk_kernels.cpu.cpu_kernel import CpuKernel
 from svsk_kernels.cpu.portable_kernel import PortableKernel
 from svsk_kernels.cpu.processor import has_bf16_products, simulated_features
+from svsk_kernels.gpu.int8_layer import Int8Kernel
 from svsk_kernels.gpu.triton_kernel import TritonKernel
 from svsk_kernels.layer_kernel import LayerKernel, LayerSpec
 from svsk_kernels.reference_kernel import ReferenceKernel
@@ -70,14 +71,12 @@ def _choose(
         return ReferenceKernel(spec)
     obstacles: list[str] = []
     if name in ("auto", "fused"):
-        obstacle = (
-            CpuKernel.obstacle(spec)
-            if device.type == "cpu"
-            else TritonKernel.obstacle(spec, device)
-        )
+        gpu = Int8Kernel if spec.codebook == "int8" else TritonKernel
+        on_cpu = device.type == "cpu"
+        obstacle = CpuKernel.obstacle(spec) if on_cpu else gpu.obstacle(spec, device)
         if not obstacle:
-            _note(spec.n, spec.k, f"the {'CPU' if device.type == 'cpu' else 'Triton'} kernel")
-            return CpuKernel(spec) if device.type == "cpu" else TritonKernel(spec, device)
+            _note(spec.n, spec.k, f"the {'CPU' if on_cpu else 'Triton'} kernel")
+            return CpuKernel(spec) if on_cpu else gpu(spec, device)
         if name == "fused":
             raise SvskFormatError(
                 f"{prefix}: {_VARIABLE}=fused, but {obstacle}. Unset it, or set it to portable."

@@ -44,7 +44,6 @@ __all__ = ["PARAMETERS", "Origin", "SvskLinearMethod", "fused_sizes"]
 
 PARAMETERS = frozenset({WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_ROW_SCALE, *SIDECAR_DTYPES})
 """Names of the parameters that the method registers."""
-_CODES_PER_WORD = 8
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,8 @@ class SvskLinearMethod(LinearMethodBase):
         SvskFormatError: the parts' bases differ.
     """
 
+    lookup = False  # whether rows are looked up as well
+
     def __init__(
         self,
         prefix: str,
@@ -92,11 +93,6 @@ class SvskLinearMethod(LinearMethodBase):
         self.prefix, self.parts, self.schemes = prefix, list(parts), list(schemes)
         self.origin = origin or Origin(tuple(parts))
         self.weights = schemes[0].weights
-        if self.weights.num_bits != 4:
-            raise SvskFormatError(
-                f"{prefix}: weights of {self.weights.num_bits} bits are not served. Quantise it to"
-                " 4 bits, or load the checkpoint with transformers."
-            )
         self.row_scaled = self.weights.scale_bits != ONE_LEVEL
         if any(scheme.weights != self.weights for scheme in schemes):
             raise SvskFormatError(
@@ -129,7 +125,8 @@ class SvskLinearMethod(LinearMethodBase):
                 f"{self.prefix}: each rank gets {k} of {input_size} input features, not a multiple"
                 f" of the group size {group}. Lower tensor_parallel_size{hint}."
             )
-        self.input_size, self.params_dtype = input_size, params_dtype
+        self.input_size, self.output_size = input_size, output_size
+        self.params_dtype = params_dtype
         self._check_sizes(layer, input_size, output_size)
         shards = self._shard_ids(layer)
         order = self.origin.row_order(output_size)
@@ -139,7 +136,7 @@ class SvskLinearMethod(LinearMethodBase):
         self.layout = build_layout(
             self.prefix,
             list(zip(shards, self.schemes, strict=True)),
-            lambda shard: _stored_rows(probe_rows(loader, output_size, n, tp, shard), order),
+            lambda shard: _stored_rows(self._rows(layer, loader, n, shard), order),
             lambda shard: probe_columns(loader, input_size, k, tp, shard),
             input_size,
             n,
@@ -151,7 +148,15 @@ class SvskLinearMethod(LinearMethodBase):
             4 if all(s.sidecar.num_bits == 4 for s in self.schemes if s.sidecar.rank) else 8
         )
         spec = LayerSpec(
-            n, k, group, self.weights.codebook, params_dtype, plan, bits, self.row_scaled
+            n,
+            k,
+            group,
+            self.weights.codebook,
+            params_dtype,
+            plan,
+            bits,
+            self.row_scaled,
+            self.lookup,
         )
         device = layer.weight_packed.device
         self.kernel = choose_kernel(self.prefix, spec, (output_size, input_size), device)
@@ -182,6 +187,11 @@ class SvskLinearMethod(LinearMethodBase):
         """
         y = self.kernel(layer, x.reshape(-1, x.shape[-1]).to(self.params_dtype), bias)
         return y.reshape(*x.shape[:-1], y.shape[-1]).to(x.dtype)
+
+    def _rows(self, layer: Any, loader: Any, n: int, shard: ShardId) -> torch.Tensor:
+        """Checkpoint row of each of the layer's ``n`` rows, int64 [n], -1 for another part's."""
+        tp = (layer.tp_rank, layer.tp_size)
+        return probe_rows(loader, self.output_size, n, tp, shard)
 
     def _shard_ids(self, layer: Any) -> list[ShardId]:
         """vLLM's name of each part, as its loaders are called with it."""
@@ -228,11 +238,11 @@ class SvskLinearMethod(LinearMethodBase):
         groups = k // self.weights.group_size
         dtype = torch.int8 if self.row_scaled else self.params_dtype
         packed = PackedvLLMParameter(
-            data=torch.empty(n, k // _CODES_PER_WORD, dtype=torch.int32),
+            data=torch.empty(n, k // self.weights.codes_per_word, dtype=torch.int32),
             input_dim=1,
             output_dim=0,
             packed_dim=1,
-            packed_factor=_CODES_PER_WORD,
+            packed_factor=self.weights.codes_per_word,
             weight_loader=loader_of(WEIGHT_PACKED),
         )
         layer.register_parameter(WEIGHT_PACKED, packed)

@@ -20,10 +20,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    VocabParallelEmbedding,
-)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from svsk_vllm.architecture.folder_check import require_sound
 from svsk_vllm.format import (
@@ -41,6 +38,7 @@ from svsk_vllm.plugin.arrival import LinearRecord, ShardId, expect, record_loads
 from svsk_vllm.plugin.linear_method import PARAMETERS, Origin, SvskLinearMethod
 from svsk_vllm.plugin.row_order import stored_row_order
 from svsk_vllm.plugin.stored_names import Rename, StoredModules, read_headers
+from svsk_vllm.plugin.table_choice import table_method
 
 __all__ = ["SvskConfig"]
 
@@ -167,8 +165,10 @@ class SvskConfig(QuantizationConfig):
                 " svsk. Serve the checkpoint itself, without --load-format."
             )
         counted = load_format not in _MADE_UP
+        if isinstance(layer, VocabParallelEmbedding):
+            return table_method(self, layer, prefix, counted=counted)
         if not isinstance(layer, LinearBase):
-            self._refuse_others(layer, prefix)
+            self._refuse_experts(layer, prefix)
             return None
         parts = self._parts(layer, prefix)
         schemes = {name: self._scheme(name) for name in parts}
@@ -198,40 +198,21 @@ class SvskConfig(QuantizationConfig):
             self._stored = StoredModules(tensors, self._renames)
         return self._stored
 
-    def _refuse_others(self, layer: torch.nn.Module, prefix: str) -> None:
-        """Refuse quantised embeddings, output heads and experts: those are served as vLLM does."""
-        if isinstance(layer, VocabParallelEmbedding):
-            stored_name = self.stored.find(prefix)
-            targeted = isinstance(layer, ParallelLMHead) and (
-                stored_name is not None or not self.stored.tensors
-            )
-            quantized = self._is_quantized(stored_name, prefix if targeted else None)
-            names = [stored_name or prefix] if quantized else []
-            kind = "output heads" if isinstance(layer, ParallelLMHead) else "embeddings"
-        elif any(
+    def _refuse_experts(self, layer: torch.nn.Module, prefix: str) -> None:
+        """Refuse quantised experts: those are served as vLLM does."""
+        if not any(
             "Experts" in cls.__name__ or "FusedMoE" in cls.__name__ for cls in type(layer).__mro__
         ):
-            names, kind = (
-                [name for name in self.stored.below(prefix) if self._is_quantized(name, None)],
-                "experts",
-            )
-        else:
             return
+        names = [
+            name for name in self.stored.below(prefix) if self.stored.suffixes(name) & set(SUFFIXES)
+        ]
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise SvskFormatError(
-                f"{names[0]}{more}: quantised {kind} are not served. Quantise the model with"
+                f"{names[0]}{more}: quantised experts are not served. Quantise the model with"
                 f" --ignore {names[0]}."
             )
-
-    def _is_quantized(self, stored_name: str | None, targeted: str | None) -> bool:
-        """Whether a stored module is, or one that is looked for among the targets by its name."""
-        if stored_name is not None and self.stored.suffixes(stored_name) & set(SUFFIXES):
-            return True
-        return (
-            targeted is not None
-            and self._renamed().scheme_for(stored_name or targeted, by_class=False) is not None
-        )
 
     def _parts(self, layer: torch.nn.Module, prefix: str) -> list[str]:
         """Names in vLLM's model of the checkpoint's linears that make up the layer ``prefix``."""
@@ -263,7 +244,7 @@ class SvskConfig(QuantizationConfig):
         """
         stored = self.stored.find(name)
         if stored is None:
-            return self._renamed().scheme_for(self._from_siblings(name))
+            return self.renamed().scheme_for(self._from_siblings(name))
         scheme = self.checkpoint.scheme_for(stored)
         held = self.stored.suffixes(stored)
         if "weight" in held and held & set(SUFFIXES):
@@ -294,7 +275,7 @@ class SvskConfig(QuantizationConfig):
         }
         return f"{next(iter(parents))}.{last}" if len(parents) == 1 else name
 
-    def _renamed(self) -> SvskCheckpointConfig:
+    def renamed(self) -> SvskCheckpointConfig:
         """The configuration with vLLM's names, for layers of which nothing is stored."""
         if self.stored.tensors:
             return self.checkpoint
@@ -314,7 +295,7 @@ class SvskConfig(QuantizationConfig):
         moved = next((arch for arch in architectures if arch in ROW_ORDERS), None)
         return Origin(
             names,
-            self._stored_specs(names, schemes),
+            self.stored_specs(names, schemes),
             partial(stored_row_order, moved or "", hf_config, names[0]),
             known_order=moved is None or ROW_ORDERS[moved].served == "any rank",
             counted=counted,
@@ -328,7 +309,7 @@ class SvskConfig(QuantizationConfig):
             return [], hf_config  # loads what is stored
         return list(getattr(hf_config, "architectures", None) or ()), hf_config
 
-    def _stored_specs(
+    def stored_specs(
         self, names: tuple[str, ...], schemes: list[ConfigGroup]
     ) -> tuple[LinearSpec, ...] | None:
         """Specifications of the stored parts, from the headers.
@@ -356,7 +337,8 @@ class SvskConfig(QuantizationConfig):
                         " or download the folder again; `svsk validate` lists what is missing."
                     )
             rows, words = held[WEIGHT_PACKED].shape
-            spec = LinearSpec(name, rows, words * 8, scheme, held[floating].dtype)
+            columns = words * scheme.weights.codes_per_word
+            spec = LinearSpec(name, rows, columns, scheme, held[floating].dtype)
             if problems := tensor_problems(spec, held):
                 raise SvskFormatError(
                     f"{problems[0]}. Copy or download the folder again; `svsk validate` lists what"

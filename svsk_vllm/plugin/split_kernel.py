@@ -60,6 +60,13 @@ class SplitKernel:
     def __init__(
         self, prefix: str, spec: LayerSpec, full_shape: tuple[int, int], device: torch.device
     ) -> None:
+        if spec.codebook == "int8" or spec.lookup:
+            what = "an embedding table" if spec.lookup else "8-bit codes"
+            raise NoBaseKernelError(
+                prefix,
+                f"vLLM's 4-bit kernels do not take {what}",
+                "Unset SVSK_KERNEL, or set it to portable.",
+            )
         self.prefix, self.spec = prefix, spec
         self.plan = spec.plan.encode() if spec.plan else []
         self.factors = product_dtype(spec.dtype, device)

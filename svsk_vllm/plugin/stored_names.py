@@ -84,6 +84,11 @@ class StoredModules:
         longer = [known for known in self._own_name if known.endswith(f".{name}")]
         return self._own_name[longer[0]] if name and len(longer) == 1 else None
 
+    @property
+    def modules(self) -> list[str]:
+        """Names of all stored modules that hold a tensor of their own."""
+        return list(self._suffixes)
+
     def suffixes(self, module: str) -> set[str]:
         """Last parts of the names of a stored module's tensors."""
         return self._suffixes.get(module, set())

@@ -251,7 +251,9 @@ def table_schemes(head: Codebook | None, embedding: Codebook | None) -> dict[str
     def of(target: str, codebook: Codebook) -> ConfigGroup:
         if codebook == "int8":
             return scheme(target, codebook=codebook)
-        return scheme(target, codebook=codebook, group_size=32, scale_bits=6, rank=4, num_bits=4)
+        return scheme(
+            target, codebook=codebook, group_size=32, scale_bits=6, rank=4, num_bits=4, tile_m=0
+        )
 
     schemes = {} if head is None else {"head": of("lm_head", head)}
     return schemes if embedding is None else schemes | {"embedding": of(EMBEDDING, embedding)}

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serving a quantised embedding table or output head."""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+from svsk_kernels.layer_kernel import TableKernel
+from svsk_vllm.format import SvskFormatError
+from svsk_vllm.plugin.linear_method import SvskLinearMethod
+from svsk_vllm.plugin.shard_probe import ShardId
+
+__all__ = ["SvskHeadMethod", "SvskTableMethod", "TiedHeadMethod"]
+
+
+class SvskHeadMethod(SvskLinearMethod):
+    """Method of an output head that is stored by itself.
+
+    vLLM pads the vocabulary and cuts it by rows: the rows that pad it have scales of zero and no
+    sidecar.
+    """
+
+    def _rows(self, layer: Any, loader: Any, n: int, shard: ShardId) -> torch.Tensor:
+        held = layer.shard_indices
+        rows = torch.full((n,), -1, dtype=torch.int64, device="cpu")
+        count = held.org_vocab_end_index - held.org_vocab_start_index
+        rows[:count] = torch.arange(count, device="cpu") + held.org_vocab_start_index
+        return rows
+
+    def _check_sizes(self, layer: Any, input_size: int, output_size: int) -> None:
+        for spec in self.origin.stored or ():
+            if (spec.n, spec.k) != (layer.org_vocab_size, input_size):
+                raise SvskFormatError(
+                    f"{spec.name}.weight_packed: holds a weight of {spec.n} x {spec.k}, config.json"
+                    f" asks for {layer.org_vocab_size} x {input_size}. The folder mixes files of"
+                    " two models: copy or quantise it again."
+                )
+
+
+class SvskTableMethod(SvskHeadMethod):
+    """Method of an embedding table, which may be the output head too."""
+
+    lookup = True
+
+    def create_weights(self, layer: Any, *args: Any, **extra: Any) -> None:
+        """As of a linear, with a kernel that looks up rows too.
+
+        Raises:
+            SvskFormatError: as of a linear.
+        """
+        super().create_weights(layer, *args, **extra)
+        assert isinstance(self.kernel, TableKernel), "kernels that do not look up refuse the spec"
+        self.table = self.kernel
+
+    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
+        """Rows of the table.
+
+        Args:
+            layer: the layer.
+            input_: int64, any shape: rows of this rank's part.
+
+        Returns:
+            [..., K] of the layer's dtype.
+        """
+        rows = self.table.rows(layer, input_.reshape(-1))
+        return rows.view(*input_.shape, rows.shape[-1])
+
+
+class TiedHeadMethod(QuantizeMethodBase):
+    """Method of an output head that is the embedding's quantised table: it holds nothing.
+
+    Args:
+        name: of the head, for errors.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def create_weights(self, layer: Any, *_: Any, **__: Any) -> None:
+        """Nothing is loaded into a tied head."""
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        """The embedding itself is the head: its method multiplies too."""
+        return embed_tokens
+
+    def apply(self, layer: Any, *_: Any, **__: Any) -> torch.Tensor:
+        """Only where a model ties in another way than by ``tie_weights``.
+
+        Raises:
+            SvskFormatError: always.
+        """
+        raise SvskFormatError(
+            f"{self.name}: vLLM's class for this model does not tie it to the embedding by"
+            " tie_weights(), so that the quantised table cannot be its head. Quantise with --head"
+            " dense --embedding dense."
+        )

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantised embeddings and output heads, served as transformers loads them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from svsk_vllm.architecture.folder_check import checkpoint_problems
+from svsk_vllm.format import Codebook, EmbeddingArgs
+from tests.serving.conftest import Run, served_schemes
+from tests.serving.transformers_answers import compare_with_transformers, prompts
+from tests.support.tiny_models import (
+    EMBEDDING,
+    FAMILIES,
+    MORE_FAMILIES,
+    Family,
+    table_schemes,
+    write_dense,
+    write_random_svsk,
+)
+
+BOUND = 0.01
+"""Of the mean difference of log-probabilities: vLLM computes in float16, transformers wider."""
+VOCABULARY = 300
+"""No multiple of 64, to which vLLM pads: the second of two ranks has 140 rows of 160."""
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "embedding", "tp", "eager"),
+    [
+        ("llama", "int8", "int8", 2, False),
+        ("qwen2", "quad8", "int8", 1, False),
+        pytest.param("llama", "quad8", "quad8", 2, True, marks=pytest.mark.slow),
+        pytest.param("qwen2", "int8", "int8", 2, True, marks=pytest.mark.slow),
+        pytest.param("qwen2 tied", "int8", "int8", 1, True, marks=pytest.mark.slow),
+        pytest.param("gemma2", "int8", "int8", 1, True, marks=pytest.mark.slow),
+    ],
+)
+def test_served_as_by_transformers(
+    tmp_path: Path,
+    run_vllm: Run,
+    name: str,
+    head: Codebook,
+    embedding: Codebook,
+    tp: int,
+    eager: bool,
+) -> None:
+    """Llama passes no name on, Gemma 2 neither name nor config; Qwen 2 both."""
+    known = (FAMILIES | MORE_FAMILIES)[name.partition(" ")[0]]
+    tied = name != "qwen2"
+    settings = {**known.settings, "vocab_size": VOCABULARY, "tie_word_embeddings": tied}
+    family = Family(known.model_type, settings)
+    dense = write_dense(tmp_path / "dense", family, dtype=torch.float16)
+    folder = write_random_svsk(
+        dense,
+        tmp_path / "svsk",
+        schemes={**served_schemes(), **table_schemes(None if tied else head, embedding)},
+        ignore=(),
+        embedding=EmbeddingArgs(module=EMBEDDING, tied=tied),
+    )
+    assert checkpoint_problems(folder) == []
+    asked = prompts()
+    served = run_vllm(
+        folder, asked, max_tokens=16, dtype="float16", tp=tp, eager=eager, reload=True
+    )
+    found = compare_with_transformers(folder, asked, served)
+    print(f"{name}: mean {found.mean:.5f}, {found.clear} clear choices")
+    assert found.mean < BOUND
+    assert found.flipped == [], "tokens differ where the choice was clear"
+    assert found.clear > 0.3 * 16 * len(asked), "too few clear choices to mean anything"
+    assert served["methods"]["SvskTableMethod"] == 1
+    assert served["methods"].get("SvskHeadMethod", 0) == (0 if tied else 1)
+    assert served["reloaded"] == served["scores"]
