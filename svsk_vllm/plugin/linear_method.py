@@ -132,12 +132,11 @@ class SvskLinearMethod(LinearMethodBase):
         order = self.origin.row_order(output_size)
         self.arrived = Arrived(dict(zip(shards, self.origin.names, strict=True)), self.schemes)
         self._register_base(layer, n, k, partial(self._base_loader, loader, order))
-        tp = (layer.tp_rank, layer.tp_size)
         self.layout = build_layout(
             self.prefix,
             list(zip(shards, self.schemes, strict=True)),
             lambda shard: _stored_rows(self._rows(layer, loader, n, shard), order),
-            lambda shard: probe_columns(loader, input_size, k, tp, shard),
+            lambda shard: self._columns(layer, loader, k, shard),
             input_size,
             n,
         )
@@ -192,6 +191,11 @@ class SvskLinearMethod(LinearMethodBase):
         """Checkpoint row of each of the layer's ``n`` rows, int64 [n], -1 for another part's."""
         tp = (layer.tp_rank, layer.tp_size)
         return probe_rows(loader, self.output_size, n, tp, shard)
+
+    def _columns(self, layer: Any, loader: Any, k: int, shard: ShardId) -> torch.Tensor:
+        """Checkpoint column of each of the layer's ``k`` columns, int64 [k]."""
+        tp = (layer.tp_rank, layer.tp_size)
+        return probe_columns(loader, self.input_size, k, tp, shard)
 
     def _shard_ids(self, layer: Any) -> list[ShardId]:
         """vLLM's name of each part, as its loaders are called with it."""

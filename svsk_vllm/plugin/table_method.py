@@ -28,6 +28,9 @@ class SvskHeadMethod(SvskLinearMethod):
         rows[:count] = torch.arange(count, device="cpu") + held.org_vocab_start_index
         return rows
 
+    def _columns(self, layer: Any, loader: Any, k: int, shard: ShardId) -> torch.Tensor:
+        return torch.arange(k, device="cpu")
+
     def _check_sizes(self, layer: Any, input_size: int, output_size: int) -> None:
         for spec in self.origin.stored or ():
             if (spec.n, spec.k) != (layer.org_vocab_size, input_size):

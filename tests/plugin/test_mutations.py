@@ -22,15 +22,17 @@ from pydantic import ValidationError
 
 import svsk_vllm.hf
 from svsk_vllm.architecture.folder_check import checkpoint_problems
-from svsk_vllm.format import ConfigGroup, SvskFormatError
+from svsk_vllm.format import ConfigGroup, EmbeddingArgs, SvskFormatError
 from svsk_vllm.format.group_scales import ScaleBits
 from svsk_vllm.format.shards import read_json
 from tests.support.independent_decoder import decode, read_folder
 from tests.support.mutations import Mutation, mutations
 from tests.support.tiny_models import (
+    EMBEDDING,
     FAMILIES,
     Family,
     default_schemes,
+    table_schemes,
     write_dense,
     write_random_svsk,
 )
@@ -57,7 +59,10 @@ class Folders:
 
 
 def schemes() -> dict[str, ConfigGroup]:
-    """Every kind in one model: scales of one level on q, k, v, and of two on the others."""
+    """Every kind of linear in one model.
+
+    Scales of one level on q, k, v, and of two on the others.
+    """
     changed: dict[str, tuple[int, ScaleBits]] = {
         "default": (64, 6),  # three groups in down_proj: a code of each row's bytes is padding
         "o": (16, 6),
@@ -81,8 +86,13 @@ def schemes() -> dict[str, ConfigGroup]:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("mutations")
     dense = write_dense(root / "dense", MODEL)
-    sound = write_random_svsk(dense, root / "sound", schemes=schemes(), shards=3)
-    other = write_random_svsk(dense, root / "other", schemes=schemes(), shards=3, seed=1)
+    made = {
+        "schemes": schemes() | table_schemes("int8", "int8"),
+        "ignore": (),
+        "embedding": EmbeddingArgs(module=EMBEDDING),
+    }
+    sound = write_random_svsk(dense, root / "sound", shards=3, **made)
+    other = write_random_svsk(dense, root / "other", shards=3, seed=1, **made)
     return Folders(sound, other, root / "work")
 
 

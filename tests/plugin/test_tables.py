@@ -191,6 +191,29 @@ def test_a_head_of_its_own(
     check_product(head, held(linear, rank))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("codebook", ["int8", "quad8"])
+def test_lookups_and_products_compile_for_any_number_of_tokens(
+    monkeypatch: pytest.MonkeyPatch, one_rank: Any, codebook: Codebook, kernel: str
+) -> None:
+    """Into one graph, as vLLM compiles a model's embedding."""
+    monkeypatch.setenv("SVSK_KERNEL", kernel)
+    linear = table(EMBEDDING, codebook)
+    config_with(monkeypatch, linear, tied=True)
+    layer = build_embedding(torch.bfloat16)
+    load(layer, linear)
+    layer.quant_method.process_weights_after_loading(layer)
+
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        return layer.quant_method.apply(layer, layer.quant_method.embedding(layer, ids))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="eager", fullgraph=True, dynamic=True)
+    for count in (2, 5):
+        ids = torch.arange(count) * 7
+        assert torch.equal(compiled(ids), run(ids))
+
+
 def build_embedding(*args: Any, **kwargs: Any) -> Any:
     return VocabParallelEmbedding(VOCABULARY, K, *args, **kwargs)
 

@@ -86,6 +86,8 @@ JSON_VALUES: tuple[Any, ...] = (
     "bfloat16",
     "int4",
     "quad8",
+    "int8",
+    8,
     "\x1b[2J",
     "\ud800",
     "a\0b",
@@ -200,6 +202,7 @@ def _swap_names(folder: Path, other: Path, m: Mutation) -> None:
 def _add(folder: Path, other: Path, m: Mutation) -> None:
     names = (
         "lm_head.weight_packed",
+        "lm_head.weight",
         "model.layers.9.mlp.up_proj.weight",
         "model.layers.0.mlp.up_proj.weight",
         "x",
