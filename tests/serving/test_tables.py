@@ -29,7 +29,7 @@ VOCABULARY = 300
 @pytest.mark.parametrize(
     ("name", "head", "embedding", "tp", "eager"),
     [
-        ("llama", "int8", "int8", 2, False),
+        ("llama", "int8", "int8", 2, True),
         ("qwen2", "quad8", "int8", 1, False),
         pytest.param("llama", "quad8", "quad8", 2, True, marks=pytest.mark.slow),
         pytest.param("qwen2", "int8", "int8", 2, True, marks=pytest.mark.slow),
