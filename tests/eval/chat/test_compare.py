@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from svsk_eval.chat.compare import compare_chat_files
 from svsk_eval.cli import app
 from svsk_eval.errors import EvalError
+from svsk_offline.cli_options import console
 
 Write = Callable[..., Path]
 
@@ -25,8 +26,8 @@ TEXT = {
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables are not folded."""
-    monkeypatch.setenv("COLUMNS", "200")
+    """Tables are not folded, however long the folders are and whatever COLUMNS was at import."""
+    monkeypatch.setattr(console, "width", 400)
 
 
 @pytest.fixture
