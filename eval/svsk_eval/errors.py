@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors of the evaluation package."""
 
+from typing import TYPE_CHECKING
+
 from svsk_kernels.errors import SvskError
 
-__all__ = ["DownloadError", "EvalError"]
+if TYPE_CHECKING:  # the command's start does not wait for it
+    from pydantic import ValidationError
+
+__all__ = ["DownloadError", "EvalError", "first_problem"]
 
 
 class EvalError(SvskError, ValueError):
@@ -15,3 +20,9 @@ class EvalError(SvskError, ValueError):
 
 class DownloadError(EvalError):
     """Something an evaluation needs could not be fetched from a package index."""
+
+
+def first_problem(error: "ValidationError") -> str:
+    """Where a file first differs from what it should be, and how; for the end of a message."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"

@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from svsk_eval.errors import EvalError
+from svsk_eval.errors import EvalError, first_problem
 from svsk_offline.storage.atomic import write_json
 
 __all__ = ["Answer", "AnswerFile", "end_tokens", "greedy_answers", "load_answers"]
@@ -87,11 +87,9 @@ def load_answers(path: Path, reference: str, answer_tokens: int, dtype: str) -> 
     except OSError as error:
         raise EvalError(f"--answers {path}: cannot be read ({error.strerror}).") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
         raise EvalError(
             f"--answers {path}: not a file of answers as `svsk eval --chat --answers` writes it:"
-            f" {where}: {first['msg']}. Name another file."
+            f" {first_problem(error)}. Name another file."
         ) from error
     again = "Name another file, or remove this one."
     if file.reference != reference:

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from svsk_eval.chat.metrics import ChatScores
-from svsk_eval.errors import EvalError
+from svsk_eval.errors import EvalError, first_problem
 from svsk_eval.text.compare import Comparison, paired
 
 __all__ = ["compare_chat_files", "has_chat", "has_text"]
@@ -90,10 +90,8 @@ def _load(path: str | Path) -> _ChatFile:
             f"{path}: cannot read it ({error.strerror}). Name a file of `svsk eval --chat --json`."
         ) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
         raise EvalError(
-            f"{path}: not a file of `svsk eval --chat --json`: {where}: {first['msg']}. Score it"
+            f"{path}: not a file of `svsk eval --chat --json`: {first_problem(error)}. Score it"
             " again with this version."
         ) from error
 

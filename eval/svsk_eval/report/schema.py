@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from svsk_eval.errors import EvalError
+from svsk_eval.errors import EvalError, first_problem
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -221,9 +221,7 @@ def load_report(path: str | Path) -> BenchReport:
     except OSError as error:
         raise EvalError(f"{path}: cannot read it ({error.strerror}).") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
         raise EvalError(
-            f"{path}: not a file of this version's `svsk bench --json`: {where}: {first['msg']}."
+            f"{path}: not a file of this version's `svsk bench --json`: {first_problem(error)}."
             " Run it again."
         ) from error

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from scipy import stats
 
-from svsk_eval.errors import EvalError
+from svsk_eval.errors import EvalError, first_problem
 
 __all__ = [
     "Comparison",
@@ -173,11 +173,9 @@ def load_scores(path: str | Path, partner: str | Path) -> Scores:
             f"{path}: cannot read it ({error.strerror}). Name a file of `svsk eval --json`."
         ) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
         raise EvalError(
             f"{path}: not a file of `svsk eval --json` that can be compared with {partner}:"
-            f" {where}: {first['msg']}. {_AGAIN}"
+            f" {first_problem(error)}. {_AGAIN}"
         ) from error
 
 

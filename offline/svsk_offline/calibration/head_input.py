@@ -41,8 +41,7 @@ def collect_head_input(
         InputStatistics(head.in_features, runner.device, full=True),
     ]
     fitted = len(hidden) - runner.held_out
-
-    kinds = parts
+    kinds = parts  # those that take in the present sample
 
     def before(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         for kind in kinds:

@@ -92,7 +92,8 @@ class ErrorCurve:
     """What was measured of one matrix, from which the loss of every choice follows.
 
     The loss is ``1/2 tr(D R H R^T)``, the matrix's share of the KL divergence when the Fisher
-    information is taken apart into the factors H of the input and D of the output (diagonal).
+    information is taken apart into the factors H of the input and D of the output (diagonal). What
+    a sidecar leaves of it is measured under the metric G that sidecars are fitted to.
 
     Attributes:
         loss: of the base alone that was measured.

@@ -88,9 +88,9 @@ class HessianSidecar:
         metric: RowMetric | None = None,
     ) -> None:
         self.tiles, self.grid, self.rank, self.num_bits = tiles, grid, rank, num_bits
-        # Of the rows of each tile, [A, rows]; rows that fill up the last one do not count.
+        # Of each tile's rows; those that fill up the last tile do not count.
         self.metrics: list[RowMetric] | None = None
-        self.weights: torch.Tensor | None = None
+        self.weights: torch.Tensor | None = None  # their diagonals [A, rows]
         if metric is not None:
             own = self._by_tile(metric.own.unsqueeze(1)).squeeze(2)
             directions = self._by_tile(metric.directions.T).mT

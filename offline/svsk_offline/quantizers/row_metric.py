@@ -2,6 +2,7 @@
 """How much errors of a linear's outputs count, alone and together."""
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -9,13 +10,13 @@ from svsk_offline.quantizers.lowrank import leading_eigenvectors
 
 __all__ = ["RowMetric"]
 
-_COUNTED = 0.9
+_COUNTED: Final = 0.9
 """Share of what output features have in common that is counted.
 
 It is measured on few tokens, so that some of it is chance.
 """
 
-_FLOOR = 1e-3
+_FLOOR: Final = 1e-3
 """Least that a feature counts of its own, relative to the mean: no error is ever free."""
 
 
