@@ -40,11 +40,6 @@ class Table:
     stored: str
     is_embedding: bool
 
-    @property
-    def group(self) -> ConfigGroup:
-        """The scheme, for this matrix alone."""
-        return self.spec.scheme
-
 
 @dataclass(frozen=True)
 class TablePlan:
@@ -63,7 +58,7 @@ class TablePlan:
     @property
     def groups(self) -> dict[str, ConfigGroup]:
         """Config groups of the tables."""
-        return {"embedding" if t.is_embedding else "head": t.group for t in self.tables}
+        return {"embedding" if t.is_embedding else "head": t.spec.scheme for t in self.tables}
 
     @property
     def embedding(self) -> EmbeddingArgs | None:
