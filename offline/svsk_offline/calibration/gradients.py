@@ -34,28 +34,37 @@ class OutputGradients:
     Attributes:
         tokens: float32 [samples, tokens], ``|g_t|^2`` of each token.
         rows: float32 [N], ``E_t[g_tn^2]`` of each output feature.
-        moment: of ``g g^T`` over the tokens but the first :data:`_FIRST` of each sample, in a unit
-            of its own; None where that was not asked for.
+        fitted: of ``g g^T`` over the tokens of samples to fit but the first :data:`_FIRST` of each,
+            in a unit of its own; None where that was not asked for.
+        held_out: the same of samples that are held out.
     """
 
     tokens: torch.Tensor
     rows: torch.Tensor
-    moment: InputStatistics | None = None
-    _unit: float = 1.0
+    fitted: InputStatistics | None = None
+    held_out: InputStatistics | None = None
+    _unit: float = 0.0
 
-    def add_moment(self, slopes: torch.Tensor) -> None:
+    def add_moment(self, slopes: torch.Tensor, *, held_out: bool) -> None:
         """Take in gradients of the output.
 
         Args:
             slopes: float [samples, tokens, N].
+            held_out: of samples that are held out.
         """
         slopes = slopes[:, _FIRST:]
-        if self.moment is None:
-            self.moment = InputStatistics(slopes.shape[-1], slopes.device, full=True)
+        kind = self.held_out if held_out else self.fitted
+        if kind is None:
+            kind = InputStatistics(slopes.shape[-1], slopes.device, full=True)
+            if held_out:
+                self.held_out = kind
+            else:
+                self.fitted = kind
+        if not self._unit:
             # Squares of a large model's gradients underflow. A power of two rounds nothing.
             size = float(slopes.float().square().mean().sqrt())
             self._unit = 2.0 ** -round(math.log2(size)) if size else 1.0
-        self.moment.add(slopes * self._unit)
+        kind.add(slopes * self._unit)
 
 
 _FIRST: Final = 4
@@ -208,7 +217,8 @@ def _step_back(
         per_token = squares.sum(1)
         total.rows += squares.sum(0) / tokens.numel()
         if moments:
-            total.add_moment(slope.detach().view(part.stop - part.start, tokens[1], -1))
+            slopes = slope.detach().view(part.stop - part.start, tokens[1], -1)
+            total.add_moment(slopes, held_out=part.stop > fitted)
         total.tokens[part] = per_token.cpu().view_as(total.tokens[part])
         kind[name].add(inputs, per_token)
 

@@ -140,6 +140,7 @@ def measure_curve(
     metric: RowMetric,
     settings: CurveSettings,
     measured: torch.Tensor | None = None,
+    felt: torch.Tensor | None = None,
 ) -> ErrorCurve:
     """Measure how the loss of a matrix falls with the bits spent on it.
 
@@ -151,12 +152,15 @@ def measure_curve(
         weight: float32 [N, K].
         hessian: float32 [K, K], tokens weighted by their squared gradients.
         row_energy: float32 [N], ``E[g_n^2]``, the diagonal of D.
-        metric: G, in which the shares of ranks are measured.
+        metric: G, under which sidecars are fitted.
         settings: what is measured.
         measured: float32 [K, K], H of other tokens, on which losses are measured; None measures
             them on what was fitted, which is far too little where tokens are few.
+        felt: float32 [N, N], G of other tokens in any unit, likewise; None measures shares under
+            ``row_energy``.
     """
     measured = hessian if measured is None else measured
+    felt = torch.diag(row_energy) if felt is None else felt
     codebook = settings.weights.codebook
     own = settings.weights.group_size, settings.weights.scale_bits
     # Error feedback is run once, with the settings' base; all other bases are scaled from it.
@@ -173,7 +177,7 @@ def measure_curve(
     n, k = weight.shape
     grid = TileGrid(n, k, settings.tile_m, settings.tile_n)
     rank = max(ranks_that_pay(grid)) if settings.rank is None else settings.rank
-    shares = _rank_shares(residual, hessian, measured, metric, grid, rank)
+    shares = _rank_shares(residual, hessian, measured, metric, felt, grid, rank)
     ratios = {}
     for base in settings.bases:
         if k % base[0]:
@@ -214,18 +218,29 @@ def _rank_shares(
     hessian: torch.Tensor,
     measured: torch.Tensor,
     metric: RowMetric,
+    felt: torch.Tensor,
     grid: TileGrid,
     rank: int,
 ) -> torch.Tensor:
     """Float32 [rank]: the share of the error that the i-th rank of all tiles together takes off.
 
-    A tile's best factors of rank r under the fitted Hessian leave ``(I - Q Q^T) C^T R``, Q the
-    first r left singular vectors of ``C^T R F`` with ``H = F F^T`` and ``G = C C^T``: so what each
-    takes off is known under any other Hessian, here the measured one.
+    With ``H = F F^T`` and ``G = C C^T`` a tile's best factors of rank r under what is fitted are
+    ``R F Q`` and ``Q^T F^-1``, Q the first r right singular vectors of ``C^T R F``. They are judged
+    under what is measured: the error that the first r leave is that of ``R - sum p_i v_i^T``, whose
+    terms are counted one by one, so ranks that only fit chance take off little, or add.
 
     The share is that of the tiles' own errors ``tr(G_a R_ab H_bb R_ab^T)``. With several column
     tiles these add up to more than ``tr(G R H R^T)``, because error feedback lets columns make up
     for one another across tiles.
+
+    Args:
+        residual: float32 [N, K].
+        hessian: float32 [K, K], fitted.
+        measured: float32 [K, K], of other tokens.
+        metric: fitted.
+        felt: float32 [N, N], the metric of other tokens.
+        grid: the tiles.
+        rank: the largest.
     """
     total = torch.zeros(rank)
     if not rank:
@@ -241,10 +256,19 @@ def _rank_shares(
         order = ColumnOrder.of(block, 1e-4)
         for a in range(grid.num_row_tiles):
             rows = grid.row_slice(a)
-            weighted = metric.part(rows).rooted(residual[rows, columns])
-            other = measured[columns, columns]
-            error += float(((weighted @ other) * weighted).sum())
-            taken = truncated_svd(order.factored(weighted), rank)[0].T @ weighted
-            gains = ((taken @ other) * taken).sum(1).cpu()
-            total[: len(gains)] += gains
+            tile, other, judge = (
+                residual[rows, columns],
+                measured[columns, columns],
+                felt[rows, rows],
+            )
+            error += float(((judge @ tile @ other) * tile).sum())
+            factored = order.factored(tile)
+            right = truncated_svd(metric.part(rows).rooted(factored), rank)[2]
+            left, vectors = factored @ right.T, order.unfactored(right)
+            judged = judge @ left
+            # Of the error of R - P V^T: the terms linear in each rank, and those of pairs.
+            linear = ((judged.T @ tile @ other) * vectors).sum(1)
+            pairs = (judged.T @ left) * (vectors @ other @ vectors.T)
+            gains = 2 * linear - pairs.diagonal() - 2 * pairs.tril(-1).sum(1)
+            total[: len(gains)] += gains.cpu()
     return total / error if error else total

@@ -244,10 +244,12 @@ class Measuring:
                     )
                 gradient = gradients.pop(name)  # its moment is as large as a Hessian
                 rows[full] = gradient.rows.cpu()
-                metric = RowMetric.diagonal(gradient.rows)
-                if gradient.moment is not None:
-                    metric = RowMetric.of(gradient.moment.hessian, self.directions)
+                metric, felt = RowMetric.diagonal(gradient.rows), None
+                if gradient.fitted is not None:
+                    metric = RowMetric.of(gradient.fitted.hessian, self.directions)
                     metrics[full] = metric.to(torch.device("cpu"))
+                if gradient.held_out is not None:
+                    felt = gradient.held_out.hessian
                 if self.tokens:
                     tokens[full] = gradient.tokens[self.order.argsort()]
                 if self.curves is not None:
@@ -255,7 +257,14 @@ class Measuring:
                     other = held_out.pop(name, None)
                     weight = loaded_weight(self.source, full, module).float()
                     curves[full] = _curve(
-                        full, weight, gradient.rows, metric, fitted.pop(name), other, self.curves
+                        full,
+                        weight,
+                        gradient.rows,
+                        metric,
+                        fitted.pop(name),
+                        other,
+                        felt,
+                        self.curves,
                     )
 
         sweep_gradients(
@@ -281,12 +290,13 @@ def _curve(
     metric: RowMetric,
     fitted: InputStatistics,
     held_out: InputStatistics | None,
+    felt: torch.Tensor | None,
     settings: CurveSettings,
 ) -> ErrorCurve:
     """The curve of one matrix; the statistics are used up."""
     measured = None if held_out is None else held_out.hessian
     try:
-        return measure_curve(weight, fitted.hessian, rows, metric, settings, measured)
+        return measure_curve(weight, fitted.hessian, rows, metric, settings, measured, felt)
     except SvskError as error:
         raise SvskError(f"{name}: {error}") from error
 

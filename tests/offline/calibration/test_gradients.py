@@ -92,13 +92,13 @@ def test_sweep_equals_one_backward_pass(tmp_path: Path, family: str, limit: int)
         torch.testing.assert_close(
             gradients[name].rows, squares.mean((0, 1)), rtol=1e-3, atol=1e-10
         )
-        late = gradient[:, 4:].flatten(0, 1)  # the first tokens are sinks
-        moment = gradients[name].moment
-        assert moment is not None
-        unit = moment.hessian.trace() / (late.T @ late).trace()
-        torch.testing.assert_close(
-            moment.hessian / unit, late.T @ late, rtol=1e-3, atol=1e-4 * float(late.square().sum())
-        )
+        own = gradients[name]
+        for moment, part in ((own.fitted, slice(3)), (own.held_out, slice(3, 5))):
+            late = gradient[part, 4:].flatten(0, 1)  # the first tokens are sinks
+            assert moment is not None
+            unit = moment.hessian.trace() / (late.T @ late).trace()
+            size = 1e-4 * float(late.square().sum())
+            torch.testing.assert_close(moment.hessian / unit, late.T @ late, rtol=1e-3, atol=size)
         for kind, part in zip(statistics, (slice(3), slice(3, 5)), strict=True):
             weights = squares[part].sum(-1).flatten()
             rows = inputs[part].flatten(0, 1)

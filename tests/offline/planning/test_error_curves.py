@@ -137,3 +137,26 @@ def test_losses_are_those_of_the_tokens_they_are_measured_on(tile: int) -> None:
     ]
     assert predicted[0] < 0.5 * true
     assert 0.7 * true < predicted[1] < 1.4 * true
+
+
+@pytest.mark.parametrize("tile", [0, 16])
+def test_ranks_that_fit_chance_are_judged_by_other_tokens(tile: int) -> None:
+    """Directions of few gradients: under the fitted metric the ranks gain far more than is so."""
+    w, found = weight(48, 96), statistics(96, tokens=4000)
+    generator = torch.Generator().manual_seed(2)
+    few, many = (torch.randn(count, 48, generator=generator) for count in (12, 4000))
+    fitted, felt = few.T @ few / len(few), many.T @ many / len(many)
+    metric, ones = RowMetric.of(fitted, 48), torch.ones(48)
+    spec = LinearSpec("m", 48, 96, make_group(tile_m=tile, tile_n=0, num_bits=4, group_size=32))
+    allocation = AllocationArgs(target_bpw=5, ranks=(0, 4), group_sizes=(spec.group_size,))
+    settings = CurveSettings.of(spec.scheme, AlternatingArgs(), allocation, spec.scale_dtype)
+
+    def share(judge: torch.Tensor) -> float:
+        curve = measure_curve(w, found.hessian, ones, metric, settings, felt=judge)
+        return float(curve.shares.sum())
+
+    hopeful, honest = share(fitted), share(felt)
+    assert honest < 0.8 * hopeful
+    # What error is left of the same factors under either metric, from the factors themselves.
+    plain = measure_curve(w, found.hessian, ones, RowMetric.diagonal(ones), settings)
+    assert float(plain.shares.sum()) > honest
