@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds ``linear.cpp`` once per compiler, processor and PyTorch, and loads it."""
+"""Builds this folder's C++ files once per compiler, processor and PyTorch, and loads them."""
 
 import hashlib
 import os
@@ -7,7 +7,8 @@ import platform
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
@@ -16,28 +17,29 @@ import torch
 
 from svsk_kernels.cpu.processor import simulated_features
 
-__all__ = ["cpu_ops_obstacle"]
+__all__ = ["cpu_ops_obstacle", "round_block_obstacle"]
 
-_SOURCE: Final = Path(__file__).with_name("linear.cpp")
-_FEATURES: Final = (
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512bw",
-    "avx512dq",
-    "avx512vl",
-    "avx512bf16",
-)
-_COMPILE: Final = (
-    "-std=c++20",
-    "-O3",
-    "-fPIC",
-    "-fopenmp",
-    "-w",
-    *(f"-m{name}" for name in _FEATURES),
-)
+_COMPILE: Final = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-w")
 _BUILD_SECONDS: Final = 600
+
+
+@dataclass(frozen=True)
+class _Library:
+    """A file that becomes a library of one op.
+
+    Attributes:
+        source: name of the file.
+        flags: of the compiler.
+        fake: the op's name, and what gives the shape of its result while a graph is compiled.
+    """
+
+    source: str
+    flags: tuple[str, ...]
+    fake: tuple[str, Callable[..., torch.Tensor]] | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(__file__).with_name(self.source)
 
 
 def cpu_ops_obstacle() -> str | None:
@@ -50,49 +52,59 @@ def cpu_ops_obstacle() -> str | None:
     """
     if simulated_features() is not None or not torch.cpu._is_avx512_bf16_supported():
         return "the processor has no AVX512-BF16"
-    return _load_obstacle()
+    return _load_obstacle(_LINEAR)
 
 
-@lru_cache(maxsize=1)
-def _load_obstacle() -> str | None:
+def round_block_obstacle() -> str | None:
+    """Make ``torch.ops.svsk.round_block`` available; as :func:`cpu_ops_obstacle`.
+
+    It runs on every processor, so ``SVSK_CPU_FEATURES`` does not switch it off.
+    """
+    return _load_obstacle(_ERROR_FEEDBACK)
+
+
+@lru_cache
+def _load_obstacle(library: _Library) -> str | None:
     """Load a folder's library, or build it in the first where it can be written and loaded."""
     compiler = os.environ.get("CXX") or "g++"
     version = _version(compiler)
     reasons: list[str] = []
     folders = list(_folders(reasons))
+    name = f"{library.path.stem}-{_key(library)}"
     for folder in folders:
         # Without a compiler what another one has built is as good.
-        pattern = f"cpu-{_key()}-{_hash(version) if version else '*'}.so"
-        if any(_loads(library, reasons) for library in sorted(folder.glob(pattern))):
+        pattern = f"{name}-{_hash(version) if version else '*'}.so"
+        if any(_loads(path, reasons, library) for path in sorted(folder.glob(pattern))):
             return None
     if version is None:
         return f"there is no C++ compiler {compiler!r}; install g++ or set CXX"
     for folder in folders:
-        library = folder / f"cpu-{_key()}-{_hash(version)}.so"
+        path = folder / f"{name}-{_hash(version)}.so"
         try:
-            _build(library, compiler)
+            _build(path, compiler, library)
         except (OSError, subprocess.SubprocessError) as error:
             output = getattr(error, "stderr", None)
             reasons.append(
-                f"building {library} failed: {error}" + (f"\n{output[-2000:]}" if output else "")
+                f"building {path} failed: {error}" + (f"\n{output[-2000:]}" if output else "")
             )
             continue
-        if _loads(library, reasons):
+        if _loads(path, reasons, library):
             return None
     return "; ".join(dict.fromkeys(reasons)) + ". XDG_CACHE_HOME names another folder to build in"
 
 
-def _loads(library: Path, reasons: list[str]) -> bool:
-    """Load the library and describe its op, or say why not.
+def _loads(path: Path, reasons: list[str], library: _Library) -> bool:
+    """Load a built library and describe its op, or say why not.
 
     It may be damaged, or lie where nothing may be run.
     """
     try:
-        _check_whole(library)
-        torch.ops.load_library(str(library))
-        torch.library.register_fake("svsk::cpu_linear", _fake)
+        _check_whole(path)
+        torch.ops.load_library(str(path))
+        if library.fake is not None:
+            torch.library.register_fake(*library.fake)
     except (OSError, RuntimeError) as error:
-        reasons.append(f"loading {library} failed: {error}")
+        reasons.append(f"loading {path} failed: {error}")
         return False
     return True
 
@@ -132,6 +144,31 @@ def _fake(
     return x.new_empty(x.shape[0], n)
 
 
+_LINEAR: Final = _Library(
+    "linear.cpp",
+    tuple(
+        f"-m{name}"
+        for name in (
+            "avx2",
+            "fma",
+            "f16c",
+            "avx512f",
+            "avx512bw",
+            "avx512dq",
+            "avx512vl",
+            "avx512bf16",
+        )
+    ),
+    ("svsk::cpu_linear", _fake),
+)
+
+# Without fused products every processor gives the same bits. Neither errno nor floating-point traps
+# are looked at, which would keep roots and choices from being done for several rows at once.
+_ERROR_FEEDBACK: Final = _Library(
+    "error_feedback.cpp", ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+)
+
+
 def _folders(reasons: list[str]) -> Iterator[Path]:
     """Where a library may lie.
 
@@ -154,8 +191,8 @@ def _folders(reasons: list[str]) -> Iterator[Path]:
         reasons.append(f"{folder} can be written by others")
 
 
-@lru_cache(maxsize=1)
-def _key() -> str:
+@lru_cache
+def _key(library: _Library) -> str:
     """Hash of what decides whether a library runs here, the compiler apart."""
     try:
         processor = re.findall(
@@ -163,10 +200,9 @@ def _key() -> str:
         )[:1]
     except OSError:
         processor = [platform.processor()]
-    source = _SOURCE.read_text(encoding="utf-8")
-    return _hash(
-        "\n".join((source, torch.__version__, *_COMPILE, *platform.libc_ver(), *processor))
-    )
+    source = library.path.read_text(encoding="utf-8")
+    flags = (*_COMPILE, *library.flags)
+    return _hash("\n".join((source, torch.__version__, *flags, *platform.libc_ver(), *processor)))
 
 
 def _hash(text: str) -> str:
@@ -181,17 +217,18 @@ def _version(compiler: str) -> str | None:
         return None
 
 
-def _build(library: Path, compiler: str) -> None:
-    """Build the library.
+def _build(path: Path, compiler: str, library: _Library) -> None:
+    """Build a library.
 
     Processes that do so at the same time each write their own and rename it.
     """
-    library.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     root = Path(torch.__file__).parent
     includes = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
-    with tempfile.TemporaryDirectory(dir=library.parent) as name:
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
         compiled, linked = Path(name, "cpu.o"), Path(name, "cpu.so")
-        _command([compiler, *_COMPILE, *includes, "-c", str(_SOURCE), "-o", str(compiled)])
+        flags = (*_COMPILE, *library.flags, *includes)
+        _command([compiler, *flags, "-c", str(library.path), "-o", str(compiled)])
         # Linked without -fopenmp: the OpenMP library must be the one PyTorch brings.
         torch_libraries = [
             f"-L{root / 'lib'}",
@@ -200,7 +237,7 @@ def _build(library: Path, compiler: str) -> None:
             "-lc10",
         ]
         _command([compiler, "-shared", str(compiled), *torch_libraries, "-o", str(linked)])
-        linked.replace(library)
+        linked.replace(path)
 
 
 def _command(words: list[str]) -> str:

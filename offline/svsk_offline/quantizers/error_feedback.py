@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounding by columns, each error made up for by later ones (GPTQ, Frantar et al. 2022)."""
 
+import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import torch
 
+from svsk_kernels.cpu.build import round_block_obstacle
 from svsk_offline.quantizers.hessian import ColumnOrder
 from svsk_offline.quantizers.rounding import nearest_integers, nearest_levels
 from svsk_vllm.format import CODE_MAX, CODE_MIN, Codebook
@@ -16,9 +19,12 @@ __all__ = [
     "round_block",
     "round_columns",
     "round_in_a_loop",
+    "round_in_one_call",
     "round_in_one_launch",
     "round_with_feedback",
 ]
+
+_LOG: Final = logging.getLogger(__name__)
 
 BLOCK: Final = 128
 """Columns whose updates are applied to the rest of the matrix in one product.
@@ -61,7 +67,8 @@ def round_block(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round the columns of a block one after the other.
 
-    On a GPU in one launch, elsewhere in a loop.
+    On a GPU in one launch, on a CPU in one call of a C++ op; where that cannot be built in a loop,
+    which takes ten times as long and more.
 
     Args:
         work: float32 [A, B, N]: for A matrices the columns as they are adjusted so far, or for
@@ -77,8 +84,37 @@ def round_block(
         Levels and errors (for coordinate descent: moves), float32 [A, B, N], as
         :func:`svsk_kernels.gpu.error_feedback.feedback_block` defines them.
     """
-    rounded = round_in_one_launch if work.device.type == "cuda" else round_in_a_loop
+    if work.device.type == "cuda":
+        rounded = round_in_one_launch
+    elif work.device.type == "cpu" and _has_op():
+        rounded = round_in_one_call
+    else:
+        rounded = round_in_a_loop
     return rounded(work, coupling, pivots, scale, levels, values)
+
+
+@lru_cache(maxsize=1)
+def _has_op() -> bool:
+    obstacle = round_block_obstacle()
+    if obstacle is not None:
+        _LOG.warning("Rounding in PyTorch, which is many times slower: %s", obstacle)
+    return obstacle is None
+
+
+def round_in_one_call(
+    work: torch.Tensor,
+    coupling: torch.Tensor,
+    pivots: torch.Tensor,
+    scale: torch.Tensor,
+    levels: Levels,
+    values: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`round_block` by the C++ op."""
+    low, high, quad8 = levels.low, levels.high, levels.codebook == "quad8"
+    chosen, errors = torch.ops.svsk.round_block(
+        work, coupling, pivots, scale, values, low, high, quad8
+    )
+    return chosen, errors
 
 
 def round_in_one_launch(

@@ -276,7 +276,8 @@ def _refit(
         columns, rest = slice(g * size, (g + 1) * size), slice(g * size, None)
         products = (levels[:, columns] @ hessian[columns, rest]) * levels[:, rest]
         system[:, g, g:] = products.view(n, groups - g, size).sum(-1)
-        system[:, g:, g] = system[:, g, g:]
+        # Without the diagonal: where there is one row, torch refuses to copy it onto itself.
+        system[:, g + 1 :, g] = system[:, g, g + 1 :]
     right = (weighted * levels).view(n, groups, size).sum(-1).double()
     old = scale.double()
     # A group whose codes are all 0 has a row of zeros, which leaves its scale open. A pull towards

@@ -21,15 +21,15 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Libraries that were built, in order. One loads if it holds "good", what is built does."""
     made: list[Path] = []
 
-    def build(library: Path, compiler: str) -> None:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        library.write_text("good")
-        made.append(library)
+    def build(path: Path, compiler: str, library: object) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("good")
+        made.append(path)
 
-    def loads(library: Path, reasons: list[str]) -> bool:
-        if library.read_text() != "good":
-            reasons.append(f"loading {library} failed: invalid ELF header")
-        return library.read_text() == "good"
+    def loads(path: Path, reasons: list[str], library: object) -> bool:
+        if path.read_text() != "good":
+            reasons.append(f"loading {path} failed: invalid ELF header")
+        return path.read_text() == "good"
 
     monkeypatch.setattr(cpu_build, "_build", build)
     monkeypatch.setattr(cpu_build, "_loads", loads)
@@ -44,7 +44,7 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def obstacle() -> str | None:
     """As in a new process."""
     cpu_build._key.cache_clear()
-    return cpu_build._load_obstacle.__wrapped__()
+    return cpu_build._load_obstacle.__wrapped__(cpu_build._LINEAR)
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def test_a_folder_that_others_can_write_is_not_trusted(
 def test_what_the_compiler_says_is_in_the_obstacle(
     built: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(library: Path, compiler: str) -> None:
+    def fail(path: Path, compiler: str, library: object) -> None:
         raise subprocess.CalledProcessError(1, [compiler], stderr="cpu.cpp:1: unknown type name")
 
     monkeypatch.setattr(cpu_build, "_build", fail)
@@ -156,5 +156,5 @@ def test_a_library_that_is_cut_short_is_not_loaded(tmp_path: Path) -> None:
     for content in (whole[:-1], whole[:80], whole[:20], b"", b"text" * 400):
         (tmp_path / "cut.so").write_bytes(content)
         reasons: list[str] = []
-        assert not cpu_build._loads(tmp_path / "cut.so", reasons)
+        assert not cpu_build._loads(tmp_path / "cut.so", reasons, cpu_build._LINEAR)
         assert "no whole ELF file; delete it" in reasons[0]
