@@ -125,6 +125,15 @@ def quantize(
     budget_includes: Annotated[
         list[str] | None, typer.Option(help="head: its bits count in --target-bpw.")
     ] = None,
+    smoothing: Annotated[
+        float | None,
+        typer.Option(
+            help="Move scales of activations into the weights: alpha, 0 to 1, such as 0.7."
+        ),
+    ] = None,
+    smooth_keys: Annotated[
+        bool, typer.Option("--smooth-keys", help="Even out keys, for key caches of few bits.")
+    ] = False,
     calibration: CalibrationText = None,
     chat_template: ChatTemplate = False,
     samples: Samples = None,
@@ -191,6 +200,7 @@ def quantize(
             },
             "allocation": budget,
             "tables": {"head": head, "embedding": embedding},
+            "smoothing": {"alpha": smoothing, "keys": smooth_keys or None},
             "ignore": tuple(ignore or ()),
         }
     )
@@ -243,15 +253,48 @@ def recipes() -> None:
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")],
+    folder: Annotated[
+        Path, typer.Argument(help="SVSK checkpoint; with --keys any model's folder or hub name.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    keys: Annotated[
+        bool,
+        typer.Option(
+            "--keys",
+            help="Run the model on a text instead: would a key cache of few bits lose channels?",
+        ),
+    ] = False,
+    calibration: CalibrationText = None,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show what a checkpoint holds.
 
-    Bits per weight with every stored bit counted, sizes, recipe, producer.
+    Bits per weight with every stored bit counted, sizes, recipe, producer. Or, with `--keys`, how
+    far apart the channels of each layer's keys are, and what `svsk quantize --smooth-keys` would
+    make of it.
     """
     from svsk_offline.storage.inspection import inspect_checkpoint, print_inspection
 
+    if keys:
+        from svsk_offline.key_inspection import inspect_keys, print_keys
+
+        found = inspect_keys(
+            str(folder),
+            calibration or DEFAULT_SOURCE,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        if as_json:
+            typer.echo(json.dumps(found.to_json(), indent=2))
+        else:
+            print_keys(console, found)
+        return
+    if calibration or trust_remote_code or device != "auto":
+        raise SvskError(
+            "--calibration, --device, --trust-remote-code: no effect without --keys. Leave that"
+            " out."
+        )
     inspection = inspect_checkpoint(folder)
     if as_json:
         typer.echo(json.dumps(inspection, indent=2))

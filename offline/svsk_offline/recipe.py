@@ -25,6 +25,7 @@ from svsk_offline.recipe_sections import (
     GradientArgs,
     PublishedArgs,
     SinkArgs,
+    SmoothingArgs,
     TableArgs,
 )
 from svsk_vllm.format import SidecarArgs, WeightArgs
@@ -41,6 +42,7 @@ __all__ = [
     "PublishedRecipe",
     "Recipe",
     "SinkArgs",
+    "SmoothingArgs",
     "TableArgs",
     "load_recipe",
     "parse_recipe",
@@ -69,6 +71,7 @@ class _Recipe(Strict):
     calibration: CalibrationArgs = CalibrationArgs()
     ignore: tuple[str, ...] = USUAL_IGNORE
     tables: TableArgs = TableArgs()
+    smoothing: SmoothingArgs | None = None
 
     @field_validator("weights")
     @classmethod
@@ -116,6 +119,8 @@ class _Recipe(Strict):
         idle = {} if self.largest_rank else dict.fromkeys(keys, _NO_SIDECAR)
         if self.tables.head != "svsk":
             idle["tables.rank"] = f"with tables.head {self.tables.head}"
+        if self.smoothing is not None and self.smoothing.alpha is None:
+            idle["smoothing.targets"] = "without smoothing.alpha"
         return idle
 
     def override(self, changes: Mapping[str, Mapping[str, Any] | tuple[str, ...]]) -> Self:

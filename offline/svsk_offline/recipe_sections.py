@@ -16,6 +16,7 @@ __all__ = [
     "GradientArgs",
     "PublishedArgs",
     "SinkArgs",
+    "SmoothingArgs",
     "TableArgs",
     "ranks_that_pay",
 ]
@@ -184,6 +185,34 @@ class TableArgs(Strict):
     head: Literal["int8", "svsk", "dense"] = "dense"
     embedding: Literal["auto", "int8", "dense"] = "auto"
     rank: int = Field(default=32, ge=0, le=MAX_RANK, multiple_of=2)
+
+
+class SmoothingArgs(Strict):
+    """What is moved from activations into weights before anything is quantised, by powers of two.
+
+    Attributes:
+        alpha: how much of a channel's scale moves, 0 to 1; None smooths no inputs.
+        targets: whose inputs: ``norms`` for linears that read a norm, ``o`` for o_proj, ``down``
+            for down_proj.
+        keys: even out the channels of keys, for key caches of few bits.
+    """
+
+    alpha: float | None = Field(default=None, ge=0, le=1)
+    targets: tuple[Literal["norms", "o", "down"], ...] = ("norms", "o", "down")
+    keys: bool = False
+
+    @field_validator("targets")
+    @classmethod
+    def _named_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError(f"expected one or more of norms, o and down, got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.alpha is None and not self.keys:
+            raise ValueError("smooths nothing. Say alpha (0.7), or keys: true")
+        return self
 
 
 class CalibrationArgs(Strict):

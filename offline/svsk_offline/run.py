@@ -15,6 +15,7 @@ from torch import nn
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import BlockRunner, CalibrationSet, InputStatistics
 from svsk_offline.calibration.held_out import held_out_last, measure_outputs
+from svsk_offline.planning.folded_model import folded_model
 from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import bases_alone, check_servable
 from svsk_offline.planning.tables import after_head, plan_tables
@@ -27,13 +28,8 @@ from svsk_offline.storage.atomic import PartialFolder, write_json
 from svsk_offline.storage.checkpoint_writer import CheckpointWriter, QuantizedTables
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.layer_report import LayerReport, bits_per_weight
-from svsk_offline.storage.loaded_weight import loaded_weight
-from svsk_vllm.format import (
-    ConfigGroup,
-    QuantizedLinear,
-    SvskCheckpointConfig,
-    dequantize,
-)
+from svsk_offline.storage.loaded_weight import loaded_weight, put_weights
+from svsk_vllm.format import ConfigGroup, QuantizedLinear, SvskCheckpointConfig
 from svsk_vllm.format.config import matches
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
 from svsk_vllm.format.shards import read_json
@@ -119,6 +115,7 @@ class Run:
     def _execute(self, overwrite: bool) -> QuantizationResult:
         result = self._claim(overwrite)
         started = time.perf_counter()
+        self._smooth()
         plan = self._plan()
         planned = time.perf_counter() - started
         writer = CheckpointWriter(
@@ -237,6 +234,27 @@ class Run:
         write_json(state, identity)  # first: nothing is in the folder without it
         return self.folder.create()
 
+    def _smooth(self) -> None:
+        """From here on the model is the folded one, where the recipe smooths; say so."""
+        args = self.recipe.smoothing
+        if args is None:
+            return
+        self.source, record = folded_model(
+            self.source,
+            self._fitted_texts(),
+            args,
+            self.device,
+            self.folder.path,
+            progress=self.progress.block,
+            say=self.progress.message,
+        )
+        producer = {**self.config.producer, "smoothing": record}
+        producer[FINGERPRINT_KEY] = self._fingerprint()  # of the folded model
+        self.config = self.config.model_copy(update={"producer": producer})
+
+    def _fitted_texts(self) -> CalibrationSet:
+        return self.texts.first(len(self.texts.tokens) - self.held_out)
+
     def _plan(self) -> Plan:
         """What to do with each linear: as an earlier run decided, or measured now."""
         path = self.folder.path / _PLAN_NAME
@@ -246,7 +264,7 @@ class Run:
             self.source,
             self.schemes,
             self.planned,
-            self.texts.first(len(self.texts.tokens) - self.held_out),
+            self._fitted_texts(),
             self.device,
             self.scale_dtype,
             self.folder.path,
@@ -287,7 +305,7 @@ class Run:
                     runner.advance(index, block)
                 if sequential:
                     names = {full: name for name, full, _ in self.source.linears(index)}
-                    _put_weights(block, names, linears)
+                    put_weights(block, names, linears)
                     runner.advance(index, block)
                 self.source.unload(block)
                 layers += reports
@@ -319,7 +337,9 @@ class Run:
             block,
             full=self.alternating is not None,
             first=self._sink_names(index),
-            weights=self._token_weights(plan, index),
+            weights=plan.token_weights(
+                {name: full for name, full, _ in self.source.linears(index)}
+            ),
             # With nothing held out the same samples are measured below.
             advance=advance and self.held_out > 0,
         )
@@ -342,15 +362,6 @@ class Run:
             for name, full, _ in self.source.linears(index)
             if recipe and recipe.sink_weight(full)
         )
-
-    def _token_weights(self, plan: Plan, index: int) -> dict[str, torch.Tensor] | None:
-        """Token weights by name below a block; linears that stay dense get the first one's."""
-        if not plan.tokens:
-            return None
-        names = {name: full for name, full, _ in self.source.linears(index)}
-        weights = {name: plan.tokens[full] for name, full in names.items() if full in plan.tokens}
-        first = next(iter(weights.values()), None)
-        return None if first is None else {name: weights.get(name, first) for name in names}
 
     def _quantize_block(
         self, index: int, statistics: dict[str, InputStatistics], plan: Plan
@@ -386,12 +397,3 @@ class Run:
             linears.append(linear)
             seconds.append(time.perf_counter() - started)
         return linears, seconds
-
-
-def _put_weights(
-    block: nn.Module, names: Mapping[str, str], linears: list[QuantizedLinear]
-) -> None:
-    """Replace a loaded block's weights by what was stored; ``names`` are those below it."""
-    for linear in linears:
-        weight = block.get_parameter(f"{names[linear.spec.name]}.weight")
-        weight.data = dequantize(linear).to(weight.device, weight.dtype)

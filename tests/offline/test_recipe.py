@@ -30,7 +30,12 @@ def load(folder: Path, text: str) -> Recipe:
 @pytest.mark.parametrize("name", recipe_names())
 def test_what_is_written_is_read_back(tmp_path: Path, name: str) -> None:
     recipe = load_recipe(name)
-    for changes in ({}, {"sidecar": {"rank": 0}}, {"calibration": {"seed": 3}}):
+    for changes in (
+        {},
+        {"sidecar": {"rank": 0}},
+        {"calibration": {"seed": 3}},
+        {"smoothing": {"alpha": 0.7, "targets": ("down",)}},
+    ):
         changed = recipe.override(changes)
         (tmp_path / "written.yaml").write_text(yaml.safe_dump(changed.written()))
         assert load_recipe(str(tmp_path / "written.yaml")).digest == changed.digest
@@ -52,6 +57,9 @@ def test_what_is_written_is_read_back(tmp_path: Path, name: str) -> None:
         (ALTERNATING + "allocation: {target_bpw: 5, ranks: []}", "one or more"),
         (ALTERNATING + "allocation: {target_bpw: 5, ranks: [0, 514]}", "less than or equal to 512"),
         (ALTERNATING + "allocation: {target_bpw: 5, group_sizes: [128]}", "group_sizes"),
+        (ALTERNATING + "smoothing: {targets: [down]}", "smoothing: .*smooths nothing. Say alpha"),
+        (PUBLISHED + "smoothing: {alpha: 1.5}", r"smoothing\.alpha: .*less than or equal to 1"),
+        (PUBLISHED + "smoothing: {alpha: 0.5, targets: []}", "one or more of norms, o and down"),
         ("method: gptq", "method: expected published or alternating, got 'gptq'"),
         ("[1]", "not valid YAML"),
     ],
@@ -80,6 +88,10 @@ def test_recipes_that_cannot_be(tmp_path: Path, lines: str, message: str) -> Non
             "alternating.rounds: no effect at rank 0",
         ),
         (ALTERNATING + "sink: {targets: [a]}", "sink.targets: no effect without sink.weight"),
+        (
+            ALTERNATING + "smoothing: {keys: true, targets: [o]}",
+            "smoothing.targets: no effect without smoothing.alpha",
+        ),
         (ALTERNATING + "gradients: {shared: true}", "gradients.shared: no effect without"),
         (ALTERNATING + "gradients: {samples: 4}", "gradients.samples: no effect where no"),
         (

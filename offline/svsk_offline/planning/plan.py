@@ -50,6 +50,19 @@ class Plan:
     tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
     rows: Mapping[str, RowMetric] = field(default_factory=dict)
 
+    def token_weights(self, names: Mapping[str, str]) -> dict[str, torch.Tensor] | None:
+        """Token weights of a block's linears; those that stay dense get the first one's.
+
+        Args:
+            names: of the block's linears, full name by another.
+
+        Returns:
+            By that other name; None where all tokens count the same.
+        """
+        weights = {name: self.tokens[full] for name, full in names.items() if full in self.tokens}
+        first = next(iter(weights.values()), None)
+        return None if first is None else {name: weights.get(name, first) for name in names}
+
     def groups(self) -> dict[str, ConfigGroup]:
         """A config group per scheme that lists its linears, the most frequent scheme first."""
         members: dict[ConfigGroup, list[str]] = {}

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A dense Hugging Face model on disk, of which only the parts in use are in memory."""
 
-import hashlib
-import json
+import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,15 +14,16 @@ from torch import nn
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.storage.decoder_blocks import decoder_blocks, linear_modules
+from svsk_offline.storage.fold import Fold
+from svsk_offline.storage.model_identity import content_digest, folder_identity
 from svsk_offline.storage.model_loading import build_skeleton, own_code_refused
-from svsk_offline.storage.tensor_names import TensorMap
-from svsk_vllm.format import ShardedReader
+from svsk_offline.storage.tensor_names import TensorMap, require_complete
+from svsk_offline.storage.tensor_readers import FoldedTensors, RestoredTensors, TensorReader
+from svsk_vllm.format import Checkpoint, ShardedReader
+from svsk_vllm.format.config import undeclared
 from svsk_vllm.format.shards import read_json
 
 __all__ = ["ModelSource"]
-
-_SAMPLE = 1024
-"""Values of each tensor that tell its content from another's."""
 
 
 class ModelSource:
@@ -38,15 +38,24 @@ class ModelSource:
     Args:
         folder: a Hugging Face folder with safetensors.
         trust_remote_code: run Python files that come with the model.
+        restored: it is an SVSK checkpoint; the model is the one that it stands for.
+
+    Attributes:
+        tensors: reads weights; what it reads is the model, folded where it is.
+        fold: by what they are multiplied; None where they are read as they are.
 
     Raises:
         SvskError: the model is quantised already, or its architecture is not supported.
         SvskFormatError: the folder is damaged.
     """
 
-    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, trust_remote_code: bool = False, restored: bool = False
+    ) -> None:
         self.folder, self.trust_remote_code = folder, trust_remote_code
         self.config_dict: dict[str, Any] = read_json(folder / "config.json")
+        if restored:
+            self.config_dict = undeclared(self.config_dict)
         declared = self.config_dict.pop("quantization_config", None)  # null says that there is none
         if declared is not None:
             method = declared.get("quant_method") if isinstance(declared, dict) else declared
@@ -59,7 +68,23 @@ class ModelSource:
                 " weights to load. Supported are model.safetensors and"
                 " model.safetensors.index.json: save the model again without it."
             )
-        self.tensors = ShardedReader(folder, by_headers=True)
+        self._stored: TensorReader = (
+            RestoredTensors(Checkpoint(folder))
+            if restored
+            else ShardedReader(folder, by_headers=True)
+        )
+        self.tensors: TensorReader = self._stored
+        self.fold: Fold | None = None
+
+    def folded(self, fold: Fold) -> "ModelSource":
+        """The same model with its weights multiplied as they are read; everything else is shared.
+
+        Weights that are loaded into :attr:`model` are those of the source that loaded them.
+        """
+        other = copy.copy(self)
+        other.tensors, other.fold = FoldedTensors(self._stored, fold), fold
+        vars(other).pop("content_sample", None)
+        return other
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -79,36 +104,21 @@ class ModelSource:
 
         Its own Python files are part of it where they are run.
         """
-        shards = [[name, self.tensors.shard_of(name)] for name in self.tensors.names]
-        patterns = ("*.safetensors", "*.py") if self.trust_remote_code else ("*.safetensors",)
-        paths = sorted(path for pattern in patterns for path in self.folder.glob(pattern))
-        files = ((path.name, path.stat()) for path in paths)
-        return {
-            "model": (
-                hashlib.sha256(
-                    json.dumps([self.config_dict, shards], sort_keys=True).encode()
-                ).hexdigest()
-            ),
-            "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files],
-        }
+        folded = {} if self.fold is None else {"fold": self.fold.digest}
+        return folded | folder_identity(
+            self.folder, self.config_dict, self._stored, code=self.trust_remote_code
+        )
 
     @cached_property
     def content_sample(self) -> str:
-        """Digest of config.json and of a piece from the middle of every tensor.
+        """Digest of config.json, of a piece of every tensor, and of what these are multiplied by.
 
         It tells models apart that differ in their weights alone, without reading them all, and does
         not depend on where the folder lies or when it was copied.
         """
-        digest = hashlib.sha256(json.dumps(self.config_dict, sort_keys=True).encode())
-        for name in sorted(self.tensors.names):
-            # Mapped: only the pages of the piece are read.
-            values = self.tensors.read(name).flatten()
-            middle = len(values) // 2
-            piece = values[middle : middle + _SAMPLE].clone().view(torch.uint8)
-            digest.update(
-                f"{name} {len(values)} {values.dtype} ".encode() + piece.numpy().tobytes()
-            )
-        return digest.hexdigest()
+        return content_digest(
+            self.config_dict, self._stored, "" if self.fold is None else self.fold.digest
+        )
 
     @cached_property
     def model(self) -> nn.Module:
@@ -125,32 +135,7 @@ class ModelSource:
             SvskFormatError: a shard is damaged.
         """
         tensor_map = TensorMap(self.folder, self.model, self.tensors.names, self._equal)
-        kind = type(self.model).__name__
-        if tensor_map.foreign:
-            more = (
-                f", and {len(tensor_map.foreign) - 1} more" if len(tensor_map.foreign) > 1 else ""
-            )
-            raise SvskError(
-                f"{self.folder}: {kind} has no tensor {tensor_map.foreign[0]}{more}:"
-                " transformers would leave it out of the model. If config.json"
-                " is the right one, take the tensor out of the folder."
-            )
-        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        for name, want in self.model.state_dict().items():
-            inputs = tensor_map.inputs_of(name)
-            if not inputs and name in parameters:
-                raise SvskError(
-                    f"{self.folder}: no tensor {name}, which {kind}"
-                    " needs. Download or copy the model again."
-                )
-            for stored in inputs:
-                # Of a converter's inputs, only whether they can be read.
-                shape = self.tensors.describe(stored).shape
-                if name in tensor_map.sources and tuple(shape) != tuple(want.shape):
-                    raise SvskError(
-                        f"{self.folder}: {stored} has shape {list(shape)}, expected"
-                        f" {list(want.shape)} by config.json."
-                    )
+        require_complete(tensor_map, self.folder, self.model, self.tensors.describe)
         return tensor_map
 
     def check(self) -> None:

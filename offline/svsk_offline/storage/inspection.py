@@ -21,6 +21,7 @@ __all__ = [
     "inspect_checkpoint",
     "print_inspection",
     "serving_note",
+    "smoothing_lines",
     "validate_against_architecture",
     "whole_bits_per_weight",
 ]
@@ -141,9 +142,31 @@ def print_inspection(console: Console, inspection: dict[str, Any]) -> None:
             f" {producer.get('svsk', 'unknown')}, calibration"
             f" {producer.get('calibration', 'unknown')}"
         ),
+        *smoothing_lines(producer.get("smoothing")),
     ):
         # What the folder says of itself: no markup, nothing that a terminal obeys.
         console.print("".join(c if c.isprintable() else "?" for c in line), markup=False)
+
+
+def smoothing_lines(record: Any) -> list[str]:
+    """What ``producer.smoothing`` says, if anything: in a line, and a line for what is left."""
+    if not isinstance(record, dict):
+        return []
+    kinds = {"norms": "outputs of norms", "o": "inputs of o_proj", "down": "inputs of down_proj"}
+    folded = record.get("folded")
+    counts = [
+        f"{count} {kinds.get(kind, f'layers of {kind}')}"
+        for kind, count in (folded.items() if isinstance(folded, dict) else ())
+    ]
+    alpha = f"alpha {record['alpha']}, " if "alpha" in record else ""
+    left = record.get("left_alone")
+    return [
+        f"smoothing {alpha}folded into the weights: {', '.join(counts) or 'nothing'}",
+        *(
+            f"smoothing left alone: {count} x {what}"
+            for what, count in (left.items() if isinstance(left, dict) else ())
+        ),
+    ]
 
 
 def serving_note(folder: Path) -> str | None:

@@ -19,8 +19,9 @@ from transformers.core_model_loading import WeightConverter, dot_natural_key
 
 from svsk_kernels.errors import SvskError
 from svsk_vllm.architecture.parameter_names import parameter_names
+from svsk_vllm.format.spec import TensorSpec
 
-__all__ = ["Conversion", "TensorMap"]
+__all__ = ["Conversion", "TensorMap", "require_complete"]
 
 _OLD_TABLES: Final = re.compile(
     r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$|\.attention\.bias$"
@@ -203,6 +204,46 @@ class TensorMap:
             (name for name in reversed(candidates) if parameters[name].targets == (parameter,)),
             None,
         )
+
+
+def require_complete(
+    tensor_map: TensorMap, folder: object, model: Any, describe: Callable[[str], TensorSpec]
+) -> None:
+    """Refuse a folder whose tensors are not those of its model class.
+
+    Args:
+        tensor_map: of the folder.
+        folder: it, for messages.
+        model: the transformers model, on the meta device.
+        describe: dtype and shape of a stored tensor.
+
+    Raises:
+        SvskError: the folder lacks a tensor that the model needs or holds it in another shape, or
+            holds one that the model class does not know.
+    """
+    kind = type(model).__name__
+    if tensor_map.foreign:
+        more = f", and {len(tensor_map.foreign) - 1} more" if len(tensor_map.foreign) > 1 else ""
+        raise SvskError(
+            f"{folder}: {kind} has no tensor {tensor_map.foreign[0]}{more}:"
+            " transformers would leave it out of the model. If config.json"
+            " is the right one, take the tensor out of the folder."
+        )
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, want in model.state_dict().items():
+        inputs = tensor_map.inputs_of(name)
+        if not inputs and name in parameters:
+            raise SvskError(
+                f"{folder}: no tensor {name}, which {kind} needs. Download or copy the model again."
+            )
+        for stored in inputs:
+            # Of a converter's inputs, only whether they can be read.
+            shape = describe(stored).shape
+            if name in tensor_map.sources and tuple(shape) != tuple(want.shape):
+                raise SvskError(
+                    f"{folder}: {stored} has shape {list(shape)}, expected {list(want.shape)} by"
+                    " config.json."
+                )
 
 
 def _common_tail(left: str, right: str) -> int:

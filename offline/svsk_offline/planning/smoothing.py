@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Smoothing: scales of activations moved into weights, before anything is quantised.
+
+Channel j of a linear's input is divided by ``max|x_j| ** alpha / max|W_j| ** (1 - alpha)``, W_j the
+weights that read it, and its weights multiplied (SmoothQuant, Xiao et al. 2022; the first half of
+SVDQuant, Li et al. 2024). A rotary pair of keys is divided by its largest magnitude, and queries
+are multiplied. Factors are rounded to powers of two, so that nothing is rounded by them, and each
+is kept only where the block, scaled, gives the same bits as before on a calibration sample.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from svsk_offline.calibration import BlockRunner, CalibrationSet
+from svsk_offline.calibration.channel_maxima import collect_maxima
+from svsk_offline.planning.fold_pairs import Pair, Part, input_pairs, key_pairs, key_writers
+from svsk_offline.planning.key_channels import KeyChannels
+from svsk_offline.precision import block_dtype
+from svsk_offline.recipe_sections import SmoothingArgs
+from svsk_offline.storage.dense_model import ModelSource
+from svsk_offline.storage.fold import LARGEST_EXPONENT, Fold
+from svsk_offline.storage.inspection import smoothing_lines
+
+__all__ = ["Smoothing", "key_exponents", "plan_smoothing", "smoothing_exponents"]
+
+_SAMPLES: Final = 64
+"""Calibration samples whose largest magnitudes are taken: with more they hardly grow."""
+
+_CHANGED: Final = (
+    "scaling it changes what the block computes, as with norms of 1 + weight or where a"
+    " nonlinearity is between"
+)
+_SHARED: Final = "its weights are not stored for it alone"
+_OTHER_BLOCKS: Final = "other blocks read its keys and values"
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """What is folded into a model.
+
+    Attributes:
+        fold: the factors.
+        folded: how many inputs, or layers of keys, by kind.
+        left: how many linears are left alone, by ``name below the block: reason``.
+        keys: of each layer with keys that was looked at, in order.
+    """
+
+    fold: Fold
+    folded: Mapping[str, int] = field(default_factory=dict)
+    left: Mapping[str, int] = field(default_factory=dict)
+    keys: tuple[KeyChannels, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """What goes into ``producer.smoothing``."""
+        record: dict[str, Any] = {"folded": dict(self.folded)}
+        if self.left:
+            record["left_alone"] = dict(self.left)
+        if self.keys:
+            record["keys"] = [channels.to_json() for channels in self.keys]
+        return record
+
+    def lines(self) -> list[str]:
+        """The same in sentences."""
+        lines = smoothing_lines(self.record())
+        worst = max(self.keys, key=lambda channels: channels.ratio, default=None)
+        if worst is not None and worst.folded_ratio is not None:
+            lines.append(
+                f"smoothing of keys: largest over median channel {worst.ratio:.1f} in block"
+                f" {worst.block}, {worst.folded_ratio:.1f} with the factors folded in"
+            )
+        return lines
+
+    def save(self, path: Path) -> None:
+        """Write it to a safetensors file, atomically."""
+        self.fold.save(path, {"record": json.dumps(self.record())})
+
+    @classmethod
+    def load(cls, path: Path) -> "Smoothing":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            SvskFormatError: the file is damaged.
+        """
+        fold, metadata = Fold.load(path)
+        record = json.loads(metadata["record"])
+        keys = tuple(KeyChannels(**row) for row in record.get("keys", ()))
+        return cls(fold, record["folded"], record.get("left_alone", {}), keys)
+
+
+def smoothing_exponents(maxima: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Exponents of two of ``max|x| ** alpha / max|W| ** (1 - alpha)``, of mean about 0.
+
+    Args:
+        maxima: float32 [factors], largest magnitudes of the activations.
+        weights: the same of the weights that read them.
+        alpha: how much of the scale moves into the weights.
+
+    Returns:
+        int8 [factors]; 0 where either is 0, as for a channel that no token uses.
+    """
+    logs = alpha * maxima.log2() - (1 - alpha) * weights.log2()
+    return _centred(logs.unsqueeze(0), ((maxima > 0) & (weights > 0)).unsqueeze(0))
+
+
+def key_exponents(maxima: torch.Tensor, heads: int) -> torch.Tensor:
+    """Exponents of two of the largest magnitudes of keys, of mean about 0 in each head.
+
+    Args:
+        maxima: float32 [factors], the factors of each head together.
+        heads: how many.
+
+    Returns:
+        int8 [factors].
+    """
+    rows = maxima.view(heads, -1)
+    return _centred(rows.log2(), rows > 0)
+
+
+def _centred(logs: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """Rounded logarithms less the mean of the used ones of each row, 0 for the others, int8."""
+    logs = logs.where(used, 0)
+    mean = logs.sum(1, keepdim=True) / used.sum(1, keepdim=True).clamp(min=1)
+    exponents = (logs - mean).where(used, 0).round()
+    return exponents.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).to(torch.int8).flatten()
+
+
+def plan_smoothing(
+    source: ModelSource,
+    texts: CalibrationSet,
+    args: SmoothingArgs,
+    device: torch.device,
+    scratch: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Smoothing:
+    """Run calibration samples through a model once, and choose the factors of each block.
+
+    Args:
+        source: the dense model, not folded.
+        texts: the samples; at most :data:`_SAMPLES` of them are used.
+        args: what to smooth, and how much.
+        device: where to compute.
+        scratch: folder for temporary files.
+        progress: called with the number of blocks done and their total.
+    """
+    dtype = block_dtype(device)
+    runner = BlockRunner(source, texts.subset(_SAMPLES), device, dtype, scratch=scratch)
+    planner = _Planner(source, runner, args)
+    name, blocks = source.blocks
+    try:
+        for index, block in enumerate(blocks):
+            source.load(block, f"{name}.{index}.", dtype, device)
+            planner.block(index, block)
+            source.unload(block)
+            progress(index + 1, len(blocks))
+    finally:
+        runner.close()
+    return planner.result()
+
+
+class _Planner:
+    """Chooses factors block by block."""
+
+    def __init__(self, source: ModelSource, runner: BlockRunner, args: SmoothingArgs) -> None:
+        self._source, self._runner, self._args = source, runner, args
+        model: Any = source.model
+        self._config = model.config.get_text_config()
+        self._users = Counter(source.map.sources.values())
+        self._axes: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
+        self._folded: Counter[str] = Counter()
+        self._left: Counter[str] = Counter()
+        self._keys: list[KeyChannels] = []
+
+    def result(self) -> Smoothing:
+        return Smoothing(Fold(*self._axes), self._folded, self._left, tuple(self._keys))
+
+    @torch.no_grad()
+    def block(self, index: int, block: nn.Module) -> None:
+        """Choose the factors of a loaded block; its samples move on, its weights are scaled."""
+        runner, args = self._runner, self._args
+        sample = runner.hidden[:1].clone()
+        expected = runner.forward(index, block, sample)
+        writers = key_writers(block) if args.keys else {}
+        found = collect_maxima(runner, index, block, writers.values())
+
+        def fits() -> bool:
+            return torch.equal(runner.forward(index, block, sample), expected)
+
+        if args.alpha is not None:
+            pairs, left = input_pairs(block, found, self._head_dim(block))
+            for pair in pairs:
+                if pair.kind in args.targets:
+                    assert pair.weights is not None, "inputs are read by weights"
+                    exponents = smoothing_exponents(pair.maxima, pair.weights, args.alpha)
+                    self._try(index, block, [(pair, exponents)], fits)
+            self._left.update(f"{name}: {reason}" for name, reason in left.items())
+        for writer in writers.values():
+            dims = self._head_dim(block), self._rotary_dim(block)
+            ways = (
+                "its heads are of unknown size"
+                if dims[0] is None
+                else key_pairs(block, found, writer, dims[0], dims[1] or dims[0])
+            )
+            if isinstance(ways, str):
+                self._left[f"{writer}: {ways}"] += 1
+                continue
+            chosen = [(pair, key_exponents(pair.maxima, pair.heads)) for pair in ways]
+            done = self._try(index, block, chosen, fits)
+            pair, exponents = chosen[0] if done is None else done
+            self._keys.append(
+                KeyChannels.of(index, pair.maxima, pair.heads, None if done is None else exponents)
+            )
+
+    def _try(
+        self,
+        index: int,
+        block: nn.Module,
+        ways: Iterable[tuple[Pair, torch.Tensor]],
+        fits: Callable[[], bool],
+    ) -> tuple[Pair, torch.Tensor] | None:
+        """Take the first way that leaves the block's output as it is; None if there is none."""
+        reason = _CHANGED
+        name = ""
+        for pair, exponents in ways:
+            name = pair.name
+            stored = [self._stored(index, part) for part in pair.parts]
+            if None in stored:
+                reason = _SHARED
+                break
+            # Nothing of this block tells what another makes of them.
+            if pair.kind in ("keys", "o") and getattr(self._config, "num_kv_shared_layers", None):
+                reason = _OTHER_BLOCKS
+                break
+            before = pair.apply(block, exponents)
+            if fits():
+                for part, tensor in zip(pair.parts, stored, strict=True):
+                    self._note(str(tensor), part.axis, part.exponents(exponents))
+                self._folded[pair.kind] += 1
+                return pair, exponents
+            pair.undo(block, before)
+        self._left[f"{name}: {reason}"] += 1
+        return None
+
+    def _note(self, tensor: str, axis: int, exponents: torch.Tensor) -> None:
+        """Add exponents to those that a tensor has."""
+        exponents = exponents.to(torch.int8).cpu()
+        noted = self._axes[axis]
+        noted[tensor] = noted[tensor] + exponents if tensor in noted else exponents
+
+    def _stored(self, index: int, part: Part) -> str | None:
+        """The tensor that fills a parameter of a block, and nothing else."""
+        tensors = self._source.map
+        parameter = f"{self._source.blocks[0]}.{index}.{part.parameter}"
+        stored = tensors.sources.get(parameter)
+        alone = stored is not None and tensors.targets(stored) == (parameter,)
+        return stored if alone and self._users[stored or ""] == 1 else None
+
+    def _head_dim(self, block: nn.Module) -> int | None:
+        """Channels of an attention head: what the module says, or else the config."""
+        for module in block.modules():
+            if isinstance(size := getattr(module, "head_dim", None), int):
+                return size
+        config = self._config
+        heads, hidden = (
+            getattr(config, key, None) for key in ("num_attention_heads", "hidden_size")
+        )
+        own = getattr(config, "head_dim", None)
+        return own or (hidden // heads if heads and hidden else None)
+
+    def _rotary_dim(self, block: nn.Module) -> int | None:
+        """Channels of a head that rotary turns, None for all."""
+        config = self._config
+        rope = getattr(config, "rope_parameters", None)
+        share = getattr(config, "partial_rotary_factor", None)
+        if share is None and isinstance(rope, dict):
+            share = rope.get("partial_rotary_factor")
+        size = self._head_dim(block)
+        return int(size * share) if size and isinstance(share, float | int) else None
