@@ -94,6 +94,15 @@ def evaluate(
             )
         ),
     ] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "Attend to keys and values as a cache stores them, with --engine hf: kpc32, q8_0,"
+                " q4_0, q4_1, int4; two kinds as KEYS:VALUES."
+            )
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -110,7 +119,7 @@ def evaluate(
     from svsk_eval.text.engine_args import parse_engine_args
     from svsk_eval.text.request import TextRequest
 
-    check_options(text=text, chat=chat, answers=answers, reference=reference, engine=engine)
+    check_options(text=text, chat=chat, answers=answers, reference=reference, engine=engine, kv=kv)
     about: dict[str, Any] = {
         "model": model,
         "reference": reference,
@@ -126,6 +135,7 @@ def evaluate(
             "chunks": chunks,
             "seq_len": seq_len,
             "engine": engine,
+            "kv": kv,
         }
         scored = TextRequest(**parts, engine_args=engine_args, **about)
     if chat is not None:

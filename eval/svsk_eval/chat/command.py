@@ -22,6 +22,7 @@ def check_options(
     answers: Path | None,
     reference: str | None,
     engine: str,
+    kv: str | None = None,
 ) -> None:
     """Refuse options of ``svsk eval`` that do not go together.
 
@@ -30,6 +31,11 @@ def check_options(
     """
     if text is None and chat is None:
         raise EvalError("Nothing to score: give --text, --chat, or both.")
+    if kv is not None and chat is not None:
+        raise EvalError(
+            f"--kv {kv}: goes with --text only, answers are scored without a stored cache. Leave"
+            " --chat out."
+        )
     if chat is None:
         if answers is not None:
             raise EvalError(f"--answers {answers}: goes with --chat only. Leave it out.")

@@ -56,6 +56,7 @@ class Scores(BaseModel):
         engine: what ran the model, ``hf`` or ``vllm``; ``hf`` in files of versions that had nothing
             else.
         dtype: of the arithmetic, None where the file does not say.
+        kv: how keys and values were stored, keys before the colon; None where they were not.
     """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
@@ -66,6 +67,7 @@ class Scores(BaseModel):
     per_chunk: Mapping[str, tuple[float, ...]]
     engine: Literal["hf", "vllm"] = "hf"
     dtype: str | None = None
+    kv: str | None = None
 
     @field_validator("per_chunk")
     @classmethod
@@ -121,6 +123,8 @@ class Comparison:
         metrics: ``nll``, and ``delta_nll``, ``kl`` and ``top1`` if both files have them.
         engines: engine and dtype of the baseline and of the model, such as ``vllm bfloat16``, if
             the engines differ.
+        caches: how baseline and model stored keys and values, such as ``cache kpc32:q4_1`` or ``no
+            stored cache``, if that differs.
     """
 
     file: str
@@ -128,6 +132,7 @@ class Comparison:
     reference_gap: float | None
     metrics: Mapping[str, PairedDifference]
     engines: tuple[str, str] | None = None
+    caches: tuple[str, str] | None = None
 
 
 def compare_files(paths: Sequence[str | Path]) -> list[Comparison]:
@@ -216,8 +221,15 @@ def compare_scores(
             " ".join(filter(None, (scores.engine, scores.dtype))) for scores in (baseline, other)
         ]
         engines = (named[0], named[1])
+    caches = None
+    if baseline.kv != other.kv:
+        stored = [
+            "no stored cache" if scores.kv is None else f"cache {scores.kv}"
+            for scores in (baseline, other)
+        ]
+        caches = (stored[0], stored[1])
     metrics: dict[str, PairedDifference] = {name: paired(ours[name], theirs[name]) for name in both}
-    return Comparison(str(path), other.model, gap, metrics, engines)
+    return Comparison(str(path), other.model, gap, metrics, engines, caches)
 
 
 def paired(baseline: FloatArray, values: FloatArray) -> PairedDifference:

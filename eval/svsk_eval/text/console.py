@@ -66,6 +66,9 @@ def print_scores(console: Console, result: dict[str, Any]) -> None:
             table.add_row(label, format(value, form), "" if error is None else format(error, form))
     console.print(table)
     console.print(f"{result['tokens']} tokens in {result['chunks']} chunks")
+    if result.get("kv") is not None:
+        keys, values = result["kv"].split(":")
+        console.print(f"the model attended to stored keys ({keys}) and values ({values})")
     settings = result.get("engine_settings")
     if settings is not None:
         used = f"served by vLLM {settings['vllm']} on {settings['device']} in {result['dtype']}"
@@ -113,6 +116,13 @@ def print_comparisons(
     console.print(table)
     console.print(f"baseline: {baseline}", markup=False)
     for comparison in comparisons:
+        if comparison.caches is not None:
+            ours, theirs = comparison.caches
+            console.print(
+                f"note: {baseline} has {ours}, {comparison.file} {theirs}: the differences are also"
+                " those of what was stored.",
+                markup=False,
+            )
         if comparison.engines is not None:
             ours, theirs = comparison.engines
             console.print(

@@ -98,6 +98,8 @@ class EvalInputs:
             kernels that serve).
         engine_settings: what the engine said of itself and was told, ready for JSON; None with
             transformers.
+        kv: how the model's cache stored keys and values, such as ``kpc32:q4_1``; None without one.
+            The reference has none.
     """
 
     model: str
@@ -107,6 +109,7 @@ class EvalInputs:
     dtype: str
     engine: str = "hf"
     engine_settings: Mapping[str, Any] | None = None
+    kv: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class EvalResult:
 
         Figures that are not known are None (null). ``per_chunk`` is a dictionary of lists of the
         same length, and leaves out what is not known. The fields of ``inputs`` are keys beside the
-        figures, if there are inputs; ``engine_settings`` only if the engine has some.
+        figures, if there are inputs; ``engine_settings`` and ``kv`` only if there are some.
         """
         figures = {field.name: getattr(self, field.name) for field in fields(self)}
         per_chunk, inputs = figures.pop("per_chunk"), figures.pop("inputs")
@@ -161,8 +164,9 @@ class EvalResult:
             name: list(values) for name, values in asdict(per_chunk).items() if values is not None
         }
         keys = {} if inputs is None else asdict(inputs)
-        if keys.get("engine_settings", {}) is None:
-            del keys["engine_settings"]
+        for name in ("engine_settings", "kv"):
+            if keys.get(name, {}) is None:
+                del keys[name]
         return {**figures, **keys, "per_chunk": means}
 
 

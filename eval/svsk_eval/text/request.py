@@ -11,6 +11,7 @@ from svsk_eval.text.generate import ENGINES
 from svsk_eval.text.metrics import EvalResult
 from svsk_eval.text.scoring import ChunkProgress, evaluate
 from svsk_eval.text.served import evaluate_served
+from svsk_vllm.kv_cache import KvKinds
 
 __all__ = ["TextRequest", "score"]
 
@@ -29,6 +30,8 @@ class TextRequest(BaseModel):
         device: ``auto`` or torch's name; for ``hf``.
         engine_args: further arguments of ``vllm.LLM``.
         trust_remote_code: run Python files that come with the models.
+        kv: how the model's cache stores keys and values, as :meth:`KvKinds.parse` takes it; for
+            ``hf``. None is no cache.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +45,7 @@ class TextRequest(BaseModel):
     device: str = "auto"
     engine_args: dict[str, Any] = {}
     trust_remote_code: bool = False
+    kv: str | None = None
 
 
 def score(request: TextRequest, progress: ChunkProgress | None = None) -> EvalResult:
@@ -50,6 +54,7 @@ def score(request: TextRequest, progress: ChunkProgress | None = None) -> EvalRe
     Raises:
         EvalError: there is no such engine, it does not take an option, or the text cannot be
             scored.
+        SvskError: the model cannot be scored with the cache that is asked for.
     """
     _check_engine(request)
     what = request.model, request.reference, request.text, request.chunks, request.seq_len
@@ -62,6 +67,7 @@ def score(request: TextRequest, progress: ChunkProgress | None = None) -> EvalRe
         device=None if request.device == "auto" else request.device,
         progress=progress,
         trust_remote_code=request.trust_remote_code,
+        kv=None if request.kv is None else KvKinds.parse(request.kv),
     )
 
 
@@ -72,6 +78,11 @@ def _check_engine(request: TextRequest) -> None:
         raise EvalError(
             f"--device {request.device}: vLLM chooses the device itself. Leave --device out, or"
             " hide devices from it with CUDA_VISIBLE_DEVICES."
+        )
+    if request.engine == "vllm" and request.kv is not None:
+        raise EvalError(
+            f"--kv {request.kv}: goes with --engine hf only, vLLM serves from caches of its own."
+            " Choose one of those with --engine-arg kv_cache_dtype=..., or score with --engine hf."
         )
     if request.engine != "vllm" and request.engine_args:
         raise EvalError(

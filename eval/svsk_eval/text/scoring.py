@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a model, and the reference it was made from, over the same tokens of a text file."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,8 @@ from svsk_eval.text.models import (
 from svsk_offline.calibration.limits import longest_sequence
 from svsk_offline.calibration.text import bos_prefix, cut_pieces, token_fingerprint
 from svsk_offline.pipeline import resolve_device
+from svsk_offline.storage.model_loading import read_model_config
+from svsk_vllm.kv_cache import KvKinds, check_filled, model_cache
 
 __all__ = ["ChunkProgress", "compare_models", "evaluate", "shared_tokens", "token_chunks"]
 
@@ -81,6 +84,7 @@ def compare_models(
     reference: PreTrainedModel | None,
     tokens: torch.Tensor,
     progress: ChunkProgress | None = None,
+    kv: KvKinds | None = None,
 ) -> EvalResult:
     """Score a loaded model, against a loaded reference if there is one.
 
@@ -93,17 +97,19 @@ def compare_models(
         reference: the model it is compared with, on any device, or None.
         tokens: int64 [chunks, seq_len].
         progress: called after every chunk.
+        kv: how the model's cache stores keys and values; None is no cache. The reference has none.
 
     Returns:
         The metrics; those that need a reference are None without one.
 
     Raises:
         EvalError: the vocabularies differ, or a model gives logits that are not finite.
+        SvskError: the model cannot be scored with such a cache.
     """
     scores = []
     for done, chunk in enumerate(tokens, start=1):
         ref_logits = None if reference is None else _next_token_logits(reference, chunk)
-        scores.append(score_chunk(_next_token_logits(model, chunk), chunk[1:], ref_logits))
+        scores.append(score_chunk(_next_token_logits(model, chunk, kv), chunk[1:], ref_logits))
         if progress is not None:
             progress(done, len(tokens))
     return summarize(scores)
@@ -120,6 +126,7 @@ def evaluate(
     progress: ChunkProgress | None = None,
     *,
     trust_remote_code: bool = False,
+    kv: KvKinds | None = None,
 ) -> EvalResult:
     """Score a model on a text, against a reference if there is one; both see the same tokens.
 
@@ -137,6 +144,8 @@ def evaluate(
         device: of both models; None is the first CUDA device if there is one, else the CPU.
         progress: called after every chunk.
         trust_remote_code: run Python files that come with the models.
+        kv: how the cache of the model stores keys and values, which its attention then reads; None
+            is no cache. The reference has none.
 
     Returns:
         The metrics.
@@ -144,6 +153,7 @@ def evaluate(
     Raises:
         EvalError: a model, a tokenizer or the text cannot be used, or the models have different
             vocabularies.
+        SvskError: the model cannot be scored with such a cache.
         SvskFormatError: one is an SVSK checkpoint that this package cannot read.
     """
     where = resolve_device("auto" if device is None else str(device))
@@ -157,6 +167,8 @@ def evaluate(
         if path is not None:
             limits = declared_limits(path, trust_remote_code=trust_remote_code)
             check_fits(path, *limits, tokens)
+    if kv is not None:  # of a model that it suits: else it is refused here
+        model_cache(read_model_config(model_path, trust_remote_code=trust_remote_code), kv)
     reference = None if reference_path is None else load(reference_path)
     model = load(model_path)
     size = _check_loaded(model_path, model, tokens)
@@ -170,8 +182,9 @@ def evaluate(
         text_fingerprint=token_fingerprint(tokens),
         seq_len=seq_len,
         dtype=str(model.dtype).removeprefix("torch."),
+        kv=None if kv is None else str(kv),
     )
-    return replace(compare_models(model, reference, tokens, progress), inputs=inputs)
+    return replace(compare_models(model, reference, tokens, progress, kv), inputs=inputs)
 
 
 def shared_tokens(
@@ -220,9 +233,19 @@ def _check_loaded(path: str | Path, model: PreTrainedModel, tokens: torch.Tensor
     return size
 
 
-def _next_token_logits(model: PreTrainedModel, chunk: torch.Tensor) -> torch.Tensor:
+def _next_token_logits(
+    model: PreTrainedModel, chunk: torch.Tensor, kv: KvKinds | None = None
+) -> torch.Tensor:
     """Logits [seq_len - 1, V] of all positions of ``chunk`` [seq_len] whose next token is known."""
-    logits: torch.Tensor = model(
-        input_ids=chunk.unsqueeze(0).to(model.device), use_cache=False
-    ).logits
+    ids = chunk.unsqueeze(0).to(model.device)
+    if kv is None:
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits[0, :-1]
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise EvalError(
+            f"--kv {kv}: {type(model).__name__} takes no cache of keys and values. Leave --kv out."
+        )
+    cache = model_cache(model.config, kv)
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    check_filled(cache, len(chunk))
     return logits[0, :-1]
