@@ -59,8 +59,8 @@ def hadamard(size: int) -> npt.NDArray[np.float64]:
 def test_rotated(width: int, whole_head: bool, size: int) -> None:
     numbers = states(5, 7, width)
     matrix = torch.from_numpy(hadamard(size)).float() / math.sqrt(size)
-    turned = q4_0(numbers.unflatten(-1, (-1, size)) @ matrix).unflatten(-1, (-1, size))
-    expected = (turned.flatten(-2).unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+    stored = q4_0((numbers.unflatten(-1, (-1, size)) @ matrix).flatten(-2))
+    expected = (stored.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
     # The order of sums differs, and a number at a border of two codes may take the other.
     error = (rotated(q4_0, numbers, whole_head=whole_head) - expected).abs()
     assert float((error > 1e-3).float().mean()) < 0.01
