@@ -85,7 +85,7 @@ def main(
 ) -> None:
     """Quantise language models to SVSK checkpoints.
 
-    Inspect, check, restore, evaluate and run them.
+    Inspect, check, export, evaluate and run them.
     """
 
 
@@ -330,16 +330,36 @@ def validate(
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="dense or compressed-tensors.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a checkpoint for what does not read SVSK, and say what is lost.
+
+    Example: `svsk export qwen3-4b-svsk qwen3-4b-w4a16 --to compressed-tensors`
+    """
+    from svsk_offline.export.formats import export_format
+    from svsk_offline.export.request import check_request
+
+    kind = export_format(to)
+    check_request(kind, folder, out, overwrite=overwrite)
+    from svsk_offline.export.request import run
+
+    for written in run(kind, folder, out, overwrite=overwrite, say=_say_note):
+        console.print(f"wrote {written}")
+    _say_note(f"in this format: {kind.losses}")
+
+
+@app.command()
 def restore(
     folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the dense Hugging Face model a checkpoint stands for."""
-    check_output(out, overwrite=overwrite, dense=True, source=folder)
-    from svsk_offline.storage.restore import restore as run
-
-    console.print(f"wrote {run(folder, out, overwrite=overwrite, say=_say_note)}")
+    """Write the dense model a checkpoint stands for: `svsk export --to dense`."""
+    export(folder, out, "dense", overwrite=overwrite)
 
 
 if __name__ == "__main__":

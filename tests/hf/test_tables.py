@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svsk_offline.storage.restore import restore
+from svsk_offline.export.dense import restore
 from svsk_vllm.architecture.folder_check import checkpoint_problems
 from svsk_vllm.format import Codebook, EmbeddingArgs, SvskFormatError
 from tests.hf.loading import assert_same, edit_tensors, load, logits

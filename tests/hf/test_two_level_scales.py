@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from svsk_offline.storage.restore import restore
+from svsk_offline.export.dense import restore
 from svsk_vllm.architecture.folder_check import checkpoint_problems, require_sound
 from svsk_vllm.format import SvskFormatError
 from svsk_vllm.format.group_scales import ScaleBits

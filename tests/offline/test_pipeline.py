@@ -14,6 +14,7 @@ import svsk_vllm.hf  # noqa: F401 - registers the loader
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import BlockRunner, load_calibration
 from svsk_offline.calibration.held_out import held_out_last
+from svsk_offline.export.dense import restore
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.precision import block_dtype
 from svsk_offline.recipe import Recipe, load_recipe
@@ -21,7 +22,6 @@ from svsk_offline.storage.decoder_blocks import linear_modules
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.inspection import inspect_checkpoint, validate_against_architecture
 from svsk_offline.storage.layer_report import LayerReport
-from svsk_offline.storage.restore import restore
 from svsk_vllm.format import Checkpoint, ShardedReader, SvskFormatError, dequantize
 from tests.offline.folders import folder_bytes
 from tests.support.format_builders import edit_json

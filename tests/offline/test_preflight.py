@@ -11,10 +11,10 @@ import pytest
 
 from svsk_kernels.errors import SvskError
 from svsk_offline import pipeline
+from svsk_offline.export.dense import restore
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.preflight import check_output, check_recipe, check_report_files
 from svsk_offline.recipe import Recipe, load_recipe, recipe_names
-from svsk_offline.storage.restore import restore
 from svsk_vllm.format.config import matches
 
 LINEARS = [

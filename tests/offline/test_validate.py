@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from svsk_eval.cli import app
-from svsk_offline.storage.restore import restore
+from svsk_offline.export.dense import restore
 from svsk_vllm.architecture import folder_check as architecture
 from svsk_vllm.architecture.folder_check import checkpoint_problems
 from svsk_vllm.format import SvskFormatError

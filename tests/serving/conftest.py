@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from svsk_offline.export.dense import restore
 from svsk_offline.pipeline import quantize
 from svsk_offline.recipe import load_recipe
-from svsk_offline.storage.restore import restore
 from svsk_vllm.format import Checkpoint, Codebook, ConfigGroup
 from tests.support.forked import ForkedPopen, ForkServer
 from tests.support.tiny_models import scheme as make_scheme
@@ -121,6 +121,7 @@ def run_vllm(tmp_path_factory: pytest.TempPathFactory, fork_vllm: Fork) -> Run:
         reload: bool = False,
         kernel: str = "auto",
         features: str = "",
+        plugins: bool = True,
         **engine: Any,
     ) -> dict[str, Any]:
         if torch.cuda.is_available() and torch.cuda.device_count() < tp:
@@ -143,10 +144,13 @@ def run_vllm(tmp_path_factory: pytest.TempPathFactory, fork_vllm: Fork) -> Run:
         }
         (folder / "job.json").write_text(json.dumps(job))
         environment = serving_environment(tp) | {"SVSK_KERNEL": kernel}
+        if not plugins:
+            environment |= {"VLLM_PLUGINS": ""}
         if features:
             environment |= {"SVSK_CPU_FEATURES": features, "ATEN_CPU_CAPABILITY": features}
         # What is forked has vLLM's operators for this processor already.
-        code = (fork_vllm if tp == 1 and not features else start_vllm)(folder, environment)
+        forks = tp == 1 and not features and plugins
+        code = (fork_vllm if forks else start_vllm)(folder, environment)
         if code:
             raise RuntimeError(
                 f"{folder}: exit code {code}\n{(folder / 'log').read_text()[-8000:]}"

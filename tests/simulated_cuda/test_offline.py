@@ -28,6 +28,7 @@ from svsk_kernels.gpu import error_feedback as feedback
 from svsk_offline import run
 from svsk_offline.calibration import BlockRunner, input_statistics, load_calibration
 from svsk_offline.console import quantize_with_progress
+from svsk_offline.export.dense import restore
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.planning import measurements
 from svsk_offline.quantizers import lowrank
@@ -35,7 +36,6 @@ from svsk_offline.quantizers.error_feedback import Levels, round_in_a_loop
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.layer_report import LayerReport
-from svsk_offline.storage.restore import restore
 from svsk_vllm.format import Checkpoint
 from tests.offline.folders import folder_bytes
 from tests.support.simulated_cuda import simulated_cuda

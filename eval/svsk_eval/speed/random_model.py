@@ -20,8 +20,8 @@ from rich.console import Console
 
 from svsk_eval.errors import EvalError
 from svsk_eval.speed.fused_obstacle import fused_obstacle
-from svsk_eval.speed.w4a16 import w4a16_config
 from svsk_kernels.errors import SvskError
+from svsk_offline.export.compressed_tensors import w4a16_config
 from svsk_offline.storage.atomic import PartialFolder, write_index, write_json, write_tensors
 from svsk_vllm.format import (
     Checkpoint,

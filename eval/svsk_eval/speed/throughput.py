@@ -27,8 +27,9 @@ from rich.table import Table
 from svsk_eval.errors import EvalError
 from svsk_eval.speed.fused_obstacle import fused_obstacle
 from svsk_eval.speed.throughput_server import Load, Server, serve
-from svsk_eval.speed.w4a16 import write_w4a16
 from svsk_eval.text.engine_args import parse_engine_args
+from svsk_kernels.errors import SvskError
+from svsk_offline.export.compressed_tensors import export_compressed_tensors
 from svsk_offline.storage.atomic import write_json, write_text
 from svsk_vllm.format import Checkpoint
 from svsk_vllm.format.shards import read_json
@@ -199,7 +200,7 @@ def _models(texts: list[str], work: Path) -> dict[str, Served]:
                 f"{text}: {folder} holds no config.json, expected a model folder"
             )
         if label.endswith(_CONVERTED):
-            folder = write_w4a16(folder, work / str(len(models)))
+            folder = export_compressed_tensors(folder, work / str(len(models)))
         # Where the fused kernels do not run, the figures of another path under their name would
         # mislead.
         kernel = "split" if label.endswith(_SPLIT) else "fused"
@@ -350,7 +351,7 @@ def run(
             measure(
                 served, load, one_at_a_time=one_at_a_time, engine=engine, speeds=speeds, done=save
             )
-    except EvalError as error:
+    except SvskError as error:
         console.print(f"[red]Error:[/red] {error}")
         raise typer.Exit(1) from error
     _report(console, {label: speeds[label] for label in served}, load, markdown)

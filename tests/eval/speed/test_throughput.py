@@ -4,65 +4,17 @@
 Running vLLM is left to the benchmark itself.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import svsk_eval.speed.throughput as throughput
 from svsk_eval.errors import EvalError
 from svsk_eval.speed.throughput import Served, Speeds, measure, speeds_of, table_rows
 from svsk_eval.speed.throughput_server import Load
-from svsk_eval.speed.w4a16 import write_w4a16
-from svsk_vllm.format import Checkpoint
-from svsk_vllm.format.group_scales import ScaleBits
-from tests.support.tiny_models import scheme, write_dense, write_random_svsk
-
-
-def checkpoint(folder: Path, **changes: Any) -> Path:
-    schemes = {
-        "default": scheme("Linear", rank=3, **changes),
-        "o": scheme(r"re:.*\.o_proj$", group_size=32),
-    }
-    return write_random_svsk(write_dense(folder / "dense"), folder / "svsk", schemes=schemes)
-
-
-@pytest.mark.parametrize("scale_bits", [16, 6])
-def test_base_of_a_checkpoint_as_w4a16(tmp_path: Path, scale_bits: ScaleBits) -> None:
-    """Scales in two levels are multiplied out."""
-    source = Checkpoint(checkpoint(tmp_path, scale_bits=scale_bits))
-    out = write_w4a16(source.folder, tmp_path / "w4a16")
-    config = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert config["quant_method"] == "compressed-tensors"
-    groups = {
-        g["weights"]["group_size"]: set(g["targets"]) for g in config["config_groups"].values()
-    }
-    assert groups == {
-        size: {name for name, spec in source.linears.items() if spec.group_size == size}
-        for size in (32, 64)
-    }
-    tensors = load_file(out / "model.safetensors")
-    assert not [name for name in tensors if "sidecar" in name]
-    for name, linear in source.iter_linears():
-        stored = linear.to_tensors()
-        assert torch.equal(tensors[f"{name}.weight_packed"], stored[f"{name}.weight_packed"])
-        assert tensors[f"{name}.weight_scale"].dtype == torch.bfloat16
-        assert torch.equal(tensors[f"{name}.weight_scale"], linear.scale)
-        assert f"{name}.weight_row_scale" not in tensors
-        assert tensors[f"{name}.weight_shape"].tolist() == [linear.spec.n, linear.spec.k]
-    assert {name for name in tensors if name in source.dense_names} == set(source.dense_names)
-    assert (out / "tokenizer.json").exists()
-
-
-def test_other_levels_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match="has codebook 'quad8', W4A16 needs 'int4'"):
-        write_w4a16(checkpoint(tmp_path, codebook="quad8"), tmp_path / "w4a16")
-
 
 LOAD = Load(input_len=16, tokens=10, batches=(1, 8), repeats=2)
 PER_TOKEN = {"a": 0.5, "b": 0.25}

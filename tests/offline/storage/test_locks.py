@@ -14,12 +14,12 @@ import pytest
 
 import svsk_offline.storage.atomic
 from svsk_kernels.errors import SvskError
+from svsk_offline.export.dense import restore
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.recipe import Recipe
 from svsk_offline.storage.inspection import validate_against_architecture
 from svsk_offline.storage.layer_report import LayerReport
 from svsk_offline.storage.locks import locked
-from svsk_offline.storage.restore import restore
 from tests.offline.folders import folder_bytes
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from svsk_offline.export.dense import restore
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.recipe import Recipe
 from svsk_offline.storage.model_card import Origin
-from svsk_offline.storage.restore import restore
 from tests.support.format_builders import edit_json
 
 CARD = """---

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``svsk export`` writes, who reads it, and what is lost in each format."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from svsk_kernels.errors import SvskError
+
+__all__ = ["FORMATS", "ExportFormat", "export_format"]
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """One row of the table in docs/what-runs-where.md.
+
+    Attributes:
+        name: value of ``--to``.
+        read_by: programs that read it without this project.
+        base: what becomes of the base.
+        sidecar: what becomes of the sidecar.
+        tables: what becomes of a quantised embedding or output head.
+        refused: checkpoints that it cannot hold.
+    """
+
+    name: str
+    read_by: str
+    base: str
+    sidecar: str
+    tables: str
+    refused: str
+
+    @property
+    def losses(self) -> str:
+        """What the command says of a written export."""
+        return f"base {self.base}; sidecar {self.sidecar}; embedding and head {self.tables}"
+
+
+FORMATS: Final = {
+    kind.name: kind
+    for kind in (
+        ExportFormat(
+            "dense",
+            "everything that reads the original model",
+            "rounded together with the sidecar, once, to the model's dtype",
+            "kept, in the weights",
+            "as the other weights",
+            "none",
+        ),
+        ExportFormat(
+            "compressed-tensors",
+            "vLLM without the plugin, transformers",
+            "exact, as W4A16",
+            "lost",
+            "dense, rounded to the model's dtype",
+            "`quad8` linears, groups of 16, experts",
+        ),
+    )
+}
+"""By the value of ``--to``."""
+
+
+def export_format(name: str) -> ExportFormat:
+    """The format that ``--to`` names.
+
+    Raises:
+        SvskError: there is none of that name.
+    """
+    if name not in FORMATS:
+        raise SvskError(f"--to {name}: expected one of {', '.join(FORMATS)}.")
+    return FORMATS[name]
