@@ -332,22 +332,30 @@ def validate(
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    to: Annotated[str, typer.Option(help="dense or compressed-tensors.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, or file.gguf.")],
+    to: Annotated[str, typer.Option(help="dense, compressed-tensors or gguf.")],
+    template: Annotated[
+        Path | None, typer.Option(help="GGUF of the same model, which gives all but the weights.")
+    ] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="Also write the sidecars there, as a GGUF LoRA adapter.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint for what does not read SVSK, and say what is lost.
 
-    Example: `svsk export qwen3-4b-svsk qwen3-4b-w4a16 --to compressed-tensors`
+    Example: `svsk export qwen3-4b-svsk qwen3-4b.gguf --to gguf --lora qwen3-4b-sidecar.gguf`
     """
     from svsk_offline.export.formats import export_format
     from svsk_offline.export.request import check_request
 
     kind = export_format(to)
-    check_request(kind, folder, out, overwrite=overwrite)
+    check_request(kind, folder, out, template=template, lora=lora, overwrite=overwrite)
     from svsk_offline.export.request import run
 
-    for written in run(kind, folder, out, overwrite=overwrite, say=_say_note):
+    for written in run(
+        kind, folder, out, template=template, lora=lora, overwrite=overwrite, say=_say_note
+    ):
         console.print(f"wrote {written}")
     _say_note(f"in this format: {kind.losses}")
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_apart",
+    "check_gguf_file",
     "check_measurements",
     "check_output",
     "check_recipe",
@@ -28,6 +29,7 @@ __all__ = [
 
 _LARGEST_CONFIG: Final = 1 << 24
 """Bytes of a config.json that is looked at."""
+_GGUF_MAGIC: Final = b"GGUF"
 
 
 def check_output(
@@ -135,7 +137,34 @@ def check_recipe_file(out: Path, *, overwrite: bool) -> None:
     """
     if out.suffix not in (".yaml", ".yml"):
         raise SvskError(f"{out}: expected a name ending in .yaml, as a recipe has.")
-    if out.exists() and (out.is_dir() or not overwrite):
+    _check_file(out, overwrite=overwrite)
+
+
+def check_gguf_file(what: str, out: Path, *, overwrite: bool) -> None:
+    """Refuse a GGUF file to write whose name is none's, that exists, or whose folder is missing.
+
+    Args:
+        what: the argument that names it.
+        out: the file.
+        overwrite: replace it if it is a GGUF file.
+
+    Raises:
+        SvskError: it cannot be written.
+    """
+    if out.suffix != ".gguf":
+        raise SvskError(f"{what} {out}: expected a name ending in .gguf.")
+    _check_file(out, overwrite=overwrite)
+    if out.exists():
+        with out.open("rb") as handle:
+            if handle.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
+                raise SvskError(
+                    f"{what} {out}: holds something that is not GGUF, so --overwrite does not"
+                    " replace it. Choose another name."
+                )
+
+
+def _check_file(out: Path, *, overwrite: bool) -> None:
+    if out.exists() and (not out.is_file() or not overwrite):
         raise SvskError(f"{out} exists. Choose another file, or pass --overwrite to replace it.")
     if not out.absolute().parent.is_dir():
         raise SvskError(f"{out}: its folder does not exist.")

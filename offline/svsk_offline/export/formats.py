@@ -54,6 +54,14 @@ FORMATS: Final = {
             "dense, rounded to the model's dtype",
             "`quad8` linears, groups of 16, experts",
         ),
+        ExportFormat(
+            "gguf",
+            "llama.cpp",
+            "exact: `int4` as Q4_0 (4.5 bits per weight), `quad8` as Q8_0 (8.5)",
+            "with `--lora` an adapter in float16, else lost",
+            "exact in Q8_0 or Q4_0; a sidecar of an embedding is lost",
+            "groups of 16, scales that float16 does not hold, experts",
+        ),
     )
 }
 """By the value of ``--to``."""

@@ -19,11 +19,22 @@ from svsk_offline.preflight import check_apart
 from svsk_offline.storage.locks import locked
 from svsk_vllm.format.shards import INDEX_NAME, ShardedReader
 
-__all__ = ["PartialFolder", "write_index", "write_json", "write_tensors", "write_text"]
+__all__ = [
+    "PartialFolder",
+    "write_file",
+    "write_index",
+    "write_json",
+    "write_tensors",
+    "write_text",
+]
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary neighbour of ``path``, force it to disk, then rename it."""
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary neighbour of ``path``, force it to disk, then rename it.
+
+    Raises:
+        OSError: it cannot be written; so does whatever ``write`` raises, and no file is left.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
@@ -53,7 +64,7 @@ def write_text(path: Path, text: str) -> None:
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
-    _replace(path, write)
+    write_file(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -85,7 +96,7 @@ def write_tensors(
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
-    _replace(path, write)
+    write_file(path, write)
 
 
 def write_index(folder: Path, shards: Iterable[str]) -> None:

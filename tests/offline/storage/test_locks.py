@@ -134,7 +134,7 @@ def test_killed_at_every_write(
     late: bool,
 ) -> None:
     """The run is killed at its first write, started again, killed at its second, and so on."""
-    real, out = svsk_offline.storage.atomic._replace, tmp_path / "out"
+    real, out = svsk_offline.storage.atomic.write_file, tmp_path / "out"
     left = 0
 
     def write(path: Path, fill: Any) -> None:
@@ -147,7 +147,7 @@ def test_killed_at_every_write(
         if left < 0:
             raise Killed
 
-    monkeypatch.setattr(svsk_offline.storage.atomic, "_replace", write)
+    monkeypatch.setattr(svsk_offline.storage.atomic, "write_file", write)
     kills = 0
     for writes in range(100):
         left = writes
