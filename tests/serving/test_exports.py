@@ -10,7 +10,7 @@ from tests.serving.transformers_answers import compare_with_transformers, prompt
 from tests.support.tiny_models import write_dense, write_random_svsk
 
 BOUND = 0.02
-"""Of the mean difference of log-probabilities; both compute in bfloat16."""
+"""Of the mean difference of log-probabilities: vLLM computes in bfloat16, the other in float32."""
 
 
 def test_served_without_the_plugin(tmp_path: Path, run_vllm: Run) -> None:
