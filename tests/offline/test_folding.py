@@ -17,6 +17,7 @@ import svsk_offline.planning.measurements as measuring
 from svsk_eval.cli import app
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import InputStatistics
+from svsk_offline.export.dense import restore
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.planning.smoothing import Smoothing
 from svsk_offline.recipe import Recipe, load_recipe
@@ -24,7 +25,6 @@ from svsk_offline.run import Run
 from svsk_offline.storage.fold import Fold
 from svsk_offline.storage.inspection import smoothing_lines, validate_against_architecture
 from svsk_offline.storage.layer_report import LayerReport
-from svsk_offline.storage.restore import restore
 from svsk_vllm.format import Checkpoint, ShardedReader
 from tests.offline.folders import folder_bytes
 from tests.support.tiny_models import write_dense

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from svsk_kernels.errors import SvskError
+from svsk_offline.export.dense import restore
 from svsk_offline.pipeline import quantize
 from svsk_offline.recipe import Recipe
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.fold import LARGEST_EXPONENT, Fold, powers_of_two
 from svsk_offline.storage.loaded_weight import loaded_weight
-from svsk_offline.storage.restore import restore
 from svsk_vllm.format import ShardedReader, SvskFormatError
 from tests.support.tiny_models import write_dense
 

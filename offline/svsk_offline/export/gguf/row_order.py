@@ -70,6 +70,7 @@ def closest(
             f"{what}: differs from the template's by {differences[best]:.0%} of its size in every"
             f" known order of rows, expected less than {MAX_DIFFERENCE:.0%}. The template is of"
             " another model, is stored in fewer than 4 bits, or llama.cpp stores this weight in a"
-            " form that is not known here. Name a template of this very model."
+            " form that is not known here; or the checkpoint was quantised with --smoothing. Name a"
+            " template of this very model, or leave --template out."
         )
     return orders[best]
