@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes ``svsk_vllm/format/architectures.json``: what vLLM fuses, per architecture it registers.
 
+And whose embedding or output head must stay dense, because vLLM's code reads its weight.
+
     python .ci/vllm_architectures.py [--write]
 
 The table is read from the source of the installed vLLM, not from its classes: a third of them
@@ -44,6 +46,9 @@ _USUAL: Final = {
 The backend for transformers' classes finds what reads one input by tracing, and a multimodal class
 hands its text to another class, which the configuration of the model chooses.
 """
+
+_TABLES: Final = {"embed_tokens", "embedding", "word_embeddings", "wte", "lm_head", "output_layer"}
+"""What vLLM's classes call an embedding table or an output head."""
 
 Fused = dict[str, list[str]]
 """Parts by the name of the layer that vLLM makes of them."""
@@ -195,8 +200,11 @@ def read_table() -> dict[str, Any]:
     groups: dict[str, dict[str, Any]] = {}
     for table in _REGISTRIES:
         for architecture, (module, name) in _literal(registry, table).items():
-            fused = {} if table == _BACKEND else _fused(sources, _full_name(module), name)
-            entry: dict[str, Any] = {"transformers": True} if table == _BACKEND else {}
+            own = table != _BACKEND
+            fused = _fused(sources, _full_name(module), name) if own else {}
+            entry: dict[str, Any] = {} if own else {"transformers": True}
+            if own and _reads_tables(sources, _full_name(module), name):
+                entry["dense_tables"] = True
             entry["fused"] = dict(sorted((fused if table == _TEXT else _USUAL | fused).items()))
             groups.setdefault(json.dumps(entry), {**entry, "architectures": []})[
                 "architectures"
@@ -238,6 +246,24 @@ def _fused(sources: _Sources, module: str, name: str) -> Fused:
         if not any(_last_names(parts) <= others for others in told):
             fused.setdefault(target, parts)
     return fused
+
+
+def _reads_tables(sources: _Sources, module: str, name: str) -> bool:
+    """Whether code beside a model class, other than what loads, reads ``embed_tokens.weight``."""
+    owner = sources.find(module, name)
+    trees = {cls.module.name: cls.module.tree for cls in sources.lineage(owner)} if owner else {}
+    return any(_reads_weight(tree) for tree in trees.values())
+
+
+def _reads_weight(node: ast.AST) -> bool:
+    if isinstance(node, ast.FunctionDef) and node.name == "load_weights":
+        return False
+    if isinstance(node, ast.Attribute) and node.attr == "weight":
+        of = node.value
+        holder = of.attr if isinstance(of, ast.Attribute) else getattr(of, "id", None)
+        if holder in _TABLES:
+            return True
+    return any(_reads_weight(child) for child in ast.iter_child_nodes(node))
 
 
 def _last_names(parts: list[str]) -> set[str]:

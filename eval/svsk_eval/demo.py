@@ -70,10 +70,11 @@ def main(
         from svsk_eval.text.scoring import evaluate
 
         _write_held_out(text)
-        bpw = inspect_checkpoint(quantized)["bits_per_weight"]
+        found = inspect_checkpoint(quantized)
         console.print(
-            f"{bpw:.4f} bits per weight; scored on Python library sources that calibration did"
-            " not see"
+            f"{found['bits_per_weight']:.4f} bits per weight in the blocks,"
+            f" {found['bits_per_weight_of_all']:.4f} in the whole file; scored on Python library"
+            " sources that calibration did not see"
         )
         print_scores(console, evaluate(quantized, dense, text, chunks=chunks).to_json())
     with _step(f"5. Answer {len(PROMPTS)} prompts in one batch through vLLM, original and SVSK"):

@@ -116,11 +116,17 @@ def quantize(
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(help="Output head: int8, svsk (4 bits and a sidecar) or dense."),
+        typer.Option(
+            help="Output head: int8, svsk (4 bits and a sidecar), dense, or auto (int8 where it can"
+            " be)."
+        ),
     ] = None,
     embedding: Annotated[
         str | None,
-        typer.Option(help="Embedding table: int8, dense, or auto (as the head where it is tied)."),
+        typer.Option(
+            help="Embedding table: int8, dense, or auto (int8 where it can be; as the head where it"
+            " is tied)."
+        ),
     ] = None,
     budget_includes: Annotated[
         list[str] | None, typer.Option(help="head: its bits count in --target-bpw.")

@@ -193,7 +193,8 @@ def check_recipe(
     """Refuse entries of a recipe that match none of a model's linear layers.
 
     What the shipped recipes say for all models (the entries of ``USUAL_IGNORE``, the names of the
-    sink's targets) need not fit this one: of the sink a message tells that it has no effect.
+    sink's targets) need not fit this one: of the sink a message tells that it has no effect. Nor
+    need ``lm_head``, which they once said too and files made from them still say.
 
     Args:
         recipe: the recipe, with what the user added.
@@ -207,7 +208,9 @@ def check_recipe(
     from svsk_vllm.format.config import matches
 
     for entry in recipe.ignore:
-        if entry not in USUAL_IGNORE and not any(matches(name, (entry,)) for name in linears):
+        if entry not in (*USUAL_IGNORE, "lm_head") and not any(
+            matches(name, (entry,)) for name in linears
+        ):
             raise SvskError(
                 f"--ignore {entry}: matches no linear layer of the model{_nearest(entry, linears)}."
             )

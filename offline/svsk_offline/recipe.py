@@ -50,10 +50,9 @@ __all__ = [
 ]
 
 USUAL_IGNORE: Final = (
-    "lm_head",
     r"re:.*(shared_expert_gate|router|mlp\.gate|kv_b_proj|in_proj_[ab]|in_proj_ba)$",
 )
-"""What recipes leave alone in every model that has it.
+"""What recipes leave alone in every model that has it; of output heads ``tables`` says it.
 
 Routers and small gates decide more than they weigh: an error in them sends a token another way.
 ``kv_b_proj`` of latent attention is taken apart by engines, which need it dense.

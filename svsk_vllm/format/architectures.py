@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What vLLM makes of an architecture, known without vLLM.
 
-Which linears it fuses, and so must be quantised alike.
+Which linears it fuses, and so must be quantised alike, and whose embedding and output head must
+stay dense.
 
 ``architectures.json`` says so for the version of vLLM it was made from
 (``.ci/vllm_architectures.py`` makes it).
@@ -37,6 +38,8 @@ class VllmClass:
             names.
         vllm: the version of vLLM that this was read from.
         last: of a removed class, the last version of vLLM that had it.
+        dense_tables: whether its code reads the weight of embedding or output head, which are not
+            there when they are quantised.
     """
 
     name: str
@@ -44,6 +47,7 @@ class VllmClass:
     fused: tuple[tuple[str, ...], ...]
     vllm: str
     last: str = ""
+    dense_tables: bool = False
 
     def fused_sets(self, names: Iterable[str]) -> list[tuple[str, ...]]:
         """Which of some linears become one layer in vLLM.
@@ -132,7 +136,11 @@ def vllm_class(hf_config: Mapping[str, Any], default: str = "") -> VllmClass:
     if entry is not None:
         fused = tuple(tuple(parts) for parts in entry["fused"].values() if len(parts) > 1)
         return VllmClass(
-            name, "transformers" if entry.get("transformers") else "native", fused, table["vllm"]
+            name,
+            "transformers" if entry.get("transformers") else "native",
+            fused,
+            table["vllm"],
+            dense_tables=entry.get("dense_tables", False),
         )
     last = table["removed"].get(name, "")
     return VllmClass(name, "removed" if last else "unknown", _USUAL, table["vllm"], last)
@@ -157,6 +165,12 @@ def serving_problems(checkpoint: Checkpoint) -> list[str]:
         if group
     )
     problems = [problem for problem in rows if problem]
+    embedding = checkpoint.config.embedding
+    if served.dense_tables and embedding is not None:
+        problems.append(
+            f"{embedding.module}: quantised, but vLLM {served.vllm} reads its dense weight in"
+            f" {served.name}. Quantise with --head dense --embedding dense."
+        )
     for name in checkpoint.dense_names:
         if name.endswith(".weight"):
             schemes.setdefault(name.removesuffix(".weight"), None)

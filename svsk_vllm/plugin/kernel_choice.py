@@ -37,8 +37,8 @@ def choose_kernel(
     The environment variable ``SVSK_KERNEL`` decides: ``fused`` is base and sidecar in one,
     ``split`` the base through vLLM's own 4-bit kernel and the sidecar after it, ``portable``
     PyTorch's float32 product with int8 levels, ``reference`` the dequantised weight. ``auto``, the
-    default, is the first of fused, split and portable that can run; portable only on a CPU or in
-    float32, because elsewhere it would cost more than an error does.
+    default, is the first of fused, split and portable that can run; portable only on a CPU, in
+    float32 or for a table, because elsewhere it would cost more than an error does.
 
     Args:
         prefix: the layer's name, for errors.
@@ -86,7 +86,9 @@ def _choose(
         try:
             kernel = SplitKernel(prefix, spec, full_shape, device)
         except NoBaseKernelError as error:
-            if name == "split" or (device.type != "cpu" and spec.dtype != torch.float32):
+            dear = device.type != "cpu" and spec.dtype != torch.float32
+            # Of embedding and head, which are in 8 bits by default, a model has one each at most.
+            if name == "split" or (dear and not (spec.lookup or spec.codebook == "int8")):
                 raise
             obstacles.append(error.reason)
         else:

@@ -265,6 +265,8 @@ def test_codebooks_and_factor_widths(tiny_llama: Path, tmp_path: Path) -> None:
         32,
         "--ignore",
         "re:.*mlp",
+        "--head",
+        "dense",
     ]
     assert svsk("quantize", tiny_llama, out, *options, *SMALL).exit_code == 0
     assert svsk("validate", out).exit_code == 0

@@ -2,12 +2,15 @@
 """``--head`` and ``--embedding``: what is stored, how well, and what is refused."""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -23,9 +26,10 @@ from svsk_offline.quantizers.rounding import nearest_levels
 from svsk_offline.recipe import Recipe, load_recipe, parse_recipe
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.inspection import inspect_checkpoint, validate_against_architecture
-from svsk_vllm.format import Checkpoint, LinearSpec, dequantize
+from svsk_vllm.format import Checkpoint, LinearSpec, ShardedReader, dequantize
 from tests.offline.folders import folder_bytes
 from tests.support.format_builders import edit_json, make_group
+from tests.support.tiny_models import Family, write_dense
 
 
 def recipe_of(head: str, embedding: str = "auto", name: str = "fast") -> Recipe:
@@ -64,7 +68,12 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
         ("tiny_qwen2", "svsk", "auto", {EMBEDDING: "int8", HEAD: "quad8"}, False),
         ("tiny_qwen2", "int8", "dense", {EMBEDDING: "dense", HEAD: "int8"}, None),
         ("tiny_qwen2", "dense", "int8", {EMBEDDING: "int8", HEAD: "dense"}, False),
-        ("tiny_qwen2", "dense", "auto", {EMBEDDING: "dense", HEAD: "dense"}, None),
+        ("tiny_qwen2", "dense", "dense", {EMBEDDING: "dense", HEAD: "dense"}, None),
+        ("tiny_qwen2", "dense", "auto", {EMBEDDING: "int8", HEAD: "dense"}, False),
+        ("tiny_qwen2", "auto", "auto", {EMBEDDING: "int8", HEAD: "int8"}, False),
+        ("tiny_llama", "auto", "auto", {EMBEDDING: "int8"}, True),
+        ("tiny_llama", "auto", "dense", {EMBEDDING: "dense"}, None),
+        ("tiny_llama", "auto", "int8", {EMBEDDING: "int8"}, True),
     ],
 )
 def test_what_is_stored(
@@ -234,6 +243,94 @@ def test_a_pattern_that_ignores_the_head_contradicts_it(tmp_path: Path, tiny_qwe
         quantize(tiny_qwen2, tmp_path / "out", recipe)
 
 
+def told(folder: Path, recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Names of the tables that are quantised, and what is said of the others."""
+    said: list[str] = []
+    plan = plan_tables(ModelSource(folder), recipe, torch.bfloat16, said.append)
+    return [table.spec.name for table in plan.tables], said
+
+
+def not_finite(dense: Path) -> None:
+    tensors = load_file(dense / "model.safetensors")
+    tensors["lm_head.weight"][1, 2] = float("inf")
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+
+
+def of_a_class_that_reads_it(dense: Path) -> None:
+    edit_json(dense / "config.json", lambda config: config.update(architectures=["ChatGLMModel"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "quantised"),
+    [
+        (not_finite, "lm_head.weight holds values that are not finite", [EMBEDDING]),
+        (of_a_class_that_reads_it, "vLLM .* reads its dense weight in ChatGLMModel", []),
+    ],
+)
+def test_what_cannot_be_quantised_stays_dense_unless_it_was_asked_for(
+    tmp_path: Path,
+    tiny_qwen2: Path,
+    change: Callable[[Path], None],
+    reason: str,
+    quantised: list[str],
+) -> None:
+    dense = Path(shutil.copytree(tiny_qwen2, tmp_path / "dense"))
+    change(dense)
+    names, said = told(dense, load_recipe("fast"))
+    assert names == quantised
+    assert re.fullmatch(f"The output head stays dense: {reason}[.]", said[-1])
+    for head in ("int8", "svsk"):
+        with pytest.raises(SvskError, match=f"--head {head}: {reason}. Say --head dense"):
+            told(dense, recipe_of(head, "dense"))
+
+
+def test_a_table_of_a_width_that_no_group_divides_stays_dense(tmp_path: Path) -> None:
+    """OPT's may be narrower than its blocks; embedding and head are one."""
+    settings = {"word_embed_proj_dim": 40, "ffn_dim": 256, "do_layer_norm_before": False}
+    dense = write_dense(tmp_path / "dense", Family("opt", settings))
+    said: list[str] = []
+    recipe = recipe_of("auto")
+    quantize(dense, tmp_path / "out", recipe, progress=Progress(message=said.append))
+    assert validate_against_architecture(tmp_path / "out") == []
+    assert Checkpoint(tmp_path / "out").config.embedding is None
+    reason = "decoder.embed_tokens.weight has 40 columns, which are not a multiple of 16"
+    assert any(f"The output head stays dense: model.{reason}." in line for line in said)
+    for option in ("head", "embedding"):
+        asked = recipe.override({"tables": {option: "int8"}})
+        with pytest.raises(SvskError, match=rf"--{option} int8: model\.{reason}"):
+            quantize(dense, tmp_path / "again", asked)
+
+
+@pytest.mark.parametrize(
+    ("model", "entry", "quantised"),
+    [
+        ("tiny_qwen2", "lm_head", [EMBEDDING]),
+        ("tiny_qwen2", "re:lm_h", [EMBEDDING]),
+        ("tiny_qwen2", "re:.*embed", [HEAD]),
+        ("tiny_llama", "lm_head", []),
+        ("tiny_llama", EMBEDDING, []),
+    ],
+)
+def test_a_table_on_the_ignore_list_stays_dense(
+    request: pytest.FixtureRequest, model: str, entry: str, quantised: list[str]
+) -> None:
+    dense: Path = request.getfixturevalue(model)
+    recipe = recipe_of("auto").override({"ignore": (entry,)})
+    names, said = told(dense, recipe)
+    assert names == quantised
+    assert f"stays dense: {entry} is on the ignore list." in said[-1]
+
+
+def test_a_head_with_a_bias_is_quantised(tmp_path: Path) -> None:
+    dense = write_dense(tmp_path / "dense", "phi")
+    result = quantize(dense, tmp_path / "out", recipe_of("auto"))
+    assert [report.name for report in result.tables] == [EMBEDDING, HEAD]
+    bias = "lm_head.bias"
+    kept = Checkpoint(tmp_path / "out").read_dense(bias)
+    assert torch.equal(kept, ShardedReader(dense).read(bias))
+    assert validate_against_architecture(tmp_path / "out") == []
+
+
 def test_a_budget_without_a_quantised_head_does_not_include_it(
     tmp_path: Path, tiny_qwen2: Path
 ) -> None:
@@ -245,7 +342,8 @@ def test_a_budget_without_a_quantised_head_does_not_include_it(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--head", "int4"], "tables.head: Input should be 'int8', 'svsk' or 'dense'"),
+        (["--head", "int4"], "tables.head: Input should be 'auto', 'int8', 'svsk' or 'dense'"),
+        (["--head", "mixed-int8"], "tables.head: Value error, mixed-int8 (rows of common tokens"),
         (["--embedding", "svsk"], "tables.embedding: Input should be 'auto', 'int8' or 'dense'"),
         (["--recipe", "fast", "--budget-includes", "head"], "there is no bit budget"),
         (["--budget-includes", "x"], "allocation.includes.0: Input should be 'head'"),

@@ -17,6 +17,7 @@ import svsk_vllm.plugin.kernel_choice as choice
 from svsk_kernels.cpu.cpu_kernel import CpuKernel, cpu_ops_obstacle
 from svsk_kernels.cpu.portable_kernel import PortableKernel
 from svsk_kernels.cpu.processor import has_avx512
+from svsk_kernels.gpu.int8_layer import Int8Kernel
 from svsk_kernels.gpu.triton_kernel import TritonKernel
 from svsk_kernels.layer_kernel import LayerSpec
 from svsk_kernels.naive import naive_matmul
@@ -134,6 +135,22 @@ def test_other_devices_get_the_triton_kernels_or_hear_why_not(
         "slower: the GPU is older than compute capability 8.0. SVSK_KERNEL chooses another."
         in caplog.text
     )
+
+
+@pytest.mark.parametrize("changes", [{"codebook": "int8"}, {"lookup": True}])
+def test_tables_are_served_where_no_kernel_of_ours_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, changes: dict[str, Any]
+) -> None:
+    """They are quantised by default; vLLM's own 4-bit kernels take the blocks there."""
+    for kernel in (TritonKernel, Int8Kernel):
+        monkeypatch.setattr(kernel, "obstacle", staticmethod(lambda *_: "the GPU is too old"))
+    spec, gpu = dataclasses.replace(SPEC, **changes), torch.device("cuda")
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(choose_kernel("m", spec, (64, 128), gpu), PortableKernel)
+    assert "float32 products with int8 levels, which is slower: the GPU is too old." in caplog.text
+    monkeypatch.setenv("SVSK_KERNEL", "split")
+    with pytest.raises(SvskFormatError, match="vLLM's 4-bit kernels do not take"):
+        choose_kernel("m", spec, (64, 128), gpu)
 
 
 def test_compiled_graphs_are_kept_apart_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,6 +214,22 @@ def test_lookups_and_products_compile_for_any_number_of_tokens(
         assert torch.equal(compiled(ids), run(ids))
 
 
+def test_a_head_with_a_bias(monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int]) -> None:
+    """As GPT-J's; vLLM pads and cuts it as it does the rows."""
+    linear = table(HEAD, "int8")
+    config = config_with(monkeypatch, linear, table(EMBEDDING, "int8", 1))
+    head = build_head(True, torch.bfloat16, quant_config=config, prefix="lm_head")
+    load(head, linear)
+    bias = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(1)).bfloat16()
+    head.bias.weight_loader(head.bias, bias)
+    head.quant_method.process_weights_after_loading(head)
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(3)).bfloat16()
+    padded = torch.nn.functional.pad(bias.float(), (0, -(-VOCABULARY // 64) * 64 - VOCABULARY))
+    expected = x.float() @ held(linear, rank).T + padded.unflatten(0, (rank[1], -1))[rank[0]]
+    y = head.quant_method.apply(head, x, bias=head.bias)
+    assert float((y.float() - expected).norm() / expected.norm()) < BOUND
+
+
 def build_embedding(*args: Any, **kwargs: Any) -> Any:
     return VocabParallelEmbedding(VOCABULARY, K, *args, **kwargs)
 

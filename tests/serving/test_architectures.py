@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every architecture that is promised.
 
-Quantised, it answers in vLLM as in transformers from the same folder.
+Quantised, embedding and output head too, it answers in vLLM as in transformers from the same
+folder.
 
 Tiny random models go through ``svsk quantize`` with a sidecar whose tiles fit nothing. Both compute
 in float32 from a float16 folder, so that what differs is what transformers' loader rounds: weights
@@ -43,10 +44,12 @@ OTHERS = (
     "mistral",
     "nemotron",
     "olmo2",
+    "phi",
     "qwen2",
     "qwen3",
 )
 
+HEADS = ("lm_head", "embed_out")
 RANKS = {"bloom": 0}
 """Of families whose sidecars vLLM's loader would leave behind."""
 
@@ -70,8 +73,13 @@ def test_served_as_by_transformers(tmp_path: Path, run_vllm: Run, family: str) -
     asked = prompts()
     served = run_vllm(folder, asked, max_tokens=16, dtype="float32")
     checkpoint = Checkpoint(folder)
+    embedding = checkpoint.config.embedding
+    assert embedding is not None, "stays dense"
+    own_head = sum(spec.name.rpartition(".")[2] in HEADS for spec in checkpoint.linears.values())
     fused = vllm_class(checkpoint.hf_config).fused_sets(checkpoint.linears)
-    layers = len(checkpoint.linears) - sum(len(members) - 1 for members in fused)
+    layers = len(checkpoint.linears) - sum(len(members) - 1 for members in fused) - 1 - own_head
+    assert served["methods"]["SvskTableMethod"] == 1
+    assert served["methods"].get("SvskHeadMethod", 0) == own_head == (not embedding.tied)
     assert served["methods"]["SvskLinearMethod"] == layers, (
         "vLLM fuses other linears than the table says"
     )

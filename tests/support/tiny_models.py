@@ -94,6 +94,8 @@ FAMILIES: Final[dict[str, Family]] = {
 MORE_FAMILIES: Final[dict[str, Family]] = {
     # q, k, v and gate, up are stored as one.
     "phi3": Family("phi3", {"tie_word_embeddings": False}),
+    # Biases everywhere, the output head's too; vLLM serves transformers' class.
+    "phi": Family("phi", {"tie_word_embeddings": False}),
     # Biases everywhere, no gate; vLLM serves transformers' class.
     "starcoder2": Family("starcoder2", {"tie_word_embeddings": True, "sliding_window": None}),
     # Soft caps, scaled embeddings, layers that look at a window of the past.

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from svsk_kernels.errors import SvskError
-from svsk_offline.recipe import AlternatingRecipe, Recipe, TableArgs
+from svsk_offline.planning.serving import vllm_class_of
+from svsk_offline.recipe import AlternatingRecipe, Recipe
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_vllm.format import (
     ConfigGroup,
@@ -100,10 +101,12 @@ def plan_tables(
         source: the dense model.
         recipe: says how each is stored.
         scale_dtype: stored dtype of scales.
-        message: told what cannot be as the recipe says, and of a table that is stored twice.
+        message: told which stays dense because it cannot be quantised, and of a table that is
+            stored twice.
 
     Raises:
-        SvskError: embedding and head are one matrix and cannot be stored apart in that way.
+        SvskError: what the recipe asks for in so many words cannot be, or embedding and head are
+            one matrix and cannot be stored apart in that way.
         SvskFormatError: a matrix does not fit its scheme.
     """
     args = recipe.tables
@@ -111,36 +114,20 @@ def plan_tables(
     lookup, output = model.get_input_embeddings(), model.get_output_embeddings()
     head_name = _weight(source, output) if isinstance(output, nn.Linear) else None
     table_name = _weight(source, lookup) if isinstance(lookup, nn.Embedding) else None
-    head = args.head
-    if head != "dense" and head_name is None:
-        message(
-            f"The output head stays dense: {type(model).__name__} has none that is one stored"
-            " matrix."
-        )
-        head = "dense"
-    embedding = _embedding(args, head)
-    if embedding != "dense" and table_name is None:
-        message(
-            f"The embedding stays dense: {type(model).__name__} has none that is one stored matrix."
-        )
-        embedding = "dense"
     names = source.map.sources
     if head_name and table_name and names[head_name] == names[table_name]:
-        return _plan_tied(source, recipe, head, scale_dtype, table_name, head_name, message)
+        return _plan_tied(source, recipe, scale_dtype, table_name, head_name, message)
     tables = []
-    for parameter, kind in ((table_name, embedding), (head_name, head)):
+    for option, parameter, asked in (
+        ("embedding", table_name, args.embedding),
+        ("head", head_name, args.head),
+    ):
+        kind = _kind(source, recipe, option, asked, (parameter,), message)
         if parameter is not None and kind != "dense":
             stored = names[parameter]
+            is_embedding = option == "embedding"
             tables.append(
-                _table(
-                    source,
-                    stored,
-                    stored,
-                    kind,
-                    recipe,
-                    scale_dtype,
-                    is_embedding=parameter == table_name,
-                )
+                _table(source, stored, stored, kind, recipe, scale_dtype, is_embedding=is_embedding)
             )
     return TablePlan(tuple(tables))
 
@@ -184,7 +171,6 @@ def after_head(
 def _plan_tied(
     source: ModelSource,
     recipe: Recipe,
-    head: str,
     scale_dtype: torch.dtype,
     table_name: str,
     head_name: str,
@@ -193,15 +179,20 @@ def _plan_tied(
     """One table for both uses, or an 8-bit table beside a 4-bit head."""
     stored = source.map.sources[table_name]
     name = source.map.output_name(stored)
-    embedding = recipe.tables.embedding
-    if embedding in ("auto", head):
+    asked = recipe.tables.embedding
+    option = "head"
+    head: str = recipe.tables.head
+    if head == "auto" and asked != "auto":
+        option, head = "embedding", asked
+    head = _kind(source, recipe, option, head, (table_name, head_name), message)
+    if asked in ("auto", head):
         if head == "dense":
             return TablePlan()
         table = _table(source, stored, name, head, recipe, scale_dtype, is_embedding=True)
         return TablePlan((table,), tied=True)
-    if (head, embedding) != ("svsk", "int8"):
+    if (head, asked) != ("svsk", "int8"):
         raise SvskError(
-            f"--head {head} --embedding {embedding}: embedding and head of {source.folder} are one"
+            f"--head {head} --embedding {asked}: embedding and head of {source.folder} are one"
             f" matrix. Leave --embedding out, or say --embedding {head}."
         )
     own = source.map.name_for(head_name)
@@ -210,7 +201,7 @@ def _plan_tied(
             f"{source.folder}: the head is tied to {name} and has no name of its own, so it cannot"
             " be stored apart. Leave --embedding out."
         )
-    table = _table(source, stored, name, embedding, recipe, scale_dtype, is_embedding=True)
+    table = _table(source, stored, name, asked, recipe, scale_dtype, is_embedding=True)
     second = _table(source, stored, own, head, recipe, scale_dtype, is_embedding=False)
     message(
         f"Embedding and head are one matrix in the model and two in the checkpoint:"
@@ -219,10 +210,69 @@ def _plan_tied(
     return TablePlan((table, second), untied=True)
 
 
-def _embedding(args: TableArgs, head: str) -> str:
-    if args.embedding != "auto":
-        return args.embedding
-    return "dense" if head == "dense" else "int8"
+def _kind(
+    source: ModelSource,
+    recipe: Recipe,
+    option: str,
+    asked: str,
+    parameters: tuple[str | None, ...],
+    message: Callable[[str], None],
+) -> str:
+    """How a table is stored; ``auto`` is ``int8``, or ``dense`` and a message where that fails.
+
+    Args:
+        source: the dense model.
+        recipe: with what is ignored.
+        option: ``head`` or ``embedding``.
+        asked: what the recipe says of it.
+        parameters: its names in the model, None where it is no stored matrix.
+        message: told why it stays dense.
+
+    Raises:
+        SvskError: it cannot be stored as was asked for.
+    """
+    if asked == "dense":
+        return asked
+    obstacle = _obstacle(source, parameters)
+    if asked != "auto":
+        if obstacle:
+            raise SvskError(f"--{option} {asked}: {obstacle}. Say --{option} dense.")
+        return asked
+    obstacle = obstacle or _ignored(source, recipe, parameters)
+    if obstacle:
+        what = {"head": "output head", "embedding": "embedding"}[option]
+        message(f"The {what} stays dense: {obstacle}.")
+        return "dense"
+    return "int8"
+
+
+def _obstacle(source: ModelSource, parameters: tuple[str | None, ...]) -> str | None:
+    """Why a matrix outside the blocks cannot be quantised; None if it can."""
+    parameter = parameters[0]
+    if parameter is None:
+        return f"{type(source.model).__name__} has none that is one stored matrix"
+    architecture = vllm_class_of(source)
+    if architecture.dense_tables:
+        return f"vLLM {architecture.vllm} reads its dense weight in {architecture.name}"
+    stored = source.map.sources[parameter]
+    k = source.tensors.describe(stored).shape[1]
+    if k % _GROUP_SIZES[-1]:
+        return f"{stored} has {k} columns, which are not a multiple of {_GROUP_SIZES[-1]}"
+    if not bool(source.tensors.read(stored).isfinite().all()):
+        return f"{stored} holds values that are not finite"
+    return None
+
+
+def _ignored(source: ModelSource, recipe: Recipe, parameters: tuple[str | None, ...]) -> str | None:
+    """Which entry of ``ignore`` is a table's; None for none."""
+    names = {
+        name.removesuffix(".weight")
+        for parameter in filter(None, parameters)
+        for name in (parameter, source.map.sources[parameter], source.map.name_for(parameter))
+        if name
+    }
+    hit = next((e for e in recipe.ignore if any(matches(name, (e,)) for name in names)), None)
+    return hit and f"{hit} is on the ignore list"
 
 
 def _weight(source: ModelSource, module: nn.Module) -> str | None:

@@ -13,8 +13,16 @@ from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.inspection import serving_note, validate_against_architecture
+from svsk_vllm.format import EmbeddingArgs
 from tests.support.format_builders import edit_json
-from tests.support.tiny_models import default_schemes, scheme, write_dense, write_random_svsk
+from tests.support.tiny_models import (
+    EMBEDDING,
+    default_schemes,
+    scheme,
+    table_schemes,
+    write_dense,
+    write_random_svsk,
+)
 
 
 @pytest.fixture
@@ -121,6 +129,21 @@ def test_validate_finds_what_vllm_refuses(tmp_path: Path, tiny_qwen2: Path) -> N
         in problems[0]
     )
     assert serving_note(folder) is None
+
+
+def test_validate_finds_a_table_whose_dense_weight_vllm_reads(
+    tmp_path: Path, tiny_qwen2: Path
+) -> None:
+    folder = write_random_svsk(
+        tiny_qwen2,
+        tmp_path / "out",
+        schemes=default_schemes() | table_schemes(None, "int8"),
+        embedding=EmbeddingArgs(module=EMBEDDING, tied=False),
+    )
+    assert validate_against_architecture(folder) == []
+    edit_json(folder / "config.json", lambda c: c.update(architectures=["ChatGLMModel"]))
+    problems = validate_against_architecture(folder)
+    assert any("reads its dense weight in ChatGLMModel" in problem for problem in problems)
 
 
 def test_validate_finds_rows_that_would_be_lost(tmp_path: Path) -> None:
