@@ -27,9 +27,10 @@ from tests.support.tiny_models import FAMILIES, write_dense
 
 @pytest.fixture
 def hessian_recipe() -> Recipe:
-    """Error feedback and a sidecar, on a handful of short samples."""
+    """Error feedback and a sidecar, on a handful of short samples; embedding and head dense."""
     return load_recipe("fast").override(
         {
+            "tables": {"head": "dense", "embedding": "dense"},
             "calibration": {"samples": 24, "seq_len": 32},
             "sidecar": {"rank": 4, "tile_m": 0, "tile_n": 0},
         }
