@@ -85,6 +85,9 @@ class TiedHeadMethod(QuantizeMethodBase):
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """The embedding itself is the head: its method multiplies too."""
+        if not hasattr(embed_tokens, "bias"):
+            # A head always has one, which may be None; some of vLLM's classes hand it on.
+            embed_tokens.register_parameter("bias", None)
         return embed_tokens
 
     def apply(self, layer: Any, *_: Any, **__: Any) -> torch.Tensor:

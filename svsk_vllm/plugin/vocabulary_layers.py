@@ -55,7 +55,7 @@ class SvskParallelLMHead(ParallelLMHead):
     def tie_weights(self, embed_tokens: Any) -> Any:
         """The head that shares the embedding's weight; a quantised table is its head itself."""
         if isinstance(self.quant_method, TiedHeadMethod):
-            return embed_tokens
+            return self.quant_method.tie_weights(self, embed_tokens)
         return super().tie_weights(embed_tokens)
 
 

@@ -23,6 +23,7 @@ from svsk_offline.calibration.text import token_fingerprint
 from svsk_offline.console import peak_memory_gib
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.recipe import load_recipe
+from svsk_offline.recipe_sections import TableArgs
 from svsk_offline.storage.atomic import write_json
 from svsk_offline.storage.layer_report import LayerReport
 
@@ -42,8 +43,9 @@ def measure(
     Returns:
         Shape, recipe, seconds per block and per matrix, peak memory in GiB, bits per weight.
     """
-    recipe = load_recipe(recipe_name)
-    # Embeddings are not quantised: a small, tied one saves the time to write them.
+    dense = TableArgs(head="dense", embedding="dense")
+    recipe = load_recipe(recipe_name).model_copy(update={"tables": dense})
+    # A small, tied embedding saves the time to write it.
     changes = {"num_hidden_layers": layers, "vocab_size": _VOCABULARY, "tie_word_embeddings": True}
     model = write_random_model(work / "model", shape, "bf16", changes)
     args, samples = recipe.calibration, recipe.calibration.samples or _SAMPLES
