@@ -24,6 +24,7 @@ BOUND = 0.01
 """Of the mean difference of log-probabilities: vLLM computes in float16, transformers wider."""
 VOCABULARY = 300
 """No multiple of 64, to which vLLM pads: the second of two ranks has 140 rows of 160."""
+MIXTRAL = Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2})
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,11 @@ VOCABULARY = 300
         pytest.param("llama", "quad8", "quad8", 2, True, marks=pytest.mark.slow),
         pytest.param("qwen2", "int8", "int8", 2, True, marks=pytest.mark.slow),
         pytest.param("qwen2 tied", "int8", "int8", 1, True, marks=pytest.mark.slow),
+        pytest.param("qwen2 tied", "int8", "int8", 2, False, marks=pytest.mark.slow),
+        pytest.param("llama untied", "quad8", "int8", 2, False, marks=pytest.mark.slow),
+        pytest.param("llama", "int8", "int8", 1, False, marks=pytest.mark.slow),
         pytest.param("gemma2", "int8", "int8", 1, True, marks=pytest.mark.slow),
+        pytest.param("mixtral untied", "int8", "int8", 1, True, marks=pytest.mark.slow),
     ],
 )
 def test_served_as_by_transformers(
@@ -46,9 +51,12 @@ def test_served_as_by_transformers(
     tp: int,
     eager: bool,
 ) -> None:
-    """Llama passes no name on, Gemma 2 neither name nor config; Qwen 2 both."""
-    known = (FAMILIES | MORE_FAMILIES)[name.partition(" ")[0]]
-    tied = name != "qwen2"
+    """Llama passes no name on, Gemma 2 and Mixtral neither name nor config; Qwen 2 both.
+
+    Mixtral's router and experts are dense.
+    """
+    known = (FAMILIES | MORE_FAMILIES | {"mixtral": MIXTRAL})[name.partition(" ")[0]]
+    tied = name != "qwen2" and not name.endswith("untied")
     settings = {**known.settings, "vocab_size": VOCABULARY, "tie_word_embeddings": tied}
     family = Family(known.model_type, settings)
     dense = write_dense(tmp_path / "dense", family, dtype=torch.float16)
@@ -56,7 +64,7 @@ def test_served_as_by_transformers(
         dense,
         tmp_path / "svsk",
         schemes={**served_schemes(), **table_schemes(None if tied else head, embedding)},
-        ignore=(),
+        ignore=("re:.*block_sparse_moe", "re:.*mlp") if known is MIXTRAL else (),
         embedding=EmbeddingArgs(module=EMBEDDING, tied=tied),
     )
     assert checkpoint_problems(folder) == []
