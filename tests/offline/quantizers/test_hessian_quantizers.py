@@ -340,6 +340,20 @@ def test_a_search_nearby_ends_as_well_as_a_whole_one(scale_bits: ScaleBits) -> N
     assert error(near) < 0.97 * error(whole * 1.06)
 
 
+def test_scales_of_one_row_are_refitted_as_among_others() -> None:
+    """With one row, a row and a column of its system lie on top of each other in memory."""
+    w, order = weight(5, 64), ColumnOrder.of(statistics(64).hessian, 0.01)
+    stored = GroupScales(torch.bfloat16)
+    scale = initial_scales("absmax", w, order.importance, 16, "int4", stored)
+    levels = gptq(w, order, scale, "int4")[0]
+    together = refit_scales(w, order.hessian, levels, scale, stored)
+    alone = [
+        refit_scales(w[i : i + 1], order.hessian, levels[i : i + 1], scale[i : i + 1], stored)
+        for i in range(5)
+    ]
+    torch.testing.assert_close(torch.cat(alone), together, rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize("matrices", [1, 3])
 def test_columns_in_blocks_are_rounded_as_in_one(matrices: int) -> None:
     """Whole numbers throughout, so that no order of sums changes a bit."""
