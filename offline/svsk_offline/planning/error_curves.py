@@ -160,7 +160,7 @@ def measure_curve(
             ``row_energy``.
     """
     measured = hessian if measured is None else measured
-    felt = torch.diag(row_energy) if felt is None else felt
+    felt = row_energy if felt is None else felt
     codebook = settings.weights.codebook
     own = settings.weights.group_size, settings.weights.scale_bits
     # Error feedback is run once, with the settings' base; all other bases are scaled from it.
@@ -213,6 +213,11 @@ def _rounding_error(
     return float(error @ row_energy)
 
 
+def _judged(felt: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+    """``G E`` of float32 [N, ...], G whole or, where it has one dimension, its diagonal."""
+    return felt.unsqueeze(1) * error if felt.ndim == 1 else felt @ error
+
+
 def _rank_shares(
     residual: torch.Tensor,
     hessian: torch.Tensor,
@@ -238,7 +243,7 @@ def _rank_shares(
         hessian: float32 [K, K], fitted.
         measured: float32 [K, K], of other tokens.
         metric: fitted.
-        felt: float32 [N, N], the metric of other tokens.
+        felt: float32 [N, N], the metric of other tokens, or [N], its diagonal.
         grid: the tiles.
         rank: the largest.
     """
@@ -256,16 +261,13 @@ def _rank_shares(
         order = ColumnOrder.of(block, 1e-4)
         for a in range(grid.num_row_tiles):
             rows = grid.row_slice(a)
-            tile, other, judge = (
-                residual[rows, columns],
-                measured[columns, columns],
-                felt[rows, rows],
-            )
-            error += float(((judge @ tile @ other) * tile).sum())
+            tile, other = residual[rows, columns], measured[columns, columns]
+            judge = felt[rows] if felt.ndim == 1 else felt[rows, rows]
+            error += float((_judged(judge, tile) @ other * tile).sum())
             factored = order.factored(tile)
             right = truncated_svd(metric.part(rows).rooted(factored), rank)[2]
             left, vectors = factored @ right.T, order.unfactored(right)
-            judged = judge @ left
+            judged = _judged(judge, left)
             # Of the error of R - P V^T: the terms linear in each rank, and those of pairs.
             linear = ((judged.T @ tile @ other) * vectors).sum(1)
             pairs = (judged.T @ left) * (vectors @ other @ vectors.T)
