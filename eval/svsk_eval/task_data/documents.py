@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from svsk_eval.errors import EvalError
 from svsk_eval.task_data.code_tasks import require_sandbox
 from svsk_eval.task_data.folder import tasks_folder
+from svsk_eval.task_data.instructions import require_checkers
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -67,7 +68,8 @@ class Benchmark:
         columns: the hub's columns that tasks use, with the type of their values.
         splits: by the name that the task file uses.
         to_hub: brings a row of the authors' file into the hub's columns, None if it has them.
-        runs_code: the task runs programs that the model writes.
+        scorer: refuses, given the benchmark's name, where answers could not be scored; None if
+            they always can.
     """
 
     hub: tuple[str, ...]
@@ -75,7 +77,7 @@ class Benchmark:
     columns: Mapping[str, type]
     splits: Mapping[str, Split]
     to_hub: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
-    runs_code: bool = False
+    scorer: Callable[[str], None] | None = None
 
 
 def _arc_to_hub(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,13 +97,24 @@ def _hellaswag_to_hub(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, **parts, "label": str(row["label"])}
 
 
+def _ifeval_to_hub(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Each instruction has its arguments."""
+    names, arguments = row["instruction_id_list"], row["kwargs"]
+    if not names or len(names) != len(arguments):
+        raise ValueError(
+            f"{len(names)} instructions with {len(arguments)} sets of arguments, expected as many,"
+            " and one or more"
+        )
+    return dict(row)
+
+
 BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "humaneval": Benchmark(
         ("openai/openai_humaneval",),
         "https://github.com/openai/human-eval (data/HumanEval.jsonl.gz)",
         dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), str),
         {"test": Split("test", "HumanEval.jsonl")},
-        runs_code=True,
+        scorer=require_sandbox,
     ),
     "mbpp": Benchmark(
         ("google-research-datasets/mbpp", "full"),
@@ -112,7 +125,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
             # the examples of the MBPP paper's prompt, as lm-eval has them
             "fewshot": Split("prompt", "mbpp.jsonl", (2, 3, 4), at_least=3),
         },
-        runs_code=True,
+        scorer=require_sandbox,
     ),
     "gsm8k": Benchmark(
         ("openai/gsm8k", "main"),
@@ -145,6 +158,15 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
         },
         to_hub=_hellaswag_to_hub,
     ),
+    "ifeval": Benchmark(
+        ("google/IFEval",),
+        "https://github.com/google-research/google-research/tree/master/"
+        "instruction_following_eval (data/input_data.jsonl, renamed ifeval.jsonl)",
+        {"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list},
+        {"test": Split("train", "ifeval.jsonl")},
+        to_hub=_ifeval_to_hub,
+        scorer=require_checkers,
+    ),
 }
 
 
@@ -155,14 +177,14 @@ def benchmark_documents(benchmark: str, **_: object) -> "DatasetDict":
         benchmark: a key of :data:`BENCHMARKS`.
 
     Raises:
-        EvalError: the hub cannot be reached; a local file is missing or damaged; or the task runs
-            code, without consent or a sandbox.
+        EvalError: the hub cannot be reached; a local file is missing or damaged; or answers cannot
+            be scored: the task runs code, without consent or a sandbox, or a package is missing.
     """
     from datasets import DatasetDict
 
     source = BENCHMARKS[benchmark]
-    if source.runs_code:
-        require_sandbox(benchmark)
+    if source.scorer is not None:
+        source.scorer(benchmark)
     folder = local_folder()
     if folder is None:
         return _from_hub(benchmark, source)

@@ -20,7 +20,9 @@ from svsk_eval.bench.runner import BenchOptions
 from svsk_eval.cli import app
 from svsk_eval.errors import EvalError
 from svsk_eval.report.schema import BenchReport, BenchSettings, load_report
+from svsk_eval.task_data import DATA_VARIABLE
 from tests.eval.report.reports import model_run, report, task_run
+from tests.eval.task_data.test_task_data import write_files
 from tests.support.tiny_models import write_dense, write_random_svsk
 
 TASKS = Path(__file__).parent / "bench_tasks"
@@ -100,6 +102,25 @@ def test_a_run_and_its_files(folder: Path) -> None:
     refused = svsk("compare", folder / "a.json", folder / "b.json")
     assert refused.exit_code == 1
     assert "error:" in refused.output
+
+
+@pytest.mark.usefixtures("forked")
+def test_instructions_are_scored_by_prompts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DATA_VARIABLE, str(write_files(tmp_path / "data")))
+    settings = ["--gen-kwargs", "max_gen_toks=4", "--json", tmp_path / "a.json"]
+    result = run(folder, "--tasks", "svsk_ifeval", *settings)
+    assert result.exit_code == 0, result.output
+    task = load_report(tmp_path / "a.json").models[1].tasks["svsk_ifeval"]
+    assert task.primary == "prompt_level_strict_acc,none"
+    # Four tokens are fewer than 20 words, and fewer than three sentences.
+    assert task.scores == {
+        "prompt_level_strict_acc,none": (1.0, 0.0),
+        "prompt_level_loose_acc,none": (1.0, 0.0),
+    }
+    assert task.output_tokens is not None
+    assert task.terminated is not None
 
 
 @pytest.mark.parametrize("option", ["--json", "--markdown", "--html"])

@@ -114,6 +114,21 @@ HELLASWAG: Rows = [
     },
 ]
 
+IFEVAL: Rows = [
+    {
+        "key": 1000,
+        "prompt": "Write {{two}} lines without a comma.",
+        "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+        "kwargs": [{}, {"relation": "less than", "num_words": 20}],
+    },
+    {
+        "key": 1001,
+        "prompt": "Answer in 3 sentences or more.",
+        "instruction_id_list": ["length_constraints:number_sentences"],
+        "kwargs": [{"relation": "at least", "num_sentences": 3}],
+    },
+]
+
 FILES: Mapping[str, Rows] = {
     "HumanEval.jsonl.gz": HUMANEVAL,
     "mbpp.jsonl": MBPP,
@@ -121,6 +136,7 @@ FILES: Mapping[str, Rows] = {
     "gsm8k_train_2000.jsonl": GSM8K[:6],
     "ARC-Challenge-Test.jsonl": ARC,
     "hellaswag_val.jsonl": HELLASWAG,
+    "ifeval.jsonl": IFEVAL,
 }
 
 
@@ -170,6 +186,7 @@ def hub_copies() -> dict[str, DatasetDict]:
         "openai/gsm8k": {"train": GSM8K[:6], "test": GSM8K[5:]},
         "allenai/ai2_arc": {"train": arc, "validation": arc, "test": arc},
         "Rowan/hellaswag": {"train": hellaswag, "validation": hellaswag, "test": hellaswag},
+        "google/IFEval": {"train": IFEVAL},
     }
     return {
         path: DatasetDict({k: Dataset.from_list(v) for k, v in splits.items()})
@@ -299,6 +316,8 @@ FAULTS: list[tuple[str, str, Rows, str]] = [
     ("arc_challenge", "ARC-Challenge-Test.jsonl", broken(ARC, 0, question="What?"), "row 1: "),
     ("hellaswag", "hellaswag_val.jsonl", broken(HELLASWAG, 1, label=...), "row 2: .*label is None"),
     ("hellaswag", "hellaswag_val.jsonl", broken(HELLASWAG, 1, endings="a"), "row 2: endings"),
+    ("ifeval", "ifeval.jsonl", broken(IFEVAL, 0, kwargs=[{}]), "row 1: .*2 instructions with 1 "),
+    ("ifeval", "ifeval.jsonl", broken(IFEVAL, 1, prompt=...), "row 2: prompt is 'None'"),
 ]
 
 
@@ -343,6 +362,7 @@ class TestHub:
             ("openai/gsm8k", "main"),
             ("allenai/ai2_arc", "ARC-Challenge"),
             ("Rowan/hellaswag", None),
+            ("google/IFEval", None),
         ]
 
     def test_failure_tells_both_ways_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,13 +403,15 @@ class TestHub:
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "count"), [("humaneval", "test", 164), ("gsm8k", "test", 1319)]
+    ("name", "split", "count"),
+    [("humaneval", "test", 164), ("gsm8k", "test", 1319), ("ifeval", "test", 540)],
 )
 def test_the_real_files_are_whole(
     name: str, split: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = published_file("HumanEval.jsonl.gz").parent
     published_file("gsm8k_test.jsonl")
+    published_file("ifeval.jsonl")
     monkeypatch.setenv(DATA_VARIABLE, str(folder))
     rows = benchmark_documents(name)[split]
     assert len(rows) == count

@@ -23,9 +23,10 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from svsk_eval.errors import EvalError
 from svsk_eval.task_data import DATA_VARIABLE, folder, task_manager, tasks_folder
 from svsk_eval.task_data.documents import BENCHMARKS
+from svsk_eval.task_data.instructions import check_instructions
 from tests.eval.support import ROOT, load_task
 from tests.eval.task_data.stand_in import install_stand_in
-from tests.eval.task_data.test_task_data import MBPP, hub_copies, use_hub, write_files
+from tests.eval.task_data.test_task_data import IFEVAL, MBPP, hub_copies, use_hub, write_files
 from tests.support.tiny_models import write_dense, write_random_svsk
 
 SOURCES = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "offline", "eval"))
@@ -42,6 +43,8 @@ GROUPS = {
         "svsk_smoke_copy",
     ],
 }
+GROUPED = [task for tasks in GROUPS.values() for task in tasks]
+ALL = [*GROUPED, "svsk_ifeval"]
 SAME_AS = {
     "svsk_humaneval": "humaneval/humaneval.yaml",
     "svsk_humaneval_instruct": "humaneval/humaneval_instruct.yaml",
@@ -50,6 +53,7 @@ SAME_AS = {
     "svsk_gsm8k": "gsm8k/gsm8k.yaml",
     "svsk_arc_challenge": "arc/arc_challenge.yaml",
     "svsk_hellaswag": "hellaswag/hellaswag.yaml",
+    "svsk_ifeval": "ifeval/ifeval.yaml",
 }
 
 
@@ -99,6 +103,8 @@ def _their_mbpp_examples() -> list[dict[str, Any]]:
 
 def their_task(name: str) -> Any:
     """The task of lm-eval that ours stands for; its solved examples of GSM8K chosen as ours are."""
+    if name == "svsk_ifeval":  # its file has NLTK download a model when it is loaded
+        check_instructions({**IFEVAL[0]}, [""])
     config = load_yaml(THEIRS / SAME_AS[name])
     for key in ("tag", "dataset_kwargs"):
         config.pop(key, None)
@@ -133,7 +139,7 @@ class TestFiles:
     def test_groups_hold_their_tasks(self) -> None:
         manager = task_manager(include_defaults=False)
         assert manager.all_groups == sorted(GROUPS)
-        assert manager.all_subtasks == sorted(task for tasks in GROUPS.values() for task in tasks)
+        assert manager.all_subtasks == sorted(ALL)
         for group, tasks in GROUPS.items():
             assert (
                 yaml.safe_load((tasks_folder() / f"{group}.yaml").read_text(encoding="utf-8"))[
@@ -148,7 +154,7 @@ class TestFiles:
         assert list(loaded["tasks"]) == GROUPS[group]
         assert loaded["group_map"] == {group: GROUPS[group]}
 
-    @pytest.mark.parametrize("name", [task for tasks in GROUPS.values() for task in tasks])
+    @pytest.mark.parametrize("name", ALL)
     def test_tasks_say_their_version_and_end(self, name: str, theirs: None) -> None:
         task = load_task(name)
         assert len(task.eval_docs) > 1
