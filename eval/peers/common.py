@@ -20,10 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 __all__ = [
+    "TABLES",
     "Job",
     "PeerError",
     "Result",
     "StoredLinear",
+    "all_bits",
     "block_linears",
     "load_folder",
     "load_tokens",
@@ -36,6 +38,8 @@ __all__ = [
 
 RESULT = "result.json"
 WEIGHTS = "weights.safetensors"
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+"""Embedding and output head; a tied one is stored under the first name."""
 _LINEAR = re.compile(r"^model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.weight$")
 
 
@@ -58,6 +62,7 @@ class Job:
     group_size: int
     seed: int
     settings: dict[str, Any]  # of this peer
+    measured: str | None = None  # file that keeps what the peer measured of model and tokens
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,12 @@ class Result:
     settings: dict[str, Any]
     versions: dict[str, str]
     linears: dict[str, StoredLinear]  # name of the weight -> how it is stored
-    # float32; the linears, and whatever else must follow them
+    file_bits: int  # of all tensors that the peer's checkpoint stores, tables and norms among them
+    # float32; the linears, whatever else must follow them, and tables that the peer quantised
     tensors: dict[str, torch.Tensor] = field(repr=False)
     notes: list[str] = field(default_factory=list)
+    # of TABLES, those that the peer stores otherwise than the reference
+    tables: dict[str, StoredLinear] = field(default_factory=dict)
     calibrated: bool = True  # whether it used the calibration tokens
 
 
@@ -165,6 +173,11 @@ def stored_bits(tensors: Mapping[str, torch.Tensor], module: str, parts: tuple[s
             f" expected some of {list(parts)}."
         )
     return sum(8 * tensor.numel() * tensor.element_size() for tensor in stored)
+
+
+def all_bits(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Bits of all tensors of a checkpoint."""
+    return sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:

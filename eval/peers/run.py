@@ -5,14 +5,15 @@
     wiki.valid.txt svsk eval smollm2-gptq --reference smollm2-reference --text wiki.test.raw
 
 Every peer runs from its own package in its own environment, sees the same calibration tokens as
-``svsk quantize``, and is scored from float32 weights, so that no difference of kernels enters. Only
-the seven linears of each decoder block differ from the reference (with AWQ also the norms before
-them, which carry its scales): embeddings and output head are the reference's even where a peer
-quantises them. ``peer.json`` in the folder says what was done, with what, for how long, and how
-many bits the peer's checkpoint stores for those linears.
+``svsk quantize``, and is scored from float32 weights, so that no difference of kernels enters. The
+seven linears of each decoder block differ from the reference (with AWQ also the norms before them,
+which carry its scales), and the embedding and output head where the peer quantises them, unless
+``--tables reference`` keeps the reference's. ``peer.json`` in the folder says what was done, with
+what, for how long, and how many bits the peer's checkpoint stores for those linears, and for all.
 """
 
 import collections
+import hashlib
 import json
 import os
 import shutil
@@ -26,13 +27,24 @@ import typer
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from peers.common import RESULT, WEIGHTS, Job, PeerError, block_linears, load_folder, save_tokens
+from peers.common import (
+    RESULT,
+    TABLES,
+    WEIGHTS,
+    Job,
+    PeerError,
+    all_bits,
+    block_linears,
+    load_folder,
+    save_tokens,
+)
 from peers.environment import environment_python, run_shown
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import CalibrationSet, load_calibration
+from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.side_files import copy_side_files
 
-__all__ = ["PEERS", "Peer", "compare_peer", "summarize"]
+__all__ = ["PEERS", "Peer", "Request", "compare_peer", "summarize"]
 
 HERE = Path(__file__).resolve().parent
 RECORD = "peer.json"
@@ -79,6 +91,18 @@ PEERS = {
         {"file_type": "IQ4_NL", "imatrix": True},
         grouped=False,
     ),
+    "gguf-iq4-xs": Peer(
+        "gguf",
+        "llama.cpp IQ4_XS, importance matrix",
+        {"file_type": "IQ4_XS", "imatrix": True},
+        grouped=False,
+    ),
+    "nf4": Peer(
+        "bitsandbytes",
+        "bitsandbytes nf4, double quantisation",
+        {"quant_type": "nf4", "double_quantization": True},
+        grouped=False,
+    ),
     "gguf-f32": Peer(
         "gguf", "GGUF in float32, a check of the conversion", {"file_type": "F32"}, grouped=False
     ),
@@ -92,7 +116,7 @@ def main(
     peer: Annotated[str, typer.Argument(help=f"One of {', '.join(PEERS)}.")],
     model: Annotated[Path, typer.Argument(help="Hugging Face folder of the reference.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    calibration: Annotated[str, typer.Option(help="Text, as for `svsk quantize`.")],
+    calibration: Annotated[list[str], typer.Option(help="Text, as for `svsk quantize`.")],
     samples: Annotated[
         int, typer.Option(help="Calibration samples; `svsk quantize` takes more of wide models.")
     ] = 128,
@@ -104,6 +128,14 @@ def main(
             help="Weights per scale; by default the largest of 128, 64, 32 that divides all."
         ),
     ] = None,
+    tables: Annotated[
+        str,
+        typer.Option(help="Embedding and output head: own, as the peer stores them, or reference."),
+    ] = "own",
+    measurements: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps importance matrices, for other types of GGUF."),
+    ] = None,
     env_dir: Annotated[Path, typer.Option(help="Where the peers' environments are.")] = Path(
         ".venv-peers"
     ),
@@ -111,65 +143,111 @@ def main(
     """Quantise MODEL with PEER and write its dequantised weights to OUT, with ``peer.json``."""
     try:
         record = compare_peer(
-            peer, model, out, calibration, samples, seq_len, seed, group_size, env_dir
+            Request(
+                peer,
+                model,
+                out,
+                tuple(calibration),
+                samples,
+                seq_len,
+                seed,
+                group_size,
+                tables,
+                measurements,
+                env_dir,
+            )
         )
     except (PeerError, SvskError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
     typer.echo(
-        f"{out}: {record['title']}, {record['bits_per_weight']:.4f} bits per weight,"
+        f"{out}: {record['title']}, {record['bits_per_weight']:.4f} bits per weight"
+        f" ({record['bits_per_weight_of_all']:.4f} over all weights of the model),"
         f" {record['seconds']:.1f} s"
     )
 
 
-def compare_peer(
-    peer: str,
-    model: Path,
-    out: Path,
-    calibration: str,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    group_size: int | None,
-    env_dir: Path,
-) -> dict[str, Any]:
-    """What the command :func:`main` does with its arguments; returns what ``peer.json`` holds.
+@dataclass(frozen=True)
+class Request:
+    """What the command :func:`main` is asked for, by the names of its arguments."""
+
+    peer: str
+    model: Path
+    out: Path
+    calibration: tuple[str, ...]
+    samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+    group_size: int | None = None
+    tables: str = "own"
+    measurements: Path | None = None
+    env_dir: Path = Path(".venv-peers")
+
+    def check(self) -> None:
+        """Refuse what can be refused before anything is read.
+
+        Raises:
+            PeerError: the peer is unknown or does not take an option, or ``out`` exists.
+        """
+        if self.peer not in PEERS:
+            raise PeerError(f"{self.peer}: no such peer. There are {', '.join(PEERS)}.")
+        if self.tables not in ("own", "reference"):
+            raise PeerError(f"--tables {self.tables}: expected own or reference.")
+        if self.group_size is not None and not PEERS[self.peer].grouped:
+            raise PeerError(
+                f"--group-size {self.group_size}: {self.peer} has groups of its own. Leave it out."
+            )
+        if self.out.exists():
+            raise PeerError(f"{self.out}: exists already. Remove it, or name another folder.")
+
+
+def compare_peer(request: Request) -> dict[str, Any]:
+    """What the command :func:`main` does; returns what ``peer.json`` holds.
 
     Raises:
         PeerError: the peer is unknown, failed, or cannot take the model; or ``out`` exists.
         SvskError: the calibration text cannot be used.
     """
-    if peer not in PEERS:
-        raise PeerError(f"{peer}: no such peer. There are {', '.join(PEERS)}.")
-    if out.exists():
-        raise PeerError(f"{out}: exists already. Remove it, or name another folder.")
+    request.check()
+    peer, model, out = PEERS[request.peer], request.model, request.out
     reference = load_folder(model)
     shapes = {name: tuple(reference[name].shape) for name in block_linears(reference)}
-    size = choose_group_size(shapes, group_size) if PEERS[peer].grouped else 0
+    size = choose_group_size(shapes, request.group_size) if peer.grouped else 0
     tokens = load_calibration(
-        calibration, AutoTokenizer.from_pretrained(model), samples, seq_len, seed
+        request.calibration,
+        AutoTokenizer.from_pretrained(model),
+        request.samples,
+        request.seq_len,
+        request.seed,
     )
-    python = environment_python(HERE / PEERS[peer].folder, env_dir.resolve())
+    python = environment_python(HERE / peer.folder, request.env_dir.resolve())
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f"{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}-", dir=out.parent) as scratch:
         work = Path(scratch)
         save_tokens(work / "tokens.safetensors", tokens.tokens)
+        kept = request.measurements
         job = Job(
-            peer,
+            request.peer,
             str(model.resolve()),
             str(work / "tokens.safetensors"),
             str(work),
             str(python.parent.parent),
             size,
-            seed,
-            PEERS[peer].settings,
+            request.seed,
+            peer.settings,
+            None if kept is None else measured_file(kept, model, tokens),
         )
-        run_script(python, PEERS[peer].folder, job)
+        run_script(python, peer.folder, job)
         result = json.loads((work / RESULT).read_text(encoding="utf-8"))
-        write_dense(model, reference, load_file(work / WEIGHTS), partial)
-    record = summarize(peer, job, result, tokens, model)
+        new = load_file(work / WEIGHTS)
+        if request.tables == "reference":
+            result = with_reference_tables(result, reference)
+            new = {name: tensor for name, tensor in new.items() if name not in TABLES}
+        write_dense(model, reference, new, partial)
+    weights = sum(tensor.numel() for tensor in reference.values())
+    record = summarize(request.peer, job, result, tokens, model, weights)
     (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     partial.rename(out)
     return record
@@ -194,6 +272,14 @@ def choose_group_size(shapes: dict[str, tuple[int, ...]], requested: int | None)
         f"Input features {widths} are not all multiples of a group size of {tried}."
         " Give --group-size."
     )
+
+
+def measured_file(folder: Path, model: Path, tokens: CalibrationSet) -> str:
+    """The file of a folder, which is made, that keeps what is measured of a model and tokens."""
+    key = f"{ModelSource(model).content_sample} {tokens.fingerprint}"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"peer-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    return str(folder.resolve() / name)
 
 
 def run_script(python: Path, folder: str, job: Job) -> None:
@@ -252,12 +338,27 @@ def write_dense(
     copy_side_files(model, out, typer.echo, code=False)
 
 
+def with_reference_tables(
+    result: dict[str, Any], reference: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """What a peer's script handed back, as if it had left embedding and output head alone."""
+    dense = all_bits({name: reference[name] for name in result["tables"]})
+    less = sum(stored["bits"] for stored in result["tables"].values())
+    return result | {"file_bits": result["file_bits"] - less + dense, "tables": {}}
+
+
 def summarize(
-    peer: str, job: Job, result: dict[str, Any], tokens: CalibrationSet, model: Path
+    peer: str,
+    job: Job,
+    result: dict[str, Any],
+    tokens: CalibrationSet,
+    model: Path,
+    all_weights: int,
 ) -> dict[str, Any]:
     """What ``peer.json`` says of a run.
 
-    Bits per weight are over the linears of the decoder blocks.
+    Bits per weight are over the linears of the decoder blocks; those ``of_all`` are all that the
+    checkpoint stores, over all weights of the model, tied ones once.
     """
     linears = result["linears"]
     weights = sum(stored["weights"] for stored in linears.values())
@@ -276,6 +377,9 @@ def summarize(
         "title": PEERS[peer].title,
         "reference": model.name,
         "bits_per_weight": round(sum(stored["bits"] for stored in linears.values()) / weights, 6),
+        "bits_per_weight_of_all": round(result["file_bits"] / all_weights, 6),
+        "bytes": result["file_bits"] // 8,
+        "tables": {name: stored["type"] for name, stored in result["tables"].items()},
         "seconds": result["seconds"],
         "group_size": job.group_size or None,
         "settings": result["settings"],
@@ -283,7 +387,7 @@ def summarize(
         "versions": result["versions"],
         "types": types,
         "types_by_linear": {kind: dict(count) for kind, count in kinds.items()},
-        "notes": ["Embeddings, output head and final norm are the reference's.", *result["notes"]],
+        "notes": result["notes"],
         "linears": linears,
     }
 

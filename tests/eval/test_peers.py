@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.support.tiny_models import write_dense
+
 EVAL = Path(__file__).resolve().parents[2] / "eval"
 if str(EVAL) not in sys.path:
     sys.path.append(str(EVAL))  # `peers` is not part of the installed package
@@ -213,22 +215,54 @@ class TestDense:
             with pytest.raises(run.PeerError, match=said):
                 self.write(tmp_path / str(number), wrong)
 
-    def test_refuses_before_it_starts(self, tmp_path: Path) -> None:
-        arguments = (tmp_path, tmp_path, "python", 1, 8, 0, None, tmp_path)
-        with pytest.raises(run.PeerError, match=r"nf4: no such peer. There are gptq"):
-            run.compare_peer("nf4", *arguments)
-        with pytest.raises(run.PeerError, match="exists already"):
-            run.compare_peer("gptq", *arguments)
+    @pytest.mark.parametrize(
+        ("changed", "said"),
+        [
+            ({"peer": "nf3"}, r"nf3: no such peer. There are gptq"),
+            ({"tables": "dense"}, "--tables dense: expected own or reference"),
+            ({"peer": "nf4", "group_size": 64}, "--group-size 64: nf4 has groups of its own"),
+            ({"out": Path()}, "exists already"),
+        ],
+    )
+    def test_refuses_before_it_starts(
+        self, tmp_path: Path, changed: dict[str, Any], said: str
+    ) -> None:
+        asked = {"peer": "gptq", "model": tmp_path, "out": tmp_path / "out", "calibration": ()}
+        with pytest.raises(run.PeerError, match=said):
+            run.compare_peer(run.Request(**asked | changed))
 
 
-def test_summary_counts_types() -> None:
+@pytest.fixture
+def result() -> dict[str, Any]:
+    """What a script hands back of seven linears of 512 weights, and a table of 1024 in 8.5 bits."""
     linears = {name: {"type": "Q5_0", "weights": 512, "bits": 2816} for name in block(0)}
     linears[block(0)[6]] = {"type": "Q4_K", "weights": 512, "bits": 2304}
+    embedding = {"model.embed_tokens.weight": {"type": "Q8_0", "weights": 1024, "bits": 8704}}
+    norm = 64 * 32
+    return {
+        "linears": linears,
+        "tables": embedding,
+        "file_bits": 6 * 2816 + 2304 + 8704 + norm,
+        "seconds": 1.5,
+        "settings": {},
+        "versions": {},
+        "notes": ["n"],
+        "calibrated": True,
+    }
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
     job = common.Job("gguf", "m", "t", "w", "e", 0, 3, {})
-    result = {"linears": linears, "seconds": 1.5, "settings": {}, "versions": {}, "notes": ["n"]}
-    result |= {"calibrated": True}
     tokens = SimpleNamespace(describe=lambda: {"source": "text"})
-    record = run.summarize("gguf", job, result, tokens, Path("folder", "name"))
+    weights = sum(tensor.numel() for tensor in reference().values())
+    record: dict[str, Any] = run.summarize(
+        "gguf", job, result, tokens, Path("folder", "name"), weights
+    )
+    return record
+
+
+def test_summary_counts_types(result: dict[str, Any]) -> None:
+    record = summary(result)
     assert record["bits_per_weight"] == pytest.approx((6 * 5.5 + 4.5) / 7, abs=1e-6)
     assert record["types"]["Q4_K"] == {
         "tensors": 1,
@@ -240,8 +274,74 @@ def test_summary_counts_types() -> None:
     assert record["group_size"] is None
     assert record["calibration"] == {"source": "text", "seed": 3}
     assert record["reference"] == "name"
-    result["calibrated"] = False
-    assert run.summarize("gguf", job, result, tokens, Path("name"))["calibration"] is None
+    assert summary(result | {"calibrated": False})["calibration"] is None
+
+
+def test_summary_counts_the_whole_file(result: dict[str, Any]) -> None:
+    stored = 6 * 2816 + 2304 + 8704 + 2048
+    record = summary(result)
+    assert record["bits_per_weight_of_all"] == pytest.approx(stored / (3584 + 1024 + 64), abs=1e-6)
+    assert record["bytes"] == stored / 8
+    assert record["tables"] == {"model.embed_tokens.weight": "Q8_0"}
+    kept = summary(run.with_reference_tables(result, reference()))
+    assert kept["bytes"] == (stored - 8704 + 16 * 1024) / 8  # bfloat16 as in the reference
+    assert kept["tables"] == {}
+    assert kept["bits_per_weight"] == record["bits_per_weight"]
+
+
+class TestMeasured:
+    def test_belongs_to_model_and_tokens(self, tmp_path: Path) -> None:
+        models = [write_dense(tmp_path / "a"), write_dense(tmp_path / "b", seed=1)]
+        files = {
+            run.measured_file(tmp_path / "kept", model, SimpleNamespace(fingerprint=tokens))
+            for model in models
+            for tokens in ("x", "y")
+        }
+        assert len(files) == 4
+        assert (
+            run.measured_file(tmp_path / "kept", models[0], SimpleNamespace(fingerprint="x"))
+            in files
+        )
+        assert (tmp_path / "kept").is_dir()
+
+
+class TestNf4:
+    def stored(self) -> dict[str, torch.Tensor]:
+        """A layer of 4 x 64 weights: four blocks of 64 codes, their scales in blocks of two."""
+        state = {"blocksize": 64, "nested_blocksize": 2, "nested_offset": 0.5, "shape": [4, 64]}
+        parts = {
+            "": torch.randint(0, 256, (128, 1), dtype=torch.uint8),
+            ".absmax": torch.tensor([0, 3, 255, 7], dtype=torch.uint8),
+            ".quant_map": torch.linspace(-1, 1, 16),
+            ".nested_quant_map": torch.linspace(-1, 1, 256),
+            ".nested_absmax": torch.tensor([2.0, 3.0]),
+            ".quant_state.bitsandbytes__nf4": torch.tensor(
+                list(json.dumps(state).encode()), dtype=torch.uint8
+            ),
+        }
+        return {f"a.weight{part}": tensor for part, tensor in parts.items()}
+
+    def test_code_by_code(self) -> None:
+        nf4 = importlib.import_module("peers.bitsandbytes.quantize")
+        stored = self.stored()
+        weight = nf4.dequantize(stored, "a").flatten()
+        for index in range(256):
+            byte = int(stored["a.weight"][index // 2])
+            level = stored["a.weight.quant_map"][byte & 15 if index % 2 else byte >> 4]
+            block = index // 64
+            code = int(stored["a.weight.absmax"][block])
+            scale = stored["a.weight.nested_quant_map"][code] * (2.0, 3.0)[block // 2] + 0.5
+            assert weight[index] == pytest.approx(float(level * scale))
+        assert common.stored_bits(stored, "a", nf4.PARTS) == 256 * 4 + 4 * 8 + 2 * 32
+
+    def test_says_what_is_missing_or_does_not_fit(self) -> None:
+        nf4 = importlib.import_module("peers.bitsandbytes.quantize")
+        stored = self.stored()
+        with pytest.raises(common.PeerError, match=r"b: the checkpoint has no b\.weight"):
+            nf4.dequantize(stored, "b")
+        stored["a.weight"] = stored["a.weight"][:64]
+        with pytest.raises(common.PeerError, match="128 codes do not fit 4 scales of 64"):
+            nf4.dequantize(stored, "a")
 
 
 class TestGguf:
@@ -269,31 +369,46 @@ class TestGguf:
         ]
         assert torch.equal(convert.uninterleave_heads(permuted, 2), weight)
 
-    def test_round_trip(self, convert: Any, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+    def test_round_trip(self, convert: Any, tmp_path: Path, kind: str) -> None:
         config = {
-            "model_type": "llama",
+            "model_type": kind,
             "hidden_size": 64,
             "intermediate_size": 96,
             "num_hidden_layers": 1,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
             "rms_norm_eps": 1e-5,
             "vocab_size": 16,
             "max_position_embeddings": 32,
         }
         (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        tensors = reference()
-        convert.to_gguf(str(tmp_path), tensors, tmp_path / "m.gguf")
-        stored = convert.from_gguf(tmp_path / "m.gguf", str(tmp_path), list(tensors))
-        for name, (kind, bits, weight) in stored.items():
-            assert (kind, bits) == ("F32", 32 * tensors[name].numel())
+        tensors, query = reference(), "model.layers.0.self_attn.q_proj.weight"
+        if kind == "qwen2":
+            tensors["model.layers.0.self_attn.q_proj.bias"] = torch.randn(8)
+        if kind == "qwen3":
+            tensors["model.layers.0.self_attn.q_norm.weight"] = torch.randn(2)
+        family, path = convert.Family.of(str(tmp_path)), tmp_path / "m.gguf"
+        convert.to_gguf(family, tensors, path)
+        stored = convert.from_gguf(path, family, list(tensors))
+        assert set(stored) == set(tensors)
+        for name, (found, bits, weight) in stored.items():
+            assert (found, bits) == ("F32", 32 * tensors[name].numel())
             assert torch.equal(weight, tensors[name].float())
+        # only llama's rows are moved
+        [written] = [
+            torch.from_numpy(tensor.data.copy())
+            for tensor in importlib.import_module("gguf").GGUFReader(path).tensors
+            if tensor.name == "blk.0.attn_q.weight"
+        ]
+        assert torch.equal(written, tensors[query].float()) == (kind != "llama")
 
     @pytest.mark.parametrize(
         ("changed", "said"),
         [
-            ({"model_type": "qwen2"}, "'qwen2'"),
+            ({"model_type": "gemma2"}, "'gemma2'"),
             ({"rope_scaling": {"rope_type": "llama3"}}, "'llama3'"),
+            ({"attention_bias": True}, "attention_bias True"),
         ],
     )
     def test_refuses_other_models(
@@ -302,4 +417,21 @@ class TestGguf:
         keys = dict.fromkeys(convert._NEEDED, 1) | {"model_type": "llama"} | changed
         (tmp_path / "config.json").write_text(json.dumps(keys), encoding="utf-8")
         with pytest.raises(common.PeerError, match=said):
-            convert.llama_config(str(tmp_path))
+            convert.Family.of(str(tmp_path))
+
+    def test_importance_is_computed_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("gguf")
+        quantize: Any = importlib.import_module("peers.gguf.quantize")
+        computed = []
+
+        def importance(*_: Any) -> dict[str, torch.Tensor]:
+            computed.append(1)
+            return {"blk.0.attn_q.weight": torch.tensor([1.0, 2.0])}
+
+        monkeypatch.setattr(quantize, "importance", importance)
+        job = common.Job("gguf", "m", "t", "w", "e", 0, 0, {}, str(tmp_path / "kept.safetensors"))
+        found = [quantize.kept_importance(job, None, []) for _ in range(2)]
+        assert len(computed) == 1
+        assert torch.equal(found[0]["blk.0.attn_q.weight"], found[1]["blk.0.attn_q.weight"])

@@ -15,6 +15,7 @@ from peers.common import (
     PeerError,
     Result,
     StoredLinear,
+    all_bits,
     block_linears,
     load_folder,
     load_tokens,
@@ -78,7 +79,7 @@ def quantize(job: Job) -> Result:
             "The package's light recipe:"
             f" {job.settings['iters']} iterations instead of the default 200."
         )
-    return Result(seconds, settings, used, linears, tensors, notes)
+    return Result(seconds, settings, used, linears, all_bits(stored), tensors, notes)
 
 
 def dequantize(stored: dict[str, torch.Tensor], module: str, group_size: int) -> torch.Tensor:

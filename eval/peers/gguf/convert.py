@@ -2,6 +2,7 @@
 """Llama-like models between Hugging Face's names and those of llama.cpp's convert_hf_to_gguf.py."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,17 @@ import torch
 
 from peers.common import PeerError
 
-__all__ = ["from_gguf", "gguf_names", "interleave_heads", "to_gguf", "uninterleave_heads"]
+__all__ = ["Family", "from_gguf", "interleave_heads", "to_gguf", "uninterleave_heads"]
+
+_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
+"""By ``model_type``."""
+
+_INTERLEAVED = ("llama",)
+"""Whose rotary embedding llama.cpp computes on pairs of rows that lie beside each other."""
 
 _NEEDED = (
     "hidden_size",
@@ -43,37 +54,86 @@ def uninterleave_heads(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def gguf_names(names: list[str], blocks: int) -> dict[str, str]:
-    """GGUF's name of each tensor of a Llama-like Hugging Face model.
+@dataclass(frozen=True)
+class Family:
+    """What GGUF makes of a model: its architecture, its tensors' names, the order of their rows.
 
-    Raises:
-        PeerError: GGUF's Llama has no place for a tensor.
+    Attributes:
+        architecture: GGUF's number of it.
+        config: the model's config.json.
     """
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, blocks)
-    renamed = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
-    unknown = [name for name, new in renamed.items() if new is None]
-    if unknown:
-        raise PeerError(
-            f"{unknown[0]}: GGUF's llama has no tensor for it."
-            " Only Llama models can be converted here."
+
+    architecture: gguf.MODEL_ARCH
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: str) -> "Family":
+        """Read it from a model's folder.
+
+        Raises:
+            PeerError: it is another model, or its config lacks what GGUF needs.
+        """
+        path = Path(model) / "config.json"
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kind = config.get("model_type")
+        missing = [key for key in _NEEDED if key not in config]
+        scaled = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get(
+            "rope_type", "default"
         )
-    return {name: str(new) for name, new in renamed.items()}
+        biased = kind in _INTERLEAVED and config.get("attention_bias")
+        if kind not in _ARCHITECTURES or missing or scaled != "default" or biased:
+            raise PeerError(
+                f"{path}: model_type {kind!r}, rotary embedding {scaled!r}, attention_bias"
+                f" {config.get('attention_bias', False)}, missing {missing}; only"
+                f" {', '.join(_ARCHITECTURES)} with the default rotary embedding, and llama without"
+                " biases, can be converted here."
+            )
+        return cls(_ARCHITECTURES[kind], config)
+
+    def names(self, names: list[str]) -> dict[str, str]:
+        """GGUF's name of each tensor of the model.
+
+        Raises:
+            PeerError: the architecture has no place for a tensor.
+        """
+        table = gguf.get_tensor_name_map(self.architecture, self.config["num_hidden_layers"])
+        renamed = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
+        unknown = [name for name, new in renamed.items() if new is None]
+        if unknown:
+            raise PeerError(
+                f"{unknown[0]}: GGUF's {gguf.MODEL_ARCH_NAMES[self.architecture]} has no tensor for"
+                " it. Only models with the usual tensors of their family can be converted here."
+            )
+        return {name: str(new) for name, new in renamed.items()}
+
+    def rotated_heads(self, name: str) -> int | None:
+        """Heads of a weight whose rows llama.cpp wants in another order; None for other weights."""
+        if self.config["model_type"] not in _INTERLEAVED:
+            return None
+        if name.endswith("q_proj.weight"):
+            return int(self.config["num_attention_heads"])
+        return self.kv_heads if name.endswith("k_proj.weight") else None
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        config = self.config
+        return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
-def to_gguf(model: str, tensors: dict[str, torch.Tensor], path: Path) -> None:
+def to_gguf(family: Family, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write a float32 GGUF file, with all that llama.cpp needs to quantise it: it has no tokenizer.
 
     Args:
-        model: folder of a Llama model.
-        tensors: the model's tensors.
+        family: of the model.
+        tensors: the model's.
         path: file to write.
 
     Raises:
-        PeerError: the model is no Llama.
+        PeerError: GGUF has no place for a tensor.
     """
-    config = llama_config(model)
-    names = gguf_names(list(tensors), config["num_hidden_layers"])
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
+    config, names = family.config, family.names(list(tensors))
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[family.architecture])
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     writer.add_block_count(config["num_hidden_layers"])
@@ -81,7 +141,7 @@ def to_gguf(model: str, tensors: dict[str, torch.Tensor], path: Path) -> None:
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads(config))
+    writer.add_head_count_kv(family.kv_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
@@ -90,11 +150,9 @@ def to_gguf(model: str, tensors: dict[str, torch.Tensor], path: Path) -> None:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     for name, tensor in tensors.items():
-        weight = tensor.float()
-        if name.endswith("q_proj.weight"):
-            weight = interleave_heads(weight, heads)
-        elif name.endswith("k_proj.weight"):
-            weight = interleave_heads(weight, kv_heads(config))
+        weight, rotated = tensor.float(), family.rotated_heads(name)
+        if rotated is not None:
+            weight = interleave_heads(weight, rotated)
         writer.add_tensor(names[name], weight.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -102,12 +160,14 @@ def to_gguf(model: str, tensors: dict[str, torch.Tensor], path: Path) -> None:
     writer.close()
 
 
-def from_gguf(path: Path, model: str, names: list[str]) -> dict[str, tuple[str, int, torch.Tensor]]:
+def from_gguf(
+    path: Path, family: Family, names: list[str]
+) -> dict[str, tuple[str, int, torch.Tensor]]:
     """Read tensors back from a GGUF file.
 
     Args:
         path: the file.
-        model: folder of the model it was made from.
+        family: of the model it was made from.
         names: Hugging Face names of the tensors.
 
     Returns:
@@ -116,43 +176,15 @@ def from_gguf(path: Path, model: str, names: list[str]) -> dict[str, tuple[str, 
     Raises:
         PeerError: the file lacks a tensor.
     """
-    config = llama_config(model)
     stored: dict[str, Any] = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     weights = {}
-    for name, new in gguf_names(names, config["num_hidden_layers"]).items():
+    for name, new in family.names(names).items():
         if new not in stored:
             raise PeerError(f"{path}: has no tensor {new}, which is {name}.")
         tensor = stored[new]
         weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        if name.endswith("q_proj.weight"):
-            weight = uninterleave_heads(weight, config["num_attention_heads"])
-        elif name.endswith("k_proj.weight"):
-            weight = uninterleave_heads(weight, kv_heads(config))
+        rotated = family.rotated_heads(name)
+        if rotated is not None:
+            weight = uninterleave_heads(weight, rotated)
         weights[name] = (str(tensor.tensor_type.name), 8 * int(tensor.n_bytes), weight.contiguous())
     return weights
-
-
-def llama_config(model: str) -> dict[str, Any]:
-    """The config of a Llama model.
-
-    Raises:
-        PeerError: it is another model, or lacks what GGUF needs.
-    """
-    path = Path(model) / "config.json"
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    missing = [key for key in _NEEDED if key not in config]
-    scaled = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get(
-        "rope_type", "default"
-    )
-    if config.get("model_type") != "llama" or missing or scaled != "default":
-        raise PeerError(
-            f"{path}: model_type {config.get('model_type')!r}, rotary embedding {scaled!r}, missing"
-            f" {missing}; only Llama models with the default rotary"
-            " embedding can be converted here."
-        )
-    return config
-
-
-def kv_heads(config: dict[str, Any]) -> int:
-    """Number of key and value heads."""
-    return int(config.get("num_key_value_heads") or config["num_attention_heads"])

@@ -11,7 +11,7 @@ from peers.common import PeerError
 
 __all__ = ["FILE_TYPES", "LlamaCpp"]
 
-FILE_TYPES: Final = {"F32": 0, "Q4_K_M": 15, "IQ4_NL": 25}
+FILE_TYPES: Final = {"F32": 0, "Q4_K_M": 15, "IQ4_NL": 25, "IQ4_XS": 30}
 """Numbers of ``enum llama_ftype``."""
 
 _Q8_0: Final = 7

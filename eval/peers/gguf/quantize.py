@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""llama.cpp's Q4_K_M; runs in its environment as ``python -m peers.gguf.quantize JOB``."""
+"""llama.cpp's file types; runs in its environment as ``python -m peers.gguf.quantize JOB``."""
 
 import json
 import time
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from peers.common import (
+    TABLES,
     Job,
     Result,
     StoredLinear,
@@ -19,7 +21,7 @@ from peers.common import (
     run_job,
     versions,
 )
-from peers.gguf.convert import from_gguf, gguf_names, to_gguf
+from peers.gguf.convert import Family, from_gguf, to_gguf
 from peers.gguf.llama_cpp import LlamaCpp
 
 PACKAGE = Path("node_modules", "@node-llama-cpp", "linux-x64")
@@ -29,49 +31,66 @@ LIBRARIES = Path("bins", "linux-x64")
 def quantize(job: Job) -> Result:
     """Convert the model to GGUF, quantise it with llama.cpp, and read it back."""
     package = Path(job.environment) / PACKAGE
-    tensors = load_folder(job.model)
+    tensors, family = load_folder(job.model), Family.of(job.model)
     names = block_linears(tensors)
     file_type, use_imatrix = str(job.settings["file_type"]), bool(job.settings.get("imatrix"))
     plain = final = Path(job.work) / "model-f32.gguf"
-    to_gguf(job.model, tensors, plain)
+    to_gguf(family, tensors, plain)
     used = versions("gguf", "torch", "transformers")
     notes = []
     started = time.monotonic()
     if file_type != "F32":
         llama_cpp = LlamaCpp(package / LIBRARIES)
-        imatrix = importance(job, names) if use_imatrix else None
+        imatrix = kept_importance(job, family, names) if use_imatrix else None
         final = Path(job.work) / "model.gguf"
         llama_cpp.quantize(plain, final, file_type, imatrix)
         released = json.loads((package / "package.json").read_text(encoding="utf-8"))
         used |= {"llama.cpp": llama_cpp.version, str(released["name"]): str(released["version"])}
-        notes.append(
-            "llama.cpp's quantisation of the embeddings is not used: they are the reference's."
-        )
     if use_imatrix:
         notes.append(
             "The importance matrix holds the mean squares llama-imatrix collects,"
             " computed with torch."
         )
     seconds = time.monotonic() - started
-    stored = from_gguf(final, job.model, list(tensors))
-    linears = {
+    stored = from_gguf(final, family, list(tensors))
+    held = {
         name: StoredLinear(stored[name][0], tensors[name].numel(), stored[name][1])
-        for name in names
+        for name in (*names, *TABLES)
+        if name in stored
     }
-    settings: dict[str, Any] = dict(job.settings)
-    # Nothing is said of the embeddings' bits but this: they are not counted.
-    kind, bits, _ = stored["model.embed_tokens.weight"]
-    settings["embeddings_not_used"] = {"type": kind, "bits": bits}
-    weights = {name: stored[name][2] for name in (tensors if file_type == "F32" else names)}
-    return Result(seconds, settings, used, linears, weights, notes, calibrated=use_imatrix)
+    kept = list(tensors if file_type == "F32" else held)
+    return Result(
+        seconds,
+        dict(job.settings),
+        used,
+        {name: held.pop(name) for name in names},
+        sum(bits for _, bits, _ in stored.values()),
+        {name: stored[name][2] for name in kept},
+        notes,
+        tables=held,
+        calibrated=use_imatrix,
+    )
+
+
+def kept_importance(job: Job, family: Family, names: list[str]) -> dict[str, torch.Tensor]:
+    """The importance matrix of the file that keeps it, or computed, and then kept there."""
+    if job.measured is None:
+        return importance(job, family, names)
+    path = Path(job.measured)
+    if not path.exists():
+        half = path.with_name(f".{path.name}.tmp")
+        save_file(importance(job, family, names), half)
+        half.rename(path)
+    return load_file(path)
 
 
 @torch.inference_mode()
-def importance(job: Job, names: list[str]) -> dict[str, torch.Tensor]:
+def importance(job: Job, family: Family, names: list[str]) -> dict[str, torch.Tensor]:
     """Mean square of each linear's inputs over the calibration tokens, as llama-imatrix has it.
 
     Args:
         job: names the model and the tokens.
+        family: GGUF's names for it.
         names: Hugging Face names of the linears' weights.
 
     Returns:
@@ -93,7 +112,7 @@ def importance(job: Job, names: list[str]) -> dict[str, torch.Tensor]:
     tokens = load_tokens(job.tokens)
     for sample in tokens:
         model.model(input_ids=sample.unsqueeze(0), use_cache=False)
-    table = gguf_names(names, model.config.num_hidden_layers)
+    table = family.names(names)
     return {table[name]: (total / tokens.numel()).float() for name, total in sums.items()}
 
 

@@ -24,6 +24,7 @@ from peers.common import (
     PeerError,
     Result,
     StoredLinear,
+    all_bits,
     block_linears,
     load_folder,
     load_tokens,
@@ -99,6 +100,7 @@ def quantize(job: Job) -> Result:
         settings,
         versions("llmcompressor", "compressed-tensors", "torch", "transformers"),
         linears,
+        all_bits(stored),
         tensors,
         notes,
     )
