@@ -44,7 +44,7 @@ from svsk_offline.calibration import CalibrationSet, load_calibration
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.side_files import copy_side_files
 
-__all__ = ["PEERS", "Peer", "Request", "compare_peer", "summarize"]
+__all__ = ["PEERS", "Peer", "Prepared", "Request", "compare_peer", "summarize"]
 
 HERE = Path(__file__).resolve().parent
 RECORD = "peer.json"
@@ -132,6 +132,12 @@ def main(
         str,
         typer.Option(help="Embedding and output head: own, as the peer stores them, or reference."),
     ] = "own",
+    fewer: Annotated[
+        bool, typer.Option("--fewer", help="Take as many samples as a short text has.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check the request, make the environment, and end.")
+    ] = False,
     measurements: Annotated[
         Path | None,
         typer.Option(help="Folder that keeps importance matrices, for other types of GGUF."),
@@ -142,24 +148,28 @@ def main(
 ) -> None:
     """Quantise MODEL with PEER and write its dequantised weights to OUT, with ``peer.json``."""
     try:
-        record = compare_peer(
-            Request(
-                peer,
-                model,
-                out,
-                tuple(calibration),
-                samples,
-                seq_len,
-                seed,
-                group_size,
-                tables,
-                measurements,
-                env_dir,
-            )
+        request = Request(
+            peer,
+            model,
+            out,
+            tuple(calibration),
+            samples,
+            seq_len,
+            seed,
+            group_size,
+            tables,
+            fewer,
+            measurements,
+            env_dir,
         )
+        prepared = Prepared.of(request)
+        record = None if check else compare_peer(request, prepared)
     except (PeerError, SvskError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
+    if record is None:
+        typer.echo(f"{peer} can be run on {model}, as far as can be told beforehand.")
+        return
     typer.echo(
         f"{out}: {record['title']}, {record['bits_per_weight']:.4f} bits per weight"
         f" ({record['bits_per_weight_of_all']:.4f} over all weights of the model),"
@@ -180,6 +190,7 @@ class Request:
     seed: int = 0
     group_size: int | None = None
     tables: str = "own"
+    fewer: bool = False
     measurements: Path | None = None
     env_dir: Path = Path(".venv-peers")
 
@@ -201,26 +212,46 @@ class Request:
             raise PeerError(f"{self.out}: exists already. Remove it, or name another folder.")
 
 
-def compare_peer(request: Request) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Prepared:
+    """What is known of a request before anything is quantised."""
+
+    reference: dict[str, torch.Tensor]
+    group_size: int
+    python: Path  # of the peer's environment
+
+    @classmethod
+    def of(cls, request: Request) -> "Prepared":
+        """Check a request, and make the peer's environment where it is not there.
+
+        Raises:
+            PeerError: the peer does not take the request or the model, or has no environment.
+        """
+        request.check()
+        peer, reference = PEERS[request.peer], load_folder(request.model)
+        shapes = {name: tuple(reference[name].shape) for name in block_linears(reference)}
+        size = choose_group_size(shapes, request.group_size) if peer.grouped else 0
+        python = environment_python(HERE / peer.folder, request.env_dir.resolve())
+        return cls(reference, size, python)
+
+
+def compare_peer(request: Request, prepared: Prepared) -> dict[str, Any]:
     """What the command :func:`main` does; returns what ``peer.json`` holds.
 
     Raises:
-        PeerError: the peer is unknown, failed, or cannot take the model; or ``out`` exists.
+        PeerError: the peer failed, or cannot take the model.
         SvskError: the calibration text cannot be used.
     """
-    request.check()
     peer, model, out = PEERS[request.peer], request.model, request.out
-    reference = load_folder(model)
-    shapes = {name: tuple(reference[name].shape) for name in block_linears(reference)}
-    size = choose_group_size(shapes, request.group_size) if peer.grouped else 0
+    reference, python = prepared.reference, prepared.python
     tokens = load_calibration(
         request.calibration,
         AutoTokenizer.from_pretrained(model),
         request.samples,
         request.seq_len,
         request.seed,
+        fewer=request.fewer,
     )
-    python = environment_python(HERE / peer.folder, request.env_dir.resolve())
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f"{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -234,7 +265,7 @@ def compare_peer(request: Request) -> dict[str, Any]:
             str(work / "tokens.safetensors"),
             str(work),
             str(python.parent.parent),
-            size,
+            prepared.group_size,
             request.seed,
             peer.settings,
             None if kept is None else measured_file(kept, model, tokens),

@@ -31,6 +31,7 @@ from svsk_offline.cli_options import (
     write_json,
 )
 from svsk_offline.preflight import (
+    check_measurements,
     check_recipe_file,
     check_report_files,
     check_text,
@@ -41,6 +42,7 @@ __all__ = ["app"]
 Commands.continues |= {
     "tune": "Start it again with the same arguments to go on after the last finished trial.",
     "bench": "Start it again with the same arguments to go on after the last answer.",
+    "sweep": "Start it again with the same arguments to go on after the last finished step.",
 }
 
 MarkdownFile = Annotated[Path | None, typer.Option(help="Write the report of tasks there.")]
@@ -362,6 +364,136 @@ def tune(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
+
+
+@app.command()
+def sweep(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
+    out: Annotated[Path, typer.Argument(help="Folder for models, results, table and figure.")],
+    text: Annotated[Path, typer.Option(help="Plain text to score, other than --calibration.")],
+    bpw: Annotated[str, typer.Option(help="Bit budgets of SVSK checkpoints: 4.25,4.45,4.62.")] = "",
+    peer: Annotated[
+        str,
+        typer.Option(
+            help="Other quantisers of eval/peers, such as gptq,awq:64 (with groups of 64)."
+        ),
+    ] = "",
+    also: Annotated[
+        str, typer.Option(help="Further recipes, each at the size it gives: published,fast.")
+    ] = "",
+    recipe: Annotated[str, typer.Option(help="That budgets are given to.")] = "best",
+    calibration: CalibrationText = None,
+    samples: Samples = None,
+    seq_len: Annotated[
+        int, typer.Option(min=2, help="Tokens of a calibration sample, and of a chunk of the text.")
+    ] = 512,
+    seed: Seed = None,
+    chunks: Annotated[int, typer.Option(min=1, help="Chunks of the text, from its start.")] = 32,
+    tables: Annotated[
+        str,
+        typer.Option(
+            help="Embedding and output head: own, as each quantiser stores them, or reference."
+        ),
+    ] = "own",
+    tasks: Annotated[
+        str | None, typer.Option(help="Also run lm-eval's tasks of these names.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="That runs the tasks: vllm or hf.")] = "vllm",
+    limit: Annotated[int | None, typer.Option(help="Items per task, from its first.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask tasks as a chat.")
+    ] = False,
+    model_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="Argument of lm-eval's model, such as max_model_len=4096."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Arithmetic of tasks: auto, bfloat16, float16, float32.")
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of tasks at a time, hf.")] = 8,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of further task files.")] = None,
+    confirm_run_unsafe_code: Annotated[
+        bool,
+        typer.Option(
+            "--confirm-run-unsafe-code", help="Run programs that the models write, in a sandbox."
+        ),
+    ] = False,
+    measurements: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps what budgets measure; OUT/measurements if not given."),
+    ] = None,
+    env_dir: Annotated[Path, typer.Option(help="Where the peers' environments are.")] = Path(
+        ".venv-peers"
+    ),
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Quantise MODEL to several sizes and by other quantisers, score all, draw KL against bits.
+
+    OUT gets sweep.json, sweep.md and sweep.svg. One measuring serves all budgets. Started again, it
+    goes on after the last finished step; more budgets, peers or tasks may be asked for then.
+
+    Example: `svsk sweep Qwen/Qwen3-4B sweep-4b --bpw 4.25,4.45,4.62 --peer gptq --calibration
+    text.txt --text held_out.txt`
+    """
+    check_text(text)
+    names = tuple(calibration or [DEFAULT_SOURCE])
+    calibration_entries(list(names))
+    if out.exists() and not out.is_dir():
+        raise SvskError(f"{out}: is a file, expected a folder to write.")
+    if tables not in ("own", "reference"):
+        raise SvskError(f"--tables {tables}: expected own or reference.")
+    if measurements is not None:
+        check_measurements(measurements, (out,))
+    from svsk_eval.bench.command import settings_of, shown_command
+    from svsk_eval.sweep.command import sweep_with_progress
+    from svsk_eval.sweep.request import (
+        SweepRequest,
+        TaskOptions,
+        distinct,
+        own_variants,
+        peer_variants,
+    )
+    from svsk_eval.text.engine_args import parse_engine_args
+    from svsk_offline.recipe import load_recipe
+
+    given = {"samples": samples, "seq_len": seq_len, "seed": seed}
+    chosen = load_recipe(recipe).override({"calibration": given})
+    variants = distinct([*own_variants(bpw, also, chosen, tables, seq_len), *peer_variants(peer)])
+    asked = None
+    if tasks is not None:
+        arguments = parse_engine_args(model_arg or (), "--model-arg")
+        settings = settings_of(
+            tasks,
+            engine=engine,
+            limit=limit,
+            seed=1234,
+            gen_kwargs=None,
+            apply_chat_template=apply_chat_template,
+            system_instruction=None,
+            model_args=arguments | ({"trust_remote_code": True} if trust_remote_code else {}),
+        )
+        asked = TaskOptions(settings, dtype, include_path, batch_size, confirm_run_unsafe_code)
+    request = SweepRequest(
+        model=model,
+        out=out,
+        variants=variants,
+        recipe=chosen,
+        calibration=names,
+        tables=tables,
+        text=text,
+        chunks=chunks,
+        seq_len=seq_len,
+        tasks=asked,
+        device=device,
+        measurements=measurements,
+        env_dir=env_dir,
+        trust_remote_code=trust_remote_code,
+        # OUT is not there yet, so that it would not be known as a path
+        command=shown_command([out.name if one == str(out) else one for one in sys.argv[1:]]),
+    )
+    if not sweep_with_progress(console, request):
+        raise typer.Exit(1)
 
 
 @app.command()

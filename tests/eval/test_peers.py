@@ -229,7 +229,7 @@ class TestDense:
     ) -> None:
         asked = {"peer": "gptq", "model": tmp_path, "out": tmp_path / "out", "calibration": ()}
         with pytest.raises(run.PeerError, match=said):
-            run.compare_peer(run.Request(**asked | changed))
+            run.Prepared.of(run.Request(**asked | changed))
 
 
 @pytest.fixture

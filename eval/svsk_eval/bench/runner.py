@@ -41,7 +41,15 @@ from svsk_offline.storage.locks import LOCK_NAME, locked
 from svsk_offline.storage.model_loading import resolve_model
 from svsk_vllm.version import __version__
 
-__all__ = ["BenchOptions", "Candidate", "TextOptions", "bench", "candidate", "package_versions"]
+__all__ = [
+    "BenchOptions",
+    "Candidate",
+    "TextOptions",
+    "bench",
+    "candidate",
+    "hardware",
+    "package_versions",
+]
 
 BenchProgress = Callable[[str, str, int, int], None]
 """Called with a model's label, what it does, and how many requests are done and are known."""
@@ -181,7 +189,7 @@ def bench(
     return BenchReport(
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         command=options.command,
-        hardware=_hardware(),
+        hardware=hardware(),
         settings=settings,
         models=tuple(models),
     )
@@ -353,10 +361,11 @@ def _surroundings() -> tuple[Any, ...]:
     for name in ("lm_eval", "torch", "transformers", "triton", "vllm"):
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    return (source_hash(model_sources()), environment_settings(), _hardware(), versions)
+    return (source_hash(model_sources()), environment_settings(), hardware(), versions)
 
 
-def _hardware() -> str:
+def hardware() -> str:
+    """The GPUs, or else the processor and how many of its cores may be used, in words."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     names = re.findall(

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from svsk_eval.report.analysis import Analysis
 from svsk_eval.report.tables import METHODS, Strong, Table, all_tables
 
-__all__ = ["print_report"]
+__all__ = ["print_report", "print_table"]
 
 _ANY: Final = 10_000
 
@@ -24,12 +24,17 @@ def print_report(console: Console, analysis: Analysis) -> None:
     in a log.
     """
     for table in all_tables(analysis):
-        console.print(f"[bold]{escape(table.title)}[/bold]")
-        if table.note:
-            console.print(table.note, markup=False)
-        _print(console, _draw(table))
+        print_table(console, table)
     for line in (*METHODS, *(f"note: {note}" for note in analysis.all_notes())):
         console.print(line, markup=False)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Show a table with its heading and the sentence below that."""
+    console.print(f"[bold]{escape(table.title)}[/bold]")
+    if table.note:
+        console.print(table.note, markup=False)
+    _print(console, _draw(table))
 
 
 def _print(console: Console, table: RichTable) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from svsk_eval.report.analysis import Analysis
 from svsk_eval.report.tables import HOW_TO_READ, METHODS, Strong, Table, all_tables, run_facts
 
-__all__ = ["markdown_report"]
+__all__ = ["markdown_report", "table_lines"]
 
 _ESCAPED = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
@@ -18,7 +18,7 @@ def markdown_report(analysis: Analysis) -> str:
     lines += [f"- {name}: {_escape(value)}" for name, value in run_facts(analysis)]
     lines += ["", *_code(analysis.report.command)]
     for table in all_tables(analysis):
-        lines += ["", f"## {table.title}", "", *_table(table)]
+        lines += ["", f"## {table.title}", "", *table_lines(table)]
         if table.note:
             lines += ["", _escape(table.note)]
     notes = analysis.all_notes()
@@ -29,7 +29,8 @@ def markdown_report(analysis: Analysis) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(table: Table) -> Iterator[str]:
+def table_lines(table: Table) -> Iterator[str]:
+    """A table as Markdown, line by line."""
     yield _row(_escape(column.heading) for column in table.columns)
     yield _row("---:" if column.numeric else "---" for column in table.columns)
     for group in table.groups:

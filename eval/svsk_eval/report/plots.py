@@ -2,81 +2,36 @@
 """Plots of task scores as SVG files, with a legend in each.
 
 Text stays text, and the same report gives the same.
-
-Colours are those of Okabe and Ito, "Color Universal Design" (2008), which people with colour
-blindness can tell apart; every model also has a marker of its own.
 """
 
-import io
-import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from svsk_eval.report.analysis import Analysis
-from svsk_eval.report.paired_statistics import Estimate, Interval
+from svsk_eval.report.drawing import (
+    GREY,
+    WIDTH,
+    Plot,
+    dot,
+    drawing_style,
+    finished,
+    normal_interval,
+    reference_style,
+    shortened,
+    variant_style,
+)
+from svsk_eval.report.paired_statistics import Estimate
 from svsk_eval.report.tables import headline_text
 
 __all__ = ["Plot", "all_plots", "model_style"]
 
-_REFERENCE: Final = ("#444444", "o")
-_COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS: Final = ("s", "^", "D", "v", "P", "X", "<", ">")
-_WIDTH: Final = 7.4  # inches; a point of the SVG is 4/3 pixels of the page
 _ROW: Final = 0.17  # inches per model
-_LONGEST_NAME: Final = 34
-_LINE: Final = 96  # characters across the legend
-_LEGEND_ROW: Final = 0.2  # inches
-_GREY: Final = "#8a8a8a"
-_NORMAL_95: Final = 1.96
 _RECOVERY: Final = "mean recovery"
 _KL: Final = "KL, nats per token"
-_STYLE: Final = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "svsk",
-    "font.family": "sans-serif",
-    # comes with matplotlib, so that the layout is the same everywhere
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "text.parse_math": False,
-    "text.usetex": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.unicode_minus": True,
-    "axes.axisbelow": True,
-    "xtick.color": "#333333",
-    "ytick.color": "#333333",
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
-    "savefig.transparent": True,
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A picture of a report.
-
-    Attributes:
-        name: short, unique in a report: letters and hyphens.
-        title: what it shows.
-        caption: how to read it.
-        svg: the drawing, a file.
-    """
-
-    name: str
-    title: str
-    caption: str
-    svg: bytes
 
 
 def all_plots(analysis: Analysis) -> list[Plot]:
@@ -88,20 +43,14 @@ def all_plots(analysis: Analysis) -> list[Plot]:
         _quality,
         _answers,
     )
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
-        # the reader's fonts draw the text
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    with drawing_style():
         return [plot for plot in (make(analysis) for make in makers) if plot is not None]
 
 
 def model_style(analysis: Analysis, label: str) -> tuple[str, str]:
     """Colour (hexadecimal) and matplotlib marker of a model, the same in all plots."""
     index = [run.label for run in analysis.report.models].index(label)
-    if index == 0:
-        return _REFERENCE
-    return _COLOURS[(index - 1) % len(_COLOURS)], _MARKERS[(index - 1) % len(_MARKERS)]
+    return variant_style(index - 1) if index else reference_style()
 
 
 def _scores(analysis: Analysis) -> Plot:
@@ -196,17 +145,17 @@ def _quality(analysis: Analysis) -> Plot | None:
     panels = {title: points for title, points in _against_size(analysis).items() if len(points) > 1}
     if not panels:
         return None
-    figure = Figure(figsize=(_WIDTH, 2.9), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     for number, (title, points) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), number)
         for label, (bpw, point) in points.items():
-            _dot(axes, analysis, label, point, place=bpw, upright=True)
+            dot(axes, point, model_style(analysis, label), place=bpw, upright=True)
         axes.set_title(title)
         axes.set_xlabel("bits per weight")
         axes.margins(0.12)
         axes.grid(True)
         if title == _RECOVERY:
-            axes.axhline(1, color=_GREY, linewidth=1, linestyle="--", zorder=1)
+            axes.axhline(1, color=GREY, linewidth=1, linestyle="--", zorder=1)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         else:
             axes.set_ylim(bottom=0)
@@ -236,10 +185,7 @@ def _against_size(analysis: Analysis) -> dict[str, dict[str, tuple[float, Estima
             )
         text = headline_text(run)
         if text is not None and text.kl_mean is not None:
-            limits = None
-            if text.kl_mean_se is not None:
-                half = _NORMAL_95 * text.kl_mean_se
-                limits = Interval(text.kl_mean - half, text.kl_mean + half)
+            limits = normal_interval(text.kl_mean, text.kl_mean_se)
             panels[_KL][run.label] = (run.bpw, Estimate(text.kl_mean, text.kl_mean_se, limits))
     return panels
 
@@ -253,7 +199,7 @@ def _answers(analysis: Analysis) -> Plot | None:
     ]
     if not tasks:
         return None
-    figure = Figure(figsize=(_WIDTH, _height(len(tasks), len(labels))), layout="constrained")
+    figure = Figure(figsize=(WIDTH, _height(len(tasks), len(labels))), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, name in ((left, "terminated"), (right, "output_tokens")):
         figures = {
@@ -282,7 +228,7 @@ def _height(rows: int, models: int) -> float:
 
 
 def _canvas(rows: int, models: int) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, _height(rows, models)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, _height(rows, models)), layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -298,30 +244,13 @@ def _dots(axes: Axes, analysis: Analysis, rows: Mapping[str, Mapping[str, Estima
     for offset, label in zip(_offsets(len(labels)), labels, strict=True):
         for row, points in enumerate(rows.values()):
             if label in points:
-                _dot(axes, analysis, label, points[label], place=row + offset, upright=False)
+                style = model_style(analysis, label)
+                dot(axes, points[label], style, place=row + offset, upright=False)
     _task_axis(axes, list(rows))
 
 
-def _dot(
-    axes: Axes, analysis: Analysis, label: str, point: Estimate, *, place: float, upright: bool
-) -> None:
-    """A figure and its interval.
-
-    Upright at a place of the x axis, or level at one of the y axis.
-    """
-    colour, marker = model_style(analysis, label)
-    errors = None
-    if point.interval is not None:  # an adjusted interval need not be centred on the figure
-        sides = point.value - point.interval.low, point.interval.high - point.value
-        errors = [[max(0.0, side)] for side in sides]
-    style = {"markersize": 5, "linestyle": "none", "elinewidth": 1.4}
-    x, y = (place, point.value) if upright else (point.value, place)
-    bars: dict[str, Any] = style | {"yerr" if upright else "xerr": errors}
-    axes.errorbar([x], [y], color=colour, marker=marker, **bars)
-
-
 def _task_axis(axes: Axes, tasks: Sequence[str]) -> None:
-    axes.set_yticks(range(len(tasks)), [_shortened(task) for task in tasks])
+    axes.set_yticks(range(len(tasks)), [shortened(task) for task in tasks])
     axes.set_ylim(len(tasks) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
     axes.grid(True, axis="x")
@@ -329,27 +258,9 @@ def _task_axis(axes: Axes, tasks: Sequence[str]) -> None:
         axes.axhline(edge - 0.5, color="#eeeeee", linewidth=0.7, zorder=0)
 
 
-def _shortened(name: str) -> str:
-    """A name that fits beside a plot, without characters that XML does not know."""
-    name = "".join(letter if letter.isprintable() else "?" for letter in name)
-    # matplotlib leaves names that begin with an underscore out of the legend
-    name = f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name
-    half = _LONGEST_NAME // 2
-    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
-
-
 def _plot(
     analysis: Analysis, name: str, title: str, caption: str, labels: Sequence[str], figure: Figure
 ) -> Plot:
-    """The finished figure, with a legend above it."""
-    keys = []
-    for label in labels:
-        colour, marker = model_style(analysis, label)
-        keys.append(Line2D([], [], color=colour, marker=marker, markersize=5, linestyle="none"))
-    names = [_shortened(label) for label in labels]
-    columns = max(1, min(len(names), _LINE // (max(map(len, names)) + 5)))
-    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * math.ceil(len(names) / columns))
-    figure.legend(keys, names, loc="outside upper left", ncols=columns, frameon=False)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
-    return Plot(name, title, caption, stream.getvalue())
+    """The finished figure, with a legend of these models above it."""
+    styles = {label: model_style(analysis, label) for label in labels}
+    return finished(name, title, caption, styles, figure)

@@ -21,7 +21,10 @@ __all__ = [
     "all_tables",
     "data_in_words",
     "headline_text",
+    "percent",
+    "plus_minus",
     "run_facts",
+    "size_in_words",
 ]
 
 DASH: Final = "\N{EN DASH}"
@@ -164,12 +167,12 @@ def _summary(analysis: Analysis) -> Table:
                 run.label if over else f"{run.label} (reference)",
                 run.method,
                 _number(run.bpw, ".2f"),
-                _size(run.size_bytes),
+                size_in_words(run.size_bytes),
                 run.dtype,
                 _number(sum(scores) / len(scores), ".4f"),
-                _percent(over.recovery if over else None),
-                _plus_minus(text.kl_mean, text.kl_mean_se, ".4f") if text else DASH,
-                _plus_minus(text.nll, text.nll_se, ".4f") if text else DASH,
+                percent(over.recovery if over else None),
+                plus_minus(text.kl_mean, text.kl_mean_se, ".4f") if text else DASH,
+                plus_minus(text.nll, text.nll_se, ".4f") if text else DASH,
                 _speed(run),
             )
         )
@@ -194,11 +197,10 @@ def _over_tasks(analysis: Analysis) -> Table:
     rows = []
     for variant in analysis.variants:
         over = variant.pooled
-        recovery = _percent(over.recovery)
+        recovery = percent(over.recovery)
         if over.recovery_interval:
             recovery += (
-                f" [{_percent(over.recovery_interval.low)},"
-                f" {_percent(over.recovery_interval.high)}]"
+                f" [{percent(over.recovery_interval.low)}, {percent(over.recovery_interval.high)}]"
             )
         difference = _difference(over.difference, over.interval, "+.4f")
         rows.append(
@@ -238,7 +240,7 @@ def _per_task(analysis: Analysis) -> Table:
         shown = analysis.estimates[analysis.reference.label][task].score
         name = f"{task} · n = {len(run.doc_ids)}"
         rows = [
-            (name, analysis.reference.label, _plus_minus(shown.value, shown.se, ".4f"), *[DASH] * 6)
+            (name, analysis.reference.label, plus_minus(shown.value, shown.se, ".4f"), *[DASH] * 6)
         ]
         for label, pair in _of_task(analysis, task):
             score = pair.score
@@ -247,9 +249,9 @@ def _per_task(analysis: Analysis) -> Table:
                 (
                     name,
                     label,
-                    _plus_minus(score.variant.value, score.variant.se, ".4f"),
+                    plus_minus(score.variant.value, score.variant.se, ".4f"),
                     Strong(difference) if pair.p_holm < SIGNIFICANT else difference,
-                    _percent(score.recovery),
+                    percent(score.recovery),
                     str(score.lost),
                     str(score.gained),
                     _p(score.p),
@@ -306,12 +308,12 @@ def _text(analysis: Analysis) -> Table:
             row = (
                 name,
                 run.label,
-                _plus_minus(text.nll, text.nll_se, ".4f"),
+                plus_minus(text.nll, text.nll_se, ".4f"),
                 _number(math.exp(text.nll), ".3f"),
-                _plus_minus(text.delta_nll, text.delta_nll_se, "+.4f"),
-                _plus_minus(text.kl_mean, text.kl_mean_se, ".4f"),
-                _plus_minus(text.kl_p99, text.kl_p99_se, ".3f"),
-                _plus_minus(text.top1, text.top1_se, ".4f"),
+                plus_minus(text.delta_nll, text.delta_nll_se, "+.4f"),
+                plus_minus(text.kl_mean, text.kl_mean_se, ".4f"),
+                plus_minus(text.kl_p99, text.kl_p99_se, ".3f"),
+                plus_minus(text.top1, text.top1_se, ".4f"),
             )
             groups.setdefault(name, []).append(row)
     headings = (
@@ -357,11 +359,13 @@ def _number(value: float | None, form: str) -> str:
     return DASH if value is None else format(value, form)
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share in percent, or a dash."""
     return DASH if value is None else f"{100 * value:.1f}%"
 
 
-def _plus_minus(value: float | None, se: float | None, form: str) -> str:
+def plus_minus(value: float | None, se: float | None, form: str) -> str:
+    """A figure and its standard error in a format, or a dash."""
     if value is None:
         return DASH
     return format(value, form) + ("" if se is None else f" ± {se:{form.lstrip('+')}}")
@@ -387,14 +391,15 @@ def _p(value: float) -> str:
 
 
 def _rate(share: Estimate | None) -> str:
-    return _percent(None if share is None else share.value)
+    return percent(None if share is None else share.value)
 
 
 def _tokens(mean: Estimate | None) -> str:
-    return DASH if mean is None else _plus_minus(mean.value, mean.se, ".1f")
+    return DASH if mean is None else plus_minus(mean.value, mean.se, ".1f")
 
 
-def _size(count: int) -> str:
+def size_in_words(count: int) -> str:
+    """Bytes in MiB or GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
