@@ -75,8 +75,12 @@ def _choose(
         on_cpu = device.type == "cpu"
         obstacle = CpuKernel.obstacle(spec) if on_cpu else gpu.obstacle(spec, device)
         if not obstacle:
-            _note(spec.n, spec.k, f"the {'CPU' if on_cpu else 'Triton'} kernel")
-            return CpuKernel(spec) if on_cpu else gpu(spec, device)
+            if not on_cpu:
+                _note(spec.n, spec.k, "the Triton kernel")
+                return gpu(spec, device)
+            kernel = CpuKernel(spec)
+            _note(spec.n, spec.k, f"the CPU kernel ({kernel.instructions})")
+            return kernel
         if name == "fused":
             raise SvskFormatError(
                 f"{prefix}: {_VARIABLE}=fused, but {obstacle}. Unset it, or set it to portable."
@@ -84,7 +88,7 @@ def _choose(
         obstacles.append(obstacle)
     if name != "portable":
         try:
-            kernel = SplitKernel(prefix, spec, full_shape, device)
+            split = SplitKernel(prefix, spec, full_shape, device)
         except NoBaseKernelError as error:
             dear = device.type != "cpu" and spec.dtype != torch.float32
             # Of embedding and head, which are in 8 bits by default, a model has one each at most.
@@ -92,8 +96,8 @@ def _choose(
                 raise
             obstacles.append(error.reason)
         else:
-            _note(spec.n, spec.k, f"{type(kernel.base).__name__} and a sidecar apart", *obstacles)
-            return kernel
+            _note(spec.n, spec.k, f"{type(split.base).__name__} and a sidecar apart", *obstacles)
+            return split
     _note(
         spec.n,
         spec.k,
@@ -116,7 +120,9 @@ def _tell_compiler(kernel: LayerKernel) -> None:
 
 
 def _kernel_names(kernel: LayerKernel) -> list[str]:
-    """Names of the kernel's class and of vLLM's kernel in it."""
+    """Names of the kernel's class, with the instructions it runs on, and of vLLM's kernel in it."""
+    if isinstance(kernel, CpuKernel):
+        return [f"CpuKernel {kernel.instructions}"]
     base = getattr(kernel, "base", None)
     return [type(part).__name__ for part in (kernel, base) if part is not None]
 

@@ -72,8 +72,6 @@ def exact_weight(linear: PlainLinear) -> torch.Tensor:
 def test_products_of_eight_bit_codes(
     name: str, dtype: torch.dtype, n: int, k: int, group_size: int, m: int
 ) -> None:
-    if name == "fused" and dtype == torch.float32:
-        pytest.skip("the op takes bfloat16 and float16")
     linear = linear_of(n, k, dtype, "int8", group_size, 0)
     stacked = stack_linears([linear], dtype)
     layer = stacked.module()
@@ -99,8 +97,6 @@ def test_rows_are_those_of_the_weight(
     name: str, dtype: torch.dtype, codebook: Codebook, group_size: int, rank: int
 ) -> None:
     """Rank 3 with narrow column tiles, rank 4 with scales in two levels."""
-    if name == "fused" and dtype == torch.float32:
-        pytest.skip("the op takes bfloat16 and float16")
     linear = linear_of(45, 192, dtype, codebook, group_size, rank)
     stacked = as_table(linear, dtype)
     layer = stacked.module()

@@ -188,17 +188,39 @@ def test_an_obstacle_is_reported_once(
         choose_kernel("m", SPEC, (64, 128), CPU)
 
 
-def test_a_processor_without_avx512_is_served_with_one_warning(
+@pytest.mark.skipif(
+    cpu_ops_obstacle() is not None, reason="the op for this processor cannot be built"
+)
+@pytest.mark.parametrize("features", ["avx2", "avx512"])
+def test_a_lesser_processor_gets_the_cpu_kernel_with_its_instructions(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, features: str
+) -> None:
+    if features == "avx512" and not torch.cpu._is_avx512_supported():
+        pytest.skip("the processor has no AVX-512")
+    monkeypatch.setenv("SVSK_CPU_FEATURES", features)
+    spec = dataclasses.replace(SPEC, n=80)
+    config = VllmConfig(additional_config={})
+    with caplog.at_level(logging.INFO), set_current_vllm_config(config):
+        kernel = choose_kernel("m", spec, (80, 128), CPU)
+    assert isinstance(kernel, CpuKernel)
+    assert kernel.instructions == features
+    assert config.additional_config["svsk_kernels"] == [f"CpuKernel {features}"]
+    assert [record.levelname for record in caplog.records if "SVSK" in record.msg] == ["INFO"]
+    assert f"80 x 128 run on the CPU kernel ({features})" in caplog.text
+
+
+def test_a_processor_without_compiler_and_avx512_is_served_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("SVSK_CPU_FEATURES", "avx2")
+    monkeypatch.setattr(cpu, "cpu_ops_obstacle", lambda: "there is no compiler")
     with caplog.at_level(logging.WARNING):
         for rows in (64, 96):
             kernel = choose_kernel("m", dataclasses.replace(SPEC, n=rows), (rows, 128), CPU)
             assert isinstance(kernel, PortableKernel)
     assert [record.getMessage() for record in caplog.records] == [
-        "SVSK layers run on float32 products with int8 levels, which is slower: the processor has"
-        " no AVX512-BF16. vLLM's CPUWNA16LinearKernel cannot run: the processor has no AVX-512."
+        "SVSK layers run on float32 products with int8 levels, which is slower: there is no"
+        " compiler. vLLM's CPUWNA16LinearKernel cannot run: the processor has no AVX-512."
         " Serve with --dtype float32: this processor multiplies in no other. SVSK_KERNEL chooses"
         " another."
     ]
@@ -255,11 +277,12 @@ def test_float32_is_served_everywhere(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     exact = dataclasses.replace(SPEC, dtype=torch.float32)
+    if cpu_ops_obstacle() is None:
+        assert isinstance(choose_kernel("m", exact, (64, 128), CPU), CpuKernel)
+    monkeypatch.setattr(cpu, "cpu_ops_obstacle", lambda: "there is no compiler")
     with caplog.at_level(logging.WARNING):
         assert isinstance(choose_kernel("m", exact, (64, 128), CPU), PortableKernel)
-    assert (
-        "activations are torch.float32, the CPU kernel takes bfloat16 and float16. " in caplog.text
-    )
+    assert "which is slower: there is no compiler. " in caplog.text
     assert "--dtype" not in caplog.text
 
     def none(config: object) -> None:

@@ -24,6 +24,7 @@ from svsk_eval.text.engine_args import served_dtype
 from svsk_eval.text.scoring import evaluate
 from svsk_eval.text.served import evaluate_served, served_scores
 from svsk_kernels.cpu.cpu_kernel import cpu_ops_obstacle
+from svsk_kernels.cpu.processor import instructions_for
 from tests.serving.conftest import serving_environment
 
 BOUND = 0.005
@@ -72,7 +73,9 @@ def test_tiny_model_against_its_restored_self(tiny_pair: Any, letters: Path) -> 
     )
     assert served.inputs.engine_settings is not None
     if cpu_ops_obstacle() is None:
-        assert served.inputs.engine_settings["svsk_kernels"] == ["CpuKernel"]
+        assert served.inputs.engine_settings["svsk_kernels"] == [
+            f"CpuKernel {instructions_for(torch.bfloat16 if fast == 'auto' else torch.float32)}"
+        ]
 
 
 def test_the_command_serves_with_the_kernel_that_is_asked_for(

@@ -227,11 +227,11 @@ def test_smollm2(run_vllm: Run, smollm2_pair: Any, dtype: str, eager: bool) -> N
 @pytest.mark.parametrize(
     ("features", "dtype", "codebook", "eager", "bound", "kernels"),
     [
-        ("avx2", "float32", "int4", False, 1e-4, ["PortableKernel"]),
+        ("avx2", "float32", "int4", False, 1e-4, ["CpuKernel avx2"]),
         pytest.param(
-            "avx2", "bfloat16", "quad8", True, 0.05, ["PortableKernel"], marks=pytest.mark.slow
+            "avx2", "bfloat16", "quad8", True, 0.05, ["CpuKernel avx2"], marks=pytest.mark.slow
         ),
-        ("avx512", "bfloat16", "int4", True, 0.05, ["CPUWNA16LinearKernel", "SplitKernel"]),
+        ("avx512", "bfloat16", "int4", True, 0.05, ["CpuKernel avx512"]),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")

@@ -4,7 +4,8 @@
 Every round calls all candidates in turn, so that they share the machine's moods; figures are
 medians. With ``--threads 1`` the clock is the thread's processor time, which other processes hardly
 disturb. Weights are random: time depends on shapes only. vLLM's own W4A16 kernel is measured where
-vLLM is installed.
+vLLM is installed and activations are bfloat16. ``--instructions avx2 --dtype float32`` measures the
+path of a processor that has no more.
 """
 
 import json
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ LAYERS: Final = {
 _HEADINGS: Final = (
     "layer",
     "M",
-    "F.linear bf16, us",
+    "F.linear, us",
     "W4A16 of vLLM",
     "int4 no sidecar",
     "int4 tiles",
@@ -87,19 +88,22 @@ Candidate = Callable[[torch.Tensor], torch.Tensor]
 """A product [M, n] from [M, k]."""
 
 
-def _svsk_layer(n: int, k: int, stored: Layer) -> Candidate:
+def _svsk_layer(
+    n: int, k: int, stored: Layer, dtype: torch.dtype, instructions: str | None
+) -> Candidate:
     grid = TileGrid(n, k, stored.tile_m, stored.tile_n)
     linear = random_linear(
         grid,
-        torch.bfloat16,
+        dtype,
         torch.Generator().manual_seed(0),
         codebook=stored.codebook,
         group_size=stored.group_size,
         rank=stored.rank,
         row_scaled=stored.row_scaled,
     )
-    stacked = stack_linears([linear])
+    stacked = stack_linears([linear], dtype)
     kernel, layer = CpuKernel(stacked.spec), stacked.module()
+    kernel.instructions = instructions or kernel.instructions
     kernel.prepare(layer)
     return lambda x: kernel(layer, x, None)
 
@@ -122,16 +126,34 @@ def _vllm_w4a16(n: int, k: int) -> Candidate | None:
     return call
 
 
-def measure_shape(n: int, k: int, tokens: list[int], rounds: int) -> dict[int, dict[str, float]]:
-    """Median microseconds of every candidate for a weight [n, k], by number of rows M."""
-    weight = torch.randn(n, k).bfloat16()
+def measure_shape(
+    n: int,
+    k: int,
+    tokens: list[int],
+    rounds: int,
+    dtype: torch.dtype = torch.bfloat16,
+    instructions: str | None = None,
+) -> dict[int, dict[str, float]]:
+    """Median microseconds of every candidate for a weight [n, k], by number of rows M.
+
+    Args:
+        n: outputs.
+        k: inputs.
+        tokens: the numbers of rows.
+        rounds: calls of each candidate.
+        dtype: of weights and activations.
+        instructions: of the kernel's path; None is the one that it takes here.
+    """
+    weight = torch.randn(n, k).to(dtype)
     candidates: dict[str, Candidate] = {"linear": lambda x: F.linear(x, weight)}
-    if w4a16 := _vllm_w4a16(n, k):
+    if dtype == torch.bfloat16 and (w4a16 := _vllm_w4a16(n, k)):
         candidates["w4a16"] = w4a16
-    candidates |= {name: _svsk_layer(n, k, layer) for name, layer in LAYERS.items()}
+    candidates |= {
+        name: _svsk_layer(n, k, layer, dtype, instructions) for name, layer in LAYERS.items()
+    }
     medians = {}
     for m in tokens:
-        x = torch.randn(m, k).bfloat16()
+        x = torch.randn(m, k).to(dtype)
         samplers = {name: _sampler(call, x) for name, call in candidates.items()}
         medians[m] = {name: stats.us for name, stats in measure(samplers, rounds).items()}
     return medians
@@ -165,28 +187,48 @@ def main(
     rows: Annotated[
         str, typer.Option(help="Numbers of rows of activations, M.")
     ] = "1,8,64,512,2048",
-    shapes: Annotated[str, typer.Option(help="Layers of Qwen3-4B.")] = ",".join(SHAPES),
+    shapes: Annotated[
+        str, typer.Option(help="Layers of Qwen3-4B, or outputs and inputs such as 4864x896.")
+    ] = ",".join(SHAPES),
     rounds: Annotated[int, typer.Option(min=2, help="Calls of each candidate.")] = 7,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="Of weights and activations.")
+    ] = "bfloat16",
+    instructions: Annotated[
+        Literal["avx2", "avx512", "avx512_bf16"] | None,
+        typer.Option(help="Of the kernel's path; the best here if not given."),
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="0: as many as PyTorch takes.")] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures there.")
     ] = None,
 ) -> None:
-    """Measure layers against bfloat16 and against vLLM's own 4-bit kernel without a sidecar.
+    """Measure layers against dense ones and against vLLM's own 4-bit kernel without a sidecar.
 
     Prints a table in Markdown.
     """
     if threads:
         torch.set_num_threads(threads)
-    names = shapes.split(",")
-    if unknown := [name for name in names if name not in SHAPES]:
-        raise typer.BadParameter(f"{', '.join(unknown)}: expected some of {', '.join(SHAPES)}")
+    chosen = {name: _shape(name) for name in shapes.split(",")}
     tokens = [int(text) for text in rows.split(",")]
-    results = {name: measure_shape(*SHAPES[name], tokens, rounds) for name in names}
+    results = {
+        name: measure_shape(*shape, tokens, rounds, getattr(torch, dtype), instructions)
+        for name, shape in chosen.items()
+    }
     print("\n".join(table(table_rows(results), _HEADINGS)))
     if json_file:
         document: dict[str, Any] = {"threads": torch.get_num_threads(), "microseconds": results}
         json_file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _shape(name: str) -> tuple[int, int]:
+    """Outputs and inputs of a named layer, or of one written as ``NxK``."""
+    n, _, k = name.partition("x")
+    if name not in SHAPES and not (n.isdecimal() and k.isdecimal()):
+        raise typer.BadParameter(
+            f"{name}: expected one of {', '.join(SHAPES)}, or such as 4864x896"
+        )
+    return SHAPES.get(name) or (int(n), int(k))
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

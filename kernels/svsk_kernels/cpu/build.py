@@ -8,14 +8,13 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
 import torch
-
-from svsk_kernels.cpu.processor import simulated_features
 
 __all__ = ["cpu_ops_obstacle", "round_block_obstacle"]
 
@@ -24,34 +23,53 @@ _BUILD_SECONDS: Final = 600
 
 
 @dataclass(frozen=True)
-class _Library:
-    """A file that becomes a library of one op.
-
-    Attributes:
-        source: name of the file.
-        flags: of the compiler.
-        fake: the op's name, and what gives the shape of its result while a graph is compiled.
-    """
+class _Object:
+    """A file of this folder, compiled once with flags of its own."""
 
     source: str
-    flags: tuple[str, ...]
-    fake: tuple[str, Callable[..., torch.Tensor]] | None = None
+    flags: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
         return Path(__file__).with_name(self.source)
 
 
+@dataclass(frozen=True)
+class _Library:
+    """Files that become a library of one op.
+
+    Attributes:
+        name: of the library.
+        objects: what is linked. Of a function that several objects have, such as one of a C++
+            header, the linker keeps the first: so those for fewer instructions come first, or code
+            for all processors would use instructions that one lacks.
+        headers: of this folder that they include.
+        fake: the op's name, and what gives the shape of its result while a graph is compiled.
+    """
+
+    name: str
+    objects: tuple[_Object, ...]
+    headers: tuple[str, ...] = ()
+    fake: tuple[str, Callable[..., torch.Tensor]] | None = None
+
+    @property
+    def text(self) -> str:
+        """All of its source."""
+        files = [made.path for made in self.objects]
+        files += [Path(__file__).with_name(header) for header in self.headers]
+        return "\n".join(path.read_text(encoding="utf-8") for path in files)
+
+
 def cpu_ops_obstacle() -> str | None:
     """Make ``torch.ops.svsk.cpu_linear`` available.
 
-    The first call on a machine compiles for about 15 seconds.
+    The first call on a machine compiles for about half a minute.
 
     Returns:
         None when the op can be called, or why it cannot.
     """
-    if simulated_features() is not None or not torch.cpu._is_avx512_bf16_supported():
-        return "the processor has no AVX512-BF16"
+    if not torch.cpu._is_avx2_supported():
+        return "the processor has no AVX2"
     return _load_obstacle(_LINEAR)
 
 
@@ -70,7 +88,7 @@ def _load_obstacle(library: _Library) -> str | None:
     version = _version(compiler)
     reasons: list[str] = []
     folders = list(_folders(reasons))
-    name = f"{library.path.stem}-{_key(library)}"
+    name = f"{library.name}-{_key(library)}"
     for folder in folders:
         # Without a compiler what another one has built is as good.
         pattern = f"{name}-{_hash(version) if version else '*'}.so"
@@ -140,32 +158,34 @@ def _fake(
     group_size: int,
     code_bits: int,
     quad8: bool,
+    instructions: str,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], n)
 
 
+_AVX2: Final = ("-mavx2", "-mfma", "-mf16c")
+_AVX512: Final = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _LINEAR: Final = _Library(
-    "linear.cpp",
-    tuple(
-        f"-m{name}"
-        for name in (
-            "avx2",
-            "fma",
-            "f16c",
-            "avx512f",
-            "avx512bw",
-            "avx512dq",
-            "avx512vl",
-            "avx512bf16",
-        )
+    "linear",
+    (
+        _Object("linear.cpp"),
+        _Object("linear_float.cpp", _AVX2),
+        _Object("linear_float.cpp", _AVX512),
+        _Object("linear_bf16.cpp", (*_AVX512, "-mavx512bf16")),
     ),
+    ("linear.h",),
     ("svsk::cpu_linear", _fake),
 )
 
 # Without fused products every processor gives the same bits. Neither errno nor floating-point traps
 # are looked at, which would keep roots and choices from being done for several rows at once.
 _ERROR_FEEDBACK: Final = _Library(
-    "error_feedback.cpp", ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+    "error_feedback",
+    (
+        _Object(
+            "error_feedback.cpp", ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+        ),
+    ),
 )
 
 
@@ -200,9 +220,10 @@ def _key(library: _Library) -> str:
         )[:1]
     except OSError:
         processor = [platform.processor()]
-    source = library.path.read_text(encoding="utf-8")
-    flags = (*_COMPILE, *library.flags)
-    return _hash("\n".join((source, torch.__version__, *flags, *platform.libc_ver(), *processor)))
+    flags = (*_COMPILE, *(flag for made in library.objects for flag in ("", *made.flags)))
+    return _hash(
+        "\n".join((library.text, torch.__version__, *flags, *platform.libc_ver(), *processor))
+    )
 
 
 def _hash(text: str) -> str:
@@ -226,9 +247,14 @@ def _build(path: Path, compiler: str, library: _Library) -> None:
     root = Path(torch.__file__).parent
     includes = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
-        compiled, linked = Path(name, "cpu.o"), Path(name, "cpu.so")
-        flags = (*_COMPILE, *library.flags, *includes)
-        _command([compiler, *flags, "-c", str(library.path), "-o", str(compiled)])
+        linked = Path(name, "cpu.so")
+        compiled = [Path(name, f"{number}.o") for number in range(len(library.objects))]
+        commands = [
+            [compiler, *_COMPILE, *made.flags, *includes, "-c", str(made.path), "-o", str(path)]
+            for made, path in zip(library.objects, compiled, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process
+            list(pool.map(_command, commands))
         # Linked without -fopenmp: the OpenMP library must be the one PyTorch brings.
         torch_libraries = [
             f"-L{root / 'lib'}",
@@ -236,7 +262,8 @@ def _build(path: Path, compiler: str, library: _Library) -> None:
             "-ltorch_cpu",
             "-lc10",
         ]
-        _command([compiler, "-shared", str(compiled), *torch_libraries, "-o", str(linked)])
+        objects = [str(path) for path in compiled]
+        _command([compiler, "-shared", *objects, *torch_libraries, "-o", str(linked)])
         linked.replace(path)
 
 

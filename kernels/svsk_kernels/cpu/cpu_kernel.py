@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole layers on a CPU with AVX512-BF16, by the op ``svsk::cpu_linear`` of ``linear.cpp``.
+"""Whole layers on an x86 CPU with AVX2 or more, by the op ``svsk::cpu_linear`` of ``linear.cpp``.
 
-The packed weight is decoded in registers for any number of rows of activations: decoding costs less
-than it takes an ordinary product to read a 16-bit weight.
+The packed weight is decoded in registers or in the first-level cache for any number of rows of
+activations: decoding costs less than it takes an ordinary product to read a 16-bit weight. There is
+a path for AVX2, one for AVX-512 and one for AVX512-BF16; all run on the same tensors.
 
 Run-time tensors; a *block* is 16 outputs (N is padded to whole blocks), a *pair* two neighbouring
 inputs:
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 
 from svsk_kernels.codebook import code_bits, unpack_bytes
 from svsk_kernels.cpu.build import cpu_ops_obstacle
+from svsk_kernels.cpu.processor import instructions_for
 from svsk_kernels.group_scales import expand_scales
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.sidecar_plan import SidecarPlan
@@ -43,7 +45,7 @@ class CpuKernel:
     """Runs a layer through ``svsk::cpu_linear``; a :class:`svsk_kernels.layer_kernel.LayerKernel`.
 
     Args:
-        spec: the layer, bfloat16 or float16.
+        spec: the layer, bfloat16, float16 or float32.
 
     Raises:
         RuntimeError: the op cannot be built or loaded here.
@@ -54,6 +56,7 @@ class CpuKernel:
         if obstacle:
             raise RuntimeError(f"svsk::cpu_linear cannot be used: {obstacle}")
         self.spec = spec
+        self.instructions = instructions_for(spec.dtype)
         self.bits = code_bits(spec.codebook)
         self.table = TableRows(spec)
         self.names = (
@@ -66,8 +69,8 @@ class CpuKernel:
 
         None when it does. The first call may compile it.
         """
-        if spec.dtype not in (torch.bfloat16, torch.float16):
-            return f"activations are {spec.dtype}, the CPU kernel takes bfloat16 and float16"
+        if spec.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"activations are {spec.dtype}, the CPU kernel takes bfloat16, float16, float32"
         return cpu_ops_obstacle()
 
     def prepare(self, layer: Any) -> None:
@@ -100,6 +103,7 @@ class CpuKernel:
             self.spec.group_size,
             self.bits,
             self.spec.codebook == "quad8",
+            self.instructions,
         )
         return y
 

@@ -15,7 +15,13 @@ import torch
 
 from svsk_kernels.errors import KernelError
 
-__all__ = ["has_avx512", "has_bf16_products", "product_dtype", "simulated_features"]
+__all__ = [
+    "has_avx512",
+    "has_bf16_products",
+    "instructions_for",
+    "product_dtype",
+    "simulated_features",
+]
 
 _VARIABLE: Final = "SVSK_CPU_FEATURES"
 _CHOICES: Final = ("avx2", "avx512")
@@ -48,6 +54,18 @@ def has_bf16_products() -> bool:
     if platform.machine() in ("aarch64", "arm64"):
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def instructions_for(dtype: torch.dtype) -> str:
+    """The path of ``svsk::cpu_linear`` that is fastest here for activations of a dtype.
+
+    Args:
+        dtype: float32, bfloat16 or float16.
+    """
+    if not has_avx512():
+        return "avx2"
+    products = simulated_features() is None and torch.cpu._is_avx512_bf16_supported()
+    return "avx512_bf16" if products and dtype != torch.float32 else "avx512"
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -30,6 +30,19 @@ def test_benchmark_reports_every_candidate(tmp_path: Path, monkeypatch: pytest.M
     assert {line.count("|") for line in lines} == {len(bench._HEADINGS) + 1}
 
 
+@pytest.mark.skipif(
+    cpu_ops_obstacle() is not None, reason="the op for this processor cannot be built"
+)
+def test_the_path_of_a_lesser_processor(tmp_path: Path) -> None:
+    document = tmp_path / "bench.json"
+    arguments = ["--shapes", "80x192", "--rows", "2", "--rounds", "2", "--json", str(document)]
+    arguments += ["--dtype", "float32", "--instructions", "avx2", "--threads", "1"]
+    result = CliRunner().invoke(bench.app, arguments)
+    assert result.exit_code == 0, result.output
+    (times,) = json.loads(document.read_text())["microseconds"]["80x192"].values()
+    assert set(times) == {"linear", *bench.LAYERS}
+
+
 def test_ratios_of_the_table() -> None:
     times = {
         "linear": 30.0,
@@ -49,4 +62,4 @@ def test_ratios_of_the_table() -> None:
 def test_unknown_shape_is_refused() -> None:
     result = CliRunner().invoke(bench.app, ["--shapes", "head"])
     assert result.exit_code == 2
-    assert "expected some of" in result.output
+    assert "expected one of" in result.output

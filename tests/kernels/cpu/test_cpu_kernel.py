@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel for CPUs against the float64 reference.
 
-Every layout of tiles, both codebooks, both dtypes.
-
-Skipped where the processor lacks AVX512-BF16; there the plugin keeps base and sidecar apart.
+Every layout of tiles, both codebooks, all dtypes, and every path that the processor can run.
 """
 
 import os
@@ -18,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svsk_kernels.cpu.cpu_kernel import CpuKernel, cpu_ops_obstacle
-from svsk_kernels.cpu.processor import simulated_features
+from svsk_kernels.cpu.processor import instructions_for
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.naive import naive_matmul, naive_sidecar
 from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup
@@ -26,11 +24,38 @@ from svsk_vllm.format import Codebook, LinearSpec, QuantizedLinear, pack_codes
 from tests.support.format_builders import make_group, property_test, random_linear
 from tests.support.layers import loaded_layer
 
-if simulated_features() or not torch.cpu._is_avx512_bf16_supported():
-    pytest.skip("the processor has no AVX512-BF16", allow_module_level=True)
+if obstacle := cpu_ops_obstacle():
+    pytest.skip(obstacle, allow_module_level=True)
 
-BOUND = {torch.bfloat16: 3.5e-3, torch.float16: 3e-4}
+BOUND = {torch.bfloat16: 3.5e-3, torch.float16: 3e-4, torch.float32: 2e-6}
 """Rounding of the result, and in bfloat16 of z where the sidecar is most of it."""
+
+
+FEATURES = {
+    "avx2": True,
+    "avx512": torch.cpu._is_avx512_supported(),
+    "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+}
+"""Paths, and whether the processor runs them."""
+PATHS = [
+    pytest.param(
+        name, marks=() if here else pytest.mark.skip(reason=f"the processor has no {name}")
+    )
+    for name, here in FEATURES.items()
+]
+every_path = pytest.mark.parametrize("path", PATHS, indirect=True)
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Kernels take this path."""
+    name: str = request.param
+    if name == "avx512_bf16":
+        monkeypatch.delenv("SVSK_CPU_FEATURES", raising=False)
+    else:
+        monkeypatch.setenv("SVSK_CPU_FEATURES", name)
+    return name
 
 
 def linear(
@@ -51,6 +76,7 @@ def linear(
 def prepared(source: QuantizedLinear, dtype: torch.dtype) -> tuple[CpuKernel, torch.nn.Module]:
     spec, layer = loaded_layer(source, dtype)
     kernel = CpuKernel(spec)
+    assert kernel.instructions == instructions_for(dtype)
     kernel.prepare(layer)
     return kernel, layer
 
@@ -67,7 +93,8 @@ def test_op_builds_here() -> None:
     assert cpu_ops_obstacle() is None
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_path
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("codebook", ["int4", "quad8"])
 @pytest.mark.parametrize(
     ("n", "k", "rank", "tiles", "group_size"),
@@ -84,6 +111,7 @@ def test_op_builds_here() -> None:
     ],
 )
 @pytest.mark.parametrize("m", [1, 2, 3, 7, 17])
+@pytest.mark.usefixtures("path")
 def test_layer_equals_reference(
     n: int,
     k: int,
@@ -103,7 +131,9 @@ def test_layer_equals_reference(
     assert error(kernel(layer, x, None), naive_matmul(x, source.plain)) < BOUND[dtype]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_path
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("path")
 def test_sidecar_alone(dtype: torch.dtype) -> None:
     """Against zero scales, where an error of the sidecar cannot hide behind the base."""
     source = linear(75, 96, 5, (40, 36))
@@ -122,7 +152,9 @@ def test_bias_of_another_dtype_is_cast() -> None:
     assert torch.equal(kernel(layer, x, bias), kernel(layer, x, bias.bfloat16()))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_path
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("path")
 def test_many_rows_and_threads_change_nothing(dtype: torch.dtype) -> None:
     """Chunks of rows and shares of threads: a row's result must not depend on its neighbours."""
     source = linear(300, 2048, 16, (128, 1000))
@@ -144,6 +176,8 @@ def test_many_rows_and_threads_change_nothing(dtype: torch.dtype) -> None:
     assert error(start, naive_matmul(x, source.plain)) < BOUND[dtype]
 
 
+@every_path
+@pytest.mark.usefixtures("path")
 def test_large_and_tiny_float16_activations() -> None:
     """A float16 activation is two bfloat16 terms.
 
@@ -156,6 +190,8 @@ def test_large_and_tiny_float16_activations() -> None:
         assert error(kernel(layer, x, None), naive_matmul(x, source.plain)) < BOUND[torch.float16]
 
 
+@every_path
+@pytest.mark.usefixtures("path")
 def test_rows_without_sidecar_and_bundles() -> None:
     """Parts with different column tiles, and rows of neither between, cut a block of outputs."""
     first, second = linear(8, 64, 2, (4, 48)), linear(6, 64, 3, (0, 32))
@@ -188,16 +224,20 @@ def test_rows_without_sidecar_and_bundles() -> None:
 
 @property_test
 @given(
+    instructions=st.sampled_from([name for name, here in FEATURES.items() if here]),
     n=st.integers(1, 70),
     k=st.integers(1, 5).map(lambda groups: 32 * groups),
     rank=st.integers(0, 20),
     tiles=st.tuples(st.integers(0, 80), st.integers(0, 170)),
     m=st.integers(0, 20),
 )
-def test_any_layout(n: int, k: int, rank: int, tiles: tuple[int, int], m: int) -> None:
+def test_any_layout(
+    instructions: str, n: int, k: int, rank: int, tiles: tuple[int, int], m: int
+) -> None:
     """Compared in absolute terms: a few outputs may nearly cancel."""
     source = linear(n, k, rank, tiles)
     kernel, layer = prepared(source, torch.float16)
+    kernel.instructions = instructions
     x = activations(m, k, torch.float16)
     expected = naive_matmul(x, source.plain)
     assert kernel(layer, x, None).shape == expected.shape
@@ -221,7 +261,8 @@ def test_op_passes_torch_checks_and_compiles() -> None:
     kernel, layer = prepared(linear(40, 64, 4, (16, 48)), torch.bfloat16)
     x = activations(6, 64, torch.bfloat16)
     tensors = [getattr(layer, name) for name in kernel.names]
-    arguments = (x, layer.weight_packed, layer.weight_scale, None, None, *tensors, 40, 32, 4, False)
+    numbers = (40, 32, 4, False, kernel.instructions)
+    arguments = (x, layer.weight_packed, layer.weight_scale, None, None, *tensors, *numbers)
     torch.library.opcheck(torch.ops.svsk.cpu_linear.default, arguments)
     compiled = torch.compile(lambda a: kernel(layer, a, None) * 2, dynamic=True)
     for rows in (1, 6):
@@ -240,6 +281,17 @@ def test_wrong_activations_are_refused() -> None:
         kernel(layer, activations(2, 64, torch.float32), None)
     with pytest.raises(RuntimeError, match="x has 96 columns"):
         kernel(layer, activations(2, 96, torch.bfloat16), None)
+    kernel.instructions = "sse2"
+    with pytest.raises(RuntimeError, match=r"lacks sse2, or there is no path of that name"):
+        kernel(layer, activations(2, 64, torch.bfloat16), None)
+
+
+@pytest.mark.skipif(not FEATURES["avx512_bf16"], reason="the processor has no AVX512-BF16")
+def test_a_path_refuses_a_dtype_that_it_does_not_take() -> None:
+    kernel, layer = prepared(linear(32, 64), torch.float32)
+    kernel.instructions = "avx512_bf16"
+    with pytest.raises(RuntimeError, match="x is Float, which avx512_bf16 does not take"):
+        kernel(layer, activations(2, 64, torch.float32), None)
 
 
 def test_memory_of_the_base_is_that_of_the_checkpoint() -> None:

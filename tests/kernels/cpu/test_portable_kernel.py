@@ -7,9 +7,13 @@ Exact in float32, in every layout, and what processors are told apart by.
 import pytest
 import torch
 
-from svsk_kernels.cpu.cpu_kernel import cpu_ops_obstacle
 from svsk_kernels.cpu.portable_kernel import PortableKernel
-from svsk_kernels.cpu.processor import has_avx512, has_bf16_products, product_dtype
+from svsk_kernels.cpu.processor import (
+    has_avx512,
+    has_bf16_products,
+    instructions_for,
+    product_dtype,
+)
 from svsk_kernels.cpu.widened_op import widened_linear
 from svsk_kernels.errors import KernelError
 from svsk_kernels.naive import naive_matmul
@@ -90,7 +94,8 @@ def test_a_simulated_processor_has_no_bfloat16_products(
     monkeypatch.setenv("SVSK_CPU_FEATURES", features)
     assert not has_bf16_products()
     assert has_avx512() == (features == "avx512" and torch.cpu._is_avx512_supported())
-    assert cpu_ops_obstacle() == "the processor has no AVX512-BF16"
+    wanted = "avx512" if has_avx512() else "avx2"
+    assert {instructions_for(dtype) for dtype in (torch.bfloat16, torch.float32)} == {wanted}
     assert (
         block_dtype(CPU)
         == product_dtype(torch.bfloat16, CPU)
@@ -103,7 +108,10 @@ def test_a_simulated_processor_has_no_bfloat16_products(
 
 def test_no_simulation_is_what_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SVSK_CPU_FEATURES", raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for name in ("_is_avx512_bf16_supported", "_is_avx512_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: True)
+    assert instructions_for(torch.float16) == "avx512_bf16"
+    assert instructions_for(torch.float32) == "avx512"
     assert block_dtype(CPU) == product_dtype(torch.bfloat16, CPU) == torch.bfloat16
     monkeypatch.setenv("SVSK_CPU_FEATURES", "avx1024")
     with pytest.raises(
