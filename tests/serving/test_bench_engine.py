@@ -16,12 +16,14 @@ import json, sys
 from pathlib import Path
 from lm_eval.api.instance import Instance
 from lm_eval.models.vllm_causallms import VLLM
+from svsk_eval.bench import journaled_model
 from svsk_eval.bench.engines import vllm_model
 from svsk_eval.bench.journal import Journal
 
 prompts = ["The rate", "of stones", "in a tin", "The rate", "is here and " * 20, "not"]
 greedy = {"until": ["e", "\\n"], "max_gen_toks": 16, "do_sample": False}
 short = {"until": [], "max_gen_toks": 3, "do_sample": False}
+long = {"until": [], "max_gen_toks": 100, "do_sample": False}
 silent = {"until": [], "max_gen_toks": 3}
 sampled = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
 pairs = [("The rate", " of"), ("The rate", " in a tin"), ("of", " stones")]
@@ -43,7 +45,7 @@ counts = []
 arguments = {"pretrained": sys.argv[1], "dtype": "float16", "max_model_len": 256}
 arguments |= {"seed": 1234, "batch_size": "auto", "enforce_eager": True}
 journal = Journal(Path(sys.argv[2]))
-model = vllm_model(arguments, journal, lambda *count: counts.append(count))
+model = vllm_model(arguments, journal, lambda count: counts.append(count))
 inner = model._loglikelihood_tokens
 found = {"texts": answers_to(greedy, short)}
 found["likely"] = plain(model.loglikelihood(likely))
@@ -57,19 +59,24 @@ found["sampled"] = model.generate_until(generations(sampled))
 found["silent"] = model.generate_until(generations(silent))
 answers = model.generated([request.args for request in generations(short)])
 found["endings"] = [[answer.tokens, answer.stopped] for answer in answers]
-found["before"] = len(journal), counts[-1], model.new_tokens
+found["before"] = len(journal), counts[-1].known, model.new_tokens
 journal.close()
 again = Journal(Path(sys.argv[2]))
-model.attach(again, lambda *count: None)
+model.attach(again, lambda count: None)
 model.model.llm_engine.add_request = None  # nothing may be asked
 found["again"] = answers_to(greedy, short, sampled)
 found["again_likely"] = plain(model.loglikelihood(likely))
 again.close()
 Path(sys.argv[2]).unlink()
 del model.model.llm_engine.add_request
-model.attach(Journal(Path(sys.argv[2])), lambda *count: None)
+model.attach(Journal(Path(sys.argv[2])), lambda count: None)
 backwards = model.generate_until(generations(sampled)[::-1])
 found["backwards"] = backwards[::-1]
+journaled_model._RUNNING_SECONDS = 0
+counts.clear()
+model.attach(model.journal, lambda count: counts.append(count))
+model.generate_until(generations(long))
+found["running"] = [[count.done, count.tokens] for count in counts], model.new_tokens
 print("FOUND" + json.dumps(found))
 """
 
@@ -129,3 +136,13 @@ def test_a_sampled_answer_depends_on_its_own_request_only(found: dict[str, Any])
     order = [0, 1, 2, 3, 4, 5]
     order[0], order[3] = 3, 0
     assert found["backwards"] == [found["sampled"][index] for index in order]
+
+
+def test_tokens_of_answers_that_are_not_finished_are_told(found: dict[str, Any]) -> None:
+    counts, tokens = found["running"]
+    assert counts[0] == [1, 0]  # a prompt is there twice
+    assert counts[-1] == [6, tokens]
+    told = [count for _, count in counts]
+    assert told == sorted(told)
+    early = [count for done, count in counts if done == 1]  # no answer is finished
+    assert early[-1] > 32

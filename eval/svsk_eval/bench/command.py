@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
 )
 
+from svsk_eval.bench.progress import RunProgress, Step
 from svsk_eval.bench.runner import BenchOptions, Candidate, bench, package_versions
 from svsk_eval.errors import EvalError
 from svsk_eval.report.analysis import analyze
@@ -216,22 +216,25 @@ def _run(
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[detail]}", markup=False),
         TimeElapsedColumn(),
     )
+    # A log gets lines instead of a bar.
+    run = RunProgress([one.label for one in candidates], log=not console.is_terminal)
     with Progress(*columns, console=console, transient=True) as bar:
-        line = bar.add_task("", total=None)
-        last = ""
+        row = bar.add_task("", total=None, detail="")
 
-        def show(label: str, what: str, done: int, known: int) -> None:
-            nonlocal last
-            text = f"{label}: {what}"
-            if text != last and not console.is_terminal:
-                console.print(text, markup=False)  # a log gets a line per task
-            last = text
+        def show(label: str, step: Step) -> None:
+            shown = run.take(label, step)
+            for line in shown.lines:
+                console.print(line, markup=False)
             bar.update(
-                line, description=text.replace("[", r"\["), completed=done, total=known or None
+                row,
+                description=escape(shown.title),
+                completed=step.done,
+                total=step.known or None,
+                detail=shown.detail,
             )
 
         return bench(candidates, settings, options, show)

@@ -63,12 +63,13 @@ def vllm_model(
             " only from one engine. Use tensor_parallel_size, or run the models on a GPU each."
         )
     try:
-        from svsk_eval.bench.vllm_engine import JournaledVLLM  # starts vLLM
+        # starts vLLM
+        from svsk_eval.bench.vllm_engine import STREAM_INTERVAL, JournaledVLLM
     except ImportError as error:
         raise EvalError(
             f"--engine vllm: vLLM is not installed ({error}). Install it, or use --engine hf."
         ) from error
-    model: JournaledModel = JournaledVLLM(**arguments)
+    model: JournaledModel = JournaledVLLM(**{"stream_interval": STREAM_INTERVAL, **arguments})
     model.attach(journal, progress)
     return model
 

@@ -4,7 +4,8 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -12,10 +13,31 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from svsk_eval.bench.journal import Generated, Journal, Likelihood, request_keys
 from svsk_eval.errors import EvalError
 
-__all__ = ["AnswerProgress", "JournaledModel", "is_sampled", "likelihood"]
+__all__ = ["AnswerCount", "AnswerProgress", "JournaledModel", "is_sampled", "likelihood"]
 
-AnswerProgress = Callable[[int, int], None]
-"""Called with how many requests have an answer, and how many came so far."""
+_RUNNING_SECONDS: Final = 1.0
+"""How often the tokens of answers that are not finished are told."""
+
+
+@dataclass(frozen=True)
+class AnswerCount:
+    """How far a task is.
+
+    Attributes:
+        done: requests that have an answer.
+        known: that came so far.
+        kept: of those done, the ones whose answer was in the journal, or is that of an equal one.
+        tokens: generated in this task, those of answers that are not finished among them.
+    """
+
+    done: int
+    known: int
+    kept: int
+    tokens: int
+
+
+AnswerProgress = Callable[[AnswerCount], None]
+"""Called after every answer, and while long ones are generated."""
 
 
 class JournaledModel(TemplateLM):
@@ -24,6 +46,7 @@ class JournaledModel(TemplateLM):
     Attributes:
         journal: answers, old and new.
         new_tokens: that were generated, of new answers only.
+        running_tokens: those of answers that are not finished yet.
         seconds: that generating them took.
         cut_prompts: how many prompts did not fit the model's context and were cut, as lm-eval does;
             with vLLM only.
@@ -31,14 +54,21 @@ class JournaledModel(TemplateLM):
 
     journal: Journal
     new_tokens: int
+    running_tokens: int
     seconds: float
     cut_prompts: int
 
     def attach(self, journal: Journal, progress: AnswerProgress) -> None:
         """Set what lm-eval's constructor does not know."""
         self.journal, self._progress = journal, progress
-        self._done = self._asked = self.cut_prompts = self.new_tokens = 0
-        self.seconds = 0.0
+        self.cut_prompts = self.new_tokens = 0
+        self.seconds = self._told = 0.0
+        self.begin_task()
+
+    def begin_task(self) -> None:
+        """Count requests and tokens from zero."""
+        self._done = self._asked = self._kept = self.running_tokens = 0
+        self._before = self.new_tokens
 
     def generated(self, requests: Iterable[tuple[str, dict[str, Any]]]) -> list[Generated]:
         """The kept answers to ``generate_until`` requests (prompt, settings) of one task, in order.
@@ -74,7 +104,8 @@ class JournaledModel(TemplateLM):
                 first.setdefault(key, index)
         self._asked += len(keys)
         self._done += len(keys) - len(first)
-        self._progress(self._done, self._asked)
+        self._kept += len(keys) - len(first)
+        self._tell()
         return list(first.values())
 
     def _keep(self, key: str, answer: Generated | Likelihood) -> None:
@@ -82,7 +113,18 @@ class JournaledModel(TemplateLM):
         if isinstance(answer, Generated):
             self.new_tokens += answer.tokens
         self._done += 1
-        self._progress(self._done, self._asked)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell how far the task is."""
+        self._told = time.monotonic()
+        tokens = self.new_tokens - self._before + self.running_tokens
+        self._progress(AnswerCount(self._done, self._asked, self._kept, tokens))
+
+    def _tell_running(self) -> None:
+        """The same where no answer was finished, not more often than is of use."""
+        if time.monotonic() - self._told > _RUNNING_SECONDS:
+            self._tell()
 
 
 def is_sampled(settings: dict[str, Any]) -> bool:

@@ -24,6 +24,7 @@ from svsk_eval.bench.fingerprint import (
     text_sources,
 )
 from svsk_eval.bench.model_folder import Folder, bits_per_weight, read_folder
+from svsk_eval.bench.progress import Step
 from svsk_eval.bench.worker import TaskResult, WorkerRequest
 from svsk_eval.errors import EvalError
 from svsk_eval.processes import run_request
@@ -51,8 +52,8 @@ __all__ = [
     "package_versions",
 ]
 
-BenchProgress = Callable[[str, str, int, int], None]
-"""Called with a model's label, what it does, and how many requests are done and are known."""
+BenchProgress = Callable[[str, Step], None]
+"""Called with a model's label and what it is at."""
 
 
 @dataclass(frozen=True)
@@ -228,16 +229,16 @@ def _run_tasks(
         batch_size=options.batch_size,
         consent=options.consent,
     )
-    progress(one.label, "starting", 0, 0)
+    progress(one.label, Step("starting"))
     files: list[str] = []
 
     def take(message: dict[str, Any]) -> None:
         if "files" in message:
             files.extend(message["files"])
         elif "note" in message:
-            progress(one.label, f"note: {message['note']}", 0, 0)
+            progress(one.label, Step(f"note: {message['note']}"))
         else:
-            progress(one.label, message["task"], message["done"], message["known"])
+            progress(one.label, Step(**message["step"]))
 
     run_request("svsk_eval.bench.worker", request, work, one.label, take)
     return [_read_result(Path(file)) for file in files]
@@ -289,11 +290,11 @@ def _score_text(
         work = _work_folder(options.work_dir, one, "text", decides)
         result = work / "scores.json"
         if not result.is_file():
-            show = partial(progress, one.label, f"text, {engine}")
-            show(0, 0)
+            show = partial(Step, f"text, {engine}")
+            progress(one.label, show())
 
-            def take(message: dict[str, Any], show: Callable[[int, int], None] = show) -> None:
-                show(message["done"], message["total"])
+            def take(message: dict[str, Any], show: Callable[..., Step] = show) -> None:
+                progress(one.label, show(message["done"], message["total"]))
 
             run_request("svsk_eval.text.worker", request, work, one.label, take)
         figures: dict[str, Any] = json.loads(result.read_bytes())

@@ -13,13 +13,16 @@ from svsk_eval.bench.journal import Generated, request_keys
 from svsk_eval.bench.journaled_model import JournaledModel, is_sampled, likelihood
 from svsk_eval.errors import EvalError
 
-__all__ = ["JournaledVLLM"]
+__all__ = ["STREAM_INTERVAL", "JournaledVLLM"]
 
 _WAITING: Final = 1024
 """Requests given to vLLM at a time.
 
 Enough to fill any batch, few enough to take no memory to speak of.
 """
+
+STREAM_INTERVAL: Final = 32
+"""Tokens after which an answer that is not finished is looked at, to show the speed."""
 
 
 class JournaledVLLM(JournaledModel, VLLM):
@@ -119,10 +122,13 @@ class JournaledVLLM(JournaledModel, VLLM):
         render = getattr(getattr(engine, "renderer", None), "render_cmpl", lambda raw: raw)
         order = iter(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
         running = 0
+        unfinished: dict[str, int] = {}
         while True:
             while running < _WAITING and (index := next(order, None)) is not None:
                 settings = params[index].clone()
-                settings.output_kind = RequestOutputKind.FINAL_ONLY
+                # the whole text so far, now and then; of a prompt's likelihood only the end
+                kind = RequestOutputKind
+                settings.output_kind = kind.CUMULATIVE if settings.detokenize else kind.FINAL_ONLY
                 (prompt,) = render([TokensPrompt(prompt_token_ids=prompts[index])])
                 engine.add_request(str(index), prompt, settings, lora_request=self.lora_request)
                 running += 1
@@ -131,4 +137,10 @@ class JournaledVLLM(JournaledModel, VLLM):
             for output in engine.step():
                 if output.finished:
                     running -= 1
+                    unfinished.pop(output.request_id, None)
+                    self.running_tokens = sum(unfinished.values())
                     yield int(output.request_id), output
+                else:
+                    unfinished[output.request_id] = len(output.outputs[0].token_ids)
+            self.running_tokens = sum(unfinished.values())
+            self._tell_running()

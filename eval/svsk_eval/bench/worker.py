@@ -8,6 +8,7 @@ every finished task to ``task-*.json``. A model whose tasks are all finished is 
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from transformers import set_seed
 
 from svsk_eval.bench.fingerprint import source_hash, task_sources
 from svsk_eval.bench.journal import Journal
+from svsk_eval.bench.journaled_model import AnswerProgress
+from svsk_eval.bench.progress import Step
 from svsk_eval.errors import EvalError
 from svsk_eval.processes import answer_request
 from svsk_eval.report.schema import BenchSettings, Generation, TaskRun
@@ -29,8 +32,8 @@ from svsk_offline.storage.atomic import write_text
 
 __all__ = ["TaskResult", "WorkerRequest", "run_worker", "task_run"]
 
-TaskProgress = Callable[[str, int, int], None]
-"""Called with a task's name, and how many of its requests are done and are known."""
+TaskProgress = Callable[[Step], None]
+"""Called with how far a task is."""
 
 
 class WorkerRequest(BaseModel):
@@ -97,12 +100,18 @@ def run_worker(
     missing = [name for name in tasks if not files[name].is_file()]
     if missing:
         with Journal(request.folder / "journal.jsonl") as journal:
-            current = [""]
+            current: dict[str, Any] = {"what": missing[0]}
             model = _load_model(
-                request, journal, lambda done, known: progress(current[0], done, known)
+                request, journal, lambda count: progress(Step(**current, **vars(count)))
             )
             for name in missing:
-                current[0] = name
+                current.update(
+                    what=name,
+                    items=min(len(tasks[name].eval_docs), request.settings.limit or sys.maxsize),
+                    place=list(tasks).index(name) + 1,
+                    places=len(tasks),
+                )
+                model.begin_task()
                 cut = model.cut_prompts
                 result = _run_task(request, model, name, tasks[name])
                 write_text(files[name], result.model_dump_json(indent=1))
@@ -180,9 +189,7 @@ def _plain(value: Any) -> str:
     return str(getattr(value, "__name__", value))
 
 
-def _load_model(
-    request: WorkerRequest, journal: Journal, progress: Callable[[int, int], None]
-) -> Any:
+def _load_model(request: WorkerRequest, journal: Journal, progress: AnswerProgress) -> Any:
     from svsk_eval.bench.engines import hf_model, vllm_model
 
     settings = request.settings
@@ -328,7 +335,7 @@ def main(request_file: Path, report: Callable[..., None]) -> None:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     files = run_worker(
         request,
-        lambda task, done, known: report(task=task, done=done, known=known),
+        lambda step: report(step=vars(step)),
         lambda text: report(note=text),
     )
     report(files=[str(path) for path in files])

@@ -47,7 +47,7 @@ def model_of(folder: Path, journal: Path, counts: list[tuple[int, int]]) -> Any:
     return hf_model(
         {"pretrained": str(folder), **ARGUMENTS},
         Journal(journal),
-        lambda *count: counts.append(count),
+        lambda count: counts.append((count.done, count.known)),
     )
 
 
@@ -134,4 +134,4 @@ def test_sampled_repeats_are_answers_of_their_own(folder: Path, tmp_path: Path) 
 
 def test_replicas_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match="data_parallel_size=2"):
-        vllm_model({"data_parallel_size": 2}, Journal(tmp_path / "j.jsonl"), lambda *_: None)
+        vllm_model({"data_parallel_size": 2}, Journal(tmp_path / "j.jsonl"), lambda count: None)

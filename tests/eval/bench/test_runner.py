@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from svsk_eval.bench.model_folder import bits_per_weight, read_folder
+from svsk_eval.bench.progress import Step
 from svsk_eval.bench.runner import (
     BenchOptions,
     Candidate,
@@ -71,11 +72,16 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(models: list[Candidate], work: Path) -> BenchReport:
-    messages: list[tuple[str, str, int, int]] = []
-    report = bench(models, SETTINGS, options(work), lambda *message: messages.append(message))
-    for label in ("reference", "svsk"):
-        assert (label, "mini_gen", 20, 20) in messages
-        assert (label, "mini_mc", 80, 80) in messages
+    steps: list[tuple[str, Step]] = []
+    report = bench(models, SETTINGS, options(work), lambda *step: steps.append(step))
+    for run in report.models:
+        mine = {step for label, step in steps if label == run.label}
+        assert run.generation is not None
+        # Items 18 and 19 ask what 0 and 1 do.
+        common = {"items": 20, "places": 2}
+        generated = Step("mini_gen", 20, 20, 2, run.generation.tokens, place=1, **common)
+        chosen = Step("mini_mc", 60, 60, 60 - 18 * 3, 0, place=2, **common)
+        assert {Step("starting"), generated, chosen} <= mine
     return report
 
 
@@ -123,9 +129,9 @@ def test_a_finished_run_is_not_run_again(
         if "journal" in path.name or "task" in path.name
     }
     assert len(before) == 6
-    messages: list[tuple[str, str, int, int]] = []
-    again = bench(models, SETTINGS, options(work), lambda *message: messages.append(message))
-    assert messages == [("reference", "starting", 0, 0), ("svsk", "starting", 0, 0)]
+    steps: list[tuple[str, Step]] = []
+    again = bench(models, SETTINGS, options(work), lambda *step: steps.append(step))
+    assert steps == [("reference", Step("starting")), ("svsk", Step("starting"))]
     assert again.models == report.models
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -163,10 +169,8 @@ def test_killed_runs_go_on(
     kept: list[bytes] = []
     for task, least in (("mini_gen", 3), ("mini_mc", 40)):
 
-        def kill(
-            label: str, what: str, done: int, known: int, task: str = task, least: int = least
-        ) -> None:
-            if (label, what) == ("svsk", task) and done >= least:
+        def kill(label: str, step: Step, task: str = task, least: int = least) -> None:
+            if (label, step.what) == ("svsk", task) and step.done >= least:
                 started[-1].kill()
 
         with pytest.raises(EvalError, match=r"svsk: its process failed \(ended by SIGKILL"):
