@@ -19,6 +19,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from svsk_eval.errors import EvalError
+from svsk_eval.report.detectable import detectable_mean, detectable_rate
 
 __all__ = [
     "LEVEL",
@@ -88,6 +89,8 @@ class Paired:
         gained: items on which it scores higher.
         interval: of the difference; None where it is undefined, and ``notes`` says why.
         p: two-sided p-value of the difference being zero.
+        detectable: the smallest difference that such items would show, see
+            :mod:`svsk_eval.report.detectable`; None where there is none.
         method: how interval and p-value were computed.
         notes: what a reader of the figures should know, in sentences.
     """
@@ -102,6 +105,7 @@ class Paired:
     gained: int
     interval: Interval | None
     p: float
+    detectable: float | None
     method: str
     notes: tuple[str, ...] = ()
 
@@ -308,17 +312,19 @@ def paired(
     else:
         interval, name, note = bootstrap_interval(differences, resamples)
         p, method = sign_flip_p(differences, resamples), f"{name}, sign-flip test"
+    se = float(differences.std(ddof=1) / np.sqrt(n)) if n > 1 else None
     return Paired(
         n=n,
         binary=binary,
         reference=estimate(reference, binary),
         variant=estimate(variant, binary),
         difference=float(differences.mean()),
-        se=float(differences.std(ddof=1) / np.sqrt(n)) if n > 1 else None,
+        se=se,
         lost=lost,
         gained=gained,
         interval=interval,
         p=p,
+        detectable=detectable_rate(lost, gained, n) if binary else detectable_mean(se, n),
         method=method,
         notes=(note,) if note else (),
     )

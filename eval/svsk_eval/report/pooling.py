@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from svsk_eval.errors import EvalError
+from svsk_eval.report.detectable import detectable_over_tasks
 from svsk_eval.report.paired_statistics import (
     LEVEL,
     RESAMPLES,
@@ -34,6 +35,8 @@ class Pooled:
         difference: variant - reference.
         interval: of the difference, stratified bootstrap; None where undefined.
         p: two-sided p-value of the difference being zero, sign flips.
+        detectable: the smallest difference that such items would show, see
+            :mod:`svsk_eval.report.detectable`; None where there is none.
         recovery: mean of the tasks' recoveries, over ``recovery_tasks`` tasks; None if there is
             none.
         recovery_interval: of the recovery, stratified bootstrap; None where undefined.
@@ -47,6 +50,7 @@ class Pooled:
     difference: float
     interval: Interval | None
     p: float
+    detectable: float | None
     recovery: float | None
     recovery_interval: Interval | None
     recovery_tasks: int
@@ -106,6 +110,7 @@ def pooled(pairs: Sequence[tuple[FloatArray, FloatArray]], resamples: int = RESA
         difference=float((means[:, 1] - means[:, 0]).mean()),
         interval=interval,
         p=sign_flip_p(weighted, resamples),
+        detectable=detectable_over_tasks([other - one for one, other in pairs]),
         recovery=float((means[judged, 1] / means[judged, 0]).mean()) if judged.any() else None,
         recovery_interval=recovery_interval,
         recovery_tasks=int(judged.sum()),

@@ -44,6 +44,11 @@ METHODS: Final = (
     ),
     "Over all tasks: every task has the same weight; stratified bootstrap over items.",
     (
+        "Detectable is the smallest true difference that as many items would show, p below 0.05"
+        " and not adjusted, in 80% of cases, if the two models differ as much from item to item as"
+        " these do. A smaller one may be there unseen."
+    ),
+    (
         "Holm p is adjusted for all variants and tasks of the table. Bold marks differences whose"
         " Holm p is below 0.05; over all tasks, whose p is."
     ),
@@ -63,9 +68,9 @@ HOW_TO_READ: Final = (
         " others has the same score as the reference, but it is not the same model."
     ),
     (
-        "With n items and a share d of them that flip, the standard error of a difference is about"
-        " √(d / n): with 100 items of which 10 flip, 3.2 points. A difference below about twice"
-        " that cannot be told from zero."
+        "The column beside a difference says which one these items would have shown: with 100 items"
+        ' of which 10 flip, 9 points. Where that is more than you could live with, "no difference"'
+        " says nothing, and more items are needed."
     ),
     (
         "The figures hold for this engine, prompt format, data and version of each task. Scores"
@@ -210,6 +215,7 @@ def _over_tasks(analysis: Analysis) -> Table:
                 f"{over.reference:.4f}",
                 f"{over.variant:.4f}",
                 Strong(difference) if over.p < SIGNIFICANT else difference,
+                _number(over.detectable, ".4f"),
                 _p(over.p),
                 recovery,
             )
@@ -219,6 +225,7 @@ def _over_tasks(analysis: Analysis) -> Table:
         "reference",
         "variant",
         "mean difference [95%]",
+        "detectable",
         "p",
         "mean recovery [95%]",
     )
@@ -240,7 +247,7 @@ def _per_task(analysis: Analysis) -> Table:
         shown = analysis.estimates[analysis.reference.label][task].score
         name = f"{task} · n = {len(run.doc_ids)}"
         rows = [
-            (name, analysis.reference.label, plus_minus(shown.value, shown.se, ".4f"), *[DASH] * 6)
+            (name, analysis.reference.label, plus_minus(shown.value, shown.se, ".4f"), *[DASH] * 7)
         ]
         for label, pair in _of_task(analysis, task):
             score = pair.score
@@ -251,6 +258,7 @@ def _per_task(analysis: Analysis) -> Table:
                     label,
                     plus_minus(score.variant.value, score.variant.se, ".4f"),
                     Strong(difference) if pair.p_holm < SIGNIFICANT else difference,
+                    _number(score.detectable, ".4f"),
                     percent(score.recovery),
                     str(score.lost),
                     str(score.gained),
@@ -259,7 +267,16 @@ def _per_task(analysis: Analysis) -> Table:
                 )
             )
         groups.append(rows)
-    headings = ("score ± se", "difference [95%]", "recovery", "lost", "gained", "p", "Holm p")
+    headings = (
+        "score ± se",
+        "difference [95%]",
+        "detectable",
+        "recovery",
+        "lost",
+        "gained",
+        "p",
+        "Holm p",
+    )
     return _table("Scores", ("task", "model"), headings, groups)
 
 
@@ -268,7 +285,8 @@ def _answers(analysis: Analysis) -> Table:
     for task in analysis.tasks:
         shown = analysis.estimates[analysis.reference.label][task]
         ended, tokens = _rate(shown.terminated), _tokens(shown.output_tokens)
-        rows = [(task, analysis.reference.label, ended, DASH, DASH, tokens, DASH, DASH)]
+        none = (DASH,) * 3
+        rows = [(task, analysis.reference.label, ended, *none, tokens, *none)]
         for label, pair in _of_task(analysis, task):
             estimates = analysis.estimates[label][task]
             rows.append(
@@ -286,9 +304,11 @@ def _answers(analysis: Analysis) -> Table:
     headings = (
         "ended by themselves",
         "difference [95%], points",
+        "detectable",
         "p",
         "mean tokens ± se",
         "difference [95%]",
+        "detectable",
         "p",
     )
     note = (
@@ -380,10 +400,16 @@ def _difference(value: float, interval: Interval | None, form: str, scale: float
     return f"{scale * value:{form}}{limits}"
 
 
-def _pair(pair: Paired | None, scale: float, form: str) -> tuple[str, str]:
+def _pair(pair: Paired | None, scale: float, form: str) -> tuple[str, str, str]:
+    """Difference, detectable difference and p-value."""
     if pair is None:
-        return DASH, DASH
-    return _difference(pair.difference, pair.interval, form, scale), _p(pair.p)
+        return DASH, DASH, DASH
+    detectable = None if pair.detectable is None else scale * pair.detectable
+    return (
+        _difference(pair.difference, pair.interval, form, scale),
+        _number(detectable, form.lstrip("+")),
+        _p(pair.p),
+    )
 
 
 def _p(value: float) -> str:

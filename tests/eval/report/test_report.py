@@ -115,6 +115,7 @@ def test_tables_say_what_was_computed(analysis: Analysis) -> None:
         "svsk-best-4.62",
         f"{comparison.score.variant.value:.4f} ± {comparison.score.variant.se:.4f}",
         f"{comparison.score.difference:+.4f} [{low:+.4f}, {high:+.4f}]",
+        f"{comparison.score.detectable:.4f}",
         f"{100 * comparison.score.variant.value / comparison.score.reference.value:.1f}%",
         str(comparison.score.lost),
         str(comparison.score.gained),
@@ -249,7 +250,7 @@ def test_names_are_escaped_in_the_page() -> None:
 def test_names_are_escaped_in_markdown() -> None:
     text = markdown_report(small(NASTY, "a_b|c"))
     row = next(line for line in text.splitlines() if "w4" in line and "a_b" in line)
-    assert len(re.findall(r"(?<!\\)\|", row)) == 10
+    assert len(re.findall(r"(?<!\\)\|", row)) == 11
     assert r"&lt;b&gt;w4&lt;/b&gt; &amp; " in row
     assert r"\| $x$ \`y\` \*z\* \[a](b) é模" in row
     assert r"a_b\|c · n = 8" in row
@@ -271,10 +272,11 @@ def test_markdown(analysis: Analysis) -> None:
         "# Task scores",
         "- Hardware: NVIDIA H100 80GB HBM3",
         "- Generation settings: max_gen_toks = 1024, temperature = 0.0",
-        "| task | model | score ± se | difference [95%] | recovery | lost | gained | p | Holm p |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| task | model | score ± se | difference [95%] | detectable | recovery | lost | gained | p"
+        " | Holm p |",
+        f"| --- | --- {'| ---: ' * 8}|",
         "| gsm8k_cot | exact_match,strict-match | generate_until | 3.0 | 8 | 250 |",
-        f"| gsm8k_cot · n = 250 | Qwen3-4B | 0.7320 ± 0.0281 {f'| {DASH} ' * 6}|",
+        f"| gsm8k_cot · n = 250 | Qwen3-4B | 0.7320 ± 0.0281 {f'| {DASH} ' * 7}|",
         "## How to read this",
     ):
         assert line in lines
@@ -291,7 +293,7 @@ def test_markdown_by_hand() -> None:
     text = markdown_report(small())
     # n = 8, 3 lost, 1 gained: q = 0.4 and 0.2, half width 1.96 sqrt((0.6 - 0.04) / 10); p = 2 (1 +
     # 4) / 16 - 4 / 16
-    difference = "-0.2500 [-0.6638, +0.2638]"
+    difference = "-0.2500 [-0.6638, +0.2638] | 0.6968"
     assert f"| a · n = 8 | dense | 0.7500 ± 0.1637 | {DASH} |" in text
     assert (
         f"| a · n = 8 | w4 | 0.5000 ± 0.1890 | {difference} | 66.7% | 3 | 1 | 0.375 | 0.375 |"
