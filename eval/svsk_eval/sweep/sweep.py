@@ -130,7 +130,7 @@ def _run_tasks(steps: Steps, errors: dict[str, str | None]) -> BenchReport:
             text=None,
             command=request.command,
         ),
-        steps.progress,
+        lambda label, step: steps.progress(label, step.what, step.done, step.known),
     )
     write_text(request.out / "tasks.json", report.model_dump_json(indent=1) + "\n")
     return report
