@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from svsk_vllm.format.checkpoint import Checkpoint, stored_suffixes
-from svsk_vllm.format.config import ConfigGroup
+from svsk_vllm.format.config import ConfigGroup, WeightArgs
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.spec import WEIGHT_PACKED
 
@@ -189,8 +189,9 @@ def _shape_problems(
         return [str(error)]
     if name.endswith(f".{WEIGHT_PACKED}"):
         scheme = _scheme(checkpoint, name.removesuffix(f".{WEIGHT_PACKED}"))
-        per_word = scheme.weights.codes_per_word if scheme else 8
-        stored = (*stored[:-1], stored[-1] * per_word) if stored else stored
+        # Without a scheme the linear is reported as such; its shape is as of a usual one.
+        weights = scheme.weights if scheme else WeightArgs()
+        stored = weights.shape_of(stored) if len(stored) == 2 else stored
     if stored == tuple(shape):
         return []
     return [f"{name}: holds {list(stored)}, the architecture expects {list(shape)}."]

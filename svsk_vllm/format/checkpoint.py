@@ -126,7 +126,7 @@ class Checkpoint:
             raise SvskFormatError(
                 f"{module}: stored quantised, but {why} in config.json. Correct the config."
             )
-        k = packed.shape[1] * scheme.weights.codes_per_word
+        n, k = scheme.weights.shape_of(packed.shape)
         group = scheme.weights.group_size
         if k % group:
             raise SvskFormatError(
@@ -139,7 +139,7 @@ class Checkpoint:
         dtype = self.tensors.describe(scale).dtype if scale in self.tensors else None
         if dtype not in SCALE_DTYPES:
             dtype = self.model_dtype if self.model_dtype in SCALE_DTYPES else torch.bfloat16
-        return LinearSpec(module, packed.shape[0], k, scheme, dtype)
+        return LinearSpec(module, n, k, scheme, dtype)
 
 
 def parse_quantization_config(folder: Path, hf_config: dict[str, Any]) -> SvskCheckpointConfig:

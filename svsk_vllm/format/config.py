@@ -7,7 +7,7 @@ name.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -98,7 +98,8 @@ class WeightArgs(Strict):
 
     ``num_bits`` 8 goes with codebook ``int8`` and no other, for embeddings and output heads.
     ``scale_bits`` 16 stores each group's scale in the model's dtype; 8 and 6 in two levels
-    (:mod:`svsk_vllm.format.group_scales`).
+    (:mod:`svsk_vllm.format.group_scales`). ``hot_rows`` of the rows of an embedding or output head
+    have codes of 8 bits (:mod:`svsk_vllm.format.hot_rows`).
     """
 
     num_bits: Literal[4, 8] = 4
@@ -108,6 +109,7 @@ class WeightArgs(Strict):
     group_size: int = Field(default=64, strict=True)
     codebook: Codebook = "int4"
     scale_bits: ScaleBits = ONE_LEVEL
+    hot_rows: int = Field(default=0, ge=0, strict=True)
 
     @field_validator("group_size")
     @classmethod
@@ -125,6 +127,11 @@ class WeightArgs(Strict):
             )
         if self.num_bits == 8 and self.scale_bits != ONE_LEVEL:
             raise ValueError(f"scale_bits {self.scale_bits} with num_bits 8: expected {ONE_LEVEL}")
+        if self.hot_rows and (self.codebook, self.scale_bits) != ("int4", ONE_LEVEL):
+            raise ValueError(
+                f"hot_rows {self.hot_rows} with codebook {self.codebook} and scale_bits"
+                f" {self.scale_bits}: expected int4 and {ONE_LEVEL}"
+            )
         return self
 
     @property
@@ -132,17 +139,37 @@ class WeightArgs(Strict):
         """How many codes an int32 of ``weight_packed`` holds."""
         return 32 // self.num_bits
 
+    def shape_of(self, packed: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the weight whose ``weight_packed`` has a shape [rows, words]."""
+        rows, words = packed
+        return rows + self.hot_rows, words * self.codes_per_word
+
+    @property
+    def joined_codebook(self) -> Codebook:
+        """Codebook of all codes of a weight, those of hot rows among the others.
+
+        ``int4`` and ``int8`` have the same level for the same code.
+        """
+        return "int8" if self.hot_rows else self.codebook
+
     @property
     def version(self) -> str:
         """The first version of the format that has these values."""
-        new = self.scale_bits != ONE_LEVEL or self.group_size == 16 or self.num_bits == 8
+        new = (
+            self.scale_bits != ONE_LEVEL
+            or self.group_size == 16
+            or self.num_bits == 8
+            or self.hot_rows > 0
+        )
         return "1.1" if new else "1.0"
 
     @model_serializer(mode="wrap")
     def _without_new_defaults(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = default(self)
-        if self.scale_bits == ONE_LEVEL:  # readers of version 1.0 do not know the key
+        if self.scale_bits == ONE_LEVEL:  # readers of version 1.0 do not know the keys
             values.pop("scale_bits", None)
+        if not self.hot_rows:
+            values.pop("hot_rows", None)
         return values
 
 
@@ -185,6 +212,19 @@ class ConfigGroup(Strict):
     def _sidecar_of_four_bits(self) -> "ConfigGroup":
         if self.weights.num_bits == 8 and self.sidecar.rank:
             raise ValueError(f"sidecar of rank {self.sidecar.rank} with num_bits 8: expected 0")
+        return self
+
+    @model_validator(mode="after")
+    def _hot_rows_of_one_module(self) -> "ConfigGroup":
+        hot = self.weights.hot_rows
+        if hot and self.sidecar.rank:
+            raise ValueError(f"sidecar of rank {self.sidecar.rank} with hot_rows {hot}: expected 0")
+        wide = [entry for entry in self.targets if entry == LINEAR_CLASS or entry.startswith("re:")]
+        if hot and wide:
+            raise ValueError(
+                f"target {wide[0]} with hot_rows {hot}: expected the name of an embedding or output"
+                " head"
+            )
         return self
 
 
@@ -238,9 +278,9 @@ class SvskCheckpointConfig(Strict):
             ) from error
         if _minor(config.needed_version) > _minor(config.version):
             raise SvskFormatError(
-                f"{source}: version {config.version} with scale_bits, num_bits 8, a group_size of"
-                f" 16, a rank over {_MAX_RANK_OF_1_0} or an embedding, which are of version"
-                f" {config.needed_version}. Correct the version, or copy the folder again."
+                f"{source}: version {config.version} with scale_bits, num_bits 8, hot_rows, a"
+                f" group_size of 16, a rank over {_MAX_RANK_OF_1_0} or an embedding, which are of"
+                f" version {config.needed_version}. Correct the version, or copy the folder again."
             )
         return config
 

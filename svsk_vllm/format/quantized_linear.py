@@ -18,6 +18,7 @@ from svsk_vllm.format.group_scales import (
     split_scales,
     unpack_scale_codes,
 )
+from svsk_vllm.format.hot_rows import hot_rows_problem, join_rows, split_rows
 from svsk_vllm.format.packing import pack_codes, pack_factors, unpack_codes, unpack_factors
 from svsk_vllm.format.spec import LinearSpec, TensorSpec
 
@@ -30,7 +31,7 @@ class QuantizedLinear:
 
     A, B: tile rows and columns of the grid, r: rank, g: group size.
 
-    ``u``, ``v`` and ``gain`` are None when the rank is 0.
+    ``u``, ``v`` and ``gain`` are None when the rank is 0, ``hot`` where no row is hot.
     """
 
     spec: LinearSpec
@@ -39,12 +40,13 @@ class QuantizedLinear:
     u: torch.Tensor | None = None  # int8 [N, B, r]
     v: torch.Tensor | None = None  # int8 [A, r, K]
     gain: torch.Tensor | None = None  # float32 [A, B, r]
+    hot: torch.Tensor | None = None  # int32 [h], ascending: the rows that have codes of 8 bits
 
     @property
     def plain(self) -> PlainLinear:
         """The same tensors without the checkpoint's names, as the kernels' reference takes them."""
         spec = self.spec
-        codebook, bits = spec.scheme.weights.codebook, spec.scheme.sidecar.num_bits
+        codebook, bits = spec.scheme.weights.joined_codebook, spec.scheme.sidecar.num_bits
         return PlainLinear(
             self.codes, self.scale, codebook, spec.grid, self.u, self.v, self.gain, bits
         )
@@ -56,10 +58,7 @@ class QuantizedLinear:
             SvskFormatError: a tensor's dtype, shape or range is not what the scheme asks for.
         """
         try:
-            stored = {
-                names.WEIGHT_PACKED: pack_codes(self.codes, self.spec.scheme.weights.num_bits),
-                **self._stored_scales(),
-            }
+            stored = self._stored_base()
             if self.u is not None and self.v is not None and self.gain is not None:
                 bits = self.spec.factor_bits
                 stored[names.SIDECAR_U] = pack_factors(self.u, bits)
@@ -74,12 +73,24 @@ class QuantizedLinear:
             f"{self.spec.name}.{suffix}": tensor.contiguous() for suffix, tensor in stored.items()
         }
 
-    def _stored_scales(self) -> dict[str, torch.Tensor]:
-        bits = self.spec.scheme.weights.scale_bits
+    def _stored_base(self) -> dict[str, torch.Tensor]:
+        bits, num_bits = self.spec.scheme.weights.scale_bits, self.spec.scheme.weights.num_bits
+        if self.hot is not None:
+            codes, hot_codes = split_rows(self.codes, self.hot)
+            scale, hot_scale = split_rows(self.scale, self.hot)
+            return {
+                names.WEIGHT_PACKED: pack_codes(codes, num_bits),
+                names.WEIGHT_SCALE: scale,
+                names.WEIGHT_HOT_ROWS: self.hot,
+                names.WEIGHT_HOT_PACKED: pack_codes(hot_codes, 8),
+                names.WEIGHT_HOT_SCALE: hot_scale,
+            }
+        packed = {names.WEIGHT_PACKED: pack_codes(self.codes, num_bits)}
         if bits == ONE_LEVEL:
-            return {names.WEIGHT_SCALE: self.scale}
+            return {**packed, names.WEIGHT_SCALE: self.scale}
         codes, row_scale = split_scales(self.scale, bits)
         return {
+            **packed,
             names.WEIGHT_SCALE: pack_scale_codes(codes, bits),
             names.WEIGHT_ROW_SCALE: row_scale,
         }
@@ -91,8 +102,8 @@ class QuantizedLinear:
         """Unpack stored tensors, given by full name.
 
         Raises:
-            SvskFormatError: a tensor is missing, has the wrong dtype or shape, or row scales are
-                not what the format allows.
+            SvskFormatError: a tensor is missing, has the wrong dtype or shape, or row scales or hot
+                rows are not what the format allows.
         """
         prefix = f"{spec.name}."
         stored = {
@@ -105,6 +116,10 @@ class QuantizedLinear:
             raise SvskFormatError("; ".join(problems))
         codes = unpack_codes(stored[names.WEIGHT_PACKED], spec.k, spec.scheme.weights.num_bits)
         scale = read_scales(spec, stored)
+        if spec.scheme.weights.hot_rows:
+            hot = stored[names.WEIGHT_HOT_ROWS]
+            hot_codes = unpack_codes(stored[names.WEIGHT_HOT_PACKED], spec.k, 8)
+            return cls(spec, join_rows(codes, hot_codes, hot), scale, hot=hot)
         if not spec.rank:
             return cls(spec, codes, scale)
         return cls(
@@ -121,9 +136,17 @@ def read_scales(spec: LinearSpec, stored: Mapping[str, torch.Tensor]) -> torch.T
     """The scales of all groups, [N, K / g] of the scale dtype, from stored tensors by suffix.
 
     Raises:
-        SvskFormatError: row scales are not what the format allows.
+        SvskFormatError: row scales or hot rows are not what the format allows.
     """
     bits = spec.scheme.weights.scale_bits
+    if spec.scheme.weights.hot_rows:
+        hot = stored[names.WEIGHT_HOT_ROWS]
+        if problem := hot_rows_problem(hot, spec.n):
+            raise SvskFormatError(
+                f"{spec.name}.{names.WEIGHT_HOT_ROWS}: {problem}. The file is damaged: copy or"
+                " download it again."
+            )
+        return join_rows(stored[names.WEIGHT_SCALE], stored[names.WEIGHT_HOT_SCALE], hot)
     if bits == ONE_LEVEL:
         return stored[names.WEIGHT_SCALE]
     row_scale = stored[names.WEIGHT_ROW_SCALE]
@@ -152,8 +175,8 @@ def tensor_problems(spec: LinearSpec, stored: Mapping[str, torch.Tensor | Tensor
                 f" {list(want.shape)}"
             )
     problems += [
-        f"{spec.name}.{suffix}: unexpected, the scheme has rank {spec.rank} and scales of"
-        f" {spec.scheme.weights.scale_bits} bits"
+        f"{spec.name}.{suffix}: unexpected, the scheme has rank {spec.rank}, scales of"
+        f" {spec.scheme.weights.scale_bits} bits and {spec.scheme.weights.hot_rows} hot rows"
         for suffix in names.SUFFIXES
         if suffix in stored and suffix not in expected
     ]
@@ -176,7 +199,7 @@ def dequantize(linear: QuantizedLinear, *, with_sidecar: bool = True) -> torch.T
         float32 [N, K].
     """
     spec = linear.spec
-    values = code_values(linear.codes, spec.scheme.weights.codebook).view(
+    values = code_values(linear.codes, spec.scheme.weights.joined_codebook).view(
         spec.n, -1, spec.group_size
     )
     weight = (values * linear.scale.float().unsqueeze(-1)).view(spec.n, spec.k)

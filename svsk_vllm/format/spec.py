@@ -16,6 +16,9 @@ __all__ = ["SCALE_DTYPES", "SUFFIXES", "LinearSpec", "TensorSpec"]
 WEIGHT_PACKED: Final = "weight_packed"
 WEIGHT_SCALE: Final = "weight_scale"
 WEIGHT_ROW_SCALE: Final = "weight_row_scale"
+WEIGHT_HOT_ROWS: Final = "weight_hot_rows"
+WEIGHT_HOT_PACKED: Final = "weight_hot_packed"
+WEIGHT_HOT_SCALE: Final = "weight_hot_scale"
 SIDECAR_U: Final = "sidecar_u"
 SIDECAR_V: Final = "sidecar_v"
 SIDECAR_GAIN: Final = "sidecar_gain"
@@ -23,10 +26,15 @@ SUFFIXES: Final = (
     WEIGHT_PACKED,
     WEIGHT_SCALE,
     WEIGHT_ROW_SCALE,
+    WEIGHT_HOT_ROWS,
+    WEIGHT_HOT_PACKED,
+    WEIGHT_HOT_SCALE,
     SIDECAR_U,
     SIDECAR_V,
     SIDECAR_GAIN,
 )
+SCALE_SUFFIXES: Final = (WEIGHT_SCALE, WEIGHT_ROW_SCALE, WEIGHT_HOT_ROWS, WEIGHT_HOT_SCALE)
+"""What the scales of all groups are made from."""
 
 SCALE_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -49,8 +57,9 @@ class LinearSpec:
     """A quantised linear: its name, shape [n, k] = [out, in], and scheme.
 
     Raises:
-        SvskFormatError: a dimension is not positive, ``k`` is not a multiple of the group size, or
-            the scale dtype is not a float of 16 or 32 bits. The message names the module.
+        SvskFormatError: a dimension is not positive, ``k`` is not a multiple of the group size, all
+            rows are hot, or the scale dtype is not a float of 16 or 32 bits. The message names the
+            module.
     """
 
     name: str
@@ -71,6 +80,11 @@ class LinearSpec:
             raise SvskFormatError(
                 f"{self.name}: K = {self.k} input features is not a multiple of the group size"
                 f" {group}; {hint}add the module to the ignore list."
+            )
+        if self.scheme.weights.hot_rows >= self.n:
+            raise SvskFormatError(
+                f"{self.name}: hot_rows {self.scheme.weights.hot_rows} of {self.n} rows: expected"
+                " fewer. Codebook int8 stores all rows in 8 bits."
             )
         if self.scale_dtype not in SCALE_DTYPES:
             raise SvskFormatError(
@@ -106,14 +120,19 @@ class LinearSpec:
         """Stored tensors by suffix, in the order of docs/format.md."""
         groups, bits = self.k // self.group_size, self.scheme.weights.scale_bits
         words = self.k // self.scheme.weights.codes_per_word
-        specs = {WEIGHT_PACKED: TensorSpec(torch.int32, (self.n, words))}
+        hot = self.scheme.weights.hot_rows
+        specs = {WEIGHT_PACKED: TensorSpec(torch.int32, (self.n - hot, words))}
         if bits == ONE_LEVEL:
-            specs[WEIGHT_SCALE] = TensorSpec(self.scale_dtype, (self.n, groups))
+            specs[WEIGHT_SCALE] = TensorSpec(self.scale_dtype, (self.n - hot, groups))
         else:
             stored = torch.int8 if bits == 8 else torch.uint8
             columns = stored_scale_columns(groups, bits)
             specs[WEIGHT_SCALE] = TensorSpec(stored, (self.n, columns))
             specs[WEIGHT_ROW_SCALE] = TensorSpec(self.scale_dtype, (self.n, 1))
+        if hot:
+            specs[WEIGHT_HOT_ROWS] = TensorSpec(torch.int32, (hot,))
+            specs[WEIGHT_HOT_PACKED] = TensorSpec(torch.int32, (hot, self.k // 4))
+            specs[WEIGHT_HOT_SCALE] = TensorSpec(self.scale_dtype, (hot, groups))
         if self.rank:
             grid, r = self.grid, self.rank
             dtype, per_byte = (torch.int8, 1) if self.factor_bits == 8 else (torch.uint8, 2)

@@ -27,8 +27,10 @@ from svsk_vllm.format.shards import (
     read_weight_map,
 )
 from svsk_vllm.format.spec import (
+    SCALE_SUFFIXES,
     SIDECAR_GAIN,
     SUFFIXES,
+    WEIGHT_HOT_SCALE,
     WEIGHT_PACKED,
     WEIGHT_ROW_SCALE,
     WEIGHT_SCALE,
@@ -170,14 +172,19 @@ def _one_linear(checkpoint: Checkpoint, spec: LinearSpec, suffixes: set[str]) ->
         problems.append(
             f"{spec.name}.{floating}: {stored}, expected the model's dtype {model_dtype}."
         )
+    # Of what is computed from several tensors a message could not say which one is to blame.
+    apart = (floating, WEIGHT_HOT_SCALE, SIDECAR_GAIN) if problems else (WEIGHT_HOT_SCALE,)
+    problems += [
+        problem
+        for suffix in apart
+        if suffix in tensors
+        for problem in finite_problems(
+            f"{spec.name}.{suffix}", checkpoint.tensors.read(f"{spec.name}.{suffix}")
+        )
+    ]
     if problems:
-        values = [
-            f"{spec.name}.{suffix}" for suffix in (floating, SIDECAR_GAIN) if suffix in tensors
-        ]
-        return problems + [
-            p for name in values for p in finite_problems(name, checkpoint.tensors.read(name))
-        ]
-    parts = (WEIGHT_SCALE,) if one_level else (WEIGHT_SCALE, WEIGHT_ROW_SCALE)
+        return problems
+    parts = [s for s in SCALE_SUFFIXES if s in tensors]
     try:
         scale = read_scales(spec, {s: checkpoint.tensors.read(f"{spec.name}.{s}") for s in parts})
     except SvskFormatError as error:

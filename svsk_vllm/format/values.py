@@ -67,7 +67,7 @@ def weight_problems(
         problems += finite_problems(f"{name}.{SIDECAR_GAIN}", gain)
     if problems or not scale.numel():
         return problems
-    level = float(codebook_levels(spec.scheme.weights.codebook).abs().max())
+    level = float(codebook_levels(spec.scheme.weights.joined_codebook).abs().max())
     base = float(scale.abs().max().double()) * level
     side = (
         float(gain.double().abs().sum(-1).max()) * _FACTOR_PRODUCT

@@ -17,11 +17,22 @@ from tests.support.independent_decoder import decode, read_folder
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("scale_bits", get_args(ScaleBits))
-@pytest.mark.parametrize("tables", [False, True], ids=["dense tables", "int8 tables"])
+@pytest.mark.parametrize(
+    ("tables", "hot_rows"),
+    [(False, 0), (True, 0), (True, 7)],
+    ids=["dense tables", "int8 tables", "tables with hot rows"],
+)
 def test_the_page_and_the_package_give_the_same_weights(
-    tmp_path: Path, shards: int, dtype: torch.dtype, scale_bits: ScaleBits, tables: bool
+    tmp_path: Path,
+    shards: int,
+    dtype: torch.dtype,
+    scale_bits: ScaleBits,
+    tables: bool,
+    hot_rows: int,
 ) -> None:
-    small = build_small_checkpoint(tmp_path, shards, dtype, scale_bits, tables=tables)
+    small = build_small_checkpoint(
+        tmp_path, shards, dtype, scale_bits, tables=tables, hot_rows=hot_rows
+    )
     config, tensors = read_folder(tmp_path)
     modules = [
         name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")

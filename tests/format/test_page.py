@@ -113,6 +113,13 @@ def test_the_bits_per_weight_of_eight_bit_codes() -> None:
     assert "With 8-bit codes, g =\n64 and 16-bit scales: 8.25." in PAGE
 
 
+def test_the_bits_per_weight_of_hot_rows() -> None:
+    n, k, h = 49152, 576, 8000
+    spec = LinearSpec("m", n, k, make_group(targets=["m"], hot_rows=h))
+    assert spec.bits_per_weight == pytest.approx(4.25 + (4 + 32 / k) * h / n)
+    assert f"for N = {n}, K = {k} and h = {h} {spec.bits_per_weight:.3f}." in PAGE
+
+
 def test_the_levels_of_quad8() -> None:
     printed = ", ".join(f"{level:g}" for level in codebook_levels("quad8").tolist())
     assert f"| {printed} |" in PAGE

@@ -41,7 +41,21 @@ def test_a_sidecar_stores_three_more(
         "sidecar_v": (factor_dtype, v_shape),
         "sidecar_gain": (torch.float32, (2, 3, 16)),
     }
-    assert list(spec.tensors()) == [s for s in SUFFIXES if s != "weight_row_scale"]
+    others = {"weight_row_scale", "weight_hot_rows", "weight_hot_packed", "weight_hot_scale"}
+    assert list(spec.tensors()) == [s for s in SUFFIXES if s not in others]
+
+
+def test_hot_rows_are_stored_apart() -> None:
+    spec = LinearSpec(NAME, 11, 192, make_group(targets=[NAME], hot_rows=3), torch.float16)
+    assert stored(spec) == {
+        "weight_packed": (torch.int32, (8, 24)),
+        "weight_scale": (torch.float16, (8, 3)),
+        "weight_hot_rows": (torch.int32, (3,)),
+        "weight_hot_packed": (torch.int32, (3, 48)),
+        "weight_hot_scale": (torch.float16, (3, 3)),
+    }
+    with pytest.raises(SvskFormatError, match=f"{NAME}: hot_rows 3 of 3 rows: expected fewer"):
+        LinearSpec(NAME, 3, 192, make_group(targets=[NAME], hot_rows=3))
 
 
 @property_test

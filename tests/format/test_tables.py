@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantised embeddings and heads (format 1.1): codes of 8 bits, and which module is a table."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,106 @@ def test_schemes_of_eight_bits_that_are_none(
     raw = {"quant_method": "svsk", "version": "1.1", "config_groups": {"g": group}}
     with pytest.raises(SvskFormatError, match=words):
         SvskCheckpointConfig.from_dict(raw)
+
+
+def hot_linear(n: int = 9, hot_rows: int = 4, group_size: int = 32) -> QuantizedLinear:
+    scheme = make_group(targets=["m"], hot_rows=hot_rows, group_size=group_size)
+    return random_linear(LinearSpec("m", n, 96, scheme))
+
+
+@property_test
+@given(n=st.integers(2, 30), share=st.floats(0, 1))
+def test_hot_rows_come_back_in_their_places(n: int, share: float) -> None:
+    linear = hot_linear(n, max(1, int(share * (n - 1))), 16)
+    assert linear.hot is not None
+    read = QuantizedLinear.from_tensors(linear.spec, linear.to_tensors())
+    assert torch.equal(read.codes, linear.codes)
+    assert torch.equal(read.scale, linear.scale)
+    assert read.hot is not None
+    assert torch.equal(read.hot, linear.hot)
+    scale = linear.scale.double().repeat_interleave(16, 1)
+    assert torch.equal(dequantize(read).double(), linear.codes.double() * scale)
+    assert int(linear.codes[linear.hot.long()].abs().max()) > 100
+
+
+@pytest.mark.parametrize(
+    ("weights", "group", "words"),
+    [
+        ({"codebook": "quad8"}, {}, "hot_rows 3 with codebook quad8 and scale_bits 16: expected"),
+        ({"codebook": "int8", "num_bits": 8}, {}, "hot_rows 3 with codebook int8"),
+        ({"scale_bits": 6}, {}, "hot_rows 3 with codebook int4 and scale_bits 6: expected int4"),
+        ({"hot_rows": -1}, {}, "hot_rows: .* greater than or equal to 0 .*got -1"),
+        ({}, {"sidecar": {"rank": 2}}, "sidecar of rank 2 with hot_rows 3: expected 0"),
+        ({}, {"targets": ["m", "Linear"]}, "target Linear with hot_rows 3: expected the name"),
+        ({}, {"targets": ["re:.*embed"]}, r"target re:\.\*embed with hot_rows 3"),
+    ],
+)
+def test_schemes_with_hot_rows_that_are_none(
+    weights: dict[str, Any], group: dict[str, Any], words: str
+) -> None:
+    whole = {"targets": ["m"], "weights": {"hot_rows": 3, **weights}, **group}
+    raw = {"quant_method": "svsk", "version": "1.1", "config_groups": {"g": whole}}
+    with pytest.raises(SvskFormatError, match=words):
+        SvskCheckpointConfig.from_dict(raw)
+
+
+def test_hot_rows_are_of_version_1_1() -> None:
+    config = SvskCheckpointConfig(
+        config_groups={"g": make_group(targets=["m"], hot_rows=3), "rest": make_group()}
+    ).to_dict()
+    assert config["version"] == "1.1"
+    assert "hot_rows" not in config["config_groups"]["rest"]["weights"]
+    with pytest.raises(SvskFormatError, match=r"version 1\.0 with .*hot_rows"):
+        SvskCheckpointConfig.from_dict({**config, "version": "1.0"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.flip(0), "names rows twice or not in ascending order"),
+        (lambda rows: rows.clamp(min=int(rows[1])), "names rows twice"),
+        (lambda rows: rows + 45, "names rows .* to .*, expected 0 to 49"),
+        (lambda rows: rows - 50, "names rows -.* to .*, expected 0 to 49"),
+        (lambda rows: rows[:-1], r"weight_hot_rows: torch.int32 \[6\], expected .* \[7\]"),
+        (lambda rows: rows.long(), "weight_hot_rows: torch.int64"),
+    ],
+)
+def test_a_damaged_list_of_hot_rows_is_a_problem(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    small = build_small_checkpoint(tmp_path, tables=True, hot_rows=7)
+    assert validate_checkpoint(tmp_path, architecture(small)) == []
+    small.replace(f"{HEAD}.weight_hot_rows", change)
+    (problem,) = validate_checkpoint(tmp_path, architecture(small))
+    assert re.search(message, problem)
+    assert f"{HEAD}.weight_hot_rows" in problem
+    with pytest.raises(SvskFormatError, match=message):
+        Checkpoint(tmp_path).read_linear(HEAD)
+
+
+def test_a_damaged_scale_of_a_hot_row_is_a_problem(tmp_path: Path) -> None:
+    small = build_small_checkpoint(tmp_path, tables=True, hot_rows=7)
+
+    def damage(scale: torch.Tensor) -> torch.Tensor:
+        scale[3, 0] = float("nan")
+        return scale
+
+    small.replace(f"{EMBEDDING}.weight_hot_scale", damage)
+    (problem,) = validate_checkpoint(tmp_path)
+    assert f"{EMBEDDING}.weight_hot_scale: 1 of 14 values are not finite" in problem
+
+
+def test_rows_that_are_missing_are_a_problem(tmp_path: Path) -> None:
+    """Another number of hot rows in config.json makes a matrix of another size."""
+    small = build_small_checkpoint(tmp_path, tables=True, hot_rows=7)
+
+    def fewer(config: dict[str, Any]) -> None:
+        config["quantization_config"]["config_groups"]["head"]["weights"]["hot_rows"] = 6
+
+    small.edit_config(fewer)
+    problems = validate_checkpoint(tmp_path, architecture(small))
+    assert any("lm_head.weight_packed: holds [49, 64], the architecture" in p for p in problems)
+    assert any("lm_head.weight_hot_packed: torch.int32 [7, 16], expected" in p for p in problems)
 
 
 @pytest.mark.parametrize("codebook", ["int4", "int8"])

@@ -45,6 +45,7 @@ def make_group(
     tile_m: int = 512,
     tile_n: int = 1024,
     num_bits: int = 8,
+    hot_rows: int = 0,
 ) -> ConfigGroup:
     """A config group, every setting of the scheme by keyword."""
     return ConfigGroup(
@@ -54,6 +55,7 @@ def make_group(
             group_size=group_size,
             codebook=codebook,
             scale_bits=scale_bits,
+            hot_rows=hot_rows,
         ),
         sidecar=SidecarArgs.model_validate(
             {"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": num_bits}
@@ -62,11 +64,15 @@ def make_group(
 
 
 def random_linear(spec: LinearSpec, seed: int = 0) -> QuantizedLinear:
-    """A linear of random content: every code, scales of both signs, full-range factors."""
+    """A linear of random content: every code, scales of both signs, full-range factors.
+
+    Hot rows, which have codes of 8 bits, are drawn from all over.
+    """
+    generator = torch.Generator().manual_seed(seed)
     plain = random_plain(
         spec.grid,
         spec.scale_dtype,
-        torch.Generator().manual_seed(seed),
+        generator,
         codebook=spec.scheme.weights.codebook,
         group_size=spec.group_size,
         rank=spec.rank,
@@ -74,7 +80,13 @@ def random_linear(spec: LinearSpec, seed: int = 0) -> QuantizedLinear:
     )
     scale = plain.scale.float()
     scale = spec.scales.round(scale, spec.scales.row_scale(scale)).to(spec.scale_dtype)
-    return QuantizedLinear(spec, plain.codes, scale, plain.u, plain.v, plain.gain)
+    codes, hot, count = plain.codes, None, spec.scheme.weights.hot_rows
+    if count:
+        hot = torch.randperm(spec.n, generator=generator)[:count].sort().values
+        wide = torch.randint(-128, 128, (count, spec.k), generator=generator)
+        codes = codes.index_copy(0, hot, wide.to(torch.int8))
+        hot = hot.to(torch.int32)
+    return QuantizedLinear(spec, codes, scale, plain.u, plain.v, plain.gain, hot)
 
 
 def write_checkpoint(
@@ -217,6 +229,7 @@ def build_small_checkpoint(
     scale_bits: ScaleBits = 16,
     *,
     tables: bool = False,
+    hot_rows: int = 0,
 ) -> SmallCheckpoint:
     """Write a :class:`SmallCheckpoint` of a model of dtype ``dtype``.
 
@@ -226,7 +239,9 @@ def build_small_checkpoint(
         dtype: of scales and dense tensors.
         scale_bits: of the three linears.
         tables: quantise embedding and head too, to 8 bits: 50 x 32 in groups of 16, 50 x 64.
+        hot_rows: of both tables, whose other rows then have 4 bits.
     """
+    codebook: Codebook = "int4" if hot_rows else "int8"
     config = SvskCheckpointConfig(
         config_groups={
             "base": make_group(scale_bits=scale_bits),
@@ -250,8 +265,10 @@ def build_small_checkpoint(
     shapes = {Q_PROJ: (24, 128), O_PROJ: (33, 96), DOWN_PROJ: (20, 192)}
     if tables:
         more = {
-            "head": make_group(targets=[HEAD], codebook="int8"),
-            "embedding": make_group(targets=[EMBEDDING], codebook="int8", group_size=16),
+            "head": make_group(targets=[HEAD], codebook=codebook, hot_rows=hot_rows),
+            "embedding": make_group(
+                targets=[EMBEDDING], codebook=codebook, group_size=16, hot_rows=hot_rows
+            ),
         }
         config = config.model_copy(
             update={

@@ -17,7 +17,13 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I8": "i1", "U8": "u1"}
-WEIGHT_DEFAULTS = {"num_bits": 4, "group_size": 64, "codebook": "int4", "scale_bits": 16}
+WEIGHT_DEFAULTS = {
+    "num_bits": 4,
+    "group_size": 64,
+    "codebook": "int4",
+    "scale_bits": 16,
+    "hot_rows": 0,
+}
 SIDECAR_DEFAULTS = {"rank": 0, "tile_m": 512, "tile_n": 1024, "num_bits": 8}
 QUAD8 = [
     -16,
@@ -120,6 +126,20 @@ def scales(weights: dict[str, Any], tensors: dict[str, Array], name: str, groups
     return product
 
 
+def with_hot_rows(
+    weights: dict[str, Any], tensors: dict[str, Array], name: str, others: Array
+) -> Array:
+    """Section 5: row after row, each the next hot one or the next of the others."""
+    numbers, words, scale = (
+        tensors[f"{name}.weight_hot_{part}"] for part in ("rows", "packed", "scale")
+    )
+    g, codes = weights["group_size"], signed_bytes(words)
+    hot = scale.astype(np.float64)[:, np.arange(codes.shape[1]) // g] * codes
+    rest, waiting = list(others), dict(zip(numbers.tolist(), hot, strict=True))
+    total = len(others) + len(numbers)
+    return np.stack([waiting[n] if n in waiting else rest.pop(0) for n in range(total)])
+
+
 def decode(config: dict[str, Any], tensors: dict[str, Array], name: str) -> Array:
     """Sections 6 and 7, in float64."""
     weights, sidecar = scheme_of(config, name)
@@ -129,6 +149,8 @@ def decode(config: dict[str, Any], tensors: dict[str, Array], name: str) -> Arra
     q_min = -(2 ** (weights["num_bits"] - 1))
     scale = scales(weights, tensors, name, q.shape[1] // weights["group_size"])
     weight: Array = scale[n, k // weights["group_size"]] * LEVELS[weights["codebook"]][q - q_min]
+    if weights["hot_rows"]:
+        return with_hot_rows(weights, tensors, name, weight)
     if sidecar["rank"] == 0:
         return weight
     u, v, gain = (tensors[f"{name}.sidecar_{part}"] for part in ("u", "v", "gain"))
