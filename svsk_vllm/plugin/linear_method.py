@@ -27,7 +27,13 @@ from svsk_kernels.group_scales import expand_scales
 from svsk_kernels.layer_kernel import LayerSpec
 from svsk_vllm.format import ConfigGroup, LinearSpec, SvskFormatError
 from svsk_vllm.format.group_scales import ONE_LEVEL
-from svsk_vllm.format.spec import SIDECAR_GAIN, WEIGHT_PACKED, WEIGHT_ROW_SCALE, WEIGHT_SCALE
+from svsk_vllm.format.spec import (
+    SIDECAR_GAIN,
+    SUFFIXES,
+    WEIGHT_PACKED,
+    WEIGHT_ROW_SCALE,
+    WEIGHT_SCALE,
+)
 from svsk_vllm.plugin.kernel_choice import choose_kernel
 from svsk_vllm.plugin.shard_probe import ShardId, probe_columns, probe_rows
 from svsk_vllm.plugin.sidecar_layout import SidecarLayout, build_layout
@@ -42,7 +48,7 @@ from svsk_vllm.plugin.sidecar_loader import (
 
 __all__ = ["PARAMETERS", "Origin", "SvskLinearMethod", "fused_sizes"]
 
-PARAMETERS = frozenset({WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_ROW_SCALE, *SIDECAR_DTYPES})
+PARAMETERS = frozenset(SUFFIXES)
 """Names of the parameters that the method registers."""
 
 
@@ -150,7 +156,7 @@ class SvskLinearMethod(LinearMethodBase):
             n,
             k,
             group,
-            self.weights.codebook,
+            self.weights.joined_codebook,
             params_dtype,
             plan,
             bits,
@@ -168,10 +174,15 @@ class SvskLinearMethod(LinearMethodBase):
         """
         if self.origin.counted:
             self.arrived.check(self.prefix)
+        self._join(layer)
+        if self.origin.counted:
             _check_finite(self.prefix, layer)
         if self.layout:
             clear_padding(layer.sidecar_v.data, self.layout.plan)
         self.kernel.prepare(layer)
+
+    def _join(self, layer: Any) -> None:
+        """Make of what was loaded what kernels know, where these are not the same."""
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x W_hat^T + bias``.

@@ -183,6 +183,13 @@ class SvskConfig(QuantizationConfig):
                 f"{prefix}: vLLM fuses {', '.join(parts)}, but {', '.join(left_out)} is not"
                 " quantised. Ignore all of them or none when quantising."
             )
+        if hot := next(
+            (name for name, one in schemes.items() if one and one.weights.hot_rows), None
+        ):
+            raise SvskFormatError(
+                f"{hot}: config.json gives it hot_rows, which only embeddings and output heads"
+                " have. Correct it."
+            )
         expect(layer, LinearRecord(_shards(layer), PARAMETERS, counted))
         return SvskLinearMethod(prefix, parts, chosen, self._origin(parts, chosen, counted=counted))
 
@@ -336,8 +343,7 @@ class SvskConfig(QuantizationConfig):
                         f"{name}.{suffix}: missing or no matrix. The checkpoint is incomplete: copy"
                         " or download the folder again; `svsk validate` lists what is missing."
                     )
-            rows, words = held[WEIGHT_PACKED].shape
-            columns = words * scheme.weights.codes_per_word
+            rows, columns = scheme.weights.shape_of(held[WEIGHT_PACKED].shape)
             spec = LinearSpec(name, rows, columns, scheme, held[floating].dtype)
             if problems := tensor_problems(spec, held):
                 raise SvskFormatError(

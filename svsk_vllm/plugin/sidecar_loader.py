@@ -17,6 +17,9 @@ from svsk_vllm.format import ConfigGroup, SvskFormatError, WeightArgs, unpack_fa
 from svsk_vllm.format.group_scales import ONE_LEVEL, row_scale_problem, unpack_scale_codes
 from svsk_vllm.format.spec import (
     SCALE_DTYPES,
+    WEIGHT_HOT_PACKED,
+    WEIGHT_HOT_ROWS,
+    WEIGHT_HOT_SCALE,
     WEIGHT_PACKED,
     WEIGHT_ROW_SCALE,
     WEIGHT_SCALE,
@@ -32,6 +35,9 @@ __all__ = [
     "base_loader",
     "base_names",
     "clear_padding",
+    "require_dtype",
+    "require_shape",
+    "same_rows",
     "tile_loader",
 ]
 
@@ -40,7 +46,15 @@ SIDECAR_DTYPES = {"sidecar_u": torch.int8, "sidecar_v": torch.int8, "sidecar_gai
 
 
 def base_names(weights: WeightArgs) -> tuple[str, ...]:
-    """The base's parameters, loaded by vLLM's own loaders."""
+    """The base's parameters: loaded by vLLM's own loaders, but for tables with hot rows."""
+    if weights.hot_rows:
+        return (
+            WEIGHT_PACKED,
+            WEIGHT_SCALE,
+            WEIGHT_HOT_ROWS,
+            WEIGHT_HOT_PACKED,
+            WEIGHT_HOT_SCALE,
+        )
     if weights.scale_bits == ONE_LEVEL:
         return (WEIGHT_PACKED, WEIGHT_SCALE)
     return (WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_ROW_SCALE)
@@ -171,8 +185,8 @@ def base_loader(
     def load(param: torch.Tensor, loaded_weight: torch.Tensor, loaded_shard_id: Any = None) -> None:
         stored = stored_tensor(loaded_weight, name)
         if stored is not None:
-            _require_dtype(stored.name, stored.dtype, *base.dtypes(name))
-            if keep and not _same_rows(stored.tensor, loaded_weight, order, whole=whole):
+            require_dtype(stored.name, stored.dtype, *base.dtypes(name))
+            if keep and not same_rows(stored.tensor, loaded_weight, order, whole=whole):
                 raise SvskFormatError(
                     f"{stored.name}: vLLM's loader for this architecture changes its rows before"
                     f" {prefix} gets them, in a way that the plugin does not know. Put the module"
@@ -191,9 +205,17 @@ def base_loader(
     return load
 
 
-def _same_rows(
+def same_rows(
     stored: torch.Tensor, arrived: torch.Tensor, order: torch.Tensor | None, *, whole: bool
 ) -> bool:
+    """Whether a loader was given what is stored, in the order that is expected.
+
+    Args:
+        stored: as vLLM read it.
+        arrived: as the layer's loader got it.
+        order: stored row of each row that has to arrive, None for the stored order.
+        whole: whether all of it has to arrive.
+    """
     same_memory = stored.untyped_storage().data_ptr() == arrived.untyped_storage().data_ptr()
     if (
         same_memory
@@ -212,7 +234,12 @@ def _same_rows(
     return len(order) == len(stored) and torch.equal(stored[order.to(stored.device)], arrived)
 
 
-def _require_dtype(name: str, dtype: torch.dtype, *expected: torch.dtype) -> None:
+def require_dtype(name: str, dtype: torch.dtype, *expected: torch.dtype) -> None:
+    """Refuse a stored tensor of another dtype than the scheme's.
+
+    Raises:
+        SvskFormatError: it is.
+    """
     if dtype not in expected:
         raise SvskFormatError(
             f"{name}: {dtype}, expected {' or '.join(map(str, expected))}. Run `svsk validate` on"
@@ -246,10 +273,10 @@ def tile_loader(
         stored = stored_tensor(loaded_weight, name)
         if stored is not None:
             packed = name != "sidecar_gain" and part.sidecar.num_bits == 4
-            _require_dtype(
+            require_dtype(
                 stored.name, stored.dtype, torch.uint8 if packed else SIDECAR_DTYPES[name]
             )
-            if not _same_rows(stored.tensor, loaded_weight, None, whole=True):
+            if not same_rows(stored.tensor, loaded_weight, None, whole=True):
                 raise SvskFormatError(
                     f"{stored.name}: vLLM's loader for this architecture changes it before {prefix}"
                     " gets it. Quantise the module without a sidecar (rank 0), or put it on the"
@@ -261,7 +288,7 @@ def tile_loader(
             loaded_weight = unpack_factors(loaded_weight, part.sidecar.num_bits)
         rank, tiles = part.sidecar.rank, -(-input_size // part.tile_n)
         inner = (rank, input_size) if name == "sidecar_v" else (tiles, rank)
-        _require_shape(f"{prefix}.{name}", loaded_weight, (len(loaded_weight), *inner))
+        require_shape(f"{prefix}.{name}", loaded_weight, (len(loaded_weight), *inner))
         copy(param.data, loaded_weight, layout.plan, part)
         if arrived is not None:
             arrived.note(name, (loaded_shard_id,))
@@ -295,7 +322,12 @@ def _copy_gain(
         views[slot.index].copy_(source[slot.tile, part.tile_columns])
 
 
-def _require_shape(name: str, source: torch.Tensor, shape: tuple[int, ...]) -> None:
+def require_shape(name: str, source: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape than the scheme's.
+
+    Raises:
+        SvskFormatError: it is.
+    """
     if tuple(source.shape) != shape:
         raise SvskFormatError(
             f"{name}: the checkpoint holds shape {list(source.shape)}, its config.json asks for"

@@ -107,7 +107,7 @@ def _size(config: Known, name: str) -> tuple[int, int] | None:
     scheme = config.checkpoint.scheme_for(name)
     if packed is None or scheme is None or len(packed.shape) != 2:
         return None
-    return packed.shape[0], packed.shape[1] * scheme.weights.codes_per_word
+    return scheme.weights.shape_of(packed.shape)
 
 
 def _scheme(config: Known, name: str, *, is_head: bool) -> ConfigGroup | None:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serving a quantised embedding table or output head."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from svsk_kernels.layer_kernel import TableKernel
-from svsk_vllm.format import SvskFormatError
+from svsk_vllm.format import LinearSpec, SvskFormatError
+from svsk_vllm.plugin.hot_rows import HotRows
 from svsk_vllm.plugin.linear_method import SvskLinearMethod
 from svsk_vllm.plugin.shard_probe import ShardId
 
@@ -30,6 +32,22 @@ class SvskHeadMethod(SvskLinearMethod):
 
     def _columns(self, layer: Any, loader: Any, k: int, shard: ShardId) -> torch.Tensor:
         return torch.arange(k, device="cpu")
+
+    def _register_base(
+        self, layer: Any, n: int, k: int, loader_of: Callable[[str], Callable[..., None]]
+    ) -> None:
+        if not self.weights.hot_rows:
+            super()._register_base(layer, n, k, loader_of)
+            return
+        held, name = layer.shard_indices, self.origin.names[0]
+        first, last = held.org_vocab_start_index, held.org_vocab_end_index
+        stored = LinearSpec(name, layer.org_vocab_size, k, self.schemes[0], self.params_dtype)
+        self.hot_rows = HotRows(self.prefix, stored, n, first, last - first)
+        self.hot_rows.register(layer, self.arrived)
+
+    def _join(self, layer: Any) -> None:
+        if self.weights.hot_rows:
+            self.hot_rows.join(layer, counted=self.origin.counted)
 
     def _check_sizes(self, layer: Any, input_size: int, output_size: int) -> None:
         for spec in self.origin.stored or ():

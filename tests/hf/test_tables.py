@@ -8,11 +8,12 @@ import torch
 
 from svsk_offline.export.dense import restore
 from svsk_vllm.architecture.folder_check import checkpoint_problems
-from svsk_vllm.format import Codebook, EmbeddingArgs, SvskFormatError
+from svsk_vllm.format import EmbeddingArgs, SvskFormatError
 from tests.hf.loading import assert_same, edit_tensors, load, logits
 from tests.support.format_builders import edit_json
 from tests.support.tiny_models import (
     EMBEDDING,
+    TableKind,
     default_schemes,
     table_schemes,
     write_dense,
@@ -21,7 +22,7 @@ from tests.support.tiny_models import (
 
 
 def with_tables(
-    folder: Path, family: str, head: Codebook | None, embedding: Codebook | None
+    folder: Path, family: str, head: TableKind | None, embedding: TableKind | None
 ) -> Path:
     tied = family == "llama"
     return write_random_svsk(
@@ -42,10 +43,13 @@ def with_tables(
         ("qwen2", "quad8", "int8"),
         ("qwen2", None, "int8"),
         ("qwen2", "int8", None),
+        ("llama", "mixed-int8", "mixed-int8"),
+        ("qwen2", "mixed-int8", "mixed-int8"),
+        ("qwen2", "mixed-int8", None),
     ],
 )
 def test_loaded_as_restored(
-    tmp_path: Path, family: str, head: Codebook | None, embedding: Codebook | None
+    tmp_path: Path, family: str, head: TableKind | None, embedding: TableKind | None
 ) -> None:
     svsk = with_tables(tmp_path, family, head, embedding)
     assert checkpoint_problems(svsk) == []
@@ -63,6 +67,13 @@ def test_a_table_that_config_json_does_not_name_is_refused(tmp_path: Path) -> No
     svsk = with_tables(tmp_path, "qwen2", None, "int8")
     edit_json(svsk / "config.json", lambda c: c["quantization_config"].pop("embedding"))
     with pytest.raises(SvskFormatError, match=r"model\.embed_tokens: stored quantised, but it"):
+        load(svsk)
+
+
+def test_a_table_without_its_hot_rows_is_refused(tmp_path: Path) -> None:
+    svsk = with_tables(tmp_path, "llama", "mixed-int8", "mixed-int8")
+    edit_tensors(svsk, lambda tensors: tensors.pop(f"{EMBEDDING}.weight_hot_packed"))
+    with pytest.raises(SvskFormatError, match=r"embed_tokens\.weight_hot_packed: missing"):
         load(svsk)
 
 

@@ -87,7 +87,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("mutations")
     dense = write_dense(root / "dense", MODEL)
     made = {
-        "schemes": schemes() | table_schemes("int8", "int8"),
+        "schemes": schemes() | table_schemes("mixed-int8", "int8"),
         "ignore": (),
         "embedding": EmbeddingArgs(module=EMBEDDING),
     }

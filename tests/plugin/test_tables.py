@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -71,20 +71,24 @@ def ranked(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> Iterator[tu
         yield rank, size
 
 
-def table(name: str, codebook: Codebook, seed: int = 0) -> QuantizedLinear:
-    scheme = (
-        make_group(targets=[name], codebook="int8", group_size=32)
-        if codebook == "int8"
-        else make_group(
+Kind = Codebook | Literal["hot rows"]
+HOT = 70  # more than the second of two ranks has rows
+
+
+def table(name: str, kind: Kind, seed: int = 0) -> QuantizedLinear:
+    scheme = {
+        "int8": make_group(targets=[name], codebook="int8", group_size=32),
+        "hot rows": make_group(targets=[name], group_size=32, hot_rows=HOT),
+        "quad8": make_group(
             targets=[name],
-            codebook=codebook,
+            codebook="quad8",
             scale_bits=6,
             rank=4,
             tile_m=0,
             tile_n=48,
             num_bits=4,
-        )
-    )
+        ),
+    }[kind]
     return random_linear(LinearSpec(name, VOCABULARY, K, scheme, torch.bfloat16), seed)
 
 
@@ -151,13 +155,13 @@ def check_rows(layer: Any, weight: torch.Tensor, rank: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("codebook", ["int8", "quad8"])
+@pytest.mark.parametrize("kind", ["int8", "quad8", "hot rows"])
 def test_a_tied_table_is_looked_up_and_multiplied(
-    monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int], codebook: Codebook, kernel: str
+    monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int], kind: Kind, kernel: str
 ) -> None:
     """As in Llama: the embedding is built without a name, the head is tied to it."""
     monkeypatch.setenv("SVSK_KERNEL", kernel)
-    linear = table(EMBEDDING, codebook)
+    linear = table(EMBEDDING, kind)
     config = config_with(monkeypatch, linear, tied=True)
     embedding: Any = VocabParallelEmbedding(
         VOCABULARY, K, params_dtype=torch.bfloat16, quant_config=config
@@ -176,12 +180,12 @@ def test_a_tied_table_is_looked_up_and_multiplied(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("codebook", ["int8", "quad8"])
+@pytest.mark.parametrize("kind", ["int8", "quad8", "hot rows"])
 def test_a_head_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int], codebook: Codebook, kernel: str
+    monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int], kind: Kind, kernel: str
 ) -> None:
     monkeypatch.setenv("SVSK_KERNEL", kernel)
-    linear = table(HEAD, codebook)
+    linear = table(HEAD, kind)
     config = config_with(monkeypatch, linear, table(EMBEDDING, "int8", 1))
     head: Any = ParallelLMHead(
         VOCABULARY, K, params_dtype=torch.bfloat16, quant_config=config, prefix="lm_head"
@@ -193,13 +197,13 @@ def test_a_head_of_its_own(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("codebook", ["int8", "quad8"])
+@pytest.mark.parametrize("kind", ["int8", "quad8", "hot rows"])
 def test_lookups_and_products_compile_for_any_number_of_tokens(
-    monkeypatch: pytest.MonkeyPatch, one_rank: Any, codebook: Codebook, kernel: str
+    monkeypatch: pytest.MonkeyPatch, one_rank: Any, kind: Kind, kernel: str
 ) -> None:
     """Into one graph, as vLLM compiles a model's embedding."""
     monkeypatch.setenv("SVSK_KERNEL", kernel)
-    linear = table(EMBEDDING, codebook)
+    linear = table(EMBEDDING, kind)
     config_with(monkeypatch, linear, tied=True)
     layer = build_embedding(torch.bfloat16)
     load(layer, linear)
@@ -328,9 +332,13 @@ def test_a_model_of_another_kind_is_untouched(
     assert [name for name, _ in embedding.named_parameters()] == ["weight"]
 
 
-def test_weights_are_reloaded(monkeypatch: pytest.MonkeyPatch, one_rank: tuple[int, int]) -> None:
+@pytest.mark.parametrize("kind", ["quad8", "hot rows"])
+def test_weights_are_reloaded(
+    monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int], kind: Kind
+) -> None:
+    """Another list of hot rows too, of which each rank has another number."""
     monkeypatch.setenv("SVSK_KERNEL", "portable")
-    first, second = table(EMBEDDING, "quad8"), table(EMBEDDING, "quad8", 5)
+    first, second = table(EMBEDDING, kind), table(EMBEDDING, kind, 5)
     config_with(monkeypatch, first, tied=True)
     layer = build_embedding(torch.bfloat16)
     load(layer, first)
@@ -341,8 +349,8 @@ def test_weights_are_reloaded(monkeypatch: pytest.MonkeyPatch, one_rank: tuple[i
         initialize_layerwise_reload(layer)
         load(layer, linear)
         finalize_layerwise_reload(layer, None)
-        check_rows(layer, held(linear, one_rank), one_rank)
-        check_product(layer, held(linear, one_rank))
+        check_rows(layer, held(linear, rank), rank)
+        check_product(layer, held(linear, rank))
     assert places == {name: tensor.data_ptr() for name, tensor in layer.named_parameters()}
 
 

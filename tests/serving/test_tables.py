@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from svsk_vllm.architecture.folder_check import checkpoint_problems
-from svsk_vllm.format import Codebook, EmbeddingArgs
+from svsk_vllm.format import EmbeddingArgs
 from tests.serving.conftest import Run, served_schemes
 from tests.serving.transformers_answers import compare_with_transformers, prompts
 from tests.support.tiny_models import (
@@ -15,6 +15,7 @@ from tests.support.tiny_models import (
     FAMILIES,
     MORE_FAMILIES,
     Family,
+    TableKind,
     table_schemes,
     write_dense,
     write_random_svsk,
@@ -32,6 +33,10 @@ MIXTRAL = Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2})
     [
         ("llama", "int8", "int8", 2, True),
         ("qwen2", "quad8", "int8", 1, False),
+        ("llama", "mixed-int8", "mixed-int8", 2, True),
+        pytest.param("qwen2", "mixed-int8", "mixed-int8", 1, False, marks=pytest.mark.slow),
+        pytest.param("qwen2", "quad8", "mixed-int8", 2, True, marks=pytest.mark.slow),
+        pytest.param("llama", "mixed-int8", "mixed-int8", 1, False, marks=pytest.mark.slow),
         pytest.param("llama", "quad8", "quad8", 2, True, marks=pytest.mark.slow),
         pytest.param("qwen2", "int8", "int8", 2, True, marks=pytest.mark.slow),
         pytest.param("qwen2 tied", "int8", "int8", 1, True, marks=pytest.mark.slow),
@@ -46,8 +51,8 @@ def test_served_as_by_transformers(
     tmp_path: Path,
     run_vllm: Run,
     name: str,
-    head: Codebook,
-    embedding: Codebook,
+    head: TableKind,
+    embedding: TableKind,
     tp: int,
     eager: bool,
 ) -> None:

@@ -18,10 +18,13 @@ from svsk_kernels.group_scales import expand_scales
 from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.reference_kernel import ReferenceKernel, dequantize_layer
 from svsk_kernels.sidecar_op import sidecar_matmul
-from svsk_vllm.format import Codebook, unpack_codes
+from svsk_vllm.format import Codebook, LinearSpec, pack_codes, unpack_codes
 from svsk_vllm.format.group_scales import ScaleBits
 from svsk_vllm.plugin import split_kernel
+from svsk_vllm.plugin.hot_rows import HotRows
+from svsk_vllm.plugin.sidecar_loader import Arrived
 from svsk_vllm.plugin.split_kernel import SplitKernel
+from tests.support.format_builders import make_group, random_linear
 from tests.support.simulated_cuda import on_gpu, simulated_cuda
 from tests.support.unpack_gpu import (
     unpack_base,
@@ -174,6 +177,29 @@ def test_fused_layers(
     assert torch.equal(found[2], expected[2])
     reference = expected_output(kind, linears, build(kind, linears, torch.device("cpu")), rank)
     assert float((found[2].double() - reference).norm() / reference.norm()) < 5e-3
+
+
+def test_hot_rows_are_put_together_where_they_are(rank: tuple[int, int]) -> None:
+    scheme = make_group(targets=["embed"], hot_rows=9)
+    linear = random_linear(LinearSpec("embed", 40, 128, scheme))
+
+    def run(device: torch.device) -> dict[str, torch.Tensor]:
+        layer = torch.nn.Module()
+        hot = HotRows("embed", linear.spec, 24, 20, 20)
+        with torch.device(device):
+            hot.register(layer, Arrived({None: "embed"}, [scheme]))
+        for name, tensor in linear.to_tensors().items():
+            parameter: Any = getattr(layer, name.rpartition(".")[2])
+            parameter.weight_loader(parameter, tensor)
+        hot.join(layer, counted=True)
+        assert {tensor.device for tensor in layer.parameters()} == {device}
+        return parameters(layer)
+
+    with simulated_cuda({}):
+        found = run(GPU)
+    expected = run(torch.device("cpu"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.equal(found["weight_packed"][:20], pack_codes(linear.codes[20:], 8))
 
 
 class OnCpu(TritonKernel):

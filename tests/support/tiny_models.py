@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -49,6 +49,8 @@ VOCAB: Final = 320
 PAD, EOS, BOS = 256, 257, 258
 SIDECAR_FRACTION: Final = 0.05
 EMBEDDING: Final = "model.embed_tokens"
+HOT_ROWS: Final = 90
+"""Of tables of kind mixed-int8; drawn from all over."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,7 @@ def scheme(
     scale_bits: ScaleBits = 16,
     tile_m: int = TILE_M,
     tile_n: int = TILE_N,
+    hot_rows: int = 0,
 ) -> ConfigGroup:
     """A config group for the targets, with misaligned tiles unless told otherwise."""
     return ConfigGroup(
@@ -224,6 +227,7 @@ def scheme(
             group_size=group_size,
             codebook=codebook,
             scale_bits=scale_bits,
+            hot_rows=hot_rows,
         ),
         sidecar=SidecarArgs.model_validate(
             {"rank": rank, "num_bits": num_bits, "tile_m": tile_m, "tile_n": tile_n}
@@ -247,14 +251,19 @@ def default_schemes() -> dict[str, ConfigGroup]:
     }
 
 
-def table_schemes(head: Codebook | None, embedding: Codebook | None) -> dict[str, ConfigGroup]:
-    """Schemes of an output head and an embedding table: 8 bits, or 4 with a sidecar."""
+TableKind = Literal["int8", "quad8", "mixed-int8"]
 
-    def of(target: str, codebook: Codebook) -> ConfigGroup:
-        if codebook == "int8":
-            return scheme(target, codebook=codebook)
+
+def table_schemes(head: TableKind | None, embedding: TableKind | None) -> dict[str, ConfigGroup]:
+    """Schemes of an output head and an embedding table: 8 bits, 4 with a sidecar, or both."""
+
+    def of(target: str, kind: TableKind) -> ConfigGroup:
+        if kind == "mixed-int8":
+            return scheme(target, hot_rows=HOT_ROWS)
+        if kind == "int8":
+            return scheme(target, codebook=kind)
         return scheme(
-            target, codebook=codebook, group_size=32, scale_bits=6, rank=4, num_bits=4, tile_m=0
+            target, codebook=kind, group_size=32, scale_bits=6, rank=4, num_bits=4, tile_m=0
         )
 
     schemes = {} if head is None else {"head": of("lm_head", head)}
@@ -344,6 +353,12 @@ def round_with_sidecar(
     scale = spec.scales.round(absmax, spec.scales.row_scale(absmax)).to(weight.dtype)
     nearest = torch.bucketize(grouped / scale.float().unsqueeze(-1), (levels[1:] + levels[:-1]) / 2)
     codes = (nearest - len(levels) // 2).to(torch.int8).view(n, k)
+    if group.weights.hot_rows:
+        hot = torch.randperm(n, generator=generator)[: group.weights.hot_rows].sort().values
+        scale[hot] = (grouped[hot].abs().amax(-1) / 127).clamp(min=1e-6).to(weight.dtype)
+        steps = (grouped[hot] / scale[hot].float().unsqueeze(-1)).round().clamp(-127, 127)
+        codes[hot] = steps.flatten(1).to(torch.int8)
+        return QuantizedLinear(spec, codes, scale, hot=hot.to(torch.int32))
     if not spec.rank:
         return QuantizedLinear(spec, codes, scale)
     rows, cols, r = spec.grid.num_row_tiles, spec.grid.num_col_tiles, spec.rank
