@@ -117,16 +117,19 @@ def quantize(
     head: Annotated[
         str | None,
         typer.Option(
-            help="Output head: int8, svsk (4 bits and a sidecar), dense, or auto (int8 where it can"
-            " be)."
+            help="Output head: int8, mixed-int8 (8 bits in rows of common tokens, 4 in others),"
+            " svsk (4 bits and a sidecar), dense, or auto (int8 where it can be)."
         ),
     ] = None,
     embedding: Annotated[
         str | None,
         typer.Option(
-            help="Embedding table: int8, dense, or auto (int8 where it can be; as the head where it"
-            " is tied)."
+            help="Embedding table: int8, mixed-int8, dense, or auto (int8 where it can be; as the"
+            " head where it is tied)."
         ),
+    ] = None,
+    hot_rows: Annotated[
+        int | None, typer.Option(help="Of mixed-int8: rows in 8 bits, 8000 if not given.")
     ] = None,
     budget_includes: Annotated[
         list[str] | None, typer.Option(help="head: its bits count in --target-bpw.")
@@ -205,7 +208,7 @@ def quantize(
                 "sequential": sequential,
             },
             "allocation": budget,
-            "tables": {"head": head, "embedding": embedding},
+            "tables": {"head": head, "embedding": embedding, "hot_rows": hot_rows},
             "smoothing": {"alpha": smoothing, "keys": smooth_keys or None},
             "ignore": tuple(ignore or ()),
         }
@@ -217,6 +220,7 @@ def quantize(
             for (key, value), option in zip(sidecar.items(), options, strict=True)
             if value is not None
         }
+        | ({} if hot_rows is None else {"tables.hot_rows": "--hot-rows"})
     )
     if measurements is not None and not chosen.needs_gradients:
         raise SvskError(

@@ -3,6 +3,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -10,8 +11,9 @@ import torch
 from svsk_offline.calibration.block_runner import BlockRunner
 from svsk_offline.calibration.head_input import collect_head_input
 from svsk_offline.calibration.held_out import OutputErrors
-from svsk_offline.planning.tables import TablePlan
+from svsk_offline.planning.tables import Table, TablePlan
 from svsk_offline.quantizers.eight_bits import round_to_eight_bits
+from svsk_offline.quantizers.hot_rows import common_tokens, round_with_hot_rows
 from svsk_offline.quantizers.quantize_linear import quantize_linear
 from svsk_offline.recipe import PublishedRecipe, Recipe
 from svsk_offline.storage.checkpoint_writer import QuantizedTables
@@ -24,7 +26,11 @@ _ROWS: Final = 8192
 
 
 def quantize_tables(
-    plan: TablePlan, runner: BlockRunner, tokens: torch.Tensor, recipe: Recipe
+    plan: TablePlan,
+    runner: BlockRunner,
+    tokens: torch.Tensor,
+    recipe: Recipe,
+    say: Callable[[str], None],
 ) -> QuantizedTables:
     """Quantise what the plan says, and measure it.
 
@@ -36,6 +42,7 @@ def quantize_tables(
         runner: past the last block.
         tokens: the calibration samples, int64 [samples, tokens].
         recipe: of a head that is quantised as linears are.
+        say: told how common the tokens of hot rows are.
 
     Raises:
         SvskError: a table holds values that cannot be stored, or statistics cannot be used.
@@ -54,6 +61,9 @@ def quantize_tables(
         weight = runner.source.tensors.read(table.stored)
         if spec.scheme.weights.num_bits == 8:
             linear = round_to_eight_bits(weight, spec)
+        elif spec.scheme.weights.hot_rows:
+            hot = _hot_rows(table, tokens, runner.held_out, say)
+            linear = round_with_hot_rows(weight, spec, hot, runner.device)
         else:
             assert fitted is not None, "only what is multiplied with is quantised to 4 bits"
             linear = quantize_linear(
@@ -68,6 +78,19 @@ def quantize_tables(
         reports.append(errors.report(spec, seconds))
     replaced = frozenset(table.stored for table in plan.tables)
     return QuantizedTables(tuple(linears), tuple(reports), replaced, plan.untied)
+
+
+def _hot_rows(
+    table: Table, tokens: torch.Tensor, held_out: int, say: Callable[[str], None]
+) -> torch.Tensor:
+    """The rows of a table that get 8 bits, by the samples that are not held out: int32 [h]."""
+    spec = table.spec
+    fitted, others = tokens[: len(tokens) - held_out], tokens[len(tokens) - held_out :]
+    hot = common_tokens(fitted, table.special, spec.n, spec.scheme.weights.hot_rows)
+    which, name = (others, "held-out tokens") if held_out else (fitted, "tokens")
+    share = float(torch.isin(which.cpu(), hot).double().mean())
+    say(f"{spec.name}: the {len(hot)} rows in 8 bits are those of {share:.1%} of the {name}")
+    return hot
 
 
 def _errors(

@@ -77,6 +77,8 @@ class _Recipe(Strict):
     def _four_bits(cls, value: WeightArgs) -> WeightArgs:
         if value.num_bits != 4:
             raise ValueError(f"codebook {value.codebook} {_EIGHT_BITS}")
+        if value.hot_rows:
+            raise ValueError(f"hot_rows {value.hot_rows}: of tables only. Say tables.hot_rows")
         return value
 
     @classmethod
@@ -118,6 +120,8 @@ class _Recipe(Strict):
         idle = {} if self.largest_rank else dict.fromkeys(keys, _NO_SIDECAR)
         if self.tables.head != "svsk":
             idle["tables.rank"] = f"with tables.head {self.tables.head}"
+        if "mixed-int8" not in (self.tables.head, self.tables.embedding):
+            idle["tables.hot_rows"] = "without a table that is mixed-int8"
         if self.smoothing is not None and self.smoothing.alpha is None:
             idle["smoothing.targets"] = "without smoothing.alpha"
         return idle

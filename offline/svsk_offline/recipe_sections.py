@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sections of a recipe: the settings of a method, of calibration, of a bit budget."""
 
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -173,30 +173,22 @@ class TableArgs(Strict):
     """How the embedding table and the output head are stored.
 
     ``int8`` rounds to 8 bits, a scale for 64 weights: near lossless. ``svsk`` runs the recipe's
-    quantiser on the head, with the Hessian of the final norm's output. ``auto`` is ``int8``, or
-    ``dense`` where a model's matrix cannot be quantised, or is on the ignore list.
+    quantiser on the head, with the Hessian of the final norm's output. ``mixed-int8``, the
+    original's scheme, rounds the rows of common tokens to 8 bits and the others to 4. ``auto`` is
+    ``int8``, or ``dense`` where a model's matrix cannot be quantised, or is on the ignore list.
 
     Attributes:
         head: of the output head.
         embedding: of the table. Where the model ties the two, ``auto`` of one is what the other
             is, and they are stored once.
         rank: of the sidecar of a head ``svsk``, over the whole matrix, with 4-bit factors.
+        hot_rows: of ``mixed-int8``: rows in 8 bits.
     """
 
-    head: Literal["auto", "int8", "svsk", "dense"] = "auto"
-    embedding: Literal["auto", "int8", "dense"] = "auto"
+    head: Literal["auto", "int8", "mixed-int8", "svsk", "dense"] = "auto"
+    embedding: Literal["auto", "int8", "mixed-int8", "dense"] = "auto"
     rank: int = Field(default=32, ge=0, le=MAX_RANK, multiple_of=2)
-
-    @field_validator("head", "embedding", mode="before")
-    @classmethod
-    def _not_mixed(cls, value: Any) -> Any:
-        """The original's scheme, which both others beat (docs/benchmarks/tables.md)."""
-        if value == "mixed-int8":
-            raise ValueError(
-                "mixed-int8 (rows of common tokens in 8 bits, the rest in 4) is not offered: svsk"
-                " loses less with fewer bits. Say int8, svsk or dense"
-            )
-        return value
+    hot_rows: int = Field(default=8000, ge=1, strict=True)
 
 
 class SmoothingArgs(Strict):

@@ -311,7 +311,9 @@ class Run:
                 layers += reports
                 seconds.append(time.perf_counter() - started)
                 self.progress.block(index + 1, len(self.blocks))
-            tables = quantize_tables(self.tables, runner, self.texts.tokens, self.recipe)
+            tables = quantize_tables(
+                self.tables, runner, self.texts.tokens, self.recipe, self.progress.message
+            )
         finally:
             runner.close()
         for report in tables.reports:

@@ -35,11 +35,13 @@ class Table:
         spec: with the name it has in the checkpoint.
         stored: the dense tensor in the folder.
         is_embedding: whether it is looked up by row.
+        special: rows of special tokens, where some rows are hot: they come first.
     """
 
     spec: LinearSpec
     stored: str
     is_embedding: bool
+    special: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def _plan_tied(
     head_name: str,
     message: Callable[[str], None],
 ) -> TablePlan:
-    """One table for both uses, or an 8-bit table beside a 4-bit head."""
+    """One table for both uses, or one in 8 bits, all or some, beside a 4-bit head."""
     stored = source.map.sources[table_name]
     name = source.map.output_name(stored)
     asked = recipe.tables.embedding
@@ -190,7 +192,7 @@ def _plan_tied(
             return TablePlan()
         table = _table(source, stored, name, head, recipe, scale_dtype, is_embedding=True)
         return TablePlan((table,), tied=True)
-    if (head, asked) != ("svsk", "int8"):
+    if head != "svsk" or asked == "dense":
         raise SvskError(
             f"--head {head} --embedding {asked}: embedding and head of {source.folder} are one"
             f" matrix. Leave --embedding out, or say --embedding {head}."
@@ -295,14 +297,23 @@ def _table(
 ) -> Table:
     n, k = source.tensors.describe(stored).shape
     module = name.removesuffix(".weight")
+    group_size = next((size for size in _GROUP_SIZES if k % size == 0), _GROUP_SIZES[-1])
+    side, special = SidecarArgs(), frozenset[int]()
     if kind == "int8":
-        group_size = next((size for size in _GROUP_SIZES if k % size == 0), _GROUP_SIZES[-1])
-        group = ConfigGroup(
-            targets=(module,),
-            weights=WeightArgs(num_bits=8, codebook="int8", group_size=group_size),
-        )
+        weights = WeightArgs(num_bits=8, codebook="int8", group_size=group_size)
+    elif kind == "mixed-int8":
+        hot = recipe.tables.hot_rows
+        if hot >= n:
+            raise SvskError(
+                f"{stored}: has {n} rows, of which mixed-int8 is to store {hot} in 8 bits"
+                f" (tables.hot_rows). Say fewer (--hot-rows {n // 8}), or int8, which has 8 bits in"
+                " all."
+            )
+        weights = WeightArgs(group_size=group_size, hot_rows=hot)
+        special = frozenset(token for token in source.special_tokens if token < n)
     else:
         # Of the whole matrix: tensor parallelism then cuts U by rows, and V is copied.
+        weights = recipe.weights
         side = SidecarArgs(rank=recipe.tables.rank, tile_m=0, tile_n=0, num_bits=4)
-        group = ConfigGroup(targets=(module,), weights=recipe.weights, sidecar=side)
-    return Table(LinearSpec(module, n, k, group, scale_dtype), stored, is_embedding)
+    group = ConfigGroup(targets=(module,), weights=weights, sidecar=side)
+    return Table(LinearSpec(module, n, k, group, scale_dtype), stored, is_embedding, special)

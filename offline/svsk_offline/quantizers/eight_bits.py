@@ -8,7 +8,7 @@ import torch
 from svsk_kernels.errors import SvskError
 from svsk_vllm.format import LinearSpec, QuantizedLinear
 
-__all__ = ["round_to_eight_bits"]
+__all__ = ["require_finite", "round_to_eight_bits"]
 
 _LARGEST: Final = 127
 """The code of a group's largest magnitude; -128 has no counterpart."""
@@ -31,7 +31,7 @@ def round_to_eight_bits(weight: torch.Tensor, spec: LinearSpec) -> QuantizedLine
         The quantised matrix, on the CPU.
 
     Raises:
-        SvskError: a weight is not finite, or beyond what the scale's dtype can hold.
+        SvskError: a weight is not finite in the scale's dtype, which is the model's.
     """
     codes = torch.empty(spec.n, spec.k, dtype=torch.int8)
     scale = torch.empty(spec.n, spec.k // spec.group_size, dtype=spec.scale_dtype)
@@ -39,13 +39,26 @@ def round_to_eight_bits(weight: torch.Tensor, spec: LinearSpec) -> QuantizedLine
     for start in range(0, spec.n, rows):
         part = slice(start, start + rows)
         groups = weight[part].float().cpu().unflatten(1, (-1, spec.group_size))
+        require_finite(groups, spec)
         rounded = (groups.abs().amax(2) / _LARGEST).to(spec.scale_dtype)
-        if not bool(torch.isfinite(rounded).all()):
-            raise SvskError(
-                f"{spec.name}.weight: holds values that are not finite in {spec.scale_dtype}. The"
-                " model is damaged, or needs --dtype bfloat16."
-            )
         wide = rounded.float().unsqueeze(2)
         steps = torch.where(wide == 0, 0.0, groups / wide).round_().clamp_(-_LARGEST, _LARGEST)
         codes[part], scale[part] = steps.flatten(1).to(torch.int8), rounded
     return QuantizedLinear(spec, codes, scale)
+
+
+def require_finite(weight: torch.Tensor, spec: LinearSpec) -> None:
+    """Refuse weights that the model could not have in the dtype of their scales.
+
+    Args:
+        weight: some of the weights, any floating dtype.
+        spec: of the whole.
+
+    Raises:
+        SvskError: one is not finite there.
+    """
+    if not bool(torch.isfinite(weight.to(spec.scale_dtype)).all()):
+        raise SvskError(
+            f"{spec.name}.weight: holds values that are not finite in {spec.scale_dtype}. The"
+            " model is damaged, or needs --dtype bfloat16."
+        )

@@ -99,6 +99,16 @@ class ModelSource:
         except (OSError, ValueError) as error:
             raise SvskError(f"{self.folder}: no usable tokenizer ({error}).") from error
 
+    @property
+    def special_tokens(self) -> frozenset[int]:
+        """Numbers of the tokenizer's special tokens, and of those that end what is generated."""
+        generation = self.folder / "generation_config.json"
+        ends = [self.config_dict, read_json(generation) if generation.exists() else {}]
+        found = {*self.tokenizer.all_special_ids}
+        for end in (config.get("eos_token_id") for config in ends):
+            found.update(end if isinstance(end, list) else [end])
+        return frozenset(token for token in found if isinstance(token, int))
+
     def identity(self) -> dict[str, Any]:
         """What tells one model from another without reading its weights; JSON values.
 

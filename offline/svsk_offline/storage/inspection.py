@@ -54,6 +54,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
                 "codebook": weights.codebook,
                 "group_size": weights.group_size,
                 "scale_bits": weights.scale_bits,
+                "hot_rows": weights.hot_rows,
                 "rank": side.rank,
                 "tile": [side.tile_m, side.tile_n],
                 "factor_bits": side.num_bits,
@@ -114,7 +115,8 @@ def print_inspection(console: Console, inspection: dict[str, Any]) -> None:
             escape(row["kind"]),
             str(row["count"]),
             f"{row['shape'][0]} x {row['shape'][1]}",
-            f"{row['codebook']} g{row['group_size']} s{row['scale_bits']}",
+            f"{row['codebook']} g{row['group_size']} s{row['scale_bits']}"
+            + (f", {row['hot_rows']} rows int8" if row["hot_rows"] else ""),
             sidecar,
             f"{row['bits_per_weight']:.4f}",
             f"{sum(row['bits'].values()) / 8e6:.2f}",

@@ -13,7 +13,7 @@ from tests.support.format_builders import make_group, random_linear
 
 
 def read_back(linear: QuantizedLinear) -> torch.Tensor:
-    kind = gguf.GGMLQuantizationType[TYPE_OF[linear.spec.scheme.weights.codebook]]
+    kind = gguf.GGMLQuantizationType[TYPE_OF[linear.spec.scheme.weights.joined_codebook]]
     return torch.from_numpy(gguf.quants.dequantize(pack_blocks(linear).numpy(), kind))
 
 
@@ -41,6 +41,13 @@ def test_bit_exact(
         scale = linear.scale.sign() * linear.scale.abs().clamp_min(2.0**-10)
         linear = QuantizedLinear(linear.spec, linear.codes, scale.bfloat16().to(dtype))
     assert len(linear.codes.unique()) == (256 if codebook == "int8" else 16)
+    assert torch.equal(read_back(linear), dequantize(linear))
+
+
+def test_hot_rows_are_bit_exact() -> None:
+    group = make_group(targets=["embed"], hot_rows=9)
+    linear = random_linear(LinearSpec("embed", 37, 192, group))
+    assert int(linear.codes.abs().max()) > 100
     assert torch.equal(read_back(linear), dequantize(linear))
 
 

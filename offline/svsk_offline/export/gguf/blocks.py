@@ -32,13 +32,14 @@ def pack_blocks(linear: QuantizedLinear) -> torch.Tensor:
         linear: K a multiple of 32. Its sidecar is left out.
 
     Returns:
-        uint8 [N, K / 32 * bytes of a block], of type ``TYPE_OF[codebook]``.
+        uint8 [N, K / 32 * bytes of a block], of type ``TYPE_OF[joined_codebook]``: of a table with
+        hot rows all are of 8 bits, which hold the others' codes of 4 exactly.
 
     Raises:
         SvskError: the blocks cannot hold the weight exactly: two scales meet in a block, or
             float16 does not hold a scale.
     """
-    codebook = linear.spec.scheme.weights.codebook
+    codebook = linear.spec.scheme.weights.joined_codebook
     n, k = linear.codes.shape
     if k % BLOCK:
         raise SvskError(

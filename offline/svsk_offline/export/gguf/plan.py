@@ -102,7 +102,7 @@ def linear_tensor(source: Checkpoint, module: str, placed: Placed) -> GgufTensor
         data: np.ndarray[Any, Any] = weight_in_order(packed, placed.order).numpy()
         return data
 
-    kind = TYPE_OF[spec.scheme.weights.codebook]
+    kind = TYPE_OF[spec.scheme.weights.joined_codebook]
     return GgufTensor(placed.name, kind, (spec.n, spec.k), read)
 
 
@@ -113,6 +113,6 @@ def dense_tensor(name: str, tensor: torch.Tensor) -> GgufTensor:
 
 def file_type(source: Checkpoint, placed: Mapping[str, Placed]) -> int:
     """``general.file_type``: what most linears are stored as."""
-    kinds = [TYPE_OF[source.linears[module].scheme.weights.codebook] for module in placed]
+    kinds = [TYPE_OF[source.linears[module].scheme.weights.joined_codebook] for module in placed]
     most = "Q4_0" if kinds.count("Q4_0") * 2 >= len(kinds) else "Q8_0"
     return int(gguf.LlamaFileType[f"MOSTLY_{most}"])
