@@ -7,8 +7,10 @@ Imports only the standard library, torch and safetensors, which every peer's env
 """
 
 import json
+import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +29,7 @@ __all__ = [
     "StoredLinear",
     "all_bits",
     "block_linears",
+    "end_with_parent",
     "load_folder",
     "load_tokens",
     "run_job",
@@ -37,6 +40,7 @@ __all__ = [
 ]
 
 RESULT = "result.json"
+ENDS_WITH_PARENT = "SVSK_PEER_ENDS_WITH_PARENT"
 WEIGHTS = "weights.safetensors"
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 """Embedding and output head; a tied one is stored under the first name."""
@@ -200,8 +204,26 @@ def versions(*packages: str) -> dict[str, str]:
     }
 
 
+def end_with_parent() -> None:
+    """End this process when standard input ends, if the process that started it asks for that.
+
+    ``svsk sweep`` does, through a pipe that closes when it is killed: nobody waits for a peer that
+    works for hours then, and a second one would be started beside it.
+    """
+
+    def wait() -> None:
+        # not sys.stdin, whose lock this thread would hold when the process ends
+        while os.read(0, 1024):
+            pass
+        os._exit(1)
+
+    if os.environ.get(ENDS_WITH_PARENT):
+        threading.Thread(target=wait, daemon=True).start()
+
+
 def run_job(quantize: Callable[[Job], Result]) -> None:
     """Do the job whose file the command's first argument names; write its result beside it."""
+    end_with_parent()
     job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     torch.manual_seed(job.seed)
     started = time.monotonic()

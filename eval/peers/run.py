@@ -35,6 +35,7 @@ from peers.common import (
     PeerError,
     all_bits,
     block_linears,
+    end_with_parent,
     load_folder,
     save_tokens,
 )
@@ -147,6 +148,7 @@ def main(
     ),
 ) -> None:
     """Quantise MODEL with PEER and write its dequantised weights to OUT, with ``peer.json``."""
+    end_with_parent()
     try:
         request = Request(
             peer,

@@ -3,7 +3,10 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,6 +158,31 @@ class TestEnvironment:
         with pytest.raises(environment.PeerError, match="not a virtual environment"):
             environment.environment_python(source, tmp_path / "envs")
         assert (folder / "mine.txt").exists()
+
+
+class TestParent:
+    SLEEPS = "from peers.common import end_with_parent as e; e(); import time; time.sleep(300)"
+
+    def started(self, **more: str) -> subprocess.Popen[bytes]:
+        environment = os.environ | {"PYTHONPATH": str(EVAL)} | more
+        return subprocess.Popen(
+            [sys.executable, "-c", self.SLEEPS], stdin=subprocess.PIPE, env=environment
+        )
+
+    def test_a_peer_ends_with_the_sweep_that_started_it(self) -> None:
+        process = self.started(SVSK_PEER_ENDS_WITH_PARENT="1")
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=120) == 1
+
+    def test_alone_it_does_not_look_at_standard_input(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv(common.ENDS_WITH_PARENT, raising=False)
+        started: list[Any] = []
+        monkeypatch.setattr(threading.Thread, "start", started.append)
+        common.end_with_parent()
+        assert not started
 
 
 class TestGroupSize:

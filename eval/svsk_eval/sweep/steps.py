@@ -236,14 +236,27 @@ def _arguments(steps: Steps, peer: PeerVariant) -> list[str]:
 
 
 def _run_peers(peer: PeerVariant, arguments: list[str], folder: Path) -> None:
-    """Run ``python -m peers.run`` to its end, which is also the end of all it started."""
+    """Run ``python -m peers.run`` to its end.
+
+    It and what it started end with this process, however that ends: by a signal, or because the
+    pipe of their standard input closes.
+    """
     log = folder / "peer.txt"
     paths = os.pathsep.join(str(path) for path in (_SOURCES, *_ROOTS))
-    environment = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": paths,
+        "PYTHONUNBUFFERED": "1",
+        "SVSK_PEER_ENDS_WITH_PARENT": "1",
+    }
     command = [sys.executable, "-m", "peers.run", *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
         )
         try:
             code = process.wait()
