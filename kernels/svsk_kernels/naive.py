@@ -9,7 +9,9 @@ import torch
 from svsk_kernels.codebook import Codebook, code_values
 from svsk_kernels.tile_grid import TileGrid
 
-__all__ = ["PlainLinear", "naive_matmul", "naive_sidecar"]
+__all__ = ["PlainLinear", "naive_matmul", "naive_sidecar", "round_activations"]
+
+_SCALE_COLUMNS = 64  # activations of 8 bits that share a row's scale
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,32 @@ def naive_sidecar(x: torch.Tensor, linear: PlainLinear) -> torch.Tensor:
     return y
 
 
+def round_activations(x: torch.Tensor) -> torch.Tensor:
+    """What activations of 8 bits hold: ``s * round(x / s)``.
+
+    s is the largest magnitude of a row's 64 columns over 127, in float32, ties go to the even
+    number.
+
+    Args:
+        x: floating [M, K].
+
+    Returns:
+        float64 [M, K].
+    """
+    parts = []
+    for part in x.float().split(_SCALE_COLUMNS, dim=1):
+        scale = part.abs().amax(1, keepdim=True) / 127
+        scale = scale.where(scale != 0, 1)
+        parts.append((part / scale).round().double() * scale.double())
+    return torch.cat(parts, dim=1)
+
+
 def naive_matmul(
-    x: torch.Tensor, linear: PlainLinear, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    linear: PlainLinear,
+    bias: torch.Tensor | None = None,
+    *,
+    int8: bool = False,
 ) -> torch.Tensor:
     """``y = x W_hat^T + bias`` in float64.
 
@@ -74,6 +100,7 @@ def naive_matmul(
         x: floating [M, K].
         linear: the quantised linear.
         bias: [N] or None.
+        int8: the base takes activations of 8 bits; the sidecar takes them as they are.
 
     Returns:
         float64 [M, N].
@@ -86,5 +113,5 @@ def naive_matmul(
     if linear.row_scale is not None:
         scale = scale * linear.row_scale.double()
     base = (levels * scale.unsqueeze(-1)).view(n, k)
-    y = x.double() @ base.T + naive_sidecar(x, linear)
+    y = (round_activations(x) if int8 else x.double()) @ base.T + naive_sidecar(x, linear)
     return y if bias is None else y + bias.double()

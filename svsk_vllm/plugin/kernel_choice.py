@@ -4,6 +4,7 @@
 import logging
 import os
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -22,6 +23,8 @@ from svsk_vllm.version import __version__
 __all__ = ["choose_kernel"]
 
 _VARIABLE = "SVSK_KERNEL"
+_ACTIVATIONS = "SVSK_ACTIVATIONS"
+_SECTION = "svsk"
 _KEY = "svsk_kernels"
 _VERSION_KEY = "svsk_version"
 _NAMES = ("auto", "fused", "split", "portable", "reference")
@@ -40,6 +43,10 @@ def choose_kernel(
     default, is the first of fused, split and portable that can run; portable only on a CPU, in
     float32 or for a table, because elsewhere it would cost more than an error does.
 
+    ``SVSK_ACTIVATIONS`` or, where it is not set, ``additional_config["svsk"]["activations"]`` of
+    vLLM's config says in what the base is multiplied: ``exact``, the default, or ``int8``, which
+    the fused kernel of CPUs alone can do.
+
     Args:
         prefix: the layer's name, for errors.
         spec: the layer as this process holds it.
@@ -53,18 +60,50 @@ def choose_kernel(
     name = os.environ.get(_VARIABLE, "auto")
     if name not in _NAMES:
         raise SvskFormatError(f"{_VARIABLE}={name}: expected one of {', '.join(_NAMES)}.")
+    activations = _activations()
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         # The system permits AMX to a process that asks, as oneDNN does for a dense model. Attention
         # of vLLM does not, and without a product of oneDNN before it the process ended with an
         # illegal instruction.
         torch.cpu._init_amx()
-    kernel = _choose(name, prefix, spec, full_shape, device)
+    kernel = _choose(name, prefix, spec, full_shape, device, activations)
+    table = spec.lookup or spec.codebook == "int8"  # always exact
+    if activations == "int8" and not (table or isinstance(kernel, CpuKernel)):
+        raise SvskFormatError(
+            f"{prefix}: activations int8, which the kernel for CPUs alone takes, but the layer runs"
+            f" on {type(kernel).__name__}. Leave {_ACTIVATIONS} and additional_config's"
+            f" {_SECTION}.activations out."
+        )
     _tell_compiler(kernel)
     return kernel
 
 
+def _activations() -> Literal["exact", "int8"]:
+    """What the environment or vLLM's config says of activations."""
+    where, value = _ACTIVATIONS, os.environ.get(_ACTIVATIONS)
+    if value is None:
+        config = get_current_vllm_config().additional_config
+        section = config.get(_SECTION, {}) if isinstance(config, dict) else {}
+        if not isinstance(section, dict) or not set(section) <= {"activations"}:
+            raise SvskFormatError(
+                f"additional_config: {_SECTION}: {section!r} holds something else than activations,"
+                ' the one thing that can be said there. Write {"svsk": {"activations": "int8"}}.'
+            )
+        where, value = f"additional_config: {_SECTION}.activations", section.get("activations")
+    if value in (None, "exact"):
+        return "exact"
+    if value != "int8":
+        raise SvskFormatError(f"{where}={value}: expected exact or int8.")
+    return "int8"
+
+
 def _choose(
-    name: str, prefix: str, spec: LayerSpec, full_shape: tuple[int, int], device: torch.device
+    name: str,
+    prefix: str,
+    spec: LayerSpec,
+    full_shape: tuple[int, int],
+    device: torch.device,
+    activations: Literal["exact", "int8"],
 ) -> LayerKernel:
     if name == "reference":
         _note(spec.n, spec.k, "the dequantised weight")
@@ -78,8 +117,8 @@ def _choose(
             if not on_cpu:
                 _note(spec.n, spec.k, "the Triton kernel")
                 return gpu(spec, device)
-            kernel = CpuKernel(spec)
-            _note(spec.n, spec.k, f"the CPU kernel ({kernel.instructions})")
+            kernel = CpuKernel(spec, activations)
+            _note(spec.n, spec.k, f"the CPU kernel ({kernel.label})")
             return kernel
         if name == "fused":
             raise SvskFormatError(
@@ -122,7 +161,7 @@ def _tell_compiler(kernel: LayerKernel) -> None:
 def _kernel_names(kernel: LayerKernel) -> list[str]:
     """Names of the kernel's class, with the instructions it runs on, and of vLLM's kernel in it."""
     if isinstance(kernel, CpuKernel):
-        return [f"CpuKernel {kernel.instructions}"]
+        return [f"CpuKernel {kernel.label}"]
     base = getattr(kernel, "base", None)
     return [type(part).__name__ for part in (kernel, base) if part is not None]
 

@@ -209,6 +209,52 @@ def test_a_lesser_processor_gets_the_cpu_kernel_with_its_instructions(
     assert f"80 x 128 run on the CPU kernel ({features})" in caplog.text
 
 
+@pytest.mark.skipif(
+    cpu_ops_obstacle() is not None, reason="the op for this processor cannot be built"
+)
+def test_activations_of_eight_bits_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the environment, or by vLLM's config, which the environment overrules."""
+    spec = dataclasses.replace(SPEC, n=112)
+    config = VllmConfig(additional_config={"svsk": {"activations": "int8"}})
+    with caplog.at_level(logging.INFO), set_current_vllm_config(config):
+        kernel = choose_kernel("m", spec, (112, 128), CPU)
+        assert isinstance(kernel, CpuKernel)
+        assert kernel.int8
+        assert "int8 activations" in config.additional_config["svsk_kernels"][0]
+        assert "int8 activations)" in caplog.text
+        monkeypatch.setenv("SVSK_ACTIVATIONS", "exact")
+        kernel = choose_kernel("m", spec, (112, 128), CPU)
+        assert isinstance(kernel, CpuKernel)
+        assert not kernel.int8
+    monkeypatch.setenv("SVSK_ACTIVATIONS", "int8")
+    monkeypatch.setenv("SVSK_KERNEL", "portable")
+    with pytest.raises(SvskFormatError, match=r"m: activations int8, .* runs on PortableKernel"):
+        choose_kernel("m", spec, (112, 128), CPU)
+    table = dataclasses.replace(spec, lookup=True)
+    assert isinstance(choose_kernel("m", table, (112, 128), CPU), PortableKernel)
+    monkeypatch.setenv("SVSK_ACTIVATIONS", "fp8")
+    with pytest.raises(SvskFormatError, match="SVSK_ACTIVATIONS=fp8: expected exact or int8"):
+        choose_kernel("m", spec, (112, 128), CPU)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"activation": "int8"}, "holds something else than activations"),
+        ("int8", "holds something else than activations"),
+        ({"activations": 8}, r"svsk\.activations=8: expected exact or int8"),
+    ],
+)
+def test_what_the_config_says_wrongly_is_refused(section: Any, message: str) -> None:
+    with (
+        set_current_vllm_config(VllmConfig(additional_config={"svsk": section})),
+        pytest.raises(SvskFormatError, match=message),
+    ):
+        choose_kernel("m", SPEC, (64, 128), CPU)
+
+
 def test_a_processor_without_compiler_and_avx512_is_served_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -45,6 +45,7 @@ class Layer:
         tile_n: columns of one.
         group_size: weights that share a scale.
         row_scaled: scales in two levels, whose codes are bytes at run time, of 6 bits or of 8.
+        int8: activations are rounded to 8 bits.
     """
 
     codebook: Codebook = "int4"
@@ -53,6 +54,7 @@ class Layer:
     tile_n: int = 0
     group_size: int = GROUP_SIZE
     row_scaled: bool = False
+    int8: bool = False
 
 
 LAYERS: Final = {
@@ -62,6 +64,9 @@ LAYERS: Final = {
     "quad8_tiles": Layer("quad8", 16, TILE_M, TILE_N),
     "int4_two_level_32": Layer(group_size=32, row_scaled=True),
     "int4_two_level_16": Layer(group_size=16, row_scaled=True),
+    "int8_base": Layer(int8=True),
+    "int8_whole": Layer(rank=32, int8=True),
+    "int8_two_level_32": Layer("quad8", group_size=32, row_scaled=True, int8=True),
 }
 """Candidates by name; tiles are the original method's."""
 
@@ -82,6 +87,11 @@ _HEADINGS: Final = (
     "16",
     "int4 tiles vs W4A16",
     "vs F.linear",
+    "int8 activations: no sidecar, us",
+    "whole",
+    "quad8, two levels, groups of 32",
+    "no sidecar vs F.linear",
+    "whole vs F.linear",
 )
 
 Candidate = Callable[[torch.Tensor], torch.Tensor]
@@ -102,7 +112,7 @@ def _svsk_layer(
         row_scaled=stored.row_scaled,
     )
     stacked = stack_linears([linear], dtype)
-    kernel, layer = CpuKernel(stacked.spec), stacked.module()
+    kernel, layer = CpuKernel(stacked.spec, "int8" if stored.int8 else "exact"), stacked.module()
     kernel.instructions = instructions or kernel.instructions
     kernel.prepare(layer)
     return lambda x: kernel(layer, x, None)
@@ -179,6 +189,9 @@ def table_rows(results: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list
             cells += [f"{finer / base:.2f}" for finer in two_levels]
             others = [us.get("w4a16"), us["linear"]]
             cells += ["" if other is None else f"{other / tiles:.2f}x" for other in others]
+            rounded = [us["int8_base"], us["int8_whole"]]
+            cells += [f"{time:.0f}" for time in (*rounded, us["int8_two_level_32"])]
+            cells += [f"{us['linear'] / time:.2f}x" for time in rounded]
             rows.append([name, str(m), *cells])
     return rows
 

@@ -159,6 +159,7 @@ def _fake(
     code_bits: int,
     quad8: bool,
     instructions: str,
+    int8: bool,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], n)
 
@@ -171,9 +172,9 @@ _LINEAR: Final = _Library(
         _Object("linear.cpp"),
         _Object("linear_float.cpp", _AVX2),
         _Object("linear_float.cpp", _AVX512),
-        _Object("linear_bf16.cpp", (*_AVX512, "-mavx512bf16")),
+        _Object("linear_bf16.cpp", (*_AVX512, "-mavx512bf16", "-mavx512vnni")),
     ),
-    ("linear.h",),
+    ("linear.h", "int8_rows.h"),
     ("svsk::cpu_linear", _fake),
 )
 

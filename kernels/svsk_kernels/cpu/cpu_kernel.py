@@ -9,7 +9,8 @@ Run-time tensors; a *block* is 16 outputs (N is padded to whole blocks), a *pair
 inputs:
 
 - codes: uint8, [blocks, K / 2, 16]: a byte holds both codes of a pair for one output, the first in
-  the low nibble; of 8 bits [blocks, K, 16], two's complement;
+  the low nibble; of 8 bits [blocks, K, 16], two's complement; for products of bytes
+  [blocks, K / 8, 16, 4], columns 0 to 3 of 8 in the low nibbles, 4 to 7 in the high ones;
 - scale: [blocks, K / group, 16], int8 where rows have scales: row_scale, [blocks, 1, 16];
 - U and V: bfloat16 *panels* [pairs, 16, 2]. A V panel is 16 ranks of one column tile. A U panel is
   one block's rows of one slot (zero for the block's other rows) times the slot's ranks in all
@@ -22,7 +23,7 @@ inputs:
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,19 +47,24 @@ class CpuKernel:
 
     Args:
         spec: the layer, bfloat16, float16 or float32.
+        activations: ``exact``, or ``int8``: for the base a row's activations are rounded to
+            ``s * round(x / s)`` by 64 columns, s their largest magnitude over 127, while the
+            sidecar takes them as they come. Tables, and codes of 8 bits, stay exact.
 
     Raises:
         RuntimeError: the op cannot be built or loaded here.
     """
 
-    def __init__(self, spec: LayerSpec) -> None:
+    def __init__(self, spec: LayerSpec, activations: Literal["exact", "int8"] = "exact") -> None:
         obstacle = self.obstacle(spec)
         if obstacle:
             raise RuntimeError(f"svsk::cpu_linear cannot be used: {obstacle}")
         self.spec = spec
         self.instructions = instructions_for(spec.dtype)
         self.bits = code_bits(spec.codebook)
+        self.int8 = activations == "int8" and self.bits == 4 and not spec.lookup
         self.table = TableRows(spec)
+        self.label = self.instructions + (", int8 activations" if self.int8 else "")
         self.names = (
             ("sidecar_u", "sidecar_v", "sidecar_gain", "sidecar_index") if spec.plan else ()
         )
@@ -77,9 +83,10 @@ class CpuKernel:
         """Rearrange the loaded parameters, see the module; ``sidecar_index`` is added."""
         self.table.keep(layer)
         packed = layer.weight_packed.data
-        stored = unpack_bytes(packed) if self.bits == 8 else packed
+        stored = (unpack_bytes(packed) if self.bits == 8 else packed).view(torch.uint8)
+        by_bytes = self.int8 and self.instructions == "avx512_bf16"
         tensors = {
-            "weight_packed": _blocks(stored.view(torch.uint8)),
+            "weight_packed": _byte_blocks(stored) if by_bytes else _blocks(stored),
             "weight_scale": _blocks(layer.weight_scale.data),
         }
         if self.spec.row_scaled:
@@ -104,6 +111,7 @@ class CpuKernel:
             self.bits,
             self.spec.codebook == "quad8",
             self.instructions,
+            self.int8,
         )
         return y
 
@@ -125,6 +133,14 @@ def _blocks(rows: torch.Tensor) -> torch.Tensor:
     """[N, C] to contiguous [blocks, C, 16], padded with zeros."""
     padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % _LANES))
     return padded.view(-1, _LANES, rows.shape[1]).transpose(1, 2).contiguous()
+
+
+def _byte_blocks(packed: torch.Tensor) -> torch.Tensor:
+    """Bytes of two codes [N, K / 2] to [blocks, K / 8, 16, 4] for products of bytes."""
+    codes = torch.stack((packed & 15, packed >> 4), dim=2).view(packed.shape[0], -1, 2, 4)
+    rows = F.pad(codes, (0, 0, 0, 0, 0, 0, 0, -packed.shape[0] % _LANES))
+    both = rows[:, :, 0] | (rows[:, :, 1] << 4)
+    return both.view(-1, _LANES, *both.shape[1:]).transpose(1, 2).contiguous()
 
 
 def _panels(rows: torch.Tensor) -> torch.Tensor:

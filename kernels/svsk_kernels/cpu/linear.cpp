@@ -35,7 +35,9 @@ svsk::Linear* path(c10::string_view instructions) {
                       __builtin_cpu_supports("avx512vl");
   if (instructions == "avx2" && avx2) return svsk::linear_avx2;
   if (instructions == "avx512" && avx512) return svsk::linear_avx512;
-  if (instructions == "avx512_bf16" && avx512 && __builtin_cpu_supports("avx512bf16"))
+  // Every processor with bfloat16 products has VNNI.
+  if (instructions == "avx512_bf16" && avx512 && __builtin_cpu_supports("avx512bf16") &&
+      __builtin_cpu_supports("avx512vnni"))
     return svsk::linear_avx512_bf16;
   TORCH_CHECK(false, "svsk::cpu_linear: the processor lacks ", instructions,
               ", or there is no path of that name");
@@ -46,7 +48,7 @@ at::Tensor cpu_linear(const at::Tensor& x_any, const at::Tensor& codes, const at
                       const std::optional<at::Tensor>& bias_any, const std::optional<at::Tensor>& u,
                       const std::optional<at::Tensor>& v, const std::optional<at::Tensor>& gain,
                       const std::optional<at::Tensor>& index, int64_t n, int64_t group_size,
-                      int64_t code_bits, bool quad8, c10::string_view instructions) {
+                      int64_t code_bits, bool quad8, c10::string_view instructions, bool int8) {
   TORCH_CHECK(x_any.dim() == 2, "svsk::cpu_linear: x has ", x_any.dim(), " dimensions, expected 2");
   const auto scale_type = (row_scale ? *row_scale : scale).scalar_type();
   TORCH_CHECK(scale_type == x_any.scalar_type(), "svsk::cpu_linear: x is ", x_any.scalar_type(),
@@ -61,6 +63,8 @@ at::Tensor cpu_linear(const at::Tensor& x_any, const at::Tensor& codes, const at
   TORCH_CHECK(code_bits == 4 || (code_bits == 8 && !row_scale), "svsk::cpu_linear: codes of ",
               code_bits, " bits", row_scale ? " with row scales" : "");
   svsk::Linear* const linear = path(instructions);
+  TORCH_CHECK(!int8 || code_bits == 4, "svsk::cpu_linear: codes of ", code_bits,
+              " bits with int8 activations");
   const auto dtype = x_any.scalar_type();
   TORCH_CHECK(dtype == at::kBFloat16 || dtype == at::kHalf ||
                   (dtype == at::kFloat && linear != svsk::linear_avx512_bf16),
@@ -69,7 +73,7 @@ at::Tensor cpu_linear(const at::Tensor& x_any, const at::Tensor& codes, const at
   const std::optional<at::Tensor> bias =
       bias_any ? std::optional<at::Tensor>(bias_any->to(dtype).contiguous()) : std::nullopt;
   const Base base{codes.const_data_ptr<uint8_t>(), scale, row_scale, k, group_size, code_bits,
-                  quad8};
+                  quad8,                           int8};
   return linear(x, base, bias, u ? read_sidecar(*u, *v, *gain, *index) : Sidecar(), n);
 }
 
@@ -79,7 +83,7 @@ TORCH_LIBRARY_FRAGMENT(svsk, m) {
   m.def(
       "cpu_linear(Tensor x, Tensor codes, Tensor scale, Tensor? row_scale, Tensor? bias, "
       "Tensor? u, Tensor? v, Tensor? gain, Tensor? index, int n, int group_size, int code_bits, "
-      "bool quad8, str instructions) -> Tensor");
+      "bool quad8, str instructions, bool int8) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(svsk, CPU, m) { m.impl("cpu_linear", &cpu_linear); }

@@ -4,6 +4,7 @@
 // Checkpoint                          Run time (cpu_kernel.py); a block is 16 outputs
 // weight_packed  int32 [N, K / 8]     codes  uint8 [blocks, K / 2, 16]: two neighbours in K a byte
 //   8 bits: int32 [N, K / 4]            int8 [blocks, K, 16]
+//   int8 activations, AVX512-VNNI       uint8 [blocks, K / 8, 16, 4], see int8_rows.h
 // weight_scale   [N, K / group]       scale  [blocks, K / group, 16], int8 where rows have scales
 // weight_row_scale  [N, 1]            row_scale  [blocks, 1, 16]
 // sidecar_u      int8 [N, B, r]       u      bfloat16 panels [pairs, 16 outputs, 2] of a slot
@@ -34,6 +35,7 @@ struct Base {
   const std::optional<at::Tensor>& row_scale;  // given where scales are int8
   int64_t k, group, bits;
   bool quad8;
+  bool int8;  // activations are rounded to 8 bits for it, by row and 64 columns
 };
 
 // What cpu_kernel.py calls the index: where panels, activations and results of the sidecar lie.
@@ -50,7 +52,7 @@ using Linear = at::Tensor(const at::Tensor& x, const Base& base,
                           const std::optional<at::Tensor>& bias, const Sidecar& sidecar, int64_t n);
 Linear linear_avx2;         // float32, bfloat16, float16
 Linear linear_avx512;       // the same
-Linear linear_avx512_bf16;  // bfloat16, float16
+Linear linear_avx512_bf16;  // bfloat16, float16; int8 activations with AVX512-VNNI
 
 }  // namespace svsk
 

@@ -6,6 +6,7 @@
 // exact bfloat16 numbers; a float16 activation is the sum of two of them ("terms"), so that float16
 // costs twice the products and loses nothing.
 
+#include "int8_rows.h"
 #include "linear.h"
 
 #include <immintrin.h>
@@ -207,11 +208,12 @@ struct Job {
   X* y;
   int64_t m, n;
   __m512i table;
+  Int8Rows rounded;  // where activations are int8
 };
 
 // One block: y = base + bias + U z for the rows [m_begin, m_end). Scales of groups are of the type
 // S: X, or int8 with a scale per output; codes have Bits bits.
-template <typename X, int T, typename S, int Bits>
+template <typename X, int T, typename S, int Bits, bool Int8 = false>
 void compute_block(const Job<X>& job, int64_t block, int64_t m_begin, int64_t m_end) {
   const Base& base = job.base;
   const Sidecar& s = job.sidecar;
@@ -228,20 +230,25 @@ void compute_block(const Job<X>& job, int64_t block, int64_t m_begin, int64_t m_
     constexpr int M = decltype(rows)::value, C = chains<M>();
     Vec out[M];
     for (int m = 0; m < M; ++m) out[m] = kRowScaled ? _mm512_setzero_ps() : start;
-    Sums<M, C> acc;
     // the base, group by group: exact products of levels, scaled once per group. A group's pairs
     // are a multiple of 8, so of C
-    for (int64_t g = 0; g < groups; ++g) {
-      acc.clear();
-      const uint8_t* first = codes + g * base.group / 2 * kPairBytes;
-      multiply<M, C, T>(acc, job.x, m0, g * base.group, base.group / 2, [&](int64_t p) {
-        if constexpr (Bits == 8)
-          return decode_bytes(first + p * kPairBytes);
-        else
-          return decode(first + p * kPairBytes, job.table);
-      });
-      const Vec factor = load16(scale + g * kLanes);
-      for (int m = 0; m < M; ++m) out[m] = _mm512_fmadd_ps(acc.total(m), factor, out[m]);
+    if constexpr (Int8) {
+      multiply_int8<M>(out, job.rounded, base, codes, job.table, m0,
+                       [&](int64_t g) { return load16(scale + g * kLanes); });
+    } else {
+      Sums<M, C> acc;
+      for (int64_t g = 0; g < groups; ++g) {
+        acc.clear();
+        const uint8_t* first = codes + g * base.group / 2 * kPairBytes;
+        multiply<M, C, T>(acc, job.x, m0, g * base.group, base.group / 2, [&](int64_t p) {
+          if constexpr (Bits == 8)
+            return decode_bytes(first + p * kPairBytes);
+          else
+            return decode(first + p * kPairBytes, job.table);
+        });
+        const Vec factor = load16(scale + g * kLanes);
+        for (int m = 0; m < M; ++m) out[m] = _mm512_fmadd_ps(acc.total(m), factor, out[m]);
+      }
     }
     if constexpr (kRowScaled)
       for (int m = 0; m < M; ++m) out[m] = _mm512_fmadd_ps(out[m], row_scale, start);
@@ -314,7 +321,9 @@ at::Tensor run(const at::Tensor& x, const Base& base, const X* bias, const Sidec
   const at::Tensor tiles = make_tiles<X, T>(x, chunk);
   const auto* tile_data = reinterpret_cast<const bits16*>(tiles.const_data_ptr());
   Job<X> job{base, s, Tiles{tile_data, base.k}, Tiles{nullptr, s.width}, bias,
-             y.mutable_data_ptr<X>(), m, n, level_table(base.quad8)};
+             y.mutable_data_ptr<X>(), m, n,
+             base.int8 ? unsigned_levels(base.quad8) : level_table(base.quad8),
+             base.int8 ? round_rows<X, kTileRows>(x, base, chunk) : Int8Rows()};
   at::Tensor z;
   if (s.u) {
     // first all of z: every block of outputs may need any of it. Zeros, since pairs may be padded
@@ -327,7 +336,11 @@ at::Tensor run(const at::Tensor& x, const Base& base, const X* bias, const Sidec
   }
   by_tasks(m, chunk, (n + kLanes - 1) / kLanes, work,
            [&](int64_t block, int64_t begin, int64_t end) {
-             if (base.bits == 8)
+             if (base.int8 && base.row_scale)
+               compute_block<X, T, int8_t, 4, true>(job, block, begin, end);
+             else if (base.int8)
+               compute_block<X, T, X, 4, true>(job, block, begin, end);
+             else if (base.bits == 8)
                compute_block<X, T, X, 8>(job, block, begin, end);
              else if (base.row_scale)
                compute_block<X, T, int8_t, 4>(job, block, begin, end);

@@ -5,6 +5,10 @@
 // With one row of activations codes are decoded in registers. With more, 16 outputs times 256 inputs
 // are decoded into a panel of floats in the first-level cache, which all rows of a chunk then read:
 // a level times its group's scale is exact in float32 where scales have 16 bits or less.
+//
+// Activations of 8 bits are rounded here and multiplied as floats: the same results as on processors
+// with products of bytes, and no faster than without. AVX2's product of bytes saturates with quad8's
+// levels, and by halves it takes as many instructions as floats do.
 
 #include "linear.h"
 
@@ -15,6 +19,7 @@
 
 namespace {
 
+constexpr int64_t kScaleColumns = 64;    // of activations of 8 bits
 constexpr int64_t kPanelColumns = 256;  // a multiple of every group size
 // Rows of a task at most: their sums lie beside the panel in the second-level cache.
 constexpr int64_t kMostRows = 512;
@@ -343,21 +348,46 @@ void compute_block(const Job<X>& job, int64_t block, int64_t m_begin, int64_t m_
   }
 }
 
-// x [m, k] as tiles of float32.
+// A row of activations as floats.
 template <typename X>
-at::Tensor make_tiles(const at::Tensor& x, int64_t chunk) {
+void widen_row(const X* from, int64_t k, float* to) {
+  for (int64_t c = 0; c < k; ++c) to[c] = static_cast<float>(from[c]);
+}
+
+// What 8 bits make of a row, by 64 columns: scale * round(x / scale), the scale being the
+// largest magnitude over 127. Magnitudes are compared as integers, so that a NaN is the largest.
+void round_row(float* row, int64_t k) {
+  for (int64_t first = 0; first < k; first += kScaleColumns) {
+    const int64_t last = std::min(first + kScaleColumns, k);
+    int32_t most = 0;
+    for (int64_t c = first; c < last; ++c) {
+      int32_t bits;
+      std::memcpy(&bits, row + c, sizeof bits);
+      most = std::max(most, bits & 0x7fffffff);
+    }
+    float scale;
+    std::memcpy(&scale, &most, sizeof scale);
+    scale = most ? scale / 127 : 1;
+    for (int64_t c = first; c < last; ++c) row[c] = std::nearbyint(row[c] / scale) * scale;
+  }
+}
+
+// x [m, k] as tiles of float32, for the base (rounded, where activations are int8) or the sidecar.
+template <typename X>
+at::Tensor make_tiles(const at::Tensor& x, int64_t chunk, bool int8) {
   const int64_t rows = x.size(0), k = x.size(1);
-  if (rows == 1) return x.to(at::kFloat);  // one row is a tile as it is
   at::Tensor tiles = at::empty({rows, k}, x.options().dtype(at::kFloat));
   const X* from = x.const_data_ptr<X>();
   float* to = tiles.mutable_data_ptr<float>();
   by_tasks(rows, chunk, 1, k * kLanes, [&](int64_t, int64_t begin, int64_t end) {
+    std::vector<float> row(k);
     by_rows<kTileRows>(begin, end, [&](auto tile, int64_t m0) {
       constexpr int M = decltype(tile)::value;
       for (int m = 0; m < M; ++m) {
-        const X* row = from + (m0 + m) * k;
+        widen_row(from + (m0 + m) * k, k, row.data());
+        if (int8) round_row(row.data(), k);
         float* column = to + m0 * k + m;
-        for (int64_t c = 0; c < k; ++c) column[c * M] = static_cast<float>(row[c]);
+        for (int64_t c = 0; c < k; ++c) column[c * M] = row[c];
       }
     });
   });
@@ -374,7 +404,8 @@ at::Tensor run(const at::Tensor& x, const Base& base, const std::optional<at::Te
   const int64_t fit = kChunkBytes / (base.k * static_cast<int64_t>(sizeof(float))),
                 work = kLanes * base.k,
                 chunk = std::clamp<int64_t>(fit / kTileRows, 1, kMostRows / kTileRows) * kTileRows;
-  const at::Tensor tiles = make_tiles<X>(x, chunk);
+  const at::Tensor tiles = make_tiles<X>(x, chunk, base.int8),
+                   plain = base.int8 && s.u ? make_tiles<X>(x, chunk, false) : tiles;
   Job<X> job{base,
              s,
              {tiles.const_data_ptr<float>(), base.k},
@@ -389,8 +420,9 @@ at::Tensor run(const at::Tensor& x, const Base& base, const std::optional<at::Te
     z = at::zeros({m, s.width}, x.options().dtype(at::kFloat));
     float* z_data = z.mutable_data_ptr<float>();
     job.z.data = z_data;
+    const Tiles given{plain.const_data_ptr<float>(), base.k};
     by_tasks(m, chunk, s.v_blocks, work, [&](int64_t block, int64_t begin, int64_t end) {
-      project_panel(s, job.x, block, begin, end, z_data);
+      project_panel(s, given, block, begin, end, z_data);
     });
   }
   by_tasks(m, chunk, (n + kLanes - 1) / kLanes, work,

@@ -53,9 +53,13 @@ def test_ratios_of_the_table() -> None:
         "quad8_tiles": 13.0,
         "int4_two_level_32": 10.4,
         "int4_two_level_16": 11.5,
+        "int8_base": 6.0,
+        "int8_whole": 7.5,
+        "int8_two_level_32": 7.0,
     }
     times_shown = ["30", "40", "10", "12", "11", "13", "10", "12"]
     ratios = ["0.20", "0.10", "1.04", "1.15", "3.33x", "2.50x"]
+    ratios += ["6", "8", "7", "5.00x", "4.00x"]
     assert bench.table_rows({"o": {1: times}}) == [["o", "1", *times_shown, *ratios]]
 
 
