@@ -50,6 +50,6 @@ def test_the_tree_of_the_architecture_page_is_the_tree() -> None:
     files = {
         name
         for name in listed.stdout.split()
-        if name.endswith((".py", ".cpp", ".j2")) and not name.endswith("__init__.py")
+        if name.endswith((".py", ".cpp", ".h", ".j2")) and not name.endswith("__init__.py")
     }
     assert page == {name for name in files if (ROOT / name).is_file()}

@@ -33,6 +33,10 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     "name",
     [
         "svsk_kernels/cpu/linear.cpp",
+        "svsk_kernels/cpu/linear_bf16.cpp",
+        "svsk_kernels/cpu/linear_float.cpp",
+        "svsk_kernels/cpu/linear.h",
+        "svsk_kernels/cpu/int8_rows.h",
         "svsk_kernels/configs/README.md",
         "svsk_kernel_tools/bench/__main__.py",
         "svsk_vllm/format/architectures.json",
