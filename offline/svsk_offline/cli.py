@@ -140,6 +140,12 @@ def quantize(
             help="Move scales of activations into the weights: alpha, 0 to 1, such as 0.7."
         ),
     ] = None,
+    smooth_outliers: Annotated[
+        float | None,
+        typer.Option(
+            help="Move only channels of activations over this many times the median one, such as 4."
+        ),
+    ] = None,
     smooth_keys: Annotated[
         bool, typer.Option("--smooth-keys", help="Even out keys, for key caches of few bits.")
     ] = False,
@@ -209,7 +215,11 @@ def quantize(
             },
             "allocation": budget,
             "tables": {"head": head, "embedding": embedding, "hot_rows": hot_rows},
-            "smoothing": {"alpha": smoothing, "keys": smooth_keys or None},
+            "smoothing": {
+                "alpha": smoothing,
+                "above": smooth_outliers,
+                "keys": smooth_keys or None,
+            },
             "ignore": tuple(ignore or ()),
         }
     )

@@ -122,8 +122,8 @@ class _Recipe(Strict):
             idle["tables.rank"] = f"with tables.head {self.tables.head}"
         if "mixed-int8" not in (self.tables.head, self.tables.embedding):
             idle["tables.hot_rows"] = "without a table that is mixed-int8"
-        if self.smoothing is not None and self.smoothing.alpha is None:
-            idle["smoothing.targets"] = "without smoothing.alpha"
+        if self.smoothing is not None and not self.smoothing.inputs:
+            idle["smoothing.targets"] = "without smoothing.alpha or smoothing.above"
         return idle
 
     def override(self, changes: Mapping[str, Mapping[str, Any] | tuple[str, ...]]) -> Self:

@@ -195,13 +195,16 @@ class SmoothingArgs(Strict):
     """What is moved from activations into weights before anything is quantised, by powers of two.
 
     Attributes:
-        alpha: how much of a channel's scale moves, 0 to 1; None smooths no inputs.
+        alpha: how much of every channel's scale moves, 0 to 1 (SmoothQuant's).
+        above: instead, only channels whose largest magnitude is over this many times the median of
+            their tensor's move, and only down to that. With neither, inputs are left alone.
         targets: whose inputs: ``norms`` for linears that read a norm, ``o`` for o_proj, ``down``
             for down_proj.
         keys: even out the channels of keys, for key caches of few bits.
     """
 
     alpha: float | None = Field(default=None, ge=0, le=1)
+    above: float | None = Field(default=None, ge=1, allow_inf_nan=False)
     targets: tuple[Literal["norms", "o", "down"], ...] = ("norms", "o", "down")
     keys: bool = False
 
@@ -214,9 +217,19 @@ class SmoothingArgs(Strict):
 
     @model_validator(mode="after")
     def _something(self) -> Self:
-        if self.alpha is None and not self.keys:
-            raise ValueError("smooths nothing. Say alpha (0.7), or keys: true")
+        if not (self.inputs or self.keys):
+            raise ValueError("smooths nothing. Say above (4), alpha (0.7), or keys: true")
+        if self.alpha is not None and self.above is not None:
+            raise ValueError(
+                f"alpha ({self.alpha}) and above ({self.above}) are two rules for the same factors."
+                " Leave one of them out"
+            )
         return self
+
+    @property
+    def inputs(self) -> bool:
+        """Whether inputs of linears are smoothed."""
+        return self.alpha is not None or self.above is not None
 
 
 class CalibrationArgs(Strict):

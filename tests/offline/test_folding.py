@@ -234,6 +234,13 @@ def test_options(tmp_path: Path, tiny_llama: Path) -> None:
     wrong = svsk("quantize", tiny_llama, tmp_path / "b", *small, "--smoothing", 2)
     assert wrong.exit_code == 1
     assert "smoothing.alpha" in wrong.output
+    result = svsk("quantize", tiny_llama, tmp_path / "c", *small, "--smooth-outliers", 4)
+    assert result.exit_code == 0, result.output
+    assert "above 4.0, folded into the weights" in svsk("inspect", tmp_path / "c").output
+    both = ("--smooth-outliers", 4, "--smoothing", 0.7)
+    wrong = svsk("quantize", tiny_llama, tmp_path / "d", *small, *both)
+    assert wrong.exit_code == 1
+    assert "Leave one of them out" in wrong.output
     idle = svsk("inspect", tmp_path / "out", "--calibration", "python")
     assert idle.exit_code == 1
     assert "no effect without --keys" in idle.output

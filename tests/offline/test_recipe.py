@@ -35,6 +35,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, name: str) -> None:
         {"sidecar": {"rank": 0}},
         {"calibration": {"seed": 3}},
         {"smoothing": {"alpha": 0.7, "targets": ("down",)}},
+        {"smoothing": {"above": 4, "targets": ("norms",)}},
     ):
         changed = recipe.override(changes)
         (tmp_path / "written.yaml").write_text(yaml.safe_dump(changed.written()))
@@ -57,8 +58,11 @@ def test_what_is_written_is_read_back(tmp_path: Path, name: str) -> None:
         (ALTERNATING + "allocation: {target_bpw: 5, ranks: []}", "one or more"),
         (ALTERNATING + "allocation: {target_bpw: 5, ranks: [0, 514]}", "less than or equal to 512"),
         (ALTERNATING + "allocation: {target_bpw: 5, group_sizes: [128]}", "group_sizes"),
-        (ALTERNATING + "smoothing: {targets: [down]}", "smoothing: .*smooths nothing. Say alpha"),
+        (ALTERNATING + "smoothing: {targets: [down]}", "smoothing: .*smooths nothing. Say above"),
         (PUBLISHED + "smoothing: {alpha: 1.5}", r"smoothing\.alpha: .*less than or equal to 1"),
+        (PUBLISHED + "smoothing: {above: 0.5}", r"smoothing\.above: .*greater than or equal to 1"),
+        (PUBLISHED + "smoothing: {above: .inf}", r"smoothing\.above: .*finite"),
+        (PUBLISHED + "smoothing: {alpha: 0.5, above: 4}", r"alpha \(0\.5\) and above \(4\.0\)"),
         (PUBLISHED + "smoothing: {alpha: 0.5, targets: []}", "one or more of norms, o and down"),
         ("method: gptq", "method: expected published or alternating, got 'gptq'"),
         ("[1]", "not valid YAML"),
@@ -90,7 +94,7 @@ def test_recipes_that_cannot_be(tmp_path: Path, lines: str, message: str) -> Non
         (ALTERNATING + "sink: {targets: [a]}", "sink.targets: no effect without sink.weight"),
         (
             ALTERNATING + "smoothing: {keys: true, targets: [o]}",
-            "smoothing.targets: no effect without smoothing.alpha",
+            "smoothing.targets: no effect without smoothing.alpha or smoothing.above",
         ),
         (ALTERNATING + "gradients: {shared: true}", "gradients.shared: no effect without"),
         (ALTERNATING + "gradients: {samples: 4}", "gradients.samples: no effect where no"),

@@ -157,6 +157,10 @@ def main(
     smoothing: Annotated[
         float | None, typer.Option(help="Alpha to smooth a dense MODEL with, 0 to 1.")
     ] = None,
+    outliers: Annotated[
+        float | None,
+        typer.Option(min=1, help="Smooth only channels over this many times the median one."),
+    ] = None,
     target: Annotated[
         list[str] | None, typer.Option(help="What to smooth: norms, o, down; all if not given.")
     ] = None,
@@ -173,9 +177,9 @@ def main(
     console = Console(soft_wrap=True, highlight=False)
     try:
         args = None
-        if smoothing is not None:
+        if smoothing is not None or outliers is not None:
             named: dict[str, Any] = {} if not target else {"targets": tuple(target)}
-            args = SmoothingArgs(alpha=smoothing, **named)
+            args = SmoothingArgs(alpha=smoothing, above=outliers, **named)
         result = measure(
             model,
             reference or model,

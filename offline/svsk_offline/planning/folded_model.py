@@ -54,6 +54,6 @@ def folded_model(
         say(line)
     folded = source.folded(found.fold)
     record = args.model_dump(mode="json", exclude_none=True) | found.record()
-    if args.alpha is None:
+    if not args.inputs:
         del record["targets"]
     return folded, record

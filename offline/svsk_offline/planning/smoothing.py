@@ -3,7 +3,8 @@
 
 Channel j of a linear's input is divided by ``max|x_j| ** alpha / max|W_j| ** (1 - alpha)``, W_j the
 weights that read it, and its weights multiplied (SmoothQuant, Xiao et al. 2022; the first half of
-SVDQuant, Li et al. 2024). A rotary pair of keys is divided by its largest magnitude, and queries
+SVDQuant, Li et al. 2024). Or only its outliers are: those over a multiple of the median channel
+are brought down to that, which leaves nearly all weights as they are. A rotary pair of keys is divided by its largest magnitude, and queries
 are multiplied. Factors are rounded to powers of two, so that nothing is rounded by them, and each
 is kept only where the block, scaled, gives the same bits as before on a calibration sample.
 """
@@ -28,7 +29,13 @@ from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.fold import LARGEST_EXPONENT, Fold
 from svsk_offline.storage.inspection import smoothing_lines
 
-__all__ = ["Smoothing", "key_exponents", "plan_smoothing", "smoothing_exponents"]
+__all__ = [
+    "Smoothing",
+    "key_exponents",
+    "outlier_exponents",
+    "plan_smoothing",
+    "smoothing_exponents",
+]
 
 _SAMPLES: Final = 64
 """Calibration samples whose largest magnitudes are taken: with more they hardly grow."""
@@ -107,6 +114,23 @@ def smoothing_exponents(maxima: torch.Tensor, weights: torch.Tensor, alpha: floa
     """
     logs = alpha * maxima.log2() - (1 - alpha) * weights.log2()
     return _centred(logs.unsqueeze(0), ((maxima > 0) & (weights > 0)).unsqueeze(0))
+
+
+def outlier_exponents(maxima: torch.Tensor, above: float) -> torch.Tensor:
+    """Exponents of two that bring channels down to a multiple of the median one.
+
+    Args:
+        maxima: float32 [factors], largest magnitudes of the activations.
+        above: the multiple.
+
+    Returns:
+        int8 [factors], none below 0; 0 too for a channel that no token uses, which the median does
+        not count either.
+    """
+    used = maxima > 0
+    median = maxima[used].median() if used.any() else maxima.new_ones(())
+    logs = (maxima / (above * median)).log2().where(used, 0)
+    return logs.clamp(0, LARGEST_EXPONENT).round().to(torch.int8)
 
 
 def key_exponents(maxima: torch.Tensor, heads: int) -> torch.Tensor:
@@ -192,13 +216,11 @@ class _Planner:
         def fits() -> bool:
             return torch.equal(runner.forward(index, block, sample), expected)
 
-        if args.alpha is not None:
+        if args.inputs:
             pairs, left = input_pairs(block, found, self._head_dim(block))
             for pair in pairs:
                 if pair.kind in args.targets:
-                    assert pair.weights is not None, "inputs are read by weights"
-                    exponents = smoothing_exponents(pair.maxima, pair.weights, args.alpha)
-                    self._try(index, block, [(pair, exponents)], fits)
+                    self._try(index, block, [(pair, self._exponents(pair))], fits)
             self._left.update(f"{name}: {reason}" for name, reason in left.items())
         for writer in writers.values():
             dims = self._head_dim(block), self._rotary_dim(block)
@@ -216,6 +238,13 @@ class _Planner:
             self._keys.append(
                 KeyChannels.of(index, pair.maxima, pair.heads, None if done is None else exponents)
             )
+
+    def _exponents(self, pair: Pair) -> torch.Tensor:
+        """Of a pair that scales inputs, by the rule that the arguments name."""
+        if self._args.above is not None:
+            return outlier_exponents(pair.maxima, self._args.above)
+        assert pair.weights is not None and self._args.alpha is not None
+        return smoothing_exponents(pair.maxima, pair.weights, self._args.alpha)
 
     def _try(
         self,

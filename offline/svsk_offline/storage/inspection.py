@@ -160,10 +160,10 @@ def smoothing_lines(record: Any) -> list[str]:
         f"{count} {kinds.get(kind, f'layers of {kind}')}"
         for kind, count in (folded.items() if isinstance(folded, dict) else ())
     ]
-    alpha = f"alpha {record['alpha']}, " if "alpha" in record else ""
+    rule = "".join(f"{key} {record[key]}, " for key in ("alpha", "above") if key in record)
     left = record.get("left_alone")
     return [
-        f"smoothing {alpha}folded into the weights: {', '.join(counts) or 'nothing'}",
+        f"smoothing {rule}folded into the weights: {', '.join(counts) or 'nothing'}",
         *(
             f"smoothing left alone: {count} x {what}"
             for what, count in (left.items() if isinstance(left, dict) else ())

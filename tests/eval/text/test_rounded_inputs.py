@@ -62,11 +62,12 @@ def test_smoothing_lowers_the_cost(spiked: Path, text: Path) -> None:
     options: dict[str, Any] = {"samples": 4, "chunks": 2, "seq_len": 64}
     kl = [
         measure(str(spiked), str(spiked), text, args, "python", **options).kl_mean
-        for args in (None, SmoothingArgs(alpha=0.7))
+        for args in (None, SmoothingArgs(alpha=0.7), SmoothingArgs(above=4))
     ]
     assert kl[0] is not None
-    assert kl[1] is not None
-    assert 0 < kl[1] < 0.5 * kl[0]
+    for smoothed in kl[1:]:
+        assert smoothed is not None
+        assert 0 < smoothed < 0.5 * kl[0]
 
 
 def test_a_folded_model_computes_the_same(spiked: Path) -> None:
@@ -95,6 +96,9 @@ def test_command(spiked: Path, text: Path, tmp_path: Path) -> None:
     assert "4 outputs of norms" in result.output
     assert "KL 0." in result.output
     assert (tmp_path / "out.json").is_file()
+    result = CliRunner().invoke(app, [*command, "--outliers", "4"])
+    assert result.exit_code == 0, result.output
+    assert "2 inputs of down_proj" in result.output
     wrong = CliRunner().invoke(app, [*command, "--smoothing", "0.7", "--target", "nothing"])
     assert wrong.exit_code == 1
     assert "Traceback" not in wrong.output

@@ -18,6 +18,7 @@ from svsk_offline.planning.key_channels import KeyChannels
 from svsk_offline.planning.smoothing import (
     Smoothing,
     key_exponents,
+    outlier_exponents,
     plan_smoothing,
     smoothing_exponents,
 )
@@ -99,6 +100,21 @@ def test_the_logits_are_sensitive_to_a_factor(tmp_path: Path, tiny_llama: Path) 
     assert not torch.equal(logits(folded, torch.float32), logits(tiny_llama, torch.float32))
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_outliers_alone_are_brought_down(tmp_path: Path, family: str) -> None:
+    dense = uneven(write_dense(tmp_path / "dense", family))
+    source, found = plan(dense, SmoothingArgs(above=4))
+    assert found.folded == {"norms": 2 * BLOCKS, "o": BLOCKS, "down": BLOCKS}
+    moved = torch.cat([found.fold.columns[name].flatten() for name in found.fold.columns])
+    assert moved.min() == 0
+    assert 0 < (moved > 0).float().mean() < 0.5
+    folded = folded_folder(source, found, tmp_path / "folded")
+    assert torch.equal(logits(folded, torch.bfloat16), logits(dense, torch.bfloat16))
+    # What is over the multiple now is so by the rounding of an exponent at most.
+    again, after = plan(folded, SmoothingArgs(above=4))
+    assert all(not after.fold.columns[name].any() for name in after.fold.columns)
+
+
 @pytest.mark.parametrize("target", ["norms", "o", "down"])
 def test_targets_are_those_named(tiny_qwen2: Path, target: str) -> None:
     args = SmoothingArgs.model_validate({"alpha": 0.5, "targets": [target]})
@@ -163,6 +179,12 @@ def test_exponents() -> None:
     assert smoothing_exponents(torch.zeros(3), torch.ones(3), 0.5).tolist() == [0, 0, 0]
     far = smoothing_exponents(torch.tensor([1e30, 1e-30]), torch.ones(2), 1.0)
     assert far.tolist() == [LARGEST_EXPONENT, -LARGEST_EXPONENT]
+    # The median is 2: 16 is over 2 times it by 2 steps, 5.7 by half of one or more, 5.5 by less.
+    maxima = torch.tensor([16.0, 0.0, 2.0, 5.7, 2.0, 1.0, 1.0])
+    assert outlier_exponents(maxima, 2.0).tolist() == [2, 0, 0, 1, 0, 0, 0]
+    assert outlier_exponents(maxima.where(maxima != 5.7, 5.5), 2.0).tolist()[3] == 0
+    assert outlier_exponents(torch.zeros(3), 2.0).tolist() == [0, 0, 0]
+    assert outlier_exponents(torch.tensor([1e38, 1e-30, 1e-30]), 1.0)[0] == LARGEST_EXPONENT
     # Each head is centred for itself.
     assert key_exponents(torch.tensor([4.0, 1.0, 64.0, 16.0]), 2).tolist() == [1, -1, 1, -1]
 
