@@ -3,10 +3,11 @@
 
 Channel j of a linear's input is divided by ``max|x_j| ** alpha / max|W_j| ** (1 - alpha)``, W_j the
 weights that read it, and its weights multiplied (SmoothQuant, Xiao et al. 2022; the first half of
-SVDQuant, Li et al. 2024). Or only its outliers are: those over a multiple of the median channel
-are brought down to that, which leaves nearly all weights as they are. A rotary pair of keys is divided by its largest magnitude, and queries
-are multiplied. Factors are rounded to powers of two, so that nothing is rounded by them, and each
-is kept only where the block, scaled, gives the same bits as before on a calibration sample.
+SVDQuant, Li et al. 2024). Or only its outliers are: those over a multiple of the median channel are
+brought down to that, which leaves nearly all weights as they are. A rotary pair of keys is divided
+by its largest magnitude, and queries are multiplied. Factors are rounded to powers of two, so that
+nothing is rounded by them, and each is kept only where the block, scaled, gives the same bits as
+before on a calibration sample.
 """
 
 import json
@@ -243,7 +244,8 @@ class _Planner:
         """Of a pair that scales inputs, by the rule that the arguments name."""
         if self._args.above is not None:
             return outlier_exponents(pair.maxima, self._args.above)
-        assert pair.weights is not None and self._args.alpha is not None
+        assert pair.weights is not None
+        assert self._args.alpha is not None
         return smoothing_exponents(pair.maxima, pair.weights, self._args.alpha)
 
     def _try(

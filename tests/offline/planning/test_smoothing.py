@@ -111,7 +111,7 @@ def test_outliers_alone_are_brought_down(tmp_path: Path, family: str) -> None:
     folded = folded_folder(source, found, tmp_path / "folded")
     assert torch.equal(logits(folded, torch.bfloat16), logits(dense, torch.bfloat16))
     # What is over the multiple now is so by the rounding of an exponent at most.
-    again, after = plan(folded, SmoothingArgs(above=4))
+    _, after = plan(folded, SmoothingArgs(above=4))
     assert all(not after.fold.columns[name].any() for name in after.fold.columns)
 
 
