@@ -9,8 +9,8 @@ nothing but what this command writes. Names are relative to the page.
     <!-- sweep data/qwen.json data/qwen-dithered.json, figure qwen.svg -->
     <!-- end of sweep -->
 
-Files that share a table were scored on the same tokens; each has a group of rows, as the KL of its
-rows is to its own reference.
+Files that share a table were scored on the same tokens. Those of one reference have their rows
+together; of several references each has a group, as the KL of its rows is to its own reference.
 """
 
 import re
@@ -27,7 +27,7 @@ from svsk_eval.sweep.tables import failures, sweep_table
 from svsk_kernels.errors import SvskError
 from svsk_offline.storage.atomic import write_text
 
-__all__ = ["filled"]
+__all__ = ["by_reference", "filled"]
 
 _END: Final = "<!-- end of sweep -->"
 _PART: Final = re.compile(
@@ -60,7 +60,7 @@ def filled(page: Path) -> tuple[str, dict[str, str]]:
 
     Raises:
         EvalError: the page cannot be read or names no file, a file is missing or damaged, or files
-            of one table were scored on different texts.
+            of one table were scored on different texts or have the same rows.
     """
     try:
         old = page.read_text(encoding="utf-8")
@@ -71,8 +71,8 @@ def filled(page: Path) -> tuple[str, dict[str, str]]:
     def part(match: re.Match[str]) -> str:
         names = match["files"].split()
         reports = [load_sweep(page.parent / name) for name in names]
-        _check_text(names, reports)
-        table = sweep_table(reports, page.stem)
+        _check_common(names, reports)
+        table = sweep_table(by_reference(reports), page.stem)
         lines = [match[0].partition("\n")[0], "", *table_lines(table), "", table.note]
         notes = [text for report in reports for text in failures(report)]
         lines += ["", *(f"- Could not be done: {text}" for text in notes)] if notes else []
@@ -80,8 +80,7 @@ def filled(page: Path) -> tuple[str, dict[str, str]]:
         if drawn is not None:
             figures[match["figure"]] = drawn.svg.decode()
             lines += ["", f"![{drawn.title}]({match['figure']})", "", drawn.caption]
-        for name, report in zip(names, reports, strict=True):
-            lines += ["", f"[{name}]({name}): {report.hardware}, {report.created[:10]}."]
+        lines += ["", *map(_origin, names, reports)]
         return "\n".join([*lines, "", _END])
 
     new, count = _PART.subn(part, old)
@@ -93,15 +92,45 @@ def filled(page: Path) -> tuple[str, dict[str, str]]:
     return new, figures
 
 
-def _check_text(names: list[str], reports: list[SweepReport]) -> None:
-    def scored(report: SweepReport) -> tuple[object, ...]:
-        return tuple(report.settings.get(key) for key in ("text", "chunks", "seq_len"))
+def by_reference(reports: list[SweepReport]) -> list[SweepReport]:
+    """One report for each reference, with the rows of all reports on it.
+
+    Raises:
+        EvalError: two reports on a reference have different rows of one label.
+    """
+    merged: dict[str, SweepReport] = {}
+    for report in reports:
+        key = str(report.settings.get("model"))
+        if key not in merged:
+            merged[key] = report
+            continue
+        rows = {row.label: row for row in merged[key].rows}
+        for row in report.rows[1:]:
+            if rows.setdefault(row.label, row) != row:
+                raise EvalError(f"{row.label}: is in two files of {report.model}. Leave one out.")
+        merged[key] = merged[key].model_copy(update={"rows": tuple(rows.values())})
+    return list(merged.values())
+
+
+def _origin(name: str, report: SweepReport) -> str:
+    text = report.settings["calibration"]
+    drawn = f"{text['samples']} x {text['seq_len']} tokens of {text['source']}"
+    scored = f"{report.settings['chunks']} x {report.settings['seq_len']} of"
+    return (
+        f"- [{name}]({name}): calibrated on {drawn}, scored on {scored}"
+        f" {report.settings['text']['name']}; {report.hardware}, {report.created[:10]}."
+    )
+
+
+def _check_common(names: list[str], reports: list[SweepReport]) -> None:
+    def common(report: SweepReport) -> dict[str, object]:
+        return {key: report.settings.get(key) for key in ("text", "chunks", "seq_len", "tables")}
 
     for name, report in zip(names, reports, strict=True):
-        if scored(report) != scored(reports[0]):
+        if common(report) != common(reports[0]):
             raise EvalError(
-                f"{name} was scored on other text than {names[0]}: {scored(report)}, expected"
-                f" {scored(reports[0])}. Give each a table of its own."
+                f"{name} cannot share a table with {names[0]}: it has {common(report)}, expected"
+                f" {common(reports[0])}. Give each a table of its own."
             )
 
 

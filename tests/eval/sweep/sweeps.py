@@ -5,7 +5,13 @@ from typing import Any
 
 from svsk_eval.sweep.schema import Recovery, Size, SweepReport, SweepRow, TaskScore, TextFigures
 
-SETTINGS: dict[str, Any] = {"text": {"name": "t.txt", "sha256": "ab"}, "chunks": 3, "seq_len": 64}
+SETTINGS: dict[str, Any] = {
+    "calibration": {"source": "c.txt", "samples": 24, "seq_len": 64},
+    "text": {"name": "t.txt", "sha256": "ab"},
+    "chunks": 3,
+    "seq_len": 64,
+    "tables": "own",
+}
 
 
 def row(
@@ -38,7 +44,7 @@ def report(*rows: SweepRow, model: str = "tiny", **settings: Any) -> SweepReport
         command="svsk sweep tiny out",
         hardware="2 cores of a test",
         model=model,
-        settings=SETTINGS | settings,
+        settings=SETTINGS | {"model": f"digest of {model}"} | settings,
         rows=(reference, *rows),
     )
 

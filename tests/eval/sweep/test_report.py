@@ -3,6 +3,7 @@
 
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -128,13 +129,27 @@ class TestPage:
         assert "| other | the b | 4.5000 |" in text
         assert "![Quality against size](f.svg)" in text
         assert "Could not be done: awq: awq: no memory" in text
+        assert "calibrated on 24 x 64 tokens of c.txt, scored on 3 x 64 of t.txt" in text
         assert "the b" in (page.parent / "f.svg").read_text()
         assert filled(page)[0] == text
 
-    def test_other_text_needs_another_table(self, page: Path) -> None:
-        other = report(row("b"), chunks=4)
-        (page.parent / "b.json").write_text(other.model_dump_json())
-        with pytest.raises(EvalError, match=r"b.json was scored on other text than a.json"):
+    @pytest.mark.parametrize("changed", [{"chunks": 4}, {"tables": "reference"}])
+    def test_other_text_needs_another_table(self, page: Path, changed: dict[str, Any]) -> None:
+        (page.parent / "b.json").write_text(report(row("b"), **changed).model_dump_json())
+        with pytest.raises(EvalError, match=r"b.json cannot share a table with a.json"):
+            filled(page)
+
+    def test_files_of_one_reference_share_its_rows(self, page: Path) -> None:
+        (page.parent / "b.json").write_text(report(row("b"), row("a")).model_dump_json())
+        text = filled(page)[0]
+        assert text.count("(reference)") == 1
+        assert [line.split("|")[1] for line in text.splitlines() if line.startswith("| the")] == [
+            " the reference (reference) ",
+            " the a ",
+            " the b ",
+        ]
+        (page.parent / "b.json").write_text(report(row("a", kl=0.3)).model_dump_json())
+        with pytest.raises(EvalError, match="a: is in two files of tiny"):
             filled(page)
 
     def test_a_page_without_a_part(self, page: Path) -> None:
