@@ -22,7 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from svsk_kernels.cpu.processor import has_avx512
+from svsk_kernels.cpu.cpu_kernel import cpu_ops_obstacle
+from svsk_kernels.cpu.processor import has_avx512, instructions_for
 from svsk_offline.calibration import load_calibration
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_vllm.format import Checkpoint, dequantize
@@ -258,6 +259,28 @@ def test_any_processor_and_float32_against_transformers(
         mean_error(served["scores"], exact_scores(pair.restored, served["sequences"], pair.svsk))
         < bound
     )
+    assert served["reloaded"] == served["scores"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
+def test_activations_of_eight_bits_against_transformers(run_vllm: Run, tiny_pair: Any) -> None:
+    """As the config asks for them, in a compiled graph; a reload finds its weights again."""
+    if obstacle := cpu_ops_obstacle():
+        pytest.skip(obstacle)
+    pair = tiny_pair("qwen3", torch.bfloat16, "quad8")
+    served = run_vllm(
+        pair.svsk,
+        random_requests()[:8],
+        dtype="float32",
+        eager=False,
+        max_tokens=8,
+        reload=True,
+        additional_config={"svsk": {"activations": "int8"}},
+    )
+    (kernel,) = served["kernels"]
+    assert kernel == f"CpuKernel {instructions_for(torch.float32)}, int8 activations"
+    exact = exact_scores(pair.restored, served["sequences"], pair.svsk)
+    assert 1e-4 < mean_error(served["scores"], exact) < 0.05
     assert served["reloaded"] == served["scores"]
 
 
