@@ -161,6 +161,9 @@ def benchmark(
         str | None, typer.Option(help="Over the tasks': do_sample=true,temperature=0.6 ...")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of few-shot examples and sampling.")] = 1234,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Answers to each item, drawn with a temperature.")
+    ] = 1,
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Ask as a chat.")
     ] = False,
@@ -228,6 +231,7 @@ def benchmark(
         engine=engine,
         limit=limit,
         seed=seed,
+        repeats=repeats,
         gen_kwargs=gen_kwargs,
         apply_chat_template=apply_chat_template,
         system_instruction=system_instruction,

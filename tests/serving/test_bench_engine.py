@@ -72,6 +72,13 @@ del model.model.llm_engine.add_request
 model.attach(Journal(Path(sys.argv[2])), lambda count: None)
 backwards = model.generate_until(generations(sampled)[::-1])
 found["backwards"] = backwards[::-1]
+model.begin_task(3)
+first = model.generate_until(generations(sampled))
+lines = len(model.journal)
+model.repeat = 2
+third = model.generate_until(generations(sampled))
+answers = model.generated([request.args for request in generations(sampled)])
+found["repeats"] = [first, third, [answer.seed for answer in answers], lines, len(model.journal)]
 journaled_model._RUNNING_SECONDS = 0
 counts.clear()
 model.attach(model.journal, lambda count: counts.append(count))
@@ -136,6 +143,15 @@ def test_a_sampled_answer_depends_on_its_own_request_only(found: dict[str, Any])
     order = [0, 1, 2, 3, 4, 5]
     order[0], order[3] = 3, 0
     assert found["backwards"] == [found["sampled"][index] for index in order]
+
+
+def test_several_answers_are_drawn_at_once_with_seeds_of_their_own(found: dict[str, Any]) -> None:
+    first, third, seeds, before, after = found["repeats"]
+    assert first == found["sampled"]
+    assert third != first
+    assert len(set(third)) > 3
+    assert len(set(seeds)) == 6
+    assert before == after == 6 * 3
 
 
 def test_tokens_of_answers_that_are_not_finished_are_told(found: dict[str, Any]) -> None:

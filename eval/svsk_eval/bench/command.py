@@ -70,6 +70,7 @@ def settings_of(
     apply_chat_template: bool,
     system_instruction: str | None,
     model_args: dict[str, Any],
+    repeats: int = 1,
 ) -> BenchSettings:
     """What all models have in common, from the command line's words.
 
@@ -103,6 +104,7 @@ def settings_of(
         engine=chosen,
         limit=limit,
         seed=seed,
+        repeats=repeats,
         gen_kwargs=generation,
         apply_chat_template=apply_chat_template,
         fewshot_as_multiturn=apply_chat_template,

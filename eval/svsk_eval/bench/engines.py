@@ -82,6 +82,7 @@ class _JournaledHF(JournaledModel, HFLM):
         self.seed = seed
         self.cache_hook = self
         self._rows: list[tuple[int, bool]] = []
+        self._drawn_with: int | None = None
         self._keys: dict[str, list[str]] = {}
 
     def loglikelihood(
@@ -105,7 +106,8 @@ class _JournaledHF(JournaledModel, HFLM):
         if attr == "generate_until":
             tokens, stopped = self._rows.pop(0)
             key = self._keys[request_keys(attr, [req])[0]].pop(0)
-            self._keep(key, Generated(text=res, tokens=tokens, stopped=stopped))
+            answer = Generated(text=res, tokens=tokens, stopped=stopped, seed=self._drawn_with)
+            self._keep(key, answer)
         elif attr == "loglikelihood":
             self._keep(request_keys(attr, [req])[0], likelihood(*res))
         else:
@@ -113,14 +115,17 @@ class _JournaledHF(JournaledModel, HFLM):
 
     def _generate(self, requests: list[tuple[str, str, dict[str, Any]]]) -> None:
         size = len(requests)
-        if any(is_sampled(settings) for _, _, settings in requests):
+        sampled = any(is_sampled(settings) for _, _, settings in requests)
+        if sampled:
             # torch's random numbers belong to a batch: a seed of its own makes them independent of
             # the batches before it, so that a run that goes on does not draw the same again.
             size = int(self.batch_size)
         for start in range(0, len(requests), size):
             batch = requests[start : start + size]
             text = f"{self.seed} {' '.join(key for key, _, _ in batch)}"
-            torch.manual_seed(int(hashlib.sha256(text.encode()).hexdigest()[:8], 16))
+            seed = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+            torch.manual_seed(seed)
+            self._drawn_with = seed if sampled else None
             self._keys = {}
             for key, *arguments in batch:
                 self._keys.setdefault(request_keys("generate_until", [arguments])[0], []).append(

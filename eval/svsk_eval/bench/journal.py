@@ -30,6 +30,7 @@ class Generated(BaseModel):
         text: after stop strings were cut off.
         tokens: that were generated, an end-of-text token included.
         stopped: whether it ended by itself, and not at the limit of tokens.
+        seed: that it was drawn with; with transformers that of its batch. None where it is greedy.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,6 +38,7 @@ class Generated(BaseModel):
     text: str
     tokens: int
     stopped: bool
+    seed: int | None = None
 
 
 class Likelihood(BaseModel):
@@ -64,7 +66,7 @@ class _Line(BaseModel):
 
 
 def request_keys(
-    kind: str, requests: Iterable[Sequence[Any]], *, numbered: bool = False
+    kind: str, requests: Iterable[Sequence[Any]], *, numbered: bool = False, repeat: int = 0
 ) -> list[str]:
     """Names under which answers are kept: SHA-256 of a request's kind and arguments.
 
@@ -73,6 +75,7 @@ def request_keys(
         requests: arguments that JSON can write.
         numbered: tell equal requests apart by their order, for answers that are sampled; else they
             share one answer.
+        repeat: which answer of several to each request, from 0.
     """
     seen: Counter[str] = Counter()
     keys = []
@@ -80,7 +83,7 @@ def request_keys(
         text = json.dumps([kind, list(arguments)], sort_keys=True)
         if numbered:
             seen[text] += 1
-            text += f"#{seen[text]}"
+            text += f"#{seen[text]}" + (f"~{repeat}" if repeat else "")
         keys.append(hashlib.sha256(text.encode()).hexdigest()[:32])
     return keys
 

@@ -48,6 +48,8 @@ class JournaledModel(TemplateLM):
         new_tokens: that were generated, of new answers only.
         running_tokens: those of answers that are not finished yet.
         seconds: that generating them took.
+        repeats: answers to each request that are drawn.
+        repeat: which of them :meth:`generate_until` returns, from 0; with the first all are drawn.
         cut_prompts: how many prompts did not fit the model's context and were cut, as lm-eval does;
             with vLLM only.
     """
@@ -56,6 +58,8 @@ class JournaledModel(TemplateLM):
     new_tokens: int
     running_tokens: int
     seconds: float
+    repeats: int
+    repeat: int
     cut_prompts: int
 
     def attach(self, journal: Journal, progress: AnswerProgress) -> None:
@@ -65,8 +69,9 @@ class JournaledModel(TemplateLM):
         self.seconds = self._told = 0.0
         self.begin_task()
 
-    def begin_task(self) -> None:
-        """Count requests and tokens from zero."""
+    def begin_task(self, repeats: int = 1) -> None:
+        """Count requests and tokens from zero; ``repeats`` answers to each request are drawn."""
+        self.repeats, self.repeat = repeats, 0
         self._done = self._asked = self._kept = self.running_tokens = 0
         self._before = self.new_tokens
 
@@ -76,21 +81,28 @@ class JournaledModel(TemplateLM):
         Raises:
             KeyError: one has not been run.
         """
-        return [self.journal.generated(key) for key in self._generation_keys(list(requests))]
+        keys = self._generation_keys(list(requests), self.repeat)
+        return [self.journal.generated(key) for key in keys]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         arguments = [request.args for request in requests]
-        keys = self._generation_keys(arguments)
-        todo = self._missing(keys)
-        if todo:
+        keys = self._generation_keys(arguments, self.repeat)
+        # All answers are drawn when the first are asked for, which fills a batch better.
+        drawn = range(self.repeats) if self.repeat == 0 else [self.repeat]
+        asked = [key for repeat in drawn for key in self._generation_keys(arguments, repeat)]
+        if self.repeat == 0 or any(key not in self.journal for key in asked):
+            todo = self._missing(asked)
             start = time.perf_counter()
-            self._generate([(keys[i], *arguments[i]) for i in todo])
+            if todo:
+                self._generate([(asked[i], *arguments[i % len(arguments)]) for i in todo])
             self.seconds += time.perf_counter() - start
         return [self.journal.generated(key).text for key in keys]
 
-    def _generation_keys(self, arguments: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    def _generation_keys(
+        self, arguments: Sequence[tuple[str, dict[str, Any]]], repeat: int
+    ) -> list[str]:
         sampled = any(is_sampled(settings) for _, settings in arguments)
-        return request_keys("generate_until", arguments, numbered=sampled)
+        return request_keys("generate_until", arguments, numbered=sampled, repeat=repeat)
 
     def _generate(self, requests: list[tuple[str, str, dict[str, Any]]]) -> None:
         """Run requests (key, prompt, settings) and keep their answers."""

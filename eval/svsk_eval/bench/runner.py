@@ -228,6 +228,7 @@ def _run_tasks(
         include_path=options.include_path and options.include_path.absolute(),
         batch_size=options.batch_size,
         consent=options.consent,
+        earlier=same,
     )
     progress(one.label, Step("starting"))
     files: list[str] = []

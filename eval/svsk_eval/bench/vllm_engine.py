@@ -68,7 +68,12 @@ class JournaledVLLM(JournaledModel, VLLM):
             stopped = answer.finish_reason == "stop"
             self._keep(
                 requests[index][0],
-                Generated(text=text, tokens=len(answer.token_ids), stopped=stopped),
+                Generated(
+                    text=text,
+                    tokens=len(answer.token_ids),
+                    stopped=stopped,
+                    seed=params[index].seed,
+                ),
             )
 
     def _fitting(self, tokens: list[int], limit: int) -> list[int]:

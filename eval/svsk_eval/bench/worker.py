@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import set_seed
 
 from svsk_eval.bench.fingerprint import source_hash, task_sources
 from svsk_eval.bench.journal import Journal
-from svsk_eval.bench.journaled_model import AnswerProgress
+from svsk_eval.bench.journaled_model import AnswerProgress, is_sampled
 from svsk_eval.bench.progress import Step
 from svsk_eval.errors import EvalError
 from svsk_eval.processes import answer_request
@@ -30,7 +31,7 @@ from svsk_eval.text.engine_args import served_dtype
 from svsk_eval.text.models import resolve_dtype
 from svsk_offline.storage.atomic import write_text
 
-__all__ = ["TaskResult", "WorkerRequest", "run_worker", "task_run"]
+__all__ = ["TaskResult", "WorkerRequest", "mean_of_runs", "run_worker", "task_run"]
 
 TaskProgress = Callable[[Step], None]
 """Called with how far a task is."""
@@ -48,6 +49,8 @@ class WorkerRequest(BaseModel):
         include_path: folder of further tasks, or None.
         batch_size: prompts at a time with ``hf``.
         consent: whether code that the model writes may be run.
+        earlier: models of the run before this one that are the same: its answers are drawn with
+            other seeds, so that the two show what chance does.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,6 +61,7 @@ class WorkerRequest(BaseModel):
     include_path: Path | None
     batch_size: int
     consent: bool
+    earlier: int = 0
 
 
 class TaskResult(BaseModel):
@@ -111,7 +115,7 @@ def run_worker(
                     place=list(tasks).index(name) + 1,
                     places=len(tasks),
                 )
-                model.begin_task()
+                model.begin_task(request.settings.repeats if _generates(tasks[name]) else 1)
                 cut = model.cut_prompts
                 result = _run_task(request, model, name, tasks[name])
                 write_text(files[name], result.model_dump_json(indent=1))
@@ -147,10 +151,11 @@ def _load_tasks(request: WorkerRequest) -> dict[str, Any]:
     set_seed(request.settings.seed)  # some tasks draw their items at random when they are loaded
     tasks: dict[str, Any] = manager.load(list(dict.fromkeys(matches)))["tasks"]
     for name, task in tasks.items():
-        if task.get_config("output_type") == "generate_until" and request.settings.gen_kwargs:
+        if _generates(task) and request.settings.gen_kwargs:
             task.set_config(
                 key="generation_kwargs", value=dict(request.settings.gen_kwargs), update=True
             )
+        _check_repeats(name, task, request.settings.repeats)
         if getattr(task, "UNSAFE_CODE", False) and name not in sandboxed:
             raise EvalError(
                 f"{name} runs code that the model has written, and not in our sandbox. Take"
@@ -161,7 +166,38 @@ def _load_tasks(request: WorkerRequest) -> dict[str, Any]:
                 f"{name} runs code that the model has written. It runs in a sandbox, which is no"
                 " guarantee: if you agree, add --confirm-run-unsafe-code."
             )
+    if request.settings.repeats > 1 and not any(map(_generates, tasks.values())):
+        raise EvalError(
+            f"--repeats {request.settings.repeats}: none of {', '.join(tasks)} generates answers,"
+            " and a likelihood is the same each time. Leave it out."
+        )
     return tasks
+
+
+def _generates(task: Any) -> bool:
+    return bool(task.get_config("output_type") == "generate_until")
+
+
+def _check_repeats(name: str, task: Any, repeats: int) -> None:
+    """Refuse several answers to an item that would all be the same, or are asked for twice."""
+    if repeats == 1 or not _generates(task):
+        return
+    settings = task.get_config("generation_kwargs") or {}
+    if not is_sampled(settings):
+        raise EvalError(
+            f"--repeats {repeats}: the answers of {name} are greedy, and would all be the same. Have"
+            " them drawn: --gen-kwargs do_sample=true,temperature=0.6"
+        )
+    if "seed" in settings:
+        raise EvalError(
+            f"--repeats {repeats}: {name} draws with seed={settings['seed']}, and all answers would"
+            " be the same. Leave it out of --gen-kwargs: --seed gives each answer one of its own."
+        )
+    if task.get_config("repeats") > 1:
+        raise EvalError(
+            f"--repeats {repeats}: {name} draws {task.get_config('repeats')} answers to an item by"
+            " itself. Leave --repeats out."
+        )
 
 
 def _task_key(request: WorkerRequest, task: Any, sources: str) -> str:
@@ -196,7 +232,7 @@ def _load_model(request: WorkerRequest, journal: Journal, progress: AnswerProgre
     chosen = {"pretrained": str(request.model), **settings.model_args}
     if settings.engine == "vllm":
         defaults = {
-            "seed": settings.seed,
+            "seed": settings.seed + request.earlier,
             "batch_size": "auto",
             "dtype": served_dtype(request.dtype),
         }
@@ -208,7 +244,7 @@ def _load_model(request: WorkerRequest, journal: Journal, progress: AnswerProgre
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    return hf_model(defaults | chosen, journal, progress, settings.seed)
+    return hf_model(defaults | chosen, journal, progress, settings.seed + request.earlier)
 
 
 def _run_task(request: WorkerRequest, model: Any, name: str, task: Any) -> TaskResult:
@@ -217,7 +253,8 @@ def _run_task(request: WorkerRequest, model: Any, name: str, task: Any) -> TaskR
 
     settings = request.settings
     tokens, seconds = model.new_tokens, model.seconds
-    results = lm_eval.simple_evaluate(
+    evaluate = partial(
+        lm_eval.simple_evaluate,
         model=model,
         tasks=[task],
         # Only names are looked up in it, and this task is loaded already; reading all of lm-eval's
@@ -235,9 +272,13 @@ def _run_task(request: WorkerRequest, model: Any, name: str, task: Any) -> TaskR
         fewshot_random_seed=settings.seed,
         confirm_run_unsafe_code=request.consent,
     )
+    runs = []
+    for repeat in range(model.repeats):
+        model.repeat = repeat
+        runs.append(task_run(name, task, evaluate(), model))
     new = model.new_tokens - tokens
     return TaskResult(
-        run=task_run(name, task, results, model),
+        run=mean_of_runs(runs),
         dtype=_dtype(model),
         generation=Generation(tokens=new, seconds=model.seconds - seconds) if new else None,
     )
@@ -284,7 +325,7 @@ def task_run(name: str, task: Any, results: Mapping[str, Any], model: Any) -> Ta
         raise EvalError(
             f"{name}: its metric {primary} is better when it is lower, which reports cannot show."
         )
-    generates = task.get_config("output_type") == "generate_until"
+    generates = _generates(task)
     answers = _answers(model, [first[index] for index in doc_ids]) if generates else []
 
     def means(name: str) -> tuple[float, ...]:
@@ -301,6 +342,30 @@ def task_run(name: str, task: Any, results: Mapping[str, Any], model: Any) -> Ta
         scores=scores,
         output_tokens=means("tokens") if generates else None,
         terminated=means("stopped") if generates else None,
+    )
+
+
+def mean_of_runs(runs: Sequence[TaskRun]) -> TaskRun:
+    """Several answers to each item as one run, whose figures are the means over an item's answers.
+
+    Args:
+        runs: of the same items, an answer each.
+    """
+    if len(runs) == 1:
+        return runs[0]
+
+    def means(columns: Sequence[Sequence[float] | None]) -> tuple[float, ...] | None:
+        known = [column for column in columns if column is not None]
+        return tuple(float(np.mean(values)) for values in zip(*known, strict=True)) or None
+
+    first = runs[0]
+    return first.model_copy(
+        update={
+            "scores": {name: means([run.scores[name] for run in runs]) for name in first.scores},
+            "repeat_scores": tuple(zip(*(run.scores[run.primary] for run in runs), strict=True)),
+            "output_tokens": means([run.output_tokens for run in runs]),
+            "terminated": means([run.terminated for run in runs]),
+        }
     )
 
 

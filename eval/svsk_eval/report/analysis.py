@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from svsk_eval.errors import EvalError
+from svsk_eval.report.detectable import detectable_by_repeats
 from svsk_eval.report.paired_statistics import (
     RESAMPLES,
     Estimate,
@@ -35,7 +36,7 @@ __all__ = [
 
 FloatArray = npt.NDArray[np.float64]
 
-_COMMON: Final = ("version", "num_fewshot", "output_type", "primary")
+_COMMON: Final = ("version", "num_fewshot", "output_type", "primary", "repeats")
 _FIGURES: Final = ("score", "terminated", "output_tokens")
 _SHOWN_ITEMS: Final = 3
 _SHOWN_HASH: Final = 12
@@ -74,6 +75,8 @@ class TaskComparison:
         terminated: the difference of the shares of answers that ended by themselves; None where
             either has none.
         output_tokens: the difference of the answers' lengths, tokens; None where either has none.
+        by_repeats: the detectable difference with one answer to each item, and with any number;
+            None where one was drawn.
     """
 
     task: str
@@ -82,6 +85,7 @@ class TaskComparison:
     p_holm: float
     terminated: Paired | None
     output_tokens: Paired | None
+    by_repeats: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -255,7 +259,7 @@ def _items(task: TaskRun) -> list[tuple[int, str]]:
 
 
 def _values(task: TaskRun, name: str) -> FloatArray | None:
-    """A list of a task as an array [n] in the order of its items, for two models' to pair."""
+    """A list of a task as an array [n], or [n, answers], in the order of its items."""
     stored = task.scores[task.primary] if name == "score" else getattr(task, name)
     if stored is None:
         return None
@@ -307,10 +311,20 @@ def _variant(
                 scores.append((ours, theirs))
         score = pairs["score"]
         assert score is not None  # the schema requires scores of the primary metric
-        comparison = TaskComparison(
-            name, expected.primary, score, score.p, pairs["terminated"], pairs["output_tokens"]
+        drawn = [_values(task, "repeat_scores") for task in (expected, run.tasks[name])]
+        tasks.append(
+            TaskComparison(
+                task=name,
+                metric=expected.primary,
+                score=score,
+                p_holm=score.p,
+                terminated=pairs["terminated"],
+                output_tokens=pairs["output_tokens"],
+                by_repeats=None
+                if drawn[0] is None or drawn[1] is None
+                else detectable_by_repeats(score.detectable, drawn[0], drawn[1]),
+            )
         )
-        tasks.append(comparison)
     return VariantComparison(run.label, tuple(tasks), pooled(scores, resamples))
 
 

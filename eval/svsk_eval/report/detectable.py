@@ -18,6 +18,7 @@ from scipy import stats
 __all__ = [
     "ALPHA",
     "POWER",
+    "detectable_by_repeats",
     "detectable_mean",
     "detectable_over_tasks",
     "detectable_rate",
@@ -100,6 +101,33 @@ def detectable_mean(se: float | None, n: int) -> float | None:
     if not se or n < 2:
         return None
     return float(stats.t.ppf(1 - ALPHA / 2, n - 1) + stats.t.ppf(POWER, n - 1)) * se
+
+
+def detectable_by_repeats(
+    detectable: float | None, reference: FloatArray, variant: FloatArray
+) -> tuple[float, float] | None:
+    """What several answers to each item did for a detectable difference.
+
+    With K answers, the variance of an item's mean difference is that between items plus a Kth of
+    that of drawing answers (Miller 2024, section 4.1). The latter is estimated within items, from
+    the differences of the models' answers in the order in which they were drawn.
+
+    Args:
+        detectable: with the answers there are.
+        reference: scores of the reference's answers, [items, K].
+        variant: of the variant's, the same.
+
+    Returns:
+        It with one answer to each item, and with any number; None where there is none.
+    """
+    differences = variant - reference
+    spread = float(differences.mean(axis=1).var(ddof=1)) if len(differences) > 1 else 0.0
+    if detectable is None or not spread:
+        return None
+    drawing = float(differences.var(axis=1, ddof=1).mean())
+    between = max(spread - drawing / differences.shape[1], 0.0)
+    one, any_number = math.sqrt((between + drawing) / spread), math.sqrt(between / spread)
+    return detectable * one, detectable * any_number
 
 
 def detectable_over_tasks(differences: Sequence[FloatArray]) -> float | None:

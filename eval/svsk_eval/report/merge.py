@@ -28,6 +28,7 @@ _MUST_AGREE: Final = (
     "data",
     "limit",
     "seed",
+    "repeats",
     "gen_kwargs",
     "apply_chat_template",
     "fewshot_as_multiturn",

@@ -4,6 +4,7 @@
 Every model's scores item by item, so that any two can be compared in pairs.
 """
 
+from collections.abc import Sized
 from pathlib import Path
 from typing import Final, Literal
 
@@ -45,7 +46,8 @@ class TaskRun(_Model):
         item_hashes: of an item's prompts and target; items of two models are a pair if these are
             equal.
         scores: per metric and filter (``exact_match,strict-match``), values of the items, 0 to 1
-            for rates of success.
+            for rates of success; with several answers to an item, their mean.
+        repeat_scores: those of the primary metric by answer, [items][answers]; None with one each.
         output_tokens: tokens the model wrote, averaged over an item's repeats; None for tasks
             without generation.
         terminated: share of an item's answers that ended by themselves (end of text or a stop
@@ -62,15 +64,29 @@ class TaskRun(_Model):
     scores: dict[str, tuple[float, ...]]
     output_tokens: tuple[float, ...] | None = None
     terminated: tuple[float, ...] | None = None
+    repeat_scores: tuple[tuple[float, ...], ...] | None = None
+
+    @property
+    def repeats(self) -> int:
+        """Answers to each item."""
+        return len(self.repeat_scores[0]) if self.repeat_scores else 1
 
     @model_validator(mode="after")
     def _same_lengths(self) -> "TaskRun":
         if self.primary not in self.scores:
             raise ValueError(f"task {self.task}: no scores for its primary metric {self.primary!r}")
-        lists = {"item_hashes": self.item_hashes, **self.scores}
+        lists: dict[str, Sized] = {"item_hashes": self.item_hashes, **self.scores}
         for name in ("output_tokens", "terminated"):
             if (values := getattr(self, name)) is not None:
                 lists[name] = values
+        if self.repeat_scores is not None:
+            lists["repeat_scores"] = self.repeat_scores
+            counts = {len(scores) for scores in self.repeat_scores}
+            if len(counts) != 1 or min(counts) < 2:
+                raise ValueError(
+                    f"task {self.task}: repeat_scores has {sorted(counts)} scores for an item,"
+                    " expected as many for each, and two or more"
+                )
         for name, found in lists.items():
             if len(found) != len(self.doc_ids):
                 raise ValueError(
@@ -163,6 +179,7 @@ class BenchSettings(_Model):
         engine: that ran the tasks.
         limit: items per task, from the first; None for all.
         seed: of few-shot examples and sampling.
+        repeats: answers to each item of tasks that generate.
         gen_kwargs: generation settings that override the tasks'.
         apply_chat_template: whether prompts were put into the model's chat template.
         fewshot_as_multiturn: whether examples were turns of that chat.
@@ -183,6 +200,7 @@ class BenchSettings(_Model):
     model_args: dict[str, object]
     data: Literal["hub", "local"]
     versions: dict[str, str]
+    repeats: int = 1
 
 
 class BenchReport(_Model):

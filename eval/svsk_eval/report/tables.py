@@ -70,7 +70,7 @@ HOW_TO_READ: Final = (
     (
         "The column beside a difference says which one these items would have shown: with 100 items"
         ' of which 10 flip, 9 points. Where that is more than you could live with, "no difference"'
-        " says nothing, and more items are needed."
+        " says nothing, and more items, or several answers to each (--repeats), are needed."
     ),
     (
         "The figures hold for this engine, prompt format, data and version of each task. Scores"
@@ -122,6 +122,8 @@ def all_tables(analysis: Analysis) -> list[Table]:
     tables += [_tasks(analysis), _per_task(analysis)]
     if any(task.output_tokens for tasks in analysis.estimates.values() for task in tasks.values()):
         tables.append(_answers(analysis))
+    if any(task.by_repeats for variant in analysis.variants for task in variant.tasks):
+        tables.append(_repeats(analysis))
     if any(run.text for run in analysis.report.models):
         tables.append(_text(analysis))
     return tables
@@ -147,6 +149,7 @@ def run_facts(analysis: Analysis) -> list[tuple[str, str]]:
             DASH if settings.system_instruction is None else settings.system_instruction,
         ),
         ("Seed", str(settings.seed)),
+        ("Answers to each item", str(settings.repeats)),
         ("Generation settings", _pairs(settings.gen_kwargs)),
         ("Model arguments", _pairs(settings.model_args)),
         ("Versions", _pairs(settings.versions, " ")),
@@ -316,6 +319,36 @@ def _answers(analysis: Analysis) -> Table:
         " not adjusted."
     )
     return _table("Answers", ("task", "model"), headings, groups, note)
+
+
+def _repeats(analysis: Analysis) -> Table:
+    """Whether more answers to each item would help, or only more items."""
+    groups = []
+    for task, run in analysis.reference.tasks.items():
+        rows = [
+            (
+                task,
+                label,
+                str(run.repeats),
+                *(_number(value, ".4f") for value in (one, pair.score.detectable, any_number)),
+            )
+            for label, pair in _of_task(analysis, task)
+            if pair.by_repeats
+            for one, any_number in (pair.by_repeats,)
+        ]
+        if rows:
+            groups.append(rows)
+    headings = (
+        "answers to each item",
+        "detectable with one",
+        "detectable",
+        "with any number",
+    )
+    note = (
+        "Several answers to an item average out the luck of drawing, not the choice of items. Where"
+        " the last column is little below the one before, only more items help."
+    )
+    return _table("Several answers", ("task", "model"), headings, groups, note)
 
 
 def _text(analysis: Analysis) -> Table:

@@ -16,11 +16,14 @@ from svsk_eval.bench.fingerprint import (
     task_sources,
     text_sources,
 )
+from svsk_eval.bench.progress import Step
 from svsk_eval.bench.runner import Candidate, bench, candidate
+from svsk_eval.bench.worker import mean_of_runs
 from svsk_eval.errors import EvalError
 from svsk_kernels.errors import SvskError
 from svsk_offline.storage.locks import LOCK_NAME, locked
 from tests.eval.bench.test_runner import SETTINGS, options
+from tests.eval.report.reports import task_run
 from tests.support.tiny_models import write_dense
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
@@ -45,6 +48,8 @@ def test_sampled_repeats_and_the_same_model_twice(dense: Path, tmp_path: Path) -
     kept = [
         [json.loads(line)["answer"] for line in path.read_text().splitlines()] for path in journals
     ]
+    assert {answer["text"] for answer in kept[0]} != {answer["text"] for answer in kept[1]}
+    assert not {answer["seed"] for answer in kept[0]} & {answer["seed"] for answer in kept[1]}
     for run, answers in zip(report.models, kept, strict=True):
         task = run.tasks["mini_sampled"]
         assert len(answers) == 4 * 2
@@ -56,6 +61,68 @@ def test_sampled_repeats_and_the_same_model_twice(dense: Path, tmp_path: Path) -
     # The draws depend on the seed and the request, so the same run again is the same run.
     again = bench(pair[:1], settings, options(tmp_path / "again", batch_size=3), lambda *_: None)
     assert again.models[0].tasks == report.models[0].tasks
+
+
+def test_several_answers_to_an_item(dense: Path, tmp_path: Path) -> None:
+    drawn = {"do_sample": True, "temperature": 1.0}
+    once = SETTINGS.model_copy(update={"limit": 4, "gen_kwargs": drawn})
+    thrice = once.model_copy(update={"repeats": 3})
+    model = [candidate(f"a={dense}")]
+    single = bench(model, once, options(tmp_path), lambda *_: None).models[0]
+    (journal,) = tmp_path.glob("a-answers-*/journal.jsonl")
+    before = journal.read_text().splitlines()
+    steps: list[Step] = []
+    run = bench(model, thrice, options(tmp_path), lambda _, step: steps.append(step)).models[0]
+    # The first answer to each item is the one there was, two more are drawn; choices are not asked
+    # again.
+    assert journal.read_text().splitlines()[: len(before)] == before
+    answers = [json.loads(line)["answer"] for line in journal.read_text().splitlines()]
+    texts = [answer for answer in answers if answer["kind"] == "generated"]
+    assert len(answers) == len(before) + 2 * 4
+    assert len({answer["text"] for answer in texts}) > 6
+    assert None not in {answer["seed"] for answer in texts}
+    last = [step for step in steps if step.what == "mini_gen"][-1]
+    assert (last.done, last.known, last.kept, last.items) == (12, 12, 4, 4)
+    generated, chosen = run.tasks["mini_gen"], run.tasks["mini_mc"]
+    assert generated.repeats == 3
+    assert chosen == single.tasks["mini_mc"]
+    assert generated.output_tokens is not None
+    assert sum(generated.output_tokens) * 3 == pytest.approx(sum(a["tokens"] for a in texts))
+    assert generated.item_hashes == single.tasks["mini_gen"].item_hashes
+    again = bench(model, thrice, options(tmp_path / "new"), lambda *_: None).models[0]
+    assert [len(scores) for scores in again.tasks["mini_gen"].repeat_scores or ()] == [3] * 4
+
+
+@pytest.mark.parametrize(
+    ("task", "gen_kwargs", "message"),
+    [
+        ("mini_gen", {}, "answers of mini_gen are greedy, .* --gen-kwargs do_sample=true"),
+        ("mini_mc", {}, "none of mini_mc generates answers"),
+        ("mini_gen", {"do_sample": True, "seed": 5}, "mini_gen draws with seed=5, .* Leave it out"),
+        ("mini_sampled", {}, "mini_sampled draws 2 answers to an item by itself"),
+    ],
+)
+def test_several_answers_that_make_no_sense(
+    task: str, gen_kwargs: dict[str, object], message: str, dense: Path, tmp_path: Path
+) -> None:
+    settings = SETTINGS.model_copy(
+        update={"tasks": (task,), "repeats": 4, "gen_kwargs": gen_kwargs}
+    )
+    with pytest.raises(EvalError, match=f"--repeats 4: {message}"):
+        bench([candidate(str(dense))], settings, options(tmp_path), lambda *_: None)
+
+
+def test_the_mean_of_several_answers() -> None:
+    fields = {"item_hashes": ("x", "y"), "terminated": (1.0, 0.0), "output_tokens": (2.0, 9.0)}
+    first = task_run((1.0, 0.0), **fields)
+    second = task_run((0.0, 0.0), **(fields | {"output_tokens": (4.0, 9.0)}))
+    mean = mean_of_runs([first, second])
+    assert mean.scores == {"exact_match,none": (0.5, 0.0)}
+    assert mean.repeat_scores == ((1.0, 0.0), (0.0, 0.0))
+    assert (mean.output_tokens, mean.terminated) == ((3.0, 9.0), (1.0, 0.0))
+    assert mean_of_runs([first]) == first
+    chosen = task_run((1.0, 0.0))
+    assert mean_of_runs([chosen, chosen]).output_tokens is None
 
 
 def test_answers_belong_to_a_model_and_not_to_its_label(dense: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 from svsk_eval.report.detectable import (
+    detectable_by_repeats,
     detectable_mean,
     detectable_over_tasks,
     detectable_rate,
@@ -65,6 +66,29 @@ def test_no_spread_says_nothing() -> None:
     assert detectable_mean(None, 1) is None
     assert detectable_over_tasks([np.full(4, 0.25)]) is None
     assert detectable_over_tasks([np.zeros(4), np.zeros(1)]) is None
+
+
+def test_several_answers_to_an_item() -> None:
+    rng = np.random.default_rng(3)
+    items, answers = 4000, 4
+    # items differ between the models by 0.1, drawing moves each answer by 0.3
+    base = rng.normal(0, 1, (items, 1))
+    reference = base + rng.normal(0, 0.3, (items, answers))
+    variant = base + rng.normal(0, 0.1, (items, 1)) + rng.normal(0, 0.3, (items, answers))
+    means = paired(reference.mean(axis=1), variant.mean(axis=1), binary=False, resamples=99)
+    both = detectable_by_repeats(means.detectable, reference, variant)
+    assert both is not None
+    one, any_number = both
+    alone = paired(reference[:, 0], variant[:, 0], binary=False, resamples=99)
+    assert one == pytest.approx(alone.detectable, rel=0.03)
+    assert any_number == pytest.approx(2.802 * 0.1 / np.sqrt(items), rel=0.1)
+    # drawing alone: more answers would find any difference, more items need not be
+    flat = base + rng.normal(0, 0.3, (items, answers))
+    only = detectable_by_repeats(1.0, reference, flat)
+    assert only is not None
+    assert only[1] < 0.3
+    assert detectable_by_repeats(1.0, reference, reference) is None
+    assert detectable_by_repeats(None, reference, variant) is None
 
 
 def test_over_tasks() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -328,6 +329,29 @@ def test_the_reference_alone() -> None:
     assert [plot.name for plot in all_plots(alone)] == ["scores"]
     for text in (markdown_report(alone), shown(alone)):
         assert "0.7500 ± 0.1637" in text
+
+
+def test_several_answers_to_an_item() -> None:
+    rng = np.random.default_rng(0)
+    runs = []
+    for label, rate in (("dense", 0.7), ("w4", 0.5)):
+        drawn = (rng.random((50, 4)) < rate).astype(float)
+        task = task_run(
+            drawn.mean(axis=1).tolist(), "a", repeat_scores=tuple(map(tuple, drawn.tolist()))
+        )
+        runs.append(model_run(label, [task, task_run((1, 0, 1), "b")]))
+    several = analyze(report(runs, repeats=4))
+    (table,) = (table for table in all_tables(several) if table.title == "Several answers")
+    score, both = several.variants[0].tasks[0].score, several.variants[0].tasks[0].by_repeats
+    assert score.detectable is not None
+    assert both is not None
+    assert both[1] < score.detectable < both[0]
+    assert table.groups == (
+        (("a", "w4", "4", *(f"{v:.4f}" for v in (both[0], score.detectable, both[1]))),),
+    )
+    for text in (Page(html_report(several)).text, markdown_report(several), shown(several)):
+        assert "with any number" in text
+    assert several.to_json()["comparisons"][0]["tasks"][0]["by_repeats"] == both
 
 
 def test_one_item() -> None:
