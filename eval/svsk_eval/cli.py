@@ -207,6 +207,13 @@ def benchmark(
     work_dir: Annotated[
         Path, typer.Option(help="Keeps answers; a killed run goes on there.")
     ] = Path("svsk-bench"),
+    merge_answers: Annotated[
+        bool,
+        typer.Option(
+            "--merge-answers",
+            help="Take answers there that other hardware or versions made; the report says so.",
+        ),
+    ] = False,
     json_file: JsonFile = None,
     markdown: MarkdownFile = None,
     html: HtmlFile = None,
@@ -249,6 +256,7 @@ def benchmark(
         consent=confirm_run_unsafe_code,
         text=scored or None,
         command=shown_command(sys.argv[1:]),
+        merge_answers=merge_answers,
     )
     passed = bench_with_progress(
         console,

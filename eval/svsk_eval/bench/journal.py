@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any, Final, Literal
 
@@ -18,7 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from svsk_eval.errors import EvalError
 
-__all__ = ["Answer", "Generated", "Journal", "Likelihood", "request_keys"]
+__all__ = ["JOURNAL", "Answer", "Generated", "Journal", "Likelihood", "request_keys"]
+
+JOURNAL: Final = "journal.jsonl"
+"""Name of the file in a model's folder."""
 
 _SYNC_SECONDS: Final = 1.0
 
@@ -63,6 +66,7 @@ class _Line(BaseModel):
     model_config = ConfigDict(extra="forbid")
     key: str = Field(min_length=1)
     answer: Annotated[Answer, Field(discriminator="kind")]
+    origin: str | None = None
 
 
 def request_keys(
@@ -86,6 +90,21 @@ def request_keys(
             text += f"#{seen[text]}" + (f"~{repeat}" if repeat else "")
         keys.append(hashlib.sha256(text.encode()).hexdigest()[:32])
     return keys
+
+
+def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[_Line, int]]:
+    """A journal's whole lines with their lengths in bytes; EvalError if one is damaged."""
+    for number, line in enumerate(file, start=1):
+        if not line.endswith(b"\n"):
+            return  # cut off by a kill
+        try:
+            entry = _Line.model_validate_json(line)
+        except ValidationError as error:
+            raise EvalError(
+                f"{path}, line {number}: is damaged ({error.errors()[0]['msg']}). Delete that line:"
+                " its item will be run again."
+            ) from error
+        yield entry, len(line)
 
 
 class Journal:
@@ -113,6 +132,7 @@ class Journal:
             raise EvalError(
                 f"{path}: another run is writing to it. Wait for its end, or give another folder."
             ) from error
+        self._origins: dict[str, str] = {}
         self._answers = self._load()
         self._synced = time.monotonic()
 
@@ -140,11 +160,39 @@ class Journal:
         assert isinstance(answer, Likelihood)
         return answer
 
-    def add(self, key: str, answer: Answer) -> None:
-        """Keep an answer."""
-        self._file.write(_Line(key=key, answer=answer).model_dump_json().encode() + b"\n")
+    def origin(self, key: str) -> str | None:
+        """What was different where an answer was made; None for one that was made here."""
+        return self._origins.get(key)
+
+    def adopt(self, path: Path, origin: str) -> int:
+        """Take over the answers of another journal to what has none here.
+
+        Args:
+            path: the other journal, which is only read.
+            origin: what was different where they were made, in words; those that were taken over
+                there keep what they have.
+
+        Returns:
+            How many.
+
+        Raises:
+            EvalError: a line is damaged.
+        """
+        before = len(self)
+        with path.open("rb") as file:
+            for line, _ in _lines(path, file):
+                if line.key not in self:
+                    self.add(line.key, line.answer, line.origin or origin)
+        return len(self) - before
+
+    def add(self, key: str, answer: Answer, origin: str | None = None) -> None:
+        """Keep an answer; ``origin`` says what was different where it was made, if not here."""
+        line = _Line(key=key, answer=answer, origin=origin)
+        self._file.write(line.model_dump_json().encode() + b"\n")
         self._file.flush()
         self._answers[key] = answer
+        if origin is not None:
+            self._origins[key] = origin
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             self._sync()
 
@@ -162,18 +210,11 @@ class Journal:
         self._file.seek(0)
         answers: dict[str, Answer] = {}
         whole = 0
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                break  # cut off by a kill
-            try:
-                entry = _Line.model_validate_json(line)
-            except ValidationError as error:
-                raise EvalError(
-                    f"{self.path}, line {number}: is damaged ({error.errors()[0]['msg']}). Delete"
-                    " that line: its item will be run again."
-                ) from error
+        for entry, length in _lines(self.path, self._file):
             answers[entry.key] = entry.answer
-            whole += len(line)
+            if entry.origin is not None:
+                self._origins[entry.key] = entry.origin
+            whole += length
         self._file.truncate(whole)
         self._file.seek(0, os.SEEK_END)
         return answers

@@ -3,6 +3,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -50,6 +51,7 @@ class JournaledModel(TemplateLM):
         seconds: that generating them took.
         repeats: answers to each request that are drawn.
         repeat: which of them :meth:`generate_until` returns, from 0; with the first all are drawn.
+        elsewhere: answers of this task that other machines made, by what was different there.
         cut_prompts: how many prompts did not fit the model's context and were cut, as lm-eval does;
             with vLLM only.
     """
@@ -60,6 +62,7 @@ class JournaledModel(TemplateLM):
     seconds: float
     repeats: int
     repeat: int
+    elsewhere: Counter[str]
     cut_prompts: int
 
     def attach(self, journal: Journal, progress: AnswerProgress) -> None:
@@ -74,6 +77,7 @@ class JournaledModel(TemplateLM):
         self.repeats, self.repeat = repeats, 0
         self._done = self._asked = self._kept = self.running_tokens = 0
         self._before = self.new_tokens
+        self.elsewhere = Counter()
 
     def generated(self, requests: Iterable[tuple[str, dict[str, Any]]]) -> list[Generated]:
         """The kept answers to ``generate_until`` requests (prompt, settings) of one task, in order.
@@ -114,6 +118,9 @@ class JournaledModel(TemplateLM):
         for index, key in enumerate(keys):
             if key not in self.journal:
                 first.setdefault(key, index)
+        self.elsewhere.update(
+            origin for key in dict.fromkeys(keys) if (origin := self.journal.origin(key))
+        )
         self._asked += len(keys)
         self._done += len(keys) - len(first)
         self._kept += len(keys) - len(first)

@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-__all__ = ["RunProgress", "Shown", "Step", "duration"]
+__all__ = ["NOTE", "RunProgress", "Shown", "Step", "duration"]
+
+NOTE: Final = "note: "
+"""Begins a step that is something to know, which is shown for good."""
 
 _LOG_SECONDS: Final = 60.0
 """A log gets a line of progress this often."""
@@ -91,7 +94,7 @@ class RunProgress:
         pace = self._pace
         if pace is None or (pace.label, pace.what) != (label, step.what):
             pace = self._pace = _Pace(label, step.what, now, now)
-            if self.log:
+            if self.log or step.what.startswith(NOTE):
                 lines.append(title)
         if step.place:
             self._names[step.place] = (step.what, step.items)

@@ -4,27 +4,19 @@
 import hashlib
 import importlib.metadata
 import json
-import os
-import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from pydantic import ValidationError
 
-from svsk_eval.bench.fingerprint import (
-    environment_settings,
-    model_sources,
-    source_hash,
-    text_sources,
-)
+from svsk_eval.bench.fingerprint import source_hash, text_sources
 from svsk_eval.bench.model_folder import Folder, bits_per_weight, read_folder
-from svsk_eval.bench.progress import Step
+from svsk_eval.bench.progress import NOTE, Step
+from svsk_eval.bench.work_folder import hardware, other_answers, work_folder
 from svsk_eval.bench.worker import TaskResult, WorkerRequest
 from svsk_eval.errors import EvalError
 from svsk_eval.processes import run_request
@@ -97,6 +89,8 @@ class BenchOptions:
         include_path: folder of further tasks, or None.
         batch_size: prompts at a time with ``hf``.
         consent: whether code that a model writes may be run.
+        merge_answers: take answers to the same requests that other hardware, versions or code
+            computed, where a work folder has some; the report says how many.
         text: a text to score too, or None.
         command: for the report.
     """
@@ -108,6 +102,7 @@ class BenchOptions:
     consent: bool
     text: TextOptions | None
     command: str
+    merge_answers: bool = False
 
 
 def candidate(text: str) -> Candidate:
@@ -210,7 +205,7 @@ def _run_tasks(
     """
     # What changes a model's answers decides where they are kept; prompts and generation settings
     # are in their keys.
-    decides = [
+    asked = [
         folder.fingerprint,
         settings.engine,
         options.dtype,
@@ -218,8 +213,15 @@ def _run_tasks(
         settings.model_args,
         same,
     ]
-    decides += [*_surroundings(), options.batch_size if settings.engine == "hf" else None]
-    work = _work_folder(options.work_dir, one, "answers", decides)
+    batch = options.batch_size if settings.engine == "hf" else None
+    work = work_folder(options.work_dir, one.label, "answers", asked, [batch])
+    others = other_answers(work)
+    for other in others:
+        taken = (
+            "are merged" if options.merge_answers else "are not used; --merge-answers takes them"
+        )
+        text = f"{other.count} answers in {other.journal.parent.name} were made with {other.origin}"
+        progress(one.label, Step(f"{NOTE}{text}, and {taken}"))
     request = WorkerRequest(
         model=folder.path.absolute(),
         folder=work.absolute(),
@@ -229,6 +231,9 @@ def _run_tasks(
         batch_size=options.batch_size,
         consent=options.consent,
         earlier=same,
+        merged={str(other.journal): other.origin for other in others}
+        if options.merge_answers
+        else {},
     )
     progress(one.label, Step("starting"))
     files: list[str] = []
@@ -237,7 +242,7 @@ def _run_tasks(
         if "files" in message:
             files.extend(message["files"])
         elif "note" in message:
-            progress(one.label, Step(f"note: {message['note']}"))
+            progress(one.label, Step(f"{NOTE}{message['note']}"))
         else:
             progress(one.label, Step(**message["step"]))
 
@@ -286,9 +291,9 @@ def _score_text(
         )
         # Files count by their contents, wherever they lie.
         others = request.model_dump(exclude={"model", "reference", "text"})
-        decides = [folder.fingerprint, reference.fingerprint, content, others]
-        decides += [source_hash(text_sources()), *_surroundings()]
-        work = _work_folder(options.work_dir, one, "text", decides)
+        asked = [folder.fingerprint, reference.fingerprint, content, others]
+        asked.append(source_hash(text_sources()))
+        work = work_folder(options.work_dir, one.label, "text", asked)
         result = work / "scores.json"
         if not result.is_file():
             show = partial(Step, f"text, {engine}")
@@ -344,36 +349,6 @@ def _model_run(
         tasks={task.run.task: task.run for task in results},
         text=texts,
     )
-
-
-def _work_folder(work_dir: Path, one: Candidate, kind: str, decides: list[Any]) -> Path:
-    """A folder for what depends on ``decides``: the one that has it, by any label, or a new one."""
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-    folder = next(work_dir.glob(f"*-{kind}-{digest}"), None)
-    if folder is None:
-        folder = work_dir / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', one.label)[:60]}-{kind}-{digest}"
-        folder.mkdir()
-    return folder
-
-
-@cache
-def _surroundings() -> tuple[Any, ...]:
-    """What changes answers besides the model and the run's settings."""
-    versions = {}
-    for name in ("lm_eval", "torch", "transformers", "triton", "vllm"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return (source_hash(model_sources()), environment_settings(), hardware(), versions)
-
-
-def hardware() -> str:
-    """The GPUs, or else the processor and how many of its cores may be used, in words."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    names = re.findall(
-        r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")).decode(), flags=re.MULTILINE
-    )
-    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else 'an unnamed CPU'}"
 
 
 def _read(path: Path) -> bytes:

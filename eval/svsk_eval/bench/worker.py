@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import set_seed
 
 from svsk_eval.bench.fingerprint import source_hash, task_sources
-from svsk_eval.bench.journal import Journal
+from svsk_eval.bench.journal import JOURNAL, Journal
 from svsk_eval.bench.journaled_model import AnswerProgress, is_sampled
 from svsk_eval.bench.progress import Step
 from svsk_eval.errors import EvalError
@@ -51,6 +51,8 @@ class WorkerRequest(BaseModel):
         consent: whether code that the model writes may be run.
         earlier: models of the run before this one that are the same: its answers are drawn with
             other seeds, so that the two show what chance does.
+        merged: journals of other machines whose answers are taken where there are none, each with
+            what was different there.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,6 +64,7 @@ class WorkerRequest(BaseModel):
     batch_size: int
     consent: bool
     earlier: int = 0
+    merged: dict[str, str] = {}
 
 
 class TaskResult(BaseModel):
@@ -103,7 +106,9 @@ def run_worker(
     }
     missing = [name for name in tasks if not files[name].is_file()]
     if missing:
-        with Journal(request.folder / "journal.jsonl") as journal:
+        with Journal(request.folder / JOURNAL) as journal:
+            for other, origin in request.merged.items():
+                journal.adopt(Path(other), origin)
             current: dict[str, Any] = {"what": missing[0]}
             model = _load_model(
                 request, journal, lambda count: progress(Step(**current, **vars(count)))
@@ -185,8 +190,8 @@ def _check_repeats(name: str, task: Any, repeats: int) -> None:
     settings = task.get_config("generation_kwargs") or {}
     if not is_sampled(settings):
         raise EvalError(
-            f"--repeats {repeats}: the answers of {name} are greedy, and would all be the same. Have"
-            " them drawn: --gen-kwargs do_sample=true,temperature=0.6"
+            f"--repeats {repeats}: the answers of {name} are greedy, and would all be the same."
+            " Have them drawn: --gen-kwargs do_sample=true,temperature=0.6"
         )
     if "seed" in settings:
         raise EvalError(
@@ -278,7 +283,7 @@ def _run_task(request: WorkerRequest, model: Any, name: str, task: Any) -> TaskR
         runs.append(task_run(name, task, evaluate(), model))
     new = model.new_tokens - tokens
     return TaskResult(
-        run=mean_of_runs(runs),
+        run=mean_of_runs(runs).model_copy(update={"elsewhere": dict(model.elsewhere)}),
         dtype=_dtype(model),
         generation=Generation(tokens=new, seconds=model.seconds - seconds) if new else None,
     )

@@ -126,13 +126,18 @@ class Analysis:
     def all_notes(self) -> list[str]:
         """The notes of the report and of every figure; those with the same words are one."""
         places: dict[str, list[str]] = {note: [] for note in self.notes}
+        for run in self.report.models:
+            for task in run.tasks.values():
+                for origin, count in task.elsewhere.items():
+                    note = f"Some answers were made with {origin}, and merged on purpose."
+                    places.setdefault(note, []).append(f"{run.label}, {task.task}: {count}")
         for variant in self.variants:
-            for task in variant.tasks:
+            for compared in variant.tasks:
                 for name in _FIGURES:
-                    pair: Paired | None = getattr(task, name)
+                    pair: Paired | None = getattr(compared, name)
                     for note in pair.notes if pair else ():
                         places.setdefault(note, []).append(
-                            f"{variant.label}, {task.task}, {name.replace('_', ' ')}"
+                            f"{variant.label}, {compared.task}, {name.replace('_', ' ')}"
                         )
             for note in variant.pooled.notes:
                 places.setdefault(note, []).append(variant.label)

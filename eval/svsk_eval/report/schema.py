@@ -47,6 +47,8 @@ class TaskRun(_Model):
             equal.
         scores: per metric and filter (``exact_match,strict-match``), values of the items, 0 to 1
             for rates of success; with several answers to an item, their mean.
+        elsewhere: answers that were made otherwise than the others and merged on purpose, by what
+            was different there.
         repeat_scores: those of the primary metric by answer, [items][answers]; None with one each.
         output_tokens: tokens the model wrote, averaged over an item's repeats; None for tasks
             without generation.
@@ -65,6 +67,7 @@ class TaskRun(_Model):
     output_tokens: tuple[float, ...] | None = None
     terminated: tuple[float, ...] | None = None
     repeat_scores: tuple[tuple[float, ...], ...] | None = None
+    elsewhere: dict[str, int] = {}
 
     @property
     def repeats(self) -> int:

@@ -94,3 +94,24 @@ def test_keys() -> None:
         numbered[2],
     ]
     assert request_keys("x", [("ab", "c")]) != request_keys("x", [("a", "bc")])
+
+
+def test_answers_of_another_journal_fill_what_is_missing(path: Path, tmp_path: Path) -> None:
+    with Journal(tmp_path / "mine.jsonl") as mine:
+        mine.add("a", Generated(text="mine", tokens=1, stopped=True))
+        assert mine.adopt(path, "1 x H100") == 2
+        assert mine.generated("a").text == "mine"
+        assert mine.likelihood("b") == ANSWERS["b"]
+    before = path.read_bytes()
+    with Journal(tmp_path / "mine.jsonl") as mine:
+        assert [mine.origin(key) for key in "abcd"] == [None, "1 x H100", "1 x H100", None]
+    with Journal(tmp_path / "third.jsonl") as third:
+        assert third.adopt(tmp_path / "mine.jsonl", "2 cores") == 3
+        assert [third.origin(key) for key in "abc"] == ["2 cores", "1 x H100", "1 x H100"]
+    assert path.read_bytes() == before
+    path.write_bytes(b"nonsense\n" + before)
+    with (
+        Journal(tmp_path / "fourth.jsonl") as fourth,
+        pytest.raises(EvalError, match=r"new/journal\.jsonl, line 1: is damaged"),
+    ):
+        fourth.adopt(path, "x")

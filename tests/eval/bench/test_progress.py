@@ -99,7 +99,9 @@ def test_what_is_no_task_is_counted_too() -> None:
     assert run.take("y", Step("text, hf", 0, 8)).detail == "0 of 8"
     clock.seconds += 8
     assert run.take("y", Step("text, hf", 2, 8)).detail == "2 of 8 · about 24 s left"
-    assert run.take("y", Step("note: cut")).lines == ("y (2 of 2): note: cut",)
+    for log in (True, False):
+        noted = RunProgress(["x", "y"], log=log, now=clock).take("y", Step("note: cut"))
+        assert noted.lines == ("y (2 of 2): note: cut",)
 
 
 def test_durations() -> None:

@@ -18,8 +18,10 @@ from svsk_eval.bench.fingerprint import (
 )
 from svsk_eval.bench.progress import Step
 from svsk_eval.bench.runner import Candidate, bench, candidate
+from svsk_eval.bench.work_folder import Surroundings
 from svsk_eval.bench.worker import mean_of_runs
 from svsk_eval.errors import EvalError
+from svsk_eval.report.analysis import analyze
 from svsk_kernels.errors import SvskError
 from svsk_offline.storage.locks import LOCK_NAME, locked
 from tests.eval.bench.test_runner import SETTINGS, options
@@ -132,6 +134,71 @@ def test_answers_belong_to_a_model_and_not_to_its_label(dense: Path, tmp_path: P
     bench([candidate(f"b={dense}")], ONE, options(tmp_path), lambda *_: None)
     assert [path.parent.name[0] for path in tmp_path.glob("*/journal.jsonl")] == ["a"]
     assert journal.read_bytes() == before
+
+
+def test_answers_of_another_machine_are_taken_on_purpose_only(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, here = [candidate(f"a={dense}")], Surroundings.here()
+    own = bench(model, ONE, options(tmp_path / "copied"), lambda *_: None).models[0]
+    (journal,) = tmp_path.glob("copied/*/journal.jsonl")
+    before = journal.read_bytes()
+    there = here.model_copy(update={"hardware": "1 x H100", "versions": {"vllm": "0.31"}})
+    monkeypatch.setattr(Surroundings, "here", lambda: there)
+    shutil.copytree(tmp_path / "copied", tmp_path / "merged")
+    more = ONE.model_copy(update={"limit": 5})
+    notes: list[str] = []
+
+    def note(label: str, step: Step) -> None:
+        notes.extend([f"{label}: {step.what}"] if step.what.startswith("note: ") else [])
+
+    refused = bench(model, more, options(tmp_path / "copied"), note).models[0]
+    assert len(notes) == 1
+    assert (
+        f"a: note: 3 answers in {journal.parent.name} were made with {here.hardware}, " in notes[0]
+    )
+    assert notes[0].endswith(", and are not used; --merge-answers takes them")
+    assert refused.tasks["mini_gen"].elsewhere == {}
+    assert journal.read_bytes() == before
+    assert len(list(tmp_path.glob("copied/*/journal.jsonl"))) == 2
+
+    notes.clear()
+    merging = options(tmp_path / "merged", merge_answers=True)
+    report = bench(model, more, merging, note)
+    assert notes[0].endswith(", and are merged")
+    merged = report.models[0].tasks["mini_gen"]
+    (origin,) = merged.elsewhere
+    assert origin == there_is_unlike(here, there)
+    assert merged.elsewhere[origin] == 3
+    assert report.models[0].generation is not None
+    assert report.models[0].generation.tokens == sum((merged.output_tokens or ())[3:])
+    assert merged.scores["exact_match,none"][:3] == own.tasks["mini_gen"].scores["exact_match,none"]
+    assert f"Some answers were made with {origin}, and merged on purpose. (a, mini_gen: 3)" in (
+        analyze(report).all_notes()
+    )
+    # what was merged once is in the journal, and stays what it is
+    again = bench(model, ONE, options(tmp_path / "merged"), lambda *_: None).models[0]
+    assert again.tasks["mini_gen"].elsewhere == {origin: 3}
+
+
+def there_is_unlike(here: Surroundings, there: Surroundings) -> str:
+    versions = [
+        f"{name} {here.versions.get(name, 'absent')}"
+        for name in sorted({*here.versions, "vllm"})
+        if here.versions.get(name) != there.versions.get(name)
+    ]
+    return ", ".join([here.hardware, *versions])
+
+
+def test_what_is_different_elsewhere() -> None:
+    here = Surroundings(code="0" * 64, environment={}, hardware="2 cores", versions={"vllm": "1"})
+    assert here.unlike(here) == ""
+    there = here.model_copy(update={"code": "f" * 64, "environment": {"SVSK_KERNEL": "split"}})
+    assert there.unlike(here) == (
+        "SVSK_KERNEL split, another version of svsk-vllm's own code (ffffffff)"
+    )
+    assert here.unlike(there).startswith("SVSK_KERNEL absent, another version")
+    assert here.unlike(here.model_copy(update={"hardware": "1 x H100"})) == "2 cores"
 
 
 def test_chat_templates(dense: Path, tmp_path: Path) -> None:
