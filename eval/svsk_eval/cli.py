@@ -201,6 +201,16 @@ def benchmark(
     text_engine: Annotated[
         str, typer.Option(help="hf (KL, NLL), vllm (NLL as served) or hf,vllm.")
     ] = "hf",
+    reference_answers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help=(
+                "Also score variants on the reference's own answers to so many items of each task"
+                " that generates: KL, tokens that flip."
+            ),
+        ),
+    ] = 0,
     min_recovery: Annotated[
         float | None, typer.Option(help="Exit with 1 if any task keeps less, such as 0.98.")
     ] = None,
@@ -230,7 +240,8 @@ def benchmark(
         settings_of,
         shown_command,
     )
-    from svsk_eval.bench.runner import BenchOptions, TextOptions, candidate
+    from svsk_eval.bench.options import BenchOptions, TextOptions
+    from svsk_eval.bench.runner import candidate
     from svsk_eval.text.engine_args import parse_engine_args
 
     settings = settings_of(
@@ -256,6 +267,7 @@ def benchmark(
         consent=confirm_run_unsafe_code,
         text=scored or None,
         command=shown_command(sys.argv[1:]),
+        reference_answers=reference_answers,
         merge_answers=merge_answers,
     )
     passed = bench_with_progress(

@@ -18,8 +18,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from svsk_eval.bench.options import BenchOptions, Candidate
 from svsk_eval.bench.progress import RunProgress, Step
-from svsk_eval.bench.runner import BenchOptions, Candidate, bench, package_versions
+from svsk_eval.bench.runner import bench, package_versions
 from svsk_eval.errors import EvalError
 from svsk_eval.report.analysis import analyze
 from svsk_eval.report.console import print_report

@@ -81,7 +81,7 @@ class _JournaledHF(JournaledModel, HFLM):
         super().__init__(**arguments)
         self.seed = seed
         self.cache_hook = self
-        self._rows: list[tuple[int, bool]] = []
+        self._rows: list[tuple[list[int], bool]] = []
         self._drawn_with: int | None = None
         self._keys: dict[str, list[str]] = {}
 
@@ -104,9 +104,15 @@ class _JournaledHF(JournaledModel, HFLM):
     def add_partial(self, attr: str, req: tuple[Any, ...], res: Any) -> None:
         """lm-eval's cache hook: an answer is finished."""
         if attr == "generate_until":
-            tokens, stopped = self._rows.pop(0)
+            ids, stopped = self._rows.pop(0)
             key = self._keys[request_keys(attr, [req])[0]].pop(0)
-            answer = Generated(text=res, tokens=tokens, stopped=stopped, seed=self._drawn_with)
+            answer = Generated(
+                text=res,
+                tokens=len(ids),
+                stopped=stopped,
+                ids=tuple(ids),
+                seed=self._drawn_with,
+            )
             self._keep(key, answer)
         elif attr == "loglikelihood":
             self._keep(request_keys(attr, [req])[0], likelihood(*res))
@@ -143,7 +149,11 @@ class _JournaledHF(JournaledModel, HFLM):
         self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any
     ) -> torch.Tensor:
         output: torch.Tensor = super()._model_generate(context, max_length, stop, **settings)
-        self._rows = [self._ending(row, stop) for row in output[:, context.shape[1] :].tolist()]
+        rows = output[:, context.shape[1] :].tolist()
+        endings = [self._ending(row, stop) for row in rows]
+        self._rows = [
+            (row[:tokens], stopped) for row, (tokens, stopped) in zip(rows, endings, strict=True)
+        ]
         return output
 
     def _ending(self, row: list[int], stop: list[str]) -> tuple[int, bool]:

@@ -17,6 +17,7 @@ import svsk_vllm
 from svsk_eval.task_data import tasks_folder
 
 __all__ = [
+    "answer_sources",
     "environment_settings",
     "model_sources",
     "source_files",
@@ -27,7 +28,14 @@ __all__ = [
 
 _SOURCES: Final = (".py", ".cpp", ".yaml", ".json", ".jsonl")
 _EVAL: Final = Path(svsk_eval.__file__).parent
-_ENGINES: Final = ("engines", "journal", "journaled_model", "vllm_engine", "worker")
+_ENGINES: Final = (
+    "engines",
+    "journal",
+    "journaled_model",
+    "repeats",
+    "vllm_engine",
+    "worker",
+)
 _NOT_SCORING: Final = ("compare.py", "console.py", "generate.py")
 
 _HARMLESS: Final = (
@@ -64,6 +72,12 @@ def task_sources(include_path: Path | None) -> list[Path]:
 def text_sources() -> list[Path]:
     """The code that scores a text."""
     return [path for path in (_EVAL / "text").glob("*.py") if path.name not in _NOT_SCORING]
+
+
+def answer_sources() -> list[Path]:
+    """The code that scores a reference's own answers."""
+    chat = [path for path in (_EVAL / "chat").glob("*.py") if path.name not in _NOT_SCORING]
+    return [*text_sources(), *chat, _EVAL / "bench" / "reference_answers.py"]
 
 
 def source_files(paths: Iterable[Path]) -> list[tuple[str, Path]]:

@@ -33,6 +33,7 @@ class Generated(BaseModel):
         text: after stop strings were cut off.
         tokens: that were generated, an end-of-text token included.
         stopped: whether it ended by itself, and not at the limit of tokens.
+        ids: the tokens; None in answers of earlier versions.
         seed: that it was drawn with; with transformers that of its batch. None where it is greedy.
     """
 
@@ -41,6 +42,7 @@ class Generated(BaseModel):
     text: str
     tokens: int
     stopped: bool
+    ids: tuple[int, ...] | None = None
     seed: int | None = None
 
 

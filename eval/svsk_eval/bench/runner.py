@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run lm-eval tasks for a reference and its variants, on the same items and seeds."""
 
-import hashlib
 import importlib.metadata
-import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from pydantic import ValidationError
 
-from svsk_eval.bench.fingerprint import source_hash, text_sources
-from svsk_eval.bench.model_folder import Folder, bits_per_weight, read_folder
+from svsk_eval.bench.beside import score_answers, score_text
+from svsk_eval.bench.options import BenchOptions, BenchProgress, Candidate
 from svsk_eval.bench.progress import NOTE, Step
 from svsk_eval.bench.work_folder import hardware, other_answers, work_folder
 from svsk_eval.bench.worker import TaskResult, WorkerRequest
@@ -27,82 +23,15 @@ from svsk_eval.report.schema import (
     Engine,
     Generation,
     ModelRun,
+    ReferenceAnswers,
     TextScores,
 )
-from svsk_eval.text.request import TextRequest
+from svsk_eval.text.model_folder import Folder, bits_per_weight, read_folder
 from svsk_offline.storage.locks import LOCK_NAME, locked
 from svsk_offline.storage.model_loading import resolve_model
 from svsk_vllm.version import __version__
 
-__all__ = [
-    "BenchOptions",
-    "Candidate",
-    "TextOptions",
-    "bench",
-    "candidate",
-    "hardware",
-    "package_versions",
-]
-
-BenchProgress = Callable[[str, Step], None]
-"""Called with a model's label and what it is at."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model that takes part.
-
-    Attributes:
-        label: its name in reports.
-        name: as it was given, a folder or a hub name.
-    """
-
-    label: str
-    name: str
-
-
-@dataclass(frozen=True)
-class TextOptions:
-    """A text to score, as with ``svsk eval``.
-
-    Attributes:
-        text: plain text file.
-        chunks: how many to score.
-        seq_len: tokens per chunk.
-        engines: ``hf`` for KL, top-1 and NLL of the dequantised weights, ``vllm`` for the NLL of
-            the served model.
-    """
-
-    text: Path
-    chunks: int
-    seq_len: int
-    engines: tuple[Engine, ...]
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """What is not in the report's settings.
-
-    Attributes:
-        work_dir: holds answers and results by model; a run that is started again goes on there.
-        dtype: of the arithmetic, ``auto`` or torch's name.
-        include_path: folder of further tasks, or None.
-        batch_size: prompts at a time with ``hf``.
-        consent: whether code that a model writes may be run.
-        merge_answers: take answers to the same requests that other hardware, versions or code
-            computed, where a work folder has some; the report says how many.
-        text: a text to score too, or None.
-        command: for the report.
-    """
-
-    work_dir: Path
-    dtype: str
-    include_path: Path | None
-    batch_size: int
-    consent: bool
-    text: TextOptions | None
-    command: str
-    merge_answers: bool = False
+__all__ = ["bench", "candidate", "package_versions"]
 
 
 def candidate(text: str) -> Candidate:
@@ -173,14 +102,25 @@ def bench(
         # Texts first: they take minutes, and show whether a model can be loaded.
         pairs = list(zip(candidates, folders, strict=True))
         texts = [
-            _score_text(one, folder, folders[0], settings, options, progress)
+            score_text(one, folder, folders[0], settings, options, progress)
             for one, folder in pairs
         ]
         models: list[ModelRun] = []
         for index, (one, folder) in enumerate(pairs):
             same = sum(folder.fingerprint == other.fingerprint for other in folders[:index])
-            results = _run_tasks(one, folder, same, settings, options, progress)
-            models.append(_model_run(one, folder, bits[index], results, texts[index]))
+            results, answers = _run_tasks(
+                one, folder, same, index == 0, settings, options, progress
+            )
+            run = _model_run(one, folder, bits[index], results, texts[index])
+            if index == 0:
+                # The same holds here: minutes, before the variants take hours.
+                scored = [
+                    score_answers(other, theirs, folders[0], answers, settings, options, progress)
+                    for other, theirs in pairs[1:]
+                ]
+            else:
+                run = _with_scores(run, scored[index - 1])
+            models.append(run)
             check_tasks(models[0], models[-1])  # now rather than after all models
     return BenchReport(
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -195,11 +135,12 @@ def _run_tasks(
     one: Candidate,
     folder: Folder,
     same: int,
+    is_reference: bool,
     settings: BenchSettings,
     options: BenchOptions,
     progress: BenchProgress,
-) -> list[TaskResult]:
-    """Run a model's tasks.
+) -> tuple[list[TaskResult], list[Path]]:
+    """Run a model's tasks; of the reference also files of its answers' tokens, if asked for.
 
     ``same`` models before it are the same one, and its answers are to be its own.
     """
@@ -231,23 +172,26 @@ def _run_tasks(
         batch_size=options.batch_size,
         consent=options.consent,
         earlier=same,
+        reference_answers=options.reference_answers if is_reference else 0,
         merged={str(other.journal): other.origin for other in others}
         if options.merge_answers
         else {},
     )
     progress(one.label, Step("starting"))
     files: list[str] = []
+    answers: list[Path] = []
 
     def take(message: dict[str, Any]) -> None:
         if "files" in message:
             files.extend(message["files"])
+            answers.extend(map(Path, message["answers"]))
         elif "note" in message:
             progress(one.label, Step(f"{NOTE}{message['note']}"))
         else:
             progress(one.label, Step(**message["step"]))
 
     run_request("svsk_eval.bench.worker", request, work, one.label, take)
-    return [_read_result(Path(file)) for file in files]
+    return [_read_result(Path(file)) for file in files], answers
 
 
 def _read_result(path: Path) -> TaskResult:
@@ -259,69 +203,12 @@ def _read_result(path: Path) -> TaskResult:
         ) from error
 
 
-def _score_text(
-    one: Candidate,
-    folder: Folder,
-    reference: Folder,
-    settings: BenchSettings,
-    options: BenchOptions,
-    progress: BenchProgress,
-) -> tuple[TextScores, ...]:
-    """What ``svsk eval`` says of the model, in a process so that its memory is free afterwards."""
-    if options.text is None:
-        return ()
-    text = options.text
-    content = hashlib.sha256(_read(text.text)).hexdigest()
-    scores = []
-    for engine in text.engines:
-        shared = _ENGINE_ARGUMENTS if engine == settings.engine == "vllm" else set()
-        is_reference = folder.fingerprint == reference.fingerprint
-        request = TextRequest(
-            model=str(folder.path.absolute()),
-            reference=None if is_reference else str(reference.path.absolute()),
-            text=text.text.absolute(),
-            chunks=text.chunks,
-            seq_len=text.seq_len,
-            engine=engine,
-            dtype=options.dtype,
-            engine_args={
-                name: settings.model_args[name] for name in shared & settings.model_args.keys()
-            },
-            trust_remote_code=bool(settings.model_args.get("trust_remote_code")),
-        )
-        # Files count by their contents, wherever they lie.
-        others = request.model_dump(exclude={"model", "reference", "text"})
-        asked = [folder.fingerprint, reference.fingerprint, content, others]
-        asked.append(source_hash(text_sources()))
-        work = work_folder(options.work_dir, one.label, "text", asked)
-        result = work / "scores.json"
-        if not result.is_file():
-            show = partial(Step, f"text, {engine}")
-            progress(one.label, show())
-
-            def take(message: dict[str, Any], show: Callable[..., Step] = show) -> None:
-                progress(one.label, show(message["done"], message["total"]))
-
-            run_request("svsk_eval.text.worker", request, work, one.label, take)
-        figures: dict[str, Any] = json.loads(result.read_bytes())
-        fields = {name: figures[name] for name in TextScores.model_fields if name in figures}
-        scores.append(TextScores.model_validate(fields | {"engine": engine}))
-    return tuple(scores)
-
-
-_ENGINE_ARGUMENTS: Final = {
-    "enforce_eager",
-    "gpu_memory_utilization",
-    "kv_cache_dtype",
-    "max_num_batched_tokens",
-    "max_num_seqs",
-    "pipeline_parallel_size",
-    "quantization",
-    "revision",
-    "tensor_parallel_size",
-    "tokenizer",
-}
-"""Model arguments that also concern the scoring of a text: how and where the model runs."""
+def _with_scores(run: ModelRun, scored: dict[str, ReferenceAnswers]) -> ModelRun:
+    tasks = {
+        name: task.model_copy(update={"on_reference": scored.get(name)})
+        for name, task in run.tasks.items()
+    }
+    return run.model_copy(update={"tasks": tasks})
 
 
 def _model_run(
@@ -349,10 +236,3 @@ def _model_run(
         tasks={task.run.task: task.run for task in results},
         text=texts,
     )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise EvalError(f"{path}: cannot read it ({error.strerror}).") from error

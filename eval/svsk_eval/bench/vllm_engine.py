@@ -72,6 +72,7 @@ class JournaledVLLM(JournaledModel, VLLM):
                     text=text,
                     tokens=len(answer.token_ids),
                     stopped=stopped,
+                    ids=tuple(answer.token_ids),
                     seed=params[index].seed,
                 ),
             )

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from transformers import set_seed
 
 from svsk_eval.bench.fingerprint import source_hash, task_sources
 from svsk_eval.bench.journal import JOURNAL, Journal
-from svsk_eval.bench.journaled_model import AnswerProgress, is_sampled
+from svsk_eval.bench.journaled_model import AnswerProgress
 from svsk_eval.bench.progress import Step
+from svsk_eval.bench.reference_answers import collect
+from svsk_eval.bench.repeats import check_repeats, mean_of_runs
 from svsk_eval.errors import EvalError
 from svsk_eval.processes import answer_request
 from svsk_eval.report.schema import BenchSettings, Generation, TaskRun
@@ -31,7 +33,7 @@ from svsk_eval.text.engine_args import served_dtype
 from svsk_eval.text.models import resolve_dtype
 from svsk_offline.storage.atomic import write_text
 
-__all__ = ["TaskResult", "WorkerRequest", "mean_of_runs", "run_worker", "task_run"]
+__all__ = ["TaskResult", "WorkerRequest", "run_worker", "task_run"]
 
 TaskProgress = Callable[[Step], None]
 """Called with how far a task is."""
@@ -51,6 +53,7 @@ class WorkerRequest(BaseModel):
         consent: whether code that the model writes may be run.
         earlier: models of the run before this one that are the same: its answers are drawn with
             other seeds, so that the two show what chance does.
+        reference_answers: items of each task that generates whose answers are kept as tokens.
         merged: journals of other machines whose answers are taken where there are none, each with
             what was different there.
     """
@@ -64,6 +67,7 @@ class WorkerRequest(BaseModel):
     batch_size: int
     consent: bool
     earlier: int = 0
+    reference_answers: int = 0
     merged: dict[str, str] = {}
 
 
@@ -84,7 +88,7 @@ class TaskResult(BaseModel):
 
 def run_worker(
     request: WorkerRequest, progress: TaskProgress, note: Callable[[str], None]
-) -> list[Path]:
+) -> tuple[list[Path], list[Path]]:
     """Run what is not finished yet.
 
     Args:
@@ -93,18 +97,28 @@ def run_worker(
         note: called with what a user should know.
 
     Returns:
-        Files that hold a :class:`TaskResult` each, in the order of the tasks, groups expanded.
+        Files that hold a :class:`TaskResult` each, in the order of the tasks, groups expanded; and
+        files of :class:`svsk_eval.bench.reference_answers.TaskAnswers`, if they are asked for.
 
     Raises:
         EvalError: a task or the model cannot be used.
     """
     tasks = _load_tasks(request)
     sources = source_hash(task_sources(request.include_path))
-    files = {
-        name: request.folder / f"task-{name}-{_task_key(request, task, sources)}.json"
-        for name, task in tasks.items()
+    keys = {
+        name: f"{name}-{_task_key(request, task, sources)}.json" for name, task in tasks.items()
     }
-    missing = [name for name in tasks if not files[name].is_file()]
+    files = {name: request.folder / f"task-{key}" for name, key in keys.items()}
+    answers = {
+        name: request.folder / f"answers-{request.reference_answers}-{key}"
+        for name, key in keys.items()
+        if request.reference_answers and _generates(tasks[name])
+    }
+    missing = [
+        name
+        for name in tasks
+        if not files[name].is_file() or (name in answers and not answers[name].is_file())
+    ]
     if missing:
         with Journal(request.folder / JOURNAL) as journal:
             for other, origin in request.merged.items():
@@ -122,14 +136,18 @@ def run_worker(
                 )
                 model.begin_task(request.settings.repeats if _generates(tasks[name]) else 1)
                 cut = model.cut_prompts
-                result = _run_task(request, model, name, tasks[name])
+                result, samples = _run_task(request, model, name, tasks[name])
+                if name in answers:
+                    first = samples[: request.reference_answers]
+                    kept = collect(name, model, first, int(model.max_length))
+                    write_text(answers[name], kept.model_dump_json())
                 write_text(files[name], result.model_dump_json(indent=1))
                 if model.cut_prompts > cut:
                     note(
                         f"{name}: {model.cut_prompts - cut} prompts were"
                         " cut to fit the model's context."
                     )
-    return list(files.values())
+    return list(files.values()), list(answers.values())
 
 
 def _load_tasks(request: WorkerRequest) -> dict[str, Any]:
@@ -160,7 +178,8 @@ def _load_tasks(request: WorkerRequest) -> dict[str, Any]:
             task.set_config(
                 key="generation_kwargs", value=dict(request.settings.gen_kwargs), update=True
             )
-        _check_repeats(name, task, request.settings.repeats)
+        if _generates(task):
+            check_repeats(name, task, request.settings.repeats)
         if getattr(task, "UNSAFE_CODE", False) and name not in sandboxed:
             raise EvalError(
                 f"{name} runs code that the model has written, and not in our sandbox. Take"
@@ -171,38 +190,20 @@ def _load_tasks(request: WorkerRequest) -> dict[str, Any]:
                 f"{name} runs code that the model has written. It runs in a sandbox, which is no"
                 " guarantee: if you agree, add --confirm-run-unsafe-code."
             )
-    if request.settings.repeats > 1 and not any(map(_generates, tasks.values())):
-        raise EvalError(
-            f"--repeats {request.settings.repeats}: none of {', '.join(tasks)} generates answers,"
-            " and a likelihood is the same each time. Leave it out."
-        )
+    for option, asked in (
+        (f"--repeats {request.settings.repeats}", request.settings.repeats > 1),
+        (f"--reference-answers {request.reference_answers}", request.reference_answers > 0),
+    ):
+        if asked and not any(map(_generates, tasks.values())):
+            raise EvalError(
+                f"{option}: none of {', '.join(tasks)} generates answers. Leave it out, or add a"
+                " task that does."
+            )
     return tasks
 
 
 def _generates(task: Any) -> bool:
     return bool(task.get_config("output_type") == "generate_until")
-
-
-def _check_repeats(name: str, task: Any, repeats: int) -> None:
-    """Refuse several answers to an item that would all be the same, or are asked for twice."""
-    if repeats == 1 or not _generates(task):
-        return
-    settings = task.get_config("generation_kwargs") or {}
-    if not is_sampled(settings):
-        raise EvalError(
-            f"--repeats {repeats}: the answers of {name} are greedy, and would all be the same."
-            " Have them drawn: --gen-kwargs do_sample=true,temperature=0.6"
-        )
-    if "seed" in settings:
-        raise EvalError(
-            f"--repeats {repeats}: {name} draws with seed={settings['seed']}, and all answers would"
-            " be the same. Leave it out of --gen-kwargs: --seed gives each answer one of its own."
-        )
-    if task.get_config("repeats") > 1:
-        raise EvalError(
-            f"--repeats {repeats}: {name} draws {task.get_config('repeats')} answers to an item by"
-            " itself. Leave --repeats out."
-        )
 
 
 def _task_key(request: WorkerRequest, task: Any, sources: str) -> str:
@@ -252,7 +253,10 @@ def _load_model(request: WorkerRequest, journal: Journal, progress: AnswerProgre
     return hf_model(defaults | chosen, journal, progress, settings.seed + request.earlier)
 
 
-def _run_task(request: WorkerRequest, model: Any, name: str, task: Any) -> TaskResult:
+def _run_task(
+    request: WorkerRequest, model: Any, name: str, task: Any
+) -> tuple[TaskResult, list[Mapping[str, Any]]]:
+    """A task's result, and lm-eval's samples of its items with the first answers to them."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -277,16 +281,21 @@ def _run_task(request: WorkerRequest, model: Any, name: str, task: Any) -> TaskR
         fewshot_random_seed=settings.seed,
         confirm_run_unsafe_code=request.consent,
     )
-    runs = []
+    runs, samples = [], {}
     for repeat in range(model.repeats):
         model.repeat = repeat
-        runs.append(task_run(name, task, evaluate(), model))
+        results = evaluate()
+        runs.append(task_run(name, task, results, model))
+        if repeat == 0:
+            samples = {sample["doc_id"]: sample for sample in results["samples"][name]}
+    model.repeat = 0
     new = model.new_tokens - tokens
-    return TaskResult(
+    result = TaskResult(
         run=mean_of_runs(runs).model_copy(update={"elsewhere": dict(model.elsewhere)}),
         dtype=_dtype(model),
         generation=Generation(tokens=new, seconds=model.seconds - seconds) if new else None,
     )
+    return result, [samples[index] for index in sorted(samples)]
 
 
 def task_run(name: str, task: Any, results: Mapping[str, Any], model: Any) -> TaskRun:
@@ -350,30 +359,6 @@ def task_run(name: str, task: Any, results: Mapping[str, Any], model: Any) -> Ta
     )
 
 
-def mean_of_runs(runs: Sequence[TaskRun]) -> TaskRun:
-    """Several answers to each item as one run, whose figures are the means over an item's answers.
-
-    Args:
-        runs: of the same items, an answer each.
-    """
-    if len(runs) == 1:
-        return runs[0]
-
-    def means(columns: Sequence[Sequence[float] | None]) -> tuple[float, ...] | None:
-        known = [column for column in columns if column is not None]
-        return tuple(float(np.mean(values)) for values in zip(*known, strict=True)) or None
-
-    first = runs[0]
-    return first.model_copy(
-        update={
-            "scores": {name: means([run.scores[name] for run in runs]) for name in first.scores},
-            "repeat_scores": tuple(zip(*(run.scores[run.primary] for run in runs), strict=True)),
-            "output_tokens": means([run.output_tokens for run in runs]),
-            "terminated": means([run.terminated for run in runs]),
-        }
-    )
-
-
 def _answers(model: Any, samples: list[Mapping[str, Any]]) -> list[list[Any]]:
     """The generated answers of each item: one request per item, as often as the task repeats it."""
     requests, counts = [], []
@@ -403,12 +388,12 @@ def main(request_file: Path, report: Callable[..., None]) -> None:
     request = WorkerRequest.model_validate_json(request_file.read_bytes())
     if request.consent:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    files = run_worker(
+    files, answers = run_worker(
         request,
         lambda step: report(step=vars(step)),
         lambda text: report(note=text),
     )
-    report(files=[str(path) for path in files])
+    report(files=[str(path) for path in files], answers=[str(path) for path in answers])
 
 
 if __name__ == "__main__":

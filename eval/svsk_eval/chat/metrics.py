@@ -26,7 +26,7 @@ from svsk_eval.chat.answers import Answer
 from svsk_eval.text.metrics import FloatArray, mean_se, score_chunk
 from svsk_offline.calibration.text import token_fingerprint
 
-__all__ = ["ChatScores", "Figure", "score_answer", "summarize_chat"]
+__all__ = ["ChatScores", "Figure", "first_flip", "score_answer", "summarize_chat"]
 
 _OVER_TOKENS: Final = ("nll", "ref_nll", "kl", "top1", "early_end", "ref_early_end")
 _AT_THE_END: Final = ("end_kl", "end_probability", "ref_end_probability")
@@ -132,6 +132,17 @@ def score_answer(
         kept["end_probability"] = float(ending[-1])
         kept["ref_end_probability"] = float(ref_ending[-1])
     return kept
+
+
+def first_flip(logits: torch.Tensor, ref_logits: torch.Tensor) -> int | None:
+    """Places before the first at which the models' likeliest tokens differ; None if at none do.
+
+    Args:
+        logits: the model's, [T, V].
+        ref_logits: the reference's, [T, V].
+    """
+    differ = (logits.argmax(-1) != ref_logits.argmax(-1)).nonzero()
+    return int(differ[0]) if len(differ) else None
 
 
 def summarize_chat(

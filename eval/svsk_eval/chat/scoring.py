@@ -10,11 +10,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from svsk_eval.bench.model_folder import read_folder
 from svsk_eval.chat.answers import Answer, AnswerFile, end_tokens, greedy_answers, load_answers
 from svsk_eval.chat.metrics import ChatScores, score_answer, summarize_chat
 from svsk_eval.chat.prompts import Prompt, read_prompts, shared_prompts
 from svsk_eval.errors import EvalError
+from svsk_eval.text.model_folder import read_folder
 from svsk_eval.text.models import (
     check_fits,
     check_same_vocabulary,

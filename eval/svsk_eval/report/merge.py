@@ -12,7 +12,7 @@ from svsk_eval.errors import EvalError
 from svsk_eval.report.analysis import Analysis, analyze, check_tasks
 from svsk_eval.report.console import print_report
 from svsk_eval.report.markdown import markdown_report
-from svsk_eval.report.schema import BenchReport, ModelRun, TextScores, load_report
+from svsk_eval.report.schema import BenchReport, ModelRun, TaskRun, TextScores, load_report
 
 __all__ = [
     "below_minimum",
@@ -76,18 +76,20 @@ def merge_reports(paths: Sequence[str | Path]) -> tuple[BenchReport, list[str]]:
         notes += _check_settings(str(paths[0]), first, str(path), report)
         same_reference = report.models[0].fingerprint == first.models[0].fingerprint
         if not same_reference and any(
-            _has_relative(text) for run in report.models for text in run.text
+            any(map(_has_relative, run.text))
+            or any(task.on_reference for task in run.tasks.values())
+            for run in report.models
         ):
             notes.append(
-                f"{path}: its KL, delta NLL and top-1 are against"
-                " another reference and are not shown."
+                f"{path}: its KL, delta NLL, top-1 and figures on the reference's answers are"
+                " against another reference and are not shown."
             )
         for run in report.models:
             check_tasks(first.models[0], run, str(path))
             earlier = next((old for old in models if _identity(old) == _identity(run)), None)
             if earlier is None:
                 models.append(run if same_reference else _without_relative(run))
-            elif earlier.tasks != run.tasks:
+            elif _scores(earlier) != _scores(run):
                 notes.append(
                     f"{path}: {run.label} scored differently there; the figures of the earlier file"
                     " are shown."
@@ -229,6 +231,11 @@ def _check_settings(
     return notes
 
 
+def _scores(run: ModelRun) -> list[TaskRun]:
+    """A model's own scores, without what is relative to a reference."""
+    return [task.model_copy(update={"on_reference": None}) for task in run.tasks.values()]
+
+
 def _identity(run: ModelRun) -> tuple[str, str]:
     return run.fingerprint, run.label
 
@@ -238,11 +245,13 @@ def _has_relative(text: TextScores) -> bool:
 
 
 def _without_relative(run: ModelRun) -> ModelRun:
-    """The model without the figures of a text that are relative to a reference."""
+    """The model without the figures that are relative to a reference."""
     dropped = {field: None for name in _AGAINST_REFERENCE for field in (name, f"{name}_se")}
-    return run.model_copy(
-        update={"text": tuple(text.model_copy(update=dropped) for text in run.text)}
-    )
+    tasks = {
+        name: task.model_copy(update={"on_reference": None}) for name, task in run.tasks.items()
+    }
+    texts = tuple(text.model_copy(update=dropped) for text in run.text)
+    return run.model_copy(update={"text": texts, "tasks": tasks})
 
 
 def _distinct_labels(models: Sequence[ModelRun]) -> list[ModelRun]:

@@ -19,6 +19,7 @@ __all__ = [
     "Engine",
     "Generation",
     "ModelRun",
+    "ReferenceAnswers",
     "TaskRun",
     "TextScores",
     "load_report",
@@ -31,6 +32,35 @@ Engine = Literal["vllm", "hf"]
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ReferenceAnswers(_Model):
+    """A variant on the reference's own answers to the first items of a task, token by token.
+
+    All lists have one entry per item, in the order of ``doc_ids``.
+
+    Attributes:
+        answers_fingerprint: SHA-256 of the tokens of all prompts and answers.
+        doc_ids: numbers of the items in the task's data.
+        tokens: of an answer that were scored, its end not counted.
+        per_item: figures by name, those of :mod:`svsk_eval.chat.metrics` and ``first_flip``, the
+            tokens before the first place where the models' likeliest ones differ; None where an
+            answer has no such figure.
+        left_out: items whose answers could not be scored.
+    """
+
+    answers_fingerprint: str
+    doc_ids: tuple[int, ...] = Field(min_length=1)
+    tokens: tuple[int, ...]
+    per_item: dict[str, tuple[float | None, ...]]
+    left_out: int
+
+    @model_validator(mode="after")
+    def _same_lengths(self) -> "ReferenceAnswers":
+        for name, found in {"tokens": self.tokens, **self.per_item}.items():
+            if len(found) != len(self.doc_ids):
+                raise ValueError(f"{name} has {len(found)} entries, doc_ids {len(self.doc_ids)}")
+        return self
 
 
 class TaskRun(_Model):
@@ -47,6 +77,8 @@ class TaskRun(_Model):
             equal.
         scores: per metric and filter (``exact_match,strict-match``), values of the items, 0 to 1
             for rates of success; with several answers to an item, their mean.
+        on_reference: figures on the reference's own answers, if they were asked for; None for the
+            reference.
         elsewhere: answers that were made otherwise than the others and merged on purpose, by what
             was different there.
         repeat_scores: those of the primary metric by answer, [items][answers]; None with one each.
@@ -67,6 +99,7 @@ class TaskRun(_Model):
     output_tokens: tuple[float, ...] | None = None
     terminated: tuple[float, ...] | None = None
     repeat_scores: tuple[tuple[float, ...], ...] | None = None
+    on_reference: ReferenceAnswers | None = None
     elsewhere: dict[str, int] = {}
 
     @property

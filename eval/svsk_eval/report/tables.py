@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from svsk_eval.report.analysis import Analysis, TaskComparison
+from svsk_eval.report.on_reference import on_reference
 from svsk_eval.report.paired_statistics import Estimate, Interval, Paired
 from svsk_eval.report.schema import ModelRun, TextScores
 
@@ -122,6 +123,8 @@ def all_tables(analysis: Analysis) -> list[Table]:
     tables += [_tasks(analysis), _per_task(analysis)]
     if any(task.output_tokens for tasks in analysis.estimates.values() for task in tasks.values()):
         tables.append(_answers(analysis))
+    if any(task.on_reference for run in analysis.report.models for task in run.tasks.values()):
+        tables.append(_on_reference(analysis))
     if any(task.by_repeats for variant in analysis.variants for task in variant.tasks):
         tables.append(_repeats(analysis))
     if any(run.text for run in analysis.report.models):
@@ -319,6 +322,56 @@ def _answers(analysis: Analysis) -> Table:
         " not adjusted."
     )
     return _table("Answers", ("task", "model"), headings, groups, note)
+
+
+def _on_reference(analysis: Analysis) -> Table:
+    """Variants on the reference's own answers, token by token: a group for each set of answers."""
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for task in analysis.tasks:
+        for run in analysis.report.models:
+            if (scored := run.tasks[task].on_reference) is None:
+                continue
+            name = f"{task} · answers {scored.answers_fingerprint[:8]}"
+            figures = on_reference(scored)
+            row = (
+                name,
+                run.label,
+                str(figures.answers),
+                str(figures.tokens),
+                _mean(figures.kl, ".4f"),
+                _mean(figures.delta_nll, "+.4f"),
+                _mean(figures.flips, ".2f", 100),
+                percent(figures.never_flips),
+                _number(figures.half_flip_by, ".0f"),
+                _mean(figures.ends_there, ".4f"),
+                _mean(figures.reference_ends_there, ".4f"),
+            )
+            groups.setdefault(name, []).append(row)
+    headings = (
+        "answers",
+        "tokens",
+        "KL ± se",
+        "delta NLL ± se",
+        "% of tokens that flip ± se",
+        "answers without a flip",
+        "half have flipped after",
+        "ends there ± se",
+        "reference ends there ± se",
+    )
+    note = (
+        "Both models read the reference's own answers, with transformers; se over answers. A token"
+        " flips where the likeliest ones of the two differ: from the first flip on, greedy answers"
+        " go apart. Ends there: probability of ending where the reference did."
+    )
+    return _table(
+        "On the reference's answers", ("task", "model"), headings, [*groups.values()], note
+    )
+
+
+def _mean(mean: Estimate | None, form: str, scale: float = 1.0) -> str:
+    if mean is None:
+        return DASH
+    return plus_minus(scale * mean.value, None if mean.se is None else scale * mean.se, form)
 
 
 def _repeats(analysis: Analysis) -> Table:

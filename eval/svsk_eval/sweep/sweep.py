@@ -14,7 +14,8 @@ from typing import Final
 
 import torch
 
-from svsk_eval.bench.runner import BenchOptions, Candidate, bench
+from svsk_eval.bench.options import BenchOptions, Candidate
+from svsk_eval.bench.runner import bench
 from svsk_eval.bench.work_folder import hardware
 from svsk_eval.report.analysis import Analysis, analyze
 from svsk_eval.report.schema import BenchReport

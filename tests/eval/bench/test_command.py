@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from svsk_eval.bench import command
 from svsk_eval.bench.command import bench_with_progress, settings_of, shown_command
-from svsk_eval.bench.runner import BenchOptions
+from svsk_eval.bench.options import BenchOptions
 from svsk_eval.cli import app
 from svsk_eval.errors import EvalError
 from svsk_eval.report.schema import BenchReport, BenchSettings, load_report

@@ -12,18 +12,12 @@ from typing import Any
 
 import pytest
 
-from svsk_eval.bench.model_folder import bits_per_weight, read_folder
+from svsk_eval.bench.options import BenchOptions, Candidate, TextOptions
 from svsk_eval.bench.progress import Step
-from svsk_eval.bench.runner import (
-    BenchOptions,
-    Candidate,
-    TextOptions,
-    bench,
-    candidate,
-    package_versions,
-)
+from svsk_eval.bench.runner import bench, candidate, package_versions
 from svsk_eval.errors import EvalError
 from svsk_eval.report.schema import BenchReport, BenchSettings
+from svsk_eval.text.model_folder import bits_per_weight, read_folder
 from svsk_vllm.format import Checkpoint
 from tests.support.format_builders import edit_json
 from tests.support.tiny_models import write_dense, write_random_svsk

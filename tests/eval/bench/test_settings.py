@@ -16,10 +16,11 @@ from svsk_eval.bench.fingerprint import (
     task_sources,
     text_sources,
 )
+from svsk_eval.bench.options import Candidate
 from svsk_eval.bench.progress import Step
-from svsk_eval.bench.runner import Candidate, bench, candidate
+from svsk_eval.bench.repeats import mean_of_runs
+from svsk_eval.bench.runner import bench, candidate
 from svsk_eval.bench.work_folder import Surroundings
-from svsk_eval.bench.worker import mean_of_runs
 from svsk_eval.errors import EvalError
 from svsk_eval.report.analysis import analyze
 from svsk_kernels.errors import SvskError
@@ -98,8 +99,8 @@ def test_several_answers_to_an_item(dense: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "gen_kwargs", "message"),
     [
-        ("mini_gen", {}, "answers of mini_gen are greedy, .* --gen-kwargs do_sample=true"),
-        ("mini_mc", {}, "none of mini_mc generates answers"),
+        ("mini_gen", {}, "the answers of mini_gen are greedy, .* --gen-kwargs do_sample=true"),
+        ("mini_mc", {}, r"none of mini_mc generates answers\."),
         ("mini_gen", {"do_sample": True, "seed": 5}, "mini_gen draws with seed=5, .* Leave it out"),
         ("mini_sampled", {}, "mini_sampled draws 2 answers to an item by itself"),
     ],

@@ -11,7 +11,7 @@ import torch
 from scipy.special import log_softmax, rel_entr
 
 from svsk_eval.chat.answers import Answer
-from svsk_eval.chat.metrics import ChatScores, score_answer, summarize_chat
+from svsk_eval.chat.metrics import ChatScores, first_flip, score_answer, summarize_chat
 from svsk_eval.errors import EvalError
 
 VOCABULARY = 11
@@ -50,6 +50,17 @@ def test_figures_of_an_answer() -> None:
     }
     assert figures == pytest.approx(expected, abs=1e-6)
     assert 0 < expected["top1"] < 1, "a case that shows nothing"
+
+
+def test_the_first_flip() -> None:
+    model, reference = logits(6, 0), logits(6, 1)
+    same = (model.argmax(-1) == reference.argmax(-1)).tolist()
+    assert first_flip(model, reference) == same.index(False)
+    later = reference.clone()
+    later[:4] = model[:4] * 3  # the same order of tokens
+    assert first_flip(model, later) == 4 + same[4:].index(False)
+    assert first_flip(model, model * 2) is None
+    assert first_flip(model[:0], reference[:0]) is None
 
 
 def test_an_answer_at_the_limit_has_no_end_and_an_empty_one_no_tokens() -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from svsk_eval.bench.model_folder import bits_per_weight, read_folder
 from svsk_eval.errors import EvalError
+from svsk_eval.text.model_folder import bits_per_weight, read_folder
 
 N, K, GROUP = 64, 128, 32
 GROUPS = K // GROUP
