@@ -4,7 +4,7 @@
 Every variant against the reference, task by task and over all tasks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -122,6 +122,11 @@ class Analysis:
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in the reference's order."""
         return tuple(self.reference.tasks)
+
+    def of_task(self, task: str) -> Iterator[tuple[str, TaskComparison]]:
+        """Labels of the variants with their comparisons on a task."""
+        for variant in self.variants:
+            yield variant.label, next(pair for pair in variant.tasks if pair.task == task)
 
     def all_notes(self) -> list[str]:
         """The notes of the report and of every figure; those with the same words are one."""

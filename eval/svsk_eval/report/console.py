@@ -10,7 +10,8 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 
 from svsk_eval.report.analysis import Analysis
-from svsk_eval.report.tables import METHODS, Strong, Table, all_tables
+from svsk_eval.report.cells import Strong, Table
+from svsk_eval.report.tables import METHODS, all_tables
 
 __all__ = ["print_report", "print_table"]
 

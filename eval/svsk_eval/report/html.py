@@ -11,12 +11,11 @@ import jinja2
 from markupsafe import Markup
 
 from svsk_eval.report.analysis import Analysis
+from svsk_eval.report.cells import Column, Strong
 from svsk_eval.report.plots import all_plots
 from svsk_eval.report.tables import (
     HOW_TO_READ,
     METHODS,
-    Column,
-    Strong,
     all_tables,
     data_in_words,
     run_facts,

@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterator
 
 from svsk_eval.report.analysis import Analysis
-from svsk_eval.report.tables import HOW_TO_READ, METHODS, Strong, Table, all_tables, run_facts
+from svsk_eval.report.cells import Strong, Table
+from svsk_eval.report.tables import HOW_TO_READ, METHODS, all_tables, run_facts
 
 __all__ = ["markdown_report", "table_lines"]
 

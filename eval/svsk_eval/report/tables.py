@@ -2,34 +2,34 @@
 """Tables and texts of a report, which console, Markdown and HTML each draw in their own way."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Final
 
-from svsk_eval.report.analysis import Analysis, TaskComparison
-from svsk_eval.report.on_reference import on_reference
-from svsk_eval.report.paired_statistics import Estimate, Interval, Paired
+from svsk_eval.report.analysis import Analysis
+from svsk_eval.report.answer_tables import answers, on_reference_answers, several_answers
+from svsk_eval.report.cells import (
+    DASH,
+    Strong,
+    Table,
+    difference,
+    make_table,
+    number,
+    p_value,
+    percent,
+    plus_minus,
+    size_in_words,
+)
 from svsk_eval.report.schema import ModelRun, TextScores
 
 __all__ = [
-    "DASH",
     "HOW_TO_READ",
     "METHODS",
     "SIGNIFICANT",
-    "Column",
-    "Strong",
-    "Table",
     "all_tables",
     "data_in_words",
     "headline_text",
-    "percent",
-    "plus_minus",
     "run_facts",
-    "size_in_words",
 ]
-
-DASH: Final = "\N{EN DASH}"
-"""Stands for a figure that there is none of."""
 
 SIGNIFICANT: Final = 0.05
 
@@ -84,37 +84,6 @@ HOW_TO_READ: Final = (
 )
 
 
-class Strong(str):
-    """A cell that stands out."""
-
-    __slots__ = ()
-
-
-@dataclass(frozen=True)
-class Column:
-    """Heading of a column; ``numeric`` ones are aligned to the right."""
-
-    heading: str
-    numeric: bool = True
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells in words.
-
-    Attributes:
-        title: its heading.
-        note: a sentence below the heading, or nothing.
-        columns: their headings.
-        groups: rows that belong together, one cell per column.
-    """
-
-    title: str
-    note: str
-    columns: tuple[Column, ...]
-    groups: tuple[tuple[tuple[str, ...], ...], ...]
-
-
 def all_tables(analysis: Analysis) -> list[Table]:
     """The tables of a report in their order, without those that would be empty."""
     tables = [_summary(analysis)]
@@ -122,11 +91,11 @@ def all_tables(analysis: Analysis) -> list[Table]:
         tables.append(_over_tasks(analysis))
     tables += [_tasks(analysis), _per_task(analysis)]
     if any(task.output_tokens for tasks in analysis.estimates.values() for task in tasks.values()):
-        tables.append(_answers(analysis))
+        tables.append(answers(analysis))
     if any(task.on_reference for run in analysis.report.models for task in run.tasks.values()):
-        tables.append(_on_reference(analysis))
+        tables.append(on_reference_answers(analysis))
     if any(task.by_repeats for variant in analysis.variants for task in variant.tasks):
-        tables.append(_repeats(analysis))
+        tables.append(several_answers(analysis))
     if any(run.text for run in analysis.report.models):
         tables.append(_text(analysis))
     return tables
@@ -177,10 +146,10 @@ def _summary(analysis: Analysis) -> Table:
             (
                 run.label if over else f"{run.label} (reference)",
                 run.method,
-                _number(run.bpw, ".2f"),
+                number(run.bpw, ".2f"),
                 size_in_words(run.size_bytes),
                 run.dtype,
-                _number(sum(scores) / len(scores), ".4f"),
+                number(sum(scores) / len(scores), ".4f"),
                 percent(over.recovery if over else None),
                 plus_minus(text.kl_mean, text.kl_mean_se, ".4f") if text else DASH,
                 plus_minus(text.nll, text.nll_se, ".4f") if text else DASH,
@@ -201,7 +170,7 @@ def _summary(analysis: Analysis) -> Table:
         "Mean score and recovery: over tasks. KL and NLL: nats per token."
         " Speed: of generating tasks."
     )
-    return _table("Summary", ("model", "method"), headings, [[row] for row in rows], note)
+    return make_table("Summary", ("model", "method"), headings, [[row] for row in rows], note)
 
 
 def _over_tasks(analysis: Analysis) -> Table:
@@ -213,16 +182,16 @@ def _over_tasks(analysis: Analysis) -> Table:
             recovery += (
                 f" [{percent(over.recovery_interval.low)}, {percent(over.recovery_interval.high)}]"
             )
-        difference = _difference(over.difference, over.interval, "+.4f")
+        change = difference(over.difference, over.interval, "+.4f")
         rows.append(
             (
                 variant.label,
                 str(over.tasks),
                 f"{over.reference:.4f}",
                 f"{over.variant:.4f}",
-                Strong(difference) if over.p < SIGNIFICANT else difference,
-                _number(over.detectable, ".4f"),
-                _p(over.p),
+                Strong(change) if over.p < SIGNIFICANT else change,
+                number(over.detectable, ".4f"),
+                p_value(over.p),
                 recovery,
             )
         )
@@ -235,7 +204,7 @@ def _over_tasks(analysis: Analysis) -> Table:
         "p",
         "mean recovery [95%]",
     )
-    return _table("Over all tasks", ("variant",), headings, [[row] for row in rows])
+    return make_table("Over all tasks", ("variant",), headings, [[row] for row in rows])
 
 
 def _tasks(analysis: Analysis) -> Table:
@@ -244,7 +213,7 @@ def _tasks(analysis: Analysis) -> Table:
         shots, items = str(run.num_fewshot), str(len(run.doc_ids))
         rows.append([(name, run.primary, run.output_type, run.version, shots, items)])
     headings = ("version", "examples in the prompt", "items")
-    return _table("Tasks", ("task", "metric", "type"), headings, rows)
+    return make_table("Tasks", ("task", "metric", "type"), headings, rows)
 
 
 def _per_task(analysis: Analysis) -> Table:
@@ -255,21 +224,21 @@ def _per_task(analysis: Analysis) -> Table:
         rows = [
             (name, analysis.reference.label, plus_minus(shown.value, shown.se, ".4f"), *[DASH] * 7)
         ]
-        for label, pair in _of_task(analysis, task):
+        for label, pair in analysis.of_task(task):
             score = pair.score
-            difference = _difference(score.difference, score.interval, "+.4f")
+            change = difference(score.difference, score.interval, "+.4f")
             rows.append(
                 (
                     name,
                     label,
                     plus_minus(score.variant.value, score.variant.se, ".4f"),
-                    Strong(difference) if pair.p_holm < SIGNIFICANT else difference,
-                    _number(score.detectable, ".4f"),
+                    Strong(change) if pair.p_holm < SIGNIFICANT else change,
+                    number(score.detectable, ".4f"),
                     percent(score.recovery),
                     str(score.lost),
                     str(score.gained),
-                    _p(score.p),
-                    _p(pair.p_holm),
+                    p_value(score.p),
+                    p_value(pair.p_holm),
                 )
             )
         groups.append(rows)
@@ -283,125 +252,7 @@ def _per_task(analysis: Analysis) -> Table:
         "p",
         "Holm p",
     )
-    return _table("Scores", ("task", "model"), headings, groups)
-
-
-def _answers(analysis: Analysis) -> Table:
-    groups = []
-    for task in analysis.tasks:
-        shown = analysis.estimates[analysis.reference.label][task]
-        ended, tokens = _rate(shown.terminated), _tokens(shown.output_tokens)
-        none = (DASH,) * 3
-        rows = [(task, analysis.reference.label, ended, *none, tokens, *none)]
-        for label, pair in _of_task(analysis, task):
-            estimates = analysis.estimates[label][task]
-            rows.append(
-                (
-                    task,
-                    label,
-                    _rate(estimates.terminated),
-                    *_pair(pair.terminated, 100, "+.1f"),
-                    _tokens(estimates.output_tokens),
-                    *_pair(pair.output_tokens, 1, "+.1f"),
-                )
-            )
-        if any(cell != DASH for row in rows for cell in row[2:]):
-            groups.append(rows)
-    headings = (
-        "ended by themselves",
-        "difference [95%], points",
-        "detectable",
-        "p",
-        "mean tokens ± se",
-        "difference [95%]",
-        "detectable",
-        "p",
-    )
-    note = (
-        "Answers that ended by themselves and not at the limit of tokens, and their length. p is"
-        " not adjusted."
-    )
-    return _table("Answers", ("task", "model"), headings, groups, note)
-
-
-def _on_reference(analysis: Analysis) -> Table:
-    """Variants on the reference's own answers, token by token: a group for each set of answers."""
-    groups: dict[str, list[tuple[str, ...]]] = {}
-    for task in analysis.tasks:
-        for run in analysis.report.models:
-            if (scored := run.tasks[task].on_reference) is None:
-                continue
-            name = f"{task} · answers {scored.answers_fingerprint[:8]}"
-            figures = on_reference(scored)
-            row = (
-                name,
-                run.label,
-                str(figures.answers),
-                str(figures.tokens),
-                _mean(figures.kl, ".4f"),
-                _mean(figures.delta_nll, "+.4f"),
-                _mean(figures.flips, ".2f", 100),
-                percent(figures.never_flips),
-                _number(figures.half_flip_by, ".0f"),
-                _mean(figures.ends_there, ".4f"),
-                _mean(figures.reference_ends_there, ".4f"),
-            )
-            groups.setdefault(name, []).append(row)
-    headings = (
-        "answers",
-        "tokens",
-        "KL ± se",
-        "delta NLL ± se",
-        "% of tokens that flip ± se",
-        "answers without a flip",
-        "half have flipped after",
-        "ends there ± se",
-        "reference ends there ± se",
-    )
-    note = (
-        "Both models read the reference's own answers, with transformers; se over answers. A token"
-        " flips where the likeliest ones of the two differ: from the first flip on, greedy answers"
-        " go apart. Ends there: probability of ending where the reference did."
-    )
-    return _table(
-        "On the reference's answers", ("task", "model"), headings, [*groups.values()], note
-    )
-
-
-def _mean(mean: Estimate | None, form: str, scale: float = 1.0) -> str:
-    if mean is None:
-        return DASH
-    return plus_minus(scale * mean.value, None if mean.se is None else scale * mean.se, form)
-
-
-def _repeats(analysis: Analysis) -> Table:
-    """Whether more answers to each item would help, or only more items."""
-    groups = []
-    for task, run in analysis.reference.tasks.items():
-        rows = [
-            (
-                task,
-                label,
-                str(run.repeats),
-                *(_number(value, ".4f") for value in (one, pair.score.detectable, any_number)),
-            )
-            for label, pair in _of_task(analysis, task)
-            if pair.by_repeats
-            for one, any_number in (pair.by_repeats,)
-        ]
-        if rows:
-            groups.append(rows)
-    headings = (
-        "answers to each item",
-        "detectable with one",
-        "detectable",
-        "with any number",
-    )
-    note = (
-        "Several answers to an item average out the luck of drawing, not the choice of items. Where"
-        " the last column is little below the one before, only more items help."
-    )
-    return _table("Several answers", ("task", "model"), headings, groups, note)
+    return make_table("Scores", ("task", "model"), headings, groups)
 
 
 def _text(analysis: Analysis) -> Table:
@@ -415,7 +266,7 @@ def _text(analysis: Analysis) -> Table:
                 name,
                 run.label,
                 plus_minus(text.nll, text.nll_se, ".4f"),
-                _number(math.exp(text.nll), ".3f"),
+                number(math.exp(text.nll), ".3f"),
                 plus_minus(text.delta_nll, text.delta_nll_se, "+.4f"),
                 plus_minus(text.kl_mean, text.kl_mean_se, ".4f"),
                 plus_minus(text.kl_p99, text.kl_p99_se, ".3f"),
@@ -434,24 +285,7 @@ def _text(analysis: Analysis) -> Table:
         "Nats per token; KL is KL(reference || model); se over chunks. vllm: the served model; hf:"
         " its dequantised weights."
     )
-    return _table("Text", ("engine and text", "model"), headings, [*groups.values()], note)
-
-
-def _table(
-    title: str,
-    words: Sequence[str],
-    numbers: Sequence[str],
-    groups: Sequence[Sequence[tuple[str, ...]]],
-    note: str = "",
-) -> Table:
-    """A table whose first columns hold words and whose others hold numbers."""
-    columns = (*(Column(heading, False) for heading in words), *map(Column, numbers))
-    return Table(title, note, columns, tuple(map(tuple, groups)))
-
-
-def _of_task(analysis: Analysis, task: str) -> Iterator[tuple[str, TaskComparison]]:
-    for variant in analysis.variants:
-        yield variant.label, next(pair for pair in variant.tasks if pair.task == task)
+    return make_table("Text", ("engine and text", "model"), headings, [*groups.values()], note)
 
 
 def headline_text(run: ModelRun) -> TextScores | None:
@@ -459,60 +293,6 @@ def headline_text(run: ModelRun) -> TextScores | None:
     return next(
         (text for text in run.text if text.kl_mean is not None), run.text[0] if run.text else None
     )
-
-
-def _number(value: float | None, form: str) -> str:
-    return DASH if value is None else format(value, form)
-
-
-def percent(value: float | None) -> str:
-    """A share in percent, or a dash."""
-    return DASH if value is None else f"{100 * value:.1f}%"
-
-
-def plus_minus(value: float | None, se: float | None, form: str) -> str:
-    """A figure and its standard error in a format, or a dash."""
-    if value is None:
-        return DASH
-    return format(value, form) + ("" if se is None else f" ± {se:{form.lstrip('+')}}")
-
-
-def _difference(value: float, interval: Interval | None, form: str, scale: float = 1.0) -> str:
-    limits = (
-        f" [{scale * interval.low:{form}}, {scale * interval.high:{form}}]"
-        if interval
-        else f" [{DASH}]"
-    )
-    return f"{scale * value:{form}}{limits}"
-
-
-def _pair(pair: Paired | None, scale: float, form: str) -> tuple[str, str, str]:
-    """Difference, detectable difference and p-value."""
-    if pair is None:
-        return DASH, DASH, DASH
-    detectable = None if pair.detectable is None else scale * pair.detectable
-    return (
-        _difference(pair.difference, pair.interval, form, scale),
-        _number(detectable, form.lstrip("+")),
-        _p(pair.p),
-    )
-
-
-def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _rate(share: Estimate | None) -> str:
-    return percent(None if share is None else share.value)
-
-
-def _tokens(mean: Estimate | None) -> str:
-    return DASH if mean is None else plus_minus(mean.value, mean.se, ".1f")
-
-
-def size_in_words(count: int) -> str:
-    """Bytes in MiB or GiB."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _speed(run: ModelRun) -> str:

@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 
-from svsk_eval.report.tables import (
+from svsk_eval.report.cells import (
     DASH,
     Column,
     Table,

@@ -17,10 +17,11 @@ from svsk_eval.bench.runner import bench, candidate
 from svsk_eval.chat.metrics import first_flip
 from svsk_eval.errors import EvalError
 from svsk_eval.report.analysis import analyze
+from svsk_eval.report.cells import DASH
 from svsk_eval.report.merge import merge_reports
 from svsk_eval.report.on_reference import on_reference
 from svsk_eval.report.schema import BenchReport, ReferenceAnswers
-from svsk_eval.report.tables import DASH, all_tables
+from svsk_eval.report.tables import all_tables
 from svsk_eval.text.models import load_model
 from tests.eval.bench.test_runner import SETTINGS, options
 from tests.eval.report.reports import model_run, report, save, task_run

@@ -14,12 +14,13 @@ import pytest
 from rich.console import Console
 
 from svsk_eval.report.analysis import Analysis, analyze
+from svsk_eval.report.cells import DASH, Strong
 from svsk_eval.report.console import print_report
 from svsk_eval.report.html import html_report
 from svsk_eval.report.markdown import markdown_report
 from svsk_eval.report.plots import all_plots, model_style
 from svsk_eval.report.schema import Generation
-from svsk_eval.report.tables import DASH, HOW_TO_READ, Strong, all_tables
+from svsk_eval.report.tables import HOW_TO_READ, all_tables
 from tests.eval.report.reports import LABELS, TASKS, model_run, realistic, report, task_run
 
 RIGHT = (1, 1, 1, 1, 0, 0, 1, 1)

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from svsk_eval.errors import EvalError
-from svsk_eval.report.tables import DASH
+from svsk_eval.report.cells import DASH
 from svsk_eval.sweep.figure import sweep_figure
 from svsk_eval.sweep.page import app as page_app
 from svsk_eval.sweep.page import filled
