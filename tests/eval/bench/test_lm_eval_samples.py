@@ -61,7 +61,7 @@ def test_the_same_as_lm_evals_own_command(
     assert {sample["resps"][0][0] for sample in theirs if "copy" in sample_task(sample)} == texts
     saved = save(tmp_path / "report.json", ran)
     assert main([str(saved), "x", *map(str, samples)]) == 0
-    assert f"svsk_smoke_copy exact_match,none: {LIMIT} of {LIMIT} items the same" in (
+    assert f"svsk_smoke_copy exact_match,strip: {LIMIT} of {LIMIT} items the same" in (
         capsys.readouterr().out
     )
 
