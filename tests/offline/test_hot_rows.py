@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import load_calibration
 from svsk_offline.cli import app
+from svsk_offline.cli_options import console
 from svsk_offline.export.dense import restore
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.quantizers.eight_bits import round_to_eight_bits
@@ -170,7 +171,9 @@ def test_an_interrupted_run_writes_the_same(tmp_path: Path, tiny_llama: Path) ->
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
 
 
-def test_inspection_counts_them(tmp_path: Path, tiny_llama: Path) -> None:
+def test_inspection_counts_them(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quantize(tiny_llama, tmp_path / "out", recipe_of(KIND))
     inspection = inspect_checkpoint(tmp_path / "out")
     (row,) = [row for row in inspection["groups"] if row["kind"] == "embed_tokens"]
@@ -179,7 +182,8 @@ def test_inspection_counts_them(tmp_path: Path, tiny_llama: Path) -> None:
     assert all(
         row["hot_rows"] == 0 for row in inspection["groups"] if row["kind"] != "embed_tokens"
     )
-    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")], env={"COLUMNS": "200"})
+    monkeypatch.setattr(console, "width", 200)  # it was made when its module was first imported
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")])
     assert "int4 g64 s16, 60 rows int8" in result.output
 
 

@@ -205,7 +205,10 @@ def test_hot_rows_are_put_together_where_they_are(rank: tuple[int, int]) -> None
 class OnCpu(TritonKernel):
     """The Triton kernel in place of the CPU's own."""
 
-    def __init__(self, spec: LayerSpec) -> None:
+    label = "Triton"
+
+    def __init__(self, spec: LayerSpec, activations: str = "exact") -> None:
+        assert activations == "exact"
         super().__init__(spec, torch.device("cpu"))
 
 
