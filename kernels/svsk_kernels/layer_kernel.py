@@ -39,6 +39,11 @@ class LayerSpec:
     row_scaled: bool = False  # scales of two levels: an integer per group times a value per row
     lookup: bool = False  # an embedding table: rows of the weight are looked up too
 
+    @property
+    def is_table(self) -> bool:
+        """Whether it is an embedding or an output head: a model has one each at most."""
+        return self.lookup or self.codebook == "int8"
+
 
 class LayerKernel(Protocol):
     """Runs a layer.

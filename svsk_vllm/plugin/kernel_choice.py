@@ -67,8 +67,8 @@ def choose_kernel(
         # illegal instruction.
         torch.cpu._init_amx()
     kernel = _choose(name, prefix, spec, full_shape, device, activations)
-    table = spec.lookup or spec.codebook == "int8"  # always exact
-    if activations == "int8" and not (table or isinstance(kernel, CpuKernel)):
+    # Tables are always exact.
+    if activations == "int8" and not (spec.is_table or isinstance(kernel, CpuKernel)):
         raise SvskFormatError(
             f"{prefix}: activations int8, which the kernel for CPUs alone takes, but the layer runs"
             f" on {type(kernel).__name__}. Leave {_ACTIVATIONS} and additional_config's"
@@ -130,8 +130,7 @@ def _choose(
             split = SplitKernel(prefix, spec, full_shape, device)
         except NoBaseKernelError as error:
             dear = device.type != "cpu" and spec.dtype != torch.float32
-            # Of embedding and head, which are in 8 bits by default, a model has one each at most.
-            if name == "split" or (dear and not (spec.lookup or spec.codebook == "int8")):
+            if name == "split" or (dear and not spec.is_table):
                 raise
             obstacles.append(error.reason)
         else:

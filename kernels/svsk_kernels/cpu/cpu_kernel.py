@@ -62,7 +62,7 @@ class CpuKernel:
         self.spec = spec
         self.instructions = instructions_for(spec.dtype)
         self.bits = code_bits(spec.codebook)
-        self.int8 = activations == "int8" and self.bits == 4 and not spec.lookup
+        self.int8 = activations == "int8" and not spec.is_table
         self.table = TableRows(spec)
         self.label = self.instructions + (", int8 activations" if self.int8 else "")
         self.names = (

@@ -6,8 +6,9 @@
 // is multiplied with activations as they came.
 //
 // Codes at run time are uint8 [blocks, K / 8, 16 outputs, 4]: low nibbles are columns 0 to 3 of 8,
-// high ones 4 to 7. VPDPBUSD multiplies unsigned bytes by signed ones: levels are shifted by `offset`
-// to be unsigned, and sums of a group begin at -offset times the sum of its activations.
+// high ones 4 to 7. VPDPBUSD multiplies unsigned bytes by signed ones: levels are shifted by an
+// offset to be unsigned, and sums of a group begin at minus the offset times the sum of its
+// activations.
 
 #pragma once
 
@@ -19,8 +20,6 @@
 
 namespace {
 
-constexpr int64_t kScaleColumns = 64;
-
 // Rows of int8 in tiles of the M rows that are multiplied together, see by_rows.
 struct Int8Rows {
   at::Tensor values;  // [K / 4, M, 4] of each tile
@@ -31,11 +30,11 @@ struct Int8Rows {
 inline int32_t level_offset(bool quad8) { return quad8 ? 128 : 8; }
 
 // 16 floats from 16-bit activations.
-inline __m512 widen(const c10::BFloat16* p) {
+inline __m512 load16(const c10::BFloat16* p) {
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
 }
-inline __m512 widen(const c10::Half* p) {
+inline __m512 load16(const c10::Half* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
@@ -45,7 +44,7 @@ template <typename X>
 float scale_of(const X* x, int64_t count) {
   __m512i most = _mm512_setzero_si512();
   for (int64_t c = 0; c < count; c += kLanes)
-    most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(widen(x + c)),
+    most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(load16(x + c)),
                                                    _mm512_set1_epi32(0x7fffffff)));
   const int32_t bits = _mm512_reduce_max_epi32(most);
   float largest;
@@ -79,7 +78,7 @@ Int8Rows round_rows(const at::Tensor& x, const Base& base, int64_t chunk) {
           scales[m0 * wide + w * M + m] = scale;
           for (int64_t c = first; c < last; c += kLanes) {
             const __m512i whole =
-                _mm512_cvtps_epi32(_mm512_div_ps(widen(row + c), _mm512_set1_ps(scale)));
+                _mm512_cvtps_epi32(_mm512_div_ps(load16(row + c), _mm512_set1_ps(scale)));
             row_starts[c / base.group * M] -= offset * _mm512_reduce_add_epi32(whole);
             alignas(16) int32_t quads[4];
             _mm_store_si128(reinterpret_cast<__m128i*>(quads), _mm512_cvtsepi32_epi8(whole));
@@ -93,15 +92,14 @@ Int8Rows round_rows(const at::Tensor& x, const Base& base, int64_t chunk) {
   return out;
 }
 
-// Levels of the 16 codes plus the offset, in units that level_unit gives, in each quarter.
+// Levels of the 16 codes in their units, plus the offset, in each quarter.
 inline __m512i unsigned_levels(bool quad8) {
   alignas(64) uint8_t table[64];
   for (int64_t i = 0; i < 64; ++i)
-    table[i] = static_cast<uint8_t>(level(i % 16, quad8) * (quad8 ? 8 : 1) + level_offset(quad8));
+    table[i] =
+        static_cast<uint8_t>(level(i % 16, quad8) / level_unit(quad8) + level_offset(quad8));
   return _mm512_load_si512(table);
 }
-
-inline float level_unit(bool quad8) { return quad8 ? 0.125f : 1; }
 
 // out[m] += base times row m0 + m, in units of the output's scale where there is one. factor(g)
 // gives the 16 scales of a group as floats.
@@ -132,7 +130,8 @@ void multiply_int8(__m512 (&out)[M], const Int8Rows& x, const Base& base, const 
       const __m512i raw = _mm512_loadu_si512(codes);
       const __m512i low = _mm512_shuffle_epi8(levels, _mm512_and_si512(raw, nibble));
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], low, quad(values + 4 * m));
+      for (int m = 0; m < M; ++m)
+        acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], low, quad(values + 4 * m));
       const __m512i high =
           _mm512_shuffle_epi8(levels, _mm512_and_si512(_mm512_srli_epi16(raw, 4), nibble));
 #pragma GCC unroll 16

@@ -35,7 +35,6 @@ svsk::Linear* path(c10::string_view instructions) {
                       __builtin_cpu_supports("avx512vl");
   if (instructions == "avx2" && avx2) return svsk::linear_avx2;
   if (instructions == "avx512" && avx512) return svsk::linear_avx512;
-  // Every processor with bfloat16 products has VNNI.
   if (instructions == "avx512_bf16" && avx512 && __builtin_cpu_supports("avx512bf16") &&
       __builtin_cpu_supports("avx512vnni"))
     return svsk::linear_avx512_bf16;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the paths of torch.ops.svsk.cpu_linear have in common: run-time tensors, tiles of rows, tasks.
+// What the paths of torch.ops.svsk.cpu_linear have in common: run-time tensors, tiles of rows,
+// tasks.
 //
 // Checkpoint                          Run time (cpu_kernel.py); a block is 16 outputs
 // weight_packed  int32 [N, K / 8]     codes  uint8 [blocks, K / 2, 16]: two neighbours in K a byte
@@ -65,6 +66,12 @@ constexpr int64_t kLanes = 16;       // outputs of a block
 constexpr int64_t kGrain = 1 << 18;  // multiply-adds that are worth a thread
 // Activations of a task: about what a second-level cache holds.
 constexpr int64_t kChunkBytes = 1 << 20;
+
+// Columns of a row of activations that share a scale where these are int8.
+constexpr int64_t kScaleColumns = 64;
+
+// Levels are whole multiples of it.
+inline float level_unit(bool quad8) { return quad8 ? 0.125f : 1; }
 
 inline float level(int64_t nibble, bool quad8) {
   const float q = static_cast<float>(nibble - 8);

@@ -59,18 +59,6 @@ __m512bh decode_bytes(const uint8_t* codes) {
       _mm512_or_si512(_mm512_srli_epi32(level(codes), 16), level(codes + kLanes)));
 }
 
-template <typename T>
-Vec load16(const T* p);
-template <>
-Vec load16(const c10::BFloat16* p) {
-  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-}
-template <>
-Vec load16(const c10::Half* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-template <>
 Vec load16(const int8_t* p) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
@@ -318,7 +306,8 @@ at::Tensor run(const at::Tensor& x, const Base& base, const X* bias, const Sidec
   const int64_t row_bytes = base.k * T * static_cast<int64_t>(sizeof(bits16)),
                 work = kLanes * base.k * T;
   const int64_t chunk = std::max<int64_t>(1, kChunkBytes / row_bytes / kTileRows) * kTileRows;
-  const at::Tensor tiles = make_tiles<X, T>(x, chunk);
+  // the base takes them too, where activations are not int8
+  const at::Tensor tiles = base.int8 && !s.u ? x : make_tiles<X, T>(x, chunk);
   const auto* tile_data = reinterpret_cast<const bits16*>(tiles.const_data_ptr());
   Job<X> job{base, s, Tiles{tile_data, base.k}, Tiles{nullptr, s.width}, bias,
              y.mutable_data_ptr<X>(), m, n,

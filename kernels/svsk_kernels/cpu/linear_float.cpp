@@ -2,13 +2,13 @@
 // The paths of torch.ops.svsk.cpu_linear that multiply in float32: AVX2, and AVX-512 without units
 // for bfloat16 or for float32 activations. Compiled once for each.
 //
-// With one row of activations codes are decoded in registers. With more, 16 outputs times 256 inputs
-// are decoded into a panel of floats in the first-level cache, which all rows of a chunk then read:
-// a level times its group's scale is exact in float32 where scales have 16 bits or less.
+// With one row of activations codes are decoded in registers. With more, 16 outputs times 256
+// inputs are decoded into a panel of floats in the first-level cache, which all rows of a chunk
+// then read: a level times its group's scale is exact in float32 where scales have 16 bits or less.
 //
-// Activations of 8 bits are rounded here and multiplied as floats: the same results as on processors
-// with products of bytes, and no faster than without. AVX2's product of bytes saturates with quad8's
-// levels, and by halves it takes as many instructions as floats do.
+// Activations of 8 bits are rounded here and multiplied as floats: the same results as on
+// processors with products of bytes, and no faster than without. AVX2's product of bytes saturates
+// with quad8's levels, and by halves it takes as many instructions as floats do.
 
 #include "linear.h"
 
@@ -19,7 +19,6 @@
 
 namespace {
 
-constexpr int64_t kScaleColumns = 64;    // of activations of 8 bits
 constexpr int64_t kPanelColumns = 256;  // a multiple of every group size
 // Rows of a task at most: their sums lie beside the panel in the second-level cache.
 constexpr int64_t kMostRows = 512;
@@ -112,7 +111,7 @@ struct Levels {
 };
 
 Levels level_table(bool quad8) {
-  const float unit = quad8 ? 0.125f : 1;
+  const float unit = level_unit(quad8);
   alignas(16) int8_t table[16];
   for (int64_t i = 0; i < 16; ++i) table[i] = static_cast<int8_t>(level(i, quad8) / unit);
   return {load_bytes(table), unit};
@@ -178,14 +177,14 @@ void multiply_panel(Sums<M>& acc, const float* x, int64_t columns, const float* 
   }
 }
 
-// Tiles of activations, or of z: [columns, M] of the M rows that are multiplied together, one tile
+// Tiles of activations, or of z: [columns, M] of the M rows that are multiplied together, one
 // after the other, see by_rows.
 struct Tiles {
   const float* data;
   int64_t columns;
 };
 
-// sums[row] (+)= 16 sums over `columns` columns of x from `first` on, for the rows [m_begin, m_end).
+// sums[row] (+)= 16 sums over `columns` columns of x from `first` on, for rows [m_begin, m_end).
 // decode(start, count, panel) gives weights as floats [count, 16].
 template <typename Decode>
 void multiply_rows(const Tiles& x, int64_t first, int64_t columns, int64_t m_begin, int64_t m_end,
@@ -348,12 +347,6 @@ void compute_block(const Job<X>& job, int64_t block, int64_t m_begin, int64_t m_
   }
 }
 
-// A row of activations as floats.
-template <typename X>
-void widen_row(const X* from, int64_t k, float* to) {
-  for (int64_t c = 0; c < k; ++c) to[c] = static_cast<float>(from[c]);
-}
-
 // What 8 bits make of a row, by 64 columns: scale * round(x / scale), the scale being the
 // largest magnitude over 127. Magnitudes are compared as integers, so that a NaN is the largest.
 void round_row(float* row, int64_t k) {
@@ -376,6 +369,7 @@ void round_row(float* row, int64_t k) {
 template <typename X>
 at::Tensor make_tiles(const at::Tensor& x, int64_t chunk, bool int8) {
   const int64_t rows = x.size(0), k = x.size(1);
+  if (rows == 1 && !int8) return x.to(at::kFloat);  // one row is a tile as it is
   at::Tensor tiles = at::empty({rows, k}, x.options().dtype(at::kFloat));
   const X* from = x.const_data_ptr<X>();
   float* to = tiles.mutable_data_ptr<float>();
@@ -384,7 +378,7 @@ at::Tensor make_tiles(const at::Tensor& x, int64_t chunk, bool int8) {
     by_rows<kTileRows>(begin, end, [&](auto tile, int64_t m0) {
       constexpr int M = decltype(tile)::value;
       for (int m = 0; m < M; ++m) {
-        widen_row(from + (m0 + m) * k, k, row.data());
+        for (int64_t c = 0; c < k; ++c) row[c] = static_cast<float>(from[(m0 + m) * k + c]);
         if (int8) round_row(row.data(), k);
         float* column = to + m0 * k + m;
         for (int64_t c = 0; c < k; ++c) column[c * M] = row[c];

@@ -64,7 +64,12 @@ def instructions_for(dtype: torch.dtype) -> str:
     """
     if not has_avx512():
         return "avx2"
-    products = simulated_features() is None and torch.cpu._is_avx512_bf16_supported()
+    # Processors with bfloat16 products have VNNI, but a virtual machine may hide it.
+    products = (
+        simulated_features() is None
+        and torch.cpu._is_avx512_bf16_supported()
+        and torch.cpu._is_vnni_supported()
+    )
     return "avx512_bf16" if products and dtype != torch.float32 else "avx512"
 
 

@@ -21,6 +21,7 @@ from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
 from svsk_kernels.naive import naive_matmul, naive_sidecar
 from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup
 from svsk_vllm.format import Codebook, LinearSpec, QuantizedLinear, pack_codes
+from tests.support.cpu_paths import PATHS, PATHS_HERE
 from tests.support.format_builders import make_group, property_test, random_linear
 from tests.support.layers import loaded_layer
 
@@ -31,18 +32,6 @@ BOUND = {torch.bfloat16: 3.5e-3, torch.float16: 3e-4, torch.float32: 2e-6}
 """Rounding of the result, and in bfloat16 of z where the sidecar is most of it."""
 
 
-FEATURES = {
-    "avx2": True,
-    "avx512": torch.cpu._is_avx512_supported(),
-    "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
-}
-"""Paths, and whether the processor runs them."""
-PATHS = [
-    pytest.param(
-        name, marks=() if here else pytest.mark.skip(reason=f"the processor has no {name}")
-    )
-    for name, here in FEATURES.items()
-]
 every_path = pytest.mark.parametrize("path", PATHS, indirect=True)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -224,7 +213,7 @@ def test_rows_without_sidecar_and_bundles() -> None:
 
 @property_test
 @given(
-    instructions=st.sampled_from([name for name, here in FEATURES.items() if here]),
+    instructions=st.sampled_from(PATHS_HERE),
     n=st.integers(1, 70),
     k=st.integers(1, 5).map(lambda groups: 32 * groups),
     rank=st.integers(0, 20),
@@ -286,7 +275,7 @@ def test_wrong_activations_are_refused() -> None:
         kernel(layer, activations(2, 64, torch.bfloat16), None)
 
 
-@pytest.mark.skipif(not FEATURES["avx512_bf16"], reason="the processor has no AVX512-BF16")
+@pytest.mark.skipif("avx512_bf16" not in PATHS_HERE, reason="the processor has no AVX512-BF16")
 def test_a_path_refuses_a_dtype_that_it_does_not_take() -> None:
     kernel, layer = prepared(linear(32, 64), torch.float32)
     kernel.instructions = "avx512_bf16"

@@ -11,6 +11,7 @@ from svsk_kernels.cpu.portable_kernel import PortableKernel
 from svsk_kernels.naive import naive_matmul
 from svsk_vllm.format import Codebook, LinearSpec
 from svsk_vllm.format.group_scales import ScaleBits
+from tests.support.cpu_paths import PATHS
 from tests.support.format_builders import make_group, random_linear
 from tests.support.layers import loaded_layer
 
@@ -19,15 +20,9 @@ BOUND = {torch.bfloat16: 3.5e-3, torch.float16: 4e-4, torch.float32: 2e-6}
 FUSED = pytest.mark.skipif(
     cpu_ops_obstacle() is not None, reason="the op for this processor cannot be built"
 )
-KERNELS = [pytest.param("", id="portable")] + [
-    pytest.param(
-        name, marks=(FUSED, pytest.mark.skipif(not here, reason=f"the processor has no {name}"))
-    )
-    for name, here in (
-        ("avx2", True),
-        ("avx512", torch.cpu._is_avx512_supported()),
-        ("avx512_bf16", torch.cpu._is_avx512_bf16_supported()),
-    )
+KERNELS = [
+    pytest.param("", id="portable"),
+    *(pytest.param(*path.values, marks=(FUSED, *path.marks)) for path in PATHS),
 ]
 """The portable kernel, and the other one's instructions."""
 

@@ -11,6 +11,7 @@ from svsk_kernels.cpu.cpu_kernel import CpuKernel, cpu_ops_obstacle
 from svsk_kernels.naive import naive_matmul, round_activations
 from svsk_vllm.format import Codebook, LinearSpec, code_values, pack_codes
 from svsk_vllm.format.group_scales import ScaleBits
+from tests.support.cpu_paths import PATHS
 from tests.support.format_builders import make_group, random_linear
 from tests.support.layers import loaded_layer
 
@@ -18,14 +19,6 @@ if obstacle := cpu_ops_obstacle():
     pytest.skip(obstacle, allow_module_level=True)
 
 BOUND = {torch.bfloat16: 3.5e-3, torch.float16: 4e-4, torch.float32: 2e-6}
-PATHS = [
-    pytest.param(name, marks=pytest.mark.skipif(not here, reason=f"the processor has no {name}"))
-    for name, here in (
-        ("avx2", True),
-        ("avx512", torch.cpu._is_avx512_supported()),
-        ("avx512_bf16", torch.cpu._is_avx512_bf16_supported()),
-    )
-]
 every_path = pytest.mark.parametrize("path", PATHS)
 
 

@@ -108,10 +108,13 @@ def test_a_simulated_processor_has_no_bfloat16_products(
 
 def test_no_simulation_is_what_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SVSK_CPU_FEATURES", raising=False)
-    for name in ("_is_avx512_bf16_supported", "_is_avx512_supported"):
+    for name in ("_is_avx512_bf16_supported", "_is_avx512_supported", "_is_vnni_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: True)
     assert instructions_for(torch.float16) == "avx512_bf16"
     assert instructions_for(torch.float32) == "avx512"
+    with monkeypatch.context() as hidden:
+        hidden.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+        assert instructions_for(torch.float16) == "avx512"
     assert block_dtype(CPU) == product_dtype(torch.bfloat16, CPU) == torch.bfloat16
     monkeypatch.setenv("SVSK_CPU_FEATURES", "avx1024")
     with pytest.raises(
