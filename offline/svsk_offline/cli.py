@@ -143,7 +143,7 @@ def quantize(
     smooth_outliers: Annotated[
         float | None,
         typer.Option(
-            help="Move only channels of activations over this many times the median one, such as 4."
+            help="Move only channels of activations over this many times the median one, such as 2."
         ),
     ] = None,
     smooth_keys: Annotated[

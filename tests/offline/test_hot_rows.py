@@ -24,6 +24,7 @@ from svsk_vllm.format import Checkpoint, LinearSpec, ShardedReader, dequantize
 from tests.offline.folders import folder_bytes
 from tests.offline.quantizers.plain import quantize_rtn
 from tests.support.format_builders import EMBEDDING, HEAD, edit_json, make_group
+from tests.support.interruptions import stop_before_tables
 from tests.support.tiny_models import BOS, EOS, PAD
 
 CPU = torch.device("cpu")
@@ -157,16 +158,7 @@ def test_what_ends_an_answer_is_special(tmp_path: Path, tiny_llama: Path) -> Non
 
 def test_an_interrupted_run_writes_the_same(tmp_path: Path, tiny_llama: Path) -> None:
     quantize(tiny_llama, tmp_path / "a", recipe_of(KIND))
-
-    class Stopped(Exception):  # noqa: N818 - not an error
-        pass
-
-    def stop(index: int, total: int) -> None:
-        if index == total:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        quantize(tiny_llama, tmp_path / "b", recipe_of(KIND), progress=Progress(block=stop))
+    stop_before_tables(tiny_llama, tmp_path / "b", recipe_of(KIND))
     quantize(tiny_llama, tmp_path / "b", recipe_of(KIND))
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
 

@@ -29,6 +29,7 @@ from svsk_offline.storage.inspection import inspect_checkpoint, validate_against
 from svsk_vllm.format import Checkpoint, LinearSpec, ShardedReader, dequantize
 from tests.offline.folders import folder_bytes
 from tests.support.format_builders import edit_json, make_group
+from tests.support.interruptions import stop_before_tables
 from tests.support.tiny_models import Family, write_dense
 
 
@@ -170,16 +171,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 def test_an_interrupted_run_writes_the_same(tmp_path: Path, tiny_llama: Path) -> None:
     whole = quantize(tiny_llama, tmp_path / "a", recipe_of("svsk"))
-
-    class Stopped(Exception):  # noqa: N818 - not an error
-        pass
-
-    def stop(index: int, total: int) -> None:
-        if index == total:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        quantize(tiny_llama, tmp_path / "b", recipe_of("svsk"), progress=Progress(block=stop))
+    stop_before_tables(tiny_llama, tmp_path / "b", recipe_of("svsk"))
     again = quantize(tiny_llama, tmp_path / "b", recipe_of("svsk"))
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
     assert [r.error for r in again.tables] == [r.error for r in whole.tables]

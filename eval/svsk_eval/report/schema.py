@@ -6,7 +6,7 @@ Every model's scores item by item, so that any two can be compared in pairs.
 
 from collections.abc import Sized
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,12 +22,14 @@ __all__ = [
     "ReferenceAnswers",
     "TaskRun",
     "TextScores",
+    "load_document",
     "load_report",
 ]
 
 SCHEMA_VERSION: Final = 1
 
 Engine = Literal["vllm", "hf"]
+Document = TypeVar("Document", bound=BaseModel)
 
 
 class _Model(BaseModel):
@@ -270,12 +272,27 @@ def load_report(path: str | Path) -> BenchReport:
     Raises:
         EvalError: it is missing or not such a file.
     """
+    return load_document(BenchReport, path, "file", "svsk bench --json")
+
+
+def load_document(kind: type[Document], path: str | Path, what: str, command: str) -> Document:
+    """Read a file that a command wrote.
+
+    Args:
+        kind: of the file.
+        path: of the file.
+        what: it is called, in errors.
+        command: that writes such files.
+
+    Raises:
+        EvalError: it is missing or not such a file.
+    """
     try:
-        return BenchReport.model_validate_json(Path(path).read_bytes())
+        return kind.model_validate_json(Path(path).read_bytes())
     except OSError as error:
         raise EvalError(f"{path}: cannot read it ({error.strerror}).") from error
     except ValidationError as error:
         raise EvalError(
-            f"{path}: not a file of this version's `svsk bench --json`: {first_problem(error)}."
+            f"{path}: not a {what} of this version's `{command}`: {first_problem(error)}."
             " Run it again."
         ) from error

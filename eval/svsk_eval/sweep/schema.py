@@ -7,9 +7,9 @@ It holds no weights, and the pages of docs/benchmarks are made of such files.
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from svsk_eval.errors import EvalError, first_problem
+from svsk_eval.report.schema import load_document
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -156,12 +156,4 @@ def load_sweep(path: str | Path) -> SweepReport:
     Raises:
         EvalError: it is missing or not such a file.
     """
-    try:
-        return SweepReport.model_validate_json(Path(path).read_bytes())
-    except OSError as error:
-        raise EvalError(f"{path}: cannot read it ({error.strerror}).") from error
-    except ValidationError as error:
-        raise EvalError(
-            f"{path}: not a sweep.json of this version's `svsk sweep`: {first_problem(error)}."
-            " Run it again."
-        ) from error
+    return load_document(SweepReport, path, "sweep.json", "svsk sweep")

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of the quantiser that are stopped on the way."""
+
+from pathlib import Path
+
+import pytest
+
+from svsk_offline.pipeline import Progress, quantize
+from svsk_offline.recipe import Recipe
+
+__all__ = ["stop_before_tables"]
+
+
+class _StoppedError(Exception):
+    pass
+
+
+def stop_before_tables(model: Path, out: Path, recipe: Recipe) -> None:
+    """Quantise the blocks of a model, and stop when embedding and head are next."""
+
+    def stop(index: int, total: int) -> None:
+        if index == total:
+            raise _StoppedError
+
+    with pytest.raises(_StoppedError):
+        quantize(model, out, recipe, progress=Progress(block=stop))
