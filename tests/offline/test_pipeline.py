@@ -412,6 +412,21 @@ def test_damaged_weights_are_named(
         quantize(model, tmp_path / "out", tiny_recipe.override({"sidecar": {"rank": rank}}))
 
 
+@pytest.mark.parametrize("name", ["fast", "published"])
+def test_weights_too_large_for_the_dtype_are_refused(
+    tmp_path: Path, tiny_llama: Path, name: str
+) -> None:
+    """Their groups' scales overflow, and would be stored as zeros."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e6
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    recipe = load_recipe(name).override({"calibration": {"samples": 32, "seq_len": 32}})
+    with pytest.raises(SvskError, match=r"1\.mlp\.up_proj\.weight: .*not finite in torch\.float16"):
+        quantize(model, tmp_path / "out", recipe, dtype="float16")
+
+
 def test_mixture_of_experts_is_refused(tmp_path: Path, tiny_recipe: Recipe) -> None:
     settings = {
         "moe_intermediate_size": 64,

@@ -5,10 +5,10 @@ from typing import Final
 
 import torch
 
-from svsk_kernels.errors import SvskError
+from svsk_offline.quantizers.rounding import require_finite
 from svsk_vllm.format import LinearSpec, QuantizedLinear
 
-__all__ = ["require_finite", "round_to_eight_bits"]
+__all__ = ["round_to_eight_bits"]
 
 _LARGEST: Final = 127
 """The code of a group's largest magnitude; -128 has no counterpart."""
@@ -45,20 +45,3 @@ def round_to_eight_bits(weight: torch.Tensor, spec: LinearSpec) -> QuantizedLine
         steps = torch.where(wide == 0, 0.0, groups / wide).round_().clamp_(-_LARGEST, _LARGEST)
         codes[part], scale[part] = steps.flatten(1).to(torch.int8), rounded
     return QuantizedLinear(spec, codes, scale)
-
-
-def require_finite(weight: torch.Tensor, spec: LinearSpec) -> None:
-    """Refuse weights that the model could not have in the dtype of their scales.
-
-    Args:
-        weight: some of the weights, any floating dtype.
-        spec: of the whole.
-
-    Raises:
-        SvskError: one is not finite there.
-    """
-    if not bool(torch.isfinite(weight.to(spec.scale_dtype)).all()):
-        raise SvskError(
-            f"{spec.name}.weight: holds values that are not finite in {spec.scale_dtype}. The"
-            " model is damaged, or needs --dtype bfloat16."
-        )

@@ -9,9 +9,9 @@ from typing import Final
 
 import torch
 
-from svsk_offline.quantizers.eight_bits import require_finite, round_to_eight_bits
+from svsk_offline.quantizers.eight_bits import round_to_eight_bits
 from svsk_offline.quantizers.gptq import search_scales
-from svsk_offline.quantizers.rounding import scaled_codes
+from svsk_offline.quantizers.rounding import require_finite, scaled_codes
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, WeightArgs
 from svsk_vllm.format.hot_rows import join_rows, split_rows
 

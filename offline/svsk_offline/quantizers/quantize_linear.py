@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import torch
 
-from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.input_statistics import InputStatistics
 from svsk_offline.quantizers.activation_aware import channel_importance, quantize_aa
 from svsk_offline.quantizers.alternating import PreparedInput, quantize_alternating
 from svsk_offline.quantizers.diagonal_sidecar import fit_diagonal_sidecar
+from svsk_offline.quantizers.rounding import require_finite
 from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import AlternatingArgs, PublishedArgs, PublishedRecipe, Recipe
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, dequantize
@@ -45,14 +45,13 @@ def quantize_linear(
 
     Raises:
         SvskFormatError: K is not a multiple of the group size.
-        SvskError: the statistics cannot be used.
+        SvskError: a weight is not finite in the scales' dtype, which is the model's, or the
+            statistics cannot be used.
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise SvskError(
-            f"{name}.weight: holds values that are not finite. The model is damaged; get it again."
-        )
     weight = weight.float()
     spec = LinearSpec(name, weight.shape[0], weight.shape[1], scheme, scale_dtype)
+    # A group whose scale overflows would be stored as zeros.
+    require_finite(weight, spec)
     moment = statistics.second_moment
     if isinstance(recipe, PublishedRecipe):
         seed = recipe.calibration.seed

@@ -3,7 +3,8 @@
 
 import torch
 
-from svsk_vllm.format import CODE_MAX, CODE_MIN, Codebook, code_values, codebook_levels
+from svsk_kernels.errors import SvskError
+from svsk_vllm.format import CODE_MAX, CODE_MIN, Codebook, LinearSpec, code_values, codebook_levels
 
 __all__ = [
     "absmax_scale",
@@ -11,6 +12,7 @@ __all__ = [
     "nearest_indices",
     "nearest_integers",
     "nearest_levels",
+    "require_finite",
     "scaled_codes",
 ]
 
@@ -85,3 +87,20 @@ def scaled_codes(
         torch.where(scale.unsqueeze(-1) == 0, torch.zeros_like(groups), groups / usable), codebook
     )
     return codes, code_values(codes, codebook) * scale.unsqueeze(-1)
+
+
+def require_finite(weight: torch.Tensor, spec: LinearSpec) -> None:
+    """Refuse weights that the model could not have in the dtype of their scales.
+
+    Args:
+        weight: some of the weights, any floating dtype.
+        spec: of the whole.
+
+    Raises:
+        SvskError: one is not finite there.
+    """
+    if not bool(torch.isfinite(weight.to(spec.scale_dtype)).all()):
+        raise SvskError(
+            f"{spec.name}.weight: holds values that are not finite in {spec.scale_dtype}. The"
+            " model is damaged, or needs --dtype bfloat16."
+        )
