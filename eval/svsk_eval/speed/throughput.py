@@ -5,16 +5,19 @@
 
 Each model has a process of its own. By default all are kept and asked in turn, so that a busy
 machine slows all of them alike, and share a GPU's memory in equal parts; ``--one-at-a-time`` is for
-a GPU that holds one of them. A label that ends in ``@w4a16`` serves the base of its SVSK folder
-without the sidecar, as a compressed-tensors model; one that ends in ``@split`` serves an SVSK
-folder with the base through vLLM's own kernel and the sidecar after it.
+a GPU that holds one of them. What follows an ``@`` in a label says how its folder is served:
+
+- ``@w4a16``: the base of an SVSK folder without the sidecar, as a compressed-tensors model;
+- ``@split``: an SVSK folder with the base through vLLM's own kernel and the sidecar after it;
+- ``@int8``: an SVSK folder with activations of 8 bits;
+- ``@float32``, ``@bfloat16``, ``@float16``: in that dtype.
 """
 
 import os
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -36,8 +39,8 @@ from svsk_vllm.format.shards import read_json
 
 __all__ = ["Served", "Speeds", "app", "measure", "speeds_of", "table_rows"]
 
-_CONVERTED: Final = "@w4a16"
-_SPLIT: Final = "@split"
+_DTYPES: Final = ("float32", "bfloat16", "float16")
+_WAYS: Final = ("w4a16", "split", "int8", *_DTYPES)
 
 _MEMORY: Final = 0.9
 """Share of a GPU's memory that all engines take together; vLLM itself would give 0.92 to each."""
@@ -49,10 +52,17 @@ _RESERVED: Final = ("model", "max_model_len", "enable_prefix_caching", "skip_tok
 
 @dataclass(frozen=True)
 class Served:
-    """A model folder, and the environment that its process gets besides the present one."""
+    """A model folder and how it is served.
+
+    Attributes:
+        folder: of the model.
+        environment: what its process gets besides the present one.
+        engine: arguments of ``vllm.LLM`` that are its own.
+    """
 
     folder: Path
     environment: Mapping[str, str]
+    engine: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,9 +140,9 @@ def measure(
         times: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
         try:
             for label in group:
-                servers[label] = Server(
-                    left[label].folder, load, left[label].environment, shares | dict(engine or {})
-                )
+                model = left[label]
+                arguments = shares | dict(engine or {}) | dict(model.engine)
+                servers[label] = Server(model.folder, load, model.environment, arguments)
             for batch in load.batches:
                 for repeat in range(load.repeats + 1):
                     for label, server in servers.items():
@@ -199,19 +209,41 @@ def _models(texts: list[str], work: Path) -> dict[str, Served]:
             raise typer.BadParameter(
                 f"{text}: {folder} holds no config.json, expected a model folder"
             )
-        if label.endswith(_CONVERTED):
+        ways = _ways(text, label, Checkpoint.is_svsk(folder))
+        if "w4a16" in ways:
             folder = export_compressed_tensors(folder, work / str(len(models)))
         # Where the fused kernels do not run, the figures of another path under their name would
         # mislead.
-        kernel = "split" if label.endswith(_SPLIT) else "fused"
+        kernel = "split" if "split" in ways else "fused"
         fused = kernel == "fused" and Checkpoint.is_svsk(folder)
         if fused and (obstacle := fused_obstacle(Checkpoint(folder))):
             raise EvalError(
                 f"{text}: the fused kernels cannot run it on this machine: {obstacle}. End its"
-                f" label in {_SPLIT} to measure another path, or leave it out."
+                " label in @split to measure another path, or leave it out."
             )
-        models[label] = Served(folder, {"SVSK_KERNEL": kernel})
+        environment = {"SVSK_KERNEL": kernel}
+        if Checkpoint.is_svsk(folder):
+            # Named for all, so that what the shell says does not decide.
+            environment["SVSK_ACTIVATIONS"] = "int8" if "int8" in ways else "exact"
+        dtypes = [way for way in ways if way in _DTYPES]
+        models[label] = Served(folder, environment, {"dtype": dtypes[0]} if dtypes else {})
     return models
+
+
+def _ways(text: str, label: str, svsk: bool) -> list[str]:
+    """How a label says that its folder is served."""
+    ways = label.split("@")[1:]
+    for way in ways:
+        if way not in _WAYS:
+            raise typer.BadParameter(f"{text}: @{way} is none of @{', @'.join(_WAYS)}")
+        if way not in _DTYPES and not svsk:
+            raise typer.BadParameter(f"{text}: @{way} is for SVSK folders, this is none")
+    together = [way for way in ways if way in ("w4a16", "split", "int8")]
+    if len(together) > 1 or len(ways) - len(together) > 1:
+        raise typer.BadParameter(
+            f"{text}: expected at most one dtype and one of @w4a16, @split and @int8"
+        )
+    return ways
 
 
 def _described(text: str, model: Served) -> dict[str, Any]:
@@ -221,7 +253,8 @@ def _described(text: str, model: Served) -> dict[str, Any]:
     """
     disabled = os.environ.get("VLLM_DISABLED_KERNELS", "")
     folder = str(Path(text.partition("=")[2]).resolve())
-    return {"folder": folder, **model.environment, "VLLM_DISABLED_KERNELS": disabled}
+    described = {"folder": folder, **model.environment, "VLLM_DISABLED_KERNELS": disabled}
+    return {**described, **model.engine}
 
 
 def _machine() -> dict[str, str]:
@@ -283,7 +316,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def run(
     models: Annotated[
         list[str],
-        typer.Argument(help="LABEL=FOLDER; see above for @w4a16 and @split. The last is 1x."),
+        typer.Argument(
+            help="LABEL=FOLDER. @w4a16, @split, @int8 or a dtype such as @float32 in the label says"
+            " how it is served. The last is 1x."
+        ),
     ],
     batches: Annotated[
         str, typer.Option(help="Numbers of requests that are sent together.")

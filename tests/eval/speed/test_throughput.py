@@ -4,17 +4,20 @@
 Running vLLM is left to the benchmark itself.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import svsk_eval.speed.throughput as throughput
 from svsk_eval.errors import EvalError
 from svsk_eval.speed.throughput import Served, Speeds, measure, speeds_of, table_rows
 from svsk_eval.speed.throughput_server import Load
+from tests.support.tiny_models import scheme, write_dense, write_random_svsk
 
 LOAD = Load(input_len=16, tokens=10, batches=(1, 8), repeats=2)
 PER_TOKEN = {"a": 0.5, "b": 0.25}
@@ -150,20 +153,21 @@ def test_a_run_goes_on_where_it_was_cut_off(
         "COLUMNS", "1000"
     )  # wherever rich wraps, paths of any length are on one line
     a, b = folders(tmp_path)
-    options = ["run", f"x@split={a}", f"y={b}", "--resume", "--one-at-a-time"]
+    options = ["run", f"x@bfloat16={a}", f"y={b}", "--resume", "--one-at-a-time"]
     options += ["--tokens", "10", "--batches", "1,8"]
     options += ["--json", str(tmp_path / "f.json"), "--markdown", str(tmp_path / "f.md")]
     monkeypatch.setitem(PER_TOKEN, "b", -1.0)
     first = CliRunner().invoke(throughput.app, options)
     assert first.exit_code == 1
     assert "Raise --tokens" in first.output
-    assert fake.events[0] == "start a split {'max_num_batched_tokens': 512}"
+    asked = {"max_num_batched_tokens": 512, "dtype": "bfloat16"}
+    assert fake.events[0] == f"start a fused {asked}"
     monkeypatch.setitem(PER_TOKEN, "b", 0.25)
     fake.events.clear()
     second = CliRunner().invoke(throughput.app, options)
     assert second.exit_code == 0, second.output
     assert [event.split()[1] for event in fake.events] == ["b", "b"]
-    assert "| x@split | 2 (0.50x) | 16 (0.50x) |" in (tmp_path / "f.md").read_text()
+    assert "| x@bfloat16 | 2 (0.50x) | 16 (0.50x) |" in (tmp_path / "f.md").read_text()
     for more in (["--input-len", "17"], ["--engine-arg", "seed=2"]):
         changed = CliRunner().invoke(throughput.app, [*options, *more])
         assert changed.exit_code == 1
@@ -185,6 +189,32 @@ def test_a_step_is_as_long_as_the_prompts_need(
     assert fake.events[0] == f"start a fused {{'max_num_batched_tokens': {step}}}"
 
 
+def test_labels_say_how_a_checkpoint_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Or the kernels would be compiled here.
+    monkeypatch.setattr(throughput, "fused_obstacle", lambda checkpoint: None)
+    schemes = {"default": scheme("Linear", rank=2)}
+    dense = write_dense(tmp_path / "dense", "llama")
+    checkpoint = write_random_svsk(dense, tmp_path / "svsk", schemes=schemes)
+    labels = ("x", "x@int8", "x@int8@float32", "x@w4a16@bfloat16")
+    models = throughput._models([f"{label}={checkpoint}" for label in labels], tmp_path)
+    exact = {"SVSK_KERNEL": "fused", "SVSK_ACTIVATIONS": "exact"}
+    int8 = exact | {"SVSK_ACTIVATIONS": "int8"}
+    assert models["x"] == Served(checkpoint, exact)
+    assert models["x@int8"] == Served(checkpoint, int8)
+    assert models["x@int8@float32"] == Served(checkpoint, int8, {"dtype": "float32"})
+    exported = models["x@w4a16@bfloat16"]
+    assert (exported.environment, exported.engine) == (
+        {"SVSK_KERNEL": "fused"},
+        {"dtype": "bfloat16"},
+    )
+    quantization = json.loads((exported.folder / "config.json").read_text())["quantization_config"]
+    assert quantization["quant_method"] == "compressed-tensors"
+    with pytest.raises(typer.BadParameter, match="at most one dtype and one of"):
+        throughput._models([f"x@int8@split={checkpoint}"], tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -192,6 +222,9 @@ def test_a_step_is_as_long_as_the_prompts_need(
         (["x={a}", "x={b}"], "given twice"),
         (["x={a}/nothing"], "holds no config.json"),
         (["x={a}", "--resume"], "--resume needs --json"),
+        (["x@int4={a}"], "@int4 is none of @w4a16, @split, @int8, @float32"),
+        (["x@int8={a}"], "@int8 is for SVSK folders, this is none"),
+        (["x@float32@bfloat16={a}"], "expected at most one dtype and one of"),
     ],
 )
 def test_wrong_arguments(
