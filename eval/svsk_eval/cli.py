@@ -105,6 +105,15 @@ def evaluate(
             )
         ),
     ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "Round the inputs of MODEL's linears as kernels of few bits would, with --engine"
+                " hf: int8, int8-g64, fp8, nvfp4."
+            )
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -121,7 +130,15 @@ def evaluate(
     from svsk_eval.text.engine_args import parse_engine_args
     from svsk_eval.text.request import TextRequest
 
-    check_options(text=text, chat=chat, answers=answers, reference=reference, engine=engine, kv=kv)
+    check_options(
+        text=text,
+        chat=chat,
+        answers=answers,
+        reference=reference,
+        engine=engine,
+        kv=kv,
+        activations=activations,
+    )
     about: dict[str, Any] = {
         "model": model,
         "reference": reference,
@@ -138,6 +155,7 @@ def evaluate(
             "seq_len": seq_len,
             "engine": engine,
             "kv": kv,
+            "activations": activations,
         }
         scored = TextRequest(**parts, engine_args=engine_args, **about)
     if chat is not None:

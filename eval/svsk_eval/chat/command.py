@@ -23,6 +23,7 @@ def check_options(
     reference: str | None,
     engine: str,
     kv: str | None = None,
+    activations: str | None = None,
 ) -> None:
     """Refuse options of ``svsk eval`` that do not go together.
 
@@ -35,6 +36,11 @@ def check_options(
         raise EvalError(
             f"--kv {kv}: goes with --text only, answers are scored without a stored cache. Leave"
             " --chat out."
+        )
+    if activations is not None and chat is not None:
+        raise EvalError(
+            f"--activations {activations}: goes with --text only, answers are scored with"
+            " activations as they are. Leave --chat out."
         )
     if chat is None:
         if answers is not None:

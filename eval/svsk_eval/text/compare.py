@@ -57,6 +57,7 @@ class Scores(BaseModel):
             else.
         dtype: of the arithmetic, None where the file does not say.
         kv: how keys and values were stored, keys before the colon; None where they were not.
+        activations: how inputs of linears were rounded; None where they were not.
     """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
@@ -68,6 +69,7 @@ class Scores(BaseModel):
     engine: Literal["hf", "vllm"] = "hf"
     dtype: str | None = None
     kv: str | None = None
+    activations: str | None = None
 
     @field_validator("per_chunk")
     @classmethod
@@ -123,8 +125,8 @@ class Comparison:
         metrics: ``nll``, and ``delta_nll``, ``kl`` and ``top1`` if both files have them.
         engines: engine and dtype of the baseline and of the model, such as ``vllm bfloat16``, if
             the engines differ.
-        caches: how baseline and model stored keys and values, such as ``cache kpc32:q4_1`` or ``no
-            stored cache``, if that differs.
+        rounding: what was rounded besides weights in baseline and model, such as ``cache
+            kpc32:q4_1`` or ``nothing``, if that differs.
     """
 
     file: str
@@ -132,7 +134,7 @@ class Comparison:
     reference_gap: float | None
     metrics: Mapping[str, PairedDifference]
     engines: tuple[str, str] | None = None
-    caches: tuple[str, str] | None = None
+    rounding: tuple[str, str] | None = None
 
 
 def compare_files(paths: Sequence[str | Path]) -> list[Comparison]:
@@ -221,15 +223,18 @@ def compare_scores(
             " ".join(filter(None, (scores.engine, scores.dtype))) for scores in (baseline, other)
         ]
         engines = (named[0], named[1])
-    caches = None
-    if baseline.kv != other.kv:
-        stored = [
-            "no stored cache" if scores.kv is None else f"cache {scores.kv}"
-            for scores in (baseline, other)
-        ]
-        caches = (stored[0], stored[1])
+    rounding = None
+    if (baseline.kv, baseline.activations) != (other.kv, other.activations):
+        rounding = (_rounding(baseline), _rounding(other))
     metrics: dict[str, PairedDifference] = {name: paired(ours[name], theirs[name]) for name in both}
-    return Comparison(str(path), other.model, gap, metrics, engines, caches)
+    return Comparison(str(path), other.model, gap, metrics, engines, rounding)
+
+
+def _rounding(scores: Scores) -> str:
+    """What was rounded besides the model's weights."""
+    named = {"cache": scores.kv, "activations": scores.activations}
+    given = [f"{what} {kind}" for what, kind in named.items() if kind is not None]
+    return ", ".join(given) or "nothing"
 
 
 def paired(baseline: FloatArray, values: FloatArray) -> PairedDifference:

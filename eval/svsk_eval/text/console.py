@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from svsk_eval.text.activations import ACTIVATIONS
 from svsk_eval.text.compare import Comparison
 from svsk_eval.text.models import silence_progress_bars
 from svsk_eval.text.request import TextRequest, score
@@ -69,6 +70,9 @@ def print_scores(console: Console, result: dict[str, Any]) -> None:
     if result.get("kv") is not None:
         keys, values = result["kv"].split(":")
         console.print(f"the model attended to stored keys ({keys}) and values ({values})")
+    if (kind := result.get("activations")) is not None:
+        meaning = ACTIVATIONS[kind].meaning
+        console.print(f"the model's linears read rounded inputs, {kind}: {meaning}", markup=False)
     settings = result.get("engine_settings")
     if settings is not None:
         used = f"served by vLLM {settings['vllm']} on {settings['device']} in {result['dtype']}"
@@ -116,11 +120,11 @@ def print_comparisons(
     console.print(table)
     console.print(f"baseline: {baseline}", markup=False)
     for comparison in comparisons:
-        if comparison.caches is not None:
-            ours, theirs = comparison.caches
+        if comparison.rounding is not None:
+            ours, theirs = comparison.rounding
             console.print(
-                f"note: {baseline} has {ours}, {comparison.file} {theirs}: the differences are also"
-                " those of what was stored.",
+                f"note: rounded besides the weights: {ours} in {baseline}, {theirs} in"
+                f" {comparison.file}.",
                 markup=False,
             )
         if comparison.engines is not None:

@@ -100,6 +100,8 @@ class EvalInputs:
             transformers.
         kv: how the model's cache stored keys and values, such as ``kpc32:q4_1``; None without one.
             The reference has none.
+        activations: how inputs of the model's linears were rounded, such as ``int8``; None where
+            they were not. Those of the reference were not.
     """
 
     model: str
@@ -110,6 +112,7 @@ class EvalInputs:
     engine: str = "hf"
     engine_settings: Mapping[str, Any] | None = None
     kv: str | None = None
+    activations: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,8 @@ class EvalResult:
 
         Figures that are not known are None (null). ``per_chunk`` is a dictionary of lists of the
         same length, and leaves out what is not known. The fields of ``inputs`` are keys beside the
-        figures, if there are inputs; ``engine_settings`` and ``kv`` only if there are some.
+        figures, if there are inputs; ``engine_settings``, ``kv`` and ``activations`` only if there
+        are some.
         """
         figures = {field.name: getattr(self, field.name) for field in fields(self)}
         per_chunk, inputs = figures.pop("per_chunk"), figures.pop("inputs")
@@ -164,7 +168,7 @@ class EvalResult:
             name: list(values) for name, values in asdict(per_chunk).items() if values is not None
         }
         keys = {} if inputs is None else asdict(inputs)
-        for name in ("engine_settings", "kv"):
+        for name in ("engine_settings", "kv", "activations"):
             if keys.get(name, {}) is None:
                 del keys[name]
         return {**figures, **keys, "per_chunk": means}

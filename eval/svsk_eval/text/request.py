@@ -32,6 +32,8 @@ class TextRequest(BaseModel):
         trust_remote_code: run Python files that come with the models.
         kv: how the model's cache stores keys and values, as :meth:`KvKinds.parse` takes it; for
             ``hf``. None is no cache.
+        activations: how inputs of the model's linears are rounded, a key of
+            :data:`svsk_eval.text.activations.ACTIVATIONS`; for ``hf``. None is not at all.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,6 +48,7 @@ class TextRequest(BaseModel):
     engine_args: dict[str, Any] = {}
     trust_remote_code: bool = False
     kv: str | None = None
+    activations: str | None = None
 
 
 def score(request: TextRequest, progress: ChunkProgress | None = None) -> EvalResult:
@@ -68,6 +71,7 @@ def score(request: TextRequest, progress: ChunkProgress | None = None) -> EvalRe
         progress=progress,
         trust_remote_code=request.trust_remote_code,
         kv=None if request.kv is None else KvKinds.parse(request.kv),
+        activations=request.activations,
     )
 
 
@@ -83,6 +87,11 @@ def _check_engine(request: TextRequest) -> None:
         raise EvalError(
             f"--kv {request.kv}: goes with --engine hf only, vLLM serves from caches of its own."
             " Choose one of those with --engine-arg kv_cache_dtype=..., or score with --engine hf."
+        )
+    if request.engine == "vllm" and request.activations is not None:
+        raise EvalError(
+            f"--activations {request.activations}: emulated with --engine hf only. Set"
+            " SVSK_ACTIVATIONS=int8 to score what vLLM serves in int8."
         )
     if request.engine != "vllm" and request.engine_args:
         raise EvalError(

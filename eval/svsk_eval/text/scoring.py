@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a model, and the reference it was made from, over the same tokens of a text file."""
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from svsk_eval.errors import EvalError
+from svsk_eval.text.activations import check_kind, rounded_inputs
 from svsk_eval.text.leading_tokens import leading_tokens
 from svsk_eval.text.metrics import EvalInputs, EvalResult, score_chunk, summarize
 from svsk_eval.text.models import (
@@ -127,6 +129,7 @@ def evaluate(
     *,
     trust_remote_code: bool = False,
     kv: KvKinds | None = None,
+    activations: str | None = None,
 ) -> EvalResult:
     """Score a model on a text, against a reference if there is one; both see the same tokens.
 
@@ -146,16 +149,20 @@ def evaluate(
         trust_remote_code: run Python files that come with the models.
         kv: how the cache of the model stores keys and values, which its attention then reads; None
             is no cache. The reference has none.
+        activations: how inputs of the model's linears are rounded, see
+            :mod:`svsk_eval.text.activations`; None is not at all. Those of the reference are not.
 
     Returns:
         The metrics.
 
     Raises:
-        EvalError: a model, a tokenizer or the text cannot be used, or the models have different
-            vocabularies.
+        EvalError: a model, a tokenizer or the text cannot be used, the models have different
+            vocabularies, or there is no such kind of activations.
         SvskError: the model cannot be scored with such a cache.
         SvskFormatError: one is an SVSK checkpoint that this package cannot read.
     """
+    if activations is not None:
+        check_kind(activations)
     where = resolve_device("auto" if device is None else str(device))
     resolve_dtype(dtype, where)
     load = partial(load_model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -183,8 +190,13 @@ def evaluate(
         seq_len=seq_len,
         dtype=str(model.dtype).removeprefix("torch."),
         kv=None if kv is None else str(kv),
+        activations=activations,
     )
-    return replace(compare_models(model, reference, tokens, progress, kv), inputs=inputs)
+    with contextlib.ExitStack() as stack:
+        if activations is not None:
+            stack.enter_context(rounded_inputs(model, Path(model_path), activations))
+        result = compare_models(model, reference, tokens, progress, kv)
+    return replace(result, inputs=inputs)
 
 
 def shared_tokens(

@@ -82,15 +82,15 @@ def test_the_command_writes_what_compare_pairs(models: Path, text: Path, tmp_pat
     both = [tmp_path / "kpc32.json", tmp_path / "q4_0.json"]
     result = svsk("compare", *both, "--json", tmp_path / "out.json")
     assert result.exit_code == 0, result.output
-    assert "has cache kpc32:q4_1" in " ".join(result.output.split())
+    assert "weights: cache kpc32:q4_1" in " ".join(result.output.split())
     (comparison,) = json.loads((tmp_path / "out.json").read_text())["comparisons"]
-    assert comparison["caches"] == ["cache kpc32:q4_1", "cache q4_0:q4_0"]
+    assert comparison["rounding"] == ["cache kpc32:q4_1", "cache q4_0:q4_0"]
     pair = comparison["metrics"]["kl"]
     assert pair["difference"] == pytest.approx(second["kl_mean"] - first["kl_mean"])
     assert pair["se"] > 0
     edit_json(both[1], lambda scores: scores.pop("kv"))
     result = svsk("compare", *both)
-    assert "no stored cache" in result.output
+    assert "nothing in" in " ".join(result.output.split())
     assert "note" not in svsk("compare", both[0], both[0]).output
 
 

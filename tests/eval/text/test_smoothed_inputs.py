@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs of 8 bits, and what smoothing makes of their cost."""
+"""What smoothing makes of inputs of few bits."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from svsk_eval.errors import EvalError
+from svsk_eval.text.activations import rounded_inputs
 from svsk_eval.text.models import load_model
-from svsk_eval.text.rounded_inputs import app, fold_loaded, measure, round_inputs, rounded
+from svsk_eval.text.smoothed_inputs import app, fold_loaded, measure
 from svsk_offline.calibration import load_calibration
 from svsk_offline.planning.smoothing import plan_smoothing
 from svsk_offline.recipe import SmoothingArgs
@@ -42,21 +42,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("group", [0, 4])
-def test_rounded_is_the_nearest_of_255_levels(group: int) -> None:
-    inputs = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
-    inputs[0, 0] = 0
-    inputs[1, 1, 0] = 40
-    result = rounded(inputs, group)
-    width = group or 8
-    for row, ours in zip(inputs.view(-1, width), result.view(-1, width), strict=True):
-        scale = float(row.abs().max()) / 127
-        levels = torch.arange(-127, 128) * scale
-        nearest = levels[(row[:, None] - levels).abs().argmin(1)]
-        assert torch.allclose(ours, nearest, atol=1e-6)
-    assert rounded(inputs.bfloat16()).dtype == torch.bfloat16
-
-
 def test_smoothing_lowers_the_cost(spiked: Path, text: Path) -> None:
     """And nothing but the rounding moves predictions."""
     options: dict[str, Any] = {"samples": 4, "chunks": 2, "seq_len": 64}
@@ -79,12 +64,9 @@ def test_a_folded_model_computes_the_same(spiked: Path) -> None:
     tokens = torch.arange(40).view(1, 40)
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, other(tokens).logits)
-        end = round_inputs(other, spiked)
-        assert not torch.equal(model(tokens).logits, other(tokens).logits)
-        end()
+        with rounded_inputs(other, spiked, "int8"):
+            assert not torch.equal(model(tokens).logits, other(tokens).logits)
         assert torch.equal(model(tokens).logits, other(tokens).logits)
-    with pytest.raises(EvalError, match=r"--group 100: .* has 128 inputs"):
-        round_inputs(other, spiked, 100)
 
 
 def test_command(spiked: Path, text: Path, tmp_path: Path) -> None:

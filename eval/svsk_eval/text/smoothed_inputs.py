@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a model's predictions move when the inputs of its linears are rounded to 8 bits.
+"""What smoothing makes of activations of few bits.
 
-``python -m svsk_eval.text.rounded_inputs MODEL --text wiki.test.raw --smoothing 0.7`` emulates what
-kernels that multiply int8 activations would do: every token of every input of the decoder blocks'
-linears gets one scale, its largest magnitude over 127 (``--group``: one for so many channels), and
-is rounded. Weights stay as they are, so the figures are those of the activations alone. Smoothing
-is folded into a dense model as ``svsk quantize`` does it.
+``python -m svsk_eval.text.smoothed_inputs MODEL --text wiki.test.raw --smoothing 0.7`` folds
+smoothing into a dense model as ``svsk quantize`` does it, rounds the inputs of its linears
+(:mod:`svsk_eval.text.activations`), and scores it. Weights stay as they are, so the figures are
+those of the activations alone. ``svsk eval --activations`` does the same with a checkpoint.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from torch import nn
 
-from svsk_eval.errors import EvalError
+from svsk_eval.text.activations import check_kind, rounded_inputs
 from svsk_eval.text.metrics import EvalResult
 from svsk_eval.text.models import load_model
 from svsk_eval.text.scoring import compare_models, shared_tokens
@@ -27,61 +26,11 @@ from svsk_offline.calibration_entries import DEFAULT_SOURCE
 from svsk_offline.cli_options import CalibrationText, JsonFile, write_json
 from svsk_offline.planning.smoothing import plan_smoothing
 from svsk_offline.recipe_sections import SmoothingArgs
-from svsk_offline.storage.decoder_blocks import decoder_blocks, linear_modules
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.fold import Fold
 from svsk_offline.storage.model_loading import resolve_model
 
-__all__ = ["app", "fold_loaded", "round_inputs", "rounded"]
-
-_LEVELS: Final = 127
-
-
-def rounded(inputs: torch.Tensor, group: int = 0) -> torch.Tensor:
-    """Inputs rounded to 8 bits.
-
-    Args:
-        inputs: float [..., K].
-        group: channels that share a token's scale, a divisor of K; 0 for all.
-
-    Returns:
-        The same shape and dtype: ``s * round(x / s)``, s the largest magnitude over 127.
-    """
-    rows = inputs.unflatten(-1, (-1, group or inputs.shape[-1])).float()
-    scale = rows.abs().amax(-1, keepdim=True) / _LEVELS
-    scale = scale.where(scale > 0, 1)
-    result: torch.Tensor = ((rows / scale).round() * scale).flatten(-2)
-    return result.to(inputs)
-
-
-def round_inputs(model: Any, folder: Path, group: int = 0) -> Callable[[], None]:
-    """Have a model round the inputs of its decoder blocks' linears; returns what ends that.
-
-    Args:
-        model: a causal language model of transformers.
-        folder: it comes from, for errors.
-        group: see :func:`rounded`.
-
-    Raises:
-        EvalError: an input has a number of channels that is no multiple of ``group``.
-    """
-
-    def before(module: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return rounded(given[0], group), *given[1:]
-
-    linears = dict(linear_modules(decoder_blocks(model, folder)[1]))
-    for name, linear in linears.items():
-        if group and linear.in_features % group:
-            raise EvalError(
-                f"--group {group}: {name} has {linear.in_features} inputs, which is no multiple."
-            )
-    hooks = [linear.register_forward_pre_hook(before) for linear in linears.values()]
-
-    def end() -> None:
-        for hook in hooks:
-            hook.remove()
-
-    return end
+__all__ = ["app", "fold_loaded", "measure"]
 
 
 def fold_loaded(model: nn.Module, source: ModelSource, fold: Fold) -> None:
@@ -106,7 +55,7 @@ def measure(
     calibration: list[str] | str,
     *,
     samples: int = 16,
-    group: int = 0,
+    activations: str = "int8",
     chunks: int = 32,
     seq_len: int = 512,
     say: Callable[[str], None] = lambda text: None,
@@ -120,7 +69,7 @@ def measure(
         smoothing: folded into ``model``, which must be dense then; None for nothing.
         calibration: text sources that the largest magnitudes are taken from.
         samples: of the calibration, of ``seq_len`` tokens.
-        group: see :func:`rounded`.
+        activations: a key of :data:`svsk_eval.text.activations.ACTIVATIONS`.
         chunks: of the text.
         seq_len: tokens per chunk.
         say: told what is folded, and what is left alone.
@@ -129,6 +78,7 @@ def measure(
         EvalError: a model or the text cannot be used.
         SvskError: smoothing cannot be planned.
     """
+    check_kind(activations)
     tokens = shared_tokens(model, reference, text, chunks, seq_len)
     base = load_model(reference, device="cpu")
     scored = load_model(model, device="cpu")
@@ -141,11 +91,8 @@ def measure(
         for line in found.lines():
             say(line)
         fold_loaded(scored, source, found.fold)
-    end = round_inputs(scored, folder, group)
-    try:
+    with rounded_inputs(scored, folder, activations):
         return compare_models(scored, base, tokens)
-    finally:
-        end()
 
 
 def main(
@@ -166,14 +113,14 @@ def main(
     ] = None,
     calibration: CalibrationText = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 16,
-    group: Annotated[
-        int, typer.Option(min=0, help="Channels that share a token's scale, 0 for all.")
-    ] = 0,
+    activations: Annotated[
+        str, typer.Option(help="How inputs are rounded: int8, int8-g64, fp8, nvfp4.")
+    ] = "int8",
     chunks: Annotated[int, typer.Option(min=1, help="Chunks of the text.")] = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per chunk.")] = 512,
     json_file: JsonFile = None,
 ) -> None:
-    """Score a model whose linears read inputs of 8 bits."""
+    """Score a model whose linears read rounded inputs."""
     console = Console(soft_wrap=True, highlight=False)
     try:
         args = None
@@ -187,7 +134,7 @@ def main(
             args,
             calibration or DEFAULT_SOURCE,
             samples=samples,
-            group=group,
+            activations=activations,
             chunks=chunks,
             seq_len=seq_len,
             say=lambda line: console.print(line, markup=False),
