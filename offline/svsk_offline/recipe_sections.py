@@ -192,7 +192,7 @@ class TableArgs(Strict):
 
 
 class SmoothingArgs(Strict):
-    """What is moved from activations into weights before anything is quantised, by powers of two.
+    """What is moved from activations into weights before anything is quantised.
 
     Attributes:
         alpha: how much of every channel's scale moves, 0 to 1 (SmoothQuant's).

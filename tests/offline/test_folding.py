@@ -20,7 +20,7 @@ from svsk_offline.calibration import InputStatistics
 from svsk_offline.export.dense import restore
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.planning.smoothing import Smoothing
-from svsk_offline.recipe import Recipe, load_recipe
+from svsk_offline.recipe import Recipe, SmoothingArgs, load_recipe
 from svsk_offline.run import Run
 from svsk_offline.storage.fold import Fold
 from svsk_offline.storage.inspection import smoothing_lines, validate_against_architecture
@@ -68,7 +68,8 @@ def test_a_checkpoint_is_of_the_folded_model(
     for name in stored.names:
         dense = found.fold.scale(name, stored.read(name))
         if name in checkpoint.dense_names:
-            assert torch.equal(checkpoint.read_dense(name), dense)
+            # Keys' factors are no whole powers of two: a bias of k_proj is rounded when stored.
+            assert torch.equal(checkpoint.read_dense(name), dense.bfloat16())
             continue
         error = (restored.read(name).float() - dense.float()).square().sum()
         assert error < 0.02 * dense.float().square().sum()
@@ -106,7 +107,8 @@ def test_statistics_are_of_folded_inputs(
     monkeypatch.setattr(Run, "_quantize_block", noted)
     quantize(tiny_llama, tmp_path / "plain", smooth.model_copy(update={"smoothing": None}))
     folded = True
-    quantize(tiny_llama, tmp_path / "out", smooth)
+    inputs = SmoothingArgs(alpha=0.7)  # keys are folded up to rounding
+    quantize(tiny_llama, tmp_path / "out", smooth.model_copy(update={"smoothing": inputs}))
     for index in range(2):
         name = f"model.layers.{index}.mlp.down_proj.weight"
         factors = 2.0 ** kept_fold[0].fold.columns[name].float()

@@ -74,7 +74,7 @@ class Pair:
 
         Args:
             block: its parameters get new tensors: the old ones may be the folder's own pages.
-            exponents: int8 [factors], of two.
+            exponents: of two, int8 or float32 [factors].
         """
         before = {}
         for part in self.parts:

@@ -51,7 +51,8 @@ class KeyChannels:
             block: number of the decoder block.
             maxima: float32 [factors], largest magnitude of each rotary pair, head by head.
             heads: how many.
-            exponents: int8 [factors], of two, by which they are divided; None for nothing.
+            exponents: of two, int8 or float32 [factors], by which they are divided; None for
+                nothing.
         """
         rows = maxima.view(heads, -1)
         folded = None

@@ -5,9 +5,13 @@ Channel j of a linear's input is divided by ``max|x_j| ** alpha / max|W_j| ** (1
 weights that read it, and its weights multiplied (SmoothQuant, Xiao et al. 2022; the first half of
 SVDQuant, Li et al. 2024). Or only its outliers are: those over a multiple of the median channel are
 brought down to that, which leaves nearly all weights as they are. A rotary pair of keys is divided
-by its largest magnitude, and queries are multiplied. Factors are rounded to powers of two, so that
-nothing is rounded by them, and each is kept only where the block, scaled, gives the same bits as
-before on a calibration sample.
+by its largest magnitude, and queries are multiplied.
+
+Factors of inputs are rounded to powers of two, so that nothing is rounded by them. Those of keys
+are rounded to eighths of an octave: a key cache's step follows the largest channel, and whole
+octaves would leave the channels of a head up to twice as far apart as they need be. Each is kept
+only where the block, scaled by powers of two, gives the same bits as before on a calibration
+sample.
 """
 
 import json
@@ -27,7 +31,7 @@ from svsk_offline.planning.key_channels import KeyChannels
 from svsk_offline.precision import block_dtype
 from svsk_offline.recipe_sections import SmoothingArgs
 from svsk_offline.storage.dense_model import ModelSource
-from svsk_offline.storage.fold import LARGEST_EXPONENT, Fold
+from svsk_offline.storage.fold import LARGEST_EXPONENT, Fold, to_steps
 from svsk_offline.storage.inspection import smoothing_lines
 
 __all__ = [
@@ -114,7 +118,8 @@ def smoothing_exponents(maxima: torch.Tensor, weights: torch.Tensor, alpha: floa
         int8 [factors]; 0 where either is 0, as for a channel that no token uses.
     """
     logs = alpha * maxima.log2() - (1 - alpha) * weights.log2()
-    return _centred(logs.unsqueeze(0), ((maxima > 0) & (weights > 0)).unsqueeze(0))
+    used = ((maxima > 0) & (weights > 0)).unsqueeze(0)
+    return _centred(logs.unsqueeze(0), used).round().to(torch.int8)
 
 
 def outlier_exponents(maxima: torch.Tensor, above: float) -> torch.Tensor:
@@ -142,18 +147,18 @@ def key_exponents(maxima: torch.Tensor, heads: int) -> torch.Tensor:
         heads: how many.
 
     Returns:
-        int8 [factors].
+        float32 [factors], multiples of an eighth.
     """
     rows = maxima.view(heads, -1)
-    return _centred(rows.log2(), rows > 0)
+    return to_steps(_centred(rows.log2(), rows > 0))
 
 
 def _centred(logs: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
-    """Rounded logarithms less the mean of the used ones of each row, 0 for the others, int8."""
+    """Logarithms less the mean of the used ones of each row, 0 for the others, flattened."""
     logs = logs.where(used, 0)
     mean = logs.sum(1, keepdim=True) / used.sum(1, keepdim=True).clamp(min=1)
-    exponents = (logs - mean).where(used, 0).round()
-    return exponents.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).to(torch.int8).flatten()
+    exponents = (logs - mean).where(used, 0)
+    return exponents.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).flatten()
 
 
 def plan_smoothing(
@@ -268,8 +273,11 @@ class _Planner:
             if pair.kind in ("keys", "o") and getattr(self._config, "num_kv_shared_layers", None):
                 reason = _OTHER_BLOCKS
                 break
-            before = pair.apply(block, exponents)
+            before = pair.apply(block, exponents.round().to(torch.int8))
             if fits():
+                if exponents.is_floating_point():
+                    pair.undo(block, before)
+                    pair.apply(block, exponents)
                 for part, tensor in zip(pair.parts, stored, strict=True):
                     self._note(str(tensor), part.axis, part.exponents(exponents))
                 self._folded[pair.kind] += 1
@@ -280,7 +288,7 @@ class _Planner:
 
     def _note(self, tensor: str, axis: int, exponents: torch.Tensor) -> None:
         """Add exponents to those that a tensor has."""
-        exponents = exponents.to(torch.int8).cpu()
+        exponents = exponents.cpu()
         noted = self._axes[axis]
         noted[tensor] = noted[tensor] + exponents if tensor in noted else exponents
 

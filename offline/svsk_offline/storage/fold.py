@@ -2,8 +2,10 @@
 """Powers of two by which rows and columns of a model's tensors are multiplied when they are read.
 
 What the writer of a channel is divided by, its readers are multiplied by, so the model computes the
-same function. A power of two changes exponents alone: products and sums are the same numbers, and
-the logits the same bits, as long as nothing overflows or becomes subnormal.
+same function. A whole power of two changes exponents alone: products and sums are the same numbers,
+and the logits the same bits, as long as nothing overflows or becomes subnormal. Where a channel's
+size matters more than that, exponents are multiples of an eighth: the function is then the same up
+to rounding.
 """
 
 import hashlib
@@ -19,7 +21,7 @@ from svsk_kernels.errors import SvskError
 from svsk_offline.storage.atomic import write_tensors
 from svsk_vllm.format import ShardedReader
 
-__all__ = ["LARGEST_EXPONENT", "Fold", "powers_of_two"]
+__all__ = ["LARGEST_EXPONENT", "Fold", "powers_of_two", "to_steps"]
 
 LARGEST_EXPONENT: Final = 16
 """Of a factor: 65,536 either way. Channels further apart than that hold nothing but noise, and two
@@ -29,10 +31,31 @@ _POWERS: Final = tuple(math.ldexp(1.0, exponent) for exponent in range(-128, 128
 """By exponent + 128. exp2 of a whole number need not be exact in every vector library."""
 
 
+_STEPS: Final = 8
+"""Steps of an exponent that is no whole number, per octave: factors within 4.4% of any wanted."""
+
+_ROOTS: Final = tuple(2 ** (step / _STEPS) for step in range(_STEPS))
+
+
+def to_steps(exponents: torch.Tensor) -> torch.Tensor:
+    """The nearest exponents that are multiples of an eighth, float32."""
+    return (exponents.float() * _STEPS).round() / _STEPS
+
+
 def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
-    """``2 ** e``, exactly: float32 of the shape of ``exponents``, integers in -126 to 127."""
+    """``2 ** e``, float32 of the shape of ``exponents``.
+
+    Args:
+        exponents: in -126 to 127; integers, whose powers are exact, or floats, multiples of an
+            eighth.
+    """
     table = torch.tensor(_POWERS, dtype=torch.float32, device=exponents.device)
-    return table[exponents.long() + 128]
+    whole = exponents.floor() if exponents.is_floating_point() else exponents
+    powers = table[whole.long() + 128]
+    if exponents.is_floating_point():
+        roots = torch.tensor(_ROOTS, dtype=torch.float32, device=exponents.device)
+        powers = powers * roots[((exponents - whole) * _STEPS).long()]
+    return powers
 
 
 @dataclass(frozen=True)
@@ -40,9 +63,9 @@ class Fold:
     """By what stored tensors are multiplied when they are read.
 
     Attributes:
-        rows: int8 [N] per tensor [N, ...]: exponents of two of its rows (of the entries of a
-            vector).
-        columns: int8 [K] per tensor [N, K]: of its columns.
+        rows: [N] per tensor [N, ...]: exponents of two of its rows (of the entries of a vector),
+            int8, or float32 where they are multiples of an eighth.
+        columns: likewise [K] per tensor [N, K], of its columns.
     """
 
     rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -66,7 +89,7 @@ class Fold:
         """
         if name not in self:
             return tensor
-        scaled = tensor.to(self.dtype(tensor.dtype), copy=True)
+        scaled = tensor.to(self.dtype(name, tensor.dtype), copy=True)
         if name in self.rows:
             factors = powers_of_two(self.rows[name]).to(scaled)
             scaled *= factors.reshape(-1, *[1] * (tensor.ndim - 1))
@@ -79,13 +102,15 @@ class Fold:
             )
         return scaled
 
-    @staticmethod
-    def dtype(stored: torch.dtype) -> torch.dtype:
-        """Dtype of a scaled tensor.
+    def dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
+        """Dtype of a tensor when it is scaled.
 
-        The stored one, but float32 for float16: its small values would lose bits.
+        The stored one, but float32 for float16, whose small values would lose bits, and where a
+        factor is no whole power of two: what is quantised then is not rounded twice.
         """
-        return torch.float32 if stored == torch.float16 else stored
+        given = (part[name] for part in (self.rows, self.columns) if name in part)
+        fine = any(exponents.is_floating_point() for exponents in given)
+        return torch.float32 if fine or stored == torch.float16 else stored
 
     @property
     def digest(self) -> str:
@@ -93,7 +118,7 @@ class Fold:
         digest = hashlib.sha256()
         for axis, exponents in (("rows", self.rows), ("columns", self.columns)):
             for name in sorted(exponents):
-                values = exponents[name].to(torch.int8).cpu().numpy().tobytes()
+                values = exponents[name].cpu().numpy().tobytes()
                 digest.update(f"{axis} {name} {len(values)} ".encode() + values)
         return digest.hexdigest()
 

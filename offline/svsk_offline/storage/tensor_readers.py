@@ -32,7 +32,7 @@ class TensorReader(Protocol):
 
 
 class FoldedTensors:
-    """Tensors multiplied by a fold's powers of two as they are read.
+    """Tensors multiplied by a fold's factors as they are read.
 
     Args:
         stored: gives them as they are stored.
@@ -54,7 +54,9 @@ class FoldedTensors:
 
     def describe(self, name: str) -> TensorSpec:
         spec = self._stored.describe(name)
-        return TensorSpec(self._fold.dtype(spec.dtype), spec.shape) if name in self._fold else spec
+        if name not in self._fold:
+            return spec
+        return TensorSpec(self._fold.dtype(name, spec.dtype), spec.shape)
 
     def read(self, name: str) -> torch.Tensor:
         return self._fold.scale(name, self._stored.read(name))

@@ -11,7 +11,7 @@ from svsk_offline.export.dense import restore
 from svsk_offline.pipeline import quantize
 from svsk_offline.recipe import Recipe
 from svsk_offline.storage.dense_model import ModelSource
-from svsk_offline.storage.fold import LARGEST_EXPONENT, Fold, powers_of_two
+from svsk_offline.storage.fold import LARGEST_EXPONENT, Fold, powers_of_two, to_steps
 from svsk_offline.storage.loaded_weight import loaded_weight
 from svsk_vllm.format import ShardedReader, SvskFormatError
 from tests.support.tiny_models import write_dense
@@ -28,6 +28,32 @@ def test_powers_are_exact() -> None:
     every = torch.arange(-126, 128, dtype=torch.int8)
     expected = torch.tensor([2.0 ** int(e) for e in every], dtype=torch.float64)
     assert torch.equal(powers_of_two(every).double(), expected)
+    assert torch.equal(powers_of_two(every.float()).double(), expected)
+
+
+def test_eighths_of_an_octave() -> None:
+    wanted = torch.linspace(-16, 16, 999)
+    exponents = to_steps(wanted)
+    assert torch.equal(exponents * 8, (exponents * 8).round())
+    assert (exponents - wanted).abs().max() <= 1 / 16
+    powers = powers_of_two(exponents)
+    assert torch.allclose(powers.double(), 2.0 ** exponents.double(), rtol=1e-6)
+    assert torch.allclose(powers * powers_of_two(-exponents), torch.ones(999), rtol=1e-6)
+
+
+def test_finer_factors_are_not_rounded_to_a_stored_dtype(tiny_llama: Path) -> None:
+    source = ModelSource(tiny_llama)
+    n = source.tensors.describe(f"{UP}.weight").shape[0]
+    fold = Fold({f"{UP}.weight": exponents(n).float() + 0.125})
+    folded = source.folded(fold)
+    assert folded.tensors.describe(f"{UP}.weight").dtype == torch.float32
+    assert folded.tensors.describe(NORM).dtype == torch.bfloat16
+    stored = source.tensors.read(f"{UP}.weight")
+    expected = stored.double() * 2.0 ** (exponents(n).double() + 0.125)[:, None]
+    read = folded.tensors.read(f"{UP}.weight")
+    assert read.dtype == torch.float32
+    assert torch.allclose(read.double(), expected, rtol=1e-6)
+    assert source.folded(Fold({f"{UP}.weight": exponents(n)})).identity() != folded.identity()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
