@@ -116,6 +116,8 @@ def sweep_gradients(
     memory_limit: int = 2 << 30,
     scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    start: tuple[int, torch.Tensor] | None = None,
+    passed: Callable[[int, torch.Tensor], None] = lambda index, gradient: None,
 ) -> None:
     """Run the samples forward through the model and the gradient of their loss back.
 
@@ -137,6 +139,10 @@ def sweep_gradients(
         memory_limit: bytes of hidden states to keep in memory.
         scratch: folder for temporary files.
         progress: called with the number of blocks passed, both ways, and their total.
+        start: the last block that an interrupted sweep passed on its way back, and the gradient
+            that it gave to ``passed`` there; None for a sweep from the start.
+        passed: called after ``visit`` with the block's number and the gradient of the loss with
+            respect to its inputs, float [samples, tokens, features], which changes afterwards.
 
     Raises:
         SvskError: the gradient is not finite.
@@ -153,15 +159,19 @@ def sweep_gradients(
     )
     inputs, file = scratch_tensor((len(blocks), *runner.hidden.shape), dtype, memory_limit, scratch)
     try:
-        for index, block in enumerate(blocks):
+        left = len(blocks) if start is None else start[0]
+        for index, block in enumerate(blocks[:left]):
             inputs[index] = runner.hidden.to(inputs)
             source.load(block, f"{name}.{index}.", dtype, device)
             runner.advance(index, block)
             source.unload(block)
             progress(index + 1, 2 * len(blocks))
-        _loss_gradient(source, calibration.tokens, runner, seed)
         gradient = runner.hidden
-        for index in reversed(range(len(blocks))):
+        if start is None:
+            _loss_gradient(source, calibration.tokens, runner, seed)
+        else:
+            gradient.copy_(start[1])
+        for index in reversed(range(left)):
             source.load(blocks[index], f"{name}.{index}.", dtype, device)
             observed = _step_back(
                 runner, index, blocks[index], inputs[index], gradient, full, moments
@@ -174,6 +184,7 @@ def sweep_gradients(
                     )
             visit(index, blocks[index], observed.gradients, observed.fitted, observed.held_out)
             source.unload(blocks[index])
+            passed(index, gradient)
             progress(2 * len(blocks) - index, 2 * len(blocks))
     finally:
         runner.close()

@@ -10,7 +10,7 @@ the budget: runs that differ in that alone measure once, if they keep it.
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -28,17 +28,18 @@ from svsk_offline.calibration import (
 from svsk_offline.calibration.held_out import split_order
 from svsk_offline.calibration.text import token_fingerprint
 from svsk_offline.planning.error_curves import CurveSettings, ErrorCurve, measure_curve
+from svsk_offline.planning.measured import Measurements
+from svsk_offline.planning.unfinished_sweep import UnfinishedSweep
 from svsk_offline.precision import block_dtype
 from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import AlternatingRecipe
-from svsk_offline.storage.atomic import write_tensors
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.loaded_weight import loaded_weight
 from svsk_offline.storage.locks import LOCK_NAME, locked
-from svsk_vllm.format import ConfigGroup, ShardedReader, SvskFormatError
+from svsk_vllm.format import ConfigGroup, SvskFormatError
 from svsk_vllm.version import __version__
 
-__all__ = ["Measurements", "Measuring", "measure_once"]
+__all__ = ["Measuring", "measure_once"]
 
 _TOKENS_PER_WIDTH: Final = 4
 """Tokens that losses are fitted to for each input feature of the widest matrix.
@@ -54,77 +55,6 @@ _MEASURED_EVERY: Final = 4
 More than of the calibration itself: the tokens are fewer, and weighted by their gradients few of
 them count.
 """
-
-
-@dataclass(frozen=True)
-class Measurements:
-    """What a sweep found, by full name of the linear.
-
-    Attributes:
-        rows: float32 [N], ``E_t[g_tn^2]``, the mean squared gradient of each output feature.
-        tokens: float32 [samples, tokens], ``|g_t|^2``; empty where that was not asked for.
-        curves: how each matrix's loss falls; empty without a bit budget.
-        metrics: how much errors of its output features count together; empty where no directions
-            were asked for.
-    """
-
-    rows: Mapping[str, torch.Tensor]
-    tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    curves: Mapping[str, ErrorCurve] = field(default_factory=dict)
-    metrics: dict[str, RowMetric] = field(default_factory=dict)
-
-    def save(self, path: Path, key: str) -> None:
-        """Write them to a safetensors file, atomically, with the key of what they depend on."""
-        tensors = {f"{name}:rows": tensor for name, tensor in self.rows.items()}
-        tensors |= {f"{name}:tokens": tensor for name, tensor in self.tokens.items()}
-        tensors |= {f"{name}:shares": curve.shares for name, curve in self.curves.items()}
-        tensors |= metric_tensors(self.metrics)
-        curves = {
-            name: [curve.loss, [[*base, ratio] for base, ratio in curve.ratios.items()]]
-            for name, curve in self.curves.items()
-        }
-        write_tensors(path, tensors, {"key": key, "curves": json.dumps(curves)})
-
-    @classmethod
-    def load(cls, path: Path, key: str) -> "Measurements":
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            SvskFormatError: the file is damaged, or of another key.
-        """
-        reader = ShardedReader(path.parent, shards=[path.name])
-        metadata = reader.metadata(path.name)
-        if metadata.get("key") != key:
-            raise SvskFormatError(f"{path}: its name is not that of what it holds.")
-        found: dict[str, dict[str, torch.Tensor]] = {"rows": {}, "tokens": {}, "shares": {}}
-        metrics: dict[str, torch.Tensor] = {}
-        for stored in reader.names:
-            name, _, kind = stored.rpartition(":")
-            if kind in found:
-                found[kind][name] = reader.read(stored)
-            else:
-                metrics[stored] = reader.read(stored)
-        curves = {
-            name: ErrorCurve(
-                loss, {(size, bits): r for size, bits, r in ratios}, found["shares"][name]
-            )
-            for name, (loss, ratios) in json.loads(metadata["curves"]).items()
-        }
-        return cls(found["rows"], found["tokens"], curves, stored_metrics(metrics))
-
-
-def metric_tensors(metrics: Mapping[str, RowMetric]) -> dict[str, torch.Tensor]:
-    """What is stored of metrics, by names that :func:`stored_metrics` takes apart."""
-    tensors = {f"{name}:own": metric.own for name, metric in metrics.items()}
-    return tensors | {f"{name}:directions": metric.directions for name, metric in metrics.items()}
-
-
-def stored_metrics(tensors: Mapping[str, torch.Tensor]) -> dict[str, RowMetric]:
-    """Metrics by the names of linears, from :func:`metric_tensors`."""
-    names = (key.rpartition(":")[0] for key in tensors if key.endswith(":own"))
-    return {
-        name: RowMetric(tensors[f"{name}:own"], tensors[f"{name}:directions"]) for name in names
-    }
 
 
 @dataclass(frozen=True)
@@ -213,20 +143,26 @@ class Measuring:
         }
         return json.dumps(values, sort_keys=True)
 
-    def run(self, scratch: Path, progress: Callable[[int, int], None]) -> Measurements:
-        """Measure.
+    def run(
+        self,
+        scratch: Path,
+        progress: Callable[[int, int], None],
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Measurements:
+        """Measure, or go on with what was measured before an interruption.
 
         Args:
-            scratch: folder for temporary files.
+            scratch: folder for temporary files, and for what was measured so far.
             progress: called with the steps done and their total.
+            say: is told where it goes on.
 
         Raises:
             SvskError: the gradients are not finite, or the output does not depend on a linear.
         """
-        rows: dict[str, torch.Tensor] = {}
-        tokens: dict[str, torch.Tensor] = {}
-        curves: dict[str, ErrorCurve] = {}
-        metrics: dict[str, RowMetric] = {}
+        blocks = len(self.source.blocks[1])
+        unfinished = UnfinishedSweep(scratch, self.key())
+        before = unfinished.found(blocks, say)
+        parts = [] if before is None else before[2]
 
         def visit(
             index: int,
@@ -235,6 +171,11 @@ class Measuring:
             fitted: dict[str, InputStatistics],
             held_out: dict[str, InputStatistics],
         ) -> None:
+            rows: dict[str, torch.Tensor] = {}
+            tokens: dict[str, torch.Tensor] = {}
+            curves: dict[str, ErrorCurve] = {}
+            metrics: dict[str, RowMetric] = {}
+            parts.append(Measurements(rows, tokens, curves, metrics))
             for name, full, module in self.source.linears(index):
                 if full not in self.names:
                     continue
@@ -279,8 +220,11 @@ class Measuring:
             seed=self.seed,
             scratch=scratch,
             progress=progress,
+            start=None if before is None else before[:2],
+            passed=lambda index, gradient: unfinished.note(index, parts[-1], gradient),
         )
-        return Measurements(rows, tokens, curves, metrics)
+        unfinished.remove(blocks)
+        return Measurements.joined(parts)
 
 
 def _curve(
@@ -323,7 +267,7 @@ def measure_once(
 
     def measure() -> Measurements:
         say("Measuring how much the predictions feel each matrix")
-        return measuring.run(scratch, progress)
+        return measuring.run(scratch, progress, say)
 
     if kept is None:
         return measure()

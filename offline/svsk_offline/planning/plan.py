@@ -18,12 +18,8 @@ import torch
 from svsk_offline.calibration import CalibrationSet
 from svsk_offline.planning.bit_budget import allocate
 from svsk_offline.planning.error_curves import ErrorCurve, scheme_with
-from svsk_offline.planning.measurements import (
-    Measuring,
-    measure_once,
-    metric_tensors,
-    stored_metrics,
-)
+from svsk_offline.planning.measured import metric_tensors, stored_metrics
+from svsk_offline.planning.measurements import Measuring, measure_once
 from svsk_offline.planning.serving import vllm_class_of
 from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import AllocationArgs, AlternatingRecipe, Recipe

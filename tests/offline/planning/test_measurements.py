@@ -15,7 +15,8 @@ from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import load_calibration
 from svsk_offline.cli import app
 from svsk_offline.pipeline import Progress, quantize
-from svsk_offline.planning.measurements import Measurements, Measuring
+from svsk_offline.planning.measured import Measurements
+from svsk_offline.planning.measurements import Measuring
 from svsk_offline.recipe import AlternatingRecipe, Recipe, load_recipe
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.locks import LOCK_NAME, locked
@@ -114,14 +115,14 @@ def test_gradients_of_tokens_are_added_where_they_are_asked_for(
 # What the key holds
 
 
-def key(
+def measuring(
     folder: Path,
     chosen: Recipe | None = None,
     *,
     device: str = "cpu",
     scale_dtype: torch.dtype = torch.bfloat16,
     first: int = 0,
-) -> str:
+) -> Measuring:
     source = ModelSource(folder)
     chosen = chosen or recipe()
     assert isinstance(chosen, AlternatingRecipe)
@@ -130,7 +131,11 @@ def key(
     texts = load_calibration("python", source.tokenizer, chosen.calibration.samples, 32, 0)
     texts.tokens[0, 0] += first
     where = torch.device(device)
-    return Measuring.of(source, schemes, chosen, texts, where, scale_dtype).key()
+    return Measuring.of(source, schemes, chosen, texts, where, scale_dtype)
+
+
+def key(*arguments: Any, **options: Any) -> str:
+    return measuring(*arguments, **options).key()
 
 
 def test_what_quantises_is_no_part_of_the_key(tiny_llama: Path) -> None:
@@ -293,3 +298,75 @@ def test_measurements_survive_their_file(tmp_path: Path) -> None:
         theirs = read.curves[name]
         assert (ours.loss, ours.ratios) == (theirs.loss, theirs.ratios)
         assert torch.equal(ours.shares, theirs.shares)
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The linears whose curves are measured, one after another."""
+    measured: list[str] = []
+    measure = module._curve
+
+    def noted(name: str, *arguments: Any) -> Any:
+        measured.append(name)
+        return measure(name, *arguments)
+
+    monkeypatch.setattr(module, "_curve", noted)
+    return measured
+
+
+def interrupted(model: Path, out: Path, chosen: Recipe, step: int) -> None:
+    """Start a run that ends after a step of its sweep: two forward, then two back."""
+
+    def stop(done: int, total: int) -> None:
+        if (done, total) == (step, 4):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, out, chosen, progress=Progress(block=stop))
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradients": {"row_power": 1.0, "token_power": 0.5}}])
+def test_an_interrupted_sweep_goes_on(
+    tmp_path: Path, tiny_qwen2: Path, curves: list[str], changes: dict[str, Any]
+) -> None:
+    """It measures what is left, and ends with the same bytes and nothing beside them."""
+    chosen = recipe(**changes)
+    quantize(tiny_qwen2, tmp_path / "whole", chosen)
+    whole = list(curves)
+    for step, left in ((2, whole), (3, whole[len(whole) // 2 :])):
+        out = tmp_path / str(step)
+        interrupted(tiny_qwen2, out, chosen, step)
+        curves.clear()
+        said: list[str] = []
+        quantize(tiny_qwen2, out, chosen, progress=Progress(message=said.append))
+        assert curves == left
+        assert any("Blocks 1 to 1 were measured before" in text for text in said) == (step == 3)
+        assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damaged", ["gradient", "1"])
+def test_a_damaged_file_of_a_sweep_is_measured_anew(
+    tmp_path: Path, tiny_qwen2: Path, curves: list[str], damaged: str
+) -> None:
+    interrupted(tiny_qwen2, tmp_path / "out", recipe(), 3)
+    path = tmp_path / "out.partial" / f"svsk-sweep-{damaged}.safetensors"
+    path.write_bytes(path.read_bytes()[:-2])
+    curves.clear()
+    said: list[str] = []
+    quantize(tiny_qwen2, tmp_path / "out", recipe(), progress=Progress(message=said.append))
+    assert len(curves) == 14
+    assert any("cannot be used, so the measuring begins anew" in text for text in said)
+
+
+def test_a_sweep_of_another_text_is_not_gone_on_with(
+    tmp_path: Path, tiny_qwen2: Path, curves: list[str]
+) -> None:
+    interrupted(tiny_qwen2, tmp_path / "out", recipe(), 3)
+    other = tmp_path / "other.partial"
+    other.mkdir()
+    for path in (tmp_path / "out.partial").glob("svsk-sweep-*"):
+        path.rename(other / path.name)
+    curves.clear()
+    measuring(tiny_qwen2, first=1).run(other, lambda done, total: None)
+    assert len(curves) == 14
+    assert not list(other.iterdir())
