@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The levels that codes stand for, in units of the group's scale: 16 of 4 bits, 256 of 8."""
 
-from typing import Final, Literal, get_args
-
 import torch
+
+from svsk_kernels.codes import CODE_MAX, CODE_MIN, CODEBOOKS, Codebook, code_bits
 
 __all__ = [
     "CODEBOOKS",
@@ -17,17 +17,6 @@ __all__ = [
     "unpack_codes_of",
     "unpack_nibbles",
 ]
-
-Codebook = Literal["int4", "quad8", "int8"]
-CODEBOOKS: Final[tuple[str, ...]] = get_args(Codebook)
-
-CODE_MIN: Final = -8
-CODE_MAX: Final = 7
-
-
-def code_bits(codebook: Codebook) -> Literal[4, 8]:
-    """Bits of a code: 8 of the codebook ``int8``, 4 of the others."""
-    return 8 if codebook == "int8" else 4
 
 
 def code_values(

@@ -6,8 +6,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from svsk_kernels.tile_grid import TileGrid
-from svsk_vllm.format.config import MAX_RANK, Strict
-from svsk_vllm.format.group_scales import ScaleBits
+from svsk_vllm.format.config import MAX_RANK, ScaleBits, Strict
 
 __all__ = [
     "AllocationArgs",

@@ -8,27 +8,20 @@ from typing import Any
 
 import torch
 
-from svsk_vllm.format.config import SvskCheckpointConfig
-from svsk_vllm.format.errors import SvskFormatError
-from svsk_vllm.format.group_scales import ONE_LEVEL
+from svsk_vllm.format.config import ONE_LEVEL
+from svsk_vllm.format.contents import parse_quantization_config, shape_and_scheme
 from svsk_vllm.format.quantized_linear import QuantizedLinear
 from svsk_vllm.format.shards import ShardedReader, read_json
-from svsk_vllm.format.spec import (
-    SCALE_DTYPES,
+from svsk_vllm.format.spec import SCALE_DTYPES, LinearSpec
+from svsk_vllm.format.suffixes import (
     SUFFIXES,
     WEIGHT_PACKED,
     WEIGHT_ROW_SCALE,
     WEIGHT_SCALE,
-    LinearSpec,
+    split_suffix,
 )
 
 __all__ = ["Checkpoint", "parse_quantization_config", "split_suffix", "stored_suffixes"]
-
-
-def split_suffix(name: str) -> tuple[str, str] | None:
-    """``(module, suffix)`` of a quantised linear's tensor name, None for any other."""
-    module, _, suffix = name.rpartition(".")
-    return (module, suffix) if module and suffix in SUFFIXES else None
 
 
 class Checkpoint:
@@ -111,54 +104,13 @@ class Checkpoint:
         Where no usable scale is stored, the scale dtype is the one it should have: the model's.
         """
         packed = self.tensors.describe(f"{module}.{WEIGHT_PACKED}")
-        if len(packed.shape) != 2 or 0 in packed.shape:
-            raise SvskFormatError(
-                f"{module}.{WEIGHT_PACKED}: shape {list(packed.shape)},"
-                " expected a matrix of one row or more."
-            )
-        scheme = self.config.scheme_for(module)
-        if scheme is None:
-            why = (
-                "is on the ignore list"
-                if self.config.is_ignored(module)
-                else "matches no config group"
-            )
-            raise SvskFormatError(
-                f"{module}: stored quantised, but {why} in config.json. Correct the config."
-            )
-        n, k = scheme.weights.shape_of(packed.shape)
-        group = scheme.weights.group_size
-        if k % group:
-            raise SvskFormatError(
-                f"{module}.{WEIGHT_PACKED}: shape {list(packed.shape)} holds K = {k} input"
-                f" features, not a multiple of the group size {group} that config.json gives it."
-                " Correct the config, or quantise the model again."
-            )
+        n, k, scheme = shape_and_scheme(self.config, module, packed.shape)
         two_level = scheme.weights.scale_bits != ONE_LEVEL
         scale = f"{module}.{WEIGHT_ROW_SCALE if two_level else WEIGHT_SCALE}"
         dtype = self.tensors.describe(scale).dtype if scale in self.tensors else None
         if dtype not in SCALE_DTYPES:
             dtype = self.model_dtype if self.model_dtype in SCALE_DTYPES else torch.bfloat16
         return LinearSpec(module, n, k, scheme, dtype)
-
-
-def parse_quantization_config(folder: Path, hf_config: dict[str, Any]) -> SvskCheckpointConfig:
-    """The checked ``quantization_config`` of a loaded config.json.
-
-    Raises:
-        SvskFormatError: it is missing, belongs to another method, or is invalid.
-    """
-    source = f"{folder / 'config.json'}: quantization_config"
-    raw = hf_config.get("quantization_config")
-    if not isinstance(raw, dict):
-        raise SvskFormatError(
-            f"{source}: missing. This is not a quantised checkpoint; run `svsk quantize` first."
-        )
-    if raw.get("quant_method") != "svsk":
-        raise SvskFormatError(
-            f"{source}: quant_method {raw.get('quant_method')!r}, expected 'svsk'."
-        )
-    return SvskCheckpointConfig.from_dict(raw, source)
 
 
 def stored_suffixes(checkpoint: Checkpoint) -> dict[str, set[str]]:

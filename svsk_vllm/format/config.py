@@ -8,7 +8,7 @@ name.
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -22,18 +22,19 @@ from pydantic import (
     model_validator,
 )
 
-from svsk_kernels.codebook import Codebook, code_bits
+from svsk_kernels.codes import Codebook, code_bits
 from svsk_vllm.format.errors import SvskFormatError
-from svsk_vllm.format.group_scales import ONE_LEVEL, ScaleBits
 from svsk_vllm.version import FORMAT_VERSION, __version__
 
 __all__ = [
     "GROUP_SIZES",
     "MAX_RANK",
+    "ONE_LEVEL",
     "STOCK_LOADER_KEY",
     "STOCK_LOADER_NOTE",
     "ConfigGroup",
     "EmbeddingArgs",
+    "ScaleBits",
     "SidecarArgs",
     "Strict",
     "SvskCheckpointConfig",
@@ -41,6 +42,11 @@ __all__ = [
     "declared",
     "undeclared",
 ]
+
+ScaleBits: TypeAlias = Literal[6, 8, 16]
+
+ONE_LEVEL: Final = 16
+"""``scale_bits`` of a group that stores its scales as they are, in the model's dtype."""
 
 GROUP_SIZES = (16, 32, 64)
 MAX_RANK = 512
@@ -396,10 +402,11 @@ def matches(name: str, entries: Iterable[str]) -> bool:
 
 def _specificity(name: str, target: str) -> int | None:
     """0 for an exact name, 1 for a regular expression, 2 for the class name, None for no match."""
-    from compressed_tensors.utils.match import match_name
-
-    if match_name(name, target):
-        return 1 if target.startswith("re:") else 0
+    # As compressed_tensors.utils.match.match_name, whose import takes torch and transformers.
+    if target.startswith("re:"):
+        return 1 if re.match(target.removeprefix("re:"), name) else None
+    if target == name:
+        return 0
     return _BY_CLASS if target == LINEAR_CLASS else None
 
 

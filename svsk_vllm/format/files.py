@@ -14,13 +14,22 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Literal, TypeAlias
 
 from safetensors import SafetensorError, safe_open
 
 from svsk_vllm.format.errors import SvskFormatError
 
-__all__ = ["MAX_INDEX_BYTES", "copy_regular", "open_regular", "read_json", "safe_handle"]
+__all__ = [
+    "MAX_INDEX_BYTES",
+    "Framework",
+    "copy_regular",
+    "open_regular",
+    "read_json",
+    "safe_handle",
+]
+
+Framework: TypeAlias = Literal["pt", "numpy"]
 
 MAX_JSON_BYTES: Final = 16 * 2**20
 """Of a config.json; one that names each of 50,000 linears in its groups has 4 MB."""
@@ -140,15 +149,19 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def safe_handle(path: Path) -> Any:
+def safe_handle(path: Path, framework: Framework = "pt") -> Any:
     """A ``safe_open`` handle that stays open.
+
+    Args:
+        path: the file.
+        framework: of the tensors that are read; ``numpy`` imports no torch.
 
     Raises:
         SvskFormatError: it is not a regular file, or not a whole safetensors file.
     """
     require_regular(path)
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        return safe_open(path, framework=framework, device="cpu")
     except (OSError, SafetensorError) as error:
         raise SvskFormatError(
             f"{path}: cannot be opened ({error}). Copy or download the file again."

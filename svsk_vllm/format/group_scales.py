@@ -8,10 +8,11 @@ it, in whatever order, without a rounding.
 """
 
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 import torch
 
+from svsk_vllm.format.config import ONE_LEVEL, ScaleBits
 from svsk_vllm.format.errors import SvskFormatError
 
 __all__ = [
@@ -26,11 +27,6 @@ __all__ = [
     "stored_scale_columns",
     "unpack_scale_codes",
 ]
-
-ScaleBits: TypeAlias = Literal[6, 8, 16]
-
-ONE_LEVEL: Final = 16
-"""``scale_bits`` of a group that stores its scales as they are, in the model's dtype."""
 
 _BFLOAT16_BITS: Final = 8  # of a significand, the leading one counted
 _CODES_PER_BLOCK: Final = 4  # 6-bit codes that fill whole bytes

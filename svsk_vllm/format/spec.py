@@ -7,34 +7,39 @@ from typing import Final
 import torch
 
 from svsk_kernels.tile_grid import TileGrid
-from svsk_vllm.format.config import ConfigGroup
+from svsk_vllm.format.config import ONE_LEVEL, ConfigGroup
 from svsk_vllm.format.errors import SvskFormatError
-from svsk_vllm.format.group_scales import ONE_LEVEL, GroupScales, stored_scale_columns
-
-__all__ = ["SCALE_DTYPES", "SUFFIXES", "LinearSpec", "TensorSpec"]
-
-WEIGHT_PACKED: Final = "weight_packed"
-WEIGHT_SCALE: Final = "weight_scale"
-WEIGHT_ROW_SCALE: Final = "weight_row_scale"
-WEIGHT_HOT_ROWS: Final = "weight_hot_rows"
-WEIGHT_HOT_PACKED: Final = "weight_hot_packed"
-WEIGHT_HOT_SCALE: Final = "weight_hot_scale"
-SIDECAR_U: Final = "sidecar_u"
-SIDECAR_V: Final = "sidecar_v"
-SIDECAR_GAIN: Final = "sidecar_gain"
-SUFFIXES: Final = (
-    WEIGHT_PACKED,
-    WEIGHT_SCALE,
-    WEIGHT_ROW_SCALE,
-    WEIGHT_HOT_ROWS,
-    WEIGHT_HOT_PACKED,
-    WEIGHT_HOT_SCALE,
+from svsk_vllm.format.group_scales import GroupScales, stored_scale_columns
+from svsk_vllm.format.suffixes import (
+    SCALE_SUFFIXES,
+    SIDECAR_GAIN,
     SIDECAR_U,
     SIDECAR_V,
-    SIDECAR_GAIN,
+    SUFFIXES,
+    WEIGHT_HOT_PACKED,
+    WEIGHT_HOT_ROWS,
+    WEIGHT_HOT_SCALE,
+    WEIGHT_PACKED,
+    WEIGHT_ROW_SCALE,
+    WEIGHT_SCALE,
 )
-SCALE_SUFFIXES: Final = (WEIGHT_SCALE, WEIGHT_ROW_SCALE, WEIGHT_HOT_ROWS, WEIGHT_HOT_SCALE)
-"""What the scales of all groups are made from."""
+
+__all__ = [
+    "SCALE_DTYPES",
+    "SCALE_SUFFIXES",
+    "SIDECAR_GAIN",
+    "SIDECAR_U",
+    "SIDECAR_V",
+    "SUFFIXES",
+    "WEIGHT_HOT_PACKED",
+    "WEIGHT_HOT_ROWS",
+    "WEIGHT_HOT_SCALE",
+    "WEIGHT_PACKED",
+    "WEIGHT_ROW_SCALE",
+    "WEIGHT_SCALE",
+    "LinearSpec",
+    "TensorSpec",
+]
 
 SCALE_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 

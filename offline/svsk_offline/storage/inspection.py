@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint holds, and whether it is whole."""
+"""What a checkpoint holds, and whether it is whole. Torch is imported for the second only."""
 
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from svsk_offline.storage.model_loading import needs_own_code
-from svsk_vllm.architecture.folder_check import checkpoint_problems
-from svsk_vllm.format import Checkpoint, SvskFormatError, validate_checkpoint
-from svsk_vllm.format.architectures import vllm_class
-from svsk_vllm.format.shards import read_json
+from svsk_vllm.format.contents import Contents
+from svsk_vllm.format.errors import SvskFormatError
+from svsk_vllm.format.files import read_json
 
 __all__ = [
     "inspect_checkpoint",
@@ -40,17 +37,18 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     Raises:
         SvskFormatError: not a readable SVSK checkpoint.
     """
-    checkpoint = Checkpoint(folder)
+    contents = Contents(folder)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for name, spec in checkpoint.linears.items():
+    for name, linear in contents.linears.items():
         kind = name.rpartition(".")[2]
-        side, weights = spec.scheme.sidecar, spec.scheme.weights
+        side, weights = linear.scheme.sidecar, linear.scheme.weights
+        scheme = linear.scheme.model_dump_json(include={"weights", "sidecar"})
         row = groups.setdefault(
-            (kind, spec.n, spec.k, spec.scheme.model_dump_json(include={"weights", "sidecar"})),
+            (kind, linear.n, linear.k, scheme),
             {
                 "kind": kind,
                 "count": 0,
-                "shape": [spec.n, spec.k],
+                "shape": [linear.n, linear.k],
                 "codebook": weights.codebook,
                 "group_size": weights.group_size,
                 "scale_bits": weights.scale_bits,
@@ -58,33 +56,32 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
                 "rank": side.rank,
                 "tile": [side.tile_m, side.tile_n],
                 "factor_bits": side.num_bits,
-                "bits_per_weight": spec.bits_per_weight,
-                "bits": dict.fromkeys(spec.tensors(), 0),
+                "bits_per_weight": linear.stored_bits / linear.num_weights,
+                "bits": dict.fromkeys(linear.tensors, 0),
             },
         )
         row["count"] += 1
-        for suffix, tensor in spec.tensors().items():
-            row["bits"][suffix] += tensor.num_bits
-    specs = checkpoint.linears.values()
-    in_blocks = [spec for name, spec in checkpoint.linears.items() if _IN_BLOCK.search(name)]
-    weights_total = sum(spec.num_weights for spec in specs)
-    block_weights = sum(spec.num_weights for spec in in_blocks)
-    dense = [checkpoint.tensors.describe(name) for name in checkpoint.dense_names]
+        for suffix, tensor in linear.tensors.items():
+            row["bits"][suffix] = row["bits"].get(suffix, 0) + tensor.num_bits
+    in_blocks = [linear for name, linear in contents.linears.items() if _IN_BLOCK.search(name)]
+    block_weights = sum(linear.num_weights for linear in in_blocks)
     return {
         "folder": str(folder),
-        "version": checkpoint.config.version,
+        "version": contents.config.version,
         "groups": list(groups.values()),
-        "linears": len(checkpoint.linears),
-        "quantized_weights": weights_total,
+        "linears": len(contents.linears),
+        "quantized_weights": sum(linear.num_weights for linear in contents.linears.values()),
         "bits_per_weight": (
-            sum(spec.stored_bits for spec in in_blocks) / block_weights if block_weights else None
+            sum(linear.stored_bits for linear in in_blocks) / block_weights
+            if block_weights
+            else None
         ),
-        "bits_per_weight_of_all": whole_bits_per_weight(folder),
-        "dense_tensors": len(dense),
-        "dense_bytes": sum(spec.num_bits for spec in dense) // 8,
+        "bits_per_weight_of_all": _whole_bits_per_weight(contents),
+        "dense_tensors": len(contents.dense),
+        "dense_bytes": sum(tensor.num_bits for tensor in contents.dense.values()) // 8,
         "bytes_on_disk": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
-        "ignore": list(checkpoint.config.ignore),
-        "producer": checkpoint.config.producer,
+        "ignore": list(contents.config.ignore),
+        "producer": contents.config.producer,
     }
 
 
@@ -93,11 +90,13 @@ def whole_bits_per_weight(folder: Path) -> float:
 
     Tensors that are tied are stored, and counted, once.
     """
-    checkpoint = Checkpoint(folder)
-    specs = checkpoint.linears.values()
-    dense = [checkpoint.tensors.describe(name) for name in checkpoint.dense_names]
-    weights = sum(spec.num_weights for spec in specs) + sum(math.prod(one.shape) for one in dense)
-    bits = sum(spec.stored_bits for spec in specs) + sum(one.num_bits for one in dense)
+    return _whole_bits_per_weight(Contents(folder))
+
+
+def _whole_bits_per_weight(contents: Contents) -> float:
+    linears, dense = contents.linears.values(), contents.dense.values()
+    weights = sum(one.num_weights for one in linears) + sum(one.num_values for one in dense)
+    bits = sum(one.stored_bits for one in linears) + sum(one.num_bits for one in dense)
     return bits / weights
 
 
@@ -173,6 +172,8 @@ def smoothing_lines(record: Any) -> list[str]:
 
 def serving_note(folder: Path) -> str | None:
     """What to know before serving a checkpoint with vLLM, if anything; no fault of it."""
+    from svsk_vllm.format.architectures import vllm_class
+
     return vllm_class(read_json(folder / "config.json")).note()
 
 
@@ -189,6 +190,10 @@ def validate_against_architecture(
         trust_remote_code: run Python files of the folder, where its model class is in them.
         note: told in a sentence what could not be checked.
     """
+    from svsk_offline.storage.model_loading import needs_own_code
+    from svsk_vllm.architecture.folder_check import checkpoint_problems
+    from svsk_vllm.format.validate import validate_checkpoint
+
     if not trust_remote_code:
         try:
             unknown = needs_own_code(read_json(folder / "config.json"))
