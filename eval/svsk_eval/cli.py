@@ -6,13 +6,14 @@ Heavy packages are imported by the subcommand that needs them.
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.text import Text
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration_entries import DEFAULT_SOURCE, calibration_entries
+from svsk_offline.choices import check_device, choose
 from svsk_offline.cli import Commands, app
 from svsk_offline.cli_options import (
     CalibrationText,
@@ -20,6 +21,7 @@ from svsk_offline.cli_options import (
     CodebookName,
     Device,
     JsonFile,
+    Quiet,
     Samples,
     Seed,
     SeqLen,
@@ -27,7 +29,10 @@ from svsk_offline.cli_options import (
     TileM,
     TileN,
     TrustRemoteCode,
+    Verbose,
     console,
+    examples,
+    notes,
     write_json,
 )
 from svsk_offline.preflight import (
@@ -36,6 +41,7 @@ from svsk_offline.preflight import (
     check_report_files,
     check_text,
 )
+from svsk_vllm.format.files import read_json
 
 __all__ = ["app"]
 
@@ -45,13 +51,31 @@ Commands.continues |= {
     "sweep": "Start it again with the same arguments to go on after the last finished step.",
 }
 
+_DTYPES: Final = ("auto", "bfloat16", "float16", "float32")
+_ENGINES: Final = ("vllm", "hf")
+
 MarkdownFile = Annotated[Path | None, typer.Option(help="Write the report of tasks there.")]
 HtmlFile = Annotated[
     Path | None, typer.Option(help="Write the report of tasks there, one page with plots.")
 ]
 
 
-@app.command("eval")
+def _check_models(*models: str | None) -> None:
+    """Refuse what is no model's folder and cannot be on the hub, before anything is imported."""
+    from svsk_offline.storage.hub import check_model
+
+    for model in models:
+        if model is not None:
+            check_model(model)
+
+
+@app.command(
+    "eval",
+    epilog=examples(
+        "svsk eval qwen3-4b-svsk --reference Qwen/Qwen3-4B --text held_out.txt --json scores.json",
+        "svsk eval qwen3-4b-svsk --text held_out.txt --engine vllm",
+    ),
+)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Dense or SVSK model: folder or hub name.")],
     text: Annotated[Path | None, typer.Option(help="Plain text to score.")] = None,
@@ -116,6 +140,8 @@ def evaluate(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json_file: JsonFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Score MODEL on a text, or on its reference's answers to prompts, or on both.
 
@@ -125,6 +151,10 @@ def evaluate(
     check_report_files(json=json_file, answers=answers)
     if text is not None:
         check_text(text)
+    check_device(device)
+    choose("--dtype", dtype, _DTYPES)
+    choose("--engine", engine, _ENGINES)
+    _check_models(model, reference)
     from svsk_eval.chat.command import check_options, evaluate_parts
     from svsk_eval.chat.scoring import ChatRequest
     from svsk_eval.text.engine_args import parse_engine_args
@@ -161,10 +191,16 @@ def evaluate(
     if chat is not None:
         parts = {"file": chat, "prompts": prompts, "answer_tokens": answer_tokens}
         asked = ChatRequest(**parts, answers=answers, **about)
-    write_json(json_file, evaluate_parts(console, scored, asked))
+    write_json(json_file, evaluate_parts(console, scored, asked, notes))
 
 
-@app.command("bench")
+@app.command(
+    "bench",
+    epilog=examples(
+        "svsk bench qwen3-4b-svsk --reference Qwen/Qwen3-4B --tasks svsk_reasoning --html a.html",
+        "svsk bench base=w4a16 svsk=qwen3-4b-svsk --reference Qwen/Qwen3-4B --min-recovery 0.98",
+    ),
+)
 def benchmark(
     models: Annotated[
         list[str], typer.Argument(help="Variants: folders or hub names, or LABEL=MODEL.")
@@ -245,13 +281,15 @@ def benchmark(
     json_file: JsonFile = None,
     markdown: MarkdownFile = None,
     html: HtmlFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Run lm-eval tasks for a reference and its variants, and compare them item by item.
-
-    Example: `svsk bench qwen3-4b-svsk --reference Qwen/Qwen3-4B --tasks svsk_reasoning --html
-    report.html`
-    """
+    """Run lm-eval tasks for a reference and its variants, and compare them item by item."""
     check_report_files(json=json_file, markdown=markdown, html=html)
+    choose("--engine", engine, _ENGINES)
+    choose("--dtype", dtype, _DTYPES)
+    for name in (reference, *models):
+        _check_models(name if Path(name).is_dir() else name.rpartition("=")[2])
     from svsk_eval.bench.command import (
         bench_with_progress,
         engine_names,
@@ -297,12 +335,18 @@ def benchmark(
         markdown=markdown,
         html=html,
         min_recovery=min_recovery,
+        notes=notes,
     )
     if not passed:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "svsk compare published.json best.json",
+        "svsk compare bench-a.json bench-b.json --html report.html",
+    )
+)
 def compare(
     files: Annotated[
         list[Path],
@@ -315,13 +359,12 @@ def compare(
     json_file: JsonFile = None,
     markdown: MarkdownFile = None,
     html: HtmlFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Compare evaluations of the same text, answers or tasks, item by item.
-
-    Example: `svsk compare published.json best.json`
-    """
+    """Compare evaluations of the same text, answers or tasks, item by item."""
     check_report_files(json=json_file, markdown=markdown, html=html)
-    from svsk_eval.chat.console import compare_scores_and_print
+    from svsk_eval.chat.compared import compare_scores_and_print
     from svsk_eval.report.merge import compare_and_print, is_bench_report
 
     if any(map(is_bench_report, files)):
@@ -332,7 +375,12 @@ def compare(
     write_json(json_file, compare_scores_and_print(console, files))
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "svsk tune Qwen/Qwen3-4B tuned.yaml --target-bpw 4.5 --budget-minutes 120",
+        "svsk tune ./my-model tuned.yaml --recipe fast --calibration text.txt",
+    )
+)
 def tune(
     model: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
     out: Annotated[Path, typer.Argument(help="Recipe to write, .yaml.")],
@@ -364,6 +412,9 @@ def tune(
         typer.Option("--overwrite", help="Replace OUT, and forget a search with other inputs."),
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Search for a recipe that suits MODEL better, by the KL divergence on held-out text.
 
@@ -372,17 +423,18 @@ def tune(
     The recipe given is the first trial, and the result unless another is better by a standard error
     or more. Started again, a search that was killed continues; with a larger budget and
     `--overwrite` one that is over goes on.
-
-    Example: `svsk tune Qwen/Qwen3-4B tuned.yaml --target-bpw 4.5 --budget-minutes 120 --calibration
-    text.txt`
     """
     check_recipe_file(out, overwrite=overwrite)
+    check_report_files(json=json_file)
+    check_device(device)
+    choose("--codebook", codebook, ("int4", "quad8"))
+    choose("--dtype", dtype, _DTYPES[:3])
     if work_dir is not None and work_dir.exists() and not work_dir.is_dir():
         raise SvskError(f"--work-dir {work_dir}: is a file, expected a folder.")
     calibration_entries(calibration or DEFAULT_SOURCE)
-    from svsk_eval.tune.console import tune_with_progress
     from svsk_offline.recipe import load_recipe
 
+    _check_models(model)
     chosen = load_recipe(recipe).override(
         {
             "weights": {"codebook": codebook},
@@ -391,7 +443,9 @@ def tune(
             "allocation": {"target_bpw": target_bpw},
         }
     )
-    tune_with_progress(
+    from svsk_eval.tune.console import tune_with_progress, tuned_figures
+
+    result = tune_with_progress(
         console,
         model,
         out,
@@ -405,10 +459,17 @@ def tune(
         dtype=dtype,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
+        notes=notes,
     )
+    write_json(json_file, tuned_figures(result))
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "svsk sweep Qwen/Qwen3-4B sweep-4b --bpw 4.25,4.45,4.62 --text held_out.txt",
+        "svsk sweep ./my-model sweep --bpw 4.45 --peer gptq,awq:64 --text held_out.txt",
+    )
+)
 def sweep(
     model: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
     out: Annotated[Path, typer.Argument(help="Folder for models, results, table and figure.")],
@@ -469,22 +530,27 @@ def sweep(
     ),
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Quantise MODEL to several sizes and by other quantisers, score all, draw KL against bits.
 
     OUT gets sweep.json, sweep.md and sweep.svg. One measuring serves all budgets. Started again, it
     goes on after the last finished step; more budgets, peers or tasks may be asked for then.
-
-    Example: `svsk sweep Qwen/Qwen3-4B sweep-4b --bpw 4.25,4.45,4.62 --peer gptq --calibration
-    text.txt --text held_out.txt`
     """
     check_text(text)
+    check_report_files(json=json_file)
+    check_device(device)
+    choose("--engine", engine, _ENGINES)
+    choose("--dtype", dtype, _DTYPES)
     names = tuple(calibration or [DEFAULT_SOURCE])
     calibration_entries(list(names))
     if out.exists() and not out.is_dir():
         raise SvskError(f"{out}: is a file, expected a folder to write.")
     if tables not in ("own", "reference"):
         raise SvskError(f"--tables {tables}: expected own or reference.")
+    _check_models(model)
     if measurements is not None:
         check_measurements(measurements, (out,))
     from svsk_eval.bench.command import settings_of, shown_command
@@ -534,11 +600,19 @@ def sweep(
         # OUT is not there yet, so that it would not be known as a path
         command=shown_command([out.name if one == str(out) else one for one in sys.argv[1:]]),
     )
-    if not sweep_with_progress(console, request):
+    done = sweep_with_progress(console, request, notes)
+    if json_file is not None:
+        write_json(json_file, read_json(out / "sweep.json"))
+    if not done:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        'svsk generate qwen3-4b-svsk --prompt "The capital of France is"',
+        'svsk generate ./my-model --prompt "2 + 2 =" --prompt "3 + 3 =" --engine hf',
+    )
+)
 def generate(
     folder: Annotated[str, typer.Argument(help="Dense or SVSK model.")],
     prompt: Annotated[
@@ -549,8 +623,15 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Complete prompts with a model, through vLLM or transformers."""
+    check_report_files(json=json_file)
+    choose("--engine", engine, _ENGINES)
+    choose("--dtype", dtype, _DTYPES)
+    _check_models(folder)
     from svsk_eval.text.generate import generate_texts
 
     texts = generate_texts(
@@ -564,6 +645,8 @@ def generate(
     )
     for question, answer in zip(prompt, texts, strict=True):
         console.print(Text.assemble((question, "bold"), answer))
+    pairs = zip(prompt, texts, strict=True)
+    write_json(json_file, [{"prompt": question, "answer": answer} for question, answer in pairs])
 
 
 if __name__ == "__main__":

@@ -24,5 +24,7 @@ class DownloadError(EvalError):
 
 def first_problem(error: "ValidationError") -> str:
     """Where a file first differs from what it should be, and how; for the end of a message."""
+    from svsk_vllm.format.problems import problem_text
+
     first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {problem_text(first)}"

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands of the offline tool, each of which imports the heavy packages it needs."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration_entries import DEFAULT_SOURCE, calibration_entries
+from svsk_offline.choices import check_device, choose
 from svsk_offline.cli_options import (
     CalibrationText,
     ChatTemplate,
     CodebookName,
     Device,
+    JsonFile,
     Overwrite,
+    Quiet,
     Samples,
     Seed,
     SeqLen,
@@ -25,10 +25,12 @@ from svsk_offline.cli_options import (
     TileM,
     TileN,
     TrustRemoteCode,
-    console,
+    Verbose,
+    examples,
 )
 from svsk_offline.endings import plain_endings
-from svsk_offline.preflight import check_measurements, check_output
+from svsk_offline.preflight import check_measurements, check_output, check_report_files
+from svsk_offline.terminal import Terminal, console, notes, reset, write_json
 from svsk_vllm.version import __version__
 
 __all__ = ["Commands", "app"]
@@ -48,6 +50,7 @@ class Commands(typer.core.TyperGroup):
     }
 
     def invoke(self, ctx: Any) -> Any:
+        reset()
         with plain_endings(_say_error, lambda: self.continues.get(ctx.invoked_subcommand)):
             return super().invoke(ctx)
 
@@ -60,11 +63,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-_errors = Console(stderr=True, soft_wrap=True, highlight=False)
+_errors = Terminal(stderr=True)
 
 
 def _say_note(text: str) -> None:
-    console.print(text, markup=False)
+    notes.print(text, markup=False)
 
 
 def _say_error(text: str) -> None:
@@ -89,7 +92,12 @@ def main(
     """
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "svsk quantize Qwen/Qwen3-4B qwen3-4b-svsk --calibration text.txt --target-bpw 4.5",
+        "svsk quantize ./my-model my-model-svsk --recipe fast --rank 16",
+    )
+)
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
@@ -171,19 +179,33 @@ def quantize(
     ] = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Quantise MODEL into the SVSK checkpoint OUT.
 
-    Example: `svsk quantize Qwen/Qwen3-4B qwen3-4b-svsk --calibration text.txt --target-bpw 4.5`
+    A run that was stopped goes on after its last finished block when it is started again.
     """
     # What takes no time comes before imports that do.
     check_output(out, overwrite=overwrite, source=model)
+    check_report_files(json=json_file)
     if measurements is not None:
         check_measurements(measurements, (out,))
     calibration_entries(calibration or DEFAULT_SOURCE)
-    from svsk_offline.console import quantize_with_progress
+    check_device(device)
+    choose("--dtype", dtype, ("auto", "bfloat16", "float16"))
+    choose("--group-size", group_size, (16, 32, 64))
+    choose("--scale-bits", scale_bits, (16, 8, 6))
+    choose("--factor-bits", factor_bits, (8, 4))
+    choose("--codebook", codebook, ("int4", "quad8"))
+    choose("--head", head, ("auto", "int8", "mixed-int8", "svsk", "dense"))
+    choose("--embedding", embedding, ("auto", "int8", "mixed-int8", "dense"))
     from svsk_offline.recipe import load_recipe
+    from svsk_offline.storage.hub import check_model, resolve_model
+    from svsk_offline.unfinished import check_unfinished
 
+    check_model(model, dense=True)
     loaded = load_recipe(recipe)
     sidecar = {"rank": rank, "tile_m": tile_m, "tile_n": tile_n, "num_bits": factor_bits}
     if target_bpw is None and loaded.target_bpw and not (rank is None and factor_bits is None):
@@ -237,11 +259,19 @@ def quantize(
             f"--measurements: no effect with recipe {chosen.name} as given, which measures nothing"
             " beforehand. Leave that out."
         )
-    quantize_with_progress(
+    if not overwrite:
+        check_unfinished(out, chosen.values())
+    folder = resolve_model(model, trust_remote_code=trust_remote_code)
+    check_model(str(folder), dense=True)
+    from svsk_offline.console import quantize_with_progress
+
+    figures = quantize_with_progress(
         console,
-        model,
+        folder,
         out,
         chosen,
+        notes=notes,
+        reference=model,
         calibration=calibration or DEFAULT_SOURCE,
         chat_template=chat_template,
         device=device,
@@ -250,33 +280,40 @@ def quantize(
         trust_remote_code=trust_remote_code,
         measurements=measurements,
     )
+    write_json(json_file, figures)
 
 
-@app.command()
-def recipes() -> None:
-    """List the recipes shipped with the package."""
-    from svsk_offline.recipe import load_recipe, recipe_names
+@app.command(epilog=examples("svsk recipes", "svsk recipes best > mine.yaml"))
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this one, to edit and give to --recipe.")
+    ] = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """List the recipes shipped with the package, or print one as YAML."""
+    from svsk_offline.recipe_files import print_recipes, recipe_names, recipe_text, recipe_values
 
-    table = Table("name", "method", "weights", "sidecar", "description")
-    for name in recipe_names():
-        recipe = load_recipe(name)
-        side, weights = recipe.sidecar, recipe.weights
-        table.add_row(
-            name,
-            recipe.method,
-            f"{weights.codebook} g{weights.group_size} s{weights.scale_bits}",
-            f"r{side.rank} {side.num_bits} bit, {side.tile_m}x{side.tile_n}",
-            recipe.description,
-        )
-    console.print(table)
+    check_report_files(json=json_file)
+    if name is not None:
+        typer.echo(recipe_text(name), nl=False, err=console.stderr)
+        write_json(json_file, recipe_values(name))
+        return
+    shipped = {name: recipe_values(name) for name in recipe_names()}
+    print_recipes(console, shipped)
+    _say_note("`svsk recipes NAME` prints one; --recipe takes a name, or your edited file.")
+    write_json(json_file, shipped)
 
 
-@app.command()
+@app.command(
+    epilog=examples("svsk inspect qwen3-4b-svsk", "svsk inspect qwen3-4b-svsk --json sizes.json")
+)
 def inspect(
     folder: Annotated[
         Path, typer.Argument(help="SVSK checkpoint; with --keys any model's folder or hub name.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    json_file: JsonFile = None,
     keys: Annotated[
         bool,
         typer.Option(
@@ -287,6 +324,8 @@ def inspect(
     calibration: CalibrationText = None,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Show what a checkpoint holds.
 
@@ -294,9 +333,13 @@ def inspect(
     far apart the channels of each layer's keys are, and what `svsk quantize --smooth-keys` would
     make of it.
     """
+    from svsk_offline.storage.hub import check_checkpoint, check_model
     from svsk_offline.storage.inspection import inspect_checkpoint, print_inspection
 
+    check_report_files(json=json_file)
+    check_device(device)
     if keys:
+        check_model(str(folder))
         from svsk_offline.key_inspection import inspect_keys, print_keys
 
         found = inspect_keys(
@@ -305,51 +348,66 @@ def inspect(
             device=device,
             trust_remote_code=trust_remote_code,
         )
-        if as_json:
-            typer.echo(json.dumps(found.to_json(), indent=2))
-        else:
-            print_keys(console, found)
+        print_keys(console, found)
+        write_json(json_file, found.to_json())
         return
     if calibration or trust_remote_code or device != "auto":
         raise SvskError(
             "--calibration, --device, --trust-remote-code: no effect without --keys. Leave that"
             " out."
         )
+    check_checkpoint(folder)
     inspection = inspect_checkpoint(folder)
-    if as_json:
-        typer.echo(json.dumps(inspection, indent=2))
-    else:
-        print_inspection(console, inspection)
+    print_inspection(console, inspection)
+    write_json(json_file, inspection)
 
 
-@app.command()
+@app.command(
+    epilog=examples("svsk validate qwen3-4b-svsk", "svsk validate downloaded --json - --quiet")
+)
 def validate(
     folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")],
     trust_remote_code: TrustRemoteCode = False,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Check a checkpoint's structure and numbers.
 
     List every problem and exit with 1 if there is one.
     """
+    from svsk_offline.storage.hub import check_checkpoint
     from svsk_offline.storage.inspection import serving_note, validate_against_architecture
 
+    check_report_files(json=json_file)
+    check_checkpoint(folder)
+    left: list[str] = []
     problems = validate_against_architecture(
-        folder,
-        trust_remote_code=trust_remote_code,
-        note=lambda text: console.print(f"[yellow]not checked:[/] {escape(text)}"),
+        folder, trust_remote_code=trust_remote_code, note=left.append
     )
+    for text in left:
+        console.print(f"[yellow]not checked:[/] {escape(text)}")
     note = None if problems else serving_note(folder)
     if note:
         console.print(f"[yellow]note:[/] {escape(note)}")
+    write_json(
+        json_file,
+        {"folder": str(folder), "problems": problems, "not_checked": left, "note": note},
+    )
     for problem in problems:
         console.print(f"[red]problem:[/] {escape(problem)}")
     if problems:
-        console.print(f"{len(problems)} problem(s) in {folder}")
+        console.print(f"{len(problems)} problem(s) in {folder}", markup=False)
         raise typer.Exit(1)
-    console.print(f"{folder}: valid")
+    console.print(f"{folder}: valid", markup=False)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "svsk export qwen3-4b-svsk qwen3-4b.gguf --to gguf --lora qwen3-4b-sidecar.gguf",
+        "svsk export qwen3-4b-svsk qwen3-4b-w4a16 --to compressed-tensors",
+    )
+)
 def export(
     folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write, or file.gguf.")],
@@ -361,33 +419,50 @@ def export(
         Path | None, typer.Option(help="Also write the sidecars there, as a GGUF LoRA adapter.")
     ] = None,
     overwrite: Overwrite = False,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Write a checkpoint for what does not read SVSK, and say what is lost.
-
-    Example: `svsk export qwen3-4b-svsk qwen3-4b.gguf --to gguf --lora qwen3-4b-sidecar.gguf`
-    """
+    """Write a checkpoint for what does not read SVSK, and say what is lost."""
     from svsk_offline.export.formats import export_format
     from svsk_offline.export.request import check_request
 
+    check_report_files(json=json_file)
     kind = export_format(to)
     check_request(kind, folder, out, template=template, lora=lora, overwrite=overwrite)
+    from svsk_offline.storage.hub import check_checkpoint
+
+    check_checkpoint(folder)
     from svsk_offline.export.request import run
 
-    for written in run(
+    written = run(
         kind, folder, out, template=template, lora=lora, overwrite=overwrite, say=_say_note
-    ):
-        console.print(f"wrote {written}")
+    )
+    for path in written:
+        console.print(f"wrote {path}", markup=False)
     _say_note(f"in this format: {kind.losses}")
+    write_json(
+        json_file,
+        {"format": kind.name, "written": [str(path) for path in written], "losses": kind.losses},
+    )
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "svsk restore qwen3-4b-svsk qwen3-4b-dense",
+        "svsk restore qwen3-4b-svsk qwen3-4b-dense --overwrite",
+    )
+)
 def restore(
     folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     overwrite: Overwrite = False,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write the dense model a checkpoint stands for: `svsk export --to dense`."""
-    export(folder, out, "dense", overwrite=overwrite)
+    export(folder, out, "dense", overwrite=overwrite, json_file=json_file)
 
 
 if __name__ == "__main__":

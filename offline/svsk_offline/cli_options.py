@@ -2,10 +2,18 @@
 """Options that several commands take."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from svsk_offline.terminal import (
+    STDOUT,
+    console,
+    log_libraries,
+    notes,
+    results_to_stdout,
+    write_json,
+)
 
 __all__ = [
     "CalibrationText",
@@ -14,6 +22,7 @@ __all__ = [
     "Device",
     "JsonFile",
     "Overwrite",
+    "Quiet",
     "Samples",
     "Seed",
     "SeqLen",
@@ -21,11 +30,12 @@ __all__ = [
     "TileM",
     "TileN",
     "TrustRemoteCode",
+    "Verbose",
     "console",
+    "examples",
+    "notes",
     "write_json",
 ]
-
-console = Console(soft_wrap=True, highlight=False)
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
@@ -53,12 +63,43 @@ StoredDtype = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python files that come with the model.")
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")]
 
 
-def write_json(target: Path | None, value: Any) -> None:
-    """Write the figures of a command to the file of ``--json``, if one was named."""
-    if target is not None:
-        from svsk_offline.storage.atomic import write_json as write
+def _to(value: Path | None) -> Path | None:
+    if value == STDOUT:
+        results_to_stdout()
+    return value
 
-        write(target, value)
+
+def _quiet(value: bool) -> None:
+    notes.quiet = value
+
+
+def _verbose(value: bool) -> None:
+    if value:
+        log_libraries()
+
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        callback=_to,
+        is_eager=True,
+        help="Write the figures there as JSON; - is standard output, the rest goes to standard"
+        " error then.",
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", callback=_quiet, help="Results only: no progress, no notes."),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", callback=_verbose, help="Also what libraries log."),
+]
+
+
+def examples(*commands: str) -> str:
+    """Worked examples for the end of a command's help; a test parses each."""
+    return "\n\n".join(["Examples:", "", *(f"- `{command}`" for command in commands)])

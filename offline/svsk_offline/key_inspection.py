@@ -20,7 +20,7 @@ from svsk_offline.planning.key_channels import LOST_RATIO, KeyChannels
 from svsk_offline.planning.smoothing import plan_smoothing
 from svsk_offline.recipe_sections import SmoothingArgs
 from svsk_offline.storage.dense_model import ModelSource
-from svsk_offline.storage.model_loading import resolve_model
+from svsk_offline.storage.hub import resolve_model
 from svsk_vllm.format import Checkpoint
 
 __all__ = ["KeyInspection", "inspect_keys", "print_keys"]

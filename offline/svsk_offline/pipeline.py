@@ -24,7 +24,7 @@ from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.run import Progress, QuantizationResult, Run
 from svsk_offline.storage.atomic import PartialFolder
 from svsk_offline.storage.dense_model import ModelSource
-from svsk_offline.storage.model_loading import resolve_model
+from svsk_offline.storage.hub import resolve_model
 
 __all__ = [
     "Progress",

@@ -10,7 +10,6 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -18,6 +17,7 @@ import yaml
 from pydantic import ValidationError, field_validator
 
 from svsk_kernels.errors import SvskError
+from svsk_offline.recipe_files import recipe_names, recipe_text
 from svsk_offline.recipe_sections import (
     AllocationArgs,
     AlternatingArgs,
@@ -30,6 +30,7 @@ from svsk_offline.recipe_sections import (
 )
 from svsk_vllm.format import SidecarArgs, WeightArgs
 from svsk_vllm.format.config import Strict, matches
+from svsk_vllm.format.problems import problem_text
 
 __all__ = [
     "USUAL_IGNORE",
@@ -271,7 +272,7 @@ def _problem(item: Any) -> str:
     methods = [name for name, kind in _METHODS.items() if key in kind.model_fields]
     if item["type"] == "extra_forbidden" and methods:
         return f"{key}: goes with method {methods[0]} only"
-    return f"{key}: {item['msg']} (got {item['input']!r})"
+    return f"{key}: {problem_text(item)}"
 
 
 def _says(raw: Mapping[str, Any], key: str) -> bool:
@@ -313,14 +314,6 @@ def _former(raw: dict[str, Any], source: str) -> str:
     )
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes shipped with the package."""
-    folder = resources.files("svsk_offline") / "recipes"
-    return sorted(
-        item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")
-    )
-
-
 def load_recipe(name: str) -> Recipe:
     """A shipped recipe by name, or one from a YAML file.
 
@@ -334,15 +327,8 @@ def load_recipe(name: str) -> Recipe:
                 f"Recipe {path}: no such file. Shipped recipes: {', '.join(recipe_names())}."
             )
         text = path.read_text(encoding="utf-8")
-    elif name in recipe_names():
-        text = (resources.files("svsk_offline") / "recipes" / f"{name}.yaml").read_text(
-            encoding="utf-8"
-        )
     else:
-        raise SvskError(
-            f"Recipe {name!r} is not one of"
-            f" {', '.join(recipe_names())}, nor a file ending in .yaml."
-        )
+        text = recipe_text(name)
     try:
         return parse_recipe(yaml.safe_load(text), f"recipe {name}")
     except yaml.YAMLError as error:

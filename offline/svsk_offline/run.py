@@ -29,6 +29,7 @@ from svsk_offline.storage.checkpoint_writer import CheckpointWriter, QuantizedTa
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.layer_report import LayerReport, bits_per_weight
 from svsk_offline.storage.loaded_weight import loaded_weight, put_weights
+from svsk_offline.unfinished import STATE_NAME, refuse_other_run
 from svsk_vllm.format import ConfigGroup, QuantizedLinear, SvskCheckpointConfig
 from svsk_vllm.format.config import matches
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
@@ -37,7 +38,6 @@ from svsk_vllm.version import __version__
 
 __all__ = ["Progress", "QuantizationResult", "Run"]
 
-_STATE_NAME: Final = "svsk-state.json"
 _PLAN_NAME: Final = "svsk-plan.safetensors"
 
 
@@ -94,6 +94,7 @@ class Run:
         self.source, self.folder, self.kept = source, folder, kept
         self.device, self.scale_dtype, self.progress = device, scale_dtype, progress
         self.blocks_name, self.blocks = source.blocks
+        self.asked = recipe.values()
         self.recipe = self._for_bases_alone(recipe)
         self.alternating = self.recipe if isinstance(self.recipe, AlternatingRecipe) else None
         self.allocation = self.alternating.allocation if self.alternating else None
@@ -211,7 +212,7 @@ class Run:
         }
         identity = json.loads(json.dumps(identity))
         partial = self.folder.path
-        state = partial / _STATE_NAME
+        state = partial / STATE_NAME
         # A run that is killed while it writes its state leaves a temporary file and nothing else.
         unknown = (
             not state.exists()
@@ -223,15 +224,16 @@ class Run:
                 f"{partial}: holds something that is not an"
                 " unfinished run. It is not deleted: move it away."
             )
-        if state.exists() and read_json(state) != identity:
-            if not overwrite:
-                raise SvskError(
-                    f"{partial} holds an unfinished run of another model, recipe, calibration or"
-                    " device. Delete it, or pass --overwrite."
-                )
-            self.folder.discard()
+        if state.exists():
+            found = read_json(state)
+            found.pop("asked", None)  # said otherwise, it may still be the same
+            if found != identity:
+                if not overwrite:
+                    refuse_other_run(partial, found, identity)
+                self.folder.discard()
         partial.mkdir(parents=True, exist_ok=True)
-        write_json(state, identity)  # first: nothing is in the folder without it
+        # First: nothing is in the folder without it.
+        write_json(state, identity | {"asked": self.asked})
         return self.folder.create()
 
     def _smooth(self) -> None:

@@ -24,6 +24,7 @@ from pydantic import (
 
 from svsk_kernels.codes import Codebook, code_bits
 from svsk_vllm.format.errors import SvskFormatError
+from svsk_vllm.format.problems import problem_text, shown
 from svsk_vllm.version import FORMAT_VERSION, __version__
 
 __all__ = [
@@ -274,9 +275,7 @@ class SvskCheckpointConfig(Strict):
             config = cls.model_validate(dict(raw))
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(map(_key, item['loc'])) or 'top level'}:"
-                f" {'unknown key' if item['type'] == 'extra_forbidden' else item['msg']} (got"
-                f" {_shown(item['input'])})"
+                f"{'.'.join(map(_key, item['loc'])) or 'top level'}: {problem_text(item)}"
                 for item in error.errors()
             )
             raise SvskFormatError(
@@ -387,12 +386,7 @@ def undeclared(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _key(part: Any) -> str:
     text = str(part)
-    return text if text.isprintable() and len(text) <= _SHOWN_CHARACTERS else _shown(text)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+    return text if text.isprintable() and len(text) <= _SHOWN_CHARACTERS else shown(text)
 
 
 def matches(name: str, entries: Iterable[str]) -> bool:

@@ -47,7 +47,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Pa
     )
     assert result.exit_code == 0, result.output
     assert "model.layers.1.mlp.down_proj" in result.output
-    assert "bits per weight" in result.output
+    assert re.search(r"bits per weight \d.\d{4} of the linears of the blocks, \d", result.output)
+    assert f"  svsk eval {out} --reference {tiny_llama} --text" in result.output
+    worst = result.output.split("largest errors of outputs:")[1].split("next:")[0]
+    errors = [float(line.split()[1]) for line in worst.strip().splitlines()]
+    assert len(errors) == 5
+    assert errors == sorted(errors, reverse=True)
     assert re.search(r"peak memory \d+\.\d\d GiB\n", result.output), "and nothing of a GPU"
     return out
 
@@ -72,7 +77,7 @@ def test_version_and_help() -> None:
 def test_inspect(checkpoint: Path) -> None:
     table = svsk("inspect", checkpoint)
     assert table.exit_code == 0
-    found = json.loads(svsk("inspect", checkpoint, "--json").output)
+    found = json.loads(svsk("inspect", checkpoint, "--json", "-").stdout)
     assert f"{found['bits_per_weight']:.4f}" in table.output
     bits = sum(sum(row["bits"].values()) for row in found["groups"])
     assert found["bits_per_weight"] == pytest.approx(bits / found["quantized_weights"])
@@ -174,7 +179,10 @@ def test_generate_with_transformers(checkpoint: Path, tmp_path: Path) -> None:
         (["quantize", "MODEL", "out", "--recipe", "nonsense"], "is not one of"),
         (["quantize", "MODEL", "out", "--rank", "513"], "sidecar.rank"),
         (["quantize", "MODEL", "out", "--rank", "3", "--factor-bits", "4"], "must be even"),
-        (["quantize", "MODEL", "out", "--group-size", "100"], "group_size"),
+        (
+            ["quantize", "MODEL", "out", "--group-size", "100"],
+            "--group-size 100: expected one of 16",
+        ),
         (
             ["quantize", "MODEL", "out", "--target-bpw", "4.5", "--rank", "8"],
             "--rank: no effect under a bit budget",
@@ -296,7 +304,7 @@ def test_bit_budget_and_sequential_calibration(tiny_llama: Path, tmp_path: Path)
     ]
     assert svsk("quantize", tiny_llama, out, *options, *SMALL).exit_code == 0
     assert svsk("validate", out).exit_code == 0
-    found = json.loads(svsk("inspect", out, "--json").output)
+    found = json.loads(svsk("inspect", out, "--json", "-").stdout)
     assert 4.4 < found["bits_per_weight"] <= 4.6
     values = found["producer"]["recipe_values"]
     assert values["allocation"]["target_bpw"] == 4.6

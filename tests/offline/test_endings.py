@@ -100,7 +100,7 @@ def test_a_bug_says_where_to_report_it_and_keeps_its_traceback(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr(
-        "svsk_offline.storage.inspection.inspect_checkpoint", raiser(KeyError("weights"))
+        "svsk_offline.storage.hub.check_checkpoint", raiser(KeyError("weights"))
     )
     result = svsk("inspect", tmp_path)
     assert result.exit_code == 1

@@ -254,7 +254,9 @@ def test_keys_are_inspected(tmp_path: Path) -> None:
     tensors = load_file(dense / "model.safetensors")
     tensors["model.layers.1.self_attn.k_proj.bias"][3] = 200.0
     save_file(tensors, dense / "model.safetensors", {"format": "pt"})
-    found = json.loads(svsk("inspect", dense, "--keys", "--json", "--calibration", "python").output)
+    found = json.loads(
+        svsk("inspect", dense, "--keys", "--json", "-", "--calibration", "python").stdout
+    )
     assert found["blocks_that_lose_channels"] == [1]
     layers = found["layers"]
     assert [layer["block"] for layer in layers] == [0, 1]
@@ -268,7 +270,7 @@ def test_keys_are_inspected(tmp_path: Path) -> None:
         result = svsk("quantize", dense, tmp_path / out, *small, *options)
         assert result.exit_code == 0, result.output
     plain, smooth = (
-        json.loads(svsk("inspect", tmp_path / out, "--keys", "--json").output)
+        json.loads(svsk("inspect", tmp_path / out, "--keys", "--json", "-").stdout)
         for out in ("plain", "smooth")
     )
     assert plain["blocks_that_lose_channels"] == [1]

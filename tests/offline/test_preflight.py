@@ -204,7 +204,7 @@ for line in sys.stdin.read().splitlines():
         app(line.split())
     except SystemExit as ended:
         assert ended.code == 1, line
-heavy = {"torch", "transformers", "vllm"} & set(sys.modules)
+heavy = {"torch", "transformers", "vllm", "compressed_tensors"} & set(sys.modules)
 assert not heavy, heavy
 """
 
@@ -212,6 +212,14 @@ assert not heavy, heavy
 def test_what_can_be_told_at_once_is_told_before_heavy_imports(tmp_path: Path) -> None:
     """So within two seconds on any machine: torch alone takes longer on some."""
     (tmp_path / "file").write_text("")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\3\0\0\0")
+    for name in ("model", "empty", "quantised", "stopped.partial"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    declared = {"quantization_config": {"quant_method": "gptq"}}
+    (tmp_path / "quantised" / "config.json").write_text(json.dumps(declared))
+    asked = load_recipe("fast").override({"calibration": {"samples": 64}}).values()
+    (tmp_path / "stopped.partial" / "svsk-state.json").write_text(json.dumps({"asked": asked}))
     lines = (
         "quantize some/model file --overwrite",
         "quantize some/model out --calibration missing.txt",
@@ -226,6 +234,26 @@ def test_what_can_be_told_at_once_is_told_before_heavy_imports(tmp_path: Path) -
         "tune some/model out.yaml --calibration missing.txt",
         "tune some/model out.json",
         "tune some/model file.yaml --work-dir file",
+        "tune some/model out.yaml --recipe bset",
+        "sweep some/model file --text file --bpw 4.5",
+        "generate some/model --prompt a --engine tgi",
+        "validate nowhere",
+        "validate model",
+        "inspect model",
+        "restore model out",
+        "quantize some/model out --recipe bset",
+        "quantize some/model out --recipe fast --target-bpw 3",
+        "quantize some/model out --group-size 128",
+        "quantize some/model out --device gpu",
+        "quantize some/model out --dtype int8",
+        "quantize ./nowhere out",
+        "quantize model.gguf out",
+        "quantize model/config.json out",
+        "quantize empty out",
+        "quantize quantised out",
+        "quantize model stopped --recipe fast --samples 16",
+        "eval nowhere/at/all --text file",
+        "bench x=./nowhere --reference model",
     )
     run = subprocess.run(
         [sys.executable, "-c", REFUSED],
@@ -237,3 +265,13 @@ def test_what_can_be_told_at_once_is_told_before_heavy_imports(tmp_path: Path) -
     )
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("error:") == len(lines)
+    for said in (
+        "Did you mean best?",
+        "model.gguf: is a GGUF file, which is not read here. Give the folder",
+        "model/config.json: is a file of a model's folder. Give the folder: model",
+        "empty: has no config.json, so it is no model's folder.",
+        "quantised: is quantised already (gptq)",
+        "calibration.samples: 64 there, 16 here",
+        "--group-size 128: expected one of 16, 32, 64.",
+    ):
+        assert said in run.stderr, said

@@ -27,7 +27,7 @@ from svsk_eval.report.console import print_report
 from svsk_eval.report.merge import below_minimum, page_writer
 from svsk_eval.report.schema import BenchReport, BenchSettings, Engine
 from svsk_eval.task_data import DATA_VARIABLE
-from svsk_offline.storage.atomic import write_text
+from svsk_offline.terminal import write_json
 
 __all__ = ["bench_with_progress", "engine_name", "engine_names", "settings_of", "shown_command"]
 
@@ -177,8 +177,11 @@ def bench_with_progress(
     markdown: Path | None,
     html: Path | None,
     min_recovery: float | None,
+    notes: Console | None = None,
 ) -> bool:
     """Run :func:`svsk_eval.bench.runner.bench` with a progress bar, show and write its report.
+
+    ``notes`` is where progress is shown, ``console`` if None.
 
     Returns:
         Whether every variant keeps ``min_recovery`` of the reference's score on every task; true
@@ -196,9 +199,9 @@ def bench_with_progress(
     write_pages = page_writer(markdown, html)
     if options.text is not None and not options.text.text.is_file():
         raise EvalError(f"--text {options.text.text}: no such file.")
-    report = _run(console, candidates, settings, options)
+    report = _run(notes or console, candidates, settings, options)
     if json_file is not None:  # before anything that can fail: it took hours
-        write_text(json_file, report.model_dump_json(indent=1) + "\n")
+        write_json(json_file, report.model_dump(mode="json"))
     analysis = analyze(report)
     print_report(console, analysis)
     write_pages(analysis)

@@ -16,7 +16,7 @@ from typing import IO, Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from svsk_eval.errors import EvalError
+from svsk_eval.errors import EvalError, first_problem
 
 __all__ = ["JOURNAL", "Answer", "Generated", "Journal", "Likelihood", "request_keys"]
 
@@ -103,7 +103,7 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[_Line, int]]:
             entry = _Line.model_validate_json(line)
         except ValidationError as error:
             raise EvalError(
-                f"{path}, line {number}: is damaged ({error.errors()[0]['msg']}). Delete that line:"
+                f"{path}, line {number}: is damaged ({first_problem(error)}). Delete that line:"
                 " its item will be run again."
             ) from error
         yield entry, len(line)

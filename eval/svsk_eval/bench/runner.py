@@ -14,7 +14,7 @@ from svsk_eval.bench.options import BenchOptions, BenchProgress, Candidate
 from svsk_eval.bench.progress import NOTE, Step
 from svsk_eval.bench.work_folder import hardware, other_answers, work_folder
 from svsk_eval.bench.worker import TaskResult, WorkerRequest
-from svsk_eval.errors import EvalError
+from svsk_eval.errors import EvalError, first_problem
 from svsk_eval.processes import run_request
 from svsk_eval.report.analysis import check_tasks
 from svsk_eval.report.schema import (
@@ -27,8 +27,8 @@ from svsk_eval.report.schema import (
     TextScores,
 )
 from svsk_eval.text.model_folder import Folder, bits_per_weight, read_folder
+from svsk_offline.storage.hub import resolve_model
 from svsk_offline.storage.locks import LOCK_NAME, locked
-from svsk_offline.storage.model_loading import resolve_model
 from svsk_vllm.version import __version__
 
 __all__ = ["bench", "candidate", "package_versions"]
@@ -198,8 +198,9 @@ def _read_result(path: Path) -> TaskResult:
     try:
         return TaskResult.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
+        why = first_problem(error) if isinstance(error, ValidationError) else error.strerror
         raise EvalError(
-            f"{path}: is damaged ({error}). Delete it: the task is scored again from its answers."
+            f"{path}: is damaged ({why}). Delete it: the task is scored again from its answers."
         ) from error
 
 

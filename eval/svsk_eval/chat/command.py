@@ -58,17 +58,21 @@ def check_options(
 
 
 def evaluate_parts(
-    console: Console, text: TextRequest | None, chat: ChatRequest | None
+    console: Console,
+    text: TextRequest | None,
+    chat: ChatRequest | None,
+    notes: Console | None = None,
 ) -> dict[str, Any]:
     """Score what is asked for, show the figures, and return them JSON-ready.
 
-    Whatever can be refused of the chat is, before the text is scored.
+    Whatever can be refused of the chat is, before the text is scored. ``notes`` is where progress
+    is shown, ``console`` if None.
 
     Raises:
         SvskError: see :func:`svsk_eval.text.request.score` and :mod:`svsk_eval.chat.scoring`.
     """
     prepared = None if chat is None else prepare_chat(chat)
-    result = {} if text is None else evaluate_with_progress(console, text)
+    result = {} if text is None else evaluate_with_progress(console, text, notes)
     if prepared is None:
         return result
     request = prepared.request
@@ -78,5 +82,5 @@ def evaluate_parts(
         "dtype": prepared.dtype,
         "engine": "hf",
     }
-    scores = evaluate_chat_with_progress(console, prepared)
+    scores = evaluate_chat_with_progress(console, prepared, notes)
     return {**names, **result, "chat": scores.to_json()}

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from svsk_eval.chat.metrics import ChatScores
+from svsk_eval.chat.scores import ChatScores
 from svsk_eval.errors import EvalError, first_problem
 from svsk_eval.text.compare import Comparison, paired
 

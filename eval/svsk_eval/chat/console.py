@@ -1,23 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``svsk eval --chat`` shows, and what ``svsk compare`` shows of such files."""
+"""What ``svsk eval --chat`` shows."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from svsk_eval.chat.compare import compare_chat_files, has_chat, has_text
 from svsk_eval.chat.metrics import ChatScores
 from svsk_eval.chat.scoring import PreparedChat, evaluate_chat
-from svsk_eval.text.compare import compare_files
-from svsk_eval.text.console import COMPARED, print_comparisons
 from svsk_eval.text.models import silence_progress_bars
+from svsk_offline.terminal import steps
 
-__all__ = ["compare_scores_and_print", "evaluate_chat_with_progress", "print_chat"]
+__all__ = ["evaluate_chat_with_progress", "print_chat"]
 
 _ROWS: Final = (
     ("kl", "KL(reference || model), mean", ".5f"),
@@ -30,28 +24,23 @@ _ROWS: Final = (
     ("ref_early_end", "the same of the reference", ".4f"),
 )
 
-_CHAT_COMPARED: Final = (
-    *COMPARED,
-    ("end_kl", "KL at the end", ".5f"),
-    ("end_probability", "ends there", ".4f"),
-    ("early_end", "ends sooner", ".4f"),
-)
 
-
-def evaluate_chat_with_progress(console: Console, prepared: PreparedChat) -> ChatScores:
+def evaluate_chat_with_progress(
+    console: Console, prepared: PreparedChat, notes: Console | None = None
+) -> ChatScores:
     """Score a model on its reference's answers with a progress bar, and show the figures.
+
+    Args:
+        console: where the figures are shown.
+        prepared: what is scored.
+        notes: where progress is shown; ``console`` if None.
 
     Raises:
         SvskError: see :func:`svsk_eval.chat.scoring.evaluate_chat`.
     """
     silence_progress_bars()
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("answers", total=len(prepared.order))
-
-        def show(what: str, done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-
-        scores = evaluate_chat(prepared, show)
+    with steps(notes or console, "answers", transient=True) as bar:
+        scores = evaluate_chat(prepared, bar.update)
     print_chat(console, scores)
     return scores
 
@@ -72,24 +61,3 @@ def print_chat(console: Console, scores: ChatScores) -> None:
     )
     if not scores.finished:
         console.print("No answer ended: raise --answer-tokens to see the ends.")
-
-
-def compare_scores_and_print(console: Console, files: Sequence[Path]) -> dict[str, Any]:
-    """Compare what all files hold: scores of a text, of answers, or of both; JSON-ready.
-
-    Raises:
-        EvalError: see :func:`svsk_eval.text.compare.compare_files` and
-            :func:`svsk_eval.chat.compare.compare_chat_files`.
-    """
-    chat = all(map(has_chat, files))
-    result: dict[str, Any] = {"baseline": str(files[0])}
-    if not chat or all(map(has_text, files)):
-        comparisons = compare_files(files)
-        print_comparisons(console, files[0], comparisons)
-        result["comparisons"] = [asdict(comparison) for comparison in comparisons]
-    if chat:
-        comparisons = compare_chat_files(files)
-        console.print("On the reference's answers, by prompt:")
-        print_comparisons(console, files[0], comparisons, _CHAT_COMPARED)
-        result["chat"] = [asdict(comparison) for comparison in comparisons]
-    return result

@@ -15,88 +15,16 @@ Answers that ran into the limit have no end, those that are nothing but their en
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
 
-import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator
 
 from svsk_eval.chat.answers import Answer
-from svsk_eval.text.metrics import FloatArray, mean_se, score_chunk
+from svsk_eval.chat.scores import SERIES, ChatScores
+from svsk_eval.text.metrics import score_chunk
+from svsk_eval.text.series import FloatArray
 from svsk_offline.calibration.text import token_fingerprint
 
-__all__ = ["ChatScores", "Figure", "first_flip", "score_answer", "summarize_chat"]
-
-_OVER_TOKENS: Final = ("nll", "ref_nll", "kl", "top1", "early_end", "ref_early_end")
-_AT_THE_END: Final = ("end_kl", "end_probability", "ref_end_probability")
-_SERIES: Final = (*_OVER_TOKENS, *_AT_THE_END)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A mean over prompts.
-
-    Attributes:
-        mean: of all prompts that have the figure.
-        se: its standard error; None with one prompt.
-    """
-
-    mean: float
-    se: float | None
-
-
-class ChatScores(BaseModel):
-    """What ``svsk eval --chat --json`` writes of the answers under ``chat``.
-
-    Attributes:
-        answers_fingerprint: SHA-256 of the tokens of all prompts and answers, and of their numbers.
-        prompts: how many, P.
-        finished: how many of the answers ended by themselves.
-        answer_tokens: most tokens of an answer, its end included.
-        tokens: tokens of all answers, without their ends.
-        per_prompt: figures by name, P each, see the top of this file; None where an answer has no
-            end or no tokens. KL and NLL are in nats per token, the others 0 to 1.
-    """
-
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-    answers_fingerprint: str
-    prompts: int
-    finished: int
-    answer_tokens: int
-    tokens: int
-    per_prompt: Mapping[str, tuple[float | None, ...]]
-
-    @field_validator("per_prompt")
-    @classmethod
-    def _complete(cls, series: Mapping[str, tuple[float | None, ...]]) -> Any:
-        if not set(_SERIES) <= set(series) or len(set(map(len, series.values()))) != 1:
-            raise ValueError(f"expected {', '.join(_SERIES)}, as many values in every one")
-        return series
-
-    @property
-    def series(self) -> dict[str, FloatArray]:
-        """The figures per prompt and ``delta_nll``, float64 [P] each, NaN where there is none."""
-        series = {name: np.array(values, np.float64) for name, values in self.per_prompt.items()}
-        return {**series, "delta_nll": series["nll"] - series["ref_nll"]}
-
-    def figures(self) -> dict[str, Figure]:
-        """Mean and standard error of each series that any prompt has."""
-        known = {name: values[~np.isnan(values)] for name, values in self.series.items()}
-        return {
-            name: Figure(float(values.mean()), mean_se(values[:, None]))
-            for name, values in known.items()
-            if len(values)
-        }
-
-    def to_json(self) -> dict[str, Any]:
-        """What ``json`` can write: the fields, and each figure with its standard error."""
-        flat: dict[str, Any] = {}
-        for name, figure in self.figures().items():
-            flat |= {name: figure.mean, f"{name}_se": figure.se}
-        fields = self.model_dump(mode="json")
-        per_prompt = fields.pop("per_prompt")
-        return {**flat, **fields, "per_prompt": per_prompt}
+__all__ = ["ChatScores", "first_flip", "score_answer", "summarize_chat"]
 
 
 def score_answer(
@@ -120,7 +48,7 @@ def score_answer(
     scores = score_chunk(logits, targets, ref_logits)
     count = len(answer.answer)
     ending, ref_ending = _ending(logits, ends), _ending(ref_logits, ends)
-    kept: dict[str, float | None] = dict.fromkeys(_SERIES)
+    kept: dict[str, float | None] = dict.fromkeys(SERIES)
     assert scores.kl is not None, "there is a reference"
     if count:
         for name in ("nll", "ref_nll", "kl", "top1"):
@@ -168,7 +96,7 @@ def summarize_chat(
         finished=sum(answer.end is not None for answer in answers),
         answer_tokens=answer_tokens,
         tokens=sum(len(answer.answer) for answer in answers),
-        per_prompt={name: tuple(score[name] for score in scores) for name in _SERIES},
+        per_prompt={name: tuple(score[name] for score in scores) for name in SERIES},
     )
 
 

@@ -24,7 +24,7 @@ from svsk_eval.text.models import (
 )
 from svsk_kernels.cpu.processor import has_bf16_products
 from svsk_offline.pipeline import resolve_device
-from svsk_offline.storage.model_loading import resolve_model
+from svsk_offline.storage.hub import resolve_model
 
 __all__ = ["ChatProgress", "ChatRequest", "PreparedChat", "evaluate_chat", "prepare_chat"]
 

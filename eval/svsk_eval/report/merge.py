@@ -13,6 +13,8 @@ from svsk_eval.report.analysis import Analysis, analyze, check_tasks
 from svsk_eval.report.console import print_report
 from svsk_eval.report.markdown import markdown_report
 from svsk_eval.report.schema import BenchReport, ModelRun, TaskRun, TextScores, load_report
+from svsk_offline.storage.atomic import write_text
+from svsk_offline.terminal import write_json
 
 __all__ = [
     "below_minimum",
@@ -135,10 +137,7 @@ def compare_and_print(
     write_pages = page_writer(markdown, html)
     analysis = compare_reports(files)
     print_report(console, analysis)
-    if json_file is not None:
-        from svsk_offline.storage.atomic import write_json
-
-        write_json(json_file, {"files": [str(path) for path in files], **analysis.to_json()})
+    write_json(json_file, {"files": [str(path) for path in files], **analysis.to_json()})
     write_pages(analysis)
     return analysis
 
@@ -161,9 +160,6 @@ def page_writer(markdown: Path | None, html: Path | None) -> Callable[[Analysis]
             ) from error
 
     def write(analysis: Analysis) -> None:
-        # brings in torch, which showing a report does not need
-        from svsk_offline.storage.atomic import write_text
-
         if markdown is not None:
             write_text(markdown, markdown_report(analysis))
         if html is not None:

@@ -29,8 +29,12 @@ NAME: Final = "sweep"
 """Of the report's files."""
 
 
-def sweep_with_progress(console: Console, request: SweepRequest) -> bool:
+def sweep_with_progress(
+    console: Console, request: SweepRequest, notes: Console | None = None
+) -> bool:
     """Run a sweep with a progress bar; show its table, and write it, the figure and the JSON file.
+
+    ``notes`` is where progress is shown, ``console`` if None.
 
     Returns:
         Whether every model could be made and scored.
@@ -38,6 +42,7 @@ def sweep_with_progress(console: Console, request: SweepRequest) -> bool:
     Raises:
         SvskError: see :func:`svsk_eval.sweep.sweep.sweep`.
     """
+    notes = notes or console
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -45,14 +50,14 @@ def sweep_with_progress(console: Console, request: SweepRequest) -> bool:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=notes, transient=True) as bar:
         line, last = bar.add_task("", total=None), ""
 
         def show(label: str, what: str, done: int, known: int) -> None:
             nonlocal last
             text = f"{label}: {what}"
-            if text != last and (not console.is_terminal or what.startswith("failed")):
-                console.print(text, markup=False)  # a log gets a line per step
+            if text != last and (not notes.is_terminal or what.startswith("failed")):
+                notes.print(text, markup=False)  # a log gets a line per step
             last = text
             bar.update(
                 line, description=text.replace("[", r"\["), completed=done, total=known or None
@@ -61,7 +66,7 @@ def sweep_with_progress(console: Console, request: SweepRequest) -> bool:
         report = sweep(
             request,
             show,
-            lambda text: console.print(text, markup=False),
+            lambda text: notes.print(text, markup=False),
             lambda report: write_report(report, request.out),
         )
     print_table(console, sweep_table([report], _title(report)))

@@ -31,8 +31,8 @@ from svsk_offline.pipeline import load_texts, resolve_device
 from svsk_offline.preflight import check_apart
 from svsk_offline.storage.atomic import write_text
 from svsk_offline.storage.dense_model import ModelSource
+from svsk_offline.storage.hub import resolve_model
 from svsk_offline.storage.locks import LOCK_NAME, locked
-from svsk_offline.storage.model_loading import resolve_model
 from svsk_vllm.format.spec import TensorSpec
 
 __all__ = ["sweep"]

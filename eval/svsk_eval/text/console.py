@@ -3,17 +3,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 
 from svsk_eval.text.activations import ACTIVATIONS
 from svsk_eval.text.compare import Comparison
-from svsk_eval.text.models import silence_progress_bars
-from svsk_eval.text.request import TextRequest, score
+from svsk_offline.terminal import steps
+
+if TYPE_CHECKING:
+    from svsk_eval.text.request import TextRequest
 
 __all__ = ["COMPARED", "evaluate_with_progress", "print_comparisons", "print_scores"]
 
@@ -37,21 +38,29 @@ The same reference on another machine may differ by less, another reference diff
 """
 
 
-def evaluate_with_progress(console: Console, request: TextRequest) -> dict[str, Any]:
+def evaluate_with_progress(
+    console: Console, request: "TextRequest", notes: Console | None = None
+) -> dict[str, Any]:
     """Score a model with a progress bar, show the figures, and return them JSON-ready.
+
+    Args:
+        console: where the figures are shown.
+        request: what is scored.
+        notes: where progress is shown; ``console`` if None.
 
     Raises:
         EvalError: see :func:`svsk_eval.text.request.score`.
     """
+    from svsk_eval.text.models import silence_progress_bars  # torch, which comparing does not need
+    from svsk_eval.text.request import score
+
     silence_progress_bars()
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("chunks", total=request.chunks)
+    with steps(notes or console, "chunks", transient=True) as bar:
 
         def show(done: int, total: int) -> None:
             # the served models come one after the other
             starting = request.engine == "vllm" and done % request.chunks == 0 and done < total
-            what = "vLLM starts" if starting else "chunks"
-            bar.update(task, completed=done, total=total, description=what)
+            bar.update("vLLM starts, chunks" if starting else "chunks", done, total)
 
         scores = score(request, show).to_json()
     print_scores(console, scores)

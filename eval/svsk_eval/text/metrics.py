@@ -19,23 +19,22 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from svsk_eval.errors import EvalError
+from svsk_eval.text.series import FloatArray, jackknife_se, mean_se
 
 __all__ = [
     "ChunkMeans",
     "ChunkScores",
     "EvalInputs",
     "EvalResult",
+    "FloatArray",
     "jackknife_se",
     "mean_se",
     "score_chunk",
     "summarize",
 ]
-
-FloatArray = npt.NDArray[np.float64]
 
 BLOCK_ELEMENTS = 1 << 21
 """Logits worked on at a time.
@@ -276,41 +275,6 @@ def summarize(chunks: Sequence[ChunkScores]) -> EvalResult:
             *(None if values is None else _chunk_means(values) for values in (ref_nll, kl, top1)),
         ),
     )
-
-
-def mean_se(values: FloatArray) -> float | None:
-    """Standard error of the mean of ``values`` [C, T], whose rows (chunks) are the samples.
-
-    Returns:
-        std(row means, ddof=1) / sqrt(C), or None for one row.
-    """
-    if values.shape[0] < 2:
-        return None
-    return float(values.mean(axis=1).std(ddof=1) / np.sqrt(values.shape[0]))
-
-
-def jackknife_se(values: FloatArray, quantile: float) -> float | None:
-    """Standard error of a quantile of all ``values`` [C, T] by the jackknife over rows (chunks).
-
-    se^2 = (C - 1) / C * sum_i (theta_i - mean theta)^2, with theta_i the quantile without row i
-    (Efron, The Jackknife, the Bootstrap and Other Resampling Plans, 1982, ch. 3). Leaving out whole
-    chunks also makes the jackknife usable for a quantile, where leaving out single values fails
-    (Shao and Wu, Annals of Statistics 17, 1989).
-
-    Args:
-        values: the sample, [C, T].
-        quantile: between 0 and 1.
-
-    Returns:
-        The standard error, or None for one row.
-    """
-    count = values.shape[0]
-    if count < 2:
-        return None
-    left_out = np.array(
-        [np.quantile(np.delete(values, row, axis=0), quantile) for row in range(count)]
-    )
-    return float(np.sqrt((count - 1) / count * np.square(left_out - left_out.mean()).sum()))
 
 
 def _score_rows(

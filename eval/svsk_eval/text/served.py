@@ -31,7 +31,7 @@ import torch
 from pydantic import BaseModel, JsonValue, ValidationError
 from safetensors import safe_open
 
-from svsk_eval.errors import EvalError
+from svsk_eval.errors import EvalError, first_problem
 from svsk_eval.processes import answer_request, run_request
 from svsk_eval.text.engine_args import engine_arguments
 from svsk_eval.text.metrics import ChunkScores, EvalInputs, EvalResult, FloatArray, summarize
@@ -183,7 +183,9 @@ def served_scores(
     try:
         request = ServeRequest(engine=arguments, tokens=tokens.tolist())
     except ValidationError as error:
-        raise EvalError(f"The engine arguments {engine_args} are not JSON: {error}.") from error
+        raise EvalError(
+            f"The engine arguments {engine_args} are not JSON: {first_problem(error)}."
+        ) from error
     total = len(tokens)
     show = progress or (lambda done, total: None)
     show(0, total)

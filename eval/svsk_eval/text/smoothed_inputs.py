@@ -28,7 +28,7 @@ from svsk_offline.planning.smoothing import plan_smoothing
 from svsk_offline.recipe_sections import SmoothingArgs
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.fold import Fold
-from svsk_offline.storage.model_loading import resolve_model
+from svsk_offline.storage.hub import resolve_model
 
 __all__ = ["app", "fold_loaded", "measure"]
 

@@ -2,6 +2,7 @@
 """What ``svsk tune`` shows."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,11 +14,11 @@ from rich.table import Table
 
 from svsk_eval.text.models import silence_progress_bars
 from svsk_eval.tune.search import Step
-from svsk_eval.tune.trials import Score, differences, pareto_front
+from svsk_eval.tune.trials import Score, Trial, differences, pareto_front
 from svsk_eval.tune.tune import TuneProgress, TuneResult, tune
 from svsk_offline.recipe import Recipe
 
-__all__ = ["print_trials", "tune_with_progress"]
+__all__ = ["print_trials", "tune_with_progress", "tuned_figures"]
 
 _VERDICTS: Final = {
     "first": "to beat",
@@ -35,6 +36,7 @@ def tune_with_progress(
     recipe: Recipe,
     *,
     budget_minutes: float,
+    notes: Console | None = None,
     **options: Any,
 ) -> TuneResult:
     """Run :func:`svsk_eval.tune.tune.tune` with a bar and a line per trial; show all at the end.
@@ -45,18 +47,18 @@ def tune_with_progress(
         out: recipe file to write.
         recipe: where to start.
         budget_minutes: of all runs of the search together.
+        notes: where the bar and the lines of trials are shown; ``console`` if None.
         options: further ones of ``tune``.
     """
     silence_progress_bars()
+    notes = notes or console
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
 
         def start(number: int, trial: Recipe) -> None:
@@ -64,10 +66,10 @@ def tune_with_progress(
             bar.reset(task, total=None, description=escape(f"trial {number}: {changed}"))
 
         def step(done: Step) -> None:
-            console.print(_line(done, recipe, budget_minutes), markup=False)
+            notes.print(_line(done, recipe, budget_minutes), markup=False)
 
         callbacks = TuneProgress(
-            message=lambda text: console.print(text, markup=False),
+            message=lambda text: notes.print(text, markup=False),
             start=start,
             block=lambda index, total: bar.update(task, completed=index, total=total),
             step=step,
@@ -77,6 +79,25 @@ def tune_with_progress(
         )
     print_trials(console, result)
     return result
+
+
+def tuned_figures(result: TuneResult) -> dict[str, Any]:
+    """What a search found, JSON-ready: every trial with what it changed, its score or its error."""
+
+    def figures(trial: Trial) -> dict[str, Any]:
+        return {
+            "changed": dict(differences(trial.recipe, result.default.recipe)),
+            "score": None if trial.score is None else asdict(trial.score),
+            "error": trial.error,
+        }
+
+    return {
+        "out": str(result.out),
+        "chosen": figures(result.chosen),
+        "trials": [figures(trial) for trial in result.trials],
+        "seconds": result.seconds,
+        "converged": result.converged,
+    }
 
 
 def print_trials(console: Console, result: TuneResult) -> None:

@@ -42,8 +42,8 @@ from svsk_offline.preflight import check_recipe, check_recipe_file
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.atomic import PartialFolder, write_text
 from svsk_offline.storage.dense_model import ModelSource
+from svsk_offline.storage.hub import resolve_model
 from svsk_offline.storage.locks import LOCK_NAME, locked
-from svsk_offline.storage.model_loading import resolve_model
 from svsk_vllm.format.shards import read_json
 from svsk_vllm.version import __version__
 

@@ -8,16 +8,16 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.preflight import check_apart
 from svsk_offline.storage.locks import locked
-from svsk_vllm.format.shards import INDEX_NAME, ShardedReader
+from svsk_vllm.format.contents import StoredTensor
+from svsk_vllm.format.shard_headers import INDEX_NAME, ShardHeaders
+
+if TYPE_CHECKING:  # text and JSON are written without it
+    import torch
 
 __all__ = [
     "PartialFolder",
@@ -73,9 +73,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file atomically; tensors that share memory are copied."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     ready: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -101,9 +104,9 @@ def write_tensors(
 
 def write_index(folder: Path, shards: Iterable[str]) -> None:
     """Write the index of a folder's shards, atomically, by what their headers say."""
-    reader = ShardedReader(folder, shards=shards)
+    reader = ShardHeaders(folder, shards=shards)
     weight_map = {name: reader.shard_of(name) for name in reader.names}
-    size = sum(reader.describe(name).num_bits for name in reader.names) // 8
+    size = sum(StoredTensor(*reader.stored(name)).num_bits for name in reader.names) // 8
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_json(folder / INDEX_NAME, index)
 

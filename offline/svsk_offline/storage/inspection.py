@@ -140,13 +140,25 @@ def print_inspection(console: Console, inspection: dict[str, Any]) -> None:
         (
             f"recipe {producer.get('recipe', 'unknown')}"
             f" ({str(producer.get('recipe_hash', 'unknown'))[:12]}), written by svsk"
-            f" {producer.get('svsk', 'unknown')}, calibration"
-            f" {producer.get('calibration', 'unknown')}"
+            f" {producer.get('svsk', 'unknown')}"
         ),
+        _calibration_line(producer.get("calibration")),
         *smoothing_lines(producer.get("smoothing")),
     ):
         # What the folder says of itself: no markup, nothing that a terminal obeys.
         console.print("".join(c if c.isprintable() else "?" for c in line), markup=False)
+
+
+def _calibration_line(record: Any) -> str:
+    """What ``producer.calibration`` says of the text; anybody may have written it."""
+    if not isinstance(record, dict):
+        return f"calibration {record or 'unknown'}"
+    line = (
+        f"calibration {record.get('source', 'unknown')}, {record.get('samples', '?')} samples of"
+        f" {record.get('seq_len', '?')} tokens"
+    )
+    held_out = record.get("held_out")
+    return f"{line}, {held_out} of them held out" if held_out else line
 
 
 def smoothing_lines(record: Any) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding a model and building its class as its makers mean it.
+"""Building a model's class as its makers mean it.
 
 The one place where transformers is asked.
 
@@ -23,51 +23,9 @@ __all__ = [
     "needs_own_code",
     "own_code_refused",
     "read_model_config",
-    "resolve_model",
 ]
 
-_WANTED_FILES: Final = tuple(
-    """
-    *.json *.safetensors *.jinja *.txt *.model *.tiktoken tokenizer* LICENSE* LICENCE* NOTICE*
-    *.md USE_POLICY*
-    """.split()  # noqa: SIM905 - a literal would take a line for each
-)
-_UNWANTED_FILES: Final = tuple(
-    """
-    */*.safetensors */*.json */*.txt */*.model consolidated* adapter_* *.fp16.safetensors
-    *.fp16-*.safetensors *.fp32.safetensors *.gguf *.bin *.pth *.pt *.h5 *.msgpack *.onnx
-    """.split()  # noqa: SIM905 - a literal would take a line for each
-)
-"""Copies of the weights for other programs, and folders of other formats."""
-
 _SOFT_CAPS: Final = ("attn_logit_softcapping", "attn_logit_softcap", "attention_logit_softcapping")
-
-
-def resolve_model(model: str, *, trust_remote_code: bool = False) -> Path:
-    """Folder of a model given as a folder or a hub name.
-
-    Args:
-        model: folder or hub name.
-        trust_remote_code: download Python files that come with it, too.
-
-    Raises:
-        SvskError: neither a folder nor something the hub, or its local cache, has.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    if model.count("/") > 1 or model.startswith((".", "/", "~")):
-        raise SvskError(f"{model}: no such folder.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = [*_WANTED_FILES, *(["*.py"] if trust_remote_code else [])]
-    try:
-        return Path(
-            snapshot_download(model, allow_patterns=patterns, ignore_patterns=list(_UNWANTED_FILES))
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise SvskError(f"{model}: not a folder, and the hub did not give it ({error}).") from error
 
 
 @contextlib.contextmanager

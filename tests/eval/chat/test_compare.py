@@ -121,7 +121,7 @@ def test_references_that_differ_are_told(write: Write) -> None:
         ({"kl": [0.5]}, "other: not a file of .*per_prompt: .*as many values in every one"),
         ({"chat": {"per_prompt": {}}}, "other: not a file of .*per_prompt: .*expected nll"),
         ({"kl": [0.5, 0.25, None, "x"]}, "other: not a file of .*kl.*valid number"),
-        ({"chat": {"prompts": None}}, "other: not a file of .*chat.prompts: Field required"),
+        ({"chat": {"prompts": None}}, "other: not a file of .*chat.prompts: is missing"),
     ],
 )
 def test_files_that_cannot_be_compared(write: Write, changes: Any, message: str) -> None:
@@ -141,4 +141,4 @@ def test_files_without_scores_of_answers(write: Write, tmp_path: Path) -> None:
     text.write_text(json.dumps(content))
     result = compare(write("base"), text)
     assert result.exit_code == 1
-    assert "text_fingerprint: Field required" in " ".join(result.output.split())
+    assert "text_fingerprint: is missing" in " ".join(result.output.split())

@@ -464,7 +464,7 @@ def test_an_unknown_engine_in_a_file_is_refused(tmp_path: Path) -> None:
         scores_file(tmp_path / "bad.json", 1.0, engine="tgi"),
     )
     with pytest.raises(
-        EvalError, match=r"bad\.json: not a .*old\.json: engine: Input should be 'hf' or 'vllm'"
+        EvalError, match=r"bad\.json: not a .*old\.json: engine: expected hf or vllm"
     ):
         compare_files([old, bad])
 

@@ -348,7 +348,7 @@ def test_errors_come_before_any_work(dense: Path, tmp_path: Path, quantized: lis
         ([out, "--budget-minutes", 0], "--budget-minutes is 0.0, expected more than 0"),
         ([out, "--work-dir", tmp_path / "file"], "is a file, expected a folder"),
         ([out, "--work-dir", dense], "overlaps the model"),
-        ([out, "--target-bpw", 3], "allocation.target_bpw: Input should be greater than 4"),
+        ([out, "--target-bpw", 3], "allocation.target_bpw: expected more than 4"),
         (
             [out, "--target-bpw", 4.5, "--recipe", "published"],
             "allocation: goes with method alternating only",

@@ -22,8 +22,9 @@ from svsk_kernels.errors import SvskError
 from svsk_offline.pipeline import quantize
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.dense_model import ModelSource
+from svsk_offline.storage.hub import resolve_model
 from svsk_offline.storage.inspection import validate_against_architecture
-from svsk_offline.storage.model_loading import attention_arguments, read_model_config, resolve_model
+from svsk_offline.storage.model_loading import attention_arguments, read_model_config
 from svsk_vllm.format import Checkpoint, ShardedReader, SvskFormatError
 from tests.support.format_builders import edit_json
 from tests.support.tiny_models import Family, write_dense

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the commands write, and how much: nothing that a terminal would obey gets there.
+
+Names, notes and answers come from checkpoints, which anybody may have made. Control characters in
+them are shown as a replacement character, whatever prints them.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+__all__ = [
+    "STDOUT",
+    "Steps",
+    "Terminal",
+    "console",
+    "duration",
+    "log_libraries",
+    "notes",
+    "printable",
+    "reset",
+    "results_to_stdout",
+    "steps",
+    "write_json",
+]
+
+STDOUT: Final = Path("-")
+"""What ``--json`` takes for standard output."""
+
+_EVERY: Final = 15.0
+"""Seconds between two lines of progress where there is no terminal to draw a bar on."""
+
+_REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
+_KEPT: Final = "\n\t"
+
+
+def printable(text: str) -> str:
+    """A text with every control character but line breaks and tabs replaced."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in _KEPT else _REPLACEMENT for c in text)
+
+
+class Terminal(Console):
+    """A console whose strings never are anything that a terminal obeys."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(soft_wrap=True, highlight=False, stderr=stderr)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            text = segment.text
+            if segment.control or text.isprintable():
+                yield segment
+            else:
+                yield Segment(printable(text), segment.style)
+
+
+console: Final = Terminal()
+"""For what a command is asked for: tables, figures, names of what was written."""
+
+notes: Final = Terminal()
+"""For what it says on the way. Silent under ``--quiet``."""
+
+
+def reset() -> None:
+    """Begin a command: results and notes on standard output, nothing silent."""
+    for one in (console, notes):
+        one.stderr, one.quiet = False, False
+
+
+def results_to_stdout() -> None:
+    """Leave standard output to the JSON that ``--json -`` writes there."""
+    for one in (console, notes):
+        one.stderr = True
+
+
+def log_libraries() -> None:
+    """Show what libraries log, on standard error; ``--verbose``."""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+
+
+def write_json(target: Path | None, value: Any) -> None:
+    """Write the figures of a command where ``--json`` says, if it was given."""
+    if target is None:
+        return
+    if target == STDOUT:
+        print(json.dumps(value, indent=2))  # all of it ASCII: nothing that a terminal obeys
+        return
+    from svsk_offline.storage.atomic import write_json as write
+
+    write(target, value)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: ``45 s``, ``12 min``, ``3 h 20 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+class Steps:
+    """Progress through counted steps.
+
+    Args:
+        show: draws it: what is counted, how much is done, of how much if that is known, and a line
+            that says all of it, None where none is due.
+        clock: seconds.
+        every: seconds between two lines.
+    """
+
+    def __init__(
+        self,
+        show: Callable[[str, int, int | None, str | None], None],
+        clock: Callable[[], float] = time.monotonic,
+        every: float = _EVERY,
+    ) -> None:
+        self._show, self._clock, self._every = show, clock, every
+        self._what, self._done = "", 0
+        self._started = self._said = clock()
+
+    def update(self, what: str, done: int, total: int | None) -> None:
+        """Say that ``done`` steps of ``total`` are done; fewer than before begin a new pass."""
+        now = self._clock()
+        if what != self._what or done < self._done:
+            self._what, self._started = what, now
+        advanced, self._done = done != self._done, done
+        finished = total is not None and done >= total
+        line = None
+        if done and advanced and (finished or now - self._said >= self._every):
+            self._said = now
+            spent = now - self._started
+            line = f"{what} {done}/{'?' if total is None else total}, {duration(spent)}"
+            if total is not None and not finished and spent:
+                line += f", about {duration(spent / done * (total - done))} left"
+        self._show(what, done, total, line)
+
+
+@contextmanager
+def steps(on: Console, first: str, *, transient: bool = False) -> Iterator[Steps]:
+    """A bar on a terminal, elsewhere a line now and then.
+
+    Args:
+        on: where it is shown, with whatever else is printed there meanwhile.
+        first: what is being done before anything is counted.
+        transient: take the bar away at the end.
+    """
+    if not on.is_terminal:
+
+        def say(what: str, done: int, total: int | None, line: str | None) -> None:
+            if line is not None:
+                on.print(line, markup=False)
+
+        yield Steps(say)
+        return
+    from rich.progress import (  # takes a while; most commands show no bar
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=on, transient=transient) as bar:
+        task = bar.add_task(first, total=None)
+
+        def draw(what: str, done: int, total: int | None, line: str | None) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield Steps(draw)
