@@ -155,6 +155,7 @@ def evaluate(
     choose("--dtype", dtype, _DTYPES)
     choose("--engine", engine, _ENGINES)
     _check_models(model, reference)
+    from svsk_eval.cards import eval_rows, note_in_card
     from svsk_eval.chat.command import check_options, evaluate_parts
     from svsk_eval.chat.scoring import ChatRequest
     from svsk_eval.text.engine_args import parse_engine_args
@@ -191,7 +192,9 @@ def evaluate(
     if chat is not None:
         parts = {"file": chat, "prompts": prompts, "answer_tokens": answer_tokens}
         asked = ChatRequest(**parts, answers=answers, **about)
-    write_json(json_file, evaluate_parts(console, scored, asked, notes))
+    figures = evaluate_parts(console, scored, asked, notes)
+    note_in_card(notes, model, eval_rows(figures, text, chat))
+    write_json(json_file, figures)
 
 
 @app.command(

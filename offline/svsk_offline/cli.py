@@ -465,5 +465,44 @@ def restore(
     export(folder, out, "dense", overwrite=overwrite, json_file=json_file)
 
 
+@app.command(
+    epilog=examples(
+        "svsk push qwen3-4b-svsk me/Qwen3-4B-svsk",
+        'svsk push qwen3-4b-svsk me/Qwen3-4B-svsk --private --message "4.45 bits"',
+    )
+)
+def push(
+    folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")],
+    repository: Annotated[str, typer.Argument(help="Name on the hub, owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "SVSK checkpoint",
+    trust_remote_code: TrustRemoteCode = False,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Validate a checkpoint and upload it to the hub.
+
+    With the token of `hf auth login`; to another hub where HF_ENDPOINT names one.
+    """
+    from svsk_offline.push import check_repository
+    from svsk_offline.push import push as upload
+    from svsk_offline.storage.hub import check_checkpoint
+
+    check_report_files(json=json_file)
+    check_checkpoint(folder)
+    check_repository(repository)
+    address = upload(
+        folder,
+        repository,
+        private=private,
+        message=message,
+        trust_remote_code=trust_remote_code,
+        note=_say_note,
+    )
+    console.print(address, markup=False)
+    write_json(json_file, {"repository": repository, "commit": address})
+
+
 if __name__ == "__main__":
     app()

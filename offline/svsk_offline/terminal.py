@@ -16,6 +16,8 @@ from typing import Any, Final
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
+from svsk_offline.printable import printable
+
 __all__ = [
     "STDOUT",
     "Steps",
@@ -24,7 +26,6 @@ __all__ = [
     "duration",
     "log_libraries",
     "notes",
-    "printable",
     "reset",
     "results_to_stdout",
     "steps",
@@ -36,16 +37,6 @@ STDOUT: Final = Path("-")
 
 _EVERY: Final = 15.0
 """Seconds between two lines of progress where there is no terminal to draw a bar on."""
-
-_REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
-_KEPT: Final = "\n\t"
-
-
-def printable(text: str) -> str:
-    """A text with every control character but line breaks and tabs replaced."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in _KEPT else _REPLACEMENT for c in text)
 
 
 class Terminal(Console):

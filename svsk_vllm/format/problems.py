@@ -56,6 +56,12 @@ def problem_text(item: Mapping[str, Any]) -> str:
     if kind in _EXPECTED:
         expected = _EXPECTED[kind].format(**context).replace("'", "")
         return f"expected {expected}, got {shown(item['input'])}"
-    # The project's own validators say what they found; other kinds are rare.
-    text = str(context["error"]) if kind == "value_error" else str(item["msg"])
-    return text[0].lower() + text[1:] if kind != "value_error" else text
+    if kind == "json_invalid":
+        return f"not valid JSON ({context['error']})"
+    if kind != "value_error":
+        text = str(item["msg"])
+        return text[0].lower() + text[1:]
+    text = str(context["error"])  # of the project's own validators
+    given = item["input"]
+    said = str(given) in text or not isinstance(given, str | int | float)
+    return text if said else f"{text} (got {shown(given)})"

@@ -141,16 +141,19 @@ def test_writes_the_current_version() -> None:
         (lambda raw: group_0(raw)["sidecar"].update(tile_m=-1), ["sidecar.tile_m", "-1"]),
         (lambda raw: group_0(raw)["sidecar"].update(tile_n=1.5), ["sidecar.tile_n", "1.5"]),
         (lambda raw: group_0(raw).update(targets=[]), ["group_0.targets"]),
-        (lambda raw: group_0(raw).pop("targets"), ["group_0.targets", "required"]),
+        (lambda raw: group_0(raw).pop("targets"), ["group_0.targets", "is missing"]),
         (
             lambda raw: group_0(raw).update(targets=["re:(q_proj"]),
             ["group_0.targets", "re:(q_proj", "regular expression"],
         ),
         (lambda raw: raw.update(ignore=["re:*"]), ["ignore.0", "re:*", "regular expression"]),
         (lambda raw: raw.update(config_groups={}), ["config_groups"]),
-        (lambda raw: raw.pop("config_groups"), ["config_groups", "required"]),
-        (lambda raw: raw.update(format="pack-quantized"), ["format", "'svsk'", "pack-quantized"]),
-        (lambda raw: raw.update(quant_method="awq"), ["quant_method", "'svsk'", "awq"]),
+        (lambda raw: raw.pop("config_groups"), ["config_groups", "is missing"]),
+        (
+            lambda raw: raw.update(format="pack-quantized"),
+            ["format", "expected svsk", "pack-quantized"],
+        ),
+        (lambda raw: raw.update(quant_method="awq"), ["quant_method", "expected svsk", "awq"]),
     ],
 )
 def test_refuses_and_names_the_key(change: Callable[[Raw], object], words: list[str]) -> None:

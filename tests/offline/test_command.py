@@ -16,9 +16,10 @@ from typer.testing import CliRunner, Result
 
 from svsk_eval.cli import app
 from svsk_offline.pipeline import Progress, quantize
+from svsk_offline.printable import printable
 from svsk_offline.recipe import Recipe, parse_recipe, recipe_names
 from svsk_offline.storage.layer_report import LayerReport
-from svsk_offline.terminal import Steps, Terminal, duration, printable
+from svsk_offline.terminal import Steps, Terminal, duration
 from svsk_offline.unfinished import differences
 from svsk_vllm.format.problems import problem_text
 from tests.support.format_builders import edit_json
@@ -228,8 +229,8 @@ def test_differences_that_follow_from_others_are_left_out() -> None:
             "expected a or b, got 'x'",
         ),
         (
-            {"type": "value_error", "input": 1, "ctx": {"error": ValueError("expected 2")}},
-            "expected 2",
+            {"type": "value_error", "input": 1, "ctx": {"error": ValueError("expected 2, got 1")}},
+            "expected 2, got 1",
         ),
         ({"type": "other", "input": 1, "msg": "Something else"}, "something else"),
     ],

@@ -99,9 +99,7 @@ def test_a_bug_says_where_to_report_it_and_keeps_its_traceback(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setattr(
-        "svsk_offline.storage.hub.check_checkpoint", raiser(KeyError("weights"))
-    )
+    monkeypatch.setattr("svsk_offline.storage.hub.check_checkpoint", raiser(KeyError("weights")))
     result = svsk("inspect", tmp_path)
     assert result.exit_code == 1
     (log,) = tmp_path.glob("svsk-*.log")

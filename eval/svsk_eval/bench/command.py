@@ -21,6 +21,7 @@ from rich.progress import (
 from svsk_eval.bench.options import BenchOptions, Candidate
 from svsk_eval.bench.progress import RunProgress, Step
 from svsk_eval.bench.runner import bench, package_versions
+from svsk_eval.cards import bench_rows, note_in_card
 from svsk_eval.errors import EvalError
 from svsk_eval.report.analysis import analyze
 from svsk_eval.report.console import print_report
@@ -204,6 +205,8 @@ def bench_with_progress(
         write_json(json_file, report.model_dump(mode="json"))
     analysis = analyze(report)
     print_report(console, analysis)
+    for one in candidates[1:]:
+        note_in_card(notes or console, one.name, bench_rows(analysis, one.label))
     write_pages(analysis)
     if min_recovery is None:
         return True

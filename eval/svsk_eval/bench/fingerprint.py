@@ -36,7 +36,7 @@ _ENGINES: Final = (
     "vllm_engine",
     "worker",
 )
-_NOT_SCORING: Final = ("compare.py", "console.py", "generate.py")
+_NOT_SCORING: Final = ("compare.py", "compared.py", "console.py", "generate.py")
 
 _HARMLESS: Final = (
     "SVSK_DATA",  # the items it gives are hashed themselves

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,7 +38,10 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors would leave 0600
         write(temporary)
+        temporary.chmod(stat.S_IMODE(mode))
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a checkpoint being written: a shard per decoder block, then everything else."""
+"""The files of a checkpoint being written: a part per decoder block, then everything else.
+
+Parts lie in the working folder, so that a run that is stopped goes on after the last one. At the
+end they are put together into files of at most 5 GB. Which parts a file takes is written down
+before the first is put together: a part is removed as soon as its file is there, and a run that is
+stopped meanwhile finds it there.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,13 +15,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import load_file
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.storage.atomic import write_index, write_json, write_tensors, write_text
 from svsk_offline.storage.dense_model import ModelSource
+from svsk_offline.storage.inspection import whole_bits_per_weight
 from svsk_offline.storage.layer_report import LayerReport
 from svsk_offline.storage.model_card import Origin, model_card
+from svsk_offline.storage.shard_files import group_files, merge_files, shard_names
 from svsk_offline.storage.side_files import copy_side_files
 from svsk_vllm.format import (
     ConfigGroup,
@@ -27,9 +34,15 @@ from svsk_vllm.format import (
 from svsk_vllm.format.config import declared
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY, shard_fingerprint
 from svsk_vllm.format.seal import schemes_metadata
-from svsk_vllm.format.shards import read_json
+from svsk_vllm.format.shards import ShardedReader, read_json
+from svsk_vllm.format.suffixes import split_suffix
 
 __all__ = ["CheckpointWriter", "QuantizedTables"]
+
+SHARD_BYTES: Final = 5_000_000_000
+"""Of a file of the checkpoint, at most, but for a block or table that is larger by itself."""
+
+_PLAN_NAME: Final = "svsk-shards.json"
 
 _FLOAT32: Final = re.compile(r"(^|\.)(A_log|D|dt_bias|e_score_correction_bias|expert_bias)$")
 """Small vectors that vLLM's classes hold in float32 although transformers' do not say so."""
@@ -57,7 +70,7 @@ class CheckpointWriter:
 
     Args:
         folder: where to write, usually a partial folder.
-        notes: folder for what only an interrupted run needs, the reports of finished blocks.
+        notes: folder for what only an interrupted run needs, parts and reports of finished blocks.
         source: the dense model.
         scale_dtype: dtype of unquantised tensors.
         fingerprint: of the run, for the metadata of every shard.
@@ -74,15 +87,17 @@ class CheckpointWriter:
         self.folder, self.notes, self.source, self.scale_dtype = folder, notes, source, scale_dtype
         self.fingerprint = fingerprint
         self.blocks = source.blocks[1]
+        self.parts = notes / "parts"
+        self.parts.mkdir(exist_ok=True)
 
     def finished(self, index: int) -> list[LayerReport] | None:
-        """Reports of block ``index`` if a run with these inputs has written its shard."""
-        shard = self.shard_path(index + 1)
+        """Reports of block ``index`` if a run with these inputs has written its part."""
+        holder = self._holder(index + 1)
         reports = self._reports_path(index)
-        if not shard.exists() or not reports.exists():
+        if not holder.exists() or not reports.exists():
             return None
         try:
-            if shard_fingerprint(shard) != self.fingerprint:
+            if shard_fingerprint(holder) != self.fingerprint:
                 return None
         except SvskFormatError:  # damaged: it is written again, as another run's is
             return None
@@ -91,7 +106,7 @@ class CheckpointWriter:
     def write_block(
         self, index: int, linears: Sequence[QuantizedLinear], reports: Sequence[LayerReport]
     ) -> None:
-        """Write the shard of block ``index``: its quantised linears, its other tensors as is."""
+        """Write the part of block ``index``: its quantised linears, its other tensors as is."""
         tensors: dict[str, torch.Tensor] = {}
         for linear in linears:
             tensors |= linear.to_tensors()
@@ -99,19 +114,24 @@ class CheckpointWriter:
         for name in self.source.block_tensors(index):
             if name not in replaced:
                 tensors[self.source.map.output_name(name)] = self._dense(name)
-        shard = self.shard_path(index + 1)
-        self._write(shard, tensors)
+        self._write(self._part(index + 1), tensors)
         write_json(self._reports_path(index), {"layers": [asdict(report) for report in reports]})
 
     def read_block(self, index: int, schemes: Mapping[str, ConfigGroup]) -> list[QuantizedLinear]:
-        """The quantised linears of block ``index`` from its shard."""
-        tensors = load_file(self.shard_path(index + 1))
+        """The quantised linears of block ``index`` from its part, or the file that has it."""
+        holder = self._holder(index + 1)
+        reader = ShardedReader(holder.parent, shards=[holder.name])
+        stored: dict[str, list[str]] = {}
+        for name in reader.names:
+            if split := split_suffix(name):
+                stored.setdefault(split[0], []).append(name)
         linears = []
         for _, full, linear in self.source.linears(index):
             if full in schemes:
                 spec = LinearSpec(
                     full, linear.out_features, linear.in_features, schemes[full], self.scale_dtype
                 )
+                tensors = {name: reader.read(name) for name in stored[full]}
                 linears.append(QuantizedLinear.from_tensors(spec, tensors))
         return linears
 
@@ -138,9 +158,8 @@ class CheckpointWriter:
         }
         for table in tables.linears:
             outside |= table.to_tensors()
-        self._write(self.shard_path(0), outside, schemes_metadata(schemes))
-        shards = (self.shard_path(number).name for number in range(len(self.blocks) + 1))
-        write_index(self.folder, shards)
+        self._write(self._part(0), outside, schemes_metadata(schemes))
+        self._put_together()
         model = {
             key: value
             for key, value in self.source.output_config(untied=tables.untied).items()
@@ -149,10 +168,15 @@ class CheckpointWriter:
         model["dtype"] = str(self.scale_dtype).removeprefix("torch.")
         write_json(self.folder / "config.json", declared(model, config))
         copy_side_files(self.source.folder, self.folder, say, code=self.source.trust_remote_code)
-        write_text(
-            self.folder / "README.md",
-            model_card(Origin.of(self.source.folder), config, layers, tables.reports),
+        card = model_card(
+            Origin.of(self.source.folder),
+            config,
+            layers,
+            tables.reports,
+            whole=whole_bits_per_weight(self.folder),
+            size=sum(path.stat().st_size for path in self.folder.glob("*.safetensors")),
         )
+        write_text(self.folder / "README.md", card)
 
     def _write(
         self,
@@ -162,9 +186,38 @@ class CheckpointWriter:
     ) -> None:
         write_tensors(shard, tensors, {FINGERPRINT_KEY: self.fingerprint, **(metadata or {})})
 
-    def shard_path(self, number: int) -> Path:
-        """Shard of block ``number - 1``; number 0 is everything outside the blocks."""
-        return self.folder / f"model-{number + 1:05d}-of-{len(self.blocks) + 1:05d}.safetensors"
+    def _put_together(self) -> None:
+        """Make the checkpoint's files of the parts, and remove these."""
+        count = len(self.blocks) + 1
+        plan = self.notes / _PLAN_NAME
+        if not plan.exists():
+            sizes = [self._part(number).stat().st_size for number in range(count)]
+            groups = group_files(sizes, SHARD_BYTES)
+            write_json(plan, dict(zip(shard_names(len(groups)), groups, strict=True)))
+        files = read_json(plan)
+        for other in self.folder.glob("*.safetensors"):
+            if other.name not in files:
+                other.unlink()  # of a version that wrote blocks there
+        for name, numbers in files.items():
+            parts = [self._part(number) for number in numbers]
+            if not (self.folder / name).exists():
+                merge_files(parts, self.folder / name)
+            for part in parts:
+                part.unlink(missing_ok=True)
+        if len(files) > 1:
+            write_index(self.folder, files)
+
+    def _part(self, number: int) -> Path:
+        """Part of block ``number - 1``; number 0 is everything outside the blocks."""
+        return self.parts / f"{number:05d}.safetensors"
+
+    def _holder(self, number: int) -> Path:
+        """The file that has a part: itself, or what it was put into before the run was stopped."""
+        part, plan = self._part(number), self.notes / _PLAN_NAME
+        if part.exists() or not plan.exists():
+            return part
+        (name,) = (name for name, numbers in read_json(plan).items() if number in numbers)
+        return self.folder / name
 
     def _reports_path(self, index: int) -> Path:
         return self.notes / f"block-{index:05d}.report.json"

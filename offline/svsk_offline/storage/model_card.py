@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from svsk_offline.storage.card_figures import BEGIN, END
 from svsk_offline.storage.layer_report import LayerReport, bits_per_weight
 from svsk_vllm.format import SvskCheckpointConfig, SvskFormatError
 from svsk_vllm.format.files import open_regular, read_json
@@ -17,19 +18,21 @@ _CARRIED: Final = ("license", "license_name", "license_link", "language", "pipel
 _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MAX_CARD: Final = 1 << 20
 
-_TEMPLATE = """
+_OUR_TAGS: Final = ("svsk", "quantized", "vllm")
+
+_TEMPLATE: Final = """
 # {name}, quantised with SVSK
+
+4-bit weights with a tile-local low-rank sidecar: **{bpw:.3f} bits per weight** \
+over {count} quantised linear layers, \
+{whole:.3f} over all weights of the model (every stored bit counted); {megabytes:,.1f} MB.
+Recipe `{recipe}`, calibrated on `{source}` ({samples} x {seq_len} tokens).
+
+## Use
 
 Stock transformers does not know these weights: `import svsk_vllm.hf` (package `svsk-vllm`) \
 before you load them. vLLM
 serves them where that package is installed.
-
-4-bit weights with a tile-local low-rank sidecar: **{bpw:.3f} bits per weight** \
-over {count} quantised linear layers
-(every stored bit counted). Recipe `{recipe}`, calibrated on `{source}` \
-({samples} x {seq_len} tokens).
-
-## Use
 
 ```
 pip install svsk-vllm
@@ -37,7 +40,11 @@ vllm serve THIS_FOLDER --quantization svsk
 ```
 
 With transformers (dequantised when loaded): `import svsk_vllm.hf`, then \
-`AutoModelForCausalLM.from_pretrained(...)`.
+`AutoModelForCausalLM.from_pretrained(...)`. Without that import transformers, PEFT and lm-eval stop
+with a note. For what reads neither, `svsk export` writes an ordinary dense folder, W4A16 or GGUF.
+
+{begin}
+{end}
 
 ## Error by layer kind
 
@@ -57,7 +64,8 @@ class Origin:
     Attributes:
         name: for people.
         base_model: hub ids, empty where none is known.
-        carried: metadata of its card that holds for the checkpoint too: licence, language, task.
+        carried: metadata of its card that holds for the checkpoint too: licence, language, task,
+            tags.
     """
 
     name: str
@@ -69,6 +77,9 @@ class Origin:
         """What a folder says of itself: a hub cache by its path, others by card and config."""
         card = _card_metadata(folder / "README.md")
         carried = {key: card[key] for key in _CARRIED if card.get(key)}
+        tags = card.get("tags")
+        if isinstance(tags, list):
+            carried["tags"] = [tag for tag in tags if isinstance(tag, str) and tag.isprintable()]
         hub_id = _hub_id(folder.absolute())
         if hub_id:
             return cls(hub_id, (hub_id,), carried)
@@ -112,6 +123,9 @@ def model_card(
     config: SvskCheckpointConfig,
     layers: Sequence[LayerReport],
     tables: Sequence[LayerReport] = (),
+    *,
+    whole: float,
+    size: int,
 ) -> str:
     """Markdown with Hugging Face metadata.
 
@@ -120,6 +134,8 @@ def model_card(
         config: of the checkpoint.
         layers: reports of the quantised linears of the blocks, at least one.
         tables: of embedding and output head, where they are quantised.
+        whole: bits per weight over all weights of the model.
+        size: bytes of the weight files.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -137,6 +153,10 @@ def model_card(
         name=origin.name,
         bpw=bits_per_weight(layers),
         count=len(layers),
+        whole=whole,
+        megabytes=size / 1e6,
+        begin=BEGIN,
+        end=END,
         recipe=config.producer["recipe"],
         source=calibration["source"],
         samples=calibration["samples"],
@@ -150,7 +170,8 @@ def model_card(
         else "on the calibration tokens that were fitted",
     )
     values: dict[str, Any] = {"pipeline_tag": "text-generation", **origin.carried}
+    tags = list(dict.fromkeys((*_OUR_TAGS, *values.pop("tags", ()))))
     if origin.base_model:
         values |= {"base_model": list(origin.base_model), "base_model_relation": "quantized"}
-    data = ModelCardData(library_name="svsk-vllm", tags=["svsk", "quantized", "vllm"], **values)
+    data = ModelCardData(library_name="svsk-vllm", tags=tags, **values)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))

@@ -142,14 +142,14 @@ def test_answers_of_others_are_refused(models: Path, prompts: Path, tmp_path: Pa
     ("change", "message"),
     [
         (lambda file: file.pop("answers"), "answers: is missing"),
-        (lambda file: file["answers"].update(x={"prompt": [1], "answer": []}), "end: Field requ"),
+        (lambda file: file["answers"].update(x={"prompt": [1], "answer": []}), "end: is missing"),
         (
             lambda file: file["answers"].update(x={"prompt": [1], "answer": [], "end": None}),
             "expected a prompt, and an answer or its end",
         ),
         (
             lambda file: file["answers"].update(x={"prompt": [1], "answer": [-1], "end": 2}),
-            "greater than or equal to 0",
+            "expected at least 0, got -1",
         ),
     ],
 )
@@ -162,5 +162,5 @@ def test_damaged_answers_are_refused(
     with pytest.raises(EvalError, match=rf"--answers .*not a file of answers .*{message}"):
         prepare_chat(request(models, prompts, prompts=1, answers=kept))
     kept.write_text("not json")
-    with pytest.raises(EvalError, match=r"--answers .*not a file of answers .*Invalid JSON"):
+    with pytest.raises(EvalError, match=r"--answers .*not a file of answers .*not valid JSON"):
         prepare_chat(request(models, prompts, prompts=1, answers=kept))

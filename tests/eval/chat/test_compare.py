@@ -120,7 +120,7 @@ def test_references_that_differ_are_told(write: Write) -> None:
         ({"kl": [0.5, None, None, 0.75]}, "have kl of different prompts"),
         ({"kl": [0.5]}, "other: not a file of .*per_prompt: .*as many values in every one"),
         ({"chat": {"per_prompt": {}}}, "other: not a file of .*per_prompt: .*expected nll"),
-        ({"kl": [0.5, 0.25, None, "x"]}, "other: not a file of .*kl.*valid number"),
+        ({"kl": [0.5, 0.25, None, "x"]}, "other: not a file of .*kl.*expected a number"),
         ({"chat": {"prompts": None}}, "other: not a file of .*chat.prompts: is missing"),
     ],
 )

@@ -2,6 +2,7 @@
 """Shards of two runs are never taken for one checkpoint."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ from tests.offline.folders import folder_bytes
 from tests.support.format_builders import edit_json
 
 SHARD = "model-00002-of-00003.safetensors"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _files_of_one_part_each() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("svsk_offline.storage.checkpoint_writer.SHARD_BYTES", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +111,7 @@ def test_a_foreign_shard_in_an_unfinished_run_is_written_again(
 
     with pytest.raises(KeyboardInterrupt):
         quantize(tiny_qwen2, tmp_path / "out", tiny_recipe, progress=Progress(block=stop))
-    shutil.copyfile(runs[1] / SHARD, tmp_path / "out.partial" / "checkpoint" / SHARD)
+    shutil.copyfile(runs[1] / SHARD, tmp_path / "out.partial" / "parts" / "00001.safetensors")
     layers: list[Any] = []
     quantize(tiny_qwen2, tmp_path / "out", tiny_recipe, progress=Progress(layer=layers.append))
     assert len(layers) == 14

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from svsk_offline.export.dense import restore
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.recipe import Recipe
+from svsk_offline.storage.inspection import inspect_checkpoint
 from svsk_offline.storage.model_card import Origin
 from tests.support.format_builders import edit_json
 
@@ -20,6 +21,7 @@ license_name: mine
 license_link: LICENSE
 language: [en, fr]
 base_model: org/before
+tags: [chat, vllm]
 ---
 # A model
 """
@@ -86,7 +88,12 @@ def test_everything_but_weights_travels(tmp_path: Path, model: Path, tiny_recipe
     )
     assert data["language"] == ["en", "fr"]
     assert (data["base_model"], data["base_model_relation"]) == (["org/before"], "quantized")
-    assert card.text.strip().startswith("# model, quantised with SVSK\n\nStock transformers")
+    assert data["tags"] == ["svsk", "quantized", "vllm", "chat"]
+    assert card.text.strip().startswith("# model, quantised with SVSK\n\n4-bit weights")
+    assert "Stock transformers does not know these weights: `import svsk_vllm.hf`" in card.text
+    found = inspect_checkpoint(out)
+    assert f"**{found['bits_per_weight']:.3f} bits per weight**" in card.text
+    assert f"{found['bits_per_weight_of_all']:.3f} over all weights" in card.text
     assert str(tmp_path) not in card.content
 
 
