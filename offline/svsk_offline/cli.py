@@ -95,7 +95,7 @@ def main(
 @app.command(
     epilog=examples(
         "svsk quantize Qwen/Qwen3-4B qwen3-4b-svsk --calibration text.txt --target-bpw 4.5",
-        "svsk quantize ./my-model my-model-svsk --recipe fast --rank 16",
+        "svsk quantize ./my-model my-model-svsk --recipe fast --rank 16 --dry-run",
     )
 )
 def quantize(
@@ -179,6 +179,10 @@ def quantize(
     ] = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
+    dry: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be done and what it needs; write nothing."),
+    ] = False,
     json_file: JsonFile = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -259,10 +263,25 @@ def quantize(
             f"--measurements: no effect with recipe {chosen.name} as given, which measures nothing"
             " beforehand. Leave that out."
         )
-    if not overwrite:
+    if not (overwrite or dry):
         check_unfinished(out, chosen.values())
     folder = resolve_model(model, trust_remote_code=trust_remote_code)
     check_model(str(folder), dense=True)
+    if dry:
+        from svsk_offline.dry_run import dry_run, print_estimate
+
+        estimate = dry_run(
+            folder,
+            out,
+            chosen,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            say=_say_note,
+        )
+        print_estimate(console, estimate)
+        write_json(json_file, estimate.to_json())
+        return
     from svsk_offline.console import quantize_with_progress
 
     figures = quantize_with_progress(

@@ -102,14 +102,15 @@ class Run:
         self.config = self._uniform_config({})  # without text, for the checks that come before it
         self._check_targets()
         self.planned = after_head(source, self.recipe, self.tables, self.schemes, progress.message)
-        drawn = texts()  # only now: it takes time
+        self._draw = texts
+
+    def execute(self, overwrite: bool) -> QuantizationResult:
+        """Decide, write all shards, then the rest of the folder."""
+        drawn = self._draw()  # only now: it takes time
         self.texts, self.held_out = held_out_last(drawn)
         self.config = self._uniform_config({**drawn.describe(), "held_out": self.held_out})
         producer = {**self.config.producer, FINGERPRINT_KEY: self._fingerprint()}
         self.config = self.config.model_copy(update={"producer": producer})
-
-    def execute(self, overwrite: bool) -> QuantizationResult:
-        """Decide, write all shards, then the rest of the folder."""
         with full_float32(self.progress.message):
             return self._execute(overwrite)
 
