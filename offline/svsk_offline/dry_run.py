@@ -158,12 +158,10 @@ def _sizes(run: Run) -> dict[str, Any]:
     ]
     tables = [table.spec for table in run.tables.tables]
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for spec, in_budget in [
-        *((s, budget is not None) for s in specs),
-        *((s, False) for s in tables),
-    ]:
+    for spec in (*specs, *tables):
         kind = spec.name.rpartition(".")[2]
-        bits = None if in_budget else spec.bits_per_weight
+        chosen = budget is not None and spec.name in shapes
+        bits = None if chosen else spec.bits_per_weight
         row = rows.setdefault(
             (kind, spec.n, spec.k, bits),
             {"kind": kind, "count": 0, "shape": [spec.n, spec.k], "bits_per_weight": bits},
@@ -282,8 +280,8 @@ def print_estimate(console: Console, estimate: Estimate) -> None:
         f"memory about {estimate.memory_peak / (1 << 30):.2f} GiB, of it {_parts(estimate.memory)};"
         " pages of the model's files come on top, and are given back",
         f"disk about {estimate.disk_peak / 1e9:.2f} GB at the most, {_parts(estimate.disk)}",
-        "time: not estimated, nothing was run. `python -m svsk_eval.speed.block_cost MODEL` measures"
-        " a block here.",
+        "time: not estimated, nothing was run. `python -m svsk_eval.speed.block_cost MODEL`"
+        " measures a block here.",
     ]
     for line in lines:
         console.print(line, markup=False)
