@@ -160,8 +160,10 @@ def _short(folder: str) -> str:
 def _layer_line(report: LayerReport) -> str:
     n, k = report.shape
     where = "" if report.held_out_tokens else " (of fitted tokens)"
+    error = "not measured: no token was routed to it"
+    if report.base_error is not None and report.error is not None:
+        error = f"{report.base_error:.2e} -> {report.error:.2e}{where}"
     return (
         f"{report.name:<44} {n:>6} x {k:<6} {report.bits_per_weight:6.3f} bpw  output error"
-        f" {report.base_error:.2e} -> {report.error:.2e}{where}  sqnr {report.sqnr_db:5.1f} dB "
-        f" {report.seconds:5.2f} s"
+        f" {error}  sqnr {report.sqnr_db:5.1f} dB  {report.seconds:5.2f} s"
     )

@@ -51,7 +51,8 @@ __all__ = [
 ]
 
 USUAL_IGNORE: Final = (
-    r"re:.*(shared_expert_gate|router|mlp\.gate|kv_b_proj|in_proj_[ab]|in_proj_ba)$",
+    r"re:.*(shared_expert_gate|router(\.gate)?|(mlp|feed_forward|block_sparse_moe)\.gate"
+    r"|kv_b_proj|in_proj_[ab]|in_proj_ba)$",
 )
 """What recipes leave alone in every model that has it; of output heads ``tables`` says it.
 

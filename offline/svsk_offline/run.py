@@ -17,7 +17,7 @@ from svsk_offline.calibration import BlockRunner, CalibrationSet, InputStatistic
 from svsk_offline.calibration.held_out import held_out_last, measure_outputs
 from svsk_offline.planning.folded_model import folded_model
 from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
-from svsk_offline.planning.serving import bases_alone, check_servable
+from svsk_offline.planning.serving import bases_alone, check_servable, dense_matrices
 from svsk_offline.planning.tables import after_head, plan_tables
 from svsk_offline.precision import block_dtype, full_float32
 from svsk_offline.quantize_tables import quantize_tables
@@ -26,8 +26,9 @@ from svsk_offline.quantizers.quantize_linear import quantize_linear
 from svsk_offline.recipe import USUAL_IGNORE, AlternatingRecipe, Recipe
 from svsk_offline.storage.atomic import PartialFolder, write_json
 from svsk_offline.storage.checkpoint_writer import CheckpointWriter, QuantizedTables
+from svsk_offline.storage.decoder_blocks import expert_modules
 from svsk_offline.storage.dense_model import ModelSource
-from svsk_offline.storage.layer_report import LayerReport, bits_per_weight
+from svsk_offline.storage.layer_report import LayerReport, bits_per_weight, thin_experts
 from svsk_offline.storage.loaded_weight import loaded_weight, put_weights
 from svsk_offline.unfinished import STATE_NAME, refuse_other_run
 from svsk_vllm.format import ConfigGroup, QuantizedLinear, SvskCheckpointConfig
@@ -132,6 +133,12 @@ class Run:
             groups = plan.groups() | self.tables.groups
             self.config = self.config.model_copy(update={"config_groups": groups})
         writer.finish(self.config, layers, tables, self.progress.message)
+        if thin := thin_experts(layers):
+            self.progress.message(
+                "Experts with fewer routed calibration tokens than inputs, by number, tokens in"
+                " brackets; the rest of their Hessians comes from the layer's other experts:\n  "
+                + "\n  ".join(thin)
+            )
         out = self.folder.commit()
         return QuantizationResult(out, layers, list(tables.reports), seconds, planned)
 
@@ -190,6 +197,9 @@ class Run:
                 " on the ignore list; nothing to quantise."
             )
         self.schemes = uniform_schemes(self.source, self.config, self.scale_dtype)
+        if dense := dense_matrices(self.source, self.schemes):
+            kinds = ", ".join(f"{name} ({count})" for name, count in dense.items())
+            self.progress.message(f"Stay dense in the blocks: {kinds}")
         budget = self.allocation
         most = 0 if budget is None else budget.largest_rank
         check_servable(self.source, self.schemes, self.progress.message, most=most)
@@ -348,13 +358,15 @@ class Run:
             # With nothing held out the same samples are measured below.
             advance=advance and self.held_out > 0,
         )
+        experts = expert_modules(block)
+        routed = {name: statistics[name].tokens for name in experts if name in statistics}
         linears, seconds = self._quantize_block(index, statistics, plan)
         names = {full: name for name, full, _ in self.source.linears(index)}
         by_name = {names[linear.spec.name]: linear for linear in linears}
         errors = measure_outputs(runner, index, block, by_name, advance=advance)
         reports = []
         for (name, linear), spent in zip(by_name.items(), seconds, strict=True):
-            reports.append(errors[name].report(linear.spec, spent))
+            reports.append(errors[name].report(linear.spec, spent, routed.get(name)))
             self.progress.layer(reports[-1])
         writer.write_block(index, linears, reports)
         return linears, reports

@@ -158,10 +158,15 @@ def build_architecture(folder: Path, stored: int, *, trust_remote_code: bool = F
 
 
 def describe_architecture(model: Any, stored: list[str]) -> Architecture:
-    """Parameters of a model, and which of them transformers fills from each stored tensor."""
-    # Here, for it imports transformers, which takes seconds.
+    """Parameters of a model, and which of them transformers fills from each stored tensor.
+
+    Experts that are stored one by one are taken apart in ``model``.
+    """
+    # Here, for they import transformers, which takes seconds.
+    from svsk_vllm.architecture.experts import separate_experts
     from svsk_vllm.architecture.parameter_names import parameter_names
 
+    separate_experts(model, stored)
     parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     everything = {name: tuple(value.shape) for name, value in model.state_dict().items()}

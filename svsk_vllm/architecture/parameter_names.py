@@ -42,8 +42,12 @@ def parameter_names(model: Any, quantizer: Any, stored: Iterable[str]) -> dict[s
     names = {}
     for name in stored:
         target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
-        if target not in parameters and name in parameters:
-            target, pattern = rename_source_key(name, [], [], prefix, parameters)
+        # Without converters: what they would join may have been taken apart (experts.py).
+        for rules in (renamings, []):
+            if target not in parameters:
+                plain, _ = rename_source_key(name, rules, [], prefix, parameters)
+                if plain in parameters:
+                    target, pattern = plain, None
         first, *others = targets_of[pattern] if pattern is not None else [target]
         targets = (target, *(target.replace(first, other) for other in others))
         names[name] = ParameterName(targets, pattern)

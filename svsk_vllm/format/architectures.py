@@ -18,6 +18,7 @@ from typing import Any, Literal
 from svsk_vllm.format.checkpoint import Checkpoint, split_suffix
 from svsk_vllm.format.config import ConfigGroup
 from svsk_vllm.format.errors import SvskFormatError
+from svsk_vllm.format.experts import expert_problems
 from svsk_vllm.format.row_order import row_order_problem
 
 __all__ = ["VllmClass", "serving_problems", "vllm_class"]
@@ -174,7 +175,7 @@ def serving_problems(checkpoint: Checkpoint) -> list[str]:
     for name in checkpoint.dense_names:
         if name.endswith(".weight"):
             schemes.setdefault(name.removesuffix(".weight"), None)
-    return problems + served.fused_problems(schemes)
+    return problems + served.fused_problems(schemes) + expert_problems(schemes)
 
 
 @cache

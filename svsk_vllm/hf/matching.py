@@ -22,6 +22,7 @@ from svsk_vllm.format import (
     SvskFormatError,
 )
 from svsk_vllm.format.spec import WEIGHT_PACKED
+from svsk_vllm.hf.experts import Stacks, match_experts
 
 __all__ = [
     "SUFFIX_OF_PATTERN",
@@ -76,8 +77,8 @@ def parameter_dtypes(model: Any) -> dict[str, torch.dtype]:
 
 def match_model(
     model: Any, checkpoint: Checkpoint, names: Mapping[str, ParameterName]
-) -> dict[str, LinearSpec]:
-    """Specification of each quantised linear by the name of its weight in ``model``.
+) -> tuple[dict[str, LinearSpec], Stacks]:
+    """Specification of each quantised linear by the name of its weight in ``model``, and experts.
 
     Args:
         model: on the meta device.
@@ -92,9 +93,12 @@ def match_model(
     parameters = model.state_dict()
     owners = {name: type(module) for name, module in model.named_modules()}
     tied = _tied(model)
-    specs, homeless, problems = {}, [], []
+    specs, homeless = {}, []
+    stacks, problems = match_experts(checkpoint, names, parameters)
     for module, spec in checkpoint.linears.items():
         target = names[f"{module}.{WEIGHT_PACKED}"].targets[0]
+        if target in stacks:
+            continue
         if target not in parameters:
             homeless.append(module)
         elif what := _not_taken(
@@ -110,14 +114,14 @@ def match_model(
             )
         else:
             specs[target] = spec
-    filled = specs.keys() | {
+    filled = {*specs, *stacks} | {
         target for name in checkpoint.dense_names for target in names[name].targets
     }
     problems += _unfilled_problems(checkpoint.config, parameters, owners, filled | tied, homeless)
     problems += _dense_problems(checkpoint, names, parameters, owners, tied)
     if problems:
         raise SvskFormatError(listed(sorted(problems)))
-    return specs
+    return specs, stacks
 
 
 def _not_taken(owner: type, *, is_table: bool, tied: bool) -> str | None:

@@ -40,6 +40,7 @@ from svsk_vllm.format import (
     restored_weight,
 )
 from svsk_vllm.format.config import STOCK_LOADER_KEY
+from svsk_vllm.hf.experts import DequantizeExperts, Stacks, expert_converters
 from svsk_vllm.hf.matching import (
     SUFFIX_OF_PATTERN,
     USE_RESTORE,
@@ -97,6 +98,8 @@ class SvskHfQuantizer(HfQuantizer):
             )
         super().__init__(quantization_config, **kwargs)
         self._dequantize_linear = _DequantizeLinear()
+        self._stacks: Stacks = {}
+        self._stacked: set[str] = set()
         self._dtypes: dict[str, torch.dtype] = {}
         self._sound = False
 
@@ -108,6 +111,18 @@ class SvskHfQuantizer(HfQuantizer):
             )
         ]
 
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """transformers' conversions and ours; those of stacks of experts take what we store.
+
+        The first versions of transformers 5 do not ask: they are told that experts are not loaded.
+        """
+        own = expert_converters(weight_conversions, self._stacks, self._stacked)
+        return [*own, *self.get_weight_conversions()]
+
+    def _is_ours(self, converter: Any) -> bool:
+        operations = getattr(converter, "operations", ())
+        return any(isinstance(one, _DequantizeLinear | DequantizeExperts) for one in operations)
+
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
@@ -118,7 +133,7 @@ class SvskHfQuantizer(HfQuantizer):
         Called from transformers 5.21 on. Earlier versions keep the stored dtype of every tensor
         that a converter takes.
         """
-        if self._dequantize_linear in getattr(converter, "operations", ()):
+        if self._is_ours(converter):
             return None
         inherited: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
         return inherited
@@ -165,7 +180,8 @@ class SvskHfQuantizer(HfQuantizer):
         require_sound(checkpoint.folder, model.config)
         names = parameter_names(model, self, checkpoint.tensors.names)
         self._dtypes = parameter_dtypes(model)
-        self._dequantize_linear.specs = match_model(model, checkpoint, names)
+        self._dequantize_linear.specs, stacks = match_model(model, checkpoint, names)
+        self._stacks.update(stacks)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Leave an ordinary dense model behind.
@@ -175,17 +191,18 @@ class SvskHfQuantizer(HfQuantizer):
                 form.
         """
         skipped = self._dequantize_linear.specs.keys() - self._dequantize_linear.made
+        skipped |= self._stacks.keys() - self._stacked
         if skipped:
             raise SvskFormatError(
                 f"{listed(sorted(skipped))}: stored quantised but not loaded by this version of"
                 f" transformers, perhaps because of `key_mapping`. {USE_RESTORE}"
             )
-        # Saving applies the conversions of loading backwards; this one has no inverse and what is
+        # Saving applies the conversions of loading backwards; ours have no inverse and what is
         # there is dense.
         model._weight_conversions = [
-            conversion
+            conversion.operations[0].own if _stacks_experts(conversion) else conversion
             for conversion in getattr(model, "_weight_conversions", None) or []
-            if self._dequantize_linear not in getattr(conversion, "operations", [])
+            if _stacks_experts(conversion) or not self._is_ours(conversion)
         ]
         # With a quantiser, transformers leaves tensors whose name changed in the dtype they are
         # stored in: ours, and dense ones as well (a dropped "model." is enough).
@@ -246,6 +263,12 @@ class _DequantizeLinear(ConversionOps):
         # The full name, not the target pattern: transformers would look for the pattern anywhere in
         # the name.
         return {full_layer_name: weight.to(device)}
+
+
+def _stacks_experts(conversion: Any) -> bool:
+    """Whether a conversion is transformers' own of a stack of experts, with ours before it."""
+    operations = getattr(conversion, "operations", None) or [None]
+    return isinstance(operations[0], DequantizeExperts)
 
 
 def register_with_transformers() -> None:

@@ -33,7 +33,12 @@ _warned: set[str] = set()  # kernels that a warning has been logged about
 
 
 def choose_kernel(
-    prefix: str, spec: LayerSpec, full_shape: tuple[int, int], device: torch.device
+    prefix: str,
+    spec: LayerSpec,
+    full_shape: tuple[int, int],
+    device: torch.device,
+    *,
+    split: bool = True,
 ) -> LayerKernel:
     """The device's own kernel, or another that was asked for.
 
@@ -52,6 +57,8 @@ def choose_kernel(
         spec: the layer as this process holds it.
         full_shape: N and K of the layer over all tensor-parallel ranks.
         device: where the layer runs.
+        split: whether vLLM's own kernel may run the base: not that of an expert, whose parameters
+            are one of a stack.
 
     Raises:
         SvskFormatError: no kernel takes the layer, or not the one asked for, or the variable has
@@ -66,7 +73,12 @@ def choose_kernel(
         # of vLLM does not, and without a product of oneDNN before it the process ended with an
         # illegal instruction.
         torch.cpu._init_amx()
-    kernel = _choose(name, prefix, spec, full_shape, device, activations)
+    if name == "split" and not split:
+        raise SvskFormatError(
+            f"{prefix}: {_VARIABLE}=split, which does not run experts. Unset it, or set it to"
+            " portable."
+        )
+    kernel = _choose(name, prefix, spec, full_shape, device, activations, split=split)
     # Tables are always exact.
     if activations == "int8" and not (spec.is_table or isinstance(kernel, CpuKernel)):
         raise SvskFormatError(
@@ -104,6 +116,8 @@ def _choose(
     full_shape: tuple[int, int],
     device: torch.device,
     activations: Literal["exact", "int8"],
+    *,
+    split: bool,
 ) -> LayerKernel:
     if name == "reference":
         _note(spec.n, spec.k, "the dequantised weight")
@@ -125,17 +139,18 @@ def _choose(
                 f"{prefix}: {_VARIABLE}=fused, but {obstacle}. Unset it, or set it to portable."
             )
         obstacles.append(obstacle)
-    if name != "portable":
+    if name != "portable" and split:
         try:
-            split = SplitKernel(prefix, spec, full_shape, device)
+            kernel_of_vllm = SplitKernel(prefix, spec, full_shape, device)
         except NoBaseKernelError as error:
             dear = device.type != "cpu" and spec.dtype != torch.float32
             if name == "split" or (dear and not spec.is_table):
                 raise
             obstacles.append(error.reason)
         else:
-            _note(spec.n, spec.k, f"{type(split.base).__name__} and a sidecar apart", *obstacles)
-            return split
+            base = type(kernel_of_vllm.base).__name__
+            _note(spec.n, spec.k, f"{base} and a sidecar apart", *obstacles)
+            return kernel_of_vllm
     _note(
         spec.n,
         spec.k,

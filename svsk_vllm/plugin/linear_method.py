@@ -46,7 +46,7 @@ from svsk_vllm.plugin.sidecar_loader import (
     tile_loader,
 )
 
-__all__ = ["PARAMETERS", "Origin", "SvskLinearMethod", "fused_sizes"]
+__all__ = ["PARAMETERS", "Origin", "SvskLinearMethod", "check_finite", "fused_sizes"]
 
 PARAMETERS = frozenset(SUFFIXES)
 """Names of the parameters that the method registers."""
@@ -176,7 +176,7 @@ class SvskLinearMethod(LinearMethodBase):
             self.arrived.check(self.prefix)
         self._join(layer)
         if self.origin.counted:
-            _check_finite(self.prefix, layer)
+            check_finite(self.prefix, layer)
         if self.layout:
             clear_padding(layer.sidecar_v.data, self.layout.plan)
         self.kernel.prepare(layer)
@@ -214,10 +214,13 @@ class SvskLinearMethod(LinearMethodBase):
             return [None]
         if isinstance(layer, QKVParallelLinear) and len(self.parts) == 3:
             return ["q", "k", "v"]
-        if isinstance(layer, MergedColumnParallelLinear) and len(self.parts) == len(
-            layer.output_sizes
-        ):
-            return list(range(len(self.parts)))
+        if isinstance(layer, MergedColumnParallelLinear):
+            sizes = layer.output_sizes
+            if len(self.parts) == len(sizes):
+                return list(range(len(self.parts)))
+            rows = [spec.n for spec in self.origin.stored or ()]
+            if shards := _joined_shards(sizes, rows):
+                return shards
         raise SvskFormatError(
             f"{self.prefix}: vLLM fuses {', '.join(self.parts)} into a {type(layer).__name__},"
             " which the plugin does not know. Put these modules on the ignore list when"
@@ -232,13 +235,21 @@ class SvskLinearMethod(LinearMethodBase):
         if self.origin.stored is None:
             return
         sizes = fused_sizes(layer) or [output_size]
-        rows = (
-            sizes if len(sizes) == len(self.parts) else [sum(sizes)] if len(self.parts) == 1 else []
-        )
+        rows = [sum(sizes)] if len(self.parts) == 1 else sizes
+        if len(rows) != len(self.parts):
+            return  # some hold several of vLLM's parts; found by their sizes
         for spec, want in zip(self.origin.stored, rows, strict=False):
             # Layers of merged columns may repeat groups of rows on each rank, and then have more
             # than are stored.
             repeats = isinstance(layer, MergedColumnParallelLinear) and spec.n < want
+            if spec.k == input_size and spec.n < want and not repeats and layer.tp_size > 1:
+                raise SvskFormatError(
+                    f"{spec.name}: with tensor_parallel_size {layer.tp_size} vLLM gives every rank"
+                    f" a copy of some of its rows ({want} of {spec.n}; the groups of a Mamba"
+                    " mixer), and takes a quantised weight apart wrong. Choose a"
+                    " tensor_parallel_size that divides the number of groups, or quantise with"
+                    f" --ignore {spec.name}."
+                )
             if spec.k != input_size or (spec.n != want and not repeats):
                 raise SvskFormatError(
                     f"{spec.name}.weight_packed: holds a weight of {spec.n} x {spec.k}, config.json"
@@ -310,12 +321,37 @@ def fused_sizes(layer: Any) -> list[int] | None:
     return list(layer.output_sizes) if isinstance(layer, MergedColumnParallelLinear) else None
 
 
+def _joined_shards(sizes: Sequence[int], rows: Sequence[int]) -> list[ShardId] | None:
+    """vLLM's parts that each stored tensor fills, in their order; None where sizes do not add up.
+
+    Args:
+        sizes: of vLLM's parts.
+        rows: of the stored tensors, which are fewer.
+    """
+    shards: list[ShardId] = []
+    place = 0
+    for count in rows:
+        members: list[int] = []
+        while place < len(sizes) and sum(sizes[one] for one in members) < count:
+            members.append(place)
+            place += 1
+        if sum(sizes[one] for one in members) != count:
+            return None
+        shards.append(members[0] if len(members) == 1 else tuple(members))
+    return shards if rows and place == len(sizes) else None
+
+
 def _stored_rows(probed: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     """Stored rows of a layer's rows, from those of what its loader is given; -1 stays."""
     return probed if order is None else torch.where(probed >= 0, order[probed.clamp(min=0)], -1)
 
 
-def _check_finite(prefix: str, layer: Any) -> None:
+def check_finite(prefix: str, layer: Any) -> None:
+    """Refuse a loaded layer with scales or gains that are not finite.
+
+    Raises:
+        SvskFormatError: it has some.
+    """
     scale, row_scale = layer.weight_scale.data, getattr(layer, WEIGHT_ROW_SCALE, None)
     values = {WEIGHT_SCALE: scale if row_scale is None else expand_scales(scale, row_scale.data)}
     if hasattr(layer, SIDECAR_GAIN):

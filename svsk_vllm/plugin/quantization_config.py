@@ -168,10 +168,9 @@ class SvskConfig(QuantizationConfig):
         if isinstance(layer, VocabParallelEmbedding):
             return table_method(self, layer, prefix, counted=counted)
         if not isinstance(layer, LinearBase):
-            self._refuse_experts(layer, prefix)
-            return None
+            return self._experts_method(layer, prefix, counted=counted)
         parts = self._parts(layer, prefix)
-        schemes = {name: self._scheme(name) for name in parts}
+        schemes = {name: self.scheme(name) for name in parts}
         chosen: list[ConfigGroup] = [scheme for scheme in schemes.values() if scheme is not None]
         record_loads(layer)
         if not chosen:
@@ -205,21 +204,21 @@ class SvskConfig(QuantizationConfig):
             self._stored = StoredModules(tensors, self._renames)
         return self._stored
 
-    def _refuse_experts(self, layer: torch.nn.Module, prefix: str) -> None:
-        """Refuse quantised experts: those are served as vLLM does."""
+    def _experts_method(
+        self, layer: torch.nn.Module, prefix: str, *, counted: bool
+    ) -> QuantizeMethodBase | None:
+        """Method for a layer's routed experts; None for those stored as they were, and others."""
         if not any(
             "Experts" in cls.__name__ or "FusedMoE" in cls.__name__ for cls in type(layer).__mro__
         ):
-            return
-        names = [
-            name for name in self.stored.below(prefix) if self.stored.suffixes(name) & set(SUFFIXES)
-        ]
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise SvskFormatError(
-                f"{names[0]}{more}: quantised experts are not served. Quantise the model with"
-                f" --ignore {names[0]}."
-            )
+            return None
+        below = self.stored.below(prefix)
+        if below and not any(self.stored.suffixes(name) & set(SUFFIXES) for name in below):
+            return None
+        # Here, for it imports what only mixtures of experts need.
+        from svsk_vllm.plugin.experts_choice import experts_method
+
+        return experts_method(self, layer, prefix, counted=counted)
 
     def _parts(self, layer: torch.nn.Module, prefix: str) -> list[str]:
         """Names in vLLM's model of the checkpoint's linears that make up the layer ``prefix``."""
@@ -243,7 +242,7 @@ class SvskConfig(QuantizationConfig):
                     return parts
         return [prefix]
 
-    def _scheme(self, name: str) -> ConfigGroup | None:
+    def scheme(self, name: str) -> ConfigGroup | None:
         """The scheme of a linear of vLLM's model, by its stored name where it has one.
 
         A linear that only a class name targets and that is stored as it was is not quantised: vLLM
@@ -272,6 +271,10 @@ class SvskConfig(QuantizationConfig):
             return None
         return scheme
 
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name of a linear of vLLM's model."""
+        return self.stored.find(name) or self._from_siblings(name)
+
     def _from_siblings(self, name: str) -> str:
         """The name that a linear without stored tensors would have beside others of its parent."""
         parent, _, last = name.rpartition(".")
@@ -293,7 +296,7 @@ class SvskConfig(QuantizationConfig):
 
     def _origin(self, parts: list[str], schemes: list[ConfigGroup], *, counted: bool) -> Origin:
         architectures, hf_config = self._architectures()
-        names = tuple(self.stored.find(part) or self._from_siblings(part) for part in parts)
+        names = tuple(map(self.stored_name, parts))
         for name, scheme in zip(names, schemes, strict=True):
             if problem := row_order_problem(
                 architectures, name, scheme.sidecar.rank, own_class=True

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, Qwen2ForCausalLM
 
-from svsk_vllm.format import ShardedReader, SvskFormatError
+from svsk_vllm.format import SvskFormatError
 from svsk_vllm.hf.quantizer import SvskHfConfig
-from tests.hf.loading import MOE, Q_PROJ, Folders, MakeFolders, Tensors, edit_tensors, load
+from tests.hf.loading import Q_PROJ, Folders, MakeFolders, Tensors, edit_tensors, load
 from tests.support.tiny_models import Family, scheme, write_dense, write_random_svsk
 
 
@@ -138,21 +138,6 @@ def test_config_this_package_does_not_read(
     edit_config(broken, lambda config: config.update(change))
     with pytest.raises(SvskFormatError, match=message):
         load(broken)
-
-
-def test_fused_experts(tmp_path: Path) -> None:
-    dense = write_dense(tmp_path / "dense", MOE)
-    experts = {
-        name.removesuffix(".weight") for name in ShardedReader(dense).names if ".experts." in name
-    }
-    assert len(experts) == 2 * 4 * 3
-    svsk = write_random_svsk(
-        dense, tmp_path / "svsk", linears=experts, schemes={"experts": scheme("re:.*experts.*")}
-    )
-    with pytest.raises(
-        SvskFormatError, match=r"experts\.gate_up_proj: transformers fuses .* `svsk restore`"
-    ):
-        load(svsk)
 
 
 def test_weight_that_is_not_a_linears(tmp_path: Path) -> None:

@@ -427,20 +427,6 @@ def test_weights_too_large_for_the_dtype_are_refused(
         quantize(model, tmp_path / "out", recipe, dtype="float16")
 
 
-def test_mixture_of_experts_is_refused(tmp_path: Path, tiny_recipe: Recipe) -> None:
-    settings = {
-        "moe_intermediate_size": 64,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "tie_word_embeddings": False,
-        "head_dim": 32,
-        "decoder_sparse_step": 1,
-    }
-    dense = write_dense(tmp_path / "dense", type(FAMILIES["llama"])("qwen3_moe", settings))
-    with pytest.raises(SvskError, match="Mixture-of-experts models are not supported"):
-        quantize(dense, tmp_path / "out", tiny_recipe)
-
-
 def test_quantized_model_is_refused(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
     quantize(tiny_llama, tmp_path / "out", tiny_recipe)
     with pytest.raises(SvskError, match="quantised already"):

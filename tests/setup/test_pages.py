@@ -53,3 +53,9 @@ def test_the_tree_of_the_architecture_page_is_the_tree() -> None:
         if name.endswith((".py", ".cpp", ".h", ".j2")) and not name.endswith("__init__.py")
     }
     assert page == {name for name in files if (ROOT / name).is_file()}
+
+
+def test_the_page_of_models_has_the_table(tmp_path: Path) -> None:
+    from tests.support.models_page import page_rows, written_rows
+
+    assert page_rows(tmp_path) == written_rows(), "python -m tests.support.models_page writes it"

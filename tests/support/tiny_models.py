@@ -149,6 +149,81 @@ MORE_FAMILIES: Final[dict[str, Family]] = {
 """What differs in names, in what is stored as one, or in what stands around the linears."""
 
 
+_LATENT: Final = {
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+
+EXPERT_FAMILIES: Final[dict[str, Family]] = {
+    "qwen3_moe": Family(
+        "qwen3_moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+            "head_dim": 32,
+            "tie_word_embeddings": False,
+        },
+    ),
+    # A shared expert, with a gate of its own.
+    "qwen2_moe": Family(
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 128,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "olmoe": Family(
+        "olmoe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 64,
+            "tie_word_embeddings": False,
+        },
+    ),
+    # Stored as block_sparse_moe, with w1, w3 and w2.
+    "mixtral": Family(
+        "mixtral",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 128,
+            "tie_word_embeddings": False,
+        },
+    ),
+    # Latent attention, a dense first block, shared experts.
+    "deepseek_v2": Family(
+        "deepseek_v2",
+        {**_LATENT, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    ),
+    # The same, routed by groups, with a bias that only chooses.
+    "deepseek_v3": Family(
+        "deepseek_v3",
+        {
+            **_LATENT,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "n_group": 2,
+            "topk_group": 1,
+        },
+    ),
+}
+"""Mixtures of experts whose matrices are stored one by one."""
+
+
 def write_dense(
     folder: Path,
     family: Family | str = "llama",
@@ -164,15 +239,16 @@ def write_dense(
 
     Args:
         folder: made when missing.
-        family: a key of ``FAMILIES`` or ``MORE_FAMILIES``, or any other architecture of
-            transformers.
+        family: a key of ``FAMILIES``, ``MORE_FAMILIES`` or ``EXPERT_FAMILIES``, or any other
+            architecture of transformers.
         dtype: dtype the weights are stored in.
         seed: of the weights.
 
     Returns:
         ``folder``.
     """
-    family = (FAMILIES | MORE_FAMILIES)[family] if isinstance(family, str) else family
+    known = FAMILIES | MORE_FAMILIES | EXPERT_FAMILIES
+    family = known[family] if isinstance(family, str) else family
     config = AutoConfig.for_model(family.model_type, **family.hf_config)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)

@@ -17,9 +17,10 @@ from torch import nn
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.block_arguments import Comparison, containers
+from svsk_offline.calibration.expert_tokens import fill_up_experts
 from svsk_offline.calibration.input_statistics import InputStatistics
 from svsk_offline.calibration.text import CalibrationSet
-from svsk_offline.storage.decoder_blocks import linear_modules
+from svsk_offline.storage.decoder_blocks import expert_modules, linear_modules
 from svsk_offline.storage.dense_model import ModelSource
 
 __all__ = ["BlockRunner", "StandIn", "scratch_tensor"]
@@ -186,7 +187,8 @@ class BlockRunner:
 
         Returns:
             Statistics by the name of each ``nn.Linear`` below the block; linears fed by the same
-            tensor share them.
+            tensor share them. Those of an expert are of its routed tokens, see
+            :func:`svsk_offline.calibration.expert_tokens.fill_up_experts`.
         """
         statistics: dict[str, InputStatistics] = {}
         window: list[slice] = [slice(0)]
@@ -204,6 +206,7 @@ class BlockRunner:
         finally:
             for hook in hooks:
                 hook.remove()
+        fill_up_experts(block, statistics)
         return statistics
 
     @torch.no_grad()
@@ -249,6 +252,7 @@ class BlockRunner:
     ) -> list[Any]:
         """Hooks that add each input tensor, under each weighting, to its moments once."""
         seen: dict[str, Any] = {"tensor": None, "weights": None, "statistics": None}
+        experts = expert_modules(block)
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             own_weights = None if weights is None else weights[name]
@@ -262,7 +266,10 @@ class BlockRunner:
                 if name not in statistics:
                     statistics[name] = create(name, tensor.shape[-1])
                 shared = statistics[name]
-                shared.add(tensor, None if own_weights is None else own_weights[window[0]])
+                counts = None if own_weights is None else own_weights[window[0]]
+                if counts is not None and name in experts:
+                    counts = counts.flatten()[experts[name].routed.cpu()]
+                shared.add(tensor, counts)
                 seen.update(tensor=tensor, weights=own_weights, statistics=shared)
 
             return before

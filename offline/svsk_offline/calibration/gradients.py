@@ -19,9 +19,10 @@ from torch import nn
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.block_runner import BlockRunner, StandIn, scratch_tensor
+from svsk_offline.calibration.expert_tokens import fill_up_experts
 from svsk_offline.calibration.input_statistics import InputStatistics
 from svsk_offline.calibration.text import CalibrationSet
-from svsk_offline.storage.decoder_blocks import linear_modules
+from svsk_offline.storage.decoder_blocks import expert_modules, linear_modules
 from svsk_offline.storage.dense_model import ModelSource
 
 __all__ = ["OutputGradients", "draw_labels", "sweep_gradients"]
@@ -49,10 +50,9 @@ class OutputGradients:
         """Take in gradients of the output.
 
         Args:
-            slopes: float [samples, tokens, N].
+            slopes: float [rows, N], none of them of a sample's first tokens.
             held_out: of samples that are held out.
         """
-        slopes = slopes[:, _FIRST:]
         kind = self.held_out if held_out else self.fitted
         if kind is None:
             kind = InputStatistics(slopes.shape[-1], slopes.device, full=True)
@@ -203,6 +203,7 @@ def _step_back(
 ) -> _Observed:
     """Turn the gradient of a block's output into its input's, in place; note its linears'."""
     observed = _Observed()
+    experts = expert_modules(block)
     tokens = inputs.shape[:2]
     fitted = len(inputs) - runner.held_out
 
@@ -210,11 +211,18 @@ def _step_back(
         def after(module: nn.Module, given: tuple[Any, ...], output: torch.Tensor) -> None:
             if output.requires_grad:
                 part, sources = window, given[0].detach()
-                output.register_hook(lambda gradient: note(name, part, sources, gradient))
+                places = experts[name].routed if name in experts else None
+                output.register_hook(lambda gradient: note(name, part, places, sources, gradient))
 
         return after
 
-    def note(name: str, part: slice, inputs: torch.Tensor, slope: torch.Tensor) -> None:
+    def note(
+        name: str,
+        part: slice,
+        places: torch.Tensor | None,
+        inputs: torch.Tensor,
+        slope: torch.Tensor,
+    ) -> None:
         # Some blocks flatten samples and tokens.
         squares = slope.detach().float().flatten(0, -2).square()
         if name not in observed.gradients:
@@ -227,10 +235,13 @@ def _step_back(
         total = observed.gradients[name]
         per_token = squares.sum(1)
         total.rows += squares.sum(0) / tokens.numel()
+        if places is None:
+            places = torch.arange(len(per_token), device=per_token.device)
         if moments:
-            slopes = slope.detach().view(part.stop - part.start, tokens[1], -1)
-            total.add_moment(slopes, held_out=part.stop > fitted)
-        total.tokens[part] = per_token.cpu().view_as(total.tokens[part])
+            later = slope.detach().flatten(0, -2)[places % tokens[1] >= _FIRST]
+            if len(later):
+                total.add_moment(later, held_out=part.stop > fitted)
+        total.tokens[part].view(-1)[places.cpu()] = per_token.cpu()
         kind[name].add(inputs, per_token)
 
     hooks = [module.register_forward_hook(hook(key)) for key, module in linear_modules(block)]
@@ -244,6 +255,12 @@ def _step_back(
     finally:
         for handle in hooks:
             handle.remove()
+    fill_up_experts(block, observed.fitted)
+    for name in experts.keys() - observed.gradients.keys():  # no token was routed there
+        features = len(block.get_parameter(f"{name}.weight"))
+        observed.gradients[name] = OutputGradients(
+            torch.zeros(tokens), torch.zeros(features, device=runner.device)
+        )
     return observed
 
 

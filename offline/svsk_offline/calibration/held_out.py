@@ -55,20 +55,28 @@ class OutputErrors:
 
     Attributes:
         base: ``E|dW x|^2 / E|W x|^2`` of the base without its sidecar; 0 for an output that is
-            always zero.
+            always zero, None for an expert that none of the tokens was routed to.
         whole: the same with the sidecar.
         sqnr_db: squares of the weights over those of their errors, in dB.
         tokens: held-out tokens it was measured on; 0 where all samples were fitted, and it was
             measured on them.
     """
 
-    base: float
-    whole: float
+    base: float | None
+    whole: float | None
     sqnr_db: float
     tokens: int
 
-    def report(self, spec: LinearSpec, seconds: float) -> LayerReport:
-        """What the tool says of a linear with these errors, quantised in so many seconds."""
+    def report(
+        self, spec: LinearSpec, seconds: float, routed_tokens: int | None = None
+    ) -> LayerReport:
+        """What the tool says of a linear with these errors, quantised in so many seconds.
+
+        Args:
+            spec: of the linear.
+            seconds: spent.
+            routed_tokens: of an expert: fitted tokens that were routed to it.
+        """
         return LayerReport(
             name=spec.name,
             shape=(spec.n, spec.k),
@@ -79,6 +87,7 @@ class OutputErrors:
             held_out_tokens=self.tokens,
             sqnr_db=self.sqnr_db,
             seconds=seconds,
+            routed_tokens=routed_tokens,
         )
 
 
@@ -143,7 +152,10 @@ def measure_outputs(
         energy, base, whole = sums[name].tolist()
         unit = energy or 1.0
         counted = tokens[name] if runner.held_out else 0
-        result[name] = OutputErrors(base / unit, whole / unit, noise[name], counted)
+        if tokens[name]:
+            result[name] = OutputErrors(base / unit, whole / unit, noise[name], counted)
+        else:
+            result[name] = OutputErrors(None, None, noise[name], 0)
     return result
 
 

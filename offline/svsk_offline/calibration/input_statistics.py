@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second moments of a linear's input."""
 
+import copy
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -31,6 +33,7 @@ class InputStatistics:
         self._sum = torch.zeros(shape, device=device)
         self._first = torch.zeros(shape, device=device) if first else None
         self._weight = 0.0
+        self.tokens = 0  # taken in by :meth:`add`
         self._samples = 0
         self._settled = False  # the sums have become means
 
@@ -48,6 +51,7 @@ class InputStatistics:
         if self._settled:
             raise ValueError("The Hessian has been read; nothing can be taken in after that.")
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
+        self.tokens += rows.shape[0]
         if weights is None:
             self._weight += rows.shape[0]
             if not multiplied_exactly(rows.device, rows.dtype):
@@ -63,6 +67,39 @@ class InputStatistics:
         if inputs.ndim == 3 and self._first is not None:
             self._accumulate(self._first, inputs.detach()[:, 0].float())
             self._samples += inputs.shape[0]
+
+    @classmethod
+    def pooled(cls, members: Sequence["InputStatistics"]) -> "InputStatistics":
+        """The moments of all tokens that several inputs of one width took in.
+
+        Args:
+            members: at least one; nothing of them has been read. First tokens are left out.
+        """
+        pool = copy.copy(members[0])
+        pool._sum, pool._first = torch.zeros_like(members[0]._sum), None
+        for member in members:
+            pool._sum += member._sum
+        pool._weight = sum(member._weight for member in members)
+        pool.tokens = sum(member.tokens for member in members)
+        return pool
+
+    def fill_up(self, pool: "InputStatistics", wanted: int) -> None:
+        """Let a pool stand in for the tokens that are missing.
+
+        The means become ``(n M + (wanted - n) P) / wanted`` for n tokens of mean M and the pool's
+        mean P; with ``wanted`` tokens or more nothing changes.
+
+        Raises:
+            ValueError: :attr:`hessian` has been read, here or of the pool.
+        """
+        if self._settled or pool._settled:
+            raise ValueError("The Hessian has been read; nothing can be taken in after that.")
+        missing = wanted - self.tokens
+        if missing <= 0:
+            return
+        self._sum *= self.tokens / wanted / self._divisor()
+        self._sum.add_(pool._sum, alpha=missing / wanted / pool._divisor())
+        self._weight = 1.0
 
     @staticmethod
     def _accumulate(total: torch.Tensor, rows: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ to the budget. What that leaves unused is then spent, step by step, where it gai
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from svsk_kernels.errors import SvskError
@@ -45,6 +45,14 @@ class Choice:
     def base(self) -> tuple[int, ScaleBits]:
         """What fused matrices have in common: group size and scale bits."""
         return self.group_size, self.scale_bits
+
+    def __add__(self, other: "Choice") -> "Choice":
+        """The same choice for two matrices."""
+        mine, theirs = (replace(one, stored_bits=0, loss=0.0) for one in (self, other))
+        if mine != theirs:
+            raise ValueError(f"{mine} and {theirs} are two choices, not one for two matrices.")
+        bits = self.stored_bits + other.stored_bits
+        return replace(self, stored_bits=bits, loss=self.loss + other.loss)
 
 
 def allocate(

@@ -9,14 +9,14 @@ sweep of the loss's gradient over the calibration text gives both
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from svsk_offline.calibration import CalibrationSet
-from svsk_offline.planning.bit_budget import allocate
+from svsk_offline.planning.bit_budget import Choice, allocate
 from svsk_offline.planning.error_curves import ErrorCurve, scheme_with
 from svsk_offline.planning.measured import metric_tensors, stored_metrics
 from svsk_offline.planning.measurements import Measuring, measure_once
@@ -26,6 +26,7 @@ from svsk_offline.recipe import AllocationArgs, AlternatingRecipe, Recipe
 from svsk_offline.storage.atomic import write_tensors
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_vllm.format import ConfigGroup, LinearSpec, ShardedReader, SvskCheckpointConfig
+from svsk_vllm.format.experts import ExpertName, expert_layers, projection_pattern
 
 __all__ = ["Plan", "make_plan", "uniform_schemes"]
 
@@ -66,7 +67,7 @@ class Plan:
             members.setdefault(scheme, []).append(name)
         ordered = sorted(members.items(), key=lambda item: -len(item[1]))
         return {
-            f"group_{number}": scheme.model_copy(update={"targets": tuple(names)})
+            f"group_{number}": scheme.model_copy(update={"targets": _targets(names)})
             for number, (scheme, names) in enumerate(ordered)
         }
 
@@ -179,22 +180,42 @@ def _within_budget(
     allocation: AllocationArgs,
     scale_dtype: torch.dtype,
 ) -> dict[str, ConfigGroup]:
-    """The schemes that a bit budget gives, by what was measured of the matrices."""
-    choices, weights = {}, 0
+    """The schemes that a bit budget gives, by what was measured of the matrices.
+
+    One matrix of all experts of a layer is chosen for as one.
+    """
+    choices: dict[str, list[Choice]] = {}
+    weights = 0
+    shared = {name: names[0] for names in expert_layers(schemes).values() for name in names}
     for name, scheme in schemes.items():
         n, k = source.tensors.describe(f"{name}.weight").shape
         spec = LinearSpec(name, n, k, scheme, scale_dtype)
-        choices[name] = curves[name].choices(spec, recipe.alternating.rounds, allocation)
+        own = curves[name].choices(spec, recipe.alternating.rounds, allocation)
+        first = shared.get(name, name)
+        choices[first] = (
+            [a + b for a, b in zip(choices[first], own, strict=True)] if (first in choices) else own
+        )
         weights += spec.num_weights
-    fused: dict[str, tuple[str, ...]] = {name: (name,) for name in schemes}
+    fused: dict[str, Hashable] = {name: (name,) for name in choices}
     for members in vllm_class_of(source).fused_sets(schemes):
         fused |= dict.fromkeys(members, members)
+    for name in shared.values():
+        expert = ExpertName.of(name)
+        fused[name] = expert and expert.base
     chosen = allocate(choices, fused, allocation.target_bpw, weights)
     return {
         name: scheme_with(scheme, pick.base, pick.rank, pick.factor_bits)
         for name, scheme in schemes.items()
-        for pick in (chosen[name],)
+        for pick in (chosen[shared.get(name, name)],)
     }
+
+
+def _targets(names: Sequence[str]) -> tuple[str, ...]:
+    """Targets of a config group: the names, experts by a pattern for all of a layer."""
+    layers = expert_layers(names)
+    experts = {name for members in layers.values() for name in members}
+    patterns = (projection_pattern(*key) for key in layers)
+    return (*(name for name in names if name not in experts), *patterns)
 
 
 def _share(source: ModelSource, tokens: dict[str, torch.Tensor]) -> None:

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What vLLM will say of a checkpoint, asked before any work is done for it."""
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_vllm.format import ConfigGroup
 from svsk_vllm.format.architectures import VllmClass, vllm_class
+from svsk_vllm.format.experts import expert_problems
 from svsk_vllm.format.row_order import row_order_problem
 
-__all__ = ["bases_alone", "check_servable", "vllm_class_of"]
+__all__ = ["bases_alone", "check_servable", "dense_matrices", "vllm_class_of"]
 
 
 def vllm_class_of(source: ModelSource) -> VllmClass:
@@ -30,6 +33,26 @@ def bases_alone(source: ModelSource, linears: Iterable[str]) -> str | None:
         if problem and not row_order_problem(names, linear, 0):
             return problem
     return None
+
+
+def dense_matrices(source: ModelSource, schemes: Collection[str]) -> dict[str, int]:
+    """Tensors of the blocks, vectors left out, that are not quantised: routers, convolutions, ...
+
+    Args:
+        source: the dense model.
+        schemes: names of the linears to quantise.
+
+    Returns:
+        How many there are, by the stored name with ``*`` for each number in it.
+    """
+    replaced = {f"{name}.weight" for name in schemes}
+    names = (
+        name
+        for index in range(len(source.blocks[1]))
+        for name in source.block_tensors(index)
+        if name not in replaced and len(source.tensors.describe(name).shape) > 1
+    )
+    return dict(Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
 
 
 def check_servable(
@@ -53,9 +76,8 @@ def check_servable(
             do.
     """
     architecture = vllm_class_of(source)
-    problems = architecture.fused_problems(
-        {linear: schemes.get(linear) for linear in source.block_linears()}
-    )
+    linears = {linear: schemes.get(linear) for linear in source.block_linears()}
+    problems = architecture.fused_problems(linears) + expert_problems(linears)
     for linear, group in schemes.items():
         if problem := row_order_problem([architecture.name], linear, max(group.sidecar.rank, most)):
             problems.append(problem)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from svsk_kernels.errors import SvskError
+from svsk_vllm.architecture.experts import SeparateExperts
 
-__all__ = ["decoder_blocks", "linear_modules"]
+__all__ = ["decoder_blocks", "expert_modules", "linear_modules"]
 
 
 def decoder_blocks(model: Any, folder: Path) -> tuple[str, nn.ModuleList]:
@@ -45,8 +46,9 @@ def decoder_blocks(model: Any, folder: Path) -> tuple[str, nn.ModuleList]:
     name, blocks = lists[0]
     if (experts := _expert_stack(blocks, config)) is not None:
         raise SvskError(
-            f"{folder}: {name}.{experts} is a stack of expert matrices. Mixture-of-experts models"
-            " are not supported."
+            f"{folder}: {name}.{experts} is a stack of expert matrices. Experts are quantised where"
+            " the folder stores the gate, up and down matrix of each one by one, without biases,"
+            " as those of Qwen3-MoE, Mixtral, OLMoE or DeepSeek do."
         )
     return name, blocks
 
@@ -54,6 +56,16 @@ def decoder_blocks(model: Any, folder: Path) -> tuple[str, nn.ModuleList]:
 def linear_modules(module: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
     """Names and modules of the ``nn.Linear`` layers below ``module``."""
     return ((name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear))
+
+
+def expert_modules(module: nn.Module) -> dict[str, SeparateExperts]:
+    """The mixtures of experts below ``module``, by the name of each linear in one."""
+    return {
+        f"{name}.{linear}": experts
+        for name, experts in module.named_modules()
+        if isinstance(experts, SeparateExperts)
+        for linear, _ in linear_modules(experts)
+    }
 
 
 def _expert_stack(blocks: nn.ModuleList, config: Any) -> str | None:

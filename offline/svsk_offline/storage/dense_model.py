@@ -19,6 +19,7 @@ from svsk_offline.storage.model_identity import content_digest, folder_identity
 from svsk_offline.storage.model_loading import build_skeleton, own_code_refused
 from svsk_offline.storage.tensor_names import TensorMap, require_complete
 from svsk_offline.storage.tensor_readers import FoldedTensors, RestoredTensors, TensorReader
+from svsk_vllm.architecture.experts import separate_experts
 from svsk_vllm.format import Checkpoint, ShardedReader
 from svsk_vllm.format.config import undeclared
 from svsk_vllm.format.shards import read_json
@@ -132,8 +133,13 @@ class ModelSource:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The causal language model with parameters on the meta device and real buffers."""
-        return build_skeleton(self.folder, trust_remote_code=self.trust_remote_code)
+        """The causal language model with parameters on the meta device and real buffers.
+
+        Experts that are stored one by one are modules of their own.
+        """
+        model = build_skeleton(self.folder, trust_remote_code=self.trust_remote_code)
+        separate_experts(model, self.tensors.names)
+        return model
 
     @cached_property
     def map(self) -> TensorMap:
@@ -197,7 +203,7 @@ class ModelSource:
         Raises:
             SvskError: transformers makes the weight out of other tensors, or uses it in two places.
         """
-        users = [name for name, stored in self.map.sources.items() if stored == f"{linear}.weight"]
+        users = self._users.get(f"{linear}.weight", [])
         if len(users) > 1:
             raise SvskError(
                 f"{self.folder}: {' and '.join(users)} are one matrix, which cannot be quantised."
@@ -209,6 +215,14 @@ class ModelSource:
                 f"{self.folder}: {linear}.weight is made from {inputs} when transformers loads the"
                 " model; only what is stored as one matrix can be quantised. Add it to --ignore."
             )
+
+    @cached_property
+    def _users(self) -> dict[str, list[str]]:
+        """Parameters that each stored tensor fills as it is."""
+        users: dict[str, list[str]] = {}
+        for name, stored in self.map.sources.items():
+            users.setdefault(stored, []).append(name)
+        return users
 
     def block_tensors(self, index: int) -> list[str]:
         """Stored tensors that fill a decoder block."""

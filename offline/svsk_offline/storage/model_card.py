@@ -2,13 +2,13 @@
 """The README.md of a checkpoint."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from svsk_offline.storage.card_figures import BEGIN, END
-from svsk_offline.storage.layer_report import LayerReport, bits_per_weight
+from svsk_offline.storage.layer_report import LayerReport, bits_per_weight, thin_experts
 from svsk_vllm.format import SvskCheckpointConfig, SvskFormatError
 from svsk_vllm.format.files import open_regular, read_json
 
@@ -54,6 +54,14 @@ over the blocks.{tables}
 | layer | layers | bits per weight | base alone | with sidecar |
 | --- | --- | --- | --- | --- |
 {rows}
+"""
+
+_THIN: Final = """
+## Experts with little calibration text
+
+Fewer tokens were routed to these experts, by number, than one of their matrices has inputs; what
+was missing was taken from the tokens of the layer's other experts. In brackets their own tokens.
+
 """
 
 
@@ -144,10 +152,10 @@ def model_card(
         kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
     rows = []
     for kind, reports in kinds.items():
-        base = sum(layer.base_error for layer in reports) / len(reports)
-        error = sum(layer.error for layer in reports) / len(reports)
+        base = _mean(layer.base_error for layer in reports)
+        error = _mean(layer.error for layer in reports)
         bits = bits_per_weight(reports)
-        rows.append(f"| {kind} | {len(reports)} | {bits:.3f} | {base:.2e} | {error:.2e} |")
+        rows.append(f"| {kind} | {len(reports)} | {bits:.3f} | {base} | {error} |")
     calibration = config.producer["calibration"]
     text = _TEMPLATE.format(
         name=origin.name,
@@ -166,12 +174,20 @@ def model_card(
         if tables
         else "",
         tokens="on calibration tokens that were held out"
-        if all(layer.held_out_tokens for layer in layers)
+        if all(layer.held_out_tokens for layer in layers if layer.error is not None)
         else "on the calibration tokens that were fitted",
     )
+    if thin := thin_experts(layers):
+        text += _THIN + "\n".join(f"- {line}" for line in thin) + "\n"
     values: dict[str, Any] = {"pipeline_tag": "text-generation", **origin.carried}
     tags = list(dict.fromkeys((*_OUR_TAGS, *values.pop("tags", ()))))
     if origin.base_model:
         values |= {"base_model": list(origin.base_model), "base_model_relation": "quantized"}
     data = ModelCardData(library_name="svsk-vllm", tags=tags, **values)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}"))
+
+
+def _mean(errors: Iterable[float | None]) -> str:
+    """The mean of those that were measured."""
+    known = [error for error in errors if error is not None]
+    return f"{sum(known) / len(known):.2e}" if known else "not measured"

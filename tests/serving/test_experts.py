@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures of quantised experts, served as transformers computes the dense model they stand for.
+
+On one rank, on two that share every expert, and on two that have half of the experts each.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from svsk_offline.storage.dense_model import ModelSource
+from svsk_vllm.architecture.folder_check import checkpoint_problems
+from svsk_vllm.format import ConfigGroup
+from tests.serving.conftest import Run
+from tests.serving.transformers_answers import compare_with_transformers, prompts
+from tests.support.tiny_models import (
+    EXPERT_FAMILIES,
+    Family,
+    scheme,
+    write_dense,
+    write_random_svsk,
+    write_restored,
+)
+
+BOUND = 0.01
+"""Of the mean difference of log-probabilities: a router's weights are rounded to float16 in vLLM,
+and a token near a tie may go to another expert."""
+EXPERTS = {
+    "gate": scheme(r"re:.*experts\.\d+\.(gate_proj|w1)$", rank=4, codebook="quad8", tile_m=0),
+    "up": scheme(r"re:.*experts\.\d+\.(up_proj|w3)$", rank=2, codebook="quad8", tile_n=0),
+    "down": scheme(
+        r"re:.*experts\.\d+\.(down_proj|w2)$",
+        rank=3,
+        num_bits=8,
+        group_size=32,
+        scale_bits=6,
+        tile_m=0,
+        tile_n=48,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "eager", "parallel"),
+    [
+        ("qwen3_moe", True, {"tp": 2, "enable_expert_parallel": True}),
+        ("qwen2_moe", True, {"tp": 2}),
+        ("mixtral", False, {}),
+        pytest.param("deepseek_v3", True, {}, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", True, {}, marks=pytest.mark.slow),
+        pytest.param("olmoe", False, {}, marks=pytest.mark.slow),
+        pytest.param("deepseek_v2", False, {}, marks=pytest.mark.slow),
+        pytest.param("mixtral", True, {"tp": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_served_as_the_restored_model(
+    tmp_path: Path, run_vllm: Run, family: str, eager: bool, parallel: dict[str, Any]
+) -> None:
+    settings = {"moe_intermediate_size": 128} if family == "qwen2_moe" else {}
+    known = EXPERT_FAMILIES[family]
+    shape = Family(known.model_type, {**known.settings, **settings})
+    dense = write_dense(tmp_path / "dense", shape, dtype=torch.float16)
+    linears = set(ModelSource(dense).block_linears())  # no router is one
+    schemes: dict[str, ConfigGroup] = {"default": scheme("Linear", rank=3), **EXPERTS}
+    ignore = ("lm_head", "re:.*(shared_expert_gate|kv_b_proj)$")
+    folder = write_random_svsk(
+        dense, tmp_path / "svsk", schemes=schemes, ignore=ignore, linears=linears
+    )
+    assert checkpoint_problems(folder) == []
+    restored = write_restored(folder, tmp_path / "restored")
+
+    asked = prompts()
+    served = run_vllm(
+        folder, asked, max_tokens=16, dtype="float32", eager=eager, reload=True, **parallel
+    )
+    mixtures = 1 if family.startswith("deepseek") else 2
+    assert served["methods"]["SvskExpertsMethod"] == mixtures
+    found = compare_with_transformers(restored, asked, served)
+    print(f"{family}: mean {found.mean:.5f}, largest {found.largest:.3f}, {found.clear} clear")
+    assert found.mean < BOUND
+    assert found.flipped == [], "tokens differ where the choice was clear"
+    assert found.clear > 0.3 * 16 * len(asked), "too few clear choices to mean anything"
+    assert served["reloaded"] == served["scores"]
