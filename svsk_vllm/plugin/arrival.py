@@ -29,7 +29,7 @@ __all__ = [
     "stored_tensor",
 ]
 
-ShardId = str | int | None
+ShardId = str | int | tuple[int, ...] | None
 Loader = Callable[..., Any]
 
 _PACKED = (".sidecar_u", ".sidecar_v", ".weight_scale")

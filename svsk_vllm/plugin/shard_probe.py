@@ -12,7 +12,8 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, RowvLLMPar
 
 __all__ = ["Loader", "ShardId", "probe_columns", "probe_rows"]
 
-ShardId = str | int | None
+ShardId = str | int | tuple[int, ...] | None
+"""vLLM's name of a part of a fused layer, a tuple where one tensor fills several; None for all."""
 
 Loader = Callable[..., Any]
 

@@ -71,8 +71,11 @@ class Arrived:
     def __init__(self, parts: Mapping[ShardId, str], schemes: Sequence[ConfigGroup]) -> None:
         self._expected: dict[tuple[ShardId, str], str] = {}
         for (shard, part), scheme in zip(parts.items(), schemes, strict=True):
-            sidecar = SIDECAR_DTYPES if scheme.sidecar.rank else ()
-            for name in (*base_names(scheme.weights), *sidecar):
+            for name in base_names(scheme.weights):
+                # vLLM passes a tensor of several shards on shard by shard.
+                for one in loaded_shards(shard):
+                    self._expected[one, name] = f"{part}.{name}"
+            for name in SIDECAR_DTYPES if scheme.sidecar.rank else ():
                 self._expected[shard, name] = f"{part}.{name}"
         self._seen: set[tuple[ShardId, str]] = set()
 
@@ -87,10 +90,11 @@ class Arrived:
             SvskFormatError: something was not.
         """
         seen, self._seen = self._seen, set()
-        missing = [stored for key, stored in self._expected.items() if key not in seen]
+        missing = dict.fromkeys(n for key, n in self._expected.items() if key not in seen)
         if not missing:
             return
-        if unknown := {shard for shard, _ in seen} - {shard for shard, _ in self._expected}:
+        known = {one for shard, _ in self._expected for one in (shard, *loaded_shards(shard))}
+        if unknown := {shard for shard, _ in seen} - known:
             raise SvskFormatError(_unknown_parts(prefix, unknown))
         raise SvskFormatError(
             f"{prefix}: not loaded: {', '.join(missing)}. The checkpoint is incomplete, or does not"
