@@ -94,12 +94,7 @@ class CheckpointWriter:
         """Reports of block ``index`` if a run with these inputs has written its part."""
         holder = self._holder(index + 1)
         reports = self._reports_path(index)
-        if not holder.exists() or not reports.exists():
-            return None
-        try:
-            if shard_fingerprint(holder) != self.fingerprint:
-                return None
-        except SvskFormatError:  # damaged: it is written again, as another run's is
+        if not self._is_own(holder) or not reports.exists():
             return None
         return [LayerReport(**row) for row in read_json(reports)["layers"]]
 
@@ -200,12 +195,20 @@ class CheckpointWriter:
                 other.unlink()  # of a version that wrote blocks there
         for name, numbers in files.items():
             parts = [self._part(number) for number in numbers]
-            if not (self.folder / name).exists():
+            # One of other factors of smoothing may lie there; its blocks were then written anew.
+            if not self._is_own(self.folder / name):
                 merge_files(parts, self.folder / name)
             for part in parts:
                 part.unlink(missing_ok=True)
         if len(files) > 1:
             write_index(self.folder, files)
+
+    def _is_own(self, shard: Path) -> bool:
+        """Whether a file is there, whole, and of a run with these inputs."""
+        try:
+            return shard.exists() and shard_fingerprint(shard) == self.fingerprint
+        except SvskFormatError:
+            return False
 
     def _part(self, number: int) -> Path:
         """Part of block ``number - 1``; number 0 is everything outside the blocks."""

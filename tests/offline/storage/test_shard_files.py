@@ -3,6 +3,7 @@
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,15 +84,42 @@ def test_parts_that_cannot_be_put_together_leave_nothing(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
-@pytest.mark.parametrize("most", [1, 300_000])
+def other_run(path: Path) -> None:
+    """Make a file one of a run with other inputs: other values, another fingerprint."""
+    tensors = {name: tensor * 0 for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt", "svsk_fingerprint": "other"})
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize(
+    ("most", "damaged", "damage", "again"),
+    [
+        (1, None, other_run, False),
+        (300_000, None, other_run, False),
+        # Its part is still there.
+        (1, "model-00002-of*", other_run, False),
+        (1, "model-00002-of*", cut_short, False),
+        # Those of this one are gone.
+        (300_000, "model-00001-of*", other_run, True),
+    ],
+)
 def test_a_run_stopped_while_files_are_put_together_goes_on(
     tmp_path: Path,
     tiny_llama: Path,
     tiny_recipe: Recipe,
     monkeypatch: pytest.MonkeyPatch,
     most: int,
+    damaged: str | None,
+    damage: Callable[[Path], None],
+    again: bool,
 ) -> None:
-    """Blocks that are in a finished file already are not quantised again."""
+    """Blocks that are in a finished file already are not quantised again.
+
+    Those of a file of another run, or of a damaged one, are, unless their parts are still there.
+    """
     writer = "svsk_offline.storage.checkpoint_writer"
     monkeypatch.setattr(f"{writer}.SHARD_BYTES", most)
     recipe = tiny_recipe.override({"calibration": {"sequential": True}})
@@ -108,9 +136,13 @@ def test_a_run_stopped_while_files_are_put_together_goes_on(
         patch.setattr(f"{writer}.merge_files", stop)
         with pytest.raises(KeyboardInterrupt):
             quantize(tiny_llama, tmp_path / "out", recipe)
+    if damaged is not None:
+        (held,) = (tmp_path / "out.partial").rglob(damaged)
+        damage(held)
     redone: list[LayerReport] = []
     quantize(tiny_llama, tmp_path / "out", recipe, progress=Progress(layer=redone.append))
-    assert not [report for report in redone if ".layers." in report.name]
+    blocks = {report.name.split(".")[2] for report in redone if ".layers." in report.name}
+    assert bool(blocks) == again
     assert folder_bytes(tmp_path / "out") == folder_bytes(whole)
 
 
