@@ -73,6 +73,7 @@ class _Recipe(Strict):
     ignore: tuple[str, ...] = USUAL_IGNORE
     tables: TableArgs = TableArgs()
     smoothing: SmoothingArgs | None = None
+    activations: Literal["exact", "int8"] = "exact"  # what the checkpoint recommends to serve with
 
     @field_validator("weights")
     @classmethod

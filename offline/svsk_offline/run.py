@@ -186,6 +186,7 @@ class Run:
             config_groups={"group_0": group} | self.tables.groups,
             ignore=tuple(self.tables.left(ignore)),
             embedding=self.tables.embedding,
+            activations=recipe.activations,
             producer=producer,
         )
 

@@ -248,7 +248,11 @@ class EmbeddingArgs(Strict):
 
 
 class SvskCheckpointConfig(Strict):
-    """``quantization_config`` in config.json; ``producer`` may hold anything."""
+    """``quantization_config`` in config.json; ``producer`` may hold anything.
+
+    ``activations`` is what the writer would have the base multiplied with, where an engine can:
+    ``int8`` is 8 bits by token and 64 columns, the sidecar's as they are.
+    """
 
     quant_method: Literal["svsk"] = "svsk"
     format: Literal["svsk"] = "svsk"
@@ -258,6 +262,7 @@ class SvskCheckpointConfig(Strict):
     )
     ignore: tuple[Target, ...] = ()
     embedding: EmbeddingArgs | None = None
+    activations: Literal["exact", "int8"] = "exact"
     producer: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
@@ -284,8 +289,9 @@ class SvskCheckpointConfig(Strict):
         if _minor(config.needed_version) > _minor(config.version):
             raise SvskFormatError(
                 f"{source}: version {config.version} with scale_bits, num_bits 8, hot_rows, a"
-                f" group_size of 16, a rank over {_MAX_RANK_OF_1_0} or an embedding, which are of"
-                f" version {config.needed_version}. Correct the version, or copy the folder again."
+                f" group_size of 16, a rank over {_MAX_RANK_OF_1_0}, an embedding or activations,"
+                f" which are of version {config.needed_version}. Correct the version, or copy the"
+                " folder again."
             )
         return config
 
@@ -293,13 +299,16 @@ class SvskCheckpointConfig(Strict):
     def needed_version(self) -> str:
         """The first version of the format that has every value used here."""
         used = [group.version for group in self.config_groups.values()]
-        return max(used if self.embedding is None else [*used, "1.1"], key=_minor)
+        new = self.embedding is not None or self.activations != "exact"
+        return max([*used, "1.1"] if new else used, key=_minor)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON-ready dictionary that goes into config.json."""
         values = self.model_dump(mode="json")
         if self.embedding is None:  # readers of version 1.0 do not know the key
             del values["embedding"]
+        if self.activations == "exact":
+            del values["activations"]
         return {**values, "version": max(self.version, self.needed_version, key=_minor)}
 
     def is_embedding(self, name: str) -> bool:

@@ -49,8 +49,9 @@ def choose_kernel(
     float32 or for a table, because elsewhere it would cost more than an error does.
 
     ``SVSK_ACTIVATIONS`` or, where it is not set, ``additional_config["svsk"]["activations"]`` of
-    vLLM's config says in what the base is multiplied: ``exact``, the default, or ``int8``, which
-    the fused kernel of CPUs alone can do.
+    vLLM's config, and then the checkpoint's own, says in what the base is multiplied: ``exact``,
+    the default, or ``int8``, which the fused kernel of CPUs alone can do. What the checkpoint says
+    is a recommendation: where it cannot be followed, products are exact, and a line says so.
 
     Args:
         prefix: the layer's name, for errors.
@@ -67,7 +68,7 @@ def choose_kernel(
     name = os.environ.get(_VARIABLE, "auto")
     if name not in _NAMES:
         raise SvskFormatError(f"{_VARIABLE}={name}: expected one of {', '.join(_NAMES)}.")
-    activations = _activations()
+    activations, asked = _activations()
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         # The system permits AMX to a process that asks, as oneDNN does for a dense model. Attention
         # of vLLM does not, and without a product of oneDNN before it the process ended with an
@@ -81,17 +82,20 @@ def choose_kernel(
     kernel = _choose(name, prefix, spec, full_shape, device, activations, split=split)
     # Tables are always exact.
     if activations == "int8" and not (spec.is_table or isinstance(kernel, CpuKernel)):
-        raise SvskFormatError(
-            f"{prefix}: activations int8, which the kernel for CPUs alone takes, but the layer runs"
-            f" on {type(kernel).__name__}. Leave {_ACTIVATIONS} and additional_config's"
-            f" {_SECTION}.activations out."
-        )
+        kind = type(kernel).__name__
+        if asked:
+            raise SvskFormatError(
+                f"{prefix}: activations int8, which the kernel for CPUs alone takes, but the layer"
+                f" runs on {kind}. Leave {_ACTIVATIONS} and additional_config's"
+                f" {_SECTION}.activations out."
+            )
+        _tell_exact(kind)
     _tell_compiler(kernel)
     return kernel
 
 
-def _activations() -> Literal["exact", "int8"]:
-    """What the environment or vLLM's config says of activations."""
+def _activations() -> tuple[Literal["exact", "int8"], bool]:
+    """What is said of activations, and whether the user said it: else it is the checkpoint."""
     where, value = _ACTIVATIONS, os.environ.get(_ACTIVATIONS)
     if value is None:
         config = get_current_vllm_config().additional_config
@@ -102,11 +106,14 @@ def _activations() -> Literal["exact", "int8"]:
                 ' the one thing that can be said there. Write {"svsk": {"activations": "int8"}}.'
             )
         where, value = f"additional_config: {_SECTION}.activations", section.get("activations")
-    if value in (None, "exact"):
-        return "exact"
+    if value is None:
+        stored = getattr(get_current_vllm_config().quant_config, "checkpoint", None)
+        return getattr(stored, "activations", "exact"), False
+    if value == "exact":
+        return "exact", True
     if value != "int8":
         raise SvskFormatError(f"{where}={value}: expected exact or int8.")
-    return "int8"
+    return "int8", True
 
 
 def _choose(
@@ -196,6 +203,15 @@ def _note(n: int, k: int, kernel: str, *obstacles: str) -> None:
             reasons,
             _VARIABLE,
         )
+
+
+@lru_cache(maxsize=16)
+def _tell_exact(kernel: str) -> None:
+    _logger.warning(
+        "The checkpoint recommends activations of 8 bits, which the kernel for CPUs alone takes: %s"
+        " multiplies them as they are.",
+        kernel,
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from svsk_vllm.format import SvskCheckpointConfig, SvskFormatError
+from svsk_vllm.format import ConfigGroup, SvskCheckpointConfig, SvskFormatError
 from svsk_vllm.version import FORMAT_VERSION, __version__
 from tests.support.format_builders import make_group
 
@@ -179,6 +179,20 @@ def test_every_schema_error_is_in_the_message() -> None:
 def test_every_minor_version_is_read(version: str) -> None:
     config = SvskCheckpointConfig.from_dict({**EXAMPLE, "version": version})
     assert config.version == version  # kept: what is written back must not claim less
+
+
+def test_recommended_activations_are_of_version_1_1() -> None:
+    groups = {"g": ConfigGroup(targets=("Linear",))}
+    exact = SvskCheckpointConfig(version="1.0", config_groups=groups).to_dict()
+    assert "activations" not in exact
+    assert exact["version"] == "1.0"
+    stored = SvskCheckpointConfig(version="1.0", config_groups=groups, activations="int8").to_dict()
+    assert (stored["activations"], stored["version"]) == ("int8", "1.1")
+    assert SvskCheckpointConfig.from_dict(stored).activations == "int8"
+    with pytest.raises(SvskFormatError, match=r"or activations, which are of version 1\.1"):
+        SvskCheckpointConfig.from_dict({**stored, "version": "1.0"})
+    with pytest.raises(SvskFormatError, match="activations"):
+        SvskCheckpointConfig.from_dict({**stored, "activations": "fp8"})
 
 
 @pytest.mark.parametrize(("rank", "version"), [(128, "1.0"), (129, "1.1"), (512, "1.1")])

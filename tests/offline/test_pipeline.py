@@ -397,6 +397,23 @@ def test_what_the_class_wants_in_float32_stays(
     assert torch.equal(norm, tensors["model.norm.weight"])
 
 
+def test_activations_that_a_recipe_recommends(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
+    """They go into config.json, and change no tensor."""
+    other = tiny_recipe.model_copy(update={"activations": "int8"})
+    plain, said = (
+        quantize(tiny_llama, tmp_path / out, recipe).folder
+        for out, recipe in (("plain", tiny_recipe), ("said", other))
+    )
+    assert Checkpoint(said).config.activations == "int8"
+    assert inspect_checkpoint(said)["activations"] == "int8"
+    assert inspect_checkpoint(plain)["activations"] == "exact"
+    for name, linear in Checkpoint(plain).iter_linears():
+        stored, others = linear.to_tensors(), Checkpoint(said).read_linear(name).to_tensors()
+        assert all(torch.equal(tensor, others[key]) for key, tensor in stored.items())
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_damaged_weights_are_named(
     tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe, rank: int

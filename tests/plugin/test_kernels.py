@@ -22,9 +22,17 @@ from svsk_kernels.gpu.triton_kernel import TritonKernel
 from svsk_kernels.layer_kernel import LayerSpec
 from svsk_kernels.naive import naive_matmul
 from svsk_kernels.reference_kernel import ReferenceKernel
-from svsk_vllm.format import Codebook, LinearSpec, SvskFormatError, code_values
+from svsk_vllm.format import (
+    Codebook,
+    ConfigGroup,
+    LinearSpec,
+    SvskCheckpointConfig,
+    SvskFormatError,
+    code_values,
+)
 from svsk_vllm.plugin import split_kernel
 from svsk_vllm.plugin.kernel_choice import choose_kernel
+from svsk_vllm.plugin.quantization_config import SvskConfig
 from svsk_vllm.plugin.split_kernel import SplitKernel, split_codes
 from tests.support.format_builders import make_group, random_linear
 from tests.support.layers import loaded_layer
@@ -238,6 +246,38 @@ def test_activations_of_eight_bits_are_asked_for(
     monkeypatch.setenv("SVSK_ACTIVATIONS", "fp8")
     with pytest.raises(SvskFormatError, match="SVSK_ACTIVATIONS=fp8: expected exact or int8"):
         choose_kernel("m", spec, (112, 128), CPU)
+
+
+@pytest.mark.skipif(
+    cpu_ops_obstacle() is not None, reason="the op for this processor cannot be built"
+)
+def test_activations_that_the_checkpoint_recommends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The user's word overrules them; where no kernel takes them, a line says so."""
+    spec = dataclasses.replace(SPEC, n=144)
+    config = VllmConfig(additional_config={})
+    groups = {"g": ConfigGroup(targets=("Linear",))}
+    stored = SvskCheckpointConfig(config_groups=groups, activations="int8")
+    config.quant_config = SvskConfig(stored)
+
+    def chosen() -> Any:
+        return choose_kernel("m", spec, (144, 128), CPU)
+
+    choice._tell_exact.cache_clear()
+    with caplog.at_level(logging.WARNING), set_current_vllm_config(config):
+        assert chosen().int8
+        config.additional_config["svsk"] = {"activations": "exact"}
+        assert not chosen().int8
+        del config.additional_config["svsk"]
+        monkeypatch.setenv("SVSK_ACTIVATIONS", "exact")
+        assert not chosen().int8
+        monkeypatch.delenv("SVSK_ACTIVATIONS")
+        assert "recommends" not in caplog.text
+        monkeypatch.setenv("SVSK_KERNEL", "portable")
+        for _ in range(2):
+            assert isinstance(chosen(), PortableKernel)
+    assert caplog.text.count("PortableKernel multiplies them as they are") == 1
 
 
 @pytest.mark.parametrize(

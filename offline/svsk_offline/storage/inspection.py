@@ -81,6 +81,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "dense_bytes": sum(tensor.num_bits for tensor in contents.dense.values()) // 8,
         "bytes_on_disk": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         "ignore": list(contents.config.ignore),
+        "activations": contents.config.activations,
         "producer": contents.config.producer,
     }
 
@@ -142,6 +143,7 @@ def print_inspection(console: Console, inspection: dict[str, Any]) -> None:
             f" ({str(producer.get('recipe_hash', 'unknown'))[:12]}), written by svsk"
             f" {producer.get('svsk', 'unknown')}"
         ),
+        *(["activations: 8 bits recommended"] if inspection["activations"] == "int8" else []),
         _calibration_line(producer.get("calibration")),
         *smoothing_lines(producer.get("smoothing")),
     ):
