@@ -13,7 +13,13 @@ from typing import Final
 
 from svsk_vllm.format.config import ConfigGroup
 
-__all__ = ["ExpertName", "expert_layers", "expert_problems", "projection_pattern"]
+__all__ = [
+    "ExpertName",
+    "expert_layers",
+    "expert_problems",
+    "projection_pattern",
+    "same_scheme",
+]
 
 _NAME: Final = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
 _GATE_UP: Final = frozenset({"gate_proj", "up_proj", "w1", "w3"})
@@ -59,6 +65,13 @@ def projection_pattern(layer: str, projection: str) -> str:
     return rf"re:{re.escape(layer)}\.\d+\.{re.escape(projection)}$"
 
 
+def same_scheme(left: ConfigGroup | None, right: ConfigGroup | None) -> bool:
+    """Whether two schemes store a linear alike, whatever else they are for."""
+    if left is None or right is None:
+        return left is right
+    return (left.weights, left.sidecar) == (right.weights, right.sidecar)
+
+
 def expert_problems(schemes: Mapping[str, ConfigGroup | None]) -> list[str]:
     """What about the schemes of a model's experts is not served, one line each.
 
@@ -68,10 +81,9 @@ def expert_problems(schemes: Mapping[str, ConfigGroup | None]) -> list[str]:
     problems = []
     chosen: dict[str, dict[str, ConfigGroup | None]] = {}  # by layer and projection
     for (layer, projection), names in expert_layers(schemes).items():
-        found = {schemes[name] for name in names}
-        if len(found) > 1:
-            first = names[0]
-            other = next(name for name in names if schemes[name] != schemes[first])
+        first = names[0]
+        other = next((n for n in names if not same_scheme(schemes[n], schemes[first])), None)
+        if other is not None:
             problems.append(
                 f"{first} and {other}: experts of one layer are served as one tensor, but the"
                 f" schemes of their {projection} differ. Give all experts of a layer the same, or"

@@ -20,7 +20,7 @@ from svsk_vllm.format import (
     QuantizedLinear,
     restored_weight,
 )
-from svsk_vllm.format.experts import ExpertName
+from svsk_vllm.format.experts import ExpertName, same_scheme
 from svsk_vllm.format.spec import WEIGHT_PACKED
 
 __all__ = ["DequantizeExperts", "Stacks", "expert_converters", "match_experts"]
@@ -147,7 +147,7 @@ def match_experts(
                     f"{target}: holds {shape[0]} experts, the checkpoint has {len(specs)} of"
                     f" {first.name} and its like"
                 )
-            if any(spec.scheme != first.scheme for spec in specs):
+            if not all(same_scheme(spec.scheme, first.scheme) for spec in specs):
                 problems.append(f"{target}: the schemes of its experts differ")
         rows = sum(specs[0].n for specs in patterns.values())
         if any((rows, specs[0].k) != shape[1:] for specs in patterns.values()):

@@ -44,7 +44,7 @@ def write_svsk(folder: Path, family: str) -> Path:
 
 
 @asked
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "qwen3_next"])
 def test_loaded_as_the_restored_model(tmp_path: Path, family: str) -> None:
     svsk = write_svsk(tmp_path, family)
     restored = load(write_restored(svsk, tmp_path / "restored"))

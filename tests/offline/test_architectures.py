@@ -22,7 +22,7 @@ from svsk_offline.recipe import load_recipe
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.inspection import validate_against_architecture
 from svsk_vllm.format import Checkpoint
-from tests.support.tiny_models import VOCAB, Family, write_dense
+from tests.support.tiny_models import HYBRID_FAMILIES, VOCAB, Family, write_dense
 
 CPU = torch.device("cpu")
 LINEAR_ATTENTION = {
@@ -51,10 +51,10 @@ FAMILIES = {
     "bamba": Family("bamba", {**MAMBA, "attn_layer_indices": [1]}),
     # A mask with as many rows as samples.
     "xglm": Family("xglm", {"d_model": 128, "ffn_dim": 256, "num_layers": 2, "attention_heads": 4}),
-    # Linear attention: the kernel of a convolution has three dimensions; one is stored in parts.
-    "qwen3_5_text": Family(
-        "qwen3_5_text", {"head_dim": 32, "num_hidden_layers": 4, **LINEAR_ATTENTION}
-    ),
+    # The kernel of a convolution has three dimensions; linear attention that is stored in parts.
+    "qwen3_5_text": HYBRID_FAMILIES["qwen3_5"],
+    "falcon_h1": HYBRID_FAMILIES["falcon_h1"],
+    "granite4": HYBRID_FAMILIES["granite4"],
     "olmo_hybrid": Family(
         "olmo_hybrid", {"layer_types": ["linear_attention", "full_attention"], **LINEAR_ATTENTION}
     ),

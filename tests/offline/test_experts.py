@@ -33,6 +33,7 @@ from svsk_vllm.format.experts import (
 from tests.offline.test_architectures import kl, logits_of, run_by_blocks, sample_tokens
 from tests.support.tiny_models import (
     EXPERT_FAMILIES,
+    HYBRID_FAMILIES,
     Family,
     round_with_sidecar,
     scheme,
@@ -62,12 +63,35 @@ def run(dense: Path, out: Path, recipe: Recipe) -> tuple[QuantizationResult, lis
     return result, said
 
 
-@pytest.mark.parametrize("family", EXPERT_FAMILIES)
-def test_experts_apart_are_the_model(tmp_path: Path, family: str) -> None:
-    dense = write_dense(tmp_path / "dense", family)
+MORE = {
+    "qwen3_next": HYBRID_FAMILIES["qwen3_next"],
+    "glm4_moe": Family(
+        "glm4_moe",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "head_dim": 32,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+    "ernie4_5_moe": Family(
+        "ernie4_5_moe", {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64}
+    ),
+}
+"""Families that are stored by the same rules and served by no test."""
+MIXTURES = {"qwen3_next": 4, **dict.fromkeys(("qwen3_moe", "qwen2_moe", "olmoe", "mixtral"), 2)}
+"""Blocks with experts; one in the others, whose first block is dense."""
+
+
+@pytest.mark.parametrize("name", [*EXPERT_FAMILIES, *MORE])
+def test_experts_apart_are_the_model(tmp_path: Path, name: str) -> None:
+    dense = write_dense(tmp_path / "dense", (EXPERT_FAMILIES | MORE)[name])
     source = ModelSource(dense)
     apart = [m for m in source.model.modules() if isinstance(m, SeparateExperts)]
-    assert len(apart) == (1 if family.startswith("deepseek") else 2)
+    assert len(apart) == MIXTURES.get(name, 1)
     expected = logits_of(dense, attn_implementation="eager", experts_implementation="eager")
     torch.testing.assert_close(run_by_blocks(source), expected, rtol=1e-3, atol=1e-4)
 
@@ -315,6 +339,14 @@ def test_inspected_and_not_exported_where_stacks_are_needed(
     assert result.exit_code == 1
     assert re.search(message, " ".join(result.output.split()))
     assert not out.exists()
+
+
+def test_schemes_are_compared_by_what_is_stored() -> None:
+    names = [f"model.layers.0.mlp.experts.{n}.{p}" for n in (0, 1) for p in ("gate_proj", "w2")]
+    alike = {name: scheme(name, rank=2) for name in names}  # a group for each
+    assert expert_problems(dict(alike)) == []
+    (problem,) = expert_problems({**alike, names[2]: scheme(names[2], rank=4)})
+    assert f"{names[0]} and {names[2]}" in problem
 
 
 def test_names_of_experts() -> None:

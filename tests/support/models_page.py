@@ -20,6 +20,7 @@ from svsk_vllm.format.experts import expert_layers
 from tests.support.tiny_models import (
     EXPERT_FAMILIES,
     FAMILIES,
+    HYBRID_FAMILIES,
     MORE_FAMILIES,
     scheme,
     write_dense,
@@ -42,15 +43,16 @@ def page_rows(folder: Path) -> list[str]:
     Args:
         folder: for the models.
     """
-    known = FAMILIES | MORE_FAMILIES | EXPERT_FAMILIES
+    known = FAMILIES | MORE_FAMILIES | EXPERT_FAMILIES | HYBRID_FAMILIES
     rows: dict[str, str] = {}
     for name, family in known.items():
         source = ModelSource(write_dense(folder / name, name))
-        rows.setdefault(_row(source, family.model_type), "")
+        served = name not in HYBRID_FAMILIES  # none of which a test serves
+        rows.setdefault(_row(source, family.model_type, served=served), "")
     return [*_HEAD, *rows]
 
 
-def _row(source: ModelSource, model_type: str) -> str:
+def _row(source: ModelSource, model_type: str, *, served: bool) -> str:
     source.check()
     linears = list(source.block_linears())
     reason = bases_alone(source, linears)
@@ -65,7 +67,9 @@ def _row(source: ModelSource, model_type: str) -> str:
     cells = (
         f"`{model_type}`",
         "yes, without a sidecar" if reason else "yes",
-        _SERVED[vllm_class_of(source).support] + (", on CPUs" if experts else ""),
+        _SERVED[vllm_class_of(source).support] + (", on CPUs" if experts else "")
+        if served
+        else "not tried",
         "yes",
         gguf,
         ", ".join(f"`{name}`" for name in dense) or "nothing",

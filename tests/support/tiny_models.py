@@ -223,6 +223,52 @@ EXPERT_FAMILIES: Final[dict[str, Family]] = {
 }
 """Mixtures of experts whose matrices are stored one by one."""
 
+_DELTA_NET: Final = {
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "tie_word_embeddings": False,
+}
+_MAMBA: Final = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 16,
+    "tie_word_embeddings": False,
+}
+
+HYBRID_FAMILIES: Final[dict[str, Family]] = {
+    # Gated delta nets in three blocks of four; vLLM fuses what is stored in two parts.
+    "qwen3_5": Family("qwen3_5_text", _DELTA_NET),
+    # The same stored as one, and experts.
+    "qwen3_next": Family(
+        "qwen3_next",
+        {
+            **_DELTA_NET,
+            "layer_types": [*["linear_attention"] * 3, "full_attention"],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
+    # Mamba 2 beside attention in every block; in every other block.
+    "falcon_h1": Family("falcon_h1", {**_MAMBA, "mamba_d_ssm": 256}),
+    "granite4": Family(
+        "granitemoehybrid",
+        {
+            **_MAMBA,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 256,
+            "layer_types": ["mamba", "attention"],
+        },
+    ),
+}
+"""Blocks of several kinds, with convolutions and small gates that stay dense."""
+
 
 def write_dense(
     folder: Path,
@@ -239,15 +285,15 @@ def write_dense(
 
     Args:
         folder: made when missing.
-        family: a key of ``FAMILIES``, ``MORE_FAMILIES`` or ``EXPERT_FAMILIES``, or any other
-            architecture of transformers.
+        family: a key of ``FAMILIES``, ``MORE_FAMILIES``, ``EXPERT_FAMILIES`` or
+            ``HYBRID_FAMILIES``, or any other architecture of transformers.
         dtype: dtype the weights are stored in.
         seed: of the weights.
 
     Returns:
         ``folder``.
     """
-    known = FAMILIES | MORE_FAMILIES | EXPERT_FAMILIES
+    known = FAMILIES | MORE_FAMILIES | EXPERT_FAMILIES | HYBRID_FAMILIES
     family = known[family] if isinstance(family, str) else family
     config = AutoConfig.for_model(family.model_type, **family.hf_config)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
