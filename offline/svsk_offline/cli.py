@@ -486,6 +486,34 @@ def restore(
 
 @app.command(
     epilog=examples(
+        "svsk diff qwen3-4b-4.30 qwen3-4b-4.45",
+        "svsk diff published best --json difference.json",
+    )
+)
+def diff(
+    first: Annotated[Path, typer.Argument(help="SVSK checkpoint.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what differs between two checkpoints: config, bits, errors, tensors.
+
+    Exit with 0 whether they differ or not; `--json` tells a script.
+    """
+    from svsk_offline.storage.comparison import compare_checkpoints, print_comparison
+    from svsk_offline.storage.hub import check_checkpoint
+
+    check_report_files(json=json_file)
+    for folder in (first, second):
+        check_checkpoint(folder)
+    comparison = compare_checkpoints(first, second)
+    print_comparison(console, comparison)
+    write_json(json_file, comparison)
+
+
+@app.command(
+    epilog=examples(
         "svsk push qwen3-4b-svsk me/Qwen3-4B-svsk",
         'svsk push qwen3-4b-svsk me/Qwen3-4B-svsk --private --message "4.45 bits"',
     )

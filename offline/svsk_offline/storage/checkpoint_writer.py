@@ -20,7 +20,7 @@ from svsk_kernels.errors import SvskError
 from svsk_offline.storage.atomic import write_index, write_json, write_tensors, write_text
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.inspection import whole_bits_per_weight
-from svsk_offline.storage.layer_report import LayerReport
+from svsk_offline.storage.layer_report import REPORT_NAME, LayerReport, report_json
 from svsk_offline.storage.model_card import Origin, model_card
 from svsk_offline.storage.shard_files import group_files, merge_files, shard_names
 from svsk_offline.storage.side_files import copy_side_files
@@ -172,6 +172,7 @@ class CheckpointWriter:
             size=sum(path.stat().st_size for path in self.folder.glob("*.safetensors")),
         )
         write_text(self.folder / "README.md", card)
+        write_json(self.folder / REPORT_NAME, report_json([*layers, *tables.reports]))
 
     def _write(
         self,

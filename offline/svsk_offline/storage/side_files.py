@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from svsk_offline.storage.layer_report import REPORT_NAME
 from svsk_vllm.format import SvskFormatError
 from svsk_vllm.format.files import copy_regular
 
@@ -18,7 +19,7 @@ _WEIGHTS: Final = tuple(
     .index.json
     """.split()  # noqa: SIM905 - a literal would take a line for each
 )
-_OURS: Final = ("config.json", "README.md")
+_OURS: Final = ("config.json", "README.md", REPORT_NAME)
 _NOT_OF_THE_MODEL: Final = (".git", ".cache", "__pycache__", "runs")
 _OF_TRAINING: Final = re.compile(
     r"checkpoint-\d+$|adapter_(config|model)\b|events\.out\.tfevents|global_step\d+$"
