@@ -124,8 +124,9 @@ def summary(figures: dict[str, Any], reference: str) -> list[str]:
     """
     gpu = figures["peak_gpu_memory_gib"]
     matrices = figures["matrices"]
-    worst = sorted(matrices, key=lambda row: -row["error"])[:_WORST]
-    width = max(len(row["name"]) for row in worst)
+    measured = [row for row in matrices if row["error"] is not None]
+    worst = sorted(measured, key=lambda row: -row["error"])[:_WORST]
+    width = max((len(row["name"]) for row in worst), default=0)
     folder = shlex.quote(_short(figures["folder"]))
     model = shlex.quote(reference)
     return [

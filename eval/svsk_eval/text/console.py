@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from svsk_eval.text.activations import ACTIVATIONS
 from svsk_eval.text.compare import Comparison
 from svsk_offline.terminal import steps
 
@@ -80,6 +79,8 @@ def print_scores(console: Console, result: dict[str, Any]) -> None:
         keys, values = result["kv"].split(":")
         console.print(f"the model attended to stored keys ({keys}) and values ({values})")
     if (kind := result.get("activations")) is not None:
+        from svsk_eval.text.activations import ACTIVATIONS  # torch, as above
+
         meaning = ACTIVATIONS[kind].meaning
         console.print(f"the model's linears read rounded inputs, {kind}: {meaning}", markup=False)
     settings = result.get("engine_settings")
