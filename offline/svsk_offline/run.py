@@ -20,6 +20,7 @@ from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import bases_alone, check_servable, dense_matrices
 from svsk_offline.planning.tables import after_head, plan_tables
 from svsk_offline.precision import block_dtype, full_float32
+from svsk_offline.printable import html_table
 from svsk_offline.quantize_tables import quantize_tables
 from svsk_offline.quantizers.alternating import last_one_kept
 from svsk_offline.quantizers.quantize_linear import quantize_linear
@@ -65,6 +66,20 @@ class QuantizationResult:
     def bits_per_weight(self) -> float:
         """Stored bits of the blocks' quantised linears over their weights."""
         return bits_per_weight(self.layers)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                one.name,
+                f"{one.shape[0]} x {one.shape[1]}",
+                f"{one.bits_per_weight:.3f}",
+                "" if one.base_error is None else f"{one.base_error:.2e}",
+                "" if one.error is None else f"{one.error:.2e}",
+            )
+            for one in (*self.layers, *self.tables)
+        ]
+        note = f"{self.folder}: {self.bits_per_weight:.4f} bits per weight in the blocks"
+        return html_table(("matrix", "N x K", "bits", "base alone", "with sidecar"), rows, note)
 
 
 class Run:

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Files of the wheel, built from a copy, because a build leaves folders behind."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tracked files, because a build leaves folders behind."""
+    source = tmp_path_factory.mktemp("source")
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
     if files.returncode:
         pytest.skip("not a checkout of git")
@@ -22,11 +22,78 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/")):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+def build_wheel(source: Path, out: Path) -> Path:
+    """Build a wheel of a folder or of a source distribution."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", str(out), str(source)], check=True)
     (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+def names_of(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         return set(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def names(wheel: Path) -> set[str]:
+    return names_of(wheel)
+
+
+def test_the_source_distribution_gives_the_same_wheel(
+    source: Path, names: set[str], tmp_path: Path
+) -> None:
+    build = (
+        "import setuptools.build_meta as meta, sys; print(meta.build_sdist(sys.argv[1]))",
+        str(tmp_path),
+    )
+    subprocess.run([sys.executable, "-c", *build], cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    assert names_of(build_wheel(archive, tmp_path)) == names
+
+
+SMOKE = """
+import sys
+from importlib import metadata
+from pathlib import Path
+import svsk_eval, svsk_offline, svsk_kernels, svsk_vllm
+from svsk_eval.task_data import tasks_folder
+root = Path(sys.argv[1])
+for package in (svsk_eval, svsk_offline, svsk_kernels, svsk_vllm):
+    assert Path(package.__file__).is_relative_to(root), package
+(found,) = metadata.distributions(name="svsk-vllm", path=[str(root)])
+assert found.version == svsk_vllm.__version__, found.version
+entries = {(entry.group, entry.name): entry.value for entry in found.entry_points}
+assert entries["vllm.general_plugins", "svsk"] == "svsk_vllm:register", entries
+assert entries["console_scripts", "svsk"] == "svsk_eval.cli:app", entries
+assert list(root.glob("share/svsk_vllm/tasks/*.yaml")), "no tasks"
+from svsk_eval.cli import app
+app(["recipes", "best"])
+"""
+
+
+def test_an_installed_wheel_runs_and_names_itself_to_vllm(wheel: Path, tmp_path: Path) -> None:
+    """In a folder of its own, before everything else that this environment can import."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*command, "--target", str(tmp_path), str(wheel)], check=True)
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", SMOKE, str(tmp_path)],
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[1] == "name: best"
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ import torch
 
 from svsk_eval.errors import EvalError
 from svsk_eval.text.series import FloatArray, jackknife_se, mean_se
+from svsk_offline.printable import html_table
 
 __all__ = [
     "ChunkMeans",
@@ -152,6 +153,16 @@ class EvalResult:
     chunks: int
     per_chunk: ChunkMeans
     inputs: EvalInputs | None = None
+
+    def _repr_html_(self) -> str:
+        names = [field.name for field in fields(self) if f"{field.name}_se" in vars(self)]
+        rows = []
+        for name in names:
+            value, error = getattr(self, name), getattr(self, f"{name}_se")
+            if value is not None:
+                rows.append((name, f"{value:.5f}", "" if error is None else f"{error:.5f}"))
+        note = f"{self.tokens} tokens in {self.chunks} chunks"
+        return html_table(("figure", "value", "standard error"), rows, note)
 
     def to_json(self) -> dict[str, Any]:
         """The result as a dictionary that ``json`` can write.

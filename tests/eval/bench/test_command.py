@@ -149,7 +149,7 @@ def test_the_gate(folder: Path) -> None:
     [
         (["--tasks", " , "], "--tasks ' , ': expected names"),
         (["--limit", 0], "--limit 0: expected 1 or more"),
-        (["--engine", "tpu"], "--engine tpu: expected vllm or hf"),
+        (["--engine", "tpu"], "--engine tpu: expected one of vllm, hf"),
         (["--text-engine", "hf,tpu", "--text", "x"], "--text-engine tpu: expected vllm or hf"),
         (["--text", "none.txt"], "--text none.txt: no such file"),
         (["--min-recovery", 1.5], "--min-recovery 1.5: expected a share"),
