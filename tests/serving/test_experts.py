@@ -46,12 +46,12 @@ EXPERTS = {
     ("family", "eager", "parallel"),
     [
         ("qwen3_moe", True, {"tp": 2, "enable_expert_parallel": True}),
-        ("qwen2_moe", True, {"tp": 2}),
         ("mixtral", False, {}),
+        pytest.param("qwen2_moe", True, {"tp": 2}, marks=pytest.mark.slow),
         pytest.param("deepseek_v3", True, {}, marks=pytest.mark.slow),
         pytest.param("qwen3_moe", True, {}, marks=pytest.mark.slow),
-        pytest.param("olmoe", False, {}, marks=pytest.mark.slow),
-        pytest.param("deepseek_v2", False, {}, marks=pytest.mark.slow),
+        pytest.param("olmoe", True, {}, marks=pytest.mark.slow),
+        pytest.param("deepseek_v2", True, {}, marks=pytest.mark.slow),
         pytest.param("mixtral", True, {"tp": 2}, marks=pytest.mark.slow),
     ],
 )
