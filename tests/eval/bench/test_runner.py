@@ -18,6 +18,7 @@ from svsk_eval.bench.runner import bench, candidate, package_versions
 from svsk_eval.errors import EvalError
 from svsk_eval.report.schema import BenchReport, BenchSettings
 from svsk_eval.text.model_folder import bits_per_weight, read_folder
+from svsk_kernels.errors import SvskError
 from svsk_vllm.format import Checkpoint
 from tests.support.format_builders import edit_json
 from tests.support.tiny_models import write_dense, write_random_svsk
@@ -230,7 +231,7 @@ def test_what_is_refused(models: list[Candidate], tmp_path: Path) -> None:
     with pytest.raises(EvalError, match=r"reference: .*short\.txt: \d+ tokens are 0 chunks of 64"):
         run(models[0], text=TextOptions(tmp_path / "short.txt", 2, 64, ("hf",)))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(EvalError, match="empty: not a model folder"):
+    with pytest.raises(SvskError, match=r"empty: has no config\.json"):
         run(Candidate("x", str(tmp_path / "empty")))
     broken = write_dense(tmp_path / "broken")
     edit_json(broken / "config.json", lambda config: config.update(hidden_size=64))
