@@ -125,6 +125,8 @@ def _vllm_w4a16(n: int, k: int) -> Candidate | None:
         from vllm.model_executor.kernels.linear.mixed_precision.cpu import _get_isa_hint
     except ImportError:
         return None
+    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):  # built for AVX-512 alone
+        return None
     codes = torch.randint(-(2**31), 2**31 - 1, (n // 16, k * 2), dtype=torch.int32)
     scale = torch.rand(k // GROUP_SIZE, n).bfloat16()
     hint = _get_isa_hint(torch.bfloat16)
