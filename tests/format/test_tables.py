@@ -196,7 +196,9 @@ def test_the_version_says_that_there_is_something_new(codebook: Any) -> None:
         embedding=None if codebook == "int8" else EmbeddingArgs(module="m"),
     ).to_dict()
     assert config["version"] == "1.1"
-    with pytest.raises(SvskFormatError, match=r"version 1\.0 with .*num_bits 8.* an embedding or activations"):
+    with pytest.raises(
+        SvskFormatError, match=r"version 1\.0 with .*num_bits 8.* an embedding or activations"
+    ):
         SvskCheckpointConfig.from_dict({**config, "version": "1.0"})
     assert "embedding" not in SvskCheckpointConfig(config_groups={"g": make_group()}).to_dict()
 
