@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from svsk_vllm.format.packing import pack_codes, pack_factors, unpack_codes, unpack_factors
     from svsk_vllm.format.quantized_linear import QuantizedLinear, dequantize, restored_weight
     from svsk_vllm.format.shards import ShardedReader
-    from svsk_vllm.format.spec import SUFFIXES, LinearSpec, TensorSpec
+    from svsk_vllm.format.spec import LinearSpec, TensorSpec
+    from svsk_vllm.format.suffixes import SUFFIXES
     from svsk_vllm.format.validate import validate_checkpoint
 
 __all__ = [
@@ -70,7 +71,8 @@ _FILES = {
     "svsk_vllm.format.packing": "pack_codes pack_factors unpack_codes unpack_factors",
     "svsk_vllm.format.quantized_linear": "QuantizedLinear dequantize restored_weight",
     "svsk_vllm.format.shards": "ShardedReader",
-    "svsk_vllm.format.spec": "SUFFIXES LinearSpec TensorSpec",
+    "svsk_vllm.format.spec": "LinearSpec TensorSpec",
+    "svsk_vllm.format.suffixes": "SUFFIXES",
     "svsk_vllm.format.validate": "validate_checkpoint",
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names.split()}

@@ -10,7 +10,7 @@ import torch
 from svsk_vllm.format.checkpoint import Checkpoint, stored_suffixes
 from svsk_vllm.format.config import ConfigGroup, WeightArgs
 from svsk_vllm.format.errors import SvskFormatError
-from svsk_vllm.format.spec import WEIGHT_PACKED
+from svsk_vllm.format.suffixes import WEIGHT_PACKED
 
 __all__ = ["Architecture", "architecture_problems"]
 

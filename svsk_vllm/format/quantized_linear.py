@@ -8,7 +8,7 @@ import torch
 
 from svsk_kernels.codebook import code_values
 from svsk_kernels.naive import PlainLinear
-from svsk_vllm.format import spec as names
+from svsk_vllm.format import suffixes as names
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.group_scales import (
     ONE_LEVEL,

@@ -11,11 +11,9 @@ from svsk_vllm.format.config import ONE_LEVEL, ConfigGroup
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.group_scales import GroupScales, stored_scale_columns
 from svsk_vllm.format.suffixes import (
-    SCALE_SUFFIXES,
     SIDECAR_GAIN,
     SIDECAR_U,
     SIDECAR_V,
-    SUFFIXES,
     WEIGHT_HOT_PACKED,
     WEIGHT_HOT_ROWS,
     WEIGHT_HOT_SCALE,
@@ -24,22 +22,7 @@ from svsk_vllm.format.suffixes import (
     WEIGHT_SCALE,
 )
 
-__all__ = [
-    "SCALE_DTYPES",
-    "SCALE_SUFFIXES",
-    "SIDECAR_GAIN",
-    "SIDECAR_U",
-    "SIDECAR_V",
-    "SUFFIXES",
-    "WEIGHT_HOT_PACKED",
-    "WEIGHT_HOT_ROWS",
-    "WEIGHT_HOT_SCALE",
-    "WEIGHT_PACKED",
-    "WEIGHT_ROW_SCALE",
-    "WEIGHT_SCALE",
-    "LinearSpec",
-    "TensorSpec",
-]
+__all__ = ["SCALE_DTYPES", "LinearSpec", "TensorSpec"]
 
 SCALE_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 

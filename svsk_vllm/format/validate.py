@@ -26,7 +26,8 @@ from svsk_vllm.format.shards import (
     read_json,
     read_weight_map,
 )
-from svsk_vllm.format.spec import (
+from svsk_vllm.format.spec import LinearSpec, TensorSpec
+from svsk_vllm.format.suffixes import (
     SCALE_SUFFIXES,
     SIDECAR_GAIN,
     SUFFIXES,
@@ -34,8 +35,6 @@ from svsk_vllm.format.spec import (
     WEIGHT_PACKED,
     WEIGHT_ROW_SCALE,
     WEIGHT_SCALE,
-    LinearSpec,
-    TensorSpec,
 )
 from svsk_vllm.format.values import finite_problems, weight_problems
 

@@ -8,7 +8,8 @@ import torch
 
 from svsk_kernels.codebook import codebook_levels
 from svsk_vllm.format.quantized_linear import QuantizedLinear, dequantize
-from svsk_vllm.format.spec import SIDECAR_GAIN, WEIGHT_SCALE, LinearSpec
+from svsk_vllm.format.spec import LinearSpec
+from svsk_vllm.format.suffixes import SIDECAR_GAIN, WEIGHT_SCALE
 
 __all__ = ["finite_problems", "weight_problems"]
 

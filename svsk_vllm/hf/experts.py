@@ -21,7 +21,7 @@ from svsk_vllm.format import (
     restored_weight,
 )
 from svsk_vllm.format.experts import ExpertName, same_scheme
-from svsk_vllm.format.spec import WEIGHT_PACKED
+from svsk_vllm.format.suffixes import WEIGHT_PACKED
 
 __all__ = ["DequantizeExperts", "Stacks", "expert_converters", "match_experts"]
 

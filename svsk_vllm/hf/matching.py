@@ -21,7 +21,7 @@ from svsk_vllm.format import (
     SvskCheckpointConfig,
     SvskFormatError,
 )
-from svsk_vllm.format.spec import WEIGHT_PACKED
+from svsk_vllm.format.suffixes import WEIGHT_PACKED
 from svsk_vllm.hf.experts import Stacks, match_experts
 
 __all__ = [

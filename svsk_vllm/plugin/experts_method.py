@@ -21,7 +21,7 @@ from svsk_kernels.experts_op import ExpertsKernel, register_experts
 from svsk_kernels.layer_kernel import LayerKernel, LayerSpec, replace_parameters
 from svsk_vllm.format import ConfigGroup, SvskFormatError
 from svsk_vllm.format.group_scales import ONE_LEVEL
-from svsk_vllm.format.spec import WEIGHT_PACKED, WEIGHT_ROW_SCALE, WEIGHT_SCALE
+from svsk_vllm.format.suffixes import WEIGHT_PACKED, WEIGHT_ROW_SCALE, WEIGHT_SCALE
 from svsk_vllm.plugin.arrival import LinearRecord, expect
 from svsk_vllm.plugin.kernel_choice import choose_kernel
 from svsk_vllm.plugin.linear_method import check_finite

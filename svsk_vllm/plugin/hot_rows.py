@@ -17,8 +17,8 @@ from svsk_kernels.codebook import unpack_bytes, unpack_nibbles
 from svsk_kernels.layer_kernel import replace_parameters
 from svsk_vllm.format import LinearSpec, SvskFormatError
 from svsk_vllm.format.hot_rows import hot_rows_problem
-from svsk_vllm.format.spec import (
-    SCALE_DTYPES,
+from svsk_vllm.format.spec import SCALE_DTYPES
+from svsk_vllm.format.suffixes import (
     WEIGHT_HOT_PACKED,
     WEIGHT_HOT_ROWS,
     WEIGHT_HOT_SCALE,

@@ -27,7 +27,7 @@ from svsk_kernels.group_scales import expand_scales
 from svsk_kernels.layer_kernel import LayerSpec
 from svsk_vllm.format import ConfigGroup, LinearSpec, SvskFormatError
 from svsk_vllm.format.group_scales import ONE_LEVEL
-from svsk_vllm.format.spec import (
+from svsk_vllm.format.suffixes import (
     SIDECAR_GAIN,
     SUFFIXES,
     WEIGHT_PACKED,

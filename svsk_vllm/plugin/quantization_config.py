@@ -33,7 +33,7 @@ from svsk_vllm.format import (
 from svsk_vllm.format.group_scales import ONE_LEVEL
 from svsk_vllm.format.quantized_linear import tensor_problems
 from svsk_vllm.format.row_order import ROW_ORDERS, row_order_problem
-from svsk_vllm.format.spec import WEIGHT_PACKED, WEIGHT_ROW_SCALE, WEIGHT_SCALE
+from svsk_vllm.format.suffixes import WEIGHT_PACKED, WEIGHT_ROW_SCALE, WEIGHT_SCALE
 from svsk_vllm.plugin.arrival import LinearRecord, ShardId, expect, record_loads
 from svsk_vllm.plugin.linear_method import PARAMETERS, Origin, SvskLinearMethod
 from svsk_vllm.plugin.row_order import stored_row_order

@@ -15,8 +15,8 @@ import torch
 from svsk_kernels.sidecar_plan import SidecarPlan
 from svsk_vllm.format import ConfigGroup, SvskFormatError, WeightArgs, unpack_factors
 from svsk_vllm.format.group_scales import ONE_LEVEL, row_scale_problem, unpack_scale_codes
-from svsk_vllm.format.spec import (
-    SCALE_DTYPES,
+from svsk_vllm.format.spec import SCALE_DTYPES
+from svsk_vllm.format.suffixes import (
     WEIGHT_HOT_PACKED,
     WEIGHT_HOT_ROWS,
     WEIGHT_HOT_SCALE,

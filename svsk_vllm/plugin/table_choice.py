@@ -15,7 +15,7 @@ from svsk_vllm.format import (
     SvskCheckpointConfig,
     SvskFormatError,
 )
-from svsk_vllm.format.spec import WEIGHT_PACKED
+from svsk_vllm.format.suffixes import WEIGHT_PACKED
 from svsk_vllm.plugin.arrival import LinearRecord, expect, record_loads
 from svsk_vllm.plugin.linear_method import PARAMETERS, Origin
 from svsk_vllm.plugin.stored_names import StoredModules
