@@ -4,8 +4,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,14 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from svsk_eval.cli import app
-from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.printable import printable
 from svsk_offline.recipe import Recipe, parse_recipe, recipe_names
-from svsk_offline.storage.layer_report import LayerReport
 from svsk_offline.terminal import Steps, Terminal, duration
 from svsk_offline.unfinished import differences
 from svsk_vllm.format.problems import problem_text
 from tests.support.format_builders import edit_json
+from tests.support.interruptions import stop_at_a_matrix
+from tests.support.light_commands import run_without_heavy_imports
 from tests.support.tiny_models import write_random_svsk
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -72,19 +70,6 @@ def test_wrong_names_suggest_the_right_one(arguments: list[str], said: str) -> N
     assert said in result.stderr
 
 
-LIGHT = """
-import sys
-from svsk_eval.cli import app
-for line in sys.stdin.read().splitlines():
-    try:
-        app(line.split())
-    except SystemExit as ended:
-        assert not ended.code, line
-heavy = {"torch", "transformers", "vllm", "compressed_tensors"} & set(sys.modules)
-assert not heavy, heavy
-"""
-
-
 def test_what_needs_no_torch_does_not_import_it(checkpoint: Path, tmp_path: Path) -> None:
     scores = {"model": "m", "reference": None, "text_fingerprint": "f", "seq_len": 8}
     for name, nll in (("a.json", [3.0, 3.1]), ("b.json", [3.1, 3.3])):
@@ -96,15 +81,7 @@ def test_what_needs_no_torch_does_not_import_it(checkpoint: Path, tmp_path: Path
         f"inspect {checkpoint} --json inspected.json",
         "compare a.json b.json --json compared.json",
     ]
-    run = subprocess.run(
-        [sys.executable, "-c", LIGHT],
-        input="\n".join(lines),
-        cwd=tmp_path,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    run_without_heavy_imports(lines, tmp_path, 0)
     assert json.loads((tmp_path / "inspected.json").read_text())["linears"] == 14
     assert json.loads((tmp_path / "compared.json").read_text())["comparisons"]
 
@@ -188,11 +165,7 @@ def test_progress_in_a_log_is_lines_now_and_then() -> None:
 def test_a_run_of_other_values_says_which(
     tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
 ) -> None:
-    def stop(report: LayerReport) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(tiny_llama, tmp_path / "out", tiny_recipe, progress=Progress(layer=stop))
+    stop_at_a_matrix(tiny_llama, tmp_path / "out", tiny_recipe)
     (tmp_path / "recipe.yaml").write_text(json.dumps(tiny_recipe.written()))
     same = ["quantize", tiny_llama, tmp_path / "out", "--recipe", tmp_path / "recipe.yaml"]
     changed = svsk(*same, "--samples", 3, "--group-size", 32)

@@ -27,6 +27,7 @@ from svsk_offline.storage.inspection import smoothing_lines, validate_against_ar
 from svsk_offline.storage.layer_report import LayerReport
 from svsk_vllm.format import Checkpoint, ShardedReader
 from tests.offline.folders import folder_bytes
+from tests.support.interruptions import stop_at_a_matrix
 from tests.support.tiny_models import write_dense
 
 SMOOTH = {"smoothing": {"alpha": 0.7, "keys": True}}
@@ -171,11 +172,7 @@ def test_shards_of_other_factors_are_not_taken(
 def test_an_unfinished_run_without_smoothing_is_another(
     tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe, smooth: Recipe
 ) -> None:
-    def stop(report: LayerReport) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(tiny_llama, tmp_path / "out", tiny_recipe, progress=Progress(layer=stop))
+    stop_at_a_matrix(tiny_llama, tmp_path / "out", tiny_recipe)
     with pytest.raises(SvskError, match="unfinished run of another model, recipe"):
         quantize(tiny_llama, tmp_path / "out", smooth)
 

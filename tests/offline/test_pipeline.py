@@ -25,6 +25,7 @@ from svsk_offline.storage.layer_report import LayerReport
 from svsk_vllm.format import Checkpoint, ShardedReader, SvskFormatError, dequantize
 from tests.offline.folders import folder_bytes
 from tests.support.format_builders import edit_json
+from tests.support.interruptions import stop_at_a_matrix
 from tests.support.tiny_models import FAMILIES, write_dense
 
 
@@ -176,11 +177,7 @@ def test_interrupted_run_continues_to_the_same_bytes(
 def test_unfinished_run_with_other_inputs_is_refused(
     tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
 ) -> None:
-    def stop(report: LayerReport) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(tiny_llama, tmp_path / "out", tiny_recipe, progress=Progress(layer=stop))
+    stop_at_a_matrix(tiny_llama, tmp_path / "out", tiny_recipe)
     other = tiny_recipe.override({"sidecar": {"rank": 2}})
     with pytest.raises(SvskError, match=r"out\.partial holds an unfinished run"):
         quantize(tiny_llama, tmp_path / "out", other)
@@ -313,11 +310,7 @@ def test_changed_weights_are_not_mixed_into_an_unfinished_run(
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
 
-    def stop(report: LayerReport) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(model, tmp_path / "out", tiny_recipe, progress=Progress(layer=stop))
+    stop_at_a_matrix(model, tmp_path / "out", tiny_recipe)
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes())  # same size, other time
     with pytest.raises(SvskError, match="unfinished run of another model"):

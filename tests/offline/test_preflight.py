@@ -2,8 +2,6 @@
 """Requests that would do nothing, or harm, end before any work, and leave everything as it was."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.preflight import check_output, check_recipe, check_report_files
 from svsk_offline.recipe import Recipe, load_recipe, recipe_names
 from svsk_vllm.format.config import matches
+from tests.support.light_commands import run_without_heavy_imports
 
 LINEARS = [
     f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")
@@ -196,19 +195,6 @@ def test_report_files(tmp_path: Path) -> None:
         check_report_files(html=tmp_path)
 
 
-REFUSED = """
-import sys, time
-from svsk_eval.cli import app
-for line in sys.stdin.read().splitlines():
-    try:
-        app(line.split())
-    except SystemExit as ended:
-        assert ended.code == 1, line
-heavy = {"torch", "transformers", "vllm", "compressed_tensors"} & set(sys.modules)
-assert not heavy, heavy
-"""
-
-
 def test_what_can_be_told_at_once_is_told_before_heavy_imports(tmp_path: Path) -> None:
     """So within two seconds on any machine: torch alone takes longer on some."""
     (tmp_path / "file").write_text("")
@@ -255,15 +241,7 @@ def test_what_can_be_told_at_once_is_told_before_heavy_imports(tmp_path: Path) -
         "eval nowhere/at/all --text file",
         "bench x=./nowhere --reference model",
     )
-    run = subprocess.run(
-        [sys.executable, "-c", REFUSED],
-        input="\n".join(lines),
-        cwd=tmp_path,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    run = run_without_heavy_imports(lines, tmp_path, 1)
     assert run.stderr.count("error:") == len(lines)
     for said in (
         "Did you mean best?",
