@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a model, and the reference it was made from, over the same tokens of a text file."""
 
-import contextlib
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -192,9 +192,12 @@ def evaluate(
         kv=None if kv is None else str(kv),
         activations=activations,
     )
-    with contextlib.ExitStack() as stack:
-        if activations is not None:
-            stack.enter_context(rounded_inputs(model, Path(model_path), activations))
+    rounding = (
+        nullcontext()
+        if activations is None
+        else rounded_inputs(model, Path(model_path), activations)
+    )
+    with rounding:
         result = compare_models(model, reference, tokens, progress, kv)
     return replace(result, inputs=inputs)
 
