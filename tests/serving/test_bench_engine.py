@@ -42,7 +42,7 @@ def plain(answers):
 likely = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
 rolling = [Instance("loglikelihood_rolling", {}, ("The rate of stones in a tin",), 0)]
 counts = []
-arguments = {"pretrained": sys.argv[1], "dtype": "float16", "max_model_len": 256}
+arguments = {"pretrained": sys.argv[1], "dtype": "float32", "max_model_len": 256}
 arguments |= {"seed": 1234, "batch_size": "auto", "enforce_eager": True}
 journal = Journal(Path(sys.argv[2]))
 model = vllm_model(arguments, journal, lambda count: counts.append(count))
