@@ -34,14 +34,12 @@ from svsk_vllm.plugin import split_kernel
 from svsk_vllm.plugin.kernel_choice import choose_kernel
 from svsk_vllm.plugin.quantization_config import SvskConfig
 from svsk_vllm.plugin.split_kernel import SplitKernel, split_codes
+from tests.support.cpu_paths import needs_avx512
 from tests.support.format_builders import make_group, random_linear
 from tests.support.layers import loaded_layer
 
 CPU = torch.device("cpu")
 SPEC = LayerSpec(64, 128, 64, "quad8", torch.bfloat16)
-needs_avx512 = pytest.mark.skipif(
-    not has_avx512(), reason="vLLM's 4-bit kernel for CPUs needs AVX-512"
-)
 
 
 @pytest.fixture(autouse=True)

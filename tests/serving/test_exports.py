@@ -7,12 +7,14 @@ from svsk_offline.export.compressed_tensors import export_compressed_tensors
 from svsk_vllm.format import Checkpoint
 from tests.serving.conftest import Run, served_schemes
 from tests.serving.transformers_answers import compare_with_transformers, prompts
+from tests.support.cpu_paths import needs_avx512
 from tests.support.tiny_models import write_dense, write_random_svsk
 
 BOUND = 0.02
 """Of the mean difference of log-probabilities: vLLM computes in bfloat16, the other in float32."""
 
 
+@needs_avx512
 def test_served_without_the_plugin(tmp_path: Path, run_vllm: Run) -> None:
     """vLLM's own W4A16 kernel, groups of 32 and 64, an attention that stayed dense."""
     svsk = write_random_svsk(

@@ -23,15 +23,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from svsk_kernels.cpu.cpu_kernel import cpu_ops_obstacle
-from svsk_kernels.cpu.processor import has_avx512, instructions_for
+from svsk_kernels.cpu.processor import instructions_for
 from svsk_offline.calibration import load_calibration
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_vllm.format import Checkpoint, dequantize
 from tests.serving.conftest import Pair, Run
+from tests.support.cpu_paths import needs_avx512
 
-needs_avx512 = pytest.mark.skipif(
-    not has_avx512(), reason="vLLM's 4-bit kernel for CPUs needs AVX-512"
-)
 BOUND = {"bfloat16": 0.02, "float16": 0.005}
 CLEAR_CHOICE = 0.1
 COARSE_CHOICE = 0.5

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths of ``svsk::cpu_linear``, as parameters of tests."""
+"""Paths of ``svsk::cpu_linear``, as parameters of tests, and what vLLM's own kernel needs."""
 
 import pytest
 import torch
 
-__all__ = ["PATHS", "PATHS_HERE"]
+from svsk_kernels.cpu.processor import has_avx512
+
+__all__ = ["PATHS", "PATHS_HERE", "needs_avx512"]
 
 _SUPPORTED = {
     "avx2": torch.cpu._is_avx2_supported(),
@@ -20,3 +22,7 @@ PATHS = [
     for name, here in _SUPPORTED.items()
 ]
 """All, those that it does not run being skipped."""
+
+needs_avx512 = pytest.mark.skipif(
+    not has_avx512(), reason="vLLM's 4-bit kernel for CPUs needs AVX-512"
+)

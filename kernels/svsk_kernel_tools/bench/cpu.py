@@ -26,6 +26,7 @@ from svsk_kernel_tools.bench.timing import Sampler, measure
 from svsk_kernel_tools.stack_linears import random_linear, stack_linears
 from svsk_kernels.codebook import Codebook
 from svsk_kernels.cpu.cpu_kernel import CpuKernel
+from svsk_kernels.cpu.processor import has_avx512
 from svsk_kernels.tile_grid import TileGrid
 
 __all__ = ["app", "measure_shape"]
@@ -125,7 +126,7 @@ def _vllm_w4a16(n: int, k: int) -> Candidate | None:
         from vllm.model_executor.kernels.linear.mixed_precision.cpu import _get_isa_hint
     except ImportError:
         return None
-    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):  # built for AVX-512 alone
+    if not has_avx512():  # vLLM builds it for AVX-512 alone
         return None
     codes = torch.randint(-(2**31), 2**31 - 1, (n // 16, k * 2), dtype=torch.int32)
     scale = torch.rand(k // GROUP_SIZE, n).bfloat16()
