@@ -15,8 +15,6 @@ What a GPU would hold is not told apart. Time is not estimated: nothing here was
 """
 
 import math
-import resource
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,23 +23,23 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
+from svsk_offline.calibration.block_runner import IN_MEMORY
 from svsk_offline.calibration.token_budget import sample_count
+from svsk_offline.console import peak_memory_gib
 from svsk_offline.pipeline import resolve_device
+from svsk_offline.planning.measurements import SweepSamples
 from svsk_offline.precision import block_dtype
 from svsk_offline.preflight import check_recipe
 from svsk_offline.recipe import AlternatingRecipe, Recipe
 from svsk_offline.run import Progress, Run
 from svsk_offline.storage.atomic import PartialFolder
+from svsk_offline.storage.checkpoint_writer import SHARD_BYTES
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_vllm.format import LinearSpec
 
 __all__ = ["Estimate", "dry_run", "print_estimate"]
 
-_IN_MEMORY: Final = 2 << 30
-"""Bytes of hidden states that are kept in memory; more go to a file."""
 _FLOAT32: Final = 4
-_TOKENS_PER_WIDTH: Final = 4
-_MEASURED_EVERY: Final = 4
 
 
 @dataclass(frozen=True)
@@ -126,8 +124,8 @@ def dry_run(
         memory[key] for key in ("the program", "hidden states", "a block, or embedding and head")
     )
     disk["the checkpoint"] = sizes["output"]
-    # At the end one file of at most 5 GB is there beside the parts it is made of.
-    ending = 2 * sizes["output"] if sizes["output"] < 5_000_000_000 else sizes["output"] + 5 * 10**9
+    # At the end one file of the checkpoint is there beside the parts it is made of.
+    ending = sizes["output"] + min(sizes["output"], SHARD_BYTES)
     hidden = disk["hidden states"] + disk["inputs of all blocks"]
     return Estimate(
         **sizes,
@@ -225,9 +223,7 @@ def _needs(run: Run, samples: int, item: int) -> tuple[dict[str, int], dict[str,
     measured, inputs = 0, 0
     if isinstance(recipe, AlternatingRecipe) and recipe.needs_gradients:
         gradients = recipe.gradients
-        fitted = -(-_TOKENS_PER_WIDTH * widest // seq_len)
-        enough = -(-fitted * _MEASURED_EVERY // (_MEASURED_EVERY - 1))
-        count = min(samples, max(gradients.samples or samples, enough))
+        count = SweepSamples.of(widest, seq_len, gradients.samples, samples).count
         inputs = blocks * (samples if gradients.token_power else count) * seq_len * width * item
         sides = 2 if gradients.directions else 0
         measured = sum(2 * one.in_features**2 + sides * one.out_features**2 for one in per_block)
@@ -235,24 +231,18 @@ def _needs(run: Run, samples: int, item: int) -> tuple[dict[str, int], dict[str,
     head = model.get_output_embeddings()
     outside = table.numel() + (0 if head is None or head.weight is table else head.weight.numel())
     memory = {
-        "the program": _resident(),
-        "hidden states": hidden if hidden <= _IN_MEMORY else 0,
-        "inputs of all blocks": inputs if inputs <= _IN_MEMORY else 0,
+        "the program": int(peak_memory_gib() * (1 << 30)),  # so far: what the libraries take
+        "hidden states": hidden if hidden <= IN_MEMORY else 0,
+        "inputs of all blocks": inputs if inputs <= IN_MEMORY else 0,
         "a block, or embedding and head": max(block, outside) * item,
         "statistics of a block": statistics * _FLOAT32,
         "gradients' statistics": measured * _FLOAT32,
     }
     disk = {
-        "hidden states": hidden if hidden > _IN_MEMORY else 0,
-        "inputs of all blocks": inputs if inputs > _IN_MEMORY else 0,
+        "hidden states": hidden if hidden > IN_MEMORY else 0,
+        "inputs of all blocks": inputs if inputs > IN_MEMORY else 0,
     }
     return memory, disk
-
-
-def _resident() -> int:
-    """Largest size of this process so far: what the libraries take."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
 
 
 def print_estimate(console: Console, estimate: Estimate) -> None:

@@ -23,7 +23,10 @@ from svsk_offline.calibration.text import CalibrationSet
 from svsk_offline.storage.decoder_blocks import expert_modules, linear_modules
 from svsk_offline.storage.dense_model import ModelSource
 
-__all__ = ["BlockRunner", "StandIn", "scratch_tensor"]
+__all__ = ["IN_MEMORY", "BlockRunner", "StandIn", "scratch_tensor"]
+
+IN_MEMORY: Final = 2 << 30
+"""Bytes of hidden states that are kept in memory; more go to a temporary file."""
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
@@ -149,7 +152,7 @@ class BlockRunner:
         dtype: torch.dtype,
         *,
         batch_tokens: int = 2048,
-        memory_limit: int = 2 << 30,
+        memory_limit: int = IN_MEMORY,
         scratch: Path | None = None,
         held_out: int = 0,
     ) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from svsk_kernels.errors import SvskError
-from svsk_offline.calibration.block_runner import BlockRunner, StandIn, scratch_tensor
+from svsk_offline.calibration.block_runner import IN_MEMORY, BlockRunner, StandIn, scratch_tensor
 from svsk_offline.calibration.expert_tokens import fill_up_experts
 from svsk_offline.calibration.input_statistics import InputStatistics
 from svsk_offline.calibration.text import CalibrationSet
@@ -113,7 +113,7 @@ def sweep_gradients(
     moments: bool = False,
     held_out: int = 0,
     seed: int = 0,
-    memory_limit: int = 2 << 30,
+    memory_limit: int = IN_MEMORY,
     scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     start: tuple[int, torch.Tensor] | None = None,

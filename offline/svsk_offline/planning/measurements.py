@@ -39,7 +39,7 @@ from svsk_offline.storage.locks import LOCK_NAME, locked
 from svsk_vllm.format import ConfigGroup, SvskFormatError
 from svsk_vllm.version import __version__
 
-__all__ = ["Measuring", "measure_once"]
+__all__ = ["Measuring", "SweepSamples", "measure_once"]
 
 _TOKENS_PER_WIDTH: Final = 4
 """Tokens that losses are fitted to for each input feature of the widest matrix.
@@ -55,6 +55,37 @@ _MEASURED_EVERY: Final = 4
 More than of the calibration itself: the tokens are fewer, and weighted by their gradients few of
 them count.
 """
+
+
+@dataclass(frozen=True)
+class SweepSamples:
+    """How many samples the losses of a bit budget are measured on.
+
+    Attributes:
+        count: of those there are.
+        least: asked for, all without a wish.
+        enough: for the tokens that each input feature needs, those that are measured on included.
+    """
+
+    count: int
+    least: int
+    enough: int
+
+    @classmethod
+    def of(cls, widest: int, seq_len: int, wanted: int | None, available: int) -> "SweepSamples":
+        """More than asked for where matrices are wide.
+
+        Args:
+            widest: input features of the widest matrix.
+            seq_len: tokens of a sample.
+            wanted: samples asked for, None for all.
+            available: samples there are.
+        """
+        # Those that are measured on come on top.
+        fitted = -(-_TOKENS_PER_WIDTH * widest // seq_len)
+        enough = -(-fitted * _MEASURED_EVERY // (_MEASURED_EVERY - 1))
+        least = available if wanted is None else wanted
+        return cls(min(available, max(least, enough)), least, enough)
 
 
 @dataclass(frozen=True)
@@ -305,16 +336,13 @@ def _enough_samples(
     """Samples for the losses of a bit budget: more than asked for where matrices are wide."""
     available, seq_len = calibration.tokens.shape
     widest = max(source.tensors.describe(f"{name}.weight").shape[1] for name in schemes)
-    # Those that are measured on come on top.
-    fitted = -(-_TOKENS_PER_WIDTH * widest // seq_len)
-    enough = -(-fitted * _MEASURED_EVERY // (_MEASURED_EVERY - 1))
-    least = available if wanted is None else wanted
-    count = min(available, max(least, enough))
-    if count > least:
+    samples = SweepSamples.of(widest, seq_len, wanted, available)
+    count, enough = samples.count, samples.enough
+    if count > samples.least:
         say(
-            f"Losses are measured on {count} samples instead of {least}: {_TOKENS_PER_WIDTH} tokens"
-            f" to fit for each of {widest} input features, and one sample in {_MEASURED_EVERY} to"
-            " measure on"
+            f"Losses are measured on {count} samples instead of {samples.least}:"
+            f" {_TOKENS_PER_WIDTH} tokens to fit for each of {widest} input features, and one sample"
+            f" in {_MEASURED_EVERY} to measure on"
         )
     if count < enough:
         say(

@@ -37,7 +37,7 @@ from svsk_vllm.format.seal import schemes_metadata
 from svsk_vllm.format.shards import ShardedReader, read_json
 from svsk_vllm.format.suffixes import split_suffix
 
-__all__ = ["CheckpointWriter", "QuantizedTables"]
+__all__ = ["SHARD_BYTES", "CheckpointWriter", "QuantizedTables"]
 
 SHARD_BYTES: Final = 5_000_000_000
 """Of a file of the checkpoint, at most, but for a block or table that is larger by itself."""
