@@ -30,10 +30,7 @@ from svsk_offline.cli_options import (
     TileN,
     TrustRemoteCode,
     Verbose,
-    console,
     examples,
-    notes,
-    write_json,
 )
 from svsk_offline.preflight import (
     check_measurements,
@@ -41,6 +38,7 @@ from svsk_offline.preflight import (
     check_report_files,
     check_text,
 )
+from svsk_offline.terminal import console, notes, write_json
 from svsk_vllm.format.files import read_json
 
 __all__ = ["app"]

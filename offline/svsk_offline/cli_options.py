@@ -6,14 +6,7 @@ from typing import Annotated
 
 import typer
 
-from svsk_offline.terminal import (
-    STDOUT,
-    console,
-    log_libraries,
-    notes,
-    results_to_stdout,
-    write_json,
-)
+from svsk_offline.terminal import STDOUT, log_libraries, notes, results_to_stdout
 
 __all__ = [
     "CalibrationText",
@@ -31,10 +24,7 @@ __all__ = [
     "TileN",
     "TrustRemoteCode",
     "Verbose",
-    "console",
     "examples",
-    "notes",
-    "write_json",
 ]
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]

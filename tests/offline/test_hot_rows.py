@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import load_calibration
 from svsk_offline.cli import app
-from svsk_offline.cli_options import console
 from svsk_offline.export.dense import restore
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.quantizers.eight_bits import round_to_eight_bits
@@ -20,6 +19,7 @@ from svsk_offline.quantizers.hot_rows import common_tokens, round_with_hot_rows
 from svsk_offline.recipe import Recipe, load_recipe, parse_recipe
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.inspection import inspect_checkpoint, validate_against_architecture
+from svsk_offline.terminal import console
 from svsk_vllm.format import Checkpoint, LinearSpec, ShardedReader, dequantize
 from tests.offline.folders import folder_bytes
 from tests.offline.quantizers.plain import quantize_rtn

@@ -23,12 +23,13 @@ from svsk_eval.text.scoring import compare_models, shared_tokens
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import load_calibration
 from svsk_offline.calibration_entries import DEFAULT_SOURCE
-from svsk_offline.cli_options import CalibrationText, JsonFile, write_json
+from svsk_offline.cli_options import CalibrationText, JsonFile
 from svsk_offline.planning.smoothing import plan_smoothing
 from svsk_offline.recipe_sections import SmoothingArgs
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.fold import Fold
 from svsk_offline.storage.hub import resolve_model
+from svsk_offline.terminal import write_json
 
 __all__ = ["app", "fold_loaded", "measure"]
 

@@ -341,8 +341,8 @@ def _enough_samples(
     if count > samples.least:
         say(
             f"Losses are measured on {count} samples instead of {samples.least}:"
-            f" {_TOKENS_PER_WIDTH} tokens to fit for each of {widest} input features, and one sample"
-            f" in {_MEASURED_EVERY} to measure on"
+            f" {_TOKENS_PER_WIDTH} tokens to fit for each of {widest} input features, and one"
+            f" sample in {_MEASURED_EVERY} to measure on"
         )
     if count < enough:
         say(

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from svsk_eval.chat.compare import compare_chat_files
 from svsk_eval.cli import app
 from svsk_eval.errors import EvalError
-from svsk_offline.cli_options import console
+from svsk_offline.terminal import console
 
 Write = Callable[..., Path]
 
