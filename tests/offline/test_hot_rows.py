@@ -196,7 +196,7 @@ def test_more_rows_than_there_are_is_refused(tmp_path: Path, tiny_qwen2: Path) -
     ("arguments", "message"),
     [
         (["--hot-rows", "50"], "--hot-rows: no effect without a table that is mixed-int8."),
-        (["--head", KIND, "--hot-rows", "0"], "tables.hot_rows: Input should be greater than"),
+        (["--head", KIND, "--hot-rows", "0"], "tables.hot_rows: expected at least 1, got 0."),
         (["--head", KIND, "--embedding", "int8"], "are one matrix. Leave --embedding out, or say"),
         (["--head", "int8", "--embedding", KIND], "say --embedding int8."),
         (["--head", KIND], "model.embed_tokens.weight: has 320 rows, of which mixed-int8 is to"),

@@ -334,11 +334,11 @@ def test_a_budget_without_a_quantised_head_does_not_include_it(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--head", "int4"], "tables.head: Input should be 'auto', 'int8', 'mixed-int8', 'svsk'"),
-        (["--embedding", "svsk"], "tables.embedding: Input should be 'auto', 'int8', 'mixed-int8'"),
+        (["--head", "int4"], "--head int4: expected one of auto, int8, mixed-int8, svsk, dense."),
+        (["--embedding", "svsk"], "--embedding svsk: expected one of auto, int8, mixed-int8"),
         (["--recipe", "fast", "--budget-includes", "head"], "there is no bit budget"),
-        (["--budget-includes", "x"], "allocation.includes.0: Input should be 'head'"),
-        (["--codebook", "int8"], "num_bits 4 with codebook int8"),
+        (["--budget-includes", "x"], "allocation.includes.0: expected head, got 'x'"),
+        (["--codebook", "int8"], "--codebook int8: expected one of int4, quad8."),
     ],
 )
 def test_options_that_cannot_be(
