@@ -14,6 +14,7 @@ from svsk_offline.terminal import steps
 
 if TYPE_CHECKING:
     from svsk_eval.text.request import TextRequest
+    from svsk_eval.text.scoring import EachChunk
 
 __all__ = ["COMPARED", "evaluate_with_progress", "print_comparisons", "print_scores"]
 
@@ -38,7 +39,10 @@ The same reference on another machine may differ by less, another reference diff
 
 
 def evaluate_with_progress(
-    console: Console, request: "TextRequest", notes: Console | None = None
+    console: Console,
+    request: "TextRequest",
+    notes: Console | None = None,
+    each: "EachChunk | None" = None,
 ) -> dict[str, Any]:
     """Score a model with a progress bar, show the figures, and return them JSON-ready.
 
@@ -46,6 +50,7 @@ def evaluate_with_progress(
         console: where the figures are shown.
         request: what is scored.
         notes: where progress is shown; ``console`` if None.
+        each: given every chunk's tokens and scores; with ``hf`` only.
 
     Raises:
         EvalError: see :func:`svsk_eval.text.request.score`.
@@ -61,7 +66,7 @@ def evaluate_with_progress(
             starting = request.engine == "vllm" and done % request.chunks == 0 and done < total
             bar.update("vLLM starts, chunks" if starting else "chunks", done, total)
 
-        scores = score(request, show).to_json()
+        scores = score(request, show, each).to_json()
     print_scores(console, scores)
     return scores
 

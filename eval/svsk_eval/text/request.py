@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from svsk_eval.errors import EvalError
 from svsk_eval.text.generate import ENGINES
 from svsk_eval.text.metrics import EvalResult
-from svsk_eval.text.scoring import ChunkProgress, evaluate
+from svsk_eval.text.scoring import ChunkProgress, EachChunk, evaluate
 from svsk_eval.text.served import evaluate_served
 from svsk_vllm.kv_cache import KvKinds
 
@@ -51,17 +51,28 @@ class TextRequest(BaseModel):
     activations: str | None = None
 
 
-def score(request: TextRequest, progress: ChunkProgress | None = None) -> EvalResult:
+def score(
+    request: TextRequest,
+    progress: ChunkProgress | None = None,
+    each: EachChunk | None = None,
+) -> EvalResult:
     """Score a text with the engine that is asked for.
 
+    Args:
+        request: what is scored.
+        progress: called after every chunk.
+        each: given every chunk's tokens and scores; for ``hf``.
+
     Raises:
-        EvalError: there is no such engine, it does not take an option, or the text cannot be
-            scored.
+        EvalError: there is no such engine, it does not take an option, it gives no scores of
+            tokens, or the text cannot be scored.
         SvskError: the model cannot be scored with the cache that is asked for.
     """
     _check_engine(request)
     what = request.model, request.reference, request.text, request.chunks, request.seq_len
     if request.engine == "vllm":
+        if each is not None:
+            raise EvalError("--engine vllm: gives no KL of tokens. Score with --engine hf.")
         trust = {"trust_remote_code": True} if request.trust_remote_code else {}
         return evaluate_served(*what, request.dtype, {**request.engine_args, **trust}, progress)
     return evaluate(
@@ -72,6 +83,7 @@ def score(request: TextRequest, progress: ChunkProgress | None = None) -> EvalRe
         trust_remote_code=request.trust_remote_code,
         kv=None if request.kv is None else KvKinds.parse(request.kv),
         activations=request.activations,
+        each=each,
     )
 
 

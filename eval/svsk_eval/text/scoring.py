@@ -14,7 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from svsk_eval.errors import EvalError
 from svsk_eval.text.activations import check_kind, rounded_inputs
 from svsk_eval.text.leading_tokens import leading_tokens
-from svsk_eval.text.metrics import EvalInputs, EvalResult, score_chunk, summarize
+from svsk_eval.text.metrics import (
+    ChunkScores,
+    EvalInputs,
+    EvalResult,
+    score_chunk,
+    summarize,
+)
 from svsk_eval.text.models import (
     check_fits,
     check_same_vocabulary,
@@ -29,10 +35,20 @@ from svsk_offline.pipeline import resolve_device
 from svsk_offline.storage.model_loading import read_model_config
 from svsk_vllm.kv_cache import KvKinds, check_filled, model_cache
 
-__all__ = ["ChunkProgress", "compare_models", "evaluate", "shared_tokens", "token_chunks"]
+__all__ = [
+    "ChunkProgress",
+    "EachChunk",
+    "compare_models",
+    "evaluate",
+    "shared_tokens",
+    "token_chunks",
+]
 
 ChunkProgress = Callable[[int, int], None]
 """Called after every chunk with the number of chunks done and the number of all chunks."""
+
+EachChunk = Callable[[torch.Tensor, ChunkScores], None]
+"""Called after every chunk with its tokens, int64 [seq_len], and the scores of the predicted."""
 
 
 def token_chunks(
@@ -87,6 +103,7 @@ def compare_models(
     tokens: torch.Tensor,
     progress: ChunkProgress | None = None,
     kv: KvKinds | None = None,
+    each: EachChunk | None = None,
 ) -> EvalResult:
     """Score a loaded model, against a loaded reference if there is one.
 
@@ -100,6 +117,7 @@ def compare_models(
         tokens: int64 [chunks, seq_len].
         progress: called after every chunk.
         kv: how the model's cache stores keys and values; None is no cache. The reference has none.
+        each: given every chunk's tokens and scores, of which the result keeps means.
 
     Returns:
         The metrics; those that need a reference are None without one.
@@ -112,6 +130,8 @@ def compare_models(
     for done, chunk in enumerate(tokens, start=1):
         ref_logits = None if reference is None else _next_token_logits(reference, chunk)
         scores.append(score_chunk(_next_token_logits(model, chunk, kv), chunk[1:], ref_logits))
+        if each is not None:
+            each(chunk, scores[-1])
         if progress is not None:
             progress(done, len(tokens))
     return summarize(scores)
@@ -130,6 +150,7 @@ def evaluate(
     trust_remote_code: bool = False,
     kv: KvKinds | None = None,
     activations: str | None = None,
+    each: EachChunk | None = None,
 ) -> EvalResult:
     """Score a model on a text, against a reference if there is one; both see the same tokens.
 
@@ -151,6 +172,7 @@ def evaluate(
             is no cache. The reference has none.
         activations: how inputs of the model's linears are rounded, see
             :mod:`svsk_eval.text.activations`; None is not at all. Those of the reference are not.
+        each: given every chunk's tokens and scores, of which the result keeps means.
 
     Returns:
         The metrics.
@@ -198,7 +220,7 @@ def evaluate(
         else rounded_inputs(model, Path(model_path), activations)
     )
     with rounding:
-        result = compare_models(model, reference, tokens, progress, kv)
+        result = compare_models(model, reference, tokens, progress, kv, each)
     return replace(result, inputs=inputs)
 
 
