@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors of the evaluation package."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from svsk_kernels.errors import SvskError
@@ -8,7 +10,7 @@ from svsk_kernels.errors import SvskError
 if TYPE_CHECKING:  # the command's start does not wait for it
     from pydantic import ValidationError
 
-__all__ = ["DownloadError", "EvalError", "first_problem"]
+__all__ = ["DownloadError", "EvalError", "first_problem", "packages_of_pages"]
 
 
 class EvalError(SvskError, ValueError):
@@ -28,3 +30,19 @@ def first_problem(error: "ValidationError") -> str:
 
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {problem_text(first)}"
+
+
+@contextmanager
+def packages_of_pages() -> Iterator[None]:
+    """Import what writes HTML pages: its packages are optional, and may be absent.
+
+    Raises:
+        EvalError: one is.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise EvalError(
+            f"A report in HTML needs the package {error.name}, which is not installed:"
+            " pip install 'svsk-vllm[eval]'."
+        ) from error

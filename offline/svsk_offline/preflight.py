@@ -21,6 +21,7 @@ __all__ = [
     "check_gguf_file",
     "check_measurements",
     "check_output",
+    "check_page_file",
     "check_recipe",
     "check_recipe_file",
     "check_report_files",
@@ -30,6 +31,7 @@ __all__ = [
 _LARGEST_CONFIG: Final = 1 << 24
 """Bytes of a config.json that is looked at."""
 _GGUF_MAGIC: Final = b"GGUF"
+_HTML: Final = b"<!doctype html>"
 
 
 def check_output(
@@ -160,6 +162,24 @@ def check_gguf_file(what: str, out: Path, *, overwrite: bool) -> None:
                 raise SvskError(
                     f"{what} {out}: holds something that is not GGUF, so --overwrite does not"
                     " replace it. Choose another name."
+                )
+
+
+def check_page_file(out: Path, *, overwrite: bool) -> None:
+    """Refuse a page to write whose name is none's, that exists, or whose folder is missing.
+
+    Raises:
+        SvskError: it cannot be written, or is not HTML and would be replaced.
+    """
+    if out.suffix not in (".html", ".htm"):
+        raise SvskError(f"--html {out}: expected a name ending in .html.")
+    _check_file(out, overwrite=overwrite)
+    if out.exists():
+        with out.open("rb") as handle:
+            if not handle.read(len(_HTML)).lower() == _HTML:
+                raise SvskError(
+                    f"--html {out}: holds something that does not begin as a page, so --overwrite"
+                    " does not replace it. Choose another name."
                 )
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "finished",
     "normal_interval",
     "reference_style",
+    "saved",
     "shortened",
     "variant_style",
 ]
@@ -153,6 +154,11 @@ def finished(
     columns = max(1, min(len(names), _LINE // (max(map(len, names)) + 5)))
     figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * math.ceil(len(names) / columns))
     figure.legend(keys, names, loc="outside upper left", ncols=columns, frameon=False)
+    return saved(name, title, caption, figure)
+
+
+def saved(name: str, title: str, caption: str, figure: Figure) -> Plot:
+    """The finished figure, as it is."""
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
     return Plot(name, title, caption, stream.getvalue())

@@ -8,7 +8,7 @@ from typing import Final
 
 from rich.console import Console
 
-from svsk_eval.errors import EvalError
+from svsk_eval.errors import EvalError, packages_of_pages
 from svsk_eval.report.analysis import Analysis, analyze, check_tasks
 from svsk_eval.report.console import print_report
 from svsk_eval.report.markdown import markdown_report
@@ -151,13 +151,8 @@ def page_writer(markdown: Path | None, html: Path | None) -> Callable[[Analysis]
         EvalError: they are absent, and ``html`` is given.
     """
     if html is not None:
-        try:
+        with packages_of_pages():
             from svsk_eval.report.html import html_report
-        except ModuleNotFoundError as error:
-            raise EvalError(
-                f"A report in HTML needs the package {error.name}, which is not installed:"
-                " pip install 'svsk-vllm[eval]'."
-            ) from error
 
     def write(analysis: Analysis) -> None:
         if markdown is not None:

@@ -49,7 +49,7 @@ class TokenGroup:
         name: a key of :data:`KINDS`; or positions, such as ``5-8``.
         tokens: how many.
         kl: mean of KL(reference || model), nats per token.
-        kl_se: its standard error over chunks; None with a single chunk.
+        kl_se: its standard error over chunks; None where a single chunk has such tokens.
         share: of the sum of KL over all tokens, 0 to 1; None where that is not above 0.
     """
 
@@ -131,7 +131,7 @@ def _groups(kl: FloatArray, masks: Sequence[tuple[str, npt.NDArray[np.bool_]]]) 
         if not tokens:
             continue
         mean, error = float(sums.sum()) / tokens, None
-        if chunks > 1:
+        if np.count_nonzero(counts) > 1:
             spread = float(np.square(sums - mean * counts).sum()) * chunks / (chunks - 1)
             error = spread**0.5 / tokens
         share = float(sums.sum()) / total if total > 0 else None

@@ -352,7 +352,8 @@ def test_only_a_page_needs_optional_packages(
     assert (process.returncode, process.stderr) == (0, "")
     assert "w4" in process.stdout
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    monkeypatch.delitem(sys.modules, "svsk_eval.report.html", raising=False)
+    for module in ("html", "page"):
+        monkeypatch.delitem(sys.modules, f"svsk_eval.report.{module}", raising=False)
     with pytest.raises(
         EvalError, match=r"needs the package jinja2, .* pip install 'svsk-vllm\[eval\]'"
     ):

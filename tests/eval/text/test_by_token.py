@@ -91,6 +91,9 @@ def test_the_error_of_equal_counts_is_that_of_a_mean() -> None:
     assert group.kl_se == pytest.approx(mean_se(kl))
     (single,) = by_kind(kl[:1], np.zeros((1, 8), dtype=np.int8))
     assert single.kl_se is None
+    first, rest = by_kind(kl[:2, :2], np.array([[0, 1], [1, 1]], dtype=np.int8))
+    assert first.kl_se is None  # it may be anything in another chunk
+    assert rest.kl_se is not None
     (same,) = by_kind(np.zeros((2, 8)), np.zeros((2, 8), dtype=np.int8))
     assert (same.kl, same.share) == (0.0, None)
 
