@@ -42,7 +42,8 @@ def packages_of_pages() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        package = (error.name or str(error)).partition(".")[0]
         raise EvalError(
-            f"A report in HTML needs the package {error.name}, which is not installed:"
+            f"A report in HTML needs the package {package}, which is not installed:"
             " pip install 'svsk-vllm[eval]'."
         ) from error

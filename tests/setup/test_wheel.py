@@ -111,6 +111,9 @@ def test_an_installed_wheel_runs_and_names_itself_to_vllm(wheel: Path, tmp_path:
         "svsk_offline/calibration/texts/chat.txt",
         "svsk_eval/cli.py",
         "svsk_eval/report/report.html.j2",
+        "svsk_eval/report/base.html.j2",
+        "svsk_eval/report/parts.html.j2",
+        "svsk_eval/checkpoint/page.html.j2",
     ],
 )
 def test_files_that_are_read_at_run_time_are_in_it(names: set[str], name: str) -> None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from svsk_eval.checkpoint.contents import CheckpointContents, Place
@@ -137,7 +138,9 @@ def _heat_map(
 
 def _heat_axes(axes: Axes, kinds: Sequence[str], blocks: Sequence[int]) -> None:
     """Names of rows and columns; no frame."""
-    axes.patch.set(hatch="//////", edgecolor="#bbbbbb", linewidth=0)  # where there is no value
+    missing = Rectangle((0, 0), len(blocks), len(kinds), fill=False, hatch="//////", linewidth=0)
+    missing.set(edgecolor="#bbbbbb", zorder=0)  # seen where there is no value
+    axes.add_patch(missing)
     axes.set_yticks(np.arange(len(kinds)) + 0.5, [shortened(kind) for kind in kinds])
     axes.invert_yaxis()
     axes.tick_params(length=0)

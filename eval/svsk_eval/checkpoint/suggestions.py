@@ -29,6 +29,8 @@ _TABLE_BITS: Final = 8.25
 """Bits per weight of an int8 table: a 16-bit scale for 64 weights."""
 _TIMES: Final = 2.0
 """Times the KL of all tokens, from which a kind of token is named, its standard errors counted."""
+_WORTH: Final = 0.05
+"""Share of all KL, from which a kind of token is named."""
 _TEXTS: Final = {
     "special": "conversations in the chat template (--calibration chat, or rows with messages)",
     "digits": "arithmetic (--calibration arithmetic)",
@@ -127,7 +129,7 @@ def _largest_errors(contents: CheckpointContents) -> Iterator[str]:
         f"The error of {len(far)} of {len(known)} matrices is over {_FAR:g} times the median"
         f" {middle:.1e}: {named}{', ...' if len(far) > _NAMED else ''}. More calibration text like"
         f" what is served{each} may help; --ignore keeps a matrix as it is, which for"
-        f" {worst.name} takes {more:.1f} MB more."
+        f" {worst.name} takes {more:.3g} MB more."
     )
 
 
@@ -169,21 +171,26 @@ def _few_calibration_tokens(contents: CheckpointContents) -> Iterator[str]:
 
 
 def _few_held_out(contents: CheckpointContents) -> Iterator[str]:
-    fitted = [one for one in contents.with_errors if one.held_out_tokens == 0]
+    known = [one for one in contents.in_blocks if one.error is not None]
+    fitted = [one for one in known if one.held_out_tokens == 0]
     if fitted:
         yield (
-            f"The errors of {len(fitted)} matrices were measured on the tokens they were fitted to,"
+            f"The errors of {_matrices(fitted)} were measured on the tokens they were fitted to,"
             " and are too small. With two calibration samples or more some are held out."
         )
-    few = [one for one in contents.with_errors if 0 < (one.held_out_tokens or 0) < one.shape[1]]
+    few = [one for one in known if 0 < (one.held_out_tokens or 0) < one.shape[1]]
     if few:
         least = min(few, key=lambda one: _per_input(one))
         yield (
-            f"The errors of {len(few)} matrices were measured on fewer held-out tokens than they"
-            f" have inputs, {least.name} on {_per_input(least):.2f} per input"
+            f"The errors of {_matrices(few)} were measured on fewer held-out tokens than"
+            f" there are inputs, {least.name} on {_per_input(least):.2f} per input"
             f" ({least.held_out_tokens:,} for {least.shape[1]}): take them as rough, and give more"
             " calibration samples, an eighth of which is held out."
         )
+
+
+def _matrices(found: Sequence[Matrix]) -> str:
+    return "1 matrix" if len(found) == 1 else f"{len(found)} matrices"
 
 
 def _per_input(matrix: Matrix) -> float:
@@ -207,9 +214,9 @@ def _kinds(kinds: Sequence[TokenGroup]) -> Iterator[str]:
     overall = sum(group.kl * group.tokens for group in kinds) / tokens
     for group in kinds:
         sure = group.kl_se is not None and group.kl - 2 * group.kl_se > _TIMES * overall
-        if sure and overall > 0 and group.name in _TEXTS:
+        if sure and (group.share or 0.0) >= _WORTH and group.name in _TEXTS:
             yield (
                 f"KL is {group.kl:.4f} at {KINDS[group.name]}, {group.kl / overall:.1f} times the"
-                f" {overall:.4f} of all tokens ({group.tokens} of {tokens} tokens). Calibrate on"
-                f" {_TEXTS[group.name]}."
+                f" {overall:.4f} of all tokens, and {group.share:.0%} of it is there"
+                f" ({group.tokens:,} of {tokens:,} tokens). Calibrate on {_TEXTS[group.name]}."
             )

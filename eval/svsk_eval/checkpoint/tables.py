@@ -291,6 +291,9 @@ _ERROR_HEADINGS: Final = (
 
 def _error_row(one: Matrix) -> tuple[str, ...]:
     tokens = one.held_out_tokens
+    # An embedding reads none: its error is that of its rows.
+    unknown = tokens is None or (tokens == 0 and one.block is None)
+    measured_on = f"{(tokens or 0) / one.shape[1]:.1f}" if tokens else "fitted ones"
     return (
         one.name,
         f"{one.shape[0]} x {one.shape[1]}",
@@ -300,7 +303,7 @@ def _error_row(one: Matrix) -> tuple[str, ...]:
         number(one.base_error, ".2e"),
         number(one.error, ".2e"),
         percent(one.removed),
-        DASH if tokens is None else f"{tokens / one.shape[1]:.1f}" if tokens else "fitted ones",
+        DASH if unknown else measured_on,
     )
 
 

@@ -362,6 +362,8 @@ PLAIN = tuple(matrix(f"h.{number}.down") for number in range(6))
 def test_nothing_is_suggested_where_nothing_stands_out() -> None:
     even = TokenGroup("digits", 100, 0.1, 0.01, 0.5)
     assert said(made_up(PLAIN), [even, replace(even, name="word start")]) == {}
+    table = replace(PLAIN[0], name="embed", block=None, rank=0, held_out_tokens=0)
+    assert said(made_up((*PLAIN, table))) == {}  # an embedding reads no activations
 
 
 def test_every_suggestion_says_its_figure() -> None:
@@ -371,13 +373,13 @@ def test_every_suggestion_says_its_figure() -> None:
         "1 of 6 matrices is over 4 times the median 1.0e-03: h.5.down 9.0e-03"
         in far["largest-errors"]
     )
-    assert f"{64 * 128 * 11.5 / 8e6:.1f} MB more" in far["largest-errors"]
+    assert f"{64 * 128 * 11.5 / 8e6:.3g} MB more" in far["largest-errors"]
     idle = said(made_up((*PLAIN[:5], matrix("h.5.down", base_error=1.05e-3))))
     assert "The sidecars of 1 of 6 matrices" in idle["idle-sidecars"]
     assert "h.5.down 4.8%" in idle["idle-sidecars"]
     assert f"{0.5 / 6:.3f} bits per weight" in idle["idle-sidecars"]
     fitted = said(made_up((*PLAIN[:5], matrix("h.5.down", held_out_tokens=0))))
-    assert "The errors of 1 matrices were measured on the tokens" in fitted["few-held-out"]
+    assert "The errors of 1 matrix were measured on the tokens" in fitted["few-held-out"]
     few = said(made_up((*PLAIN[:5], matrix("h.5.down", held_out_tokens=32))))
     assert "h.5.down on 0.25 per input (32 for 128)" in few["few-held-out"]
     blind = said(made_up((*PLAIN[:5], matrix("h.5.down", error=None, base_error=None))))
@@ -410,9 +412,11 @@ def test_kinds_of_tokens_count_beyond_their_errors() -> None:
     words = TokenGroup("word start", 900, 0.1, 0.01, 0.5)
     special = TokenGroup("special", 100, 1.0, 0.1, 0.5)
     text = said(made_up(PLAIN), [words, special])["kinds-of-tokens"]
-    assert "KL is 1.0000 at special tokens, 5.3 times the 0.1900 of all tokens (100 of 1000" in text
+    assert "KL is 1.0000 at special tokens, 5.3 times the 0.1900 of all tokens, and 50%" in text
+    assert "(100 of 1,000 tokens). Calibrate on conversations" in text
     assert said(made_up(PLAIN), [words, replace(special, kl_se=0.4)]) == {}
     assert said(made_up(PLAIN), [words, replace(special, kl_se=None)]) == {}
+    assert said(made_up(PLAIN), [words, replace(special, share=0.04)]) == {}
 
 
 def test_experts_are_one_kind_and_one_row() -> None:
