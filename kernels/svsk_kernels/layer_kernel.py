@@ -3,14 +3,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
 from svsk_kernels.codebook import Codebook
 from svsk_kernels.sidecar_plan import SidecarPlan
 
-__all__ = ["LayerKernel", "LayerSpec", "TableKernel", "replace_parameters"]
+__all__ = ["LayerKernel", "LayerSpec", "TableKernel", "replace_parameters", "stored_tensors"]
 
 
 @dataclass(frozen=True)
@@ -83,3 +83,12 @@ def replace_parameters(layer: torch.nn.Module, tensors: Mapping[str, torch.Tenso
     """Register the tensors as plain parameters, in place of those of the same names."""
     for name, tensor in tensors.items():
         setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def stored_tensors(layer: Any) -> Mapping[str, Any]:
+    """Parameters of a module, or attributes of another object, by name.
+
+    Kernels that take many read them here: each attribute of a module that is a parameter is looked
+    for in other places first, which takes half a microsecond.
+    """
+    return layer._parameters if isinstance(layer, torch.nn.Module) else vars(layer)

@@ -195,6 +195,8 @@ class SvskLinearMethod(LinearMethodBase):
         Returns:
             [..., N] of the dtype of ``x``.
         """
+        if x.dim() == 2 and x.dtype == self.params_dtype:
+            return self.kernel(layer, x, bias)
         y = self.kernel(layer, x.reshape(-1, x.shape[-1]).to(self.params_dtype), bias)
         return y.reshape(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 

@@ -43,6 +43,7 @@ def test_op_takes_any_number_of_tokens(m: int) -> None:
 
 def test_op_folds_large_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "FOLD_FROM", 66)
+    monkeypatch.setattr(dispatch, "_prepared", {})
     choices_for.cache_clear()
     layer = make_layer(160, torch.float16, {"n": 70, "rank": 8}, group_size=32)
     used = []

@@ -65,11 +65,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for name in NAMES:
         monkeypatch.setattr(launch, name, OnGpuOnly(name, getattr(launch, name), names))
     monkeypatch.setattr(dispatch, "_warmed", set())
+    monkeypatch.setattr(dispatch, "_prepared", {})
     dispatch.gpu_of.cache_clear()
     with simulated_cuda({torch.ops.svsk.matmul.default: dispatch._matmul}):
         yield names
         assert launch.counters.busy(GPU) == 0
-        launch.counters._tensors.pop(GPU, None)
+        launch.counters.forget(GPU)
     dispatch.gpu_of.cache_clear()
 
 

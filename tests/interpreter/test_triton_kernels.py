@@ -196,7 +196,7 @@ def test_tiles_longer_than_a_job(num_bits: int) -> None:
 def test_kernels_that_run_side_by_side_count_apart() -> None:
     """With dependent launch the decode kernel counts while the shrink kernel still does."""
     device = torch.device("cpu")
-    own, other = counters.get(device)
+    own, other = counters.get(device).shrink, counters.get(device).decode
     assert own.data_ptr() + own.nbytes <= other.data_ptr()
 
 
@@ -205,13 +205,16 @@ def test_more_jobs_than_counters_and_counters_of_any_content(
 ) -> None:
     layer = make_layer(4352, torch.float16, {"n": 40, "rank": 4, "tile_m": 0, "tile_n": 0})
     x = activations(2, 4352, torch.float16)
-    monkeypatch.setattr("svsk_kernels.gpu.launch._COUNTERS", 2)
+    monkeypatch.setattr("svsk_kernels.gpu.launch.COUNTERS", 2)
     found = run(layer, x, choice("decode", layer))
     assert relative_error(found, layer.expected(x)) < BOUNDS[torch.float16]
     monkeypatch.undo()
-    counters.get(x.device).fill_(7)
+    shared = counters.get(x.device)
+    for counts in (shared.shrink, shared.decode):
+        counts.fill_(7)
+    assert counters.busy(x.device) == shared.shrink.numel() + shared.decode.numel()
     counters.reset(x.device)
-    assert not counters.get(x.device).any()
+    assert counters.busy(x.device) == 0
 
 
 def test_z_is_gain_times_v_x() -> None:

@@ -2,6 +2,7 @@
 """vLLM's layers with the plugin's method, built and run as by the engine, on a simulated GPU."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed; `make setup` installs
 import svsk_kernels.gpu.launch as launch
 import svsk_vllm.plugin.kernel_choice as choice
 from svsk_kernels.gpu import matmul_op as dispatch
+from svsk_kernels.gpu.repack_base import Base
 from svsk_kernels.gpu.repack_sidecar import PlanarSidecar
 from svsk_kernels.gpu.triton_kernel import TritonKernel
 from svsk_kernels.group_scales import expand_scales
@@ -54,6 +56,7 @@ def rank(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[int, int]]:
     monkeypatch.setattr(dispatch, "_warmed", set())
+    monkeypatch.setattr(dispatch, "_prepared", {})
     with as_rank(monkeypatch, *request.param):
         yield request.param
 
@@ -69,24 +72,20 @@ class Products:
         self.kernels: list[str] = []
         monkeypatch.setattr(
             launch,
-            "packed_matmul",
-            lambda x, base, side, bits, bias, chosen, tiles: self(
-                chosen.kernel, x, base, side, bits, bias
-            ),
+            "PackedProduct",
+            lambda base, side, bits, chosen, tiles, **_: partial(self, chosen.kernel, bits),
         )
         monkeypatch.setattr(
-            launch,
-            "matmul_folded",
-            lambda x, base, side, bits, bias: self("fold", x, base, side, bits, bias),
+            launch, "FoldedProduct", lambda base, side, bits, dtype: partial(self, "fold", bits)
         )
 
     def __call__(
         self,
         kernel: str,
-        x: torch.Tensor,
-        base: launch.Base,
-        side: PlanarSidecar | None,
         bits: int,
+        x: torch.Tensor,
+        base: Base,
+        side: PlanarSidecar | None,
         bias: Any,
     ) -> torch.Tensor:
         assert self.spec is not None
@@ -100,8 +99,9 @@ class Products:
         }
         assert devices == {x.device}
         counters = launch.counters.get(x.device)
-        assert counters.device == x.device
-        assert not counters.any()
+        assert counters.shrink.device == counters.decode.device == x.device
+        assert not counters.shrink.any()
+        assert not counters.decode.any()
         spec = self.spec
         packed = unpack_base(base.words, base.n, base.k, base.plane)
         if base.row_scale is None:
@@ -167,7 +167,7 @@ def test_fused_layers(
     with simulated_cuda(KERNELS):
         found = run(GPU)
         assert set(products.kernels) == {"decode", "gemm", "fold"}  # the warm-up runs all of them
-        launch.counters._tensors.pop(GPU)
+        launch.counters.forget(GPU)
     monkeypatch.setattr(TritonKernel, "obstacle", staticmethod(lambda *_: None))
     monkeypatch.setattr(choice, "CpuKernel", OnCpu)
     expected = run(torch.device("cpu"))
@@ -255,6 +255,6 @@ def test_reload_under_the_default_device(
             layers[1].quant_method.process_weights_after_loading(layers[1])
             outputs = [output(layer, GPU) for layer in layers]
         first, second = map(parameters, layers)
-        launch.counters._tensors.pop(GPU)
+        launch.counters.forget(GPU)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(*outputs)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole layers of 8-bit codes on a GPU, by the op ``torch.ops.svsk.int8_matmul``."""
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -73,33 +74,50 @@ class Int8Kernel:
 def _int8_matmul(
     x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    from svsk_kernels.gpu.int8_product import int8_kernel
-    from svsk_kernels.gpu.launch import INTERPRETED, product_type
+    from svsk_kernels.gpu.prepared_launch import current
 
     (m, k), n = x.shape, codes.shape[0]
     y = x.new_empty(m, n)
     if m == 0:
         return y
     x = x if x.stride(-1) == 1 else x.contiguous()
-    block_m = next((size for size in _BLOCKS_M if m <= size), _BLOCKS_M[-1])
-    int8_kernel[ceil_div(m, block_m), ceil_div(n, _BLOCK_N)](
-        x,
-        codes,
-        scale,
-        bias,
-        y,
-        m,
-        n,
-        k,
-        x.stride(0),
-        BLOCK_M=block_m,
-        BLOCK_N=_BLOCK_N,
-        GROUP=k // scale.shape[0],
-        DTYPE=product_type(x.dtype),
-        STAGES=3,
-        **({} if INTERPRETED else {"num_warps": 4}),
-    )
+    stride = x.stride(0) if m > 1 else k
+    # What Triton compiles for: m alone may be any number.
+    key = (x.dtype, None if bias is None else bias.dtype, n, k, stride, scale.shape[0])
+    launches = _prepared.get(key)
+    if launches is None:
+        launches = _prepared[key] = _prepare(x.dtype, k // scale.shape[0])
+    few = m <= _BLOCKS_M[0]
+    block_m, launch = _BLOCKS_M[not few], launches[not few]
+    addresses = x.data_ptr() | codes.data_ptr() | scale.data_ptr()
+    addresses |= 0 if bias is None else bias.data_ptr()
+    grid = (ceil_div(m, block_m), ceil_div(n, _BLOCK_N), 1)
+    launch(current(), grid, (x, codes, scale, bias, y, m, n, k, stride), not addresses % 16)
     return y
+
+
+_Launch = Callable[..., None]
+
+_prepared: Final[dict[tuple[object, ...], tuple[_Launch, ...]]] = {}
+"""Launches of either number of tokens per program."""
+
+
+def _prepare(dtype: torch.dtype, group_size: int) -> tuple[_Launch, ...]:
+    from svsk_kernels.gpu.int8_product import int8_kernel
+    from svsk_kernels.gpu.launch import product_type
+    from svsk_kernels.gpu.prepared_launch import PreparedLaunch
+
+    constants = {
+        "BLOCK_N": _BLOCK_N,
+        "GROUP": group_size,
+        "DTYPE": product_type(dtype),
+        "STAGES": 3,
+    }
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    return tuple(
+        PreparedLaunch(int8_kernel, {"BLOCK_M": block_m} | constants, options)
+        for block_m in _BLOCKS_M
+    )
 
 
 def _fake(

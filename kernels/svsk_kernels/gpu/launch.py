@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launching the Triton kernels: shapes, grids and workspaces."""
+"""The Triton kernels as products: shapes, grids and workspaces.
 
-import threading
-from dataclasses import dataclass
-from typing import Any, Final
+Classes hold what does not change from call to call, worked out once for the layers that Triton
+cannot tell apart; they keep no tensors. Functions of the same arguments prepare and call.
+"""
+
+from typing import Any, Final, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
+from svsk_kernels.gpu.counters import COUNTERS, Meeting, counters
 from svsk_kernels.gpu.decode import decode_kernel
 from svsk_kernels.gpu.fold import fold_kernel
 from svsk_kernels.gpu.gemm import gemm_kernel
+from svsk_kernels.gpu.prepared_launch import INTERPRETED, PreparedLaunch, Where, current
+from svsk_kernels.gpu.repack_base import Base
 from svsk_kernels.gpu.repack_sidecar import FOLD_ROWS, PlanarSidecar, Tiles, v_pitch
 from svsk_kernels.gpu.shrink import shrink_kernel
 from svsk_kernels.gpu.tuning import Choice
@@ -21,6 +25,8 @@ __all__ = [
     "FOLD_WARPS",
     "INTERPRETED",
     "Base",
+    "FoldedProduct",
+    "PackedProduct",
     "counters",
     "fold",
     "fold_constants",
@@ -34,117 +40,12 @@ __all__ = [
     "shrink_warps",
 ]
 
-INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
-"""Whether kernels run in Triton's interpreter, on the CPU and in float32."""
-
 _TYPES: Final = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 _FOLD_BYTES: Final = 128 << 20
 """Weight written out at a time."""
 
 FOLD_WARPS: Final = 8
-_COUNTERS: Final = 1 << 15
-_STREAMS: Final = 16
-
-
-@dataclass(frozen=True)
-class Base:
-    """Base of a layer as the kernels read it, see :mod:`svsk_kernels.gpu.repack_sidecar`."""
-
-    words: torch.Tensor  # int16 [padded N, padded K / 4]
-    scale: torch.Tensor  # [groups, padded N], or scale words [runs, padded N] with row_scale
-    n: int
-    k: int
-    plane: int
-    group_size: int
-    quad8: bool
-    row_scale: torch.Tensor | None = None  # [padded N]; None: scales of one level
-
-    @property
-    def n_padded(self) -> int:
-        """Rows with padding."""
-        return self.words.shape[0]
-
-    @property
-    def k_padded(self) -> int:
-        """Columns with padding."""
-        return self.words.shape[1] * 4
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """Compile-time constants of the layout."""
-        return {
-            "PLANE": self.plane,
-            "GROUP": self.group_size,
-            "EVEN_K": self.k == self.k_padded,
-            "QUAD8": self.quad8,
-        }
-
-
-class _Counters:
-    """Zeroed counters for programs that meet, apart for every stream of a device.
-
-    Kernels leave them zero.
-
-    The shrink kernel has counters of its own: a kernel launched with ``pdl`` runs, and counts,
-    beside it. All are allocated at the first use on a device, which the warm-up makes before any
-    graph is captured. Graphs captured on one stream must not be replayed at the same time on
-    several.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._tensors: dict[torch.device, torch.Tensor] = {}
-        self._rows: dict[tuple[torch.device, int], int] = {}
-
-    def get(self, device: torch.device) -> torch.Tensor:
-        """Int32 [2, _COUNTERS] of the current stream.
-
-        Those of shrink, and those of decode, which may run beside it.
-
-        Raises:
-            RuntimeError: more streams than there are rows, or a first use while a graph is being
-                captured.
-        """
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        with self._lock:
-            if device not in self._tensors:
-                if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                    raise RuntimeError(
-                        f"{device}: the SVSK kernels run for the first time while a CUDA graph is"
-                        " being captured. Call the layer once before (SvskMatmul.warm_up does)."
-                    )
-                self._tensors[device] = torch.zeros(
-                    _STREAMS, 2, _COUNTERS, dtype=torch.int32, device=device
-                )
-            row = self._rows.setdefault(
-                (device, stream), sum(known == device for known, _ in self._rows)
-            )
-        if row >= _STREAMS:
-            raise RuntimeError(
-                f"{device}: the SVSK kernels were called on more than {_STREAMS} streams."
-            )
-        return self._tensors[device][row]
-
-    def busy(self, device: torch.device) -> int:
-        """How many counters of all streams are not zero, which none must be.
-
-        Waits for the device.
-        """
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return int(self._tensors[device].count_nonzero()) if device in self._tensors else 0
-
-    def reset(self, device: torch.device) -> None:
-        """Zero all counters of a device.
-
-        Memory that an engine put to sleep comes back with any content.
-        """
-        if device in self._tensors:
-            self._tensors[device].zero_()
-
-
-counters: Final = _Counters()
 
 
 def product_type(dtype: torch.dtype) -> Any:
@@ -162,9 +63,7 @@ def _types(dtype: torch.dtype, asm: bool | None) -> dict[str, Any]:
 
 
 def _options(choice: Choice, pdl: bool = False) -> dict[str, Any]:
-    """Compiler options; the interpreter takes none."""
-    if INTERPRETED:
-        return {}
+    """Compiler options."""
     options: dict[str, Any] = {"num_warps": choice.num_warps, "enable_fp_fusion": True}
     return options | ({"launch_pdl": True} if pdl else {})
 
@@ -221,52 +120,185 @@ def fold_constants(sidecar_bits: int) -> dict[str, Any]:
     return {"BLOCK_N": FOLD_ROWS, "SIDECAR_BITS": sidecar_bits}
 
 
+def _aligned(*tensors: torch.Tensor | None) -> bool:
+    """Whether all begin at multiples of 16 bytes."""
+    addresses = 0
+    for tensor in tensors:
+        if tensor is not None:
+            addresses |= tensor.data_ptr()
+    return not addresses % 16
+
+
+class Call(NamedTuple):
+    """What the launches of one product share."""
+
+    where: Where  # device and stream
+    shared: Meeting  # the stream's counters
+    stride: int  # distance of the rows of x
+    alike: bool  # of launches: as far as tensors given and the stride decide it
+
+    @classmethod
+    def of(cls, x: torch.Tensor, *tensors: torch.Tensor | None) -> "Call":
+        """Of activations [M, K], and all tensors that are not allocated for the product."""
+        where, stride = current(), x_stride(x)
+        alike = _aligned(x, *tensors) and not stride % 16 and stride < 1 << 31
+        return cls(where, counters.of_stream(x.device, where.stream), stride, alike)
+
+
+class Shrink:
+    """``z = gain * (V x)``, prepared for the layers whose sidecars are like one.
+
+    Args:
+        sidecar: run-time tensors, of which the shapes are taken.
+        num_bits: 4 or 8, as they were packed.
+        tiles: what all column tiles have in common.
+        k: inputs K.
+        dtype: of the activations.
+        pdl: let the next kernel start beside this one.
+    """
+
+    def __init__(
+        self,
+        sidecar: PlanarSidecar,
+        num_bits: int,
+        tiles: Tiles,
+        k: int,
+        dtype: torch.dtype,
+        *,
+        pdl: bool = False,
+    ) -> None:
+        self.long, self.jobs, self.columns = tiles.long, len(sidecar.jobs), len(sidecar.gain)
+        self._sizes = (v_pitch(k, num_bits), sidecar.v_table.shape[1], self.columns)
+        # with odd edges, masks for 32 tokens would not fit the registers
+        self._blocks = (16, 32) if tiles.aligned else (16, 16)
+        options = {"num_warps": shrink_warps(tiles), "enable_fp_fusion": True}
+        dtypes = {"DTYPE": product_type(dtype)}
+        self._few, self._many = (
+            PreparedLaunch(
+                shrink_kernel, shrink_constants(block, num_bits, tiles, pdl) | dtypes, options
+            )
+            for block in self._blocks
+        )
+
+    def __call__(self, x: torch.Tensor, sidecar: PlanarSidecar, call: Call) -> torch.Tensor:
+        """[M, C] in the dtype of ``x``; padding columns hold anything.
+
+        Args:
+            x: [M, K], its last axis contiguous.
+            sidecar: of the layer.
+            call: with ``x``.
+        """
+        m, jobs = x.shape[0], self.jobs
+        block = self._blocks[m > 16]
+        blocks = ceil_div(m, block)
+        z = x.new_empty(m, self.columns)
+        partial, counts = call.shared.unused, call.shared.shrink
+        if self.long:
+            partial = x.new_empty(jobs * m * 16, dtype=torch.float32)
+            if jobs * blocks > COUNTERS:
+                counts = x.new_zeros(jobs * blocks, dtype=torch.int32)
+        tensors = (x, sidecar.v, sidecar.gain, sidecar.v_table, sidecar.jobs, z, partial, counts)
+        launch = self._many if m > 16 else self._few
+        arguments = (*tensors, m, call.stride, *self._sizes)
+        launch(call.where, (jobs, blocks, 1), arguments, call.alike)
+        return z
+
+
 def shrink(
     x: torch.Tensor, sidecar: PlanarSidecar, num_bits: int, tiles: Tiles, *, pdl: bool = False
 ) -> torch.Tensor:
-    """``z = gain * (V x)`` over the step of U.
+    """:class:`Shrink`, prepared and called."""
+    product = Shrink(sidecar, num_bits, tiles, x.shape[1], x.dtype, pdl=pdl)
+    return product(x, sidecar, Call.of(x, *sidecar))
+
+
+class PackedProduct:
+    """``x W_hat^T + bias`` by the decode or the gemm kernel, prepared for layers like one.
 
     Args:
-        x: [M, K], its last axis contiguous.
-        sidecar: run-time tensors.
-        num_bits: 4 or 8, as they were packed.
+        base: of the layer; what counts are its sizes.
+        sidecar: likewise; None for none.
+        num_bits: of the factors as packed.
+        choice: kernel and blocks; not ``fold``.
         tiles: what all column tiles have in common.
-        pdl: let the next kernel start beside this one.
-
-    Returns:
-        [M, C] in the dtype of ``x``; padding columns hold anything.
+        dtype: of the activations, bfloat16 or float16.
+        has_bias: whether there is a bias.
+        asm: unpack by inline PTX; None where it can be.
     """
-    m = x.shape[0]
-    block = (
-        32 if m > 16 and tiles.aligned else 16
-    )  # with odd edges, masks for 32 tokens would not fit the registers
-    z = x.new_empty(m, sidecar.gain.numel())
-    num_jobs, blocks = sidecar.jobs.shape[0], ceil_div(m, block)
-    v_rows = sidecar.v_table.shape[1]
-    partial = x.new_empty(num_jobs * m * 16 if tiles.long else 1, dtype=torch.float32)
-    counts = counters.get(x.device)[0]
-    if tiles.long and num_jobs * blocks > _COUNTERS:
-        counts = x.new_zeros(num_jobs * blocks, dtype=torch.int32)
-    options = {} if INTERPRETED else {"num_warps": shrink_warps(tiles), "enable_fp_fusion": True}
-    shrink_kernel[(num_jobs, blocks)](
-        x,
-        sidecar.v,
-        sidecar.gain,
-        sidecar.v_table,
-        sidecar.jobs,
-        z,
-        partial,
-        counts,
-        m,
-        x_stride(x),
-        v_pitch(x.shape[1], num_bits),
-        v_rows,
-        z.stride(0),
-        **shrink_constants(block, num_bits, tiles, pdl),
-        DTYPE=_types(x.dtype, None)["DTYPE"],
-        **options,
-    )
-    return z
+
+    def __init__(
+        self,
+        base: Base,
+        sidecar: PlanarSidecar | None,
+        num_bits: int,
+        choice: Choice,
+        tiles: Tiles,
+        *,
+        dtype: torch.dtype,
+        has_bias: bool,
+        asm: bool | None = None,
+    ) -> None:
+        self._decode, self._split = choice.kernel == "decode", choice.split_k
+        self._block_m, self._blocks_n = choice.block_m, base.n_padded // choice.block_n
+        pdl = self._decode and choice.pdl and not INTERPRETED and sidecar is not None
+        self._shrink = (
+            None if sidecar is None else Shrink(sidecar, num_bits, tiles, base.k, dtype, pdl=pdl)
+        )
+        steps = base.words.shape[1] // choice.step
+        self._steps = (steps, ceil_div(steps, choice.split_k)) if self._decode else (steps,)
+        self._n, self._n_padded = base.n, base.n_padded
+        self._sizes, self._word_stride = (base.n, base.k, base.n_padded), base.words.stride(0)
+        constants = (
+            base.constants
+            | _types(dtype, asm)
+            | matmul_constants(choice, num_bits if sidecar is not None else 0, has_bias, pdl)
+        )
+        kernel = decode_kernel if self._decode else gemm_kernel
+        self._launch = PreparedLaunch(kernel, constants, _options(choice, pdl))
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        base: Base,
+        sidecar: PlanarSidecar | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Contiguous [M, N] of the dtype of ``x``.
+
+        Args:
+            x: [M, K], its last axis contiguous.
+            base: of the layer.
+            sidecar: likewise.
+            bias: [N] or None, as was said.
+
+        Raises:
+            RuntimeError: more programs share their sums than there are counters.
+        """
+        m = x.shape[0]
+        call = Call.of(x, base.words, base.scale, base.row_scale, bias, *(sidecar or ()))
+        # What decode writes is allocated before shrink's own workspace is freed: the two may run
+        # side by side.
+        y, partial = x.new_empty(m, self._n), call.shared.unused
+        if self._split > 1:
+            partial = x.new_empty(self._split * m * self._n_padded, dtype=torch.float32)
+        side, z_stride = (x, x, x, x), call.stride
+        if self._shrink is not None:
+            assert sidecar is not None
+            z, z_stride = self._shrink(x, sidecar, call), self._shrink.columns
+            side = (sidecar.row_table, sidecar.u, z, sidecar.z_used)
+        left = (x, base.words, base.scale, base.row_scale, x if bias is None else bias, *side, y)
+        sizes = (m, *self._sizes, call.stride, self._word_stride, z_stride, *self._steps)
+        rows, tokens = self._blocks_n, ceil_div(m, self._block_m)
+        if not self._decode:
+            self._launch(call.where, (tokens, rows, 1), (*left, *sizes), call.alike)
+            return y
+        if self._split > 1 and rows * tokens > COUNTERS:
+            raise RuntimeError(
+                f"{rows} x {tokens} programs with split columns need more than {COUNTERS} counters."
+            )
+        arguments = (*left, partial, call.shared.decode, *sizes)
+        self._launch(call.where, (rows, self._split, tokens), arguments, call.alike)
+        return y
 
 
 def packed_matmul(
@@ -280,59 +312,72 @@ def packed_matmul(
     *,
     asm: bool | None = None,
 ) -> torch.Tensor:
-    """``x W_hat^T + bias`` by the decode or the gemm kernel.
+    """:class:`PackedProduct`, prepared and called."""
+    product = PackedProduct(
+        base, sidecar, num_bits, choice, tiles, dtype=x.dtype, has_bias=bias is not None, asm=asm
+    )
+    return product(x, base, sidecar, bias)
+
+
+class Fold:
+    """Some rows of ``W_hat`` rounded once, prepared for layers like one.
 
     Args:
-        x: [M, K], bfloat16 or float16, its last axis contiguous.
-        base: of the layer.
-        sidecar: None for none.
+        base: of the layer; what counts are its sizes.
+        sidecar: likewise; None for none.
         num_bits: of the factors as packed.
-        bias: [N] or None.
-        choice: kernel and blocks; not ``fold``.
-        tiles: what all column tiles have in common.
-        asm: unpack by inline PTX; None where it can be.
-
-    Returns:
-        Contiguous [M, N] of the dtype of ``x``.
+        dtype: bfloat16 or float16.
+        asm: see :class:`PackedProduct`.
     """
-    m, decode = x.shape[0], choice.kernel == "decode"
-    # What decode writes is allocated before shrink's own workspace is freed: the two may run side
-    # by side.
-    y = x.new_empty(m, base.n)
-    partial = x.new_empty(
-        choice.split_k * m * base.n_padded if choice.split_k > 1 else 1, dtype=torch.float32
-    )
-    pdl = decode and choice.pdl and not INTERPRETED and sidecar is not None
-    z = x if sidecar is None else shrink(x, sidecar, num_bits, tiles, pdl=pdl)
-    side = (z, z, z, z) if sidecar is None else (sidecar.row_table, sidecar.u, z, sidecar.z_used)
-    left = (x, base.words, base.scale, base.row_scale, x if bias is None else bias, *side, y)
-    sizes = (m, base.n, base.k, base.n_padded, x_stride(x), base.words.stride(0), x_stride(z))
-    bits = num_bits if sidecar is not None else 0
-    constants = (
-        base.constants
-        | _types(x.dtype, asm)
-        | matmul_constants(choice, bits, bias is not None, pdl)
-    )
-    steps = base.words.shape[1] // choice.step
-    rows, tokens = base.n_padded // choice.block_n, ceil_div(m, choice.block_m)
-    if not decode:
-        gemm_kernel[(tokens, rows)](*left, *sizes, steps, **constants, **_options(choice))
-        return y
-    if choice.split_k > 1 and rows * tokens > _COUNTERS:
-        raise RuntimeError(
-            f"{rows} x {tokens} programs with split columns need more than {_COUNTERS} counters."
+
+    def __init__(
+        self,
+        base: Base,
+        sidecar: PlanarSidecar | None,
+        num_bits: int,
+        dtype: torch.dtype,
+        *,
+        asm: bool | None = None,
+    ) -> None:
+        self._dtype, self._blocks_k = dtype, base.k_padded // (4 * base.plane)
+        self._sizes = (base.k, base.n_padded, base.words.stride(0), v_pitch(base.k, num_bits))
+        constants = (
+            fold_constants(num_bits if sidecar is not None else 0)
+            | base.constants
+            | _types(dtype, asm)
         )
-    decode_kernel[(rows, choice.split_k, tokens)](
-        *left,
-        partial,
-        counters.get(x.device)[1],
-        *sizes,
-        steps,
-        ceil_div(steps, choice.split_k),
-        **constants,
-        **_options(choice, pdl),
-    )
-    return y
+        options = {"num_warps": FOLD_WARPS, "enable_fp_fusion": True}
+        self._launch = PreparedLaunch(fold_kernel, constants, options)
+
+    def __call__(
+        self, base: Base, sidecar: PlanarSidecar | None, rows: slice, where: Where, alike: bool
+    ) -> torch.Tensor:
+        """[rows, K]; a view into a tensor with as many rows as whole blocks need.
+
+        Args:
+            base: of the layer.
+            sidecar: likewise.
+            rows: its start a multiple of FOLD_ROWS; its stop at most N.
+            where: :func:`svsk_kernels.gpu.prepared_launch.current`.
+            alike: see :class:`svsk_kernels.gpu.prepared_launch.PreparedLaunch`.
+        """
+        count = rows.stop - rows.start
+        blocks = ceil_div(count, FOLD_ROWS)
+        scale = base.scale
+        out = scale.new_empty(blocks * FOLD_ROWS, base.k, dtype=self._dtype)
+        tensors: tuple[torch.Tensor, ...] = (scale,) * 6
+        if sidecar is not None:
+            tensors = (
+                sidecar.row_table,
+                sidecar.u,
+                sidecar.v,
+                sidecar.gain,
+                sidecar.slot_table,
+                sidecar.block_slots,
+            )
+        arguments = (base.words, scale, base.row_scale, *tensors, out, rows.start, *self._sizes)
+        self._launch(where, (blocks, self._blocks_k, 1), arguments, alike)
+        return out[:count]
 
 
 def fold(
@@ -344,58 +389,49 @@ def fold(
     *,
     asm: bool | None = None,
 ) -> torch.Tensor:
-    """Some rows of ``W_hat`` rounded once to ``dtype``.
-
-    Args:
-        base: of the layer.
-        sidecar: None for none.
-        num_bits: of the factors as packed.
-        dtype: bfloat16 or float16.
-        rows: its start a multiple of FOLD_ROWS; its stop at most N.
-        asm: see :func:`packed_matmul`.
-
-    Returns:
-        [rows, K]; a view into a tensor with as many rows as whole blocks need.
-    """
-    count = rows.stop - rows.start
-    blocks = ceil_div(count, FOLD_ROWS)
-    out = torch.empty(blocks * FOLD_ROWS, base.k, dtype=dtype, device=base.words.device)
-    scale = base.scale
-    tensors = (
-        (scale,) * 6
-        if sidecar is None
-        else (
-            sidecar.row_table,
-            sidecar.u,
-            sidecar.v,
-            sidecar.gain,
-            sidecar.slot_table,
-            sidecar.block_slots,
-        )
-    )
-    options = {} if INTERPRETED else {"num_warps": FOLD_WARPS, "enable_fp_fusion": True}
-    fold_kernel[(blocks, base.k_padded // (4 * base.plane))](
-        base.words,
-        scale,
-        base.row_scale,
-        *tensors,
-        out,
-        rows.start,
-        base.k,
-        base.n_padded,
-        base.words.stride(0),
-        v_pitch(base.k, num_bits),
-        **fold_constants(num_bits if sidecar is not None else 0),
-        **base.constants,
-        **_types(dtype, asm),
-        **options,
-    )
-    return out[:count]
+    """:class:`Fold`, prepared and called."""
+    return Fold(base, sidecar, num_bits, dtype, asm=asm)(base, sidecar, rows, current(), False)
 
 
 def rows_at_a_time(k: int, itemsize: int) -> int:
-    """Rows of ``k`` columns that :func:`matmul_folded` writes out at a time: whole FOLD_ROWS."""
+    """Rows of ``k`` columns that :class:`FoldedProduct` writes out at a time: whole FOLD_ROWS."""
     return max(FOLD_ROWS, _FOLD_BYTES // (k * itemsize) // FOLD_ROWS * FOLD_ROWS)
+
+
+class FoldedProduct:
+    """``x W_hat^T + bias`` by folding some rows at a time and an ordinary matrix product.
+
+    Arguments are those of :class:`Fold`.
+    """
+
+    def __init__(
+        self, base: Base, sidecar: PlanarSidecar | None, num_bits: int, dtype: torch.dtype
+    ) -> None:
+        self._fold = Fold(base, sidecar, num_bits, dtype)
+        self._n, self._rows = base.n, rows_at_a_time(base.k, dtype.itemsize)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        base: Base,
+        sidecar: PlanarSidecar | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Contiguous [M, N] of the dtype of ``x``; arguments as of :class:`PackedProduct`."""
+        n, rows = self._n, self._rows
+        where, alike = current(), _aligned(base.words, base.scale, base.row_scale, *(sidecar or ()))
+        if rows >= n:
+            weight = self._fold(base, sidecar, slice(0, n), where, alike)
+            return torch.nn.functional.linear(x, weight, bias)
+        y = x.new_empty(x.shape[0], n)
+        for start in range(0, n, rows):
+            part = slice(start, min(start + rows, n))
+            weight = self._fold(base, sidecar, part, where, alike)
+            if bias is None:
+                torch.mm(x, weight.T, out=y[:, part])
+            else:
+                torch.addmm(bias[part], x, weight.T, out=y[:, part])
+        return y
 
 
 def matmul_folded(
@@ -405,21 +441,5 @@ def matmul_folded(
     num_bits: int,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``x W_hat^T + bias`` by folding some rows at a time and an ordinary matrix product.
-
-    Arguments as above.
-    """
-    rows = rows_at_a_time(base.k, x.element_size())
-    if rows >= base.n:
-        return torch.nn.functional.linear(
-            x, fold(base, sidecar, num_bits, x.dtype, slice(0, base.n)), bias
-        )
-    y = x.new_empty(x.shape[0], base.n)
-    for start in range(0, base.n, rows):
-        part = slice(start, min(start + rows, base.n))
-        weight = fold(base, sidecar, num_bits, x.dtype, part)
-        if bias is None:
-            torch.mm(x, weight.T, out=y[:, part])
-        else:
-            torch.addmm(bias[part], x, weight.T, out=y[:, part])
-    return y
+    """:class:`FoldedProduct`, prepared and called."""
+    return FoldedProduct(base, sidecar, num_bits, x.dtype)(x, base, sidecar, bias)

@@ -6,13 +6,15 @@ the number of tokens: the op chooses the kernel by it. Triton is imported where 
 importing this module is cheap.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
 from svsk_kernels.gpu.repack_base import (
+    Base,
     pack_base,
     pack_row_scale,
     pack_scale,
@@ -26,17 +28,16 @@ from svsk_kernels.gpu.repack_sidecar import (
     pack_sidecar,
     u_bytes,
 )
-from svsk_kernels.gpu.tuning import GROUP_SIZES, Gpu, choice_for, choices_for
+from svsk_kernels.gpu.tuning import GROUP_SIZES, Choice, Gpu, choices_for
 from svsk_kernels.layer_kernel import LayerSpec
 
-__all__ = ["SvskMatmul", "device_obstacle", "gpu_of"]
+__all__ = ["SIDECAR_NAMES", "SvskMatmul", "device_obstacle", "gpu_of"]
 
 _DTYPES: Final = (torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY: Final = 80
 _OLDEST_TRITON: Final = (3, 4)
-_SIDECAR_NAMES: Final = tuple(
-    f"sidecar_{name}" for name in PlanarSidecar.names()
-)  # torch.compile cannot list fields
+SIDECAR_NAMES: Final = tuple(f"sidecar_{name}" for name in PlanarSidecar.names())
+"""Run-time tensors of a sidecar, as layers name them."""
 
 
 def _encode(spec: LayerSpec) -> list[int]:
@@ -142,7 +143,7 @@ class SvskMatmul:
             assert gain is not None
             side = pack_sidecar(spec.plan, spec.k, u, v, gain, spec.factor_bits)
             tensors |= {
-                name: getattr(side, name.removeprefix("sidecar_")) for name in _SIDECAR_NAMES
+                name: getattr(side, name.removeprefix("sidecar_")) for name in SIDECAR_NAMES
             }
         return tensors
 
@@ -159,7 +160,7 @@ class SvskMatmul:
         Returns:
             Contiguous [M, N].
         """
-        side = [tensors[name] for name in _SIDECAR_NAMES] if self.spec.plan is not None else []
+        side = [tensors[name] for name in SIDECAR_NAMES] if self.spec.plan is not None else []
         product: torch.Tensor = torch.ops.svsk.matmul(
             x,
             tensors["words"],
@@ -227,22 +228,70 @@ def _matmul(
     sidecar: Sequence[torch.Tensor],
     shape: Sequence[int],
 ) -> torch.Tensor:
-    from svsk_kernels.gpu.launch import Base, matmul_folded, packed_matmul
-
-    n, k, group_size, quad8, bits, long, aligned = shape
-    if x.shape[0] == 0:
+    n, k, group_size, quad8, bits, _, _ = shape
+    m = x.shape[0]
+    if m == 0:
         return x.new_empty(0, n)
-    if x.stride(-1) != 1 or (x.shape[0] > 1 and x.stride(0) % 16) or x.data_ptr() % 16:
+    if x.stride(-1) != 1 or (m > 1 and x.stride(0) % 16) or x.data_ptr() % 16:
         x = x.clone(
             memory_format=torch.contiguous_format
         )  # rows that begin off 16 would be copied piece by piece
+    side: PlanarSidecar | None = None
+    sizes: tuple[int, ...] = ()
+    if bits:
+        side = PlanarSidecar._make(sidecar)
+        sizes = (side.gain.shape[0], side.v_table.shape[1], side.jobs.shape[0])
+    of_bias = None if bias is None else bias.dtype
+    key = (x.device, x.dtype, scale.dtype, of_bias, *sizes, *shape)
+    prepared = _prepared.get(key)
+    if prepared is None:
+        prepared = _prepared[key] = _prepare(x, words, scale, row_scale, bias, side, shape)
+    base = Base(words, scale, n, k, prepared.plane, group_size, bool(quad8), row_scale)
+    product = next(product for limit, product in prepared.products if m <= limit)
+    return product(x, base, side, bias)
+
+
+Product = Callable[[torch.Tensor, Base, PlanarSidecar | None, torch.Tensor | None], torch.Tensor]
+"""``x W_hat^T + bias`` from x, base, sidecar and bias."""
+
+
+class _Prepared(NamedTuple):
+    """What layers that Triton cannot tell apart have in common."""
+
+    plane: int
+    products: tuple[tuple[float, Product], ...]
+    """Products by rising limits of tokens, the last of which is infinite."""
+
+
+_prepared: Final[dict[tuple[object, ...], _Prepared]] = {}
+"""By all that a product is chosen and compiled for."""
+
+
+def _prepare(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    sidecar: PlanarSidecar | None,
+    shape: Sequence[int],
+) -> _Prepared:
+    from svsk_kernels.gpu.launch import FoldedProduct, PackedProduct
+
+    n, k, group_size, quad8, bits, long, aligned = shape
     base = Base(words, scale, n, k, plane_length(k), group_size, bool(quad8), row_scale)
-    side = PlanarSidecar(*sidecar) if bits else None
+    tiles = Tiles(bool(long), bool(aligned))
+
+    def product(choice: Choice) -> Product:
+        if choice.kernel == "fold":
+            return FoldedProduct(base, sidecar, bits, x.dtype)
+        return PackedProduct(
+            base, sidecar, bits, choice, tiles, dtype=x.dtype, has_bias=bias is not None
+        )
+
     choices = choices_for(gpu_of(x.device), n, k, group_size, row_scale is not None)
-    choice = choice_for(choices, x.shape[0])
-    if choice.kernel == "fold":
-        return matmul_folded(x, base, side, bits, bias)
-    return packed_matmul(x, base, side, bits, bias, choice, Tiles(bool(long), bool(aligned)))
+    limited = (math.inf if choice.max_m is None else choice.max_m for choice in choices)
+    return _Prepared(base.plane, tuple(zip(limited, map(product, choices), strict=True)))
 
 
 def _matmul_fake(

@@ -15,7 +15,7 @@ scales do not. Where a group is longer than a plane, the planes that share it sh
 scale words have two bytes or one: no code is stored twice.
 """
 
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -23,6 +23,7 @@ from svsk_kernels.tile_grid import ceil_div
 
 __all__ = [
     "ROW_PAD",
+    "Base",
     "pack_base",
     "pack_row_scale",
     "pack_scale",
@@ -39,6 +40,39 @@ _SCALE_WORDS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 _UNPACK_ELEMENTS: Final = 1 << 25
 """Codes unpacked at a time: bounds the memory of repacking."""
+
+
+class Base(NamedTuple):
+    """Base of a layer as the kernels read it."""
+
+    words: torch.Tensor  # int16 [padded N, padded K / 4]
+    scale: torch.Tensor  # [groups, padded N], or scale words [runs, padded N] with row_scale
+    n: int
+    k: int
+    plane: int
+    group_size: int
+    quad8: bool
+    row_scale: torch.Tensor | None = None  # [padded N]; None: scales of one level
+
+    @property
+    def n_padded(self) -> int:
+        """Rows with padding."""
+        return self.words.shape[0]
+
+    @property
+    def k_padded(self) -> int:
+        """Columns with padding."""
+        return self.words.shape[1] * 4
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Compile-time constants of the layout."""
+        return {
+            "PLANE": self.plane,
+            "GROUP": self.group_size,
+            "EVEN_K": self.k == self.k_padded,
+            "QUAD8": self.quad8,
+        }
 
 
 def plane_length(k: int) -> int:

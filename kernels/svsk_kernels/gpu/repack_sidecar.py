@@ -16,9 +16,9 @@ parts of a fused layer may differ in rank, tiles and tile edges without another 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +71,7 @@ def z_alignment(num_bits: int) -> int:
     return 32 if num_bits == 4 else 16
 
 
-@dataclass(frozen=True)
-class PlanarSidecar:
+class PlanarSidecar(NamedTuple):
     """Run-time tensors of the sidecars of a layer.
 
     S: slots, J: jobs, C: z columns, N': padded rows.
@@ -97,11 +96,11 @@ class PlanarSidecar:
     @classmethod
     def names(cls) -> list[str]:
         """Names of the tensors, in the order of the constructor."""
-        return [field.name for field in fields(cls)]
+        return list(cls._fields)
 
     def to(self, device: torch.device) -> "PlanarSidecar":
         """A copy on a device."""
-        return PlanarSidecar(*(getattr(self, name).to(device) for name in self.names()))
+        return PlanarSidecar(*(tensor.to(device) for tensor in self))
 
 
 FOLD_ROWS: Final = 64

@@ -6,18 +6,18 @@ from typing import Any, Final
 
 import torch
 
-from svsk_kernels.gpu.matmul_op import SvskMatmul
+from svsk_kernels.gpu.matmul_op import SIDECAR_NAMES, SvskMatmul
 from svsk_kernels.gpu.repack_base import plane_length, unpack_rows, unpack_scale_rows
-from svsk_kernels.gpu.repack_sidecar import PlanarSidecar, Tiles
+from svsk_kernels.gpu.repack_sidecar import Tiles
 from svsk_kernels.group_scales import expand_scales
-from svsk_kernels.layer_kernel import LayerSpec, replace_parameters
+from svsk_kernels.layer_kernel import LayerSpec, replace_parameters, stored_tensors
 from svsk_kernels.table_rows import TableRows
 
 __all__ = ["TritonKernel"]
 
 # Name of a run-time tensor to that of the layer's parameter.
 _BASE: Final = {"words": "weight_packed", "scale": "weight_scale"}
-_SIDECAR: Final = {f"sidecar_{name}": f"sidecar_{name}" for name in PlanarSidecar.names()}
+_ROW_SCALE: Final = {"row_scale": "weight_row_scale"}
 
 
 class TritonKernel:
@@ -38,9 +38,10 @@ class TritonKernel:
         self.matmul = SvskMatmul(_packable(spec))
         self.table = TableRows(spec)
         self.plane = plane_length(spec.k)
-        self.names = _BASE | (_SIDECAR if spec.plan else {})
-        if spec.row_scaled:
-            self.names["row_scale"] = "weight_row_scale"
+        self.row_scaled = spec.row_scaled
+        self.sidecar = SIDECAR_NAMES if spec.plan else ()
+        self.names = _BASE | (_ROW_SCALE if spec.row_scaled else {})
+        self.names |= {name: name for name in self.sidecar}
 
     @staticmethod
     def obstacle(spec: LayerSpec, device: torch.device) -> str | None:
@@ -63,9 +64,17 @@ class TritonKernel:
 
     def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x W_hat^T + bias``: [M, N] from [M, K], both of the layer's dtype."""
-        return self.matmul(
-            x, {name: getattr(layer, stored) for name, stored in self.names.items()}, bias
+        stored = stored_tensors(layer)
+        y: torch.Tensor = torch.ops.svsk.matmul(
+            x,
+            stored["weight_packed"],
+            stored["weight_scale"],
+            stored["weight_row_scale"] if self.row_scaled else None,
+            bias,
+            [stored[name] for name in self.sidecar],
+            self.matmul.code,
         )
+        return y
 
     def rows(self, layer: Any, ids: torch.Tensor) -> torch.Tensor:
         """Rows [M, K] of ``W_hat``, of the layer's dtype."""

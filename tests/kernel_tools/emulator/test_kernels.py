@@ -26,7 +26,7 @@ from svsk_kernel_tools.emulator.__main__ import app
 from svsk_kernel_tools.emulator.driver import emulated
 from svsk_kernel_tools.emulator.errors import RaceError
 from svsk_kernel_tools.emulator.machine import Gpu
-from svsk_kernels.gpu.launch import counters, fold
+from svsk_kernels.gpu.launch import PackedProduct, counters, fold
 from svsk_kernels.gpu.tuning import Choice, longest_step
 from svsk_kernels.naive import naive_matmul
 from svsk_vllm.format import Codebook
@@ -239,6 +239,30 @@ def test_products(case: Case, arch: int) -> None:
     if case.plain:
         plain, _ = run(case, arch, False, False, order="backward", late=True)
         assert torch.equal(plain, y)
+
+
+@ARCHES
+def test_a_product_that_was_prepared_takes_other_activations(arch: int) -> None:
+    """Its second call goes round Triton's own launch."""
+    case = CASES[1]
+    layer, (_, bias) = case.layer(), case.inputs()
+    bits, pdl = layer.spec.factor_bits, arch >= 90
+    product = PackedProduct(
+        layer.base,
+        layer.sidecar,
+        bits,
+        case.choice(layer, pdl),
+        layer.tiles,
+        dtype=case.dtype,
+        has_bias=bias is not None,
+    )
+    generator = torch.Generator().manual_seed(1)
+    for m in (case.m, 1, case.m):
+        x = torch.randn(m, layer.spec.k, generator=generator).to(case.dtype)
+        with poisoned(), emulated(arch):
+            y = product(x, layer.base, layer.sidecar, bias)
+        assert relative_error(y, layer.expected(x, bias)) < BOUNDS[case.dtype]
+    assert counters.busy(CPU) == 0
 
 
 @ARCHES
