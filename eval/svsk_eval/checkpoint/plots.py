@@ -121,8 +121,14 @@ def _heat_map(
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     if logarithmic:  # a block whose error is tiny would leave one colour for all others
         low = float(np.nanpercentile(values, _LOWEST))
-    mesh = axes.pcolormesh(
-        values, cmap=_COLOURS, norm=_norm(low, high, logarithmic), edgecolors=GREY, linewidth=0.3
+    # one pixel a matrix: of a large model as many rectangles would be most of the page
+    mesh = axes.imshow(
+        values,
+        cmap=_COLOURS,
+        norm=_norm(low, high, logarithmic),
+        interpolation="none",
+        aspect="auto",
+        extent=(0, len(blocks), len(kinds), 0),
     )
     _heat_axes(axes, kinds, blocks)
     form, spaced = (".1e", np.geomspace) if logarithmic else (".2f", np.linspace)
@@ -139,10 +145,11 @@ def _heat_map(
 def _heat_axes(axes: Axes, kinds: Sequence[str], blocks: Sequence[int]) -> None:
     """Names of rows and columns; no frame."""
     missing = Rectangle((0, 0), len(blocks), len(kinds), fill=False, hatch="//////", linewidth=0)
-    missing.set(edgecolor="#bbbbbb", zorder=0)  # seen where there is no value
+    missing.set(edgecolor="#bbbbbb", zorder=-1)  # seen where there is no value
     axes.add_patch(missing)
+    axes.hlines(range(1, len(kinds)), 0, len(blocks), color=GREY, linewidth=0.3)
+    axes.vlines(range(1, len(blocks)), 0, len(kinds), color=GREY, linewidth=0.3)
     axes.set_yticks(np.arange(len(kinds)) + 0.5, [shortened(kind) for kind in kinds])
-    axes.invert_yaxis()
     axes.tick_params(length=0)
     shown = [int(at) for at in MaxNLocator(15, integer=True).tick_values(0, len(blocks) - 1)]
     shown = [at for at in dict.fromkeys(shown) if 0 <= at < len(blocks)]

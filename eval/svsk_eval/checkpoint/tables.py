@@ -60,7 +60,10 @@ class TextFigures:
 def facts(contents: CheckpointContents) -> list[tuple[str, str]]:
     """What the checkpoint is: names and values in words."""
     inspection, producer = contents.inspection, contents.producer
+    counted = contents.bits_per_weight
     target = "" if contents.target is None else f", of a budget of {contents.target:g}"
+    if counted != inspection["bits_per_weight"]:
+        target = f"; {number(counted, '.4f')} with the output head{target}"
     digest = producer.get("recipe_hash")
     recipe = _word(producer.get("recipe")) + (f" ({_word(digest)[:12]})" if digest else "")
     whole = inspection["bits_per_weight_of_all"]

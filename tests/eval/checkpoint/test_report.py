@@ -10,11 +10,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
 from svsk_eval.checkpoint.contents import CheckpointContents, DenseTable, Matrix, read_checkpoint
+from svsk_eval.checkpoint.page import checkpoint_page
 from svsk_eval.checkpoint.recipe import recipe_yaml
 from svsk_eval.checkpoint.suggestions import suggestions
 from svsk_eval.checkpoint.tables import kind_summaries, place_table
@@ -276,6 +278,26 @@ def test_nothing_of_a_checkpoint_is_obeyed(published: Path, tmp_path: Path) -> N
     assert "[bold]" in result.stdout
 
 
+def test_the_page_of_a_large_model_stays_small(published: Path) -> None:
+    kinds = [f"mlp.experts.*.projection_{number}" for number in range(12)]
+    rng = np.random.default_rng(0)
+    matrices = [
+        replace(
+            matrix(f"model.{block}.{kind}"),
+            block=block,
+            kind=kind,
+            error=float(rng.uniform(1e-4, 1e-3)),
+        )
+        for block in range(94)
+        for kind in kinds
+    ]
+    contents = replace(read_checkpoint(published), matrices=tuple(matrices))
+    source = checkpoint_page(contents, [], suggestions(contents))
+    assert len(source.encode()) < 1_000_000
+    page = Page(source)
+    assert sum(kind in row for row in page.rows for kind in kinds) == (94 + 1) * 12
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -406,6 +428,24 @@ def test_budgets_texts_and_tables_are_held_against_what_was_stored() -> None:
     assert "it would be 0.1 MB" in dense["dense-tables"]
     odd = DenseTable("embed", (1000, 100), 200_000)  # no groups of 64: it cannot be int8
     assert said(made_up(PLAIN, dense_tables=(odd,), dense_bytes=200_000)) == {}
+
+
+def test_a_budget_that_includes_the_head_counts_it() -> None:
+    head = replace(PLAIN[0], name="lm_head", block=None, shape=(128, 128), code_bits=8 * 128 * 128)
+    embedding = replace(head, name="embed")
+    recipe = {"method": "alternating", "allocation": {"target_bpw": 5.0, "includes": ["head"]}}
+    config = {"quantization_config": {"embedding": {"module": "embed"}}}
+    contents = made_up(
+        (*PLAIN, head, embedding),
+        inspection={"producer": {"recipe_values": recipe}},
+        hf_config=config,
+    )
+    stored = 6 * 64 * 128 * 4.5 + head.stored_bits
+    assert contents.bits_per_weight == pytest.approx(stored / (6 * 64 * 128 + 128 * 128))
+    tied = replace(contents, matrices=(*PLAIN, embedding))
+    assert tied.bits_per_weight == contents.bits_per_weight
+    recipe["allocation"] = {"target_bpw": 5.0}
+    assert contents.bits_per_weight == pytest.approx(4.5)
 
 
 def test_kinds_of_tokens_count_beyond_their_errors() -> None:
