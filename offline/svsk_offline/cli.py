@@ -169,6 +169,14 @@ def quantize(
             help="Calibrate each block on the outputs of the quantised ones before.",
         ),
     ] = None,
+    aim: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Share of the errors before a matrix that it makes up for; 0 for none.",
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: StoredDtype = "auto",
     measurements: Annotated[
@@ -239,6 +247,7 @@ def quantize(
                 "seed": seed,
                 "sequential": sequential,
             },
+            "alternating": {"aim": aim},
             "allocation": budget,
             "tables": {"head": head, "embedding": embedding, "hot_rows": hot_rows},
             "smoothing": {
@@ -257,6 +266,11 @@ def quantize(
             if value is not None
         }
         | ({} if hot_rows is None else {"tables.hot_rows": "--hot-rows"})
+        | (
+            {}
+            if sequential is None
+            else {"calibration.sequential": "--sequential" if sequential else "--parallel"}
+        )
     )
     if measurements is not None and not chosen.needs_gradients:
         raise SvskError(

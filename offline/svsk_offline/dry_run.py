@@ -7,6 +7,8 @@ shapes of what is held at a time:
 - statistics: while a block is quantised a float32 [K, K] for each of its linears (fewer where
   linears share an input), and five of the widest; while gradients are measured two [K, K] and, with
   directions, two [N, N] for each;
+- where weights aim at the dense model's outputs, seven [K, K] of the widest instead, the block's
+  weights in float32, and of all samples the hidden states and a block's inputs in that model;
 - hidden states of all samples, and while gradients are measured those before every block; each of
   these is a file in the output's folder above 2 GiB;
 - one block's weights in the dtype of the arithmetic, or embedding and head.
@@ -119,7 +121,7 @@ def dry_run(
     sizes = _sizes(run)
     memory, disk = _needs(run, samples, block_dtype(where).itemsize)
     planning = memory["gradients' statistics"] + memory["inputs of all blocks"]
-    running = memory["statistics of a block"]
+    running = memory["statistics of a block"] + memory["inputs in the dense model"]
     peak = max(planning, running) + sum(
         memory[key] for key in ("the program", "hidden states", "a block, or embedding and head")
     )
@@ -127,11 +129,12 @@ def dry_run(
     # At the end one file of the checkpoint is there beside the parts it is made of.
     ending = sizes["output"] + min(sizes["output"], SHARD_BYTES)
     hidden = disk["hidden states"] + disk["inputs of all blocks"]
+    writing = sizes["output"] + disk["hidden states"] + disk["inputs in the dense model"]
     return Estimate(
         **sizes,
         samples=samples,
         disk=disk,
-        disk_peak=max(ending, hidden, sizes["output"] + disk["hidden states"]),
+        disk_peak=max(ending, hidden, writing),
         memory=memory,
         memory_peak=peak,
     )
@@ -227,6 +230,13 @@ def _needs(run: Run, samples: int, item: int) -> tuple[dict[str, int], dict[str,
         inputs = blocks * (samples if gradients.token_power else count) * seq_len * width * item
         sides = 2 if gradients.directions else 0
         measured = sum(2 * one.in_features**2 + sides * one.out_features**2 for one in per_block)
+    aimed, paired = 0, 0
+    if isinstance(recipe, AlternatingRecipe) and recipe.alternating.aim:
+        statistics = 7 * widest**2
+        aimed = sum(one.in_features * one.out_features for one in per_block)
+        # At most: linears that read one input keep it once.
+        paired = width + sum(one.in_features for one in per_block)
+        paired *= samples * seq_len * item
     block = max(sum(one.numel() for one in part.parameters()) for part in source.blocks[1])
     head = model.get_output_embeddings()
     outside = table.numel() + (0 if head is None or head.weight is table else head.weight.numel())
@@ -234,13 +244,15 @@ def _needs(run: Run, samples: int, item: int) -> tuple[dict[str, int], dict[str,
         "the program": int(peak_memory_gib() * (1 << 30)),  # so far: what the libraries take
         "hidden states": hidden if hidden <= IN_MEMORY else 0,
         "inputs of all blocks": inputs if inputs <= IN_MEMORY else 0,
+        "inputs in the dense model": paired if paired <= IN_MEMORY else 0,
         "a block, or embedding and head": max(block, outside) * item,
-        "statistics of a block": statistics * _FLOAT32,
+        "statistics of a block": (statistics + aimed) * _FLOAT32,
         "gradients' statistics": measured * _FLOAT32,
     }
     disk = {
         "hidden states": hidden if hidden > IN_MEMORY else 0,
         "inputs of all blocks": inputs if inputs > IN_MEMORY else 0,
+        "inputs in the dense model": paired if paired > IN_MEMORY else 0,
     }
     return memory, disk
 

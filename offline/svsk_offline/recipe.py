@@ -112,6 +112,11 @@ class _Recipe(Strict):
         """Whether the gradient of the model's loss must be taken first."""
         return False
 
+    @property
+    def sequential(self) -> bool:
+        """Whether each block sees the outputs of the quantised blocks before it."""
+        return self.calibration.sequential
+
     def without_budget(self) -> Self:
         """A copy that gives all linears one scheme."""
         return self
@@ -215,6 +220,8 @@ class AlternatingRecipe(_Recipe):
             idle |= dict.fromkeys(settings, _NO_SIDECAR)
         if self.allocation is not None:
             idle |= dict.fromkeys(("sidecar.rank", "sidecar.num_bits"), _CHOSEN)
+        if self.alternating.aim:
+            idle["calibration.sequential"] = "beside alternating.aim, which is always sequential"
         if not self.sink.weight:
             idle["sink.targets"] = "without sink.weight"
         if not self.gradients.token_power:
@@ -224,6 +231,10 @@ class AlternatingRecipe(_Recipe):
         elif not self.needs_gradients:
             idle["gradients.samples"] = "where no gradient is measured"
         return idle
+
+    @property
+    def sequential(self) -> bool:
+        return self.calibration.sequential or self.alternating.aim > 0
 
     def sink_weight(self, name: str) -> float:
         """Extra weight of the first token in the Hessian of the linear ``name``, 0 for none."""

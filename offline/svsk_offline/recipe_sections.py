@@ -57,6 +57,9 @@ class AlternatingArgs(Strict):
         ridge: of each tile's block of the Hessian in the sidecar's fit, relative likewise.
         rounds: of base and sidecar, each fitted from scratch.
         polish: rounds at the end that refit all scales together and move single codes.
+        aim: share of what its inputs lack in the quantised model that a weight makes up for: it is
+            fitted to the dense model's outputs. Above 0 a block's linears are taken one input after
+            another, each with the inputs that the quantised ones before it give.
     """
 
     scales: Literal["search", "absmax"] = "search"
@@ -64,6 +67,7 @@ class AlternatingArgs(Strict):
     ridge: float = Field(default=1e-4, gt=0)
     rounds: int = Field(default=3, ge=1)
     polish: int = Field(default=0, ge=0)
+    aim: float = Field(default=0.0, ge=0, le=1)
 
 
 class SinkArgs(Strict):

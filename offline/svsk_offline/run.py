@@ -10,29 +10,26 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
 
 from svsk_kernels.errors import SvskError
-from svsk_offline.calibration import BlockRunner, CalibrationSet, InputStatistics
-from svsk_offline.calibration.held_out import held_out_last, measure_outputs
+from svsk_offline.calibration import BlockRunner, CalibrationSet
+from svsk_offline.calibration.held_out import held_out_last
 from svsk_offline.planning.folded_model import folded_model
 from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import bases_alone, check_servable, dense_matrices
 from svsk_offline.planning.tables import after_head, plan_tables
 from svsk_offline.precision import block_dtype, full_float32
 from svsk_offline.printable import html_table
+from svsk_offline.quantize_block import BlockQuantizer
 from svsk_offline.quantize_tables import quantize_tables
-from svsk_offline.quantizers.alternating import last_one_kept
-from svsk_offline.quantizers.quantize_linear import quantize_linear
 from svsk_offline.recipe import USUAL_IGNORE, AlternatingRecipe, Recipe
 from svsk_offline.storage.atomic import PartialFolder, write_json
 from svsk_offline.storage.checkpoint_writer import CheckpointWriter, QuantizedTables
-from svsk_offline.storage.decoder_blocks import expert_modules
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.layer_report import LayerReport, bits_per_weight, thin_experts
-from svsk_offline.storage.loaded_weight import loaded_weight, put_weights
+from svsk_offline.storage.loaded_weight import put_weights
 from svsk_offline.unfinished import STATE_NAME, refuse_other_run
-from svsk_vllm.format import ConfigGroup, QuantizedLinear, SvskCheckpointConfig
+from svsk_vllm.format import ConfigGroup, SvskCheckpointConfig
 from svsk_vllm.format.config import matches
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
 from svsk_vllm.format.shards import read_json
@@ -317,7 +314,10 @@ class Run:
             scratch=scratch,
             held_out=self.held_out,
         )
-        sequential = self.recipe.calibration.sequential
+        sequential = self.recipe.sequential
+        quantizer = BlockQuantizer(
+            self.source, self.recipe, plan, runner, self.scale_dtype, scratch
+        )
         layers: list[LayerReport] = []
         seconds: list[float] = []
         try:
@@ -326,9 +326,13 @@ class Run:
                 self.source.load(block, f"{self.blocks_name}.{index}.", compute, self.device)
                 reports = writer.finished(index)
                 if reports is None:
-                    linears, reports = self._write_block(runner, writer, plan, index, block)
+                    linears, reports = quantizer.quantize(index, block)
+                    for report in reports:
+                        self.progress.layer(report)
+                    writer.write_block(index, linears, reports)
                 elif sequential:
                     linears = writer.read_block(index, plan.schemes)  # as the first run did
+                    quantizer.skip(index, block)
                 else:
                     self.progress.message(f"Block {index}: finished by an earlier run")
                     runner.advance(index, block)
@@ -344,89 +348,8 @@ class Run:
                 self.tables, runner, self.texts.tokens, self.recipe, self.progress.message
             )
         finally:
+            quantizer.close()
             runner.close()
         for report in tables.reports:
             self.progress.layer(report)
         return layers, tables, seconds
-
-    def _write_block(
-        self,
-        runner: BlockRunner,
-        writer: CheckpointWriter,
-        plan: Plan,
-        index: int,
-        block: nn.Module,
-    ) -> tuple[list[QuantizedLinear], list[LayerReport]]:
-        """Quantise the linears of a loaded block, measure them, write its shard.
-
-        The hidden states move on, but not in sequence: the next block's inputs then come from what
-        is stored of this one.
-        """
-        advance = not self.recipe.calibration.sequential
-        statistics = runner.collect(
-            index,
-            block,
-            full=self.alternating is not None,
-            first=self._sink_names(index),
-            weights=plan.token_weights(
-                {name: full for name, full, _ in self.source.linears(index)}
-            ),
-            # With nothing held out the same samples are measured below.
-            advance=advance and self.held_out > 0,
-        )
-        experts = expert_modules(block)
-        routed = {name: statistics[name].tokens for name in experts if name in statistics}
-        linears, seconds = self._quantize_block(index, statistics, plan)
-        names = {full: name for name, full, _ in self.source.linears(index)}
-        by_name = {names[linear.spec.name]: linear for linear in linears}
-        errors = measure_outputs(runner, index, block, by_name, advance=advance)
-        reports = []
-        for (name, linear), spent in zip(by_name.items(), seconds, strict=True):
-            reports.append(errors[name].report(linear.spec, spent, routed.get(name)))
-            self.progress.layer(reports[-1])
-        writer.write_block(index, linears, reports)
-        return linears, reports
-
-    def _sink_names(self, index: int) -> frozenset[str]:
-        """Linears below a block whose first tokens count more."""
-        recipe = self.alternating
-        return frozenset(
-            name
-            for name, full, _ in self.source.linears(index)
-            if recipe and recipe.sink_weight(full)
-        )
-
-    def _quantize_block(
-        self, index: int, statistics: dict[str, InputStatistics], plan: Plan
-    ) -> tuple[list[QuantizedLinear], list[float]]:
-        """The linears of a loaded block, and the seconds that each took."""
-        linears, seconds = [], []
-        prepare = last_one_kept()
-        for name, full, module in self.source.linears(index):
-            scheme = plan.schemes.get(full)
-            if scheme is None:
-                continue
-            if name not in statistics:
-                raise SvskError(
-                    f"{full}: saw no calibration token, so it"
-                    " cannot be quantised. Add it to --ignore."
-                )
-            weight = loaded_weight(self.source, full, module)
-            metric = plan.rows.get(full)
-            started = time.perf_counter()
-            try:
-                linear = quantize_linear(
-                    full,
-                    weight,
-                    statistics.pop(name),
-                    self.recipe,
-                    scheme,
-                    self.scale_dtype,
-                    None if metric is None else metric.to(self.device),
-                    prepare,
-                )
-            except SvskError as error:
-                raise error if full in str(error) else SvskError(f"{full}: {error}") from error
-            linears.append(linear)
-            seconds.append(time.perf_counter() - started)
-        return linears, seconds

@@ -16,12 +16,11 @@ import svsk_offline.planning.folded_model as folding
 import svsk_offline.planning.measurements as measuring
 from svsk_eval.cli import app
 from svsk_kernels.errors import SvskError
-from svsk_offline.calibration import InputStatistics
+from svsk_offline.calibration import BlockRunner
 from svsk_offline.export.dense import restore
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.planning.smoothing import Smoothing
 from svsk_offline.recipe import Recipe, SmoothingArgs, load_recipe
-from svsk_offline.run import Run
 from svsk_offline.storage.fold import Fold
 from svsk_offline.storage.inspection import smoothing_lines, validate_against_architecture
 from svsk_offline.storage.layer_report import LayerReport
@@ -99,13 +98,14 @@ def test_statistics_are_of_folded_inputs(
     """What the quantiser is given of an input is what the folded weight multiplies."""
     moments: dict[bool, dict[int, torch.Tensor]] = {False: {}, True: {}}
     folded = False
-    quantise = Run._quantize_block
+    collect = BlockRunner.collect
 
-    def noted(run: Run, index: int, statistics: dict[str, InputStatistics], plan: Any) -> Any:
+    def noted(runner: BlockRunner, index: int, block: Any, **kwargs: Any) -> Any:
+        statistics = collect(runner, index, block, **kwargs)
         moments[folded][index] = statistics["mlp.down_proj"].second_moment
-        return quantise(run, index, statistics, plan)
+        return statistics
 
-    monkeypatch.setattr(Run, "_quantize_block", noted)
+    monkeypatch.setattr(BlockRunner, "collect", noted)
     quantize(tiny_llama, tmp_path / "plain", smooth.model_copy(update={"smoothing": None}))
     folded = True
     inputs = SmoothingArgs(alpha=0.7)  # keys are folded up to rounding

@@ -25,7 +25,7 @@ from svsk_eval.text.models import load_model
 from svsk_eval.text.scoring import EvalResult, evaluate
 from svsk_kernels.errors import SvskError
 from svsk_kernels.gpu import error_feedback as feedback
-from svsk_offline import run
+from svsk_offline import quantize_block, run
 from svsk_offline.calibration import BlockRunner, input_statistics, load_calibration
 from svsk_offline.console import quantize_with_progress
 from svsk_offline.export.dense import restore
@@ -158,7 +158,7 @@ def without_fingerprint(folder: Path) -> dict[str, bytes]:
         (
             "qwen3",
             "best",
-            {"alternating": {"rounds": 2}, "calibration": {"sequential": True}, "ignore": FEW},
+            {"alternating": {"rounds": 2, "aim": 1.0}, "ignore": FEW},
         ),
         (
             "mistral",
@@ -195,13 +195,13 @@ def test_quantize_gives_the_bytes_of_a_cpu(
 def test_blocks_run_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above means something: what is compared was computed there."""
     seen = []
-    original = run.quantize_linear
+    original = quantize_block.quantize_linear
 
     def spy(name: str, weight: torch.Tensor, statistics: Any, *rest: Any) -> Any:
         seen.append((weight.device, statistics.hessian.device))
         return original(name, weight, statistics, *rest)
 
-    monkeypatch.setattr(run, "quantize_linear", spy)
+    monkeypatch.setattr(quantize_block, "quantize_linear", spy)
     dense = small_model(tmp_path / "dense", num_hidden_layers=1)
     with simulated_cuda():
         quantize(
@@ -212,16 +212,21 @@ def test_blocks_run_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert seen == [(GPU, GPU)] * 7
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-def test_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, sequential: bool) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"calibration": {"sequential": True}}, {"alternating": {"aim": 1.0}}],
+    ids=["dense", "sequential", "aim"],
+)
+def test_interrupted_run_continues_to_the_same_bytes(
+    tmp_path: Path, changes: Mapping[str, Any]
+) -> None:
     dense = small_model(tmp_path / "dense")
     recipe = small_recipe(
         "fast",
         ignore=FEW,
         sidecar={"rank": 0},
-        calibration={"sequential": sequential},
         gradients={"token_power": 0.5, "row_power": 1.0},
-    )
+    ).override(changes)
 
     def stop(report: LayerReport) -> None:
         if report.name.startswith("model.layers.1.mlp"):

@@ -81,6 +81,7 @@ SEARCHED: Final = (
     Parameter("gradients", "row_power", (0.0, 0.25, 0.5, 0.75, 1.0)),
     Parameter("gradients", "directions", (0, 64, 256, 1024)),
     Parameter("gradients", "shared", (False, True)),
+    Parameter("alternating", "aim", (0.0, 0.5, 1.0)),
     Parameter("calibration", "sequential", (False, True)),
     Parameter("sink", "weight", (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)),
     Parameter("alternating", "damping", (0.001, 0.003, 0.01, 0.03, 0.1)),

@@ -175,6 +175,7 @@ class BlockRunner:
         first: Collection[str] = (),
         weights: Mapping[str, torch.Tensor] | None = None,
         advance: bool = True,
+        names: Collection[str] | None = None,
     ) -> dict[str, InputStatistics]:
         """Run the samples that are fitted through a loaded block; gather its linears' inputs.
 
@@ -187,6 +188,7 @@ class BlockRunner:
                 [samples, tokens]; linears of one input that name the same tensor share their
                 statistics.
             advance: keep the block's outputs as the next block's inputs.
+            names: of the linears below the block whose inputs are gathered; None for all.
 
         Returns:
             Statistics by the name of each ``nn.Linear`` below the block; linears fed by the same
@@ -199,7 +201,7 @@ class BlockRunner:
         def create(name: str, features: int) -> InputStatistics:
             return InputStatistics(features, self.device, full=full, first=name in first)
 
-        hooks = self._watch(block, statistics, create, weights, window)
+        hooks = self._watch(block, statistics, create, weights, window, names)
         try:
             for part in self.batches("fitted"):
                 window[0] = part
@@ -252,6 +254,7 @@ class BlockRunner:
         create: Callable[[str, int], InputStatistics],
         weights: Mapping[str, torch.Tensor] | None,
         window: list[slice],
+        names: Collection[str] | None,
     ) -> list[Any]:
         """Hooks that add each input tensor, under each weighting, to its moments once."""
         seen: dict[str, Any] = {"tensor": None, "weights": None, "statistics": None}
@@ -278,7 +281,9 @@ class BlockRunner:
             return before
 
         return [
-            module.register_forward_pre_hook(hook(name)) for name, module in linear_modules(block)
+            module.register_forward_pre_hook(hook(name))
+            for name, module in linear_modules(block)
+            if names is None or name in names
         ]
 
     @torch.no_grad()

@@ -99,6 +99,7 @@ def measure_outputs(
     linears: Mapping[str, QuantizedLinear],
     *,
     advance: bool,
+    aims: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, OutputErrors]:
     """Run the held-out samples through a loaded dense block, and quantised linears beside it.
 
@@ -107,9 +108,10 @@ def measure_outputs(
     Args:
         runner: at the block.
         index: number of the block.
-        block: the loaded block, its weights dense.
+        block: the loaded block; its outputs are those of the weights that it has.
         linears: quantised, by their names below the block.
         advance: keep the block's outputs as the next block's inputs.
+        aims: float [N, K] by these names, what each was fitted to; None for the block's weights.
 
     Returns:
         Errors by the names of ``linears``.
@@ -120,7 +122,7 @@ def measure_outputs(
 
     def watch(name: str, module: Any) -> Any:
         linear = _moved(linears[name], runner.device)
-        weight = module.weight.float()
+        weight = (module.weight if aims is None else aims[name]).float()
         whole = weight - dequantize(linear)
         signal, missed = float(weight.square().sum()), float(whole.square().sum())
         noise[name] = 10 * math.log10(signal / missed) if missed and signal else math.inf
@@ -131,7 +133,10 @@ def measure_outputs(
 
         def after(module: Any, given: tuple[Any, ...], output: torch.Tensor) -> None:
             rows = given[0].flatten(0, -2)
-            product = output if module.bias is None else output - module.bias
+            if aims is not None:
+                product = rows @ weight.to(rows.dtype).T
+            else:
+                product = output if module.bias is None else output - module.bias
             squares = [_energy(product), *(_energy(rows @ error.T) for error in errors)]
             sums[name] += torch.stack([*squares, squares[-1]][:3])
             tokens[name] += len(rows)

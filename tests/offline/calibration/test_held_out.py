@@ -2,7 +2,9 @@
 """Samples that nothing is fitted to: which they are, and the errors measured on them."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,13 +73,27 @@ def test_what_is_held_out_is_not_fitted(tmp_path: Path, tiny_llama: Path) -> Non
     assert errors[0] != errors[1]
 
 
-@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("published", {"calibration": {"sequential": False}}),
+        ("published", {"calibration": {"sequential": True}}),
+        ("fast", {"alternating": {"aim": 1.0}}),
+    ],
+)
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_single_sample_is_fitted_and_said_to_be(
-    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe, count: int, sequential: bool
+    tmp_path: Path,
+    tiny_llama: Path,
+    tiny_recipe: Recipe,
+    count: int,
+    recipe: str,
+    changes: Mapping[str, Any],
 ) -> None:
-    recipe = tiny_recipe.override({"calibration": {"sequential": sequential}})
-    result = quantize(tiny_llama, tmp_path / "out", recipe, calibration=samples(count))
+    base = tiny_recipe if recipe == "published" else load_recipe(recipe)
+    result = quantize(
+        tiny_llama, tmp_path / "out", base.override(changes), calibration=samples(count)
+    )
     assert {layer.held_out_tokens for layer in result.layers} == {0 if count == 1 else 32}
     assert all(0 < layer.error < layer.base_error < 0.1 for layer in result.layers)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

@@ -145,6 +145,7 @@ def test_sequential_calibration_sees_the_quantized_blocks(
     "changes",
     [
         {"calibration": {"sequential": True}},
+        {"alternating": {"aim": 1.0}, "gradients": {"token_power": 0.5}},
         {
             "gradients": {"token_power": 1.0},
             "allocation": {"target_bpw": 4.8, "ranks": (0, 2, 4, 8)},
