@@ -5,11 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from svsk_eval.cli import app
 from svsk_offline.dry_run import dry_run
 from svsk_offline.pipeline import quantize
+from svsk_offline.precision import block_dtype
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.inspection import inspect_checkpoint
 
@@ -44,23 +46,42 @@ def test_sizes_are_those_of_the_run(
 
 def test_what_is_held_at_a_time(tiny_llama: Path, tmp_path: Path) -> None:
     """A budget's share, and the memory of its statistics, worked out by hand for a tiny model."""
-    recipe = load_recipe("best").override({"calibration": {"samples": 24, "seq_len": 32}})
+    small = {"calibration": {"samples": 24, "seq_len": 32}, "alternating": {"aim": 0.0}}
+    recipe = load_recipe("best").override(small)
     estimate = dry_run(tiny_llama, tmp_path / "out", recipe, device="cpu")
     assert estimate.budget == estimate.bits_per_weight == 4.45
     hidden, inter, kv = 128, 384, 64
+    item = block_dtype(torch.device("cpu")).itemsize
     inputs = 6 * hidden**2 + inter**2
     assert estimate.memory["statistics of a block"] == 4 * (inputs + 5 * inter**2)
     outputs = 3 * hidden**2 + 2 * kv**2 + 2 * inter**2
     assert estimate.memory["gradients' statistics"] == 4 * 2 * (inputs + outputs)
-    assert estimate.memory["hidden states"] == 24 * 32 * hidden * 4
+    assert estimate.memory["hidden states"] == 24 * 32 * hidden * item
     assert estimate.memory["inputs of all blocks"] == 2 * estimate.memory["hidden states"]
     quantising = estimate.memory["statistics of a block"]  # less than what measuring holds
     assert estimate.memory_peak == sum(estimate.memory.values()) - quantising
     assert estimate.disk == {
         "hidden states": 0,
         "inputs of all blocks": 0,
+        "inputs in the dense model": 0,
         "the checkpoint": estimate.output,
     }
+
+
+def test_what_is_held_where_weights_aim_at_the_dense_outputs(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe("fast").override(
+        {"calibration": {"samples": 24, "seq_len": 32}, "alternating": {"aim": 1.0}}
+    )
+    memory = dry_run(tiny_llama, tmp_path / "out", recipe, device="cpu").memory
+    hidden, inter, kv = 128, 384, 64
+    item = block_dtype(torch.device("cpu")).itemsize
+    weights = 2 * hidden**2 + 2 * hidden * kv + 3 * hidden * inter
+    assert memory["statistics of a block"] == 4 * (7 * inter**2 + weights)
+    widths = hidden + 6 * hidden + inter  # the hidden states, and of each linear its input
+    assert memory["inputs in the dense model"] == 24 * 32 * widths * item
+    assert memory["gradients' statistics"] == 0
 
 
 def test_the_command(tiny_llama: Path, tmp_path: Path) -> None:
