@@ -26,11 +26,11 @@ endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-triton36 setup setup-cuda lock lint types clean
+.PHONY: help demo test test-triton36 setup setup-cuda lock lint types docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo 'ARGS="..." adds arguments to demo and test; PYTHON=... names the Python (3.11 to 3.13) that makes $(VENV).'
+	@echo 'ARGS="..." adds arguments to demo, test and docs; PYTHON=... names the Python (3.11 to 3.13) that makes $(VENV).'
 
 demo: setup ## quantise, check and compare a small model on this machine
 	@$(VPY) -m svsk_eval.demo $(ARGS)
@@ -62,8 +62,12 @@ lint: setup ## check style, format and the direction of imports
 
 types: setup ## check types
 	@$(VPY) -m mypy
-	@MYPYPATH=.ci $(VPY) -m mypy .ci/setup_env.py .ci/lock.py .ci/versions.py .ci/vllm_architectures.py
+	@MYPYPATH=.ci $(VPY) -m mypy .ci/setup_env.py .ci/lock.py .ci/versions.py .ci/vllm_architectures.py \
+		.ci/messages_page.py .ci/site_links.py
+
+docs: setup ## build the pages of docs/ as a site in site/, links checked
+	@NO_MKDOCS_2_WARNING=1 $(VPY) -m mkdocs build --strict $(ARGS)
 
 clean: ## remove the environments, caches and build output
-	rm -rf $(VENV) $(VENV)-triton36 $(VENV)-py3* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(VENV)-triton36 $(VENV)-py3* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage site
 	find . '(' -name .git -o -name '.venv*' ')' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

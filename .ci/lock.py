@@ -28,8 +28,8 @@ LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
 HEAD = """\
 # SPDX-License-Identifier: Apache-2.0
 #
-# Written by `make lock` (.ci/lock.py, with uv) from pyproject.toml with its extras cpu, eval and
-# dev, and the same for CPython 3.11, 3.12 and 3.13 on Linux x86-64. Read by .ci/setup_env.py
+# Written by `make lock` (.ci/lock.py, with uv) from pyproject.toml with its extras cpu, eval, dev
+# and docs, and the same for CPython 3.11, 3.12 and 3.13 on Linux x86-64. Read by .ci/setup_env.py
 # (`make setup`), which installs torch first (the "+cpu" build is not in every index) and then the
 # rest with `pip install --no-deps -r`: this list is complete, and nothing outside it is pulled in.
 #
@@ -45,7 +45,7 @@ def compile_command(
 ) -> list[str]:
     """Return uv's command line for one Python version, such as "3.12"."""
     command = [uv, "pip", "compile", "pyproject.toml", "--quiet", "--no-header", "--no-annotate"]
-    command += [word for name in ("cpu", "eval", "dev") for word in ("--extra", name)]
+    command += [word for name in ("cpu", "eval", "dev", "docs") for word in ("--extra", name)]
     command += ["--python-version", python, "--python-platform", "x86_64-manylinux_2_28"]
     command += ["--excludes", str(excludes), "--output-file", str(output)]
     if not os.environ.get("UV_FIND_LINKS"):

@@ -2,7 +2,7 @@
 """Make the project's virtual environment in ``.venv``, or one of the others; the Makefile calls it.
 
 ``setup_env.py cpu`` installs exactly the pinned packages of requirements-cpu.txt beside this file;
-``setup_env.py cuda`` lets pip resolve ``.[cuda,eval,dev]`` on a machine with an NVIDIA driver;
+``setup_env.py cuda`` lets pip resolve ``.[cuda,eval,dev,docs]`` on a machine with an NVIDIA driver;
 ``setup_env.py triton36`` makes ``.venv-triton36`` for the kernels' tests with the oldest supported
 Triton. A stamp inside the environment records what was installed, so that a second run has nothing
 to do; a run that fails leaves no stamp and the next one goes on from there. Needs the standard
@@ -330,7 +330,7 @@ def install_pinned(python: Path, lock: Path, run: Runner = run_captured) -> None
 def install_cuda(python: Path, run: Runner = run_captured) -> None:
     """Install the project with vLLM for CUDA, resolved by pip."""
     with timed("The project and vLLM for CUDA; the first time takes minutes"):
-        pip_install(python, ["-e", ".[cuda,eval,dev]"], run)
+        pip_install(python, ["-e", ".[cuda,eval,dev,docs]"], run)
 
 
 def set_up(kind: str, venv: Path | None = None, run: Runner = run_captured) -> None:

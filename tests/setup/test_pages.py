@@ -25,10 +25,11 @@ def test_files_that_a_page_names_are_there(page: str) -> None:
     assert missing <= WRITTEN_LATER
 
 
-def test_tests_that_the_reliability_page_names_are_there() -> None:
-    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("page", "least"), [("reliability.md", 50), ("serving.md", 20)])
+def test_tests_that_a_page_names_are_there(page: str, least: int) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     named = re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", text)
-    assert len(named) > 50
+    assert len(named) > least
     for file, function in named:
         assert f"def {function}" in (ROOT / file).read_text(encoding="utf-8"), (file, function)
 

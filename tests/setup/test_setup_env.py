@@ -18,6 +18,7 @@ from packaging.specifiers import SpecifierSet
 
 SCRIPT = Path(__file__).resolve().parents[2] / ".ci" / "setup_env.py"
 LINUX = ("Linux", "x86_64")
+LOCKED = ("cpu", "eval", "dev", "docs")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_the_lock_is_within_the_bounds_of_the_project(env: ModuleType) -> None:
     with env.PROJECT.open("rb") as file:
         project = tomllib.load(file)["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["cpu"], *extras["eval"], *extras["dev"]]
+    wanted = [*project["dependencies"], *(one for name in LOCKED for one in extras[name])]
     for requirement in map(Requirement, wanted):
         assert requirement.specifier.contains(pins[env.normalised(requirement.name)]), requirement
     for python in env.PYTHONS["cpu"]:
