@@ -38,6 +38,7 @@ class LayerSpec:
     factor_bits: Literal[4, 8] = 8  # 4 when no part's factors have more
     row_scaled: bool = False  # scales of two levels: an integer per group times a value per row
     lookup: bool = False  # an embedding table: rows of the weight are looked up too
+    batch_invariant: bool = False  # a row's result has the same bits whatever rows are beside it
 
     @property
     def is_table(self) -> bool:

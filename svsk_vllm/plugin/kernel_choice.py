@@ -3,10 +3,12 @@
 
 import logging
 import os
+from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
 import torch
+from vllm import envs
 from vllm.config import get_current_vllm_config
 
 from svsk_kernels.cpu.cpu_kernel import CpuKernel
@@ -23,6 +25,7 @@ from svsk_vllm.version import __version__
 __all__ = ["choose_kernel"]
 
 _VARIABLE = "SVSK_KERNEL"
+_INVARIANT = "VLLM_BATCH_INVARIANT"
 _ACTIVATIONS = "SVSK_ACTIVATIONS"
 _SECTION = "svsk"
 _KEY = "svsk_kernels"
@@ -53,6 +56,9 @@ def choose_kernel(
     the default, or ``int8``, which the fused kernel of CPUs alone can do. What the checkpoint says
     is a recommendation: where it cannot be followed, products are exact, and a line says so.
 
+    With vLLM's ``VLLM_BATCH_INVARIANT`` a row's result has the same bits whatever rows are beside
+    it, which the fused kernels alone can do.
+
     Args:
         prefix: the layer's name, for errors.
         spec: the layer as this process holds it.
@@ -63,7 +69,7 @@ def choose_kernel(
 
     Raises:
         SvskFormatError: no kernel takes the layer, or not the one asked for, or the variable has
-            another value.
+            another value; or vLLM is to be batch invariant, and the layer cannot be.
     """
     name = os.environ.get(_VARIABLE, "auto")
     if name not in _NAMES:
@@ -79,6 +85,9 @@ def choose_kernel(
             f"{prefix}: {_VARIABLE}=split, which does not run experts. Unset it, or set it to"
             " portable."
         )
+    if _invariant():
+        spec = replace(spec, batch_invariant=True)
+        _require_invariant(name, prefix, spec, device)
     kernel = _choose(name, prefix, spec, full_shape, device, activations, split=split)
     # Tables are always exact.
     if activations == "int8" and not (spec.is_table or isinstance(kernel, CpuKernel)):
@@ -131,13 +140,11 @@ def _choose(
         return ReferenceKernel(spec)
     obstacles: list[str] = []
     if name in ("auto", "fused"):
-        gpu = Int8Kernel if spec.codebook == "int8" else TritonKernel
-        on_cpu = device.type == "cpu"
-        obstacle = CpuKernel.obstacle(spec) if on_cpu else gpu.obstacle(spec, device)
+        obstacle = _fused_obstacle(spec, device)
         if not obstacle:
-            if not on_cpu:
+            if device.type != "cpu":
                 _note(spec.n, spec.k, "the Triton kernel")
-                return gpu(spec, device)
+                return _of_gpu(spec)(spec, device)
             kernel = CpuKernel(spec, activations)
             _note(spec.n, spec.k, f"the CPU kernel ({kernel.label})")
             return kernel
@@ -168,6 +175,43 @@ def _choose(
     return PortableKernel(spec)
 
 
+def _invariant() -> bool:
+    """Whether vLLM is to give a row the same bits whatever rows are beside it."""
+    return bool(getattr(envs, _INVARIANT, False))
+
+
+def _of_gpu(spec: LayerSpec) -> type[Int8Kernel] | type[TritonKernel]:
+    return Int8Kernel if spec.codebook == "int8" else TritonKernel
+
+
+def _fused_obstacle(spec: LayerSpec, device: torch.device) -> str | None:
+    """Why the device's own kernel does not take a layer; None when it does."""
+    if device.type == "cpu":
+        return CpuKernel.obstacle(spec)
+    return _of_gpu(spec).obstacle(spec, device)
+
+
+def _require_invariant(name: str, prefix: str, spec: LayerSpec, device: torch.device) -> None:
+    """Raise SvskFormatError where a row's bits would depend on the rows beside it."""
+    if spec.lookup and spec.plan is not None:
+        raise SvskFormatError(
+            f"{prefix}: {_INVARIANT}=1, but rows of this table have a sidecar, and the product that"
+            f" looks it up depends on the number of rows. Unset {_INVARIANT}, or quantise with"
+            " --head int8."
+        )
+    if name not in ("auto", "fused"):
+        raise SvskFormatError(
+            f"{prefix}: {_INVARIANT}=1, which the fused kernels alone can do, but {_VARIABLE}="
+            f"{name}. Unset one of the two."
+        )
+    obstacle = _fused_obstacle(spec, device)
+    if obstacle:
+        raise SvskFormatError(
+            f"{prefix}: {_INVARIANT}=1, which the fused kernels alone can do, but {obstacle}. Unset"
+            f" {_INVARIANT}, or serve the dense model."
+        )
+
+
 def _tell_compiler(kernel: LayerKernel) -> None:
     """Make the kernel part of what vLLM keys its compiled graphs by.
 
@@ -176,7 +220,8 @@ def _tell_compiler(kernel: LayerKernel) -> None:
     extra = get_current_vllm_config().additional_config
     if isinstance(extra, dict):
         extra[_KEY] = sorted({*extra.get(_KEY, ()), *_kernel_names(kernel)})
-        extra[_VERSION_KEY] = f"{__version__} {simulated_features() or ''}".strip()
+        mode = "batch invariant" if _invariant() else ""
+        extra[_VERSION_KEY] = " ".join(filter(None, (__version__, simulated_features(), mode)))
 
 
 def _kernel_names(kernel: LayerKernel) -> list[str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -61,7 +60,7 @@ class SvskConfig(QuantizationConfig):
         checkpoint: the checked configuration. vLLM leaves it out where config.json has none.
 
     Raises:
-        SvskFormatError: without a configuration; or vLLM is to be batch invariant.
+        SvskFormatError: without a configuration.
     """
 
     def __init__(self, checkpoint: SvskCheckpointConfig | None = None) -> None:
@@ -71,12 +70,6 @@ class SvskConfig(QuantizationConfig):
                 "--quantization svsk: the model's config.json has no quantization_config, so its"
                 " weights are not quantised. Run `svsk quantize MODEL OUT` and serve OUT, or leave"
                 " --quantization out."
-            )
-        if getattr(envs, "VLLM_BATCH_INVARIANT", False):
-            raise SvskFormatError(
-                "VLLM_BATCH_INVARIANT=1: the kernels for svsk checkpoints choose their blocks by"
-                " the number of tokens in a batch, so an answer's last bits depend on it. Unset the"
-                " variable, or serve the dense model."
             )
         self.checkpoint = checkpoint
         self._renames: list[Rename] = []

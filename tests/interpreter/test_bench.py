@@ -119,7 +119,7 @@ def test_command_line_checks_in_the_interpreter(tmp_path: Path) -> None:
         f"check/{case.name}" for case in cases_for(True, True)
     }
     assert written["machine"]["triton"]
-    assert "checks: 28 of 28 passed" in (tmp_path / "bench.md").read_text()
+    assert "checks: 35 of 35 passed" in (tmp_path / "bench.md").read_text()
     assert CliRunner().invoke(app, ["--device", "tpu9", "--json", str(file)]).exit_code == 2
     assert (
         CliRunner()

@@ -22,6 +22,7 @@ from svsk_kernels.gpu.triton_kernel import TritonKernel
 from svsk_kernels.layer_kernel import LayerSpec
 from svsk_kernels.naive import naive_matmul
 from svsk_kernels.reference_kernel import ReferenceKernel
+from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup
 from svsk_vllm.format import (
     Codebook,
     ConfigGroup,
@@ -123,6 +124,54 @@ def test_cpu_layers_get_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(choose_kernel("m", SPEC, (64, 128), CPU), SplitKernel)
     monkeypatch.setenv("SVSK_KERNEL", "reference")
     assert isinstance(choose_kernel("m", SPEC, (64, 128), CPU), ReferenceKernel)
+
+
+def test_batch_invariance_takes_a_fused_kernel_or_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu, key = torch.device("cuda"), "svsk_version"
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    for kernel, spec in (
+        (TritonKernel, SPEC),
+        (Int8Kernel, dataclasses.replace(SPEC, codebook="int8")),
+    ):
+        monkeypatch.setattr(kernel, "obstacle", staticmethod(lambda *_: None))
+        found: Any = choose_kernel("m", spec, (64, 128), gpu)
+        assert isinstance(found, kernel)
+        assert getattr(found, "matmul", found).spec.batch_invariant
+        assert str(get_current_vllm_config().additional_config[key]).endswith(" batch invariant")
+    for name in ("split", "portable", "reference"):
+        monkeypatch.setenv("SVSK_KERNEL", name)
+        for device in (gpu, CPU):
+            with pytest.raises(
+                SvskFormatError,
+                match=f"m: VLLM_BATCH_INVARIANT=1, .*but SVSK_KERNEL={name}. Unset one of the two",
+            ):
+                choose_kernel("m", SPEC, (64, 128), device)
+    monkeypatch.delenv("SVSK_KERNEL")
+    monkeypatch.setattr(TritonKernel, "obstacle", staticmethod(lambda *_: "groups of 128"))
+    monkeypatch.setattr(CpuKernel, "obstacle", staticmethod(lambda *_: "there is no compiler"))
+    for device, obstacle in ((gpu, "groups of 128"), (CPU, "there is no compiler")):
+        with pytest.raises(SvskFormatError, match=f"m: .*but {obstacle}. Unset VLLM_BATCH_INV"):
+            choose_kernel("m", SPEC, (64, 128), device)
+    plan = SidecarPlan(64, (Bundle((0, 128), (SlotGroup(1, 64, 4, 0),)),))
+    table = dataclasses.replace(SPEC, plan=plan, lookup=True)
+    with pytest.raises(SvskFormatError, match=r"m: .*rows of this table .*--head int8"):
+        choose_kernel("m", table, (64, 128), gpu)
+
+
+@pytest.mark.skipif(
+    cpu_ops_obstacle() is not None, reason="the op for this processor cannot be built"
+)
+def test_a_layer_on_a_cpu_is_batch_invariant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    source = random_linear(LinearSpec("m", 64, 256, make_group(rank=8), torch.float32))
+    spec, layer = loaded_layer(source, torch.float32)
+    kernel = choose_kernel("m", spec, (64, 256), CPU)
+    kernel.prepare(layer)
+    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(0))
+    whole = kernel(layer, x, None)
+    assert all(torch.equal(kernel(layer, x[:m], None), whole[:m]) for m in range(1, 9))
 
 
 def test_other_devices_get_the_triton_kernels_or_hear_why_not(

@@ -221,12 +221,6 @@ def test_other_quantization_methods_are_refused() -> None:
         SvskConfig()
 
 
-def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    with pytest.raises(SvskFormatError, match=r"VLLM_BATCH_INVARIANT=1: .*Unset"):
-        SvskConfig.from_config(quantization_config())
-
-
 def test_what_did_not_arrive_is_named_and_counts_start_anew() -> None:
     arrived = Arrived({"q": "m.q_proj", "k": "m.k_proj"}, [make_group(rank=4), make_group(rank=0)])
     for _ in range(2):

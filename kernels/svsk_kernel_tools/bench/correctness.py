@@ -88,6 +88,20 @@ def check_case(case: Case, device: torch.device, graphs: bool = True) -> Iterato
         y = layer.dispatched(x, bias)
         error = relative_error(y, layer.expected(x, bias))
         yield Finding(f"{case.name}, M = {m}, dispatched", error, _accuracy(y, error))
+    yield _batch_invariance(case, layer, x, bias)
+
+
+def _batch_invariance(
+    case: Case, layer: BenchLayer, x: torch.Tensor, bias: torch.Tensor | None
+) -> Finding:
+    """Rows of a batch against the same rows alone, or with fewer beside them."""
+    fixed = layer.batch_invariant()
+    y = fixed.dispatched(x, bias)
+    error = relative_error(y, layer.expected(x, bias))
+    parts = (slice(0, 1), slice(len(x) - 1, len(x)), slice(len(x) // 3, len(x)))
+    equal = all(torch.equal(fixed.dispatched(x[rows], bias), y[rows]) for rows in parts)
+    problems = _accuracy(y, error) + (() if equal else ("rows depend on the rows beside them",))
+    return Finding(f"{case.name}, M = {len(x)}, batch invariant", error, problems)
 
 
 def _check(what: str, trial: "_Trial", graphs: bool) -> Finding:

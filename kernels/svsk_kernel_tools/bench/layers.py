@@ -106,6 +106,10 @@ class BenchLayer:
         """The same layer less what only the reference needs."""
         return replace(self, linears=())
 
+    def batch_invariant(self) -> "BenchLayer":
+        """The same layer, whose rows have the same bits whatever rows are beside them."""
+        return replace(self, matmul=SvskMatmul(replace(self.spec, batch_invariant=True)))
+
     def copies(self, count: int) -> list["BenchLayer"]:
         """The layer and others like it at other addresses, ``count`` together, less its linears."""
         copies = [self.without_linears()]

@@ -160,6 +160,7 @@ def _fake(
     quad8: bool,
     instructions: str,
     int8: bool,
+    invariant: bool,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], n)
 

@@ -46,7 +46,8 @@ class CpuKernel:
     """Runs a layer through ``svsk::cpu_linear``; a :class:`svsk_kernels.layer_kernel.LayerKernel`.
 
     Args:
-        spec: the layer, bfloat16, float16 or float32.
+        spec: the layer, bfloat16, float16 or float32. Batch invariant, a product takes at least
+            the time of four rows.
         activations: ``exact``, or ``int8``: for the base a row's activations are rounded to
             ``s * round(x / s)`` by 64 columns, s their largest magnitude over 127, while the
             sidecar takes them as they come. Tables, and codes of 8 bits, stay exact.
@@ -65,6 +66,7 @@ class CpuKernel:
         self.int8 = activations == "int8" and not spec.is_table
         self.table = TableRows(spec)
         self.label = self.instructions + (", int8 activations" if self.int8 else "")
+        self.label += ", batch invariant" if spec.batch_invariant else ""
         self.names = (
             ("sidecar_u", "sidecar_v", "sidecar_gain", "sidecar_index") if spec.plan else ()
         )
@@ -112,6 +114,7 @@ class CpuKernel:
             self.spec.codebook == "quad8",
             self.instructions,
             self.int8,
+            self.spec.batch_invariant,
         )
         return y
 

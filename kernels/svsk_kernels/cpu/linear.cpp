@@ -47,7 +47,8 @@ at::Tensor cpu_linear(const at::Tensor& x_any, const at::Tensor& codes, const at
                       const std::optional<at::Tensor>& bias_any, const std::optional<at::Tensor>& u,
                       const std::optional<at::Tensor>& v, const std::optional<at::Tensor>& gain,
                       const std::optional<at::Tensor>& index, int64_t n, int64_t group_size,
-                      int64_t code_bits, bool quad8, c10::string_view instructions, bool int8) {
+                      int64_t code_bits, bool quad8, c10::string_view instructions, bool int8,
+                      bool invariant) {
   TORCH_CHECK(x_any.dim() == 2, "svsk::cpu_linear: x has ", x_any.dim(), " dimensions, expected 2");
   const auto scale_type = (row_scale ? *row_scale : scale).scalar_type();
   TORCH_CHECK(scale_type == x_any.scalar_type(), "svsk::cpu_linear: x is ", x_any.scalar_type(),
@@ -72,7 +73,7 @@ at::Tensor cpu_linear(const at::Tensor& x_any, const at::Tensor& codes, const at
   const std::optional<at::Tensor> bias =
       bias_any ? std::optional<at::Tensor>(bias_any->to(dtype).contiguous()) : std::nullopt;
   const Base base{codes.const_data_ptr<uint8_t>(), scale, row_scale, k, group_size, code_bits,
-                  quad8,                           int8};
+                  quad8,                           int8,  invariant};
   return linear(x, base, bias, u ? read_sidecar(*u, *v, *gain, *index) : Sidecar(), n);
 }
 
@@ -82,7 +83,7 @@ TORCH_LIBRARY_FRAGMENT(svsk, m) {
   m.def(
       "cpu_linear(Tensor x, Tensor codes, Tensor scale, Tensor? row_scale, Tensor? bias, "
       "Tensor? u, Tensor? v, Tensor? gain, Tensor? index, int n, int group_size, int code_bits, "
-      "bool quad8, str instructions, bool int8) -> Tensor");
+      "bool quad8, str instructions, bool int8, bool invariant) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(svsk, CPU, m) { m.impl("cpu_linear", &cpu_linear); }

@@ -37,6 +37,7 @@ struct Base {
   int64_t k, group, bits;
   bool quad8;
   bool int8;  // activations are rounded to 8 bits for it, by row and 64 columns
+  bool invariant;  // a row's result has the same bits whatever rows are beside it
 };
 
 // What cpu_kernel.py calls the index: where panels, activations and results of the sidecar lie.
@@ -98,6 +99,18 @@ void by_rows(int64_t m, int64_t end, const F& run) {
     m += 2;
   }
   if (end - m >= 1) run(std::integral_constant<int, 1>(), m);
+}
+
+// run(x) with rows of zeros added where `invariant` asks for it. Tiles of fewer than 4 rows add up in
+// several chains, and a single row is scaled in another order: so that a row's bits do not depend
+// on its place, there are none.
+template <int Largest, typename F>
+at::Tensor in_large_tiles(const at::Tensor& x, bool invariant, const F& run) {
+  const int64_t given = x.size(0);
+  int64_t rows = given;
+  while (invariant && rows % Largest % 4) ++rows;
+  if (rows == given) return run(x);
+  return run(at::constant_pad_nd(x, {0, 0, 0, rows - given})).narrow(0, 0, given);
 }
 
 // Calls run(block, first row, end row) for all blocks and chunks of rows on all threads, chunk by

@@ -344,8 +344,11 @@ at::Tensor run(const at::Tensor& x, const Base& base, const X* bias, const Sidec
 at::Tensor svsk::linear_avx512_bf16(const at::Tensor& x, const Base& base,
                                     const std::optional<at::Tensor>& bias, const Sidecar& sidecar,
                                     int64_t n) {
-  if (x.scalar_type() == at::kBFloat16)
-    return run<c10::BFloat16, 1>(x, base, bias ? bias->const_data_ptr<c10::BFloat16>() : nullptr,
-                                 sidecar, n);
-  return run<c10::Half, 2>(x, base, bias ? bias->const_data_ptr<c10::Half>() : nullptr, sidecar, n);
+  return in_large_tiles<kTileRows>(x, base.invariant, [&](const at::Tensor& rows) {
+    if (x.scalar_type() == at::kBFloat16)
+      return run<c10::BFloat16, 1>(
+          rows, base, bias ? bias->const_data_ptr<c10::BFloat16>() : nullptr, sidecar, n);
+    return run<c10::Half, 2>(rows, base, bias ? bias->const_data_ptr<c10::Half>() : nullptr,
+                             sidecar, n);
+  });
 }

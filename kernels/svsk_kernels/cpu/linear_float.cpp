@@ -442,12 +442,14 @@ at::Tensor run(const at::Tensor& x, const Base& base, const std::optional<at::Te
 at::Tensor svsk::SVSK_PATH(const at::Tensor& x, const Base& base,
                            const std::optional<at::Tensor>& bias, const Sidecar& sidecar,
                            int64_t n) {
-  switch (x.scalar_type()) {
-    case at::kBFloat16:
-      return run<c10::BFloat16>(x, base, bias, sidecar, n);
-    case at::kHalf:
-      return run<c10::Half>(x, base, bias, sidecar, n);
-    default:
-      return run<float>(x, base, bias, sidecar, n);
-  }
+  return in_large_tiles<kTileRows>(x, base.invariant, [&](const at::Tensor& rows) {
+    switch (x.scalar_type()) {
+      case at::kBFloat16:
+        return run<c10::BFloat16>(rows, base, bias, sidecar, n);
+      case at::kHalf:
+        return run<c10::Half>(rows, base, bias, sidecar, n);
+      default:
+        return run<float>(rows, base, bias, sidecar, n);
+    }
+  });
 }

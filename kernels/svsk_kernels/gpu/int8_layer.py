@@ -62,7 +62,7 @@ class Int8Kernel:
     def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x W^T + bias``: [M, N] from [M, K], both of the layer's dtype."""
         y: torch.Tensor = torch.ops.svsk.int8_matmul(
-            x, layer.weight_packed, layer.weight_scale, bias
+            x, layer.weight_packed, layer.weight_scale, bias, self.spec.batch_invariant
         )
         return y
 
@@ -72,7 +72,11 @@ class Int8Kernel:
 
 
 def _int8_matmul(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    invariant: bool,
 ) -> torch.Tensor:
     from svsk_kernels.gpu.prepared_launch import current
 
@@ -87,7 +91,7 @@ def _int8_matmul(
     launches = _prepared.get(key)
     if launches is None:
         launches = _prepared[key] = _prepare(x.dtype, k // scale.shape[0])
-    few = m <= _BLOCKS_M[0]
+    few = m <= _BLOCKS_M[0] and not invariant
     block_m, launch = _BLOCKS_M[not few], launches[not few]
     addresses = x.data_ptr() | codes.data_ptr() | scale.data_ptr()
     addresses |= 0 if bias is None else bias.data_ptr()
@@ -121,12 +125,18 @@ def _prepare(dtype: torch.dtype, group_size: int) -> tuple[_Launch, ...]:
 
 
 def _fake(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    invariant: bool,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
 _library = torch.library.Library("svsk", "FRAGMENT")
-_library.define("int8_matmul(Tensor x, Tensor codes, Tensor scale, Tensor? bias) -> Tensor")
+_library.define(
+    "int8_matmul(Tensor x, Tensor codes, Tensor scale, Tensor? bias, bool invariant) -> Tensor"
+)
 _library.impl("int8_matmul", _int8_matmul, "CompositeExplicitAutograd")
 torch.library.register_fake("svsk::int8_matmul", _fake, lib=_library)

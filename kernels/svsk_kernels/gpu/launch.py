@@ -155,6 +155,7 @@ class Shrink:
         k: inputs K.
         dtype: of the activations.
         pdl: let the next kernel start beside this one.
+        block: tokens of a program; None for few where there are few.
     """
 
     def __init__(
@@ -166,11 +167,12 @@ class Shrink:
         dtype: torch.dtype,
         *,
         pdl: bool = False,
+        block: int | None = None,
     ) -> None:
         self.long, self.jobs, self.columns = tiles.long, len(sidecar.jobs), len(sidecar.gain)
         self._sizes = (v_pitch(k, num_bits), sidecar.v_table.shape[1], self.columns)
         # with odd edges, masks for 32 tokens would not fit the registers
-        self._blocks = (16, 32) if tiles.aligned else (16, 16)
+        self._blocks = (block or 16, block or (32 if tiles.aligned else 16))
         options = {"num_warps": shrink_warps(tiles), "enable_fp_fusion": True}
         dtypes = {"DTYPE": product_type(dtype)}
         self._few, self._many = (
@@ -224,6 +226,7 @@ class PackedProduct:
         dtype: of the activations, bfloat16 or float16.
         has_bias: whether there is a bias.
         asm: unpack by inline PTX; None where it can be.
+        shrink_block: tokens of a program that computes z; None for few where there are few.
     """
 
     def __init__(
@@ -237,12 +240,15 @@ class PackedProduct:
         dtype: torch.dtype,
         has_bias: bool,
         asm: bool | None = None,
+        shrink_block: int | None = None,
     ) -> None:
         self._decode, self._split = choice.kernel == "decode", choice.split_k
         self._block_m, self._blocks_n = choice.block_m, base.n_padded // choice.block_n
         pdl = self._decode and choice.pdl and not INTERPRETED and sidecar is not None
         self._shrink = (
-            None if sidecar is None else Shrink(sidecar, num_bits, tiles, base.k, dtype, pdl=pdl)
+            None
+            if sidecar is None
+            else Shrink(sidecar, num_bits, tiles, base.k, dtype, pdl=pdl, block=shrink_block)
         )
         steps = base.words.shape[1] // choice.step
         self._steps = (steps, ceil_div(steps, choice.split_k)) if self._decode else (steps,)
@@ -262,6 +268,7 @@ class PackedProduct:
         base: Base,
         sidecar: PlanarSidecar | None,
         bias: torch.Tensor | None,
+        y: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Contiguous [M, N] of the dtype of ``x``.
 
@@ -270,6 +277,7 @@ class PackedProduct:
             base: of the layer.
             sidecar: likewise.
             bias: [N] or None, as was said.
+            y: where the result is written, at a multiple of 16 bytes; None for memory of its own.
 
         Raises:
             RuntimeError: more programs share their sums than there are counters.
@@ -278,7 +286,8 @@ class PackedProduct:
         call = Call.of(x, base.words, base.scale, base.row_scale, bias, *(sidecar or ()))
         # What decode writes is allocated before shrink's own workspace is freed: the two may run
         # side by side.
-        y, partial = x.new_empty(m, self._n), call.shared.unused
+        y = x.new_empty(m, self._n) if y is None else y
+        partial = call.shared.unused
         if self._split > 1:
             partial = x.new_empty(self._split * m * self._n_padded, dtype=torch.float32)
         side, z_stride = (x, x, x, x), call.stride

@@ -28,7 +28,7 @@ from svsk_kernels.gpu.repack_sidecar import (
     pack_sidecar,
     u_bytes,
 )
-from svsk_kernels.gpu.tuning import GROUP_SIZES, Choice, Gpu, choices_for
+from svsk_kernels.gpu.tuning import GROUP_SIZES, Choice, Gpu, choices_for, invariant_choices
 from svsk_kernels.layer_kernel import LayerSpec
 
 __all__ = ["SIDECAR_NAMES", "SvskMatmul", "device_obstacle", "gpu_of"]
@@ -43,8 +43,9 @@ SIDECAR_NAMES: Final = tuple(f"sidecar_{name}" for name in PlanarSidecar.names()
 def _encode(spec: LayerSpec) -> list[int]:
     """The numbers the op needs."""
     bits, tiles = 0 if spec.plan is None else spec.factor_bits, Tiles.of(spec.plan)
+    flags = (tiles.long, tiles.aligned, spec.batch_invariant)
     quad8 = spec.codebook == "quad8"
-    return [spec.n, spec.k, spec.group_size, int(quad8), bits, int(tiles.long), int(tiles.aligned)]
+    return [spec.n, spec.k, spec.group_size, int(quad8), bits, *map(int, flags)]
 
 
 @lru_cache(maxsize=32)
@@ -196,7 +197,7 @@ class SvskMatmul:
             return
         limits = [
             choice.max_m
-            for choice in choices_for(gpu_of(device), *self.code[:3], self.spec.row_scaled)
+            for choice in _choices(self.code, device, self.spec.row_scaled)
             if choice.max_m is not None
         ]
         sizes = {
@@ -228,7 +229,7 @@ def _matmul(
     sidecar: Sequence[torch.Tensor],
     shape: Sequence[int],
 ) -> torch.Tensor:
-    n, k, group_size, quad8, bits, _, _ = shape
+    n, k, group_size, quad8, bits, _, _, _ = shape
     m = x.shape[0]
     if m == 0:
         return x.new_empty(0, n)
@@ -276,22 +277,29 @@ def _prepare(
     sidecar: PlanarSidecar | None,
     shape: Sequence[int],
 ) -> _Prepared:
+    from svsk_kernels.gpu.invariant_product import InvariantProduct
     from svsk_kernels.gpu.launch import FoldedProduct, PackedProduct
 
-    n, k, group_size, quad8, bits, long, aligned = shape
+    n, k, group_size, quad8, bits, long, aligned, invariant = shape
     base = Base(words, scale, n, k, plane_length(k), group_size, bool(quad8), row_scale)
     tiles = Tiles(bool(long), bool(aligned))
 
     def product(choice: Choice) -> Product:
         if choice.kernel == "fold":
             return FoldedProduct(base, sidecar, bits, x.dtype)
-        return PackedProduct(
-            base, sidecar, bits, choice, tiles, dtype=x.dtype, has_bias=bias is not None
-        )
+        kind = InvariantProduct if invariant else PackedProduct
+        return kind(base, sidecar, bits, choice, tiles, dtype=x.dtype, has_bias=bias is not None)
 
-    choices = choices_for(gpu_of(x.device), n, k, group_size, row_scale is not None)
+    choices = _choices(shape, x.device, row_scale is not None)
     limited = (math.inf if choice.max_m is None else choice.max_m for choice in choices)
     return _Prepared(base.plane, tuple(zip(limited, map(product, choices), strict=True)))
+
+
+def _choices(shape: Sequence[int], device: torch.device, row_scaled: bool) -> tuple[Choice, ...]:
+    """Choices for a layer, by the numbers of the op."""
+    n, k, group_size, *_, invariant = shape
+    choose = invariant_choices if invariant else choices_for
+    return choose(gpu_of(device), n, k, group_size, row_scaled)
 
 
 def _matmul_fake(

@@ -7,7 +7,7 @@ Tables measured per GPU, and a rule for the others.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from typing import Any, Final, Literal, TypeVar
@@ -25,6 +25,7 @@ __all__ = [
     "choice_for",
     "choices_for",
     "heuristic_choices",
+    "invariant_choices",
     "load_table",
     "longest_step",
     "table_name",
@@ -287,6 +288,19 @@ def heuristic_choices(
         )
     )
     return (*choices, Choice(kernel="fold"))
+
+
+def invariant_choices(
+    gpu: Gpu, n: int, k: int, group_size: int, row_scaled: bool = False
+) -> tuple[Choice, ...]:
+    """The one choice for any number of tokens, so that none decides a row's bits.
+
+    That of the rule for 64 tokens: of those that read the weight once for few tokens, it reads it
+    least often for many. Nothing is measured.
+    """
+    chosen = heuristic_choices(gpu, n, k, group_size, row_scaled)
+    (many,) = (choice for choice in chosen if choice.kernel == "decode" and choice.max_m == 64)
+    return (replace(many, max_m=None),)
 
 
 @lru_cache(maxsize=4096)

@@ -176,7 +176,7 @@ def test_heads_of_8_bits(launches: list[tuple[Any, ...]]) -> None:
     with bench.no_launches(), mock.patch.dict(int8_layer._prepared, clear=True):
         for x in (wide[:, :128], wide[:, :128].contiguous()):
             for m in (2, 3, 40, 17):
-                torch.ops.svsk.int8_matmul(x[:m], codes, scale, None)
+                torch.ops.svsk.int8_matmul(x[:m], codes, scale, None, False)
     assert [launch[0] for launch in launches] == [1, 1, 1, 1] * 2
     assert [launch[HOOKS] == (None, None, None) for launch in launches] == [False, True] * 4
     for first, second in zip(launches[::2], launches[1::2], strict=True):

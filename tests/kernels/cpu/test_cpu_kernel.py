@@ -250,7 +250,7 @@ def test_op_passes_torch_checks_and_compiles() -> None:
     kernel, layer = prepared(linear(40, 64, 4, (16, 48)), torch.bfloat16)
     x = activations(6, 64, torch.bfloat16)
     tensors = [getattr(layer, name) for name in kernel.names]
-    numbers = (40, 32, 4, False, kernel.instructions, False)
+    numbers = (40, 32, 4, False, kernel.instructions, False, False)
     arguments = (x, layer.weight_packed, layer.weight_scale, None, None, *tensors, *numbers)
     torch.library.opcheck(torch.ops.svsk.cpu_linear.default, arguments)
     compiled = torch.compile(lambda a: kernel(layer, a, None) * 2, dynamic=True)
