@@ -81,7 +81,7 @@ def _experts(
     Returns:
         [M, K] of the dtype of ``x``.
     """
-    kernel = _known[key]
+    kernel: Any = _known[key]
     places = topk_ids.long()
     if expert_map is not None:
         places = expert_map.long()[places]
@@ -94,10 +94,9 @@ def _experts(
             SimpleNamespace(**{n: t[expert] for n, t in zip(names, tensors, strict=True)})
             for names, tensors in zip(kernel.names, (gate_up, down), strict=True)
         )
-        run: Any = kernel
-        middle = kernel.activation(run.gate_up(first, x[rows], None))
+        middle = kernel.activation(kernel.gate_up(first, x[rows], None))
         weight = topk_weights[rows, chosen].float().unsqueeze(1)
-        result.index_add_(0, rows, run.down(second, middle, None).float() * weight)
+        result.index_add_(0, rows, kernel.down(second, middle, None).float() * weight)
     return result.to(x.dtype)
 
 
