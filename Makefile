@@ -63,7 +63,7 @@ lint: setup ## check style, format and the direction of imports
 types: setup ## check types
 	@$(VPY) -m mypy
 	@MYPYPATH=.ci $(VPY) -m mypy .ci/setup_env.py .ci/lock.py .ci/versions.py .ci/vllm_architectures.py \
-		.ci/messages_page.py .ci/site_links.py
+		.ci/messages_page.py .ci/messages_read.py .ci/site_links.py
 
 docs: setup ## build the pages of docs/ as a site in site/, links checked
 	@NO_MKDOCS_2_WARNING=1 $(VPY) -m mkdocs build --strict $(ARGS)

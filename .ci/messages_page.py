@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-__all__ = ["PAGE", "error_classes", "messages", "page_text"]
+__all__ = ["PAGE", "error_classes", "messages", "page_text", "trees"]
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 PAGE: Final = ROOT / "docs" / "troubleshooting.md"
@@ -52,7 +52,8 @@ Written by `python .ci/messages_page.py --write`.
 
 
 @cache
-def _trees() -> dict[Path, ast.Module]:
+def trees() -> dict[Path, ast.Module]:
+    """Every file of the packages, parsed."""
     return {
         path: ast.parse(path.read_text(encoding="utf-8"))
         for package in PACKAGES
@@ -66,7 +67,7 @@ def error_classes() -> set[str]:
     """Names of ``SvskError`` and of the classes derived from it."""
     bases = {
         node.name: {base.id for base in node.bases if isinstance(base, ast.Name)}
-        for tree in _trees().values()
+        for tree in trees().values()
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef)
     }
@@ -167,7 +168,7 @@ def page_text() -> str:
     classes, questions = error_classes(), _questions()
     folders: dict[str, list[str]] = {}
     count = 0
-    for path, tree in _trees().items():
+    for path, tree in trees().items():
         if found := messages(tree, classes):
             count += len(found)
             lines = folders.setdefault(path.parent.relative_to(ROOT).as_posix(), [])
