@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Largest magnitudes of a block's channels, and which linears read the output of which norm."""
+"""Magnitudes of a block's channels, and which linears read the output of which norm."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -11,7 +11,10 @@ from torch import nn
 from svsk_offline.calibration.block_runner import BlockRunner
 from svsk_offline.storage.decoder_blocks import linear_modules
 
-__all__ = ["BlockMaxima", "LinearInput", "collect_maxima"]
+__all__ = ["MOMENT", "BlockMaxima", "LinearInput", "OutputChannels", "collect_maxima"]
+
+MOMENT: Final = 8
+"""Power of the magnitudes whose mean stands for those that a rounding of few bits has to reach."""
 
 
 @dataclass
@@ -31,17 +34,48 @@ class LinearInput:
 
 
 @dataclass
+class OutputChannels:
+    """Sums over all that a module gave, for each entry of its last dimension.
+
+    Attributes:
+        maxima: float32 [features], ``max |x|``.
+        squares: float64 [features], ``sum x^2``.
+        powers: float64 [features], the sum of magnitudes to the power :data:`MOMENT`; in float32
+            they would be infinite from 6e4 on.
+        count: of what was summed.
+    """
+
+    maxima: torch.Tensor
+    squares: torch.Tensor
+    powers: torch.Tensor
+    count: int
+
+    @classmethod
+    def of(cls, output: torch.Tensor) -> "OutputChannels":
+        """Of one tensor, float [..., features]."""
+        rows = output.flatten(0, -2).double()
+        powers = rows.abs().pow(MOMENT).sum(0)
+        return cls(_maxima(output), rows.square().sum(0), powers, len(rows))
+
+    def add(self, other: "OutputChannels") -> None:
+        """Take in what came later."""
+        torch.maximum(self.maxima, other.maxima, out=self.maxima)
+        self.squares += other.squares
+        self.powers += other.powers
+        self.count += other.count
+
+
+@dataclass
 class BlockMaxima:
     """What was seen of a block.
 
     Attributes:
         inputs: of its linears, in the order in which they were first read.
-        outputs: float32 [features] by name below the block: maxima of the last dimension of what
-            modules give, over everything else.
+        outputs: of the last dimension of what modules give, by their names below the block.
     """
 
     inputs: list[LinearInput] = field(default_factory=list)
-    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[str, OutputChannels] = field(default_factory=dict)
 
 
 class _Watch:
@@ -85,8 +119,11 @@ class _Watch:
 
     def output(self, name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         def after(module: nn.Module, given: Any, output: torch.Tensor) -> None:
-            new, outputs = _maxima(output.detach()), self.found.outputs
-            outputs[name] = torch.maximum(outputs[name], new) if name in outputs else new
+            new, outputs = OutputChannels.of(output.detach()), self.found.outputs
+            if name in outputs:
+                outputs[name].add(new)
+            else:
+                outputs[name] = new
 
         return after
 

@@ -13,10 +13,19 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 
-from svsk_offline.calibration.channel_maxima import BlockMaxima, LinearInput
+from svsk_offline.calibration.channel_maxima import MOMENT, BlockMaxima, LinearInput
 from svsk_offline.storage.fold import powers_of_two
 
-__all__ = ["Kind", "Pair", "Part", "input_pairs", "key_pairs", "key_writers"]
+__all__ = [
+    "Kind",
+    "Pair",
+    "Part",
+    "even_factors",
+    "input_pairs",
+    "key_pairs",
+    "key_writers",
+    "query_writer",
+]
 
 Kind = Literal["norms", "o", "down", "keys"]
 """What is scaled: outputs of norms, inputs of ``o_proj``, inputs of ``down_proj``, keys."""
@@ -58,6 +67,7 @@ class Pair:
         name: of it, below the block, for messages.
         maxima: float32 [factors], largest magnitudes of the channels of each factor.
         parts: all that is scaled.
+        even: of keys, float32 [factors]: factors that even them out, see :func:`even_factors`.
         weights: float32 [factors], largest magnitudes of the readers' weights; None for keys.
         heads: equal parts of the factors, each of which is scaled for itself.
     """
@@ -68,6 +78,7 @@ class Pair:
     parts: tuple[Part, ...]
     weights: torch.Tensor | None = None
     heads: int = 1
+    even: torch.Tensor | None = None
 
     def apply(self, block: nn.Module, exponents: torch.Tensor) -> dict[str, torch.Tensor]:
         """Scale a loaded block; what :meth:`undo` takes back.
@@ -162,6 +173,35 @@ def key_writers(block: nn.Module) -> dict[str, str]:
     return found
 
 
+def query_writer(writer: str) -> str:
+    """The module that writes the queries beside one that writes keys: ``q_proj`` or ``q_norm``."""
+    return _beside(writer, writer.rpartition(".")[2].replace("k_", "q_"))
+
+
+def even_factors(powers: torch.Tensor, energies: torch.Tensor) -> torch.Tensor:
+    """What keys are divided by, so that a scale for many channels costs attention least.
+
+    Channel i is stored with an error of ``s f_i``, s the scale of all, so the error of a score has
+    the mean square ``s^2 sum_i E[q_i^2] f_i^2``. The scale follows the largest ``|k_i| / f_i``, for
+    which the norm of order p stands: ``s^p = sum_i E|k_i|^p / f_i^p``. Of their product the
+    derivative by f_i is 0 at ``f_i^(p + 2) = E|k_i|^p / E[q_i^2]``, up to a factor for all.
+
+    On Qwen2.5-Coder-0.5B the largest magnitudes as factors (p infinite, all queries alike) leave
+    q4_0 twice this KL, and p = 4 a quarter more than p = 8 (docs/benchmarks/keys.md).
+
+    Args:
+        powers: ``E|k|^p``, p = :data:`MOMENT`, float64 [factors].
+        energies: ``E[q^2]`` of the channels that meet them, float64 [factors].
+
+    Returns:
+        float32 [factors]; 0 for keys that are always 0.
+    """
+    # A channel that no query reads could be as coarse as it likes: as coarse as a millionth allows.
+    least = 1e-6 * energies.mean()
+    weights = energies.clamp(min=float(least)) if least else torch.ones_like(energies)
+    return (powers / weights).pow(1 / (MOMENT + 2)).float()
+
+
 def key_pairs(
     block: nn.Module, found: BlockMaxima, writer: str, head_dim: int, rotary_dim: int
 ) -> list[Pair] | str:
@@ -169,7 +209,7 @@ def key_pairs(
 
     Args:
         block: loaded.
-        found: what was seen of it, the writer's output among it.
+        found: what was seen of it, the outputs of the writer and of :func:`query_writer` among it.
         writer: what writes keys, see :func:`key_writers`.
         head_dim: channels of a head.
         rotary_dim: how many of them, the first, rotary turns.
@@ -177,12 +217,13 @@ def key_pairs(
     Returns:
         The ways, the more usual one first; or why there is none.
     """
-    reader = _beside(writer, writer.rpartition(".")[2].replace("k_", "q_"))
+    reader = query_writer(writer)
     if reader not in dict(block.named_modules()):
         return f"no {reader.rpartition('.')[2]} beside it"
     if "weight" not in dict(block.get_submodule(writer).named_parameters()):
         return "its norm has no weight"
-    maxima = found.outputs[writer]
+    keys, queries = found.outputs[writer], found.outputs[reader]
+    maxima = keys.maxima
     written, read = (len(block.get_parameter(f"{name}.weight")) for name in (writer, reader))
     if written != len(maxima) or written % head_dim or read % written:
         return f"its {written} channels are not those of heads of {head_dim}"
@@ -193,12 +234,17 @@ def key_pairs(
         index = channel + count * torch.arange(heads, device=maxima.device).unsqueeze(1)
         largest = torch.zeros(heads * count, device=maxima.device)
         largest = largest.scatter_reduce(0, index.flatten(), maxima, "amax")
-        queries = index.unsqueeze(1).expand(heads, shared, head_dim).flatten()
+        readers = index.unsqueeze(1).expand(heads, shared, head_dim).flatten()
         parts = (
             *_rows(block, writer, -1, index.flatten()),
-            *_rows(block, reader, 1, queries),
+            *_rows(block, reader, 1, readers),
         )
-        ways.append(Pair("keys", writer, largest, parts, heads=heads))
+        nothing = torch.zeros(heads * count, dtype=torch.float64, device=maxima.device)
+        even = even_factors(
+            nothing.index_add(0, index.flatten(), keys.powers / keys.count),
+            nothing.index_add(0, readers, queries.squares / queries.count),
+        )
+        ways.append(Pair("keys", writer, largest, parts, heads=heads, even=even))
     return ways
 
 

@@ -5,7 +5,7 @@ Channel j of a linear's input is divided by ``max|x_j| ** alpha / max|W_j| ** (1
 weights that read it, and its weights multiplied (SmoothQuant, Xiao et al. 2022; the first half of
 SVDQuant, Li et al. 2024). Or only its outliers are: those over a multiple of the median channel are
 brought down to that, which leaves nearly all weights as they are. A rotary pair of keys is divided
-by its largest magnitude, and queries are multiplied.
+by a factor that evens out what its rounding costs attention, and queries are multiplied.
 
 Factors of inputs are rounded to powers of two, so that nothing is rounded by them. Those of keys
 are rounded to eighths of an octave: a key cache's step follows the largest channel, and whole
@@ -26,7 +26,14 @@ from torch import nn
 
 from svsk_offline.calibration import BlockRunner, CalibrationSet
 from svsk_offline.calibration.channel_maxima import collect_maxima
-from svsk_offline.planning.fold_pairs import Pair, Part, input_pairs, key_pairs, key_writers
+from svsk_offline.planning.fold_pairs import (
+    Pair,
+    Part,
+    input_pairs,
+    key_pairs,
+    key_writers,
+    query_writer,
+)
 from svsk_offline.planning.key_channels import KeyChannels
 from svsk_offline.precision import block_dtype
 from svsk_offline.recipe_sections import SmoothingArgs
@@ -139,17 +146,17 @@ def outlier_exponents(maxima: torch.Tensor, above: float) -> torch.Tensor:
     return logs.clamp(0, LARGEST_EXPONENT).round().to(torch.int8)
 
 
-def key_exponents(maxima: torch.Tensor, heads: int) -> torch.Tensor:
-    """Exponents of two of the largest magnitudes of keys, of mean about 0 in each head.
+def key_exponents(factors: torch.Tensor, heads: int) -> torch.Tensor:
+    """Exponents of two of what keys are divided by, of mean about 0 in each head.
 
     Args:
-        maxima: float32 [factors], the factors of each head together.
+        factors: float32 [factors], those of each head together; 0 for keys that are always 0.
         heads: how many.
 
     Returns:
         float32 [factors], multiples of an eighth.
     """
-    rows = maxima.view(heads, -1)
+    rows = factors.view(heads, -1)
     return to_steps(_centred(rows.log2(), rows > 0))
 
 
@@ -194,6 +201,11 @@ def plan_smoothing(
     return planner.result()
 
 
+def _even(pair: Pair) -> torch.Tensor:
+    assert pair.even is not None, "a pair of keys has them"
+    return pair.even
+
+
 class _Planner:
     """Chooses factors block by block."""
 
@@ -217,7 +229,9 @@ class _Planner:
         sample = runner.hidden[:1].clone()
         expected = runner.forward(index, block, sample)
         writers = key_writers(block) if args.keys else {}
-        found = collect_maxima(runner, index, block, writers.values())
+        outputs = {one for key in writers.values() for one in (key, query_writer(key))}
+        modules = dict(block.named_modules())
+        found = collect_maxima(runner, index, block, [one for one in outputs if one in modules])
 
         def fits() -> bool:
             return torch.equal(runner.forward(index, block, sample), expected)
@@ -238,7 +252,7 @@ class _Planner:
             if isinstance(ways, str):
                 self._left[f"{writer}: {ways}"] += 1
                 continue
-            chosen = [(pair, key_exponents(pair.maxima, pair.heads)) for pair in ways]
+            chosen = [(pair, key_exponents(_even(pair), pair.heads)) for pair in ways]
             done = self._try(index, block, chosen, fits)
             pair, exponents = chosen[0] if done is None else done
             self._keys.append(
