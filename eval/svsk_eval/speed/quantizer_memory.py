@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from svsk_offline.calibration import InputStatistics
+from svsk_offline.calibration.cross_moment import CrossMoment
+from svsk_offline.quantizers.aimed_weight import aimed_weight
 from svsk_offline.quantizers.alternating import PreparedInput, quantize_alternating
 from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import AlternatingRecipe, load_recipe
@@ -105,12 +107,20 @@ def measure(k: int, recipe_name: str = "best", tokens: int | None = None) -> Pea
     everything, matrices = LiveMemory(), LiveMemory(4 * k * k)
     with everything, matrices:
         statistics = InputStatistics(k, torch.device("cpu"), full=True)
+        aim = recipe.alternating.aim
+        cross = CrossMoment(k, torch.device("cpu")) if aim else None
         left = 2 * k if tokens is None else tokens
         while left > 0:
             count = min(left, 256)
-            statistics.add(torch.randn(1, count, k, generator=generator))
+            inputs = torch.randn(1, count, k, generator=generator)
+            statistics.add(inputs)
+            if cross is not None:
+                cross.add(1.1 * inputs, inputs)
             left -= count
         given = PreparedInput(statistics, recipe.alternating)
+        if cross is not None:
+            weight = aimed_weight(weight, cross, given.order, aim)
+            del cross  # as a run does, before the fit
         quantize_alternating(weight, given, spec, metric)
     unit = 4 * k * k
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * _KIB
