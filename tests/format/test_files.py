@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are none, and JSON that is too much: refused at once, whatever reads them."""
 
+import errno
+import io
 import json
 import os
 import socket
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from svsk_vllm.format import Checkpoint, SvskFormatError, validate_checkpoint
-from svsk_vllm.format.files import copy_regular, read_json
+from svsk_vllm.format.files import copy_regular, read_json, safe_handle
 from tests.support.format_builders import INDEX, build_small_checkpoint
 
 
@@ -55,6 +57,50 @@ def _read_everything(folder: Path) -> None:
 
 
 @pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("FIFO", "f: is a FIFO, expected a regular file. Copy or download the folder again"),
+        ("cannot be opened", r"f'?: cannot be opened \(.*Too many levels of symbolic links"),
+        ("no such file", "f: cannot be opened, no such file. Is .* a model folder"),
+    ],
+)
+def test_what_is_no_file_is_named(tmp_path: Path, kind: str, message: str) -> None:
+    PUT[kind](tmp_path / "f")
+    with pytest.raises(SvskFormatError, match=message):
+        read_json(tmp_path / "f")
+
+
+def test_files_that_change_or_fail_while_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A FIFO takes a file's place after the look at it; a file's disk fails."""
+    (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / "fifo")
+    with monkeypatch.context() as patch:
+        opened = os.open
+        patch.setattr(os, "open", lambda path, flags: opened(tmp_path / "fifo", flags))
+        with pytest.raises(SvskFormatError, match=r"config.json: changed while it was opened"):
+            read_json(tmp_path / "config.json")
+
+    class Failing(io.FileIO):
+        def read(self, *_: object) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdopen", Failing)
+    with pytest.raises(SvskFormatError, match=r"config.json: cannot be read .Input/output error"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_file_that_is_no_safetensors_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"not one")
+    with pytest.raises(
+        SvskFormatError, match=r"cannot be opened \(.*\). Copy or download the file again"
+    ):
+        safe_handle(tmp_path / "model.safetensors")
+
+
+@pytest.mark.timeout(20)
 def test_only_regular_files_are_copied(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "tokenizer.json")
     with pytest.raises(SvskFormatError, match="FIFO"):
@@ -70,8 +116,14 @@ def test_only_regular_files_are_copied(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        pytest.param(b"{" + b" " * 2**24 + b"}", "bytes, expected at most", id="large"),
-        pytest.param(b'{"a": [' + b"[]," * 2 * 10**6 + b"0]}", "more than", id="many"),
+        pytest.param(
+            b"{" + b" " * 2**24 + b"}", "bytes, expected at most .*This is no such file", id="large"
+        ),
+        pytest.param(
+            b'{"a": [' + b"[]," * 2 * 10**6 + b"0]}",
+            "more than 1,500,000 values. This is no such file",
+            id="many",
+        ),
         pytest.param(b'{"a":' * 10**5 + b"1" + b"}" * 10**5, "nested too deeply", id="deep"),
         pytest.param(b'{"a":' * 60 + b"1" + b"}" * 60, "60 levels of nesting", id="deep enough"),
         pytest.param(b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON", id="digits"),

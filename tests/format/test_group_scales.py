@@ -118,7 +118,9 @@ def test_six_bit_codes_in_bytes() -> None:
 
 @pytest.mark.parametrize("value", [32, -33])
 def test_six_bit_codes_out_of_range_are_refused(value: int) -> None:
-    with pytest.raises(SvskFormatError, match="expected -32 to 31"):
+    with pytest.raises(
+        SvskFormatError, match=rf"6-bit scale codes span {value} to {value}: expected -32 to 31"
+    ):
         pack_scale_codes(torch.tensor([[value]], dtype=torch.int8), 6)
 
 
@@ -130,7 +132,9 @@ def test_codes_of_another_shape_are_refused(bits: Literal[6, 8], groups: int) ->
 
 
 def test_scales_that_no_row_scale_holds_are_refused() -> None:
-    with pytest.raises(SvskFormatError, match="1 of 2 rows"):
+    with pytest.raises(
+        SvskFormatError, match="scales of 1 of 2 rows are no 8-bit multiples of a row scale"
+    ):
         split_scales(torch.tensor([[1.0, 0.5], [1.0, 1 / 3]], dtype=torch.bfloat16), 8)
 
 
@@ -149,7 +153,9 @@ def test_a_row_scale_the_format_does_not_allow(value: float, bits: int, words: s
     tensors = linear.to_tensors()
     row_scale = tensors["m.weight_row_scale"]
     row_scale[2] = value
-    with pytest.raises(SvskFormatError, match=rf"m\.weight_row_scale: 1 of 4 values.*{words}"):
+    with pytest.raises(
+        SvskFormatError, match=rf"m\.weight_row_scale: 1 of 4 values.*{words}.*The file is damaged"
+    ):
         QuantizedLinear.from_tensors(linear.spec, tensors)
 
 

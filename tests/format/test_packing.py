@@ -67,11 +67,11 @@ def test_pack_codes_of_a_view_that_is_not_contiguous() -> None:
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        (torch.zeros(2, 8, dtype=torch.int32), "torch.int32"),
+        (torch.zeros(2, 8, dtype=torch.int32), "Codes: expected an int8 matrix, got torch.int32"),
         (torch.zeros(8, dtype=torch.int8), r"\[8\]"),
         (torch.zeros(2, 8, 8, dtype=torch.int8), r"\[2, 8, 8\]"),
         (torch.zeros(2, 12, dtype=torch.int8), "K = 12 is not a multiple of 8"),
-        (torch.full((1, 8), 8, dtype=torch.int8), "span 8 to 8: expected -8 to 7"),
+        (torch.full((1, 8), 8, dtype=torch.int8), "Codes span 8 to 8: expected -8 to 7"),
         (torch.full((1, 8), -9, dtype=torch.int8), "span -9 to -9: expected -8 to 7"),
     ],
 )
@@ -83,9 +83,17 @@ def test_pack_codes_refuses(codes: torch.Tensor, message: str) -> None:
 @pytest.mark.parametrize(
     ("packed", "k", "message"),
     [
-        (torch.zeros(2, 4, dtype=torch.int64), 32, "torch.int64"),
+        (
+            torch.zeros(2, 4, dtype=torch.int64),
+            32,
+            "Packed codes: expected an int32 matrix, got torch",
+        ),
         (torch.zeros(4, dtype=torch.int32), 32, r"\[4\]"),
-        (torch.zeros(2, 4, dtype=torch.int32), 31, "hold 32 columns, not 31"),
+        (
+            torch.zeros(2, 4, dtype=torch.int32),
+            31,
+            r"Packed codes of shape \[2, 4\] hold 32 columns, not 31",
+        ),
         (torch.zeros(2, 4, dtype=torch.int32), 40, "hold 32 columns, not 40"),
     ],
 )
@@ -139,10 +147,10 @@ def test_every_byte_is_a_valid_pair_of_four_bit_factors() -> None:
 @pytest.mark.parametrize(
     ("factors", "bits", "message"),
     [
-        (torch.zeros(2, 2), 8, "torch.float32"),
+        (torch.zeros(2, 2), 8, "Sidecar factors: expected int8, got torch.float32"),
         (torch.zeros(2, 2, dtype=torch.uint8), 4, "torch.uint8"),
         (torch.zeros(2, 3, dtype=torch.int8), 4, r"\[2, 3\]: the last axis must be even"),
-        (torch.full((2,), 8, dtype=torch.int8), 4, "span 8 to 8: expected -8 to 7"),
+        (torch.full((2,), 8, dtype=torch.int8), 4, "4-bit sidecar factors span 8 to 8: expected"),
         (torch.full((2,), -9, dtype=torch.int8), 4, "span -9 to -9: expected -8 to 7"),
         (torch.zeros(2, dtype=torch.int8), 6, "6 bits: expected 4 or 8"),
     ],

@@ -219,7 +219,10 @@ def test_messages_and_chat_template(
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "system", "content": "be brief"}], "rejects its messages .*no system role here"),
+        (
+            [{"role": "system", "content": "be brief"}],
+            "the model's chat template rejects its messages .*no system role here",
+        ),
         ([{"role": "user"}], "rejects its messages .*no attribute 'content'"),
         ([{"role": "user", "content": None}], "rejects its messages .*NoneType"),
         ([], "rejects its messages .*empty conversation"),

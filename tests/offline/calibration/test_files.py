@@ -112,13 +112,17 @@ def test_parquet(load: Callable[..., str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("latin.txt", b"caf\xe9 " * 40, r"latin\.txt: not UTF-8: byte 3 is 0xe9"),
+        (
+            "latin.txt",
+            b"caf\xe9 " * 40,
+            r"latin\.txt: not UTF-8: byte 3 is 0xe9 .*Expected UTF-8, or UTF-16 with",
+        ),
         ("latin.jsonl", LINES.encode("latin-1", "ignore"), r"not UTF-8: byte 37 is 0xe9"),
         ("late.txt", b"a" * 70000 + b"\xff" + b"a" * 9, r"not UTF-8: byte 70000 is 0xff"),
         ("cut.txt", "caf\u00e9".encode()[:-1], r"byte 3 is 0xc3"),
         ("zero.txt", b"abc\0def", r"byte 3 is 0x00"),
         ("nomark.txt", "abc".encode("utf-16-le"), r"byte 1 is 0x00"),
-        ("utf32.txt", "abc".encode("utf-32"), r"is UTF-32"),
+        ("utf32.txt", "abc".encode("utf-32"), r"is UTF-32, expected UTF-8"),
         ("odd.txt", "abc".encode("utf-16") + b"\x00\xd8", r"not UTF-16: byte 8"),
         ("empty.txt", b"", r"is empty"),
         (
@@ -138,7 +142,7 @@ def test_parquet(load: Callable[..., str], tmp_path: Path) -> None:
         ("list.json", b'[{"text": "a"},\n {"text": null}]', r"line 2 \(row 2\): text is null"),
         ("open.json", b'{"text": "a\n', r"line 1: not JSON"),
         ("deep.json", b"[" * 200_000, r"line 1: not JSON|expected an object"),
-        ("null.jsonl", b'{"text": "a"}\n{"text": null}\n', r"line 2: text is null"),
+        ("null.jsonl", b'{"text": "a"}\n{"text": null}\n', r"line 2: text is null. Drop the row"),
         (
             "number.jsonl",
             b'{"text": 3}\n{"text": "a"}\n',
@@ -147,10 +151,10 @@ def test_parquet(load: Callable[..., str], tmp_path: Path) -> None:
         (
             "half.jsonl",
             b'{"text": "a"}\n{"text": "\\ud800"}\n',
-            r"line 2: holds \\ud800, half of a pair",
+            r"Calibration .*line 2: holds \\ud800, half of a pair",
         ),
         ("answer.jsonl", b'{"question": "a", "answer": null}\n{}\n', r"line 1: answer is null"),
-        ("none.jsonl", b"{}\n{}\n", r"line 1: has no key; expected text, messages"),
+        ("none.jsonl", b"{}\n{}\n", r"Calibration .*line 1: has no key; expected text, messages"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line(
@@ -276,14 +280,26 @@ def test_a_large_file_with_one_long_row_or_blank_parts(tokenizer: Any, tmp_path:
     assert load_calibration(str(path), tokenizer, 8, 48, 0).tokens.shape == (8, 48)
 
 
+def test_a_row_without_an_end_is_given_up(
+    load: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svsk_offline.calibration.files._LONGEST_ROW", 2 << 20)
+    for content in (
+        b'{"text": "a"}\n{"text": "' + b"a" * (3 << 20),
+        b'[{"text": "' + b"a" * (8 << 20),
+    ):
+        with pytest.raises(SvskError, match=r"line \d: a row of more than 2 MiB. Is a quote"):
+            load("open.json", content)
+
+
 def test_only_regular_files(tmp_path: Path) -> None:
     import os
 
     os.mkfifo(tmp_path / "pipe")
     for name, message in (
         ("pipe", "not a regular file"),
-        ("nothing", "no such file"),
-        (".", "is a folder"),
+        ("nothing", "Calibration text .*nothing: no such file"),
+        (".", "is a folder, expected a file"),
     ):
         with pytest.raises(SvskError, match=message):
             open_text(tmp_path / name)
@@ -334,7 +350,8 @@ def test_longest_sequence(config: Config, longest: int | None) -> None:
     if longest is not None:
         check_length(longest, config, "m")
         with pytest.raises(
-            SvskError, match=f"--seq-len is {longest + 1}, but m takes {longest} tokens at most"
+            SvskError,
+            match=f"--seq-len is {longest + 1}, but m takes {longest} tokens at most. Lower",
         ):
             check_length(longest + 1, config, "m")
 

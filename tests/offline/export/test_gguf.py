@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -137,6 +138,15 @@ def refused(folder: Path, match: str, svsk: Path, **options: Any) -> None:
     assert sorted(folder.iterdir()) == before, "something half written"
 
 
+def finished(writer: gguf.GGUFWriter) -> Path:
+    """The file of a writer that was given all of it."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(writer.path or "")
+
+
 def test_templates_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     svsk = write_svsk(tmp_path, "llama")
     write_dense(tmp_path / "other", "llama", seed=1)
@@ -146,6 +156,15 @@ def test_templates_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     write_dense(tmp_path / "wide", wide)
     other = write_template(tmp_path / "wide", tmp_path / "wide.gguf", "llama")
     refused(tmp_path, r"shape \[\d+, \d+\], the template has", svsk, template=other)
+    writer = gguf.GGUFWriter(tmp_path / "part.gguf", "llama")
+    writer.add_uint16("split.count", 2)
+    refused(tmp_path, "one file of several. Join them", svsk, template=finished(writer))
+    writer = gguf.GGUFWriter(tmp_path / "empty.gguf", "llama")
+    refused(
+        tmp_path, "has no tensor for .* of the checkpoint's in all", svsk, template=finished(writer)
+    )
+    writer = gguf.GGUFWriter(tmp_path / "later.gguf", "of-next-year")
+    refused(tmp_path, "architecture 'of-next-year': unknown to", svsk, template=finished(writer))
     damaged = tmp_path / "damaged.gguf"
     for content in (b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 40, b"no GGUF file at all" * 9):
         damaged.write_bytes(content)
@@ -161,18 +180,28 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     narrow = write_random_svsk(dense, tmp_path / "narrow", schemes=small)
     refused(tmp_path, r"q_proj|down_proj: groups of 16", narrow)
     refused(tmp_path, "--lora: .* has no sidecar", narrow, lora=lora)
+    tied = Family("llama", {"tie_word_embeddings": True})
+    headless = write_random_svsk(write_dense(tmp_path / "t", tied), tmp_path / "headless")
+    edit_json(headless / "config.json", lambda config: config.update(tie_word_embeddings=False))
+    refused(tmp_path, "the head is not tied, but the checkpoint has none", headless)
     edit_json(tiled / "config.json", lambda config: config.update(num_experts=4))
     refused(tmp_path, "num_experts: mixtures of experts are not exported", tiled)
     mistral = write_random_svsk(write_dense(tmp_path / "m", "mistral"), tmp_path / "mistral")
-    refused(tmp_path, "model_type 'mistral': .* --template", mistral)
+    refused(tmp_path, "model_type 'mistral': .* can be written from the checkpoint alone", mistral)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        (
+            {"hidden_act": "gelu"},
+            "hidden_act 'gelu': expected one of .*Give a GGUF file of the same",
+        ),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
-        ({"rms_norm_eps": None}, "has no rms_norm_eps"),
+        ({"rms_norm_eps": None}, "has no rms_norm_eps, which GGUF needs"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2', expected a number"),
+        ({"num_attention_heads": "2"}, "num_attention_heads is '2', expected a number"),
+        ({"num_hidden_layers": 1}, "GGUF's architecture qwen2 has no place for it"),
         ({"vocab_size": VOCAB, "use_sliding_window": True}, "use_sliding_window True"),
     ],
 )
@@ -274,7 +303,7 @@ def test_requests_that_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.M
     refuse("holds something that is not GGUF", tmp_path / "there.gguf")
     refuse("pass --overwrite", tmp_path / "old.gguf", overwrite=False)
     refuse("--lora .*: expected a name ending in .gguf", lora=tmp_path / "x.bin")
-    refuse("--template .*: no such file", template=tmp_path / "no.gguf")
+    refuse("--template .*: no such file. Name a GGUF file", template=tmp_path / "no.gguf")
     refuse("must be different files", lora=out)
     check_request(
         kind, tmp_path / "svsk", tmp_path / "old.gguf", template=None, lora=None, overwrite=True
