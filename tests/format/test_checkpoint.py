@@ -108,7 +108,7 @@ def test_is_svsk(tmp_path: Path) -> None:
         ),
         (
             lambda config: config["quantization_config"].update(quant_method="gptq"),
-            ["'gptq'", "expected 'svsk'"],
+            ["quantization_config: quant_method 'gptq', expected 'svsk'"],
         ),
         (
             lambda config: config["quantization_config"].pop("quant_method"),
@@ -144,7 +144,11 @@ def test_refuses_damaged_json(
     build_small_checkpoint(tmp_path, shards=2)
     if content is None:
         (tmp_path / file).unlink()
-        message = message if file == "config.json" else f"neither {SINGLE} nor {INDEX}"
+        message = (
+            message
+            if file == "config.json"
+            else f"neither {SINGLE} nor {INDEX}. Only safetensors are read: convert"
+        )
     else:
         (tmp_path / file).write_bytes(content)
     with pytest.raises(SvskFormatError, match=message) as caught:
@@ -159,7 +163,9 @@ def test_refuses_damaged_json(
 def test_an_index_reaches_only_safetensors_beside_it(tmp_path: Path, shard: object) -> None:
     build_small_checkpoint(tmp_path, shards=2)
     edit_json(tmp_path / INDEX, lambda index: index["weight_map"].update({"lm_head.weight": shard}))
-    with pytest.raises(SvskFormatError, match=r"lm_head\.weight is in") as caught:
+    with pytest.raises(
+        SvskFormatError, match=r"lm_head\.weight is in .*the name of a .safetensors file beside it"
+    ) as caught:
         Checkpoint(tmp_path)
     assert repr(shard) in str(caught.value)
     assert INDEX in str(caught.value)

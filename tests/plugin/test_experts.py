@@ -193,7 +193,10 @@ def test_a_tensor_that_did_not_arrive_is_named(linears: dict[str, QuantizedLinea
 
 
 def test_a_rank_that_cuts_a_group_is_refused(linears: dict[str, QuantizedLinear]) -> None:
-    with pytest.raises(SvskFormatError, match=r"each rank gets 48 of 192 .*--enable-expert-par"):
+    with pytest.raises(
+        SvskFormatError,
+        match=r"each rank gets 48 of 192 features of every expert, .*--enable-expert-par",
+    ):
         build(linears, tp=(0, 4))
 
 

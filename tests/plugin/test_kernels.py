@@ -152,7 +152,10 @@ def test_batch_invariance_takes_a_fused_kernel_or_is_refused(
     monkeypatch.setattr(TritonKernel, "obstacle", staticmethod(lambda *_: "groups of 128"))
     monkeypatch.setattr(CpuKernel, "obstacle", staticmethod(lambda *_: "there is no compiler"))
     for device, obstacle in ((gpu, "groups of 128"), (CPU, "there is no compiler")):
-        with pytest.raises(SvskFormatError, match=f"m: .*but {obstacle}. Unset VLLM_BATCH_INV"):
+        with pytest.raises(
+            SvskFormatError,
+            match=f"m: .* kernels alone can do, but {obstacle}. Unset VLLM_BATCH_INV",
+        ):
             choose_kernel("m", SPEC, (64, 128), device)
     plan = SidecarPlan(64, (Bundle((0, 128), (SlotGroup(1, 64, 4, 0),)),))
     table = dataclasses.replace(SPEC, plan=plan, lookup=True)
@@ -235,7 +238,8 @@ def test_an_obstacle_is_reported_once(
     ]
     monkeypatch.setenv("SVSK_KERNEL", "fused")
     with pytest.raises(
-        SvskFormatError, match=r"m: SVSK_KERNEL=fused, but there is no compiler\. Unset it"
+        SvskFormatError,
+        match=r"m: SVSK_KERNEL=fused, but there is no compiler\. Unset it, or set it to portable",
     ):
         choose_kernel("m", SPEC, (64, 128), CPU)
     monkeypatch.setenv("SVSK_KERNEL", "fast")
@@ -286,7 +290,9 @@ def test_activations_of_eight_bits_are_asked_for(
         assert not kernel.int8
     monkeypatch.setenv("SVSK_ACTIVATIONS", "int8")
     monkeypatch.setenv("SVSK_KERNEL", "portable")
-    with pytest.raises(SvskFormatError, match=r"m: activations int8, .* runs on PortableKernel"):
+    with pytest.raises(
+        SvskFormatError, match=r"m: activations int8, .*, but the layer runs on PortableKernel"
+    ):
         choose_kernel("m", spec, (112, 128), CPU)
     table = dataclasses.replace(spec, lookup=True)
     assert isinstance(choose_kernel("m", table, (112, 128), CPU), PortableKernel)

@@ -90,12 +90,10 @@ def settings_of(
     versions = package_versions(chosen)
     from lm_eval.utils import simple_parse_args_string
 
-    try:
-        generation = simple_parse_args_string(gen_kwargs)
-    except (ValueError, IndexError) as error:
-        raise EvalError(
-            f"--gen-kwargs {gen_kwargs}: expected KEY=VALUE,KEY=VALUE ({error})."
-        ) from error
+    for pair in (gen_kwargs or "").split(","):  # lm-eval takes a word alone for a key
+        if pair.strip() and "=" not in pair:
+            raise EvalError(f"--gen-kwargs {gen_kwargs}: expected KEY=VALUE,KEY=VALUE, got {pair}.")
+    generation = simple_parse_args_string(gen_kwargs)
     _check_sampling(generation)
     if system_instruction is not None and not apply_chat_template:
         raise EvalError(

@@ -147,10 +147,14 @@ def test_the_gate(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--tasks", " , "], "--tasks ' , ': expected names"),
+        (
+            ["--tasks", " , "],
+            "--tasks ' , ': expected names separated by commas, such as svsk_smoke",
+        ),
         (["--limit", 0], "--limit 0: expected 1 or more"),
         (["--engine", "tpu"], "--engine tpu: expected one of vllm, hf"),
         (["--text-engine", "hf,tpu", "--text", "x"], "--text-engine tpu: expected vllm or hf"),
+        (["--gen-kwargs", "oops"], "--gen-kwargs oops: expected KEY=VALUE,KEY=VALUE"),
         (["--text", "none.txt"], "--text none.txt: no such file"),
         (["--min-recovery", 1.5], "--min-recovery 1.5: expected a share"),
         (["--min-recovery", 0.0], "--min-recovery 0.0: expected a share"),

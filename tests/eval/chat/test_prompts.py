@@ -74,7 +74,7 @@ def test_the_first_rows_are_taken_whatever_stands_behind_them(tmp_path: Path) ->
     ("row", "message"),
     [
         ([1], r"line 2: a list, expected an object"),
-        ({"answer": "2", "n": 1}, r"line 2: has answer, n; expected messages, .*or text"),
+        ({"answer": "2", "n": 1}, r"line 2: has answer, n; expected messages, .* or text"),
         ({}, r"line 2: has no key; expected"),
         ({"question": 7}, r"line 2: question is a int, expected a string"),
         ({"instruction": "add", "input": [1]}, r"line 2: input is a list, expected a string"),
@@ -95,7 +95,7 @@ def test_rows_without_a_prompt_are_named(tmp_path: Path, row: Any, message: str)
     ("content", "message"),
     [
         (b"", r"is empty"),
-        (b"a plain text\n", r"holds plain text, expected JSON"),
+        (b"a plain text\n", r"holds plain text, expected JSON: an object with messages"),
         (b"PAR1 and so on PAR1", r"holds parquet, expected JSON"),
         (b'{"question": "a"}\n', r"holds 1 prompts, fewer than the 2 asked for. Give --prompts 1"),
         (b'{"question": "a"}\nnot json\n', r"line 2: not JSON"),
@@ -145,9 +145,15 @@ def test_models_that_are_asked_differently_are_refused(
 @pytest.mark.parametrize(
     ("message", "error"),
     [
-        ({"role": "system", "content": "a"}, "rejects its messages .no system here"),
+        (
+            {"role": "system", "content": "a"},
+            "the chat template of .*model rejects its messages .no system here",
+        ),
         ({"role": "user", "content": None}, "rejects its messages .*NoneType"),
-        ({"role": "user", "content": "\ud800"}, r"holds \\ud800, half of a pair"),
+        (
+            {"role": "user", "content": "\ud800"},
+            r"holds \\ud800, half of a pair that is no character. Mend",
+        ),
     ],
 )
 def test_messages_that_a_template_rejects_are_named(

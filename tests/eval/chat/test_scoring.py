@@ -91,6 +91,10 @@ def test_the_command_writes_what_it_shows(models: Path, prompts: Path, tmp_path:
     [
         ([], "Nothing to score: give --text, --chat, or both"),
         (["--text", "{prompts}", "--answers", "a.json"], "--answers a.json: goes with --chat only"),
+        (
+            ["--chat", "{prompts}", "--reference", "r", "--activations", "int8"],
+            "answers are scored with activations as they are",
+        ),
         (["--chat", "{prompts}"], "Name it with --reference"),
         (["--chat", "{prompts}", "--reference", "r", "--engine", "vllm"], "--engine hf only"),
         (
@@ -114,12 +118,13 @@ def test_what_is_too_long_is_refused_before_weights_are_read(
     longest = max(len(prompt_ids(models / "dense", question)) for question in QUESTIONS)
     prepare_chat(request(models, prompts, answer_tokens=512 - longest))
     with pytest.raises(
-        EvalError, match=rf"prompts\.jsonl, line 5: {longest} tokens, .* than the 512 that .*svsk"
+        EvalError,
+        match=rf"line 5: {longest} tokens, and with .* of an answer more than the 512 that .*svsk",
     ):
         prepare_chat(request(models, prompts, answer_tokens=513 - longest))
-    with pytest.raises(EvalError, match="--answer-tokens is 0"):
+    with pytest.raises(EvalError, match="--answer-tokens is 0, expected 1"):
         prepare_chat(request(models, prompts, answer_tokens=0))
-    with pytest.raises(EvalError, match="--prompts is 0"):
+    with pytest.raises(EvalError, match="--prompts is 0, expected 1"):
         prepare_chat(request(models, prompts, prompts=0))
     with pytest.raises(EvalError, match="dtype is 'int4'"):
         prepare_chat(request(models, prompts, dtype="int4"))

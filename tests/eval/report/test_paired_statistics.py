@@ -283,7 +283,7 @@ def test_tasks_without_spread() -> None:
         assert result.interval is None
         assert words in result.notes[0]
     assert same.p == 1.0
-    with pytest.raises(EvalError, match="no task"):
+    with pytest.raises(EvalError, match="There is no task to pool: expected at least one"):
         pooled([])
 
 

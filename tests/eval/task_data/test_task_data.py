@@ -256,7 +256,7 @@ class TestLocalFiles:
         name = file.partition(".")[0].lower()
         before = {split: list(rows) for split, rows in benchmark_documents(name).items()}
         write_rows(local / other, FILES[file])
-        with pytest.raises(EvalError, match=r"holds both .*\. Remove one"):
+        with pytest.raises(EvalError, match=r"holds both .*\. Remove one of them"):
             benchmark_documents(name)
         (local / file).unlink()
         assert {split: list(rows) for split, rows in benchmark_documents(name).items()} == before
@@ -282,7 +282,13 @@ class TestLocalFiles:
             moved.rename(local / "away")
             with pytest.raises(EvalError) as caught:
                 benchmark_documents(name)
-            for part in (str(local), file, DATA_VARIABLE, "https://", "Hugging Face hub"):
+            for part in (
+                str(local),
+                file,
+                DATA_VARIABLE,
+                "https://",
+                "to take it from the Hugging Face hub",
+            ):
                 assert part in str(caught.value)
             (local / "away").rename(moved)
         assert requested == []
@@ -311,7 +317,12 @@ FAULTS: list[tuple[str, str, Rows, str]] = [
     ("mbpp", "mbpp.jsonl", MBPP[:5], "0 row.* 'test' .* at least 1"),
     ("gsm8k", "gsm8k_test.jsonl", [], "cannot read rows of JSON"),
     ("gsm8k", "gsm8k_test.jsonl", [{"text": "x"}], "row 1: question is 'None', expected str"),
-    ("gsm8k", "gsm8k_train_2000.jsonl", GSM8K[:4], "has 4 row.* 'train' .* at least 5"),
+    (
+        "gsm8k",
+        "gsm8k_train_2000.jsonl",
+        GSM8K[:4],
+        "has 4 row.s. of the split that is 'train' .* at least 5",
+    ),
     ("arc_challenge", "ARC-Challenge-Test.jsonl", broken(ARC, 1, answerKey="B"), "row 2: .*'B'"),
     ("arc_challenge", "ARC-Challenge-Test.jsonl", broken(ARC, 0, question="What?"), "row 1: "),
     ("hellaswag", "hellaswag_val.jsonl", broken(HELLASWAG, 1, label=...), "row 2: .*label is None"),
@@ -376,7 +387,7 @@ class TestHub:
         message = str(caught.value)
         for part in (
             "openai/gsm8k (main)",
-            "ConnectionError: no route",
+            "from the Hugging Face hub (ConnectionError: no route",
             "HF_HUB_OFFLINE",
             DATA_VARIABLE,
             "gsm8k_train_2000.jsonl, gsm8k_test.jsonl",

@@ -107,7 +107,10 @@ def test_inputs_that_a_kind_cannot_divide(dense: Path) -> None:
     model = load_model(dense, device="cpu")
     model.model.layers[0].mlp.down_proj = torch.nn.Linear(100, 128)
     with (
-        pytest.raises(EvalError, match=r"--activations nvfp4: .*down_proj has 100 inputs"),
+        pytest.raises(
+            EvalError,
+            match=r"--activations nvfp4: .*down_proj has 100 inputs, which is no multiple",
+        ),
         rounded_inputs(model, dense, "nvfp4"),
     ):
         pass
@@ -135,7 +138,10 @@ def test_command(dense: Path, text: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--activations", "int4"], "expected one of int8, int8-g64, fp8, nvfp4"),
+        (
+            ["--activations", "int4"],
+            "--activations int4: expected one of int8, int8-g64, fp8, nvfp4",
+        ),
         (["--activations", "int8", "--engine", "vllm"], "emulated with --engine hf only"),
     ],
 )

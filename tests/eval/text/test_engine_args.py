@@ -106,7 +106,7 @@ def test_engine_arguments_are_json_or_words() -> None:
         (["swap=NaN"], "is not JSON"),
         (['a={"b": '], "is not JSON"),
         (["a="], "is not JSON"),
-        (["a=1", "a=2"], "a: given twice"),
+        (["a=1", "a=2"], "--engine-arg a: given twice. Give it once"),
     ],
 )
 def test_engine_arguments_of_another_form_are_refused(texts: list[str], message: str) -> None:

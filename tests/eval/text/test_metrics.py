@@ -170,7 +170,7 @@ def test_kl_is_never_negative_and_always_the_exact_one(
 
 
 def test_score_chunk_rejects_other_vocabularies_and_lengths() -> None:
-    with pytest.raises(EvalError, match=r"\[4, 10\].*\[4, 12\]"):
+    with pytest.raises(EvalError, match=r"The model's logits have shape \[4, 10\].*\[4, 12\]"):
         score_chunk(torch.zeros(4, 10), torch.zeros(4, dtype=torch.long), torch.zeros(4, 12))
     with pytest.raises(EvalError, match=r"targets have shape \[3\].*need \[4\]"):
         score_chunk(torch.zeros(4, 10), torch.zeros(3, dtype=torch.long))
@@ -181,7 +181,9 @@ def test_score_chunk_rejects_other_vocabularies_and_lengths() -> None:
 def test_score_chunk_rejects_logits_that_are_not_finite(value: float, of_reference: bool) -> None:
     logits, targets, reference = random_chunk(6, 10, 0.1)
     (reference if of_reference else logits)[3, 5] = value
-    with pytest.raises(EvalError, match=r"position 3 .* not finite"):
+    with pytest.raises(
+        EvalError, match=r"position 3 of a chunk are not finite: NaN or infinite logits"
+    ):
         score_chunk(logits, targets, reference)
 
 
@@ -303,10 +305,12 @@ def test_inputs_are_keys_beside_the_figures() -> None:
 def test_summarise_rejects_chunks_that_do_not_belong_together() -> None:
     with pytest.raises(EvalError, match="no chunk was scored"):
         summarize([])
-    with pytest.raises(EvalError, match="chunks of 10 and of 20 tokens"):
+    with pytest.raises(EvalError, match="must have one length, got chunks of 10 and of 20 tokens"):
         summarize([*random_scores(1, 20), *random_scores(1, 10)])
     with pytest.raises(EvalError, match="no predicted token"):
         summarize([ChunkScores(np.zeros(0))])
     scores = random_scores(2, 10)
-    with pytest.raises(EvalError, match="ref_nll: 1 of 2 chunks"):
+    with pytest.raises(
+        EvalError, match="ref_nll: 1 of 2 chunks have it; score all with a reference"
+    ):
         summarize([scores[0], ChunkScores(scores[1].nll)])

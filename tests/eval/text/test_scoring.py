@@ -140,7 +140,7 @@ def test_a_model_is_scored_with_its_bos(models: Path, text: Path, tmp_path: Path
         float(torch.nn.functional.cross_entropy(logits, chunk[0, 1:])), abs=1e-5
     )
     assert result.tokens == SEQ_LEN - 1
-    with pytest.raises(EvalError, match=r"tokenizers of .*bos .* differ"):
+    with pytest.raises(EvalError, match=r"The tokenizers of .*bos .* differ, so their predictions"):
         evaluate(folder, models / "dense", text, 1, SEQ_LEN)
 
 
@@ -155,7 +155,9 @@ def test_a_text_that_cannot_be_cut_is_an_error_that_says_why(
     models: Path, text: Path, tmp_path: Path
 ) -> None:
     tokenizer = load_tokenizer(models / "dense")
-    with pytest.raises(EvalError, match=r"nowhere.txt: cannot read .*No such file"):
+    with pytest.raises(
+        EvalError, match=r"nowhere.txt: cannot read the text to score .No such file"
+    ):
         token_chunks(tmp_path / "nowhere.txt", tokenizer, 1, SEQ_LEN)
     tokens = len(tokenizer(text.read_text(encoding="utf-8"))["input_ids"])
     with pytest.raises(
@@ -164,9 +166,9 @@ def test_a_text_that_cannot_be_cut_is_an_error_that_says_why(
         token_chunks(text, tokenizer, 1000, SEQ_LEN)
     with pytest.raises(EvalError, match="are 0 chunks of 5000, fewer than the 1 asked"):
         token_chunks(text, tokenizer, None, 5000)
-    with pytest.raises(EvalError, match="seq_len is 1"):
+    with pytest.raises(EvalError, match="seq_len is 1, but a chunk needs 2 tokens"):
         token_chunks(text, tokenizer, 1, 1)
-    with pytest.raises(EvalError, match="chunks is 0"):
+    with pytest.raises(EvalError, match="chunks is 0, expected 1 or more"):
         token_chunks(text, tokenizer, 0, SEQ_LEN)
     (tmp_path / "latin1.txt").write_bytes("été".encode("latin-1"))
     with pytest.raises(EvalError, match=r"not UTF-8 .* at byte 0"):
@@ -294,12 +296,14 @@ def test_bfloat16_differs_from_float32_by_rounding_only(models: Path, text: Path
 
 
 def test_an_unknown_dtype_is_an_error(models: Path) -> None:
-    with pytest.raises(EvalError, match="'fp8', expected one of float32, bfloat16, float16"):
+    with pytest.raises(
+        EvalError, match="dtype is 'fp8', expected one of float32, bfloat16, float16"
+    ):
         load_model(models / "dense", "fp8")
 
 
 def test_a_path_that_is_no_model_is_an_error(models: Path, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match=r"no config\.json"):
+    with pytest.raises(EvalError, match=r"not a model folder, it has no config\.json"):
         evaluate(tmp_path, None, text, 1, SEQ_LEN)
     with pytest.raises(EvalError, match=r"no config\.json"):
         evaluate(models / "dense", tmp_path, text, 1, SEQ_LEN)

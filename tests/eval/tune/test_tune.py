@@ -281,7 +281,10 @@ def test_another_search_is_refused(dense: Path, tmp_path: Path, quantized: list[
     edit_json(
         state, lambda raw: next(iter(raw["trials"].values()))["recipe"]["sink"].update(weight=3.0)
     )
-    with pytest.raises(EvalError, match=r"damaged, .*a recipe that is not the one of its digest"):
+    with pytest.raises(
+        EvalError,
+        match=r"damaged, or of another version .a recipe that is not the one of its digest",
+    ):
         run_tune(dense, out, **options)
     state.write_text("[]")
     with pytest.raises(ValueError, match="holds a list, expected a JSON object"):
@@ -341,12 +344,14 @@ def test_the_command(dense: Path, tmp_path: Path) -> None:
 def test_errors_come_before_any_work(dense: Path, tmp_path: Path, quantized: list[Recipe]) -> None:
     out = tmp_path / "tuned.yaml"
     (tmp_path / "file").write_text("a few words")
+    (tmp_path / "notes.yaml").write_text("a few words")
     for arguments, message in (
         ([tmp_path / "tuned.json"], "expected a name ending in .yaml"),
         ([tmp_path / "no" / "tuned.yaml"], "its folder does not exist"),
         ([out, "--held-out", 1], "--held-out is 1, expected 2 or more"),
         ([out, "--budget-minutes", 0], "--budget-minutes is 0.0, expected more than 0"),
-        ([out, "--work-dir", tmp_path / "file"], "is a file, expected a folder"),
+        ([tmp_path / "notes.yaml", "--overwrite"], "holds something that is not a recipe, so"),
+        ([out, "--work-dir", tmp_path / "file"], "file: is a file, expected a folder"),
         ([out, "--work-dir", dense], "overlaps the model"),
         ([out, "--target-bpw", 3], "allocation.target_bpw: expected more than 4"),
         (
