@@ -2,6 +2,7 @@
 """Requests that would do nothing, or harm, end before any work, and leave everything as it was."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,16 @@ from svsk_kernels.errors import SvskError
 from svsk_offline import pipeline
 from svsk_offline.export.dense import restore
 from svsk_offline.pipeline import Progress, quantize
-from svsk_offline.preflight import check_output, check_recipe, check_report_files
+from svsk_offline.preflight import (
+    check_measurements,
+    check_output,
+    check_recipe,
+    check_recipe_file,
+    check_report_files,
+    check_text,
+)
 from svsk_offline.recipe import Recipe, load_recipe, recipe_names
+from svsk_offline.storage.hub import check_checkpoint, check_model
 from svsk_vllm.format.config import matches
 from tests.support.light_commands import run_without_heavy_imports
 
@@ -253,3 +262,35 @@ def test_what_can_be_told_at_once_is_told_before_heavy_imports(tmp_path: Path) -
         "--group-size 128: expected one of 16, 32, 64.",
     ):
         assert said in run.stderr, said
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        (lambda at: check_output(at / "file", overwrite=True), "a folder to write. Choose another"),
+        (lambda at: check_measurements(at / "file", ()), "--measurements .*file: is a file, expec"),
+        (lambda at: check_measurements(at / "a", (at,)), "--measurements .*a: overlaps .*another"),
+        (
+            lambda at: check_recipe_file(at / "no" / "a.yaml", overwrite=False),
+            "yaml: its folder does not exist",
+        ),
+        (lambda at: check_text(at / "no.txt"), "no.txt: no such file. Name a plain text file"),
+        (lambda at: check_text(at), "is not a regular file. Name a plain text file"),
+        (
+            lambda at: check_report_files(json=at / "no" / "x.json"),
+            "--json .*: cannot be written, its folder does not exist",
+        ),
+        (lambda at: check_model(f"{at}/a.gguf"), "a.gguf: no such file; and it names"),
+        (
+            lambda at: check_checkpoint(at / "no"),
+            "no: no such folder. Name one that `svsk quantize`",
+        ),
+    ],
+)
+def test_what_cannot_be_read_or_written_is_named(
+    tmp_path: Path, check: Callable[[Path], object], message: str
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(SvskError, match=message):
+        check(tmp_path)
+    assert (tmp_path / "file").read_text() == "precious"

@@ -201,3 +201,13 @@ def test_old_files_keep_their_typing_errors(tmp_path: Path) -> None:
     for text, message in wrong.items():
         with pytest.raises(SvskError, match=message):
             load(tmp_path, text)
+
+
+def test_files_that_hold_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- published")
+    for name, message in (
+        ("list.yaml", "holds a list, expected a mapping of sections"),
+        ("no.yaml", r"no\.yaml: no such file. Shipped recipes: .*fast"),
+    ):
+        with pytest.raises(SvskError, match=message):
+            load_recipe(str(tmp_path / name))

@@ -89,8 +89,6 @@ def test_inverse_root_and_damping() -> None:
     assert torch.isfinite(inverse_root(singular)).all()
     dead = damped(torch.zeros(4, 4), 0.01)
     assert torch.equal(dead, torch.eye(4))
-    with pytest.raises(SvskError, match="not finite"):
-        inverse_root(torch.full((4, 4), torch.inf))
 
 
 @pytest.mark.parametrize("k", [4, 5, 300, 700])  # below and above the size that is split
@@ -538,3 +536,15 @@ def test_unused_channels_and_layers() -> None:
         spec = LinearSpec("m", 32, 64, make_group(rank=4, tile_m=0, tile_n=0))
         linear = quantize_alternating(weight(32, 64), PreparedInput(found, AlternatingArgs()), spec)
         assert torch.isfinite(dequantize(linear)).all()
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (torch.full((4, 4), torch.inf), "A calibration Hessian holds values that are not finite"),
+        (torch.diag(torch.tensor([1.0, -8.0])), "Hessian of 2 channels has no Cholesky decomp"),
+    ],
+)
+def test_a_hessian_that_is_none_is_refused(matrix: torch.Tensor, message: str) -> None:
+    with pytest.raises(SvskError, match=message):
+        inverse_root(matrix)
