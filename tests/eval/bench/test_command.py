@@ -255,7 +255,8 @@ def test_a_page_whose_packages_are_absent_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    monkeypatch.delitem(sys.modules, "svsk_eval.report.html", raising=False)
+    for name in ("html", "page"):
+        monkeypatch.delitem(sys.modules, f"svsk_eval.report.{name}", raising=False)
     options = bench_options(tmp_path)
     files = {"json_file": None, "markdown": None, "html": tmp_path / "a.html"}
     with pytest.raises(EvalError, match="needs the package jinja2"):
