@@ -130,15 +130,9 @@ class BlockQuantizer:
         found = (stage.among(planned) for stage in pairs.stages(index, block))
         stages = [stage for stage in found if stage.names]
         pairs.advance(index, block, stages)
+        first, weights = self._sink_names(index), self._token_weights(index)
         for stage in stages:
-            gathered = pairs.gather(
-                index,
-                block,
-                stage,
-                replaced,
-                first=self._sink_names(index),
-                weights=self._token_weights(index),
-            )
+            gathered = pairs.gather(index, block, stage, replaced, first=first, weights=weights)
             prepare = last_one_kept()
             inputs: dict[str, InputStatistics] = {}
             for name in stage.names:

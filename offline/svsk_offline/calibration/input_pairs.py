@@ -78,38 +78,37 @@ class InputPairs:
         read the same tokens; linears that the batch does not run are in none.
         """
         experts = expert_modules(block)
-        order: dict[
-            str, list[str]
-        ] = {}  # by the stage's first linear, or what experts' names end in
-        stage_of: dict[str, str] = {}
+        kinds = {
+            name: _kind(name) if name in experts else name for name, _ in linear_modules(block)
+        }
+        stage_of: dict[str, str] = {}  # by kind, in the order in which they run: the stage's first
         last: dict[str, Any] = {"tensor": None, "stage": ""}
 
-        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            kind = _kind(name) if name in experts else name
-
+        def hook(kind: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
                 if kind not in stage_of:
-                    same = inputs[0] is last["tensor"]
-                    stage_of[kind] = last["stage"] if same else kind
-                    order.setdefault(stage_of[kind], [])
+                    stage_of[kind] = last["stage"] if inputs[0] is last["tensor"] else kind
                 last.update(tensor=inputs[0], stage=stage_of[kind])
 
             return before
 
-        hooks = [m.register_forward_pre_hook(hook(name)) for name, m in linear_modules(block)]
+        hooks = [
+            module.register_forward_pre_hook(hook(kinds[name]))
+            for name, module in linear_modules(block)
+        ]
         try:
             first = next(iter(self.runner.batches()))
             self.runner.forward(index, block, self.runner.hidden[first])
         finally:
             for one in hooks:
                 one.remove()
-        for name, _ in linear_modules(block):
-            kind = _kind(name) if name in experts else name
+        stages: dict[str, list[str]] = {stage: [] for stage in stage_of.values()}
+        for name, kind in kinds.items():
             if kind in stage_of:
-                order[stage_of[kind]].append(name)
+                stages[stage_of[kind]].append(name)
         return [
             Stage(tuple(names), not any(name in experts for name in names))
-            for names in order.values()
+            for names in stages.values()
         ]
 
     @torch.no_grad()
@@ -198,10 +197,10 @@ class InputPairs:
         # Linears of one input whose tokens count alike share their moments.
         own: dict[int, tuple[torch.Tensor | None, InputStatistics, CrossMoment]] = {}
         result: dict[str, tuple[InputStatistics, CrossMoment | None]] = {}
+        apart = any(one in first for one in stage.names)
         for one in stage.names:
             counts = None if weights is None else weights[one]
             if id(counts) not in own:
-                apart = any(other in first for other in stage.names)
                 own[id(counts)] = (
                     counts,
                     InputStatistics(features, device, full=True, first=apart),
