@@ -42,6 +42,7 @@ from peers.common import (
 from peers.environment import environment_python, run_shown
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import CalibrationSet, load_calibration
+from svsk_offline.command_app import App
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.side_files import copy_side_files
 
@@ -109,7 +110,7 @@ PEERS = {
     ),
 }
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = App(add_completion=False)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from svsk_eval.demo_answers import AnswerRequest
 from svsk_eval.processes import run_request
+from svsk_offline.command_app import App
 from svsk_offline.endings import plain_endings
 
 __all__ = ["main"]
@@ -140,15 +141,13 @@ def _show_answers(original: list[str], quantized: list[str]) -> None:
     console.print(f"{same} of {len(PROMPTS)} answers are the same, word for word")
 
 
-def run() -> None:
-    """Run the demo; whatever stops it ends in one line instead of a traceback."""
-    again = "Start it again to go on: what is finished is kept."
-    typer.run(
-        plain_endings(lambda text: _errors.print(f"error: {text}", markup=False), lambda: again)(
-            main
-        )
-    )
+_again = "Start it again to go on: what is finished is kept."
+app = App(add_completion=False)
+# Whatever stops it, it ends in one line instead of a traceback.
+app.command()(
+    plain_endings(lambda text: _errors.print(f"error: {text}", markup=False), lambda: _again)(main)
+)
 
 
 if __name__ == "__main__":
-    run()
+    app()

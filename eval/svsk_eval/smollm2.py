@@ -28,6 +28,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from svsk_eval.errors import DownloadError, EvalError
+from svsk_offline.command_app import App
 
 __all__ = ["build_smollm2", "default_cache", "dither_"]
 
@@ -229,5 +230,8 @@ def main(
         raise typer.Exit(1) from error
 
 
+app = App(add_completion=False)
+app.command()(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -28,6 +28,7 @@ from svsk_offline.cli_options import (
     Verbose,
     examples,
 )
+from svsk_offline.command_app import App, Group
 from svsk_offline.endings import plain_endings
 from svsk_offline.preflight import check_measurements, check_output, check_report_files
 from svsk_offline.terminal import Terminal, console, notes, reset, write_json
@@ -36,7 +37,7 @@ from svsk_vllm.version import __version__
 __all__ = ["Commands", "app"]
 
 
-class Commands(typer.core.TyperGroup):
+class Commands(Group):
     """All subcommands end in one line instead of a traceback, whatever stops them.
 
     Attributes:
@@ -55,13 +56,11 @@ class Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
 
 
-app = typer.Typer(
+app = App(
     name="svsk",
     cls=Commands,
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
 )
 _errors = Terminal(stderr=True)
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from svsk_eval.speed.random_model import SHAPES, Shape, write_random_model
 from svsk_offline.calibration import CalibrationSet
 from svsk_offline.calibration.text import token_fingerprint
+from svsk_offline.command_app import App
 from svsk_offline.console import peak_memory_gib
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.recipe import load_recipe
@@ -105,7 +106,7 @@ def main(
     Console().print_json(json.dumps(cost))
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = App(add_completion=False)
 app.command()(main)
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from svsk_offline.calibration import InputStatistics
 from svsk_offline.calibration.cross_moment import CrossMoment
+from svsk_offline.command_app import App
 from svsk_offline.quantizers.aimed_weight import aimed_weight
 from svsk_offline.quantizers.alternating import PreparedInput, quantize_alternating
 from svsk_offline.quantizers.row_metric import RowMetric
@@ -161,7 +162,7 @@ def main(
         console.print(f"process, per K x K float32: {matrices:.1f} (K {first.k} to {last.k})")
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = App(add_completion=False)
 app.command()(main)
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from rich.console import Console
 from svsk_eval.errors import EvalError
 from svsk_eval.speed.fused_obstacle import fused_obstacle
 from svsk_kernels.errors import SvskError
+from svsk_offline.command_app import App
 from svsk_offline.export.compressed_tensors import w4a16_config
 from svsk_offline.storage.atomic import PartialFolder, write_index, write_json, write_tensors
 from svsk_vllm.format import (
@@ -311,7 +312,7 @@ def main(
             )
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = App(add_completion=False)
 app.command()(main)
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from svsk_eval.speed.fused_obstacle import fused_obstacle
 from svsk_eval.speed.throughput_server import Load, Server, serve
 from svsk_eval.text.engine_args import parse_engine_args
 from svsk_kernels.errors import SvskError
+from svsk_offline.command_app import App
 from svsk_offline.export.compressed_tensors import export_compressed_tensors
 from svsk_offline.storage.atomic import write_json, write_text
 from svsk_vllm.format import Checkpoint
@@ -309,7 +310,7 @@ def _report(
         write_text(markdown, "".join(lines).rstrip("\n") + "\n")
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = App(add_completion=False)
 
 
 @app.command()
@@ -328,7 +329,7 @@ def run(
     tokens: Annotated[
         int, typer.Option(min=2, help="To decode per request, after the first.")
     ] = 64,
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, of which medians are taken.")] = 5,
     one_at_a_time: Annotated[
         bool, typer.Option("--one-at-a-time", help="Keep one model in memory.")
     ] = False,

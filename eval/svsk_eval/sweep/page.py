@@ -25,6 +25,7 @@ from svsk_eval.sweep.figure import sweep_figure
 from svsk_eval.sweep.schema import SweepReport, load_sweep
 from svsk_eval.sweep.tables import failures, sweep_table
 from svsk_kernels.errors import SvskError
+from svsk_offline.command_app import App
 from svsk_offline.storage.atomic import write_text
 
 __all__ = ["by_reference", "filled"]
@@ -36,7 +37,7 @@ _PART: Final = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = App(add_completion=False)
 
 
 @app.command()

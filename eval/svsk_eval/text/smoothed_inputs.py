@@ -24,6 +24,7 @@ from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import load_calibration
 from svsk_offline.calibration_entries import DEFAULT_SOURCE
 from svsk_offline.cli_options import CalibrationText, JsonFile
+from svsk_offline.command_app import App
 from svsk_offline.planning.smoothing import plan_smoothing
 from svsk_offline.recipe_sections import SmoothingArgs
 from svsk_offline.storage.dense_model import ModelSource
@@ -148,7 +149,7 @@ def main(
     write_json(json_file, result.to_json())
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = App(add_completion=False)
 app.command()(main)
 
 if __name__ == "__main__":

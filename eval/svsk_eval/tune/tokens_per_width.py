@@ -23,6 +23,7 @@ from torch import nn
 
 from svsk_eval.errors import EvalError
 from svsk_offline.calibration import BlockRunner, CalibrationSet, InputStatistics, load_calibration
+from svsk_offline.command_app import App
 from svsk_offline.quantizers.quantize_linear import quantize_linear
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.atomic import write_json
@@ -205,7 +206,7 @@ def main(
         draw(points, figure)
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = App(add_completion=False)
 app.command()(main)
 
 if __name__ == "__main__":
