@@ -6,14 +6,15 @@ Heavy packages are imported by the subcommand that needs them.
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
+from svsk_eval.choices import ACTIVATIONS, DTYPES, ENGINES, KV_KINDS, PEERS, TABLES, task_names
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration_entries import DEFAULT_SOURCE, calibration_entries
-from svsk_offline.choices import check_device, choose
+from svsk_offline.choices import CODEBOOKS, STORED_DTYPES, check_device, choose
 from svsk_offline.cli import Commands, app
 from svsk_offline.cli_options import (
     CalibrationText,
@@ -32,6 +33,7 @@ from svsk_offline.cli_options import (
     Verbose,
     examples,
 )
+from svsk_offline.completion import list_of, one_of
 from svsk_offline.preflight import (
     check_measurements,
     check_page_file,
@@ -39,6 +41,7 @@ from svsk_offline.preflight import (
     check_report_files,
     check_text,
 )
+from svsk_offline.recipe_files import recipe_names
 from svsk_offline.terminal import console, notes, write_json
 from svsk_vllm.format.files import read_json
 
@@ -49,9 +52,6 @@ Commands.continues |= {
     "bench": "Start it again with the same arguments to go on after the last answer.",
     "sweep": "Start it again with the same arguments to go on after the last finished step.",
 }
-
-_DTYPES: Final = ("auto", "bfloat16", "float16", "float32")
-_ENGINES: Final = ("vllm", "hf")
 
 MarkdownFile = Annotated[Path | None, typer.Option(help="Write the report of tasks there.")]
 HtmlFile = Annotated[
@@ -102,13 +102,15 @@ def evaluate(
             help=(
                 "Arithmetic: auto (float32 on a CPU; vllm: the checkpoint's if fast), float32,"
                 " bfloat16, float16."
-            )
+            ),
+            autocompletion=one_of(DTYPES),
         ),
     ] = "auto",
     engine: Annotated[
         str,
         typer.Option(
-            help="hf: dequantised weights. vllm: the served model, its kernels included; no KL."
+            help="hf: dequantised weights. vllm: the served model, its kernels included; no KL.",
+            autocompletion=one_of(ENGINES),
         ),
     ] = "hf",
     engine_arg: Annotated[
@@ -125,7 +127,8 @@ def evaluate(
             help=(
                 "Attend to keys and values as a cache stores them, with --engine hf: kpc32, q8_0,"
                 " q4_0, q4_1, int4; two kinds as KEYS:VALUES."
-            )
+            ),
+            autocompletion=one_of(KV_KINDS),
         ),
     ] = None,
     activations: Annotated[
@@ -134,7 +137,8 @@ def evaluate(
             help=(
                 "Round the inputs of MODEL's linears as kernels of few bits would, with --engine"
                 " hf: int8, int8-g64, fp8, nvfp4."
-            )
+            ),
+            autocompletion=one_of(ACTIVATIONS),
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -151,8 +155,8 @@ def evaluate(
     if text is not None:
         check_text(text)
     check_device(device)
-    choose("--dtype", dtype, _DTYPES)
-    choose("--engine", engine, _ENGINES)
+    choose("--dtype", dtype, DTYPES)
+    choose("--engine", engine, ENGINES)
     _check_models(model, reference)
     from svsk_eval.cards import eval_rows, note_in_card
     from svsk_eval.chat.command import check_options, evaluate_parts
@@ -209,9 +213,15 @@ def benchmark(
     ],
     reference: Annotated[str, typer.Option(help="Dense model they are made from, or LABEL=MODEL.")],
     tasks: Annotated[
-        str, typer.Option(help="lm-eval's names of tasks and groups, separated by commas.")
+        str,
+        typer.Option(
+            help="lm-eval's names of tasks and groups, separated by commas.",
+            autocompletion=list_of(task_names),
+        ),
     ] = "svsk_smoke",
-    engine: Annotated[str, typer.Option(help="vllm or hf.")] = "vllm",
+    engine: Annotated[
+        str, typer.Option(help="vllm or hf.", autocompletion=one_of(ENGINES))
+    ] = "vllm",
     limit: Annotated[int | None, typer.Option(help="Items per task, from its first.")] = None,
     gen_kwargs: Annotated[
         str | None, typer.Option(help="Over the tasks': do_sample=true,temperature=0.6 ...")
@@ -236,7 +246,10 @@ def benchmark(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Arithmetic: auto, bfloat16, float16, float32.")
+        str,
+        typer.Option(
+            help="Arithmetic: auto, bfloat16, float16, float32.", autocompletion=one_of(DTYPES)
+        ),
     ] = "auto",
     batch_size: Annotated[
         int, typer.Option(min=1, help="Prompts at a time with hf; vllm chooses itself.")
@@ -255,7 +268,10 @@ def benchmark(
     chunks: Annotated[int, typer.Option(min=1, help="Chunks of the text.")] = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per chunk.")] = 512,
     text_engine: Annotated[
-        str, typer.Option(help="hf (KL, NLL), vllm (NLL as served) or hf,vllm.")
+        str,
+        typer.Option(
+            help="hf (KL, NLL), vllm (NLL as served) or hf,vllm.", autocompletion=list_of(ENGINES)
+        ),
     ] = "hf",
     reference_answers: Annotated[
         int,
@@ -288,8 +304,8 @@ def benchmark(
 ) -> None:
     """Run lm-eval tasks for a reference and its variants, and compare them item by item."""
     check_report_files(json=json_file, markdown=markdown, html=html)
-    choose("--engine", engine, _ENGINES)
-    choose("--dtype", dtype, _DTYPES)
+    choose("--engine", engine, ENGINES)
+    choose("--dtype", dtype, DTYPES)
     for name in (reference, *models):
         _check_models(name if Path(name).is_dir() else name.rpartition("=")[2])
     from svsk_eval.bench.command import (
@@ -392,7 +408,12 @@ def tune(
     budget_minutes: Annotated[
         float, typer.Option(help="Of all runs of this search together.")
     ] = 60.0,
-    recipe: Annotated[str, typer.Option(help="Where to start: name or YAML file.")] = "best",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="Where to start: name or YAML file.", autocompletion=one_of(recipe_names)
+        ),
+    ] = "best",
     codebook: CodebookName = None,
     tile_m: TileM = None,
     tile_n: TileN = None,
@@ -429,8 +450,8 @@ def tune(
     check_recipe_file(out, overwrite=overwrite)
     check_report_files(json=json_file)
     check_device(device)
-    choose("--codebook", codebook, ("int4", "quad8"))
-    choose("--dtype", dtype, _DTYPES[:3])
+    choose("--codebook", codebook, CODEBOOKS)
+    choose("--dtype", dtype, STORED_DTYPES)
     if work_dir is not None and work_dir.exists() and not work_dir.is_dir():
         raise SvskError(f"--work-dir {work_dir}: is a file, expected a folder.")
     calibration_entries(calibration or DEFAULT_SOURCE)
@@ -480,13 +501,20 @@ def sweep(
     peer: Annotated[
         str,
         typer.Option(
-            help="Other quantisers of eval/peers, such as gptq,awq:64 (with groups of 64)."
+            help="Other quantisers of eval/peers, such as gptq,awq:64 (with groups of 64).",
+            autocompletion=list_of(PEERS),
         ),
     ] = "",
     also: Annotated[
-        str, typer.Option(help="Further recipes, each at the size it gives: published,fast.")
+        str,
+        typer.Option(
+            help="Further recipes, each at the size it gives: published,fast.",
+            autocompletion=list_of(recipe_names),
+        ),
     ] = "",
-    recipe: Annotated[str, typer.Option(help="That budgets are given to.")] = "best",
+    recipe: Annotated[
+        str, typer.Option(help="That budgets are given to.", autocompletion=one_of(recipe_names))
+    ] = "best",
     calibration: CalibrationText = None,
     samples: Samples = None,
     seq_len: Annotated[
@@ -497,13 +525,19 @@ def sweep(
     tables: Annotated[
         str,
         typer.Option(
-            help="Embedding and output head: own, as each quantiser stores them, or reference."
+            help="Embedding and output head: own, as each quantiser stores them, or reference.",
+            autocompletion=one_of(TABLES),
         ),
     ] = "own",
     tasks: Annotated[
-        str | None, typer.Option(help="Also run lm-eval's tasks of these names.")
+        str | None,
+        typer.Option(
+            help="Also run lm-eval's tasks of these names.", autocompletion=list_of(task_names)
+        ),
     ] = None,
-    engine: Annotated[str, typer.Option(help="That runs the tasks: vllm or hf.")] = "vllm",
+    engine: Annotated[
+        str, typer.Option(help="That runs the tasks: vllm or hf.", autocompletion=one_of(ENGINES))
+    ] = "vllm",
     limit: Annotated[int | None, typer.Option(help="Items per task, from its first.")] = None,
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Ask tasks as a chat.")
@@ -513,7 +547,11 @@ def sweep(
         typer.Option(help="Argument of lm-eval's model, such as max_model_len=4096."),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Arithmetic of tasks: auto, bfloat16, float16, float32.")
+        str,
+        typer.Option(
+            help="Arithmetic of tasks: auto, bfloat16, float16, float32.",
+            autocompletion=one_of(DTYPES),
+        ),
     ] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of tasks at a time, hf.")] = 8,
     include_path: Annotated[Path | None, typer.Option(help="Folder of further task files.")] = None,
@@ -544,14 +582,13 @@ def sweep(
     check_text(text)
     check_report_files(json=json_file)
     check_device(device)
-    choose("--engine", engine, _ENGINES)
-    choose("--dtype", dtype, _DTYPES)
+    choose("--engine", engine, ENGINES)
+    choose("--dtype", dtype, DTYPES)
     names = tuple(calibration or [DEFAULT_SOURCE])
     calibration_entries(list(names))
     if out.exists() and not out.is_dir():
         raise SvskError(f"{out}: is a file, expected a folder to write.")
-    if tables not in ("own", "reference"):
-        raise SvskError(f"--tables {tables}: expected own or reference.")
+    choose("--tables", tables, TABLES)
     _check_models(model)
     if measurements is not None:
         check_measurements(measurements, (out,))
@@ -632,7 +669,8 @@ def report(
     dtype: Annotated[
         str,
         typer.Option(
-            help="Arithmetic: auto (float32 on a CPU, else bfloat16), float32, bfloat16, float16."
+            help="Arithmetic: auto (float32 on a CPU, else bfloat16), float32, bfloat16, float16.",
+            autocompletion=one_of(DTYPES),
         ),
     ] = "auto",
     overwrite: Annotated[
@@ -654,7 +692,7 @@ def report(
     if html is not None:
         check_page_file(html, overwrite=overwrite)
     check_device(device)
-    choose("--dtype", dtype, _DTYPES)
+    choose("--dtype", dtype, DTYPES)
     check_checkpoint(folder)
     from svsk_eval.checkpoint.command import check_options, report_checkpoint
 
@@ -690,10 +728,14 @@ def generate(
     prompt: Annotated[
         list[str], typer.Option(help="May be given several times: they run as one batch.")
     ],
-    engine: Annotated[str, typer.Option(help="vllm or hf.")] = "vllm",
+    engine: Annotated[
+        str, typer.Option(help="vllm or hf.", autocompletion=one_of(ENGINES))
+    ] = "vllm",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, bfloat16, float16, float32.", autocompletion=one_of(DTYPES))
+    ] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     json_file: JsonFile = None,
     quiet: Quiet = False,
@@ -701,8 +743,8 @@ def generate(
 ) -> None:
     """Complete prompts with a model, through vLLM or transformers."""
     check_report_files(json=json_file)
-    choose("--engine", engine, _ENGINES)
-    choose("--dtype", dtype, _DTYPES)
+    choose("--engine", engine, ENGINES)
+    choose("--dtype", dtype, DTYPES)
     _check_models(folder)
     from svsk_eval.text.generate import generate_texts
 

@@ -1,20 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Values of options that are one of a few: refused at once, with what may have been meant."""
 
-import difflib
 import re
 from collections.abc import Collection
 from typing import Final
 
 from svsk_kernels.errors import SvskError
 
-__all__ = ["check_device", "choose", "did_you_mean"]
+__all__ = [
+    "BUDGET_PARTS",
+    "CODEBOOKS",
+    "DEVICES",
+    "EMBEDDINGS",
+    "FACTOR_BITS",
+    "GROUP_SIZES",
+    "HEADS",
+    "SCALE_BITS",
+    "STORED_DTYPES",
+    "check_device",
+    "choose",
+    "did_you_mean",
+]
 
-_DEVICES: Final = ("auto", "cpu", "cuda", "mps", "xpu")
+DEVICES: Final = ("auto", "cpu", "cuda", "mps", "xpu")
+STORED_DTYPES: Final = ("auto", "bfloat16", "float16")
+CODEBOOKS: Final = ("int4", "quad8")
+GROUP_SIZES: Final = (16, 32, 64)
+SCALE_BITS: Final = (16, 8, 6)
+FACTOR_BITS: Final = (8, 4)
+HEADS: Final = ("auto", "int8", "mixed-int8", "svsk", "dense")
+EMBEDDINGS: Final = ("auto", "int8", "mixed-int8", "dense")
+BUDGET_PARTS: Final = ("head",)
 
 
 def did_you_mean(value: str, names: Collection[str]) -> str:
     """`` Did you mean X?``, or nothing where no name is close."""
+    import difflib  # only where something is wrong
+
     close = difflib.get_close_matches(value, [*names], 1)
     return f" Did you mean {close[0]}?" if close else ""
 
@@ -40,8 +62,8 @@ def check_device(name: str) -> None:
         SvskError: it is no name of a device, with or without a number.
     """
     kind, colon, number = name.partition(":")
-    if kind not in _DEVICES or (colon and not re.fullmatch(r"\d+", number)):
+    if kind not in DEVICES or (colon and not re.fullmatch(r"\d+", number)):
         raise SvskError(
-            f"--device {name}: not usable here: expected one of {', '.join(_DEVICES)}, or cuda:1"
-            f" and the like.{did_you_mean(kind, _DEVICES)}"
+            f"--device {name}: not usable here: expected one of {', '.join(DEVICES)}, or cuda:1"
+            f" and the like.{did_you_mean(kind, DEVICES)}"
         )

@@ -9,7 +9,18 @@ from rich.markup import escape
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration_entries import DEFAULT_SOURCE, calibration_entries
-from svsk_offline.choices import check_device, choose
+from svsk_offline.choices import (
+    BUDGET_PARTS,
+    CODEBOOKS,
+    EMBEDDINGS,
+    FACTOR_BITS,
+    GROUP_SIZES,
+    HEADS,
+    SCALE_BITS,
+    STORED_DTYPES,
+    check_device,
+    choose,
+)
 from svsk_offline.cli_options import (
     CalibrationText,
     ChatTemplate,
@@ -29,8 +40,11 @@ from svsk_offline.cli_options import (
     examples,
 )
 from svsk_offline.command_app import App, Group
+from svsk_offline.completion import one_of
 from svsk_offline.endings import plain_endings
+from svsk_offline.export.formats import FORMATS
 from svsk_offline.preflight import check_measurements, check_output, check_report_files
+from svsk_offline.recipe_files import recipe_names
 from svsk_offline.terminal import Terminal, console, notes, reset, write_json
 from svsk_vllm.version import __version__
 
@@ -50,6 +64,10 @@ class Commands(Group):
         ),
     }
 
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with plain_endings(_say_error):  # `--install-completion` writes files
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx: Any) -> Any:
         reset()
         with plain_endings(_say_error, lambda: self.continues.get(ctx.invoked_subcommand)):
@@ -60,7 +78,6 @@ app = App(
     name="svsk",
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
 )
 _errors = Terminal(stderr=True)
 
@@ -100,7 +117,12 @@ def main(
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    recipe: Annotated[str, typer.Option(help="Name (see `svsk recipes`) or YAML file.")] = "best",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="Name (see `svsk recipes`) or YAML file.", autocompletion=one_of(recipe_names)
+        ),
+    ] = "best",
     target_bpw: Annotated[
         float | None,
         typer.Option(help="Bits per weight; rank, group size and scale bits are then chosen."),
@@ -111,11 +133,19 @@ def quantize(
     tile_m: TileM = None,
     tile_n: TileN = None,
     factor_bits: Annotated[
-        int | None, typer.Option(help="Bits of a sidecar factor, 8 or 4.")
+        int | None,
+        typer.Option(help="Bits of a sidecar factor, 8 or 4.", autocompletion=one_of(FACTOR_BITS)),
     ] = None,
-    group_size: Annotated[int | None, typer.Option(help="Weights per scale: 16, 32 or 64.")] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Weights per scale: 16, 32 or 64.", autocompletion=one_of(GROUP_SIZES)),
+    ] = None,
     scale_bits: Annotated[
-        int | None, typer.Option(help="Bits of a scale: 16, or 8 or 6 under a scale per row.")
+        int | None,
+        typer.Option(
+            help="Bits of a scale: 16, or 8 or 6 under a scale per row.",
+            autocompletion=one_of(SCALE_BITS),
+        ),
     ] = None,
     codebook: CodebookName = None,
     ignore: Annotated[
@@ -125,21 +155,26 @@ def quantize(
         str | None,
         typer.Option(
             help="Output head: int8, mixed-int8 (8 bits in rows of common tokens, 4 in others),"
-            " svsk (4 bits and a sidecar), dense, or auto (int8 where it can be)."
+            " svsk (4 bits and a sidecar), dense, or auto (int8 where it can be).",
+            autocompletion=one_of(HEADS),
         ),
     ] = None,
     embedding: Annotated[
         str | None,
         typer.Option(
             help="Embedding table: int8, mixed-int8, dense, or auto (int8 where it can be; as the"
-            " head where it is tied)."
+            " head where it is tied).",
+            autocompletion=one_of(EMBEDDINGS),
         ),
     ] = None,
     hot_rows: Annotated[
         int | None, typer.Option(help="Of mixed-int8: rows in 8 bits, 8000 if not given.")
     ] = None,
     budget_includes: Annotated[
-        list[str] | None, typer.Option(help="head: its bits count in --target-bpw.")
+        list[str] | None,
+        typer.Option(
+            help="head: its bits count in --target-bpw.", autocompletion=one_of(BUDGET_PARTS)
+        ),
     ] = None,
     smoothing: Annotated[
         float | None,
@@ -205,13 +240,13 @@ def quantize(
         check_measurements(measurements, (out,))
     calibration_entries(calibration or DEFAULT_SOURCE)
     check_device(device)
-    choose("--dtype", dtype, ("auto", "bfloat16", "float16"))
-    choose("--group-size", group_size, (16, 32, 64))
-    choose("--scale-bits", scale_bits, (16, 8, 6))
-    choose("--factor-bits", factor_bits, (8, 4))
-    choose("--codebook", codebook, ("int4", "quad8"))
-    choose("--head", head, ("auto", "int8", "mixed-int8", "svsk", "dense"))
-    choose("--embedding", embedding, ("auto", "int8", "mixed-int8", "dense"))
+    choose("--dtype", dtype, STORED_DTYPES)
+    choose("--group-size", group_size, GROUP_SIZES)
+    choose("--scale-bits", scale_bits, SCALE_BITS)
+    choose("--factor-bits", factor_bits, FACTOR_BITS)
+    choose("--codebook", codebook, CODEBOOKS)
+    choose("--head", head, HEADS)
+    choose("--embedding", embedding, EMBEDDINGS)
     from svsk_offline.recipe import load_recipe
     from svsk_offline.storage.hub import check_model, resolve_model
     from svsk_offline.unfinished import check_unfinished
@@ -318,7 +353,11 @@ def quantize(
 @app.command(epilog=examples("svsk recipes", "svsk recipes best > mine.yaml"))
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(help="Print this one, to edit and give to --recipe.")
+        str | None,
+        typer.Argument(
+            help="Print this one, to edit and give to --recipe.",
+            autocompletion=one_of(recipe_names),
+        ),
     ] = None,
     json_file: JsonFile = None,
     quiet: Quiet = False,
@@ -443,7 +482,9 @@ def validate(
 def export(
     folder: Annotated[Path, typer.Argument(help="SVSK checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write, or file.gguf.")],
-    to: Annotated[str, typer.Option(help="dense, compressed-tensors or gguf.")],
+    to: Annotated[
+        str, typer.Option(help="dense, compressed-tensors or gguf.", autocompletion=one_of(FORMATS))
+    ],
     template: Annotated[
         Path | None, typer.Option(help="GGUF of the same model, which gives all but the weights.")
     ] = None,

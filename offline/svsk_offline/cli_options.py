@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from svsk_offline.calibration_entries import BUILT_IN
+from svsk_offline.choices import CODEBOOKS, DEVICES, STORED_DTYPES
+from svsk_offline.completion import one_of
 from svsk_offline.terminal import STDOUT, log_libraries, notes, results_to_stdout
 
 __all__ = [
@@ -28,16 +31,21 @@ __all__ = [
 ]
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, cuda:1 ...", autocompletion=one_of(DEVICES))
+]
 TileM = Annotated[int | None, typer.Option(help="Rows of a tile, 0 for all.")]
 TileN = Annotated[int | None, typer.Option(help="Columns of a tile, 0 for all.")]
-CodebookName = Annotated[str | None, typer.Option(help="int4 or quad8.")]
+CodebookName = Annotated[
+    str | None, typer.Option(help="int4 or quad8.", autocompletion=one_of(CODEBOOKS))
+]
 CalibrationText = Annotated[
     list[str] | None,
     typer.Option(
         help="File (text, JSON lines or list, parquet), dataset name[:config]:split, or"
         " default (if none is given), python, prose, code, chat, arithmetic. Several may be given,"
         " each with its weight: FILE:0.7.",
+        autocompletion=one_of(BUILT_IN),
     ),
 ]
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Render Q/A rows as chat.")]
@@ -48,7 +56,11 @@ Samples = Annotated[
 SeqLen = Annotated[int | None, typer.Option(help="Tokens per sample.")]
 Seed = Annotated[int | None, typer.Option(help="Of the draw of samples.")]
 StoredDtype = Annotated[
-    str, typer.Option(help="Of scales and dense tensors: auto, bfloat16, float16.")
+    str,
+    typer.Option(
+        help="Of scales and dense tensors: auto, bfloat16, float16.",
+        autocompletion=one_of(STORED_DTYPES),
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python files that come with the model.")

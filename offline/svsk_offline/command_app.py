@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs of commands, as typer makes them, whose help shows no type beside a flag.
+"""Programs of commands, as typer makes them, with help and completion set right.
 
-typer writes ``<bool>`` there, as if a value had to follow.
+typer writes ``<bool>`` beside a flag, as if a value had to follow.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,22 +16,38 @@ __all__ = ["App", "Command", "Group"]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class _PlainFlags:
-    """Gives options without a value an empty type, ``--help`` among them."""
+class _Common:
+    """Gives flags an empty type, and False where they are not given, ``--help`` among them.
+
+    typer has None for some, and asks pydantic about every value but True and False: help and a
+    shell that completes need not wait for its import.
+    """
 
     def get_params(self, ctx: Any) -> list[Any]:
         params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for param in params:
             if getattr(param, "is_flag", False):
                 param.metavar = ""
+                if param.default is None and not param.secondary_opts:
+                    param.default = False
         return params
 
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """As typer does; the process ends with the answer.
 
-class Command(_PlainFlags, TyperCommand):
+        typer wraps what is said of each option at the width of the terminal, and fish takes the
+        second line for a value.
+        """
+        os.environ["COLUMNS"] = "10000"
+        offered: list[Any] = super().shell_complete(ctx, incomplete)  # type: ignore[misc]
+        return offered
+
+
+class Command(_Common, TyperCommand):
     """A command."""
 
 
-class Group(_PlainFlags, TyperGroup):
+class Group(_Common, TyperGroup):
     """A command with subcommands."""
 
 

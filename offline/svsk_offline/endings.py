@@ -5,9 +5,9 @@ A traceback is for the program's own bugs only, and goes into a file.
 """
 
 import errno
-import importlib.metadata
 import os
 import platform
+import select
 import signal
 import sys
 import tempfile
@@ -148,6 +148,8 @@ def _report(error: Exception) -> str:
 
 def _tracker() -> str | None:
     """Address of the issue tracker in the metadata of the package, if there is one."""
+    import importlib.metadata  # only where something is wrong
+
     with suppress(importlib.metadata.PackageNotFoundError):
         for entry in importlib.metadata.metadata("svsk-vllm").get_all("Project-URL") or ():
             label, _, address = entry.partition(",")
@@ -196,12 +198,17 @@ def _open_standard_streams() -> None:
 
 
 def _drop_stdout() -> bool:
-    """Whether nobody reads standard output any more; what is left of it then goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
-        return True
+    """Whether nobody reads standard output any more; what is left of it then goes nowhere.
+
+    The pipe itself is asked: what could not be written may be in no buffer any more.
+    """
+    with suppress(OSError, ValueError):  # standard output may be closed, or no file
+        number = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(number, 0)
+        if any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0)):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, number)
+            os.close(null)
+            return True
     return False

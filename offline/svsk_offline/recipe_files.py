@@ -3,14 +3,13 @@
 
 from collections.abc import Mapping
 from importlib import resources
-from typing import Any
-
-import yaml
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.choices import did_you_mean
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["print_recipes", "recipe_names", "recipe_text", "recipe_values"]
 
@@ -45,12 +44,16 @@ def recipe_values(name: str) -> dict[str, Any]:
     Raises:
         SvskError: there is none of that name.
     """
+    import yaml
+
     values: dict[str, Any] = yaml.safe_load(recipe_text(name))
     return values
 
 
-def print_recipes(console: Console, shipped: Mapping[str, Mapping[str, Any]]) -> None:
+def print_recipes(console: "Console", shipped: Mapping[str, Mapping[str, Any]]) -> None:
     """Show the shipped recipes, by name, as a table."""
+    from rich.table import Table
+
     table = Table("name", "base", "sidecar", "description")
     for name, values in shipped.items():
         side, weights = values["sidecar"], values["weights"]

@@ -172,6 +172,31 @@ def test_standard_streams(redirection: str, status: int, stderr: str) -> None:
     assert len(done.stderr.splitlines()) == bool(stderr)
 
 
+@pytest.mark.parametrize("read", [False, True])
+def test_a_pipe_that_nobody_reads_is_no_error(read: bool) -> None:
+    """Also where no buffer holds what could not be written; other pipes are errors."""
+    program = (
+        "import sys; from svsk_offline.endings import plain_endings\n"
+        "with plain_endings(lambda text: print(text, file=sys.stderr)):\n"
+        "    raise BrokenPipeError(32, 'Broken pipe')"
+    )
+    reader, writer = os.pipe()
+    if not read:
+        os.close(reader)
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    if read:
+        os.close(reader)
+    assert run.returncode == 1
+    assert run.stderr == ("[Errno 32] Broken pipe\n" if read else "")
+
+
 def test_full_disk_then_room_again(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
     """A limit on the size of files stands in for the full disk.
 
