@@ -164,7 +164,8 @@ def _layer_line(report: LayerReport) -> str:
     error = "not measured: no token was routed to it"
     if report.base_error is not None and report.error is not None:
         error = f"{report.base_error:.2e} -> {report.error:.2e}{where}"
+    aim = "" if report.aim_share is None else f"  aim {report.aim_share:.2f}"
     return (
         f"{report.name:<44} {n:>6} x {k:<6} {report.bits_per_weight:6.3f} bpw  output error"
-        f" {error}  sqnr {report.sqnr_db:5.1f} dB  {report.seconds:5.2f} s"
+        f" {error}  sqnr {report.sqnr_db:5.1f} dB{aim}  {report.seconds:5.2f} s"
     )

@@ -2,7 +2,7 @@
 """The linears of a decoder block: their inputs gathered, quantised, measured."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +13,11 @@ from torch import nn
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import BlockRunner, InputStatistics
-from svsk_offline.calibration.cross_moment import CrossMoment
+from svsk_offline.calibration.cross_moment import PairedMoments
 from svsk_offline.calibration.held_out import OutputErrors, measure_outputs
 from svsk_offline.calibration.input_pairs import InputPairs, replaced_weights
 from svsk_offline.planning.plan import Plan
-from svsk_offline.quantizers.aimed_weight import aimed_weight
+from svsk_offline.quantizers.aimed_weight import Aim, aims
 from svsk_offline.quantizers.alternating import PreparedInput, last_one_kept
 from svsk_offline.quantizers.quantize_linear import quantize_linear
 from svsk_offline.recipe import AlternatingArgs, AlternatingRecipe, Recipe
@@ -103,10 +103,10 @@ class BlockQuantizer:
             # With nothing held out the same samples are measured below.
             advance=advance and self._runner.held_out > 0,
         )
-        routed = {
+        fitted = _Fitted()
+        fitted.routed = {
             name: statistics[name].tokens for name in expert_modules(block) if name in statistics
         }
-        fitted = _Fitted()
         prepare = last_one_kept()
         for name, full, module in self._planned(index):
             started = time.perf_counter()
@@ -116,7 +116,7 @@ class BlockQuantizer:
             fitted.seconds[name] = time.perf_counter() - started
             del statistics[name]  # the largest there is
         errors = measure_outputs(self._runner, index, block, fitted.linears, advance=advance)
-        return fitted.reported(errors, routed)
+        return fitted.reported(errors)
 
     def _in_stages(
         self, pairs: InputPairs, index: int, block: nn.Module
@@ -125,56 +125,79 @@ class BlockQuantizer:
         planned = {name: (full, module) for name, full, module in self._planned(index)}
         fitted = _Fitted()
         replaced: dict[str, torch.Tensor] = {}
-        aims: dict[str, torch.Tensor] = {}
-        routed: dict[str, int] = {}
+        aimed: dict[str, torch.Tensor] = {}
         found = (stage.among(planned) for stage in pairs.stages(index, block))
         stages = [stage for stage in found if stage.names]
         pairs.advance(index, block, stages)
         first, weights = self._sink_names(index), self._token_weights(index)
         for stage in stages:
             gathered = pairs.gather(index, block, stage, replaced, first=first, weights=weights)
-            prepare = last_one_kept()
             inputs: dict[str, InputStatistics] = {}
+            moments: dict[str, PairedMoments] = {}
             for name in stage.names:
-                full, module = planned[name]
-                inputs[name], cross = _known(gathered, name, full)
-                weight = loaded_weight(self._source, full, module)
-                aims[name] = self._aimed(full, weight, inputs[name], cross, prepare)
-                if not stage.paired:
-                    routed[name] = inputs[name].tokens
-            del gathered, cross  # before the fit, whose matrices are as large
+                inputs[name], pair = _known(gathered, name, planned[name][0])
+                if pair is None:
+                    fitted.routed[name] = inputs[name].tokens
+                else:
+                    moments[name] = pair
+            del gathered, pair  # as large as the matrices of a fit
+            found_aims = self._aims(planned, stage.names, inputs, moments)
+            prepare = last_one_kept()
             for name in stage.names:
                 started = time.perf_counter()
-                statistics = inputs.pop(name)
-                linear = self._fit(planned[name][0], aims[name], statistics, prepare)
-                dense = block.get_parameter(f"{name}.weight")
-                replaced[name] = dequantize(linear).to(dense.device, dense.dtype)
+                aim = found_aims.pop(name)
+                aimed[name], fitted.shares[name] = aim.weight, aim.share
+                linear = self._fit(planned[name][0], aim.weight, inputs.pop(name), prepare)
+                stored = block.get_parameter(f"{name}.weight")
+                replaced[name] = dequantize(linear).to(stored.device, stored.dtype)
                 fitted.linears[name] = linear
                 fitted.seconds[name] = time.perf_counter() - started
         for name, (full, _) in planned.items():
             _known(fitted.linears, name, full)
         with replaced_weights(block, replaced):
             errors = measure_outputs(
-                self._runner, index, block, fitted.linears, advance=False, aims=aims
+                self._runner, index, block, fitted.linears, advance=False, aims=aimed
             )
-        return fitted.reported(errors, routed)
+        return fitted.reported(errors)
 
-    def _aimed(
+    def _aims(
         self,
-        full: str,
-        weight: torch.Tensor,
-        statistics: InputStatistics,
-        cross: CrossMoment | None,
-        prepare: Prepare,
-    ) -> torch.Tensor:
-        """What base and sidecar are fitted to, [N, K]."""
+        planned: Mapping[str, tuple[str, nn.Linear]],
+        names: Sequence[str],
+        inputs: Mapping[str, InputStatistics],
+        moments: dict[str, PairedMoments],
+    ) -> dict[str, Aim]:
+        """What the linears of a stage are fitted to; ``moments`` is emptied."""
         assert self._alternating is not None, "only the method alternating has an aim"
-        if cross is None:
-            return weight
-        sink = self._alternating.sink_weight(full)
-        with _named(full):
-            given = prepare(statistics, self._alternating.alternating, sink)
-        return aimed_weight(weight.float(), cross, given.order, self._aim, sink)
+        found: dict[str, Aim] = {}
+        together: dict[tuple[int, float], list[str]] = {}  # of one input, and one sink weight
+        for name in names:
+            weight = loaded_weight(self._source, *planned[name]).float()
+            found[name] = Aim(weight, 0.0)
+            if name in moments:
+                sink = self._alternating.sink_weight(planned[name][0])
+                together.setdefault((id(moments[name]), sink), []).append(name)
+        for (_, sink), alike in together.items():
+            pairs = [moments.pop(name) for name in alike]
+            pair = pairs[0]
+            weights = {name: found[name].weight for name in alike}
+            missing, unseen = (
+                {name: cross.product(weight, sink) for name, weight in weights.items()}
+                for cross in (pair.fitted, pair.held_out)
+            )
+            held_out = pair.second
+            del pairs, pair  # as large as the matrices of a fit
+            with _named(planned[alike[0]][0]):
+                found |= aims(
+                    weights,
+                    missing,
+                    unseen,
+                    inputs[alike[0]],
+                    held_out,
+                    most=self._aim,
+                    sink_weight=sink,
+                )
+        return found
 
     def _fit(
         self, full: str, weight: torch.Tensor, statistics: InputStatistics, prepare: Prepare
@@ -217,16 +240,20 @@ class BlockQuantizer:
 
 @dataclass
 class _Fitted:
-    """Linears of a block and the seconds that each took, by their names below the block."""
+    """Linears of a block and what is known of their fits, by their names below the block."""
 
     linears: dict[str, QuantizedLinear] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    routed: dict[str, int] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
 
     def reported(
-        self, errors: Mapping[str, OutputErrors], routed: Mapping[str, int]
+        self, errors: Mapping[str, OutputErrors]
     ) -> tuple[list[QuantizedLinear], list[LayerReport]]:
         reports = [
-            errors[name].report(linear.spec, self.seconds[name], routed.get(name))
+            errors[name].report(
+                linear.spec, self.seconds[name], self.routed.get(name), self.shares.get(name)
+            )
             for name, linear in self.linears.items()
         ]
         return list(self.linears.values()), reports

@@ -121,6 +121,12 @@ class Run:
         """Decide, write all shards, then the rest of the folder."""
         drawn = self._draw()  # only now: it takes time
         self.texts, self.held_out = held_out_last(drawn)
+        if self.alternating and self.alternating.alternating.aim and not self.held_out:
+            raise SvskError(
+                "alternating.aim: how much of its correction a matrix takes is decided on samples"
+                f" that are held out, but there is {len(self.texts.tokens)} calibration sample,"
+                " which is fitted. Raise --samples, give more text, or leave --aim out."
+            )
         self.config = self._uniform_config({**drawn.describe(), "held_out": self.held_out})
         producer = {**self.config.producer, FINGERPRINT_KEY: self._fingerprint()}
         self.config = self.config.model_copy(update={"producer": producer})

@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from svsk_offline.calibration import InputStatistics
-from svsk_offline.calibration.cross_moment import CrossMoment
+from svsk_offline.calibration.cross_moment import CrossMoment, PairedMoments
 from svsk_offline.command_app import App
-from svsk_offline.quantizers.aimed_weight import aimed_weight
+from svsk_offline.quantizers.aimed_weight import aims
 from svsk_offline.quantizers.alternating import PreparedInput, quantize_alternating
 from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import AlternatingRecipe, load_recipe
@@ -34,6 +34,8 @@ from svsk_vllm.format import ConfigGroup, LinearSpec
 __all__ = ["LiveMemory", "Peak", "app", "measure"]
 
 _KIB: Final = 1 << 10
+
+_CPU: Final = torch.device("cpu")
 
 
 class LiveMemory(TorchDispatchMode):
@@ -107,25 +109,37 @@ def measure(k: int, recipe_name: str = "best", tokens: int | None = None) -> Pea
     before = _resident_kib()
     everything, matrices = LiveMemory(), LiveMemory(4 * k * k)
     with everything, matrices:
-        statistics = InputStatistics(k, torch.device("cpu"), full=True)
+        statistics = InputStatistics(k, _CPU, full=True)
         aim = recipe.alternating.aim
-        cross = CrossMoment(k, torch.device("cpu")) if aim else None
+        pair = _pair(k) if aim else None
         left = 2 * k if tokens is None else tokens
         while left > 0:
             count = min(left, 256)
             inputs = torch.randn(1, count, k, generator=generator)
             statistics.add(inputs)
-            if cross is not None:
-                cross.add(1.1 * inputs, inputs)
+            if pair is not None:
+                pair.fitted.add(1.1 * inputs, inputs)
+                pair.held_out.add(1.1 * inputs, inputs)
+                pair.second.add(inputs)
             left -= count
+        if pair is not None:
+            weights, held_out = {"": weight}, pair.second
+            missing = {"": pair.fitted.product(weight)}
+            unseen = {"": pair.held_out.product(weight)}
+            del pair  # as a run does
+            weight = aims(weights, missing, unseen, statistics, held_out, most=aim)[""].weight
+            del held_out
         given = PreparedInput(statistics, recipe.alternating)
-        if cross is not None:
-            weight = aimed_weight(weight, cross, given.order, aim)
-            del cross  # as a run does, before the fit
         quantize_alternating(weight, given, spec, metric)
     unit = 4 * k * k
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * _KIB
     return Peak(k, matrices.peak / unit, everything.peak / unit, grown)
+
+
+def _pair(k: int) -> PairedMoments:
+    return PairedMoments(
+        CrossMoment(k, _CPU), CrossMoment(k, _CPU), InputStatistics(k, _CPU, full=True)
+    )
 
 
 def _resident_kib() -> int:

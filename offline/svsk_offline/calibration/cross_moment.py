@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the input that a linear has in the dense model goes with the one in the quantised model."""
 
+from dataclasses import dataclass
+
 import torch
 
-__all__ = ["CrossMoment"]
+from svsk_offline.calibration.input_statistics import InputStatistics
+
+__all__ = ["CrossMoment", "PairedMoments"]
 
 
 class CrossMoment:
@@ -59,3 +63,18 @@ class CrossMoment:
         if sink_weight and self._first is not None:
             rows += sink_weight / max(1, self._samples) * (weight @ self._first)
         return rows
+
+
+@dataclass(frozen=True)
+class PairedMoments:
+    """Moments of a linear's input in both models.
+
+    Attributes:
+        fitted: over the samples that are fitted.
+        held_out: the same over those held out.
+        second: second moment of the input in the quantised model over those held out.
+    """
+
+    fitted: CrossMoment
+    held_out: CrossMoment
+    second: InputStatistics

@@ -68,7 +68,11 @@ class OutputErrors:
     tokens: int
 
     def report(
-        self, spec: LinearSpec, seconds: float, routed_tokens: int | None = None
+        self,
+        spec: LinearSpec,
+        seconds: float,
+        routed_tokens: int | None = None,
+        aim_share: float | None = None,
     ) -> LayerReport:
         """What the tool says of a linear with these errors, quantised in so many seconds.
 
@@ -76,6 +80,7 @@ class OutputErrors:
             spec: of the linear.
             seconds: spent.
             routed_tokens: of an expert: fitted tokens that were routed to it.
+            aim_share: how much of the correction for errors before it is in what it was fitted to.
         """
         return LayerReport(
             name=spec.name,
@@ -88,6 +93,7 @@ class OutputErrors:
             sqnr_db=self.sqnr_db,
             seconds=seconds,
             routed_tokens=routed_tokens,
+            aim_share=aim_share,
         )
 
 

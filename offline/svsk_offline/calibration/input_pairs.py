@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from svsk_offline.calibration.block_runner import IN_MEMORY, BlockRunner, scratch_tensor
-from svsk_offline.calibration.cross_moment import CrossMoment
+from svsk_offline.calibration.cross_moment import CrossMoment, PairedMoments
 from svsk_offline.calibration.input_statistics import InputStatistics
 from svsk_offline.storage.decoder_blocks import expert_modules, linear_modules
 
@@ -123,20 +123,20 @@ class InputPairs:
         """
         self._forget()
         paired = [stage.names[0] for stage in stages if stage.paired]
-        fitted = len(self.hidden) - self.runner.held_out
+        samples = len(self.hidden)
         limit = self._memory_limit // max(1, len(paired))
         part = slice(0)
         known: set[str] = set()
 
         def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                if part.stop > fitted or name in known:
+                if name in known:
                     return
                 known.add(name)  # some models call a linear twice
                 given = inputs[0].detach()
                 given = given.reshape(part.stop - part.start, -1, given.shape[-1])
                 if name not in self._dense:
-                    shape = (fitted, *given.shape[1:])
+                    shape = (samples, *given.shape[1:])
                     self._dense[name], self._files[name] = scratch_tensor(
                         shape, given.dtype, limit, self._scratch
                     )
@@ -164,8 +164,8 @@ class InputPairs:
         *,
         first: Collection[str] = (),
         weights: Mapping[str, torch.Tensor] | None = None,
-    ) -> dict[str, tuple[InputStatistics, CrossMoment | None]]:
-        """Moments of the inputs of a stage's linears, over the samples that are fitted.
+    ) -> dict[str, tuple[InputStatistics, PairedMoments | None]]:
+        """Moments of the inputs of a stage's linears.
 
         Args:
             index: number of the block.
@@ -176,8 +176,9 @@ class InputPairs:
             weights: likewise.
 
         Returns:
-            By the name of each linear, the second moment of its input in the quantised model, and
-            how the dense model's input differs from it (None where they are not paired).
+            By the name of each linear, the second moment of its input in the quantised model over
+            the samples that are fitted, and how the dense model's input differs from it, there and
+            over those held out (None where they are not paired).
         """
         if not stage.paired:
             with replaced_weights(block, quantised):
@@ -194,27 +195,32 @@ class InputPairs:
         name = stage.names[0]
         features = block.get_parameter(f"{name}.weight").shape[1]
         device = self.runner.device
-        # Linears of one input whose tokens count alike share their moments.
-        own: dict[int, tuple[torch.Tensor | None, InputStatistics, CrossMoment]] = {}
-        result: dict[str, tuple[InputStatistics, CrossMoment | None]] = {}
         apart = any(one in first for one in stage.names)
+
+        def second() -> InputStatistics:
+            return InputStatistics(features, device, full=True, first=apart)
+
+        def cross() -> CrossMoment:
+            return CrossMoment(features, device, first=apart)
+
+        # Linears of one input whose tokens count alike share their moments.
+        own: dict[int, tuple[torch.Tensor | None, InputStatistics, PairedMoments]] = {}
+        result: dict[str, tuple[InputStatistics, PairedMoments | None]] = {}
         for one in stage.names:
             counts = None if weights is None else weights[one]
             if id(counts) not in own:
-                own[id(counts)] = (
-                    counts,
-                    InputStatistics(features, device, full=True, first=apart),
-                    CrossMoment(features, device, first=apart),
-                )
+                own[id(counts)] = counts, second(), PairedMoments(cross(), cross(), second())
             result[one] = own[id(counts)][1:]
-        for part in self.runner.batches("fitted"):
-            with replaced_weights(block, quantised):
-                given = self._input(index, block, name, self.runner.hidden[part])
-            dense = self._dense[name][part].to(given.device).view(given.shape)
-            for counts, statistics, cross in own.values():
-                count = None if counts is None else counts[part]
-                statistics.add(given, count)
-                cross.add(dense, given, count)
+        for samples in ("fitted", "held out"):
+            for part in self.runner.batches(samples):
+                with replaced_weights(block, quantised):
+                    given = self._input(index, block, name, self.runner.hidden[part])
+                dense = self._dense[name][part].to(given.device).view(given.shape)
+                for counts, statistics, pair in own.values():
+                    count = None if counts is None else counts[part]
+                    fitted = samples == "fitted"
+                    (statistics if fitted else pair.second).add(given, count)
+                    (pair.fitted if fitted else pair.held_out).add(dense, given, count)
         return result
 
     def close(self) -> None:

@@ -38,6 +38,7 @@ class LayerReport:
     sqnr_db: float
     seconds: float
     routed_tokens: int | None = None  # fitted tokens that were routed to an expert
+    aim_share: float | None = None  # of the correction for errors before it; None: not asked for
 
     @property
     def bits_per_weight(self) -> float:
@@ -54,6 +55,7 @@ def report_json(layers: Sequence[LayerReport]) -> dict[str, Any]:
             "held_out_tokens": layer.held_out_tokens,
             "sqnr_db": layer.sqnr_db,
         }
+        | ({} if layer.aim_share is None else {"aim_share": layer.aim_share})
         for layer in layers
     }
     return {"matrices": rows}

@@ -12,8 +12,7 @@ from svsk_offline.calibration.cross_moment import CrossMoment
 from svsk_offline.calibration.input_pairs import InputPairs, Stage, replaced_weights
 from svsk_offline.calibration.text import CalibrationSet
 from svsk_offline.pipeline import quantize
-from svsk_offline.quantizers.aimed_weight import aimed_weight
-from svsk_offline.quantizers.hessian import ColumnOrder
+from svsk_offline.quantizers.aimed_weight import Aim, aims
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_vllm.format import Checkpoint
@@ -46,47 +45,109 @@ def loaded(source: ModelSource, index: int) -> nn.Module:
     return blocks[index]
 
 
+def paired_tokens(
+    draw: torch.Generator, samples: int, k: int, *, turned: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A linear's inputs in the dense and in the quantised model, float32 [samples, 40, k].
+
+    Channels of the second carry ``turned`` times what the channel two before lacks.
+    """
+    dense = torch.randn(samples, 40, k, generator=draw)
+    noise = 0.2 * torch.randn(samples, 40, k, generator=draw)
+    return dense, 0.9 * dense + noise + 0.2 * turned * dense.roll(2, -1)
+
+
+def aim_of(
+    weight: torch.Tensor,
+    fitted: tuple[torch.Tensor, torch.Tensor],
+    held_out: tuple[torch.Tensor, torch.Tensor],
+    counts: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    *,
+    sink: float = 0.0,
+    most: float = 1.0,
+) -> Aim:
+    k = weight.shape[1]
+    second, moments = [], []
+    for (dense, given), count in zip((fitted, held_out), counts, strict=True):
+        second.append(InputStatistics(k, CPU, full=True, first=True))
+        moments.append(CrossMoment(k, CPU, first=True))
+        for part in (slice(0, 2), slice(2, None)):
+            own = None if count is None else count[part]
+            second[-1].add(given[part], own)
+            moments[-1].add(dense[part], given[part], own)
+    missing, unseen = ({"one": moment.product(weight, sink)} for moment in moments)
+    found = aims({"one": weight}, missing, unseen, *second, most=most, sink_weight=sink)
+    return found["one"]
+
+
 @pytest.mark.parametrize("sink", [0.0, 0.7])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_an_aimed_weight_is_the_least_squares_fit_to_the_dense_outputs(
+def test_an_aim_has_the_least_error_on_tokens_that_are_held_out(
     sink: float, weighted: bool
 ) -> None:
-    """By solving for it from the tokens themselves, in float64."""
+    """Over ridge regressions solved from the tokens themselves, in float64, and all shares."""
     draw = torch.Generator().manual_seed(0)
-    samples, tokens, k, n = 5, 40, 12, 7
-    dense = torch.randn(samples, tokens, k, generator=draw)
-    given = dense + 0.3 * torch.randn(samples, tokens, k, generator=draw) + 0.1 * dense.roll(1, 2)
+    k, n = 12, 7
+    texts = [paired_tokens(draw, samples, k) for samples in (5, 3)]
     weight = torch.randn(n, k, generator=draw)
-    counts = torch.rand(samples, tokens, generator=draw) if weighted else None
-    statistics = InputStatistics(k, CPU, full=True, first=True)
-    cross = CrossMoment(k, CPU, first=True)
-    for part in (slice(0, 2), slice(2, 5)):
-        own = None if counts is None else counts[part]
-        statistics.add(given[part], own)
-        cross.add(dense[part], given[part], own)
-    order = ColumnOrder.of(statistics.hessian + sink * statistics.first_hessian)
-    aimed = aimed_weight(weight, cross, order, 1.0, sink)
+    counts = [
+        torch.rand(len(dense), 40, generator=draw) if weighted else None for dense, _ in texts
+    ]
+    aim = aim_of(weight, *texts, (counts[0], counts[1]), sink=sink)
 
-    rows = torch.ones(samples, tokens) if counts is None else counts.clone()
-    rows /= rows.sum()
-    rows[:, 0] += sink / samples
-    root = rows.double().flatten().sqrt()[:, None]
-    fit = torch.linalg.lstsq(
-        root * given.double().flatten(0, 1), root * (dense.flatten(0, 1) @ weight.T).double()
+    rooted = []
+    for (dense, given), count in zip(texts, counts, strict=True):
+        rows = torch.ones(len(dense), 40) if count is None else count.clone()
+        rows /= rows.sum()
+        rows[:, 0] += sink / len(dense)
+        root = rows.double().flatten().sqrt()[:, None]
+        rooted.append((root * dense.flatten(0, 1).double(), root * given.flatten(0, 1).double()))
+    (dense, given), (unseen_dense, unseen) = rooted
+    plain = texts[0][1].double() * (
+        1 if counts[0] is None else counts[0].double().sqrt()[..., None]
     )
-    assert torch.allclose(aimed, fit.solution.T.float(), atol=2e-4)
-    half = aimed_weight(weight, cross, order, 0.5, sink)
-    assert torch.allclose(half, (aimed + weight) / 2, atol=1e-6)
+    mean = plain.square().sum() / (200 if counts[0] is None else counts[0].sum()) / k
+    errors = {}
+    for damping in (0.01, 0.1, 1.0):
+        damped = given.T @ given + damping * mean * torch.eye(k)
+        whole = torch.linalg.solve(damped, given.T @ (dense - given)).T
+        for share in torch.linspace(0, 1, 101).tolist():
+            fitted = weight.double() + share * weight.double() @ whole
+            missed = (unseen_dense @ weight.T.double() - unseen @ fitted.T).square().sum()
+            errors[damping, share] = float(missed)
+    best = min(errors, key=lambda key: errors[key])
+    assert best[1] > 0
+    assert aim.share == pytest.approx(best[1], abs=0.006)
+    reached = (unseen_dense @ weight.T.double() - unseen @ aim.weight.T.double()).square().sum()
+    assert float(reached) <= errors[best] * (1 + 1e-5)
+    assert float(reached) < 0.9 * errors[best[0], 0.0]
+
+
+def test_what_does_not_hold_on_other_tokens_is_not_taken() -> None:
+    draw = torch.Generator().manual_seed(3)
+    weight = torch.randn(7, 12, generator=draw)
+    fitted = paired_tokens(draw, 5, 12)
+    aim = aim_of(weight, fitted, (fitted[1], fitted[0]))
+    assert aim.share == 0
+    assert torch.equal(aim.weight, weight)
+
+
+def test_no_more_than_the_largest_share_is_taken() -> None:
+    draw = torch.Generator().manual_seed(4)
+    weight = torch.randn(7, 12, generator=draw)
+    fitted = paired_tokens(draw, 5, 12)
+    whole = aim_of(weight, fitted, fitted)
+    assert whole.share > 0.9
+    assert aim_of(weight, fitted, fitted, most=0.25).share == 0.25
 
 
 def test_where_both_models_read_the_same_a_weight_aims_at_itself() -> None:
-    inputs = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(1))
-    statistics, cross = InputStatistics(8, CPU, full=True), CrossMoment(8, CPU)
-    statistics.add(inputs)
-    cross.add(inputs, inputs)
-    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
-    order = ColumnOrder.of(statistics.hessian, 0.01)
-    assert torch.equal(aimed_weight(weight, cross, order, 1.0), weight)
+    draw = torch.Generator().manual_seed(1)
+    inputs = torch.randn(3, 20, 8, generator=draw)
+    weight = torch.randn(4, 8, generator=draw)
+    aim = aim_of(weight, (inputs, inputs), (inputs, inputs))
+    assert aim.share == 0
+    assert torch.equal(aim.weight, weight)
 
 
 @pytest.mark.parametrize(
@@ -133,26 +194,30 @@ def test_inputs_are_those_behind_the_weights_that_were_replaced(
     pairs = InputPairs(runner)
     stage = Stage(("self_attn.o_proj",), paired=True)
     pairs.advance(0, block, [stage])
-    statistics, cross = pairs.gather(0, block, stage, other)["self_attn.o_proj"]
+    statistics, pair = pairs.gather(0, block, stage, other)["self_attn.o_proj"]
     assert value.data_ptr() == kept.data_ptr()
-    assert cross is not None
+    assert pair is not None
 
     inputs: list[torch.Tensor] = []
     hook = block.get_submodule("self_attn.o_proj").register_forward_pre_hook(
         lambda module, given: inputs.append(given[0].flatten(0, 1))
     )
-    fitted = runner.hidden[: len(runner.hidden) - runner.held_out]
     for weights in ({}, other):
         with replaced_weights(block, weights), torch.no_grad():
-            for sample in fitted:
+            for sample in runner.hidden:
                 runner.forward(0, block, sample[None])
     hook.remove()
     half = len(inputs) // 2
-    dense, given = torch.cat(inputs[:half]), torch.cat(inputs[half:])
-    assert torch.allclose(statistics.hessian, given.T @ given / len(given), atol=1e-5)
-    wanted = out.data.float() @ ((dense - given).T @ given / len(given))
-    assert wanted.abs().max() > 1e-4
-    assert torch.allclose(cross.product(out.data.float()), wanted, atol=1e-6)
+    fitted = half - runner.held_out
+    for part, second, cross in (
+        (slice(0, fitted), statistics, pair.fitted),
+        (slice(fitted, half), pair.second, pair.held_out),
+    ):
+        dense, given = torch.cat(inputs[:half][part]), torch.cat(inputs[half:][part])
+        assert torch.allclose(second.hessian, given.T @ given / len(given), atol=1e-5)
+        wanted = out.data.float() @ ((dense - given).T @ given / len(given))
+        assert wanted.abs().max() > 1e-4
+        assert torch.allclose(cross.product(out.data.float()), wanted, atol=1e-6)
 
 
 def test_the_model_ends_nearer_to_the_dense_one(
