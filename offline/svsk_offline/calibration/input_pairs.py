@@ -178,7 +178,7 @@ class InputPairs:
         Returns:
             By the name of each linear, the second moment of its input in the quantised model over
             the samples that are fitted, and how the dense model's input differs from it, there and
-            over those held out (None where they are not paired).
+            over those held out, whose tokens count alike (None where they are not paired).
         """
         if not stage.paired:
             with replaced_weights(block, quantised):
@@ -217,10 +217,13 @@ class InputPairs:
                     given = self._input(index, block, name, self.runner.hidden[part])
                 dense = self._dense[name][part].to(given.device).view(given.shape)
                 for counts, statistics, pair in own.values():
-                    count = None if counts is None else counts[part]
-                    fitted = samples == "fitted"
-                    (statistics if fitted else pair.second).add(given, count)
-                    (pair.fitted if fitted else pair.held_out).add(dense, given, count)
+                    if samples == "fitted":
+                        count = None if counts is None else counts[part]
+                        statistics.add(given, count)
+                        pair.fitted.add(dense, given, count)
+                    else:  # no gradients were taken of these
+                        pair.second.add(given)
+                        pair.held_out.add(dense, given)
         return result
 
     def close(self) -> None:

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import BlockRunner, CalibrationSet
 from svsk_offline.calibration.held_out import held_out_last
 from svsk_offline.pipeline import quantize
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.dense_model import ModelSource
+from svsk_offline.storage.layer_report import REPORT_NAME
 from svsk_vllm.format import Checkpoint
+from svsk_vllm.format.files import read_json
 
 
 def samples(count: int, tokens: int = 32) -> CalibrationSet:
@@ -78,7 +81,6 @@ def test_what_is_held_out_is_not_fitted(tmp_path: Path, tiny_llama: Path) -> Non
     [
         ("published", {"calibration": {"sequential": False}}),
         ("published", {"calibration": {"sequential": True}}),
-        ("fast", {"alternating": {"aim": 1.0}}),
     ],
 )
 @pytest.mark.parametrize("count", [1, 2])
@@ -98,3 +100,16 @@ def test_a_single_sample_is_fitted_and_said_to_be(
     assert all(0 < layer.error < layer.base_error < 0.1 for layer in result.layers)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert ("that were fitted" in card) == (count == 1)
+
+
+def test_aims_are_decided_on_samples_that_are_held_out(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = load_recipe("fast").override({"alternating": {"aim": 1.0}})
+    wanted = r"alternating.aim: .* there is 1 calibration sample, .* Raise --samples"
+    with pytest.raises(SvskError, match=wanted):
+        quantize(tiny_llama, tmp_path / "one", recipe, calibration=samples(1))
+    result = quantize(tiny_llama, tmp_path / "two", recipe, calibration=samples(2))
+    assert {layer.held_out_tokens for layer in result.layers} == {32}
+    shares = [layer.aim_share for layer in result.layers]
+    assert all(share is not None and 0 <= share <= 1 for share in shares)
+    stored = read_json(tmp_path / "two" / REPORT_NAME)["matrices"]
+    assert [stored[layer.name]["aim_share"] for layer in result.layers] == shares
