@@ -208,7 +208,7 @@ def quantize(
         typer.Option(
             min=0.0,
             max=1.0,
-            help="Share of the errors before a matrix that it makes up for; 0 for none.",
+            help="Largest share of the errors before a matrix that it makes up for; 0 for none.",
         ),
     ] = None,
     device: Device = "auto",

@@ -57,9 +57,10 @@ class AlternatingArgs(Strict):
         ridge: of each tile's block of the Hessian in the sidecar's fit, relative likewise.
         rounds: of base and sidecar, each fitted from scratch.
         polish: rounds at the end that refit all scales together and move single codes.
-        aim: share of what its inputs lack in the quantised model that a weight makes up for: it is
-            fitted to the dense model's outputs. Above 0 a block's linears are taken one input after
-            another, each with the inputs that the quantised ones before it give.
+        aim: largest share of what its inputs lack in the quantised model that a weight makes up
+            for: it is fitted to the dense model's outputs; how much does most is decided on samples
+            that are held out. Above 0 a block's linears are taken one input after another, each
+            with the inputs that the quantised ones before it give.
     """
 
     scales: Literal["search", "absmax"] = "search"
