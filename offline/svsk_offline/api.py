@@ -80,7 +80,9 @@ class Inspection:
             f"{self.folder}: {bits} bits per weight in the blocks,"
             f" {self.bits_per_weight_of_all:.4f} over all, {self.bytes_on_disk / 1e6:,.1f} MB"
         )
-        return html_table(("kind", "count", "N x K", "base", "sidecar", "bits/weight"), rows, note)
+        return html_table(
+            ("kind", "count", "N x K", "base", "sidecar", "bits per weight"), rows, note
+        )
 
 
 def inspect(folder: str | Path) -> Inspection:

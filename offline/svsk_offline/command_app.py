@@ -6,6 +6,7 @@ typer writes ``<bool>`` beside a flag, as if a value had to follow.
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import typer
@@ -17,10 +18,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class _Common:
-    """Gives flags an empty type, and False where they are not given, ``--help`` among them.
+    """Flags with an empty type, and values that are not looked at where there is none.
 
-    typer has None for some, and asks pydantic about every value but True and False: help and a
-    shell that completes need not wait for its import.
+    typer hands every value but True and False to pydantic, also None, for an option that was not
+    given, and also while a shell completes: both would wait for its import.
     """
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -28,8 +29,8 @@ class _Common:
         for param in params:
             if getattr(param, "is_flag", False):
                 param.metavar = ""
-                if param.default is None and not param.secondary_opts:
-                    param.default = False
+            if "process_value" not in vars(param):
+                param.process_value = partial(_process, param, param.process_value)
         return params
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
@@ -41,6 +42,17 @@ class _Common:
         os.environ["COLUMNS"] = "10000"
         offered: list[Any] = super().shell_complete(ctx, incomplete)  # type: ignore[misc]
         return offered
+
+
+def _process(param: Any, process: Callable[[Any, Any], Any], ctx: Any, value: Any) -> Any:
+    """What typer's ``process_value`` returns, without asking pydantic about nothing."""
+    if ctx.resilient_parsing:  # a shell completes, which uses no value
+        return value
+    if value is not None or param.required:
+        return process(ctx, value)
+    if param.multiple or param.nargs == -1:
+        value = ()
+    return param.callback(ctx, param, value) if param.callback else value
 
 
 class Command(_Common, TyperCommand):

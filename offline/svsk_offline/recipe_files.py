@@ -46,7 +46,9 @@ def recipe_values(name: str) -> dict[str, Any]:
     """
     import yaml
 
-    values: dict[str, Any] = yaml.safe_load(recipe_text(name))
+    values: dict[str, Any] = yaml.load(
+        recipe_text(name), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    )
     return values
 
 

@@ -8,6 +8,7 @@ name.
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import (
@@ -53,7 +54,6 @@ GROUP_SIZES = (16, 32, 64)
 MAX_RANK = 512
 _MAX_RANK_OF_1_0 = 128
 LINEAR_CLASS = "Linear"
-_BY_CLASS = 2  # the least specific match
 _MAX_REPEATS = 4
 _SHOWN_CHARACTERS = 100
 
@@ -337,7 +337,7 @@ class SvskCheckpointConfig(Strict):
 
     def is_ignored(self, name: str) -> bool:
         """Whether an ignore entry matches the linear module ``name`` (Hugging Face name)."""
-        return matches(name, self.ignore)
+        return bool(self._lookup.ignored.best(name))
 
     def scheme_for(self, name: str, *, by_class: bool = True) -> ConfigGroup | None:
         """The group that quantises a linear module, None when it is ignored or not targeted.
@@ -356,22 +356,27 @@ class SvskCheckpointConfig(Strict):
         if self.is_ignored(name):
             return None
         by_class = by_class and not self.is_embedding(name)
-        best: dict[int, list[str]] = {}
-        for key, group in self.config_groups.items():
-            ranks = [
-                rank for target in group.targets if (rank := _specificity(name, target)) is not None
-            ]
-            if ranks and (by_class or min(ranks) < _BY_CLASS):
-                best.setdefault(min(ranks), []).append(key)
-        if not best:
+        keys = self._lookup.targets.best(name, by_class=by_class)
+        if not keys:
             return None
-        keys = best[min(best)]
         if len(keys) > 1:
             raise SvskFormatError(
                 f"{name}: config groups {', '.join(keys)} match"
                 " equally well. Make one target more specific."
             )
         return self.config_groups[keys[0]]
+
+    @cached_property
+    def _lookup(self) -> "_Lookup":
+        """Targets and ignore entries by name: a mixture of experts names tens of thousands."""
+        return _Lookup(self.config_groups, self.ignore)
+
+    def model_copy(
+        self, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> "SvskCheckpointConfig":
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("_lookup", None)  # of the original's groups
+        return copied
 
 
 def declared(hf_config: Mapping[str, Any], quantization: SvskCheckpointConfig) -> dict[str, Any]:
@@ -398,19 +403,54 @@ def _key(part: Any) -> str:
     return text if text.isprintable() and len(text) <= _SHOWN_CHARACTERS else shown(text)
 
 
+class _Entries:
+    """Targets or ignore entries, to be asked about one name after another.
+
+    Args:
+        entries: each with the key of what it belongs to.
+    """
+
+    def __init__(self, entries: Iterable[tuple[str, str]]) -> None:
+        self._exact: dict[str, dict[str, None]] = {}
+        self._patterns: dict[tuple[re.Pattern[str], str], None] = {}
+        for entry, key in entries:
+            if entry.startswith("re:"):
+                self._patterns[re.compile(entry.removeprefix("re:")), key] = None
+            else:
+                self._exact.setdefault(entry, {})[key] = None
+
+    def best(self, name: str, *, by_class: bool = True) -> list[str]:
+        """Keys of the entries that match a name best, in order: see :func:`matches`.
+
+        Args:
+            name: of a linear module.
+            by_class: whether the name of a class matches.
+        """
+        if name in self._exact:
+            return list(self._exact[name])
+        found = dict.fromkeys(key for pattern, key in self._patterns if pattern.match(name))
+        if not found and by_class:
+            found = self._exact.get(LINEAR_CLASS, {})
+        return list(found)
+
+
+class _Lookup:
+    """The entries of a config."""
+
+    def __init__(self, groups: Mapping[str, ConfigGroup], ignore: Sequence[str]) -> None:
+        self.targets = _Entries(
+            (target, key) for key, group in groups.items() for target in group.targets
+        )
+        self.ignored = _Entries((entry, entry) for entry in ignore)
+
+
 def matches(name: str, entries: Iterable[str]) -> bool:
-    """Whether one of the target or ignore entries matches the linear module ``name``."""
-    return any(_specificity(name, entry) is not None for entry in entries)
+    """Whether one of the target or ignore entries matches the linear module ``name``.
 
-
-def _specificity(name: str, target: str) -> int | None:
-    """0 for an exact name, 1 for a regular expression, 2 for the class name, None for no match."""
-    # As compressed_tensors.utils.match.match_name, whose import takes torch and transformers.
-    if target.startswith("re:"):
-        return 1 if re.match(target.removeprefix("re:"), name) else None
-    if target == name:
-        return 0
-    return _BY_CLASS if target == LINEAR_CLASS else None
+    As ``compressed_tensors.utils.match.match_name``, whose import takes torch and transformers: an
+    exact name, a regular expression from the start of the name, or the class of all linears.
+    """
+    return bool(_Entries((entry, entry) for entry in entries).best(name))
 
 
 def _minor(version: str) -> int:

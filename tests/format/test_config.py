@@ -294,3 +294,18 @@ def test_ignore_entries_that_do_not_match(entry: str) -> None:
 
 def test_a_module_that_no_group_matches() -> None:
     assert make_config({"a": ["re:.*q_proj"], "b": ["lm_head"]}).scheme_for(NAME) is None
+
+
+def test_a_copy_looks_its_own_entries_up() -> None:
+    config = make_config({"a": ["Linear"]})
+    first = config.scheme_for(NAME)  # looked up, and kept
+    assert first is not None
+    other = make_config({"b": [NAME]}).config_groups
+    changed = config.model_copy(update={"config_groups": other})
+    assert changed.scheme_for("model.layers.0.mlp.up_proj") is None
+    assert changed.scheme_for(NAME) == other["b"]
+    ignoring = config.model_copy(update={"ignore": (NAME,)})
+    assert ignoring.scheme_for(NAME) is None
+    assert config.scheme_for(NAME) == first
+    assert config == make_config({"a": ["Linear"]})  # whatever was looked up in one of them
+    assert config.to_dict() == make_config({"a": ["Linear"]}).to_dict()

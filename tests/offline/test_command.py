@@ -13,14 +13,17 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from svsk_eval.cli import app
+from svsk_eval.speed.random_model import SHAPES
 from svsk_offline.printable import printable
 from svsk_offline.recipe import Recipe, parse_recipe, recipe_names
 from svsk_offline.terminal import Steps, Terminal, duration
 from svsk_offline.unfinished import differences
+from svsk_vllm.format import Checkpoint
 from svsk_vllm.format.problems import problem_text
 from tests.support.format_builders import edit_json
 from tests.support.interruptions import stop_at_a_matrix
 from tests.support.light_commands import run_without_heavy_imports
+from tests.support.sparse_checkpoints import write_sparse_svsk
 from tests.support.tiny_models import write_random_svsk
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -84,6 +87,28 @@ def test_what_needs_no_torch_does_not_import_it(checkpoint: Path, tmp_path: Path
     run_without_heavy_imports(lines, tmp_path, 0)
     assert json.loads((tmp_path / "inspected.json").read_text())["linears"] == 14
     assert json.loads((tmp_path / "compared.json").read_text())["comparisons"]
+
+
+def test_what_parses_nothing_does_not_import_pydantic(tmp_path: Path) -> None:
+    """typer checks values with it, and its import takes a third of a small command's time."""
+    run_without_heavy_imports(
+        ["--help", "recipes --help", "recipes", "recipes -q"], tmp_path, 0, "pydantic"
+    )
+
+
+@pytest.mark.parametrize("experts", [0, 8])
+def test_inspecting_a_large_checkpoint_reads_headers_only(tmp_path: Path, experts: int) -> None:
+    """252 linears, or 1008 with eight experts, of 24 schemes; no data is there to be read."""
+    shape = SHAPES["qwen3-8b"] | ({"moe_intermediate_size": 768} if experts else {})
+    folder = write_sparse_svsk(tmp_path / "svsk", shape, experts=experts)
+    assert sum(path.stat().st_blocks * 512 for path in folder.iterdir()) < 10 * 2**20
+    run_without_heavy_imports([f"inspect {folder} --json inspected.json"], tmp_path, 0)
+    inspected = json.loads((tmp_path / "inspected.json").read_text())
+    linears = 36 * (4 + 3 * (experts or 1))
+    assert inspected["linears"] == linears == sum(row["count"] for row in inspected["groups"])
+    specs = Checkpoint(folder).linears.values()
+    bits = sum(spec.stored_bits for spec in specs) / sum(spec.num_weights for spec in specs)
+    assert inspected["bits_per_weight"] == pytest.approx(bits, rel=1e-12)
 
 
 def test_recipes_are_printed_to_be_edited() -> None:

@@ -16,13 +16,13 @@ for line in sys.stdin.read().splitlines():
         app(line.split())
     except SystemExit as ended:
         assert (ended.code or 0) == int(sys.argv[1]), line
-heavy = {"torch", "transformers", "vllm", "compressed_tensors"} & set(sys.modules)
+heavy = {"torch", "transformers", "vllm", "compressed_tensors", *sys.argv[2:]} & set(sys.modules)
 assert not heavy, heavy
 """
 
 
 def run_without_heavy_imports(
-    lines: Sequence[str], folder: Path, code: int
+    lines: Sequence[str], folder: Path, code: int, *more: str
 ) -> subprocess.CompletedProcess[str]:
     """Run ``svsk`` once per line in one process, which imports no heavy package.
 
@@ -30,9 +30,10 @@ def run_without_heavy_imports(
         lines: arguments, separated by spaces.
         folder: where to run.
         code: that each ends with.
+        more: further packages that none may import.
     """
     run = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, str(code)],
+        [sys.executable, "-c", _PROGRAM, str(code), *more],
         input="\n".join(lines),
         cwd=folder,
         text=True,

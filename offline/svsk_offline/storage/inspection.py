@@ -103,7 +103,7 @@ def _whole_bits_per_weight(contents: Contents) -> float:
 
 def print_inspection(console: Console, inspection: dict[str, Any]) -> None:
     """Show the result of :func:`inspect_checkpoint` as a table."""
-    table = Table("layers", "count", "N x K", "base", "sidecar", "bits/weight", "MB")
+    table = Table("layers", "count", "N x K", "base", "sidecar", "bits per weight", "MB")
     for row in inspection["groups"]:
         tile_m, tile_n = (size or "all" for size in row["tile"])
         sidecar = (
