@@ -39,13 +39,14 @@ from svsk_offline.cli_options import (
     Verbose,
     examples,
 )
-from svsk_offline.command_app import App, Group
+from svsk_offline.command_app import App, Command, Group
 from svsk_offline.completion import one_of
 from svsk_offline.endings import plain_endings
 from svsk_offline.export.formats import FORMATS
 from svsk_offline.preflight import check_measurements, check_output, check_report_files
 from svsk_offline.recipe_files import recipe_names
 from svsk_offline.terminal import Terminal, console, notes, reset, write_json
+from svsk_offline.world import World, joined
 from svsk_vllm.version import __version__
 
 __all__ = ["Commands", "app"]
@@ -71,6 +72,16 @@ class Commands(Group):
     def invoke(self, ctx: Any) -> Any:
         reset()
         with plain_endings(_say_error, lambda: self.continues.get(ctx.invoked_subcommand)):
+            return super().invoke(ctx)
+
+
+class _Together(Command):
+    """A subcommand that several processes may run together; ``ctx.obj`` is their world."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with joined() as ctx.obj:
+            console.quiet |= not ctx.obj.leads
+            notes.quiet |= not ctx.obj.leads
             return super().invoke(ctx)
 
 
@@ -109,12 +120,14 @@ def main(
 
 
 @app.command(
+    cls=_Together,
     epilog=examples(
         "svsk quantize Qwen/Qwen3-4B qwen3-4b-svsk --calibration text.txt --target-bpw 4.5",
         "svsk quantize ./my-model my-model-svsk --recipe fast --rank 16 --dry-run",
-    )
+    ),
 )
 def quantize(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub name of the dense model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     recipe: Annotated[
@@ -231,8 +244,10 @@ def quantize(
 ) -> None:
     """Quantise MODEL into the SVSK checkpoint OUT.
 
-    A run that was stopped goes on after its last finished block when it is started again.
+    A run that was stopped goes on after its last finished block when it is started again. Several
+    processes: `torchrun --nproc-per-node 2 -m svsk_offline quantize ...`.
     """
+    world: World = ctx.obj
     # What takes no time comes before imports that do.
     check_output(out, overwrite=overwrite, source=model)
     check_report_files(json=json_file)
@@ -316,6 +331,11 @@ def quantize(
     folder = resolve_model(model, trust_remote_code=trust_remote_code)
     check_model(str(folder), dense=True)
     if dry:
+        if world.size > 1:
+            raise SvskError(
+                f"--dry-run: works out what one process needs, not {world.size}. Start it without"
+                " torchrun."
+            )
         from svsk_offline.dry_run import dry_run, print_estimate
 
         estimate = dry_run(
@@ -341,13 +361,15 @@ def quantize(
         reference=model,
         calibration=calibration or DEFAULT_SOURCE,
         chat_template=chat_template,
-        device=device,
+        device=world.device(device),
         dtype=dtype,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         measurements=measurements,
+        world=world,
     )
-    write_json(json_file, figures)
+    if world.leads:
+        write_json(json_file, figures)
 
 
 @app.command(epilog=examples("svsk recipes", "svsk recipes best > mine.yaml"))
@@ -603,7 +625,3 @@ def push(
     )
     console.print(address, markup=False)
     write_json(json_file, {"repository": repository, "commit": address})
-
-
-if __name__ == "__main__":
-    app()

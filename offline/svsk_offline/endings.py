@@ -182,7 +182,8 @@ def _signals_raise() -> Iterator[None]:
         yield
     finally:
         for number in handled:
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) is stop:  # nobody has said otherwise meanwhile
+                signal.signal(number, signal.SIG_DFL)
 
 
 def _open_standard_streams() -> None:

@@ -8,6 +8,7 @@ with a shard are not quantised again. A lock keeps a second run away from ``OUT`
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from svsk_offline.run import Progress, QuantizationResult, Run
 from svsk_offline.storage.atomic import PartialFolder
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.hub import resolve_model
+from svsk_offline.world import ALONE, World
 
 __all__ = [
     "Progress",
@@ -49,6 +51,7 @@ def quantize(
     trust_remote_code: bool = False,
     measurements: str | Path | None = None,
     progress: Progress | None = None,
+    world: World = ALONE,
 ) -> QuantizationResult:
     """Quantise a dense Hugging Face model into an SVSK checkpoint.
 
@@ -67,12 +70,14 @@ def quantize(
             text, for runs that differ in the budget or in how they quantise; they do not measure it
             again.
         progress: callbacks.
+        world: the processes that quantise together, each of which calls this with the same
+            arguments but its device; see :func:`svsk_offline.world.joined`.
 
     Raises:
         SvskError: something about the request that the user can mend.
         SvskFormatError: the model folder is damaged, or a layer does not fit the format.
     """
-    progress = progress or Progress()
+    progress = progress if progress and world.leads else Progress()
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     torch_device = resolve_device(device)
     check_output(Path(out), overwrite=overwrite, source=model)
@@ -84,7 +89,7 @@ def quantize(
     kept = None if measurements is None else Path(measurements)
     if kept is not None:
         check_measurements(kept, (source.folder, folder.out, folder.path))
-    with folder.locked():
+    with folder.locked() if world.leads else nullcontext():
         scale_dtype = source.model_dtype(dtype)
         source.check()
         check_recipe(recipe, source.linear_names(), progress.message)
@@ -98,7 +103,7 @@ def quantize(
                 return calibration
             return load_texts(source, calibration, recipe, chat_template, progress.message)
 
-        run = Run(source, folder, recipe, texts, torch_device, scale_dtype, progress, kept)
+        run = Run(source, folder, recipe, texts, torch_device, scale_dtype, progress, kept, world)
         return run.execute(overwrite)
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ from svsk_offline.storage.decoder_blocks import expert_modules
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.layer_report import LayerReport
 from svsk_offline.storage.loaded_weight import loaded_weight
+from svsk_offline.world import ALONE, World
 from svsk_vllm.format import QuantizedLinear, dequantize
 
 __all__ = ["BlockQuantizer"]
@@ -44,6 +46,7 @@ class BlockQuantizer:
         runner: at the first block.
         scale_dtype: stored dtype of scales.
         scratch: folder for temporary files.
+        world: the processes that quantise together, each at its own linears. Not with an aim.
     """
 
     def __init__(
@@ -54,7 +57,9 @@ class BlockQuantizer:
         runner: BlockRunner,
         scale_dtype: torch.dtype,
         scratch: Path,
+        world: World = ALONE,
     ) -> None:
+        self._world = world
         self._source, self._recipe, self._plan, self._runner = source, recipe, plan, runner
         self._scale_dtype = scale_dtype
         self._alternating = recipe if isinstance(recipe, AlternatingRecipe) else None
@@ -101,22 +106,65 @@ class BlockQuantizer:
             first=self._sink_names(index),
             weights=self._token_weights(index),
             # With nothing held out the same samples are measured below.
-            advance=advance and self._runner.held_out > 0,
+            advance=advance and self._runner.apart,
         )
         fitted = _Fitted()
         fitted.routed = {
             name: statistics[name].tokens for name in expert_modules(block) if name in statistics
         }
+        planned = self._planned(index)
+        owners = self._added_up(planned, statistics)
+        own: dict[str, tuple[QuantizedLinear, float]] = {}
         prepare = last_one_kept()
-        for name, full, module in self._planned(index):
+        for name, full, module in planned:
             started = time.perf_counter()
             given = _known(statistics, name, full)
-            weight = loaded_weight(self._source, full, module)
-            fitted.linears[name] = self._fit(full, weight, given, prepare)
-            fitted.seconds[name] = time.perf_counter() - started
+            if owners[name] == self._world.rank:
+                weight = loaded_weight(self._source, full, module)
+                linear = self._fit(full, weight, given, prepare)
+                own[name] = linear, time.perf_counter() - started
             del statistics[name]  # the largest there is
-        errors = measure_outputs(self._runner, index, block, fitted.linears, advance=advance)
+        for name, _, _ in planned:
+            made = self._world.of(owners[name], partial(own.__getitem__, name))
+            fitted.linears[name], fitted.seconds[name] = made
+        errors = measure_outputs(
+            self._runner, index, block, fitted.linears, advance=advance, world=self._world
+        )
         return fitted.reported(errors)
+
+    def _added_up(
+        self,
+        planned: Sequence[tuple[str, str, nn.Linear]],
+        statistics: Mapping[str, InputStatistics],
+    ) -> dict[str, int]:
+        """Add up the statistics of all processes where they are needed.
+
+        Returns:
+            Which process fits each linear; those of one input have one.
+
+        Raises:
+            SvskError: the processes saw other linears, or other inputs in common.
+        """
+        inputs: dict[int, list[str]] = {}
+        costs: dict[int, int] = {}
+        for name, _, module in planned:
+            if name in statistics:
+                key = id(statistics[name])
+                inputs.setdefault(key, []).append(name)
+                # Of error feedback, and about that of decomposing a Hessian.
+                cost = module.out_features * module.in_features**2
+                costs[key] = costs.get(key, 0) + cost
+        groups = list(inputs.values())
+        if any(other != groups for other in self._world.everywhere(groups)):
+            raise SvskError(
+                f"{self._source.folder}: which linears a block runs, or which read one input,"
+                " depends on the samples; such models are quantised by one process. Start svsk"
+                " without torchrun."
+            )
+        chosen = self._world.owners([*costs.values()])
+        for names, owner in zip(groups, chosen, strict=True):
+            statistics[names[0]].add_up(self._world, owner)
+        return {n: owner for names, owner in zip(groups, chosen, strict=True) for n in names}
 
     def _in_stages(
         self, pairs: InputPairs, index: int, block: nn.Module

@@ -17,6 +17,7 @@ from svsk_offline.quantizers.hot_rows import common_tokens, round_with_hot_rows
 from svsk_offline.quantizers.quantize_linear import quantize_linear
 from svsk_offline.recipe import PublishedRecipe, Recipe
 from svsk_offline.storage.checkpoint_writer import QuantizedTables
+from svsk_offline.world import ALONE, World
 from svsk_vllm.format import QuantizedLinear, dequantize
 
 __all__ = ["quantize_tables"]
@@ -29,8 +30,10 @@ def quantize_tables(
     plan: TablePlan,
     runner: BlockRunner,
     tokens: torch.Tensor,
+    held_out: int,
     recipe: Recipe,
     say: Callable[[str], None],
+    world: World = ALONE,
 ) -> QuantizedTables:
     """Quantise what the plan says, and measure it.
 
@@ -40,9 +43,11 @@ def quantize_tables(
     Args:
         plan: the tables.
         runner: past the last block.
-        tokens: the calibration samples, int64 [samples, tokens].
+        tokens: the calibration samples of all processes, int64 [samples, tokens].
+        held_out: how many of them, the last ones, are held out.
         recipe: of a head that is quantised as linears are.
         say: told how common the tokens of hot rows are.
+        world: the processes; the leading one quantises, the others get nothing.
 
     Raises:
         SvskError: a table holds values that cannot be stored, or statistics cannot be used.
@@ -52,9 +57,13 @@ def quantize_tables(
     linears, reports = [], []
     full = not isinstance(recipe, PublishedRecipe)
     fitted, measured = (
-        collect_head_input(runner, tokens, full=full) if plan.multiplied else (None, None)
+        collect_head_input(runner, runner.tokens, full=full) if plan.multiplied else (None, None)
     )
-    held_out = runner.held_out * tokens.shape[1]
+    for statistics in (fitted, measured):
+        if statistics is not None:
+            statistics.add_up(world, 0)
+    if not world.leads:
+        return QuantizedTables()
     for table in plan.tables:
         started = time.perf_counter()
         spec = table.spec
@@ -62,7 +71,7 @@ def quantize_tables(
         if spec.scheme.weights.num_bits == 8:
             linear = round_to_eight_bits(weight, spec)
         elif spec.scheme.weights.hot_rows:
-            hot = _hot_rows(table, tokens, runner.held_out, say)
+            hot = _hot_rows(table, tokens, held_out, say)
             linear = round_with_hot_rows(weight, spec, hot, runner.device)
         else:
             assert fitted is not None, "only what is multiplied with is quantised to 4 bits"
@@ -73,7 +82,8 @@ def quantize_tables(
         moment = None
         if measured is not None and table is plan.multiplied:
             moment = measured.hessian.cpu()
-        errors = _errors(weight, linear, moment, held_out if moment is not None else 0)
+        counted = 0 if moment is None else held_out * tokens.shape[1]
+        errors = _errors(weight, linear, moment, counted)
         linears.append(linear)
         reports.append(errors.report(spec, seconds))
     replaced = frozenset(table.stored for table in plan.tables)

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +15,9 @@ import torch
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import BlockRunner, CalibrationSet
 from svsk_offline.calibration.held_out import held_out_last
+from svsk_offline.planning.division import check_divisible
 from svsk_offline.planning.folded_model import folded_model
+from svsk_offline.planning.measurements import Measuring
 from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import bases_alone, check_servable, dense_matrices
 from svsk_offline.planning.tables import after_head, plan_tables
@@ -29,6 +32,7 @@ from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.layer_report import LayerReport, bits_per_weight, thin_experts
 from svsk_offline.storage.loaded_weight import put_weights
 from svsk_offline.unfinished import STATE_NAME, refuse_other_run
+from svsk_offline.world import ALONE, World
 from svsk_vllm.format import ConfigGroup, SvskCheckpointConfig
 from svsk_vllm.format.config import matches
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
@@ -91,6 +95,7 @@ class Run:
         scale_dtype: stored dtype of scales.
         progress: callbacks.
         kept: folder that keeps what the plan measures for other runs; None keeps nothing.
+        world: the processes that quantise together; only the leading one speaks and writes.
     """
 
     def __init__(
@@ -103,7 +108,9 @@ class Run:
         scale_dtype: torch.dtype,
         progress: Progress,
         kept: Path | None = None,
+        world: World = ALONE,
     ) -> None:
+        self.world = world
         self.source, self.folder, self.kept = source, folder, kept
         self.device, self.scale_dtype, self.progress = device, scale_dtype, progress
         self.blocks_name, self.blocks = source.blocks
@@ -115,11 +122,12 @@ class Run:
         self.config = self._uniform_config({})  # without text, for the checks that come before it
         self._check_targets()
         self.planned = after_head(source, self.recipe, self.tables, self.schemes, progress.message)
+        check_divisible(world, self.recipe, self.schemes, source.folder)
         self._draw = texts
 
     def execute(self, overwrite: bool) -> QuantizationResult:
         """Decide, write all shards, then the rest of the folder."""
-        drawn = self._draw()  # only now: it takes time
+        drawn = self.world.first(self._draw)  # only now: it takes time
         self.texts, self.held_out = held_out_last(drawn)
         if self.alternating and self.alternating.alternating.aim and not self.held_out:
             raise SvskError(
@@ -127,6 +135,7 @@ class Run:
                 f" that are held out, but there is {len(self.texts.tokens)} calibration sample,"
                 " which is fitted. Raise --samples, give more text, or leave --aim out."
             )
+        self._check_shares()
         self.config = self._uniform_config({**drawn.describe(), "held_out": self.held_out})
         producer = {**self.config.producer, FINGERPRINT_KEY: self._fingerprint()}
         self.config = self.config.model_copy(update={"producer": producer})
@@ -134,7 +143,8 @@ class Run:
             return self._execute(overwrite)
 
     def _execute(self, overwrite: bool) -> QuantizationResult:
-        result = self._claim(overwrite)
+        result = self.world.first(lambda: self._claim(overwrite))
+        self.world.check_seen(result)
         started = time.perf_counter()
         self._smooth()
         plan = self._plan()
@@ -150,6 +160,13 @@ class Run:
         if self.allocation is not None:
             groups = plan.groups() | self.tables.groups
             self.config = self.config.model_copy(update={"config_groups": groups})
+        out = self.world.first(lambda: self._finish(writer, layers, tables))
+        return QuantizationResult(out, layers, list(tables.reports), seconds, planned)
+
+    def _finish(
+        self, writer: CheckpointWriter, layers: list[LayerReport], tables: QuantizedTables
+    ) -> Path:
+        """Write what is left, and put the checkpoint in its place; its folder."""
         writer.finish(self.config, layers, tables, self.progress.message)
         if thin := thin_experts(layers):
             self.progress.message(
@@ -157,8 +174,7 @@ class Run:
                 " brackets; the rest of their Hessians comes from the layer's other experts:\n  "
                 + "\n  ".join(thin)
             )
-        out = self.folder.commit()
-        return QuantizationResult(out, layers, list(tables.reports), seconds, planned)
+        return self.folder.commit()
 
     def _for_bases_alone(self, recipe: Recipe) -> Recipe:
         """A recipe whose budget is for bases alone, where vLLM serves a model without sidecars."""
@@ -184,13 +200,15 @@ class Run:
         """The checkpoint's config, every linear with the recipe's scheme."""
         recipe = self.recipe
         group = ConfigGroup(targets=("Linear",), weights=recipe.weights, sidecar=recipe.sidecar)
-        producer = {
+        producer: dict[str, Any] = {
             "svsk": __version__,
             "recipe": recipe.name,
             "recipe_hash": recipe.digest,
             "recipe_values": recipe.values(),
             "calibration": dict(calibration),
         }
+        if self.world.size > 1:  # they add up in another order
+            producer["processes"] = self.world.size
         # Linears outside the decoder blocks (an output head, say) stay as they are, so the config
         # must say so; what recipes say for all models it says where this one has it.
         linears = self.source.linear_names()
@@ -231,6 +249,15 @@ class Run:
                     f" allocation.group_sizes {sizes}. Add a smaller one, or add the module to"
                     " --ignore."
                 )
+
+    def _check_shares(self) -> None:
+        """Refuse samples that are too few for the processes, before the folder is claimed."""
+        self.world.samples(len(self.texts.tokens), self.held_out)
+        planned = self.planned
+        if isinstance(planned, AlternatingRecipe) and planned.needs_gradients:
+            fitted, dtype = self._fitted_texts(), self.scale_dtype
+            args = self.source, self.schemes, planned, fitted, self.device, dtype
+            Measuring.of(*args, world=self.world).share()
 
     def _claim(self, overwrite: bool) -> Path:
         """Note what this run is, or check that the one found is the same; the result's folder."""
@@ -279,6 +306,7 @@ class Run:
             self.folder.path,
             progress=self.progress.block,
             say=self.progress.message,
+            world=self.world,
         )
         producer = {**self.config.producer, "smoothing": record}
         producer[FINGERPRINT_KEY] = self._fingerprint()  # of the folded model
@@ -290,7 +318,7 @@ class Run:
     def _plan(self) -> Plan:
         """What to do with each linear: as an earlier run decided, or measured now."""
         path = self.folder.path / _PLAN_NAME
-        if path.exists():
+        if self.world.first(path.exists):
             return Plan.load(path)
         plan = make_plan(
             self.source,
@@ -303,26 +331,29 @@ class Run:
             self.kept,
             progress=self.progress.block,
             say=self.progress.message,
+            world=self.world,
         )
-        plan.save(path)
-        return plan
+        self.world.first(lambda: plan.save(path))
+        return plan if self.world.leads else Plan.load(path)
 
     def _write_blocks(
         self, writer: CheckpointWriter, plan: Plan
     ) -> tuple[list[LayerReport], QuantizedTables, list[float]]:
         compute = block_dtype(self.device)
-        scratch = self.folder.path
+        scratch, world = self.folder.path, self.world
+        places, held_out = world.samples(len(self.texts.tokens), self.held_out)
         runner = BlockRunner(
             self.source,
-            self.texts,
+            self.texts.picked(places),
             self.device,
             compute,
             scratch=scratch,
-            held_out=self.held_out,
+            held_out=held_out,
+            apart=self.held_out > 0,
         )
         sequential = self.recipe.sequential
         quantizer = BlockQuantizer(
-            self.source, self.recipe, plan, runner, self.scale_dtype, scratch
+            self.source, self.recipe, plan, runner, self.scale_dtype, scratch, world
         )
         layers: list[LayerReport] = []
         seconds: list[float] = []
@@ -330,14 +361,16 @@ class Run:
             for index, block in enumerate(self.blocks):
                 started = time.perf_counter()
                 self.source.load(block, f"{self.blocks_name}.{index}.", compute, self.device)
-                reports = writer.finished(index)
+                reports = world.first(partial(writer.finished, index))
                 if reports is None:
                     linears, reports = quantizer.quantize(index, block)
                     for report in reports:
                         self.progress.layer(report)
-                    writer.write_block(index, linears, reports)
+                    if world.leads:
+                        writer.write_block(index, linears, reports)
                 elif sequential:
-                    linears = writer.read_block(index, plan.schemes)  # as the first run did
+                    # As the first run did.
+                    linears = world.first(partial(writer.read_block, index, plan.schemes))
                     quantizer.skip(index, block)
                 else:
                     self.progress.message(f"Block {index}: finished by an earlier run")
@@ -351,7 +384,13 @@ class Run:
                 seconds.append(time.perf_counter() - started)
                 self.progress.block(index + 1, len(self.blocks))
             tables = quantize_tables(
-                self.tables, runner, self.texts.tokens, self.recipe, self.progress.message
+                self.tables,
+                runner,
+                self.texts.tokens,
+                self.held_out,
+                self.recipe,
+                self.progress.message,
+                world,
             )
         finally:
             quantizer.close()

@@ -19,6 +19,7 @@ _SHOWN: Final = 60
 _FOLLOWS: Final = ("fingerprint", "hash", "config_groups", "ignore", "parts", "held_out")
 """Parts of a run's description that differ because others do."""
 _PREFIXES: Final = ("config.producer.recipe_values.", "config.producer.", "config.")
+_PROCESSES: Final = "config.producer.processes"
 _NAMES: Final = {
     "model": "the model's config.json or the names of its tensors",
     "files": "sizes or times of the model's files",
@@ -37,6 +38,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
         left out, unless there is nothing else.
     """
     ours, theirs = _flat(here), _flat(there)
+    for values in (ours, theirs):
+        values.setdefault(_PROCESSES, 1)
     keys = [key for key in dict.fromkeys([*theirs, *ours]) if theirs.get(key) != ours.get(key)]
     causes = [key for key in keys if not any(word in key for word in _FOLLOWS)]
     if any(".recipe_values." in key for key in causes):  # a text's length is the recipe's
@@ -58,9 +61,9 @@ def refuse_other_run(partial: Path, there: Mapping[str, Any], here: Mapping[str,
         SvskError: always; it says what differs.
     """
     raise SvskError(
-        f"{partial} holds an unfinished run of another model, recipe, calibration or device:"
-        f" {'; '.join(differences(there, here))}. Ask for what it is to go on with it, or pass"
-        " --overwrite to drop it and begin anew."
+        f"{partial} holds an unfinished run of another model, recipe, calibration, device or"
+        f" number of processes: {'; '.join(differences(there, here))}. Ask for what it is to go on"
+        " with it, or pass --overwrite to drop it and begin anew."
     )
 
 

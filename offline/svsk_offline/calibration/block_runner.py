@@ -142,6 +142,7 @@ class BlockRunner:
         memory_limit: bytes of hidden states to keep in memory.
         scratch: folder for the temporary file.
         held_out: how many samples, the last ones, are not gathered by :meth:`collect`.
+        apart: whether samples are held out, here or in another process; None: here.
     """
 
     def __init__(
@@ -155,8 +156,11 @@ class BlockRunner:
         memory_limit: int = IN_MEMORY,
         scratch: Path | None = None,
         held_out: int = 0,
+        apart: bool | None = None,
     ) -> None:
         self.held_out = held_out
+        self.apart = held_out > 0 if apart is None else apart
+        self.tokens = calibration.tokens
         self.source, self.device, self.dtype = source, device, dtype
         self._calls: dict[int, list[_Call]] = {}  # of every block, by the number of samples
         self._batch = max(1, batch_tokens // calibration.tokens.shape[1])

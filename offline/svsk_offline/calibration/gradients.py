@@ -9,7 +9,7 @@ the input and one of the output, as is done here).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,7 @@ from svsk_offline.calibration.input_statistics import InputStatistics
 from svsk_offline.calibration.text import CalibrationSet
 from svsk_offline.storage.decoder_blocks import expert_modules, linear_modules
 from svsk_offline.storage.dense_model import ModelSource
+from svsk_offline.world import World
 
 __all__ = ["OutputGradients", "draw_labels", "sweep_gradients"]
 
@@ -65,6 +66,28 @@ class OutputGradients:
             size = float(slopes.float().square().mean().sqrt())
             self._unit = 2.0 ** -round(math.log2(size)) if size else 1.0
         kind.add(slopes * self._unit)
+
+    def add_up(self, world: World, owner: int, share: float, *, held_out: bool) -> None:
+        """Add up what all processes saw, at one of them; tokens stay where they are.
+
+        Args:
+            world: the processes, which all come here.
+            owner: the one that gets the sums.
+            share: of all samples that are this process's.
+            held_out: whether any of all samples is held out.
+        """
+        if world.size == 1:
+            return
+        self.rows *= share
+        world.add(self.rows, owner)
+        if self.fitted is None:
+            return
+        if held_out and self.held_out is None:  # none of this process's
+            self.held_out = InputStatistics(len(self.rows), self.rows.device, full=True)
+        factor = (max(world.everywhere(self._unit)) / self._unit) ** 2  # units are powers of two
+        for kind in (self.fitted, self.held_out):
+            if kind is not None:
+                kind.add_up(world, owner, factor)
 
 
 _FIRST: Final = 4
@@ -113,6 +136,7 @@ def sweep_gradients(
     moments: bool = False,
     held_out: int = 0,
     seed: int = 0,
+    places: Sequence[int] | None = None,
     memory_limit: int = IN_MEMORY,
     scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -136,6 +160,8 @@ def sweep_gradients(
         moments: gather the second moments of the gradients of each output as well.
         held_out: samples, the last ones, whose inputs are kept apart.
         seed: of the labels drawn from the model's predictions.
+        places: of each sample among those of all processes, ascending: it gets the labels that it
+            gets in one process. None where these are all there are.
         memory_limit: bytes of hidden states to keep in memory.
         scratch: folder for temporary files.
         progress: called with the number of blocks passed, both ways, and their total.
@@ -168,7 +194,7 @@ def sweep_gradients(
             progress(index + 1, 2 * len(blocks))
         gradient = runner.hidden
         if start is None:
-            _loss_gradient(source, calibration.tokens, runner, seed)
+            _loss_gradient(source, calibration.tokens, runner, seed, places)
         else:
             gradient.copy_(start[1])
         for index in reversed(range(left)):
@@ -265,7 +291,11 @@ def _step_back(
 
 
 def _loss_gradient(
-    source: ModelSource, tokens: torch.Tensor, runner: BlockRunner, seed: int
+    source: ModelSource,
+    tokens: torch.Tensor,
+    runner: BlockRunner,
+    seed: int,
+    places: Sequence[int] | None,
 ) -> None:
     """Turn outputs of the last block into the gradient of the loss with respect to them, in place.
 
@@ -275,8 +305,13 @@ def _loss_gradient(
     current = hidden[:1]
     given = StandIn(source.blocks[1][-1], lambda *_: current, members=runner.members)
     generator = torch.Generator(device).manual_seed(seed)
+    before = 0
     with source.replaced_blocks([given]) as model, source.loaded_outside(dtype, device):
         for index, sample in enumerate(tokens):
+            place = index if places is None else places[index]
+            for _ in range(before, place):  # samples of other processes
+                _uniform(len(sample), generator)
+            before = place + 1
             current = hidden[index : index + 1].to(device, dtype).requires_grad_()
             with torch.enable_grad():
                 logits = model(input_ids=sample.unsqueeze(0).to(device), use_cache=False).logits
@@ -299,6 +334,10 @@ def draw_labels(probabilities: torch.Tensor, generator: torch.Generator) -> torc
         int64 [T]; a label of probability 0 is never drawn, except by a uniform number of exactly 0.
     """
     running = probabilities.cumsum(-1)
-    uniform = torch.rand(len(running), 1, generator=generator, device=running.device)
+    uniform = _uniform(len(running), generator)
     drawn = torch.searchsorted(running, uniform * running[:, -1:]).clamp_(max=running.shape[-1] - 1)
     return drawn.squeeze(1)
+
+
+def _uniform(count: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(count, 1, generator=generator, device=generator.device)

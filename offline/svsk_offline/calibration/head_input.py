@@ -56,7 +56,7 @@ def collect_head_input(
         ):
             for index, sample in enumerate(tokens):
                 current = hidden[index : index + 1].to(runner.device, runner.dtype)
-                if runner.held_out:
+                if runner.apart:
                     kinds = [parts[index >= fitted]]
                 with contextlib.suppress(_Stop):
                     replaced(input_ids=sample.unsqueeze(0).to(runner.device), use_cache=False)

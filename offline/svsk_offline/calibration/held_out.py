@@ -18,6 +18,7 @@ from svsk_offline.calibration.block_runner import BlockRunner
 from svsk_offline.calibration.text import CalibrationSet
 from svsk_offline.storage.decoder_blocks import linear_modules
 from svsk_offline.storage.layer_report import LayerReport
+from svsk_offline.world import ALONE, World
 from svsk_vllm.format import LinearSpec, QuantizedLinear, dequantize
 
 __all__ = ["OutputErrors", "held_out_last", "measure_outputs", "split_order"]
@@ -106,6 +107,7 @@ def measure_outputs(
     *,
     advance: bool,
     aims: Mapping[str, torch.Tensor] | None = None,
+    world: World = ALONE,
 ) -> dict[str, OutputErrors]:
     """Run the held-out samples through a loaded dense block, and quantised linears beside it.
 
@@ -118,6 +120,7 @@ def measure_outputs(
         linears: quantised, by their names below the block.
         advance: keep the block's outputs as the next block's inputs.
         aims: float [N, K] by these names, what each was fitted to; None for the block's weights.
+        world: the processes whose samples are measured together.
 
     Returns:
         Errors by the names of ``linears``.
@@ -151,19 +154,22 @@ def measure_outputs(
 
     hooks = [watch(name, module) for name, module in linear_modules(block) if name in linears]
     try:
-        for part in runner.batches("held out" if runner.held_out else "fitted"):
+        for part in runner.batches("held out" if runner.apart else "fitted"):
             output = runner.forward(index, block, runner.hidden[part])
             if advance:
                 runner.hidden[part] = output.to(runner.hidden)
     finally:
         for hook in hooks:
             hook.remove()
+    table = torch.zeros(len(linears), 4, dtype=torch.float64)
+    for row, name in zip(table, linears, strict=True):
+        row[:3], row[3] = sums[name], tokens[name]
+    world.add_everywhere(table)
     result = {}
-    for name in linears:
-        energy, base, whole = sums[name].tolist()
+    for name, (energy, base, whole, count) in zip(linears, table.tolist(), strict=True):
         unit = energy or 1.0
-        counted = tokens[name] if runner.held_out else 0
-        if tokens[name]:
+        counted = int(count) if runner.apart else 0
+        if count:
             result[name] = OutputErrors(base / unit, whole / unit, noise[name], counted)
         else:
             result[name] = OutputErrors(None, None, noise[name], 0)

@@ -9,6 +9,7 @@ import torch
 
 from svsk_kernels.cpu.processor import has_bf16_products
 from svsk_offline.precision import exact_bfloat16
+from svsk_offline.world import World
 
 __all__ = ["InputStatistics", "multiplied_exactly"]
 
@@ -67,6 +68,33 @@ class InputStatistics:
         if inputs.ndim == 3 and self._first is not None:
             self._accumulate(self._first, inputs.detach()[:, 0].float())
             self._samples += inputs.shape[0]
+
+    def add_up(self, world: World, owner: int, factor: float = 1.0) -> None:
+        """Add up what all processes took in, at one of them.
+
+        At the others nothing may be read afterwards.
+
+        Args:
+            world: the processes, which all come here.
+            owner: the one that gets the sums.
+            factor: of this process's sums, a power of two.
+
+        Raises:
+            ValueError: :attr:`hessian` has been read.
+        """
+        if self._settled:
+            raise ValueError("The Hessian has been read; nothing can be taken in after that.")
+        if world.size == 1:
+            return
+        for total in (self._sum, self._first):
+            if total is not None:
+                if factor != 1:
+                    total *= factor
+                world.add(total, owner)
+        counts = torch.tensor([self._weight, self.tokens, self._samples], dtype=torch.float64)
+        world.add(counts, owner)
+        self._weight, tokens, samples = counts.tolist()
+        self.tokens, self._samples = int(tokens), int(samples)
 
     @classmethod
     def pooled(cls, members: Sequence["InputStatistics"]) -> "InputStatistics":

@@ -64,6 +64,11 @@ class CalibrationSet:
         tokens = self.tokens[:samples]
         return replace(self, tokens=tokens, fingerprint=token_fingerprint(tokens), parts=())
 
+    def picked(self, places: Sequence[int]) -> "CalibrationSet":
+        """Some of the samples, by their numbers."""
+        tokens = self.tokens[list(places)]
+        return replace(self, tokens=tokens, fingerprint=token_fingerprint(tokens), parts=())
+
     def describe(self) -> dict[str, Any]:
         """What goes into ``producer.calibration``.
 

@@ -11,6 +11,7 @@ from svsk_offline.calibration import CalibrationSet
 from svsk_offline.planning.smoothing import Smoothing, plan_smoothing
 from svsk_offline.recipe_sections import SmoothingArgs
 from svsk_offline.storage.dense_model import ModelSource
+from svsk_offline.world import ALONE, World
 
 __all__ = ["folded_model"]
 
@@ -25,6 +26,7 @@ def folded_model(
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
+    world: World = ALONE,
 ) -> tuple[ModelSource, dict[str, Any]]:
     """A model as it is quantised, by factors chosen now or by an earlier start of this run.
 
@@ -39,17 +41,22 @@ def folded_model(
         folder: keeps the factors as long as the run is unfinished.
         progress: called with the number of blocks done and their total, where factors are chosen.
         say: is told what is folded, and what is left alone.
+        world: the processes; the leading one chooses, with all samples.
 
     Returns:
         The folded model, and what ``producer`` says of it.
     """
     path = folder / _NAME
-    if path.exists():
-        found = Smoothing.load(path)
-    else:
+
+    def choose() -> Smoothing:
+        if path.exists():
+            return Smoothing.load(path)
         say("Looking for the largest magnitudes of activations")
-        found = plan_smoothing(source, texts, args, device, folder, progress)
-        found.save(path)
+        chosen = plan_smoothing(source, texts, args, device, folder, progress)
+        chosen.save(path)
+        return chosen
+
+    found = world.first(choose)
     for line in found.lines():
         say(line)
     folded = source.folded(found.fold)

@@ -10,6 +10,7 @@ the budget: runs that differ in that alone measure once, if they keep it.
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -36,6 +37,7 @@ from svsk_offline.recipe import AlternatingRecipe
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.loaded_weight import loaded_weight
 from svsk_offline.storage.locks import LOCK_NAME, locked
+from svsk_offline.world import ALONE, World
 from svsk_vllm.format import ConfigGroup, SvskFormatError
 from svsk_vllm.version import __version__
 
@@ -107,6 +109,7 @@ class Measuring:
         tokens: keep the gradients of tokens. A file that has them serves sweeps without, so this
             is no part of the key.
         device: where to compute.
+        world: the processes that measure together, each on its samples.
     """
 
     source: ModelSource
@@ -119,6 +122,7 @@ class Measuring:
     directions: int
     tokens: bool
     device: torch.device
+    world: World = ALONE
 
     @classmethod
     def of(
@@ -130,6 +134,7 @@ class Measuring:
         device: torch.device,
         scale_dtype: torch.dtype,
         say: Callable[[str], None] = lambda text: None,
+        world: World = ALONE,
     ) -> "Measuring":
         """The sweep that a recipe needs; arguments as of :func:`make_plan`."""
         args, allocation = recipe.gradients, recipe.allocation
@@ -155,7 +160,12 @@ class Measuring:
             args.directions if recipe.largest_rank else 0,
             tokens,
             device,
+            world,
         )
+
+    def share(self) -> tuple[list[int], int]:
+        """As :meth:`World.samples`, of the samples of the sweep."""
+        return self.world.samples(len(self.texts.tokens), self.held_out)
 
     def key(self) -> str:
         """All that the measurements depend on, as JSON; the same for the same."""
@@ -172,6 +182,8 @@ class Measuring:
             "directions": self.directions,
             "device": [self.device.type, str(block_dtype(self.device))],
         }
+        if self.world.size > 1:  # they add up in another order
+            values["processes"] = self.world.size
         return json.dumps(values, sort_keys=True)
 
     def run(
@@ -187,11 +199,15 @@ class Measuring:
             progress: called with the steps done and their total.
             say: is told where it goes on.
 
+        Returns:
+            What was measured, in the leading process; nothing in others.
+
         Raises:
             SvskError: the gradients are not finite, or the output does not depend on a linear.
         """
-        blocks = len(self.source.blocks[1])
-        unfinished = UnfinishedSweep(scratch, self.key())
+        blocks, whole = len(self.source.blocks[1]), len(self.order)
+        world, (places, own_held_out) = self.world, self.share()
+        unfinished = UnfinishedSweep(scratch, self.key(), world)
         before = unfinished.found(blocks, say)
         parts = [] if before is None else before[2]
 
@@ -202,53 +218,33 @@ class Measuring:
             fitted: dict[str, InputStatistics],
             held_out: dict[str, InputStatistics],
         ) -> None:
-            rows: dict[str, torch.Tensor] = {}
-            tokens: dict[str, torch.Tensor] = {}
-            curves: dict[str, ErrorCurve] = {}
-            metrics: dict[str, RowMetric] = {}
-            parts.append(Measurements(rows, tokens, curves, metrics))
-            for name, full, module in self.source.linears(index):
-                if full not in self.names:
-                    continue
+            own: list[Measurements] = []
+            linears = [one for one in self.source.linears(index) if one[1] in self.names]
+            owners = world.owners([one.out_features * one.in_features**2 for *_, one in linears])
+            for (name, full, module), owner in zip(linears, owners, strict=True):
                 if name not in gradients:
                     raise SvskError(
                         f"{full}: the model's output does not depend on it. Add it to --ignore."
                     )
                 gradient = gradients.pop(name)  # its moment is as large as a Hessian
-                rows[full] = gradient.rows.cpu()
-                metric, felt = RowMetric.diagonal(gradient.rows), None
-                if gradient.fitted is not None:
-                    metric = RowMetric.of(gradient.fitted.hessian, self.directions)
-                    metrics[full] = metric.to(torch.device("cpu"))
-                if gradient.held_out is not None:
-                    felt = gradient.held_out.hessian
-                if self.tokens:
-                    tokens[full] = gradient.tokens[self.order.argsort()]
-                if self.curves is not None:
+                gradient.add_up(world, owner, len(places) / whole, held_out=self.held_out > 0)
+                inputs = self._inputs(name, module, owner, fitted, held_out)
+                if owner == world.rank:
                     # Now, while the block's statistics are in memory: one block's at a time are.
-                    other = held_out.pop(name, None)
-                    weight = loaded_weight(self.source, full, module).float()
-                    curves[full] = _curve(
-                        full,
-                        weight,
-                        gradient.rows,
-                        metric,
-                        fitted.pop(name),
-                        other,
-                        felt,
-                        self.curves,
-                    )
+                    own.append(self._measured(full, module, gradient, inputs))
+            parts.append(Measurements.joined(world.gathered(Measurements.joined(own))))
 
         sweep_gradients(
             self.source,
-            self.texts,
+            self.texts.picked(places),
             self.device,
             block_dtype(self.device),
             visit,
             full=self.curves is not None,
             moments=self.directions > 0,
-            held_out=self.held_out,
+            held_out=own_held_out,
             seed=self.seed,
+            places=places,
             scratch=scratch,
             progress=progress,
             start=None if before is None else before[:2],
@@ -256,6 +252,49 @@ class Measuring:
         )
         unfinished.remove(blocks)
         return Measurements.joined(parts)
+
+    def _measured(
+        self,
+        full: str,
+        module: nn.Linear,
+        gradient: OutputGradients,
+        inputs: tuple[InputStatistics, InputStatistics | None] | None,
+    ) -> Measurements:
+        """What is found of one linear; what was gathered of it is used up."""
+        tokens: dict[str, torch.Tensor] = {}
+        curves: dict[str, ErrorCurve] = {}
+        metrics: dict[str, RowMetric] = {}
+        metric, felt = RowMetric.diagonal(gradient.rows), None
+        if gradient.fitted is not None:
+            metric = RowMetric.of(gradient.fitted.hessian, self.directions)
+            metrics[full] = metric.to(torch.device("cpu"))
+        if gradient.held_out is not None:
+            felt = gradient.held_out.hessian
+        if self.tokens:
+            tokens[full] = gradient.tokens[self.order.argsort()]
+        if self.curves is not None and inputs is not None:
+            weight = loaded_weight(self.source, full, module).float()
+            curves[full] = _curve(full, weight, gradient.rows, metric, *inputs, felt, self.curves)
+        return Measurements({full: gradient.rows.cpu()}, tokens, curves, metrics)
+
+    def _inputs(
+        self,
+        name: str,
+        module: nn.Linear,
+        owner: int,
+        fitted: dict[str, InputStatistics],
+        held_out: dict[str, InputStatistics],
+    ) -> tuple[InputStatistics, InputStatistics | None] | None:
+        """What a curve is measured on, added up at the owner; None where none is measured."""
+        if self.curves is None:
+            return None
+        own, other = fitted.pop(name), held_out.pop(name, None)
+        if self.world.size > 1 and self.held_out and other is None:  # none of this process's
+            other = InputStatistics(module.in_features, self.device, full=True)
+        for statistics in (own, other):
+            if statistics is not None:
+                statistics.add_up(self.world, owner)
+        return own, other
 
 
 def _curve(
@@ -292,6 +331,9 @@ def measure_once(
         progress: called with the steps done and their total.
         say: is told which of the two is done.
 
+    Returns:
+        What was measured, in the leading process; nothing in others.
+
     Raises:
         SvskError: another run measures for the folder, or as :meth:`Measuring.run`.
     """
@@ -304,13 +346,18 @@ def measure_once(
         return measure()
     key = measuring.key()
     path = kept / f"measured-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    found = _kept(path, key, say)
-    if found is None or (measuring.tokens and not found.tokens):
-        kept.mkdir(parents=True, exist_ok=True)
-        with locked(kept / LOCK_NAME, kept):
-            found = measure()
-            found.save(path, key)
-    return found
+    world = measuring.world
+    found = _kept(path, key, say) if world.leads else None
+    if found is not None and measuring.tokens and not found.tokens:
+        found = None
+    if world.first(lambda: found is not None):
+        return found or Measurements({})
+    kept.mkdir(parents=True, exist_ok=True)
+    with locked(kept / LOCK_NAME, kept) if world.leads else nullcontext():
+        measured = measure()
+        if world.leads:
+            measured.save(path, key)
+    return measured
 
 
 def _kept(path: Path, key: str, say: Callable[[str], None]) -> Measurements | None:

@@ -25,6 +25,7 @@ from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import AllocationArgs, AlternatingRecipe, Recipe
 from svsk_offline.storage.atomic import write_tensors
 from svsk_offline.storage.dense_model import ModelSource
+from svsk_offline.world import ALONE, World
 from svsk_vllm.format import ConfigGroup, LinearSpec, ShardedReader, SvskCheckpointConfig
 from svsk_vllm.format.experts import ExpertName, expert_layers, projection_pattern
 
@@ -134,6 +135,7 @@ def make_plan(
     kept: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
+    world: World = ALONE,
 ) -> Plan:
     """Decide on every linear.
 
@@ -149,6 +151,8 @@ def make_plan(
             nothing.
         progress: called with the steps done and their total, where anything is measured.
         say: is told what is measured, and with how many tokens.
+        world: the processes that measure together. The leading one decides; what the others get
+            stands for nothing where anything is measured.
 
     Raises:
         SvskError: the budget is less than the smallest choices take, the gradients are not finite,
@@ -156,8 +160,10 @@ def make_plan(
     """
     if not (isinstance(recipe, AlternatingRecipe) and recipe.needs_gradients):
         return Plan(schemes)
-    measuring = Measuring.of(source, schemes, recipe, calibration, device, scale_dtype, say)
+    measuring = Measuring.of(source, schemes, recipe, calibration, device, scale_dtype, say, world)
     found = measure_once(measuring, kept, scratch, progress, say)
+    if not world.leads:
+        return Plan(schemes)
     args = recipe.gradients
     tokens, rows = (
         {name: _relative(squares[name], power) for name in schemes} if power else {}
