@@ -8,29 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.wheels import build_wheel, tracked_files
+
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tracked files, because a build leaves folders behind."""
-    source = tmp_path_factory.mktemp("source")
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
-    if files.returncode:
-        pytest.skip("not a checkout of git")
-    for name in filter(None, files.stdout.decode().split("\0")):
-        if (ROOT / name).is_file() and not name.startswith(("tests/", "docs/")):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    return source
-
-
-def build_wheel(source: Path, out: Path) -> Path:
-    """Build a wheel of a folder or of a source distribution."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(out), str(source)], check=True)
-    (wheel,) = out.glob("*.whl")
-    return wheel
+    return tracked_files(tmp_path_factory.mktemp("source"))
 
 
 def names_of(wheel: Path) -> set[str]:

@@ -18,6 +18,7 @@ from svsk_eval.errors import EvalError
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.limits import check_token_ids, longest_sequence
 from svsk_offline.pipeline import resolve_device
+from svsk_offline.storage.hub import check_on_hub
 from svsk_offline.storage.model_loading import (
     attention_arguments,
     own_code_refused,
@@ -205,12 +206,15 @@ def is_svsk(path: str | Path) -> bool:
 
 
 def check_folder(path: str | Path) -> None:
-    """Check that a path, if it exists, is a model folder.
+    """Check that a path is a model folder, or else a name that the hub or its local cache has.
 
     Raises:
         EvalError: it has no ``config.json``.
+        SvskError: it is not there, and the hub does not have it.
     """
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+    if not Path(path).exists():
+        check_on_hub(str(path))
+    elif not (Path(path) / "config.json").is_file():
         raise EvalError(f"{path}: not a model folder, it has no config.json.")
 
 

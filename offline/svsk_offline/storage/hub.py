@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a model that is named by folder or hub name; what is neither is told at once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -8,7 +10,7 @@ from svsk_kernels.errors import SvskError, one_line
 from svsk_offline.choices import did_you_mean
 from svsk_vllm.format.files import read_json
 
-__all__ = ["check_checkpoint", "check_model", "resolve_model"]
+__all__ = ["check_checkpoint", "check_model", "check_on_hub", "resolve_model"]
 
 _WANTED_FILES: Final = tuple(
     """
@@ -86,17 +88,37 @@ def resolve_model(model: str, *, trust_remote_code: bool = False) -> Path:
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = [*_WANTED_FILES, *(["*.py"] if trust_remote_code else [])]
-    try:
+    with _hub_says(model):
         return Path(
             snapshot_download(model, allow_patterns=patterns, ignore_patterns=list(_UNWANTED_FILES))
         )
+
+
+def check_on_hub(model: str) -> None:
+    """Refuse a name that neither the hub nor its local cache has as a model; fetches config.json.
+
+    Raises:
+        SvskError: it has not.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with _hub_says(model):
+        hf_hub_download(model, "config.json")
+
+
+@contextmanager
+def _hub_says(model: str) -> Iterator[None]:
+    """One line for whatever keeps a model from being fetched."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SvskError(
             f"{model}: not a folder here, and the hub did not give it: {_reason(error)}"
-            f"{_nearest(folder)}"
+            f"{_nearest(Path(model).expanduser())}"
         ) from error
 
 

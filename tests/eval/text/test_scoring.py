@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from svsk_eval.errors import EvalError
 from svsk_eval.text.models import load_model, load_tokenizer
 from svsk_eval.text.scoring import compare_models, evaluate, token_chunks
+from svsk_kernels.errors import SvskError
 from tests.support.format_builders import edit_json
 from tests.support.tiny_models import (
     BOS,
@@ -307,9 +308,9 @@ def test_a_path_that_is_no_model_is_an_error(models: Path, text: Path, tmp_path:
         evaluate(tmp_path, None, text, 1, SEQ_LEN)
     with pytest.raises(EvalError, match=r"no config\.json"):
         evaluate(models / "dense", tmp_path, text, 1, SEQ_LEN)
-    with pytest.raises(EvalError, match="absent: cannot load a tokenizer"):
+    with pytest.raises(SvskError, match="absent: not a folder here, and the hub did not give it"):
         evaluate(tmp_path / "absent", None, text, 1, SEQ_LEN)
-    with pytest.raises(EvalError, match="absent: cannot load a model"):
+    with pytest.raises(SvskError, match="absent: not a folder here, and the hub did not give it"):
         load_model(tmp_path / "absent")
 
 
