@@ -88,9 +88,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     build_wheel(source, folder)
     write_dense(root / "model", "llama")
     (root / "model" / "chat_template.jinja").write_text(TEMPLATE)
-    for block in BLOCKS:
-        if block.language == "python":
-            (folder / block.comment).write_text(block.text)
     programs = _environment(root / "venv")
     with running_hub() as hub:
         environment = {
@@ -107,6 +104,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
         one = Place(folder, root / "model", hub, port, environment)
+        for block in BLOCKS:
+            if block.language == "python":
+                (folder / block.comment).write_text(one.here(block.text))
         yield one
         for server in one.servers:
             server.terminate()
