@@ -15,6 +15,7 @@ from rich.console import Console
 from svsk_offline.pipeline import Progress as Callbacks
 from svsk_offline.pipeline import QuantizationResult, quantize, resolve_device
 from svsk_offline.recipe import Recipe
+from svsk_offline.storage.decode_cost import finer_groups, finer_groups_line
 from svsk_offline.storage.inspection import whole_bits_per_weight
 from svsk_offline.storage.layer_report import LayerReport
 from svsk_offline.terminal import duration, steps
@@ -100,6 +101,7 @@ def _figures(result: QuantizationResult, seconds: float, gpu: float | None) -> d
         "seconds_per_block": statistics.median(result.block_seconds),
         "peak_memory_gib": peak_memory_gib(),
         "peak_gpu_memory_gib": gpu,
+        "finer_groups": finer_groups(result.folder),
         "matrices": [
             {
                 "name": report.name,
@@ -128,6 +130,7 @@ def summary(figures: dict[str, Any], reference: str) -> list[str]:
     worst = sorted(measured, key=lambda row: -row["error"])[:_WORST]
     width = max((len(row["name"]) for row in worst), default=0)
     folder = shlex.quote(_short(figures["folder"]))
+    slower = finer_groups_line(figures["finer_groups"])
     model = shlex.quote(reference)
     return [
         f"wrote {figures['folder']}: {len(matrices)} matrices",
@@ -138,6 +141,7 @@ def summary(figures: dict[str, Any], reference: str) -> list[str]:
         f" measuring and {figures['seconds_per_block']:.2f} s per block",
         f"peak memory {figures['peak_memory_gib']:.2f} GiB"
         + ("" if gpu is None else f", of the GPU {gpu:.2f} GiB"),
+        *([slower] if slower else []),
         "largest errors of outputs:",
         *(
             f"  {row['name']:<{width}}  {row['error']:.2e} at {row['bits_per_weight']:.2f} bits"

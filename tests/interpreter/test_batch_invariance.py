@@ -16,10 +16,12 @@ from svsk_kernel_tools.stack_linears import random_linear, stack_linears
 from svsk_kernels.codebook import Codebook
 from svsk_kernels.gpu import invariant_product, tuning
 from svsk_kernels.gpu import matmul_op as dispatch
+from svsk_kernels.gpu.choice import Gpu
 from svsk_kernels.gpu.int8_layer import Int8Kernel
 from svsk_kernels.gpu.launch import counters
 from svsk_kernels.gpu.matmul_op import SvskMatmul
-from svsk_kernels.gpu.tuning import Entry, Gpu, invariant_choices
+from svsk_kernels.gpu.rule import invariant_choices
+from svsk_kernels.gpu.tuning import Entry
 from svsk_kernels.tile_grid import TileGrid
 from tests.interpreter.layers import BOUNDS, activations
 

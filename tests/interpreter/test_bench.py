@@ -46,7 +46,9 @@ from svsk_kernel_tools.bench.timing import (
     launches_needed,
     measure,
 )
-from svsk_kernels.gpu.tuning import Choice, Gpu, TuningTable, heuristic_choices, table_name
+from svsk_kernels.gpu.choice import Choice, Gpu, choice_for
+from svsk_kernels.gpu.rule import heuristic_choices
+from svsk_kernels.gpu.tuning import TuningTable, table_name
 from svsk_kernels.naive import naive_matmul
 
 H100 = Gpu(name="NVIDIA H100 80GB HBM3", capability=90, processors=132)
@@ -232,7 +234,7 @@ def test_cases_on_a_gpu(quick: bool) -> None:
 
 def test_forced_choice_fits_the_tokens() -> None:
     assert forced_choice("decode", H100, 6144, 2560, 64, 20).block_m == 32
-    assert forced_choice("decode", H100, 6144, 2560, 64, 500).block_m == 64
+    assert forced_choice("decode", H100, 6144, 2560, 64, 500).block_m == 128
     assert forced_choice("gemm", H100, 6144, 2560, 64, 1).kernel == "gemm"
     assert kernels_for(1, "decode") == ["decode"]
     assert kernels_for(128, "gemm") == ["gemm", "decode", "fold"]
@@ -326,8 +328,8 @@ def test_choices_tried_are_valid_and_contain_the_rule(m: int) -> None:
     for shape in SHAPES:
         tried = tune.trial_choices(H100, shape.n, shape.k, 64, m)
         assert len(set(tried)) == len(tried) <= 50
-        rule = replace(forced_choice(tried[0].kernel, H100, shape.n, shape.k, 64, m), max_m=None)
-        assert rule in tried
+        rule = choice_for(heuristic_choices(H100, shape.n, shape.k, 64), m)
+        assert replace(rule, max_m=None) in tried
         for choice in (
             *tried,
             *tune.refined([c for c in tried if c.kernel == "decode"][:2], shape.k, H100),
@@ -349,17 +351,14 @@ def test_refined_choices_split_otherwise() -> None:
     assert {c.pdl for c in found} == {True, False}
 
 
-def test_select_splits_alike_and_finds_the_crossover() -> None:
+def test_select_finds_the_crossover() -> None:
     one, two = Choice(kernel="decode", split_k=1), Choice(kernel="decode", split_k=2)
-    wide, wide_one = (
-        Choice(kernel="decode", split_k=2, block_m=32),
-        Choice(kernel="decode", split_k=1, block_m=32),
-    )
+    wide = Choice(kernel="decode", split_k=2, block_m=32)
     gemm, fold = Choice(kernel="gemm", block_m=128), Choice(kernel="fold")
     found = tune.select(
         {
             16: {one: 1.0, two: 1.1},
-            32: {wide: 1.0, wide_one: 2.0},
+            32: {wide: 1.0, two: 2.0},
             64: {gemm: 3.0, two: 9.0},
             256: {gemm: 5.0, fold: 6.0},
             512: {gemm: 9.0, fold: 8.0},
@@ -367,7 +366,7 @@ def test_select_splits_alike_and_finds_the_crossover() -> None:
         }
     )
     assert [(c.kernel, c.max_m, c.split_k) for c in found] == [
-        ("decode", 16, 2),
+        ("decode", 16, 1),
         ("decode", 32, 2),
         ("gemm", 256, 1),
         ("fold", None, 1),

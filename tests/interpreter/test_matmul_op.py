@@ -11,17 +11,10 @@ import torch
 from svsk_kernel_tools.bench.correctness import relative_error
 from svsk_kernels.gpu import matmul_op as dispatch
 from svsk_kernels.gpu import tuning
+from svsk_kernels.gpu.choice import Choice, Gpu, TuningError, choice_for
 from svsk_kernels.gpu.matmul_op import SvskMatmul, gpu_of
-from svsk_kernels.gpu.tuning import (
-    Choice,
-    Entry,
-    Gpu,
-    TuningError,
-    choice_for,
-    choices_for,
-    heuristic_choices,
-    table_name,
-)
+from svsk_kernels.gpu.rule import heuristic_choices
+from svsk_kernels.gpu.tuning import Entry, choices_for, table_name
 from svsk_kernels.layer_kernel import LayerSpec
 from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, SlotGroup
 from tests.interpreter.layers import BOUNDS, activations, make_layer
@@ -29,6 +22,11 @@ from tests.interpreter.layers import BOUNDS, activations, make_layer
 H100 = Gpu(name="NVIDIA H100 80GB HBM3", capability=90, processors=132)
 A10 = Gpu(name="NVIDIA A10", capability=86, processors=72)
 CPU = torch.device("cpu")
+FEW = (
+    Choice(kernel="decode", max_m=16, step=16),
+    Choice(kernel="gemm", max_m=65, step=16),
+    Choice(kernel="fold"),
+)
 
 
 @pytest.mark.parametrize("m", [1, 16, 17, 40, 65, 130])
@@ -42,13 +40,13 @@ def test_op_takes_any_number_of_tokens(m: int) -> None:
 
 
 def test_op_folds_large_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "FOLD_FROM", 66)
+    monkeypatch.setattr(dispatch, "choices_for", lambda *_: FEW)
     monkeypatch.setattr(dispatch, "_prepared", {})
-    choices_for.cache_clear()
     layer = make_layer(160, torch.float16, {"n": 70, "rank": 8}, group_size=32)
     used = []
     monkeypatch.setattr(
-        "svsk_kernels.gpu.launch.fold_kernel", _Spy(used, "svsk_kernels.gpu.launch")
+        "svsk_kernels.gpu.folded_product.fold_kernel",
+        _Spy(used, "svsk_kernels.gpu.folded_product"),
     )
     for m in (65, 66):
         x = activations(m, 160, torch.float16)
@@ -57,7 +55,6 @@ def test_op_folds_large_batches(monkeypatch: pytest.MonkeyPatch) -> None:
             < BOUNDS[torch.float16]
         )
         assert len(used) == m - 65
-    choices_for.cache_clear()
 
 
 class _Spy:
@@ -87,13 +84,12 @@ def test_op_and_its_fake_agree() -> None:
 
 
 def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "FOLD_FROM", 80)
+    monkeypatch.setattr(dispatch, "choices_for", lambda *_: FEW)
     monkeypatch.setattr(dispatch, "_warmed", set())
-    choices_for.cache_clear()
     layer = make_layer(64, torch.float16, {"n": 40, "rank": 4})
     seen: list[int] = []
     monkeypatch.setattr(SvskMatmul, "__call__", lambda self, x, *_: seen.append(x.shape[0]))
-    every = [1, 16, 17, 32, 33, 64, 65, 79, 80]
+    every = [1, 16, 17, 65, 66]
     layer.matmul.warm_up(layer.tensors)
     assert seen == every
     make_layer(64, torch.float16, {"n": 40, "rank": 4}).matmul.warm_up(layer.tensors)
@@ -103,7 +99,6 @@ def test_warm_up_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     other = make_layer(64, torch.float16, {"n": 40, "rank": 24})
     other.matmul.warm_up(other.tensors)
     assert len(seen) == 4 * len(every)
-    choices_for.cache_clear()
 
 
 def test_refusals_say_why() -> None:
@@ -141,11 +136,8 @@ def test_a_sidecar_that_32_bits_do_not_address_is_refused(
 def test_rule_gives_valid_choices(gpu: Gpu, n: int, k: int, group_size: int) -> None:
     choices = heuristic_choices(gpu, n, k, group_size)
     Entry(n=n, k=k, group_size=group_size, choices=choices)  # raises if they do not fit the layer
-    assert len({choice.split_k for choice in choices if choice.kernel == "decode"}) == 1
     assert choices[0].pdl == (gpu is H100)
     assert choice_for(choices, 1).block_m == 16
-    assert choice_for(choices, 64).block_m == 64
-    assert choice_for(choices, 65).kernel == "gemm"
     assert choice_for(choices, 100_000).kernel == "fold"
 
 

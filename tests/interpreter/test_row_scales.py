@@ -11,18 +11,13 @@ from svsk_kernel_tools.bench.correctness import relative_error
 from svsk_kernel_tools.bench.layers import BenchLayer, Part, random_layer
 from svsk_kernel_tools.stack_linears import random_linear, stack_linears
 from svsk_kernels.codebook import Codebook, code_values
-from svsk_kernels.gpu.launch import counters, fold
+from svsk_kernels.gpu.choice import Choice, Gpu, TuningError, longest_step
+from svsk_kernels.gpu.folded_product import fold
+from svsk_kernels.gpu.launch import counters
 from svsk_kernels.gpu.repack_base import ROW_PAD, pack_scale_codes, plane_length
+from svsk_kernels.gpu.rule import heuristic_choices
 from svsk_kernels.gpu.triton_kernel import TritonKernel
-from svsk_kernels.gpu.tuning import (
-    Choice,
-    Entry,
-    Gpu,
-    TuningError,
-    TuningTable,
-    heuristic_choices,
-    longest_step,
-)
+from svsk_kernels.gpu.tuning import Entry, TuningTable
 from svsk_kernels.layer_kernel import LayerSpec
 from svsk_kernels.naive import PlainLinear, naive_matmul
 from svsk_kernels.tile_grid import TileGrid

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import svsk_kernels.gpu.folded_product as folded_product
 import svsk_kernels.gpu.launch as launch
 from svsk_kernel_tools.bench import correctness, runner, split, tune
 from svsk_kernel_tools.bench.cases import Case, cases_for
@@ -24,8 +25,9 @@ from svsk_kernel_tools.bench.runner import FINISHED
 from svsk_kernel_tools.bench.shapes import VARIANTS, Shape
 from svsk_kernel_tools.bench.split import SplitLayer
 from svsk_kernels.gpu import matmul_op as dispatch
+from svsk_kernels.gpu.choice import Choice
 from svsk_kernels.gpu.triton_kernel import TritonKernel
-from svsk_kernels.gpu.tuning import Choice, TuningTable, choices_for, table_name
+from svsk_kernels.gpu.tuning import TuningTable, choices_for, table_name
 from svsk_kernels.naive import naive_matmul
 from svsk_vllm.format import LinearSpec
 from tests.interpreter.test_bench import CPU, MACHINE, TINY, FakeTimer, bench
@@ -63,7 +65,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         pytest.skip("there is a real GPU")
     names: list[str] = []
     for name in NAMES:
-        monkeypatch.setattr(launch, name, OnGpuOnly(name, getattr(launch, name), names))
+        module = folded_product if name == "fold_kernel" else launch
+        monkeypatch.setattr(module, name, OnGpuOnly(name, getattr(module, name), names))
     monkeypatch.setattr(dispatch, "_warmed", set())
     monkeypatch.setattr(dispatch, "_prepared", {})
     dispatch.gpu_of.cache_clear()

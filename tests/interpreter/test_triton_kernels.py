@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from svsk_kernel_tools.bench.correctness import relative_error
-from svsk_kernels.gpu.launch import counters, fold, matmul_folded, packed_matmul, shrink
-from svsk_kernels.gpu.tuning import Choice
+from svsk_kernels.gpu.choice import Choice
+from svsk_kernels.gpu.folded_product import fold, matmul_folded
+from svsk_kernels.gpu.launch import counters, packed_matmul, shrink
 from svsk_kernels.naive import naive_matmul
 from svsk_vllm.format import Codebook
 from tests.interpreter.layers import BOUNDS, Layer, activations, make_layer
@@ -265,7 +266,7 @@ def test_folding_in_slices_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     x, bias = activations(3, 256, torch.float16), torch.randn(200).half()
     for some in (bias, None):
         whole = matmul_folded(x, layer.base, layer.sidecar, 8, some)
-        monkeypatch.setattr("svsk_kernels.gpu.launch._FOLD_BYTES", 256 * 2 * 64)
+        monkeypatch.setattr("svsk_kernels.gpu.repack_sidecar.FOLD_BYTES", 256 * 2 * 64)
         torch.testing.assert_close(
             matmul_folded(x, layer.base, layer.sidecar, 8, some), whole, rtol=1e-3, atol=1e-3
         )

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make setup` installs it")
 
+import svsk_kernels.gpu.folded_product as folded_product
 import svsk_kernels.gpu.launch as launch
 import svsk_vllm.plugin.kernel_choice as choice
 from svsk_kernels.gpu import matmul_op as dispatch
@@ -76,7 +77,9 @@ class Products:
             lambda base, side, bits, chosen, tiles, **_: partial(self, chosen.kernel, bits),
         )
         monkeypatch.setattr(
-            launch, "FoldedProduct", lambda base, side, bits, dtype: partial(self, "fold", bits)
+            folded_product,
+            "FoldedProduct",
+            lambda base, side, bits, dtype: partial(self, "fold", bits),
         )
 
     def __call__(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers and numbers of tokens that are checked before anything is timed."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -10,8 +9,10 @@ import torch
 from svsk_kernel_tools.bench.layers import BenchLayer, Part, random_layer
 from svsk_kernel_tools.bench.shapes import GROUP_SIZE, SHAPES, VARIANTS
 from svsk_kernels.codebook import Codebook
+from svsk_kernels.gpu.choice import Choice, Gpu, choice_for
 from svsk_kernels.gpu.repack_base import plane_length
-from svsk_kernels.gpu.tuning import Choice, Gpu, choice_for, choices_for, heuristic_choices
+from svsk_kernels.gpu.rule import candidates
+from svsk_kernels.gpu.tuning import choices_for
 
 __all__ = ["Case", "cases_for", "checked_choices", "forced_choice"]
 
@@ -166,15 +167,11 @@ def forced_choice(
 ) -> Choice:
     """Blocks for ``m`` tokens of one kernel, whether or not it would be dispatched."""
     layer = (gpu, n, k, group_size, row_scaled)
-    tables = (choices_for(*layer), heuristic_choices(*layer))
-    known: Sequence[Choice] = next(
-        found
-        for table in tables
-        if (found := [choice for choice in table if choice.kernel == kernel])
-    )
-    return next(
-        (choice for choice in known if choice.max_m is None or m <= choice.max_m), known[-1]
-    )
+    dispatched = choice_for(choices_for(*layer), m)
+    if dispatched.kernel == kernel:
+        return dispatched
+    known = [choice for choice in candidates(*layer) if choice.kernel == kernel]
+    return next((choice for choice in known if m <= choice.block_m), known[-1])
 
 
 def checked_choices(case: Case, gpu: Gpu, m: int) -> list[Choice]:

@@ -15,9 +15,10 @@ import torch
 from svsk_kernel_tools.bench.cases import Case, checked_choices
 from svsk_kernel_tools.bench.graphs import capture, capture_stream
 from svsk_kernel_tools.bench.layers import BenchLayer
-from svsk_kernels.gpu.launch import counters, fold
+from svsk_kernels.gpu.choice import Choice
+from svsk_kernels.gpu.folded_product import fold
+from svsk_kernels.gpu.launch import counters
 from svsk_kernels.gpu.matmul_op import gpu_of
-from svsk_kernels.gpu.tuning import Choice
 
 __all__ = ["BOUNDS", "Finding", "check_case", "poisoned", "relative_error"]
 

@@ -28,8 +28,9 @@ from svsk_kernel_tools.bench.timing import (
     launches_needed,
     measure,
 )
+from svsk_kernels.gpu.choice import Choice, choice_for
 from svsk_kernels.gpu.matmul_op import gpu_of
-from svsk_kernels.gpu.tuning import Choice, choice_for, choices_for
+from svsk_kernels.gpu.tuning import choices_for
 
 __all__ = ["Candidate", "Weights", "group_key", "kernels_for", "load_weights", "time_group"]
 

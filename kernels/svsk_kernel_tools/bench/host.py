@@ -32,9 +32,9 @@ from svsk_kernel_tools.bench.shapes import TILE_M, TILE_N
 from svsk_kernel_tools.bench.timing import Sampler, Stats, measure
 from svsk_kernel_tools.stack_linears import random_linear, stack_linears
 from svsk_kernels.gpu import matmul_op
+from svsk_kernels.gpu.choice import Gpu
 from svsk_kernels.gpu.prepared_launch import PreparedLaunch
 from svsk_kernels.gpu.triton_kernel import TritonKernel
-from svsk_kernels.gpu.tuning import Gpu
 from svsk_kernels.tile_grid import TileGrid
 
 __all__ = ["app", "measure_host", "no_launches"]

@@ -11,11 +11,12 @@ import torch
 from svsk_kernel_tools.bench.shapes import GROUP_SIZE, TILE_M, TILE_N, Shape, Variant
 from svsk_kernel_tools.stack_linears import random_linear, stack_linears
 from svsk_kernels.codebook import Codebook
-from svsk_kernels.gpu.launch import matmul_folded, packed_matmul
+from svsk_kernels.gpu.choice import Choice
+from svsk_kernels.gpu.folded_product import matmul_folded
+from svsk_kernels.gpu.launch import packed_matmul
 from svsk_kernels.gpu.matmul_op import SvskMatmul
 from svsk_kernels.gpu.repack_base import Base, plane_length
 from svsk_kernels.gpu.repack_sidecar import PlanarSidecar, Tiles
-from svsk_kernels.gpu.tuning import Choice
 from svsk_kernels.layer_kernel import LayerSpec
 from svsk_kernels.naive import PlainLinear, naive_matmul
 from svsk_kernels.tile_grid import TileGrid

@@ -28,9 +28,10 @@ from svsk_kernel_tools.bench.errors import BenchError
 from svsk_kernel_tools.bench.layers import BenchLayer, layer_of_shape
 from svsk_kernel_tools.bench.machine import describe, open_device
 from svsk_kernel_tools.bench.shapes import VARIANTS, Shape, find_shapes
-from svsk_kernels.gpu.launch import rows_at_a_time
+from svsk_kernels.gpu.choice import choice_for
 from svsk_kernels.gpu.matmul_op import gpu_of
-from svsk_kernels.gpu.tuning import choice_for, choices_for
+from svsk_kernels.gpu.repack_sidecar import rows_at_a_time
+from svsk_kernels.gpu.tuning import choices_for
 from svsk_kernels.tile_grid import ceil_div
 from svsk_offline.storage.atomic import write_json, write_text
 

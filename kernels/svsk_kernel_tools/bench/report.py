@@ -161,7 +161,7 @@ def _cells(record: dict[str, Any]) -> list[str]:
 
 
 def _tuned(records: Sequence[dict[str, Any]]) -> list[str]:
-    names = ("block_m", "block_n", "step", "num_warps", "num_stages", "split_k", "pdl")
+    names = ("block_m", "block_n", "step", "num_warps", "num_stages", "split_k", "pdl", "join")
     rows = [
         [
             record["shape"],

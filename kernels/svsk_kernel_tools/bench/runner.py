@@ -32,8 +32,9 @@ from svsk_kernel_tools.bench.shapes import (
 from svsk_kernel_tools.bench.split import vllm_missing
 from svsk_kernel_tools.bench.timing import FAILURES, Budget, GpuTimer, Timer, copies_needed
 from svsk_kernel_tools.bench.tune import BUCKETS, bucket_key, select, time_bucket, write_table
+from svsk_kernels.gpu.choice import Choice
 from svsk_kernels.gpu.matmul_op import gpu_of
-from svsk_kernels.gpu.tuning import Choice, Entry
+from svsk_kernels.gpu.tuning import Entry
 from svsk_offline.storage.atomic import write_text
 
 __all__ = ["FAILED", "FINISHED", "UNFINISHED", "Bench", "Settings", "run"]

@@ -17,19 +17,11 @@ from svsk_kernel_tools.bench.errors import BenchError
 from svsk_kernel_tools.bench.layers import BenchLayer
 from svsk_kernel_tools.bench.shapes import GROUP_SIZE, VARIANTS, Shape, bytes_needed
 from svsk_kernel_tools.bench.timing import FAILURES, Sampler, Timer, launches_needed, measure
-from svsk_kernels.gpu import launch
+from svsk_kernels.gpu import folded_product, launch
+from svsk_kernels.gpu.choice import Choice, Gpu, choice_for
 from svsk_kernels.gpu.repack_base import plane_length
-from svsk_kernels.gpu.tuning import (
-    MAX_SPLIT_K,
-    Choice,
-    Entry,
-    Gpu,
-    TuningTable,
-    choices_for,
-    heuristic_choices,
-    load_table,
-    table_name,
-)
+from svsk_kernels.gpu.rule import MAX_SPLIT_K, candidates, heuristic_choices
+from svsk_kernels.gpu.tuning import Entry, TuningTable, choices_for, load_table, table_name
 from svsk_offline.storage.atomic import write_text
 
 __all__ = [
@@ -67,20 +59,24 @@ def trial_choices(gpu: Gpu, n: int, k: int, group_size: int, m: int) -> list[Cho
 
     Blocks, steps, warps and stages; columns split as the rule says.
     """
-    rule = heuristic_choices(gpu, n, k, group_size)
-    choices = [replace(choice, max_m=None) for choice in rule if _applies(choice.kernel, m)]
-    choices = [
+    rule = replace(choice_for(heuristic_choices(gpu, n, k, group_size), m), max_m=None)
+    split = rule.split_k if rule.kernel == "decode" else 1
+    choices = [rule]
+    choices += [
         choice
-        for choice in choices
-        if choice.kernel != "decode" or choice.block_m == min(64, max(16, m))
+        for choice in candidates(gpu, n, k, group_size)
+        if _applies(choice.kernel, m)
+        and (
+            choice.kernel != "decode" or (choice.block_m >= min(64, m) and choice.split_k == split)
+        )
     ]
     plane = plane_length(k)
     steps = sorted({min(plane, group_size, step) for step in (64, 32)})
     if _applies("decode", m):
         common: dict[str, Any] = {
             "kernel": "decode",
-            "split_k": rule[0].split_k,
-            "pdl": rule[0].pdl,
+            "split_k": split,
+            "pdl": gpu.dependent_launch,
         }
         choices += [
             Choice(
@@ -104,6 +100,7 @@ def trial_choices(gpu: Gpu, n: int, k: int, group_size: int, m: int) -> list[Cho
                 step=steps[0],
                 num_warps=warps,
                 num_stages=stages,
+                join=gpu.asynchronous_products,
             )
             for tokens in ((64,) if gpu.capability in _TENSOR_MEMORY else (64, 128, 256))
             for rows in (64, 128)
@@ -128,7 +125,7 @@ def refined(choices: Iterable[Choice], k: int, gpu: Gpu) -> list[Choice]:
 
 def _applies(kernel: str, m: int) -> bool:
     """Whether a kernel could be the best for ``m`` tokens."""
-    low, high = {"decode": (1, 128), "gemm": (64, 2048), "fold": (256, math.inf)}[kernel]
+    low, high = {"decode": (1, 1024), "gemm": (64, 2048), "fold": (256, math.inf)}[kernel]
     return low <= m <= high
 
 
@@ -234,19 +231,18 @@ class _Recorder:
 def _spills(kernel: str) -> Iterator[list[int]]:
     """Spills of the versions of a kernel that are launched inside."""
     name, spills = f"{kernel}_kernel", list[int]()
-    original = getattr(launch, name)
-    setattr(launch, name, _Recorder(original, spills))
+    module = folded_product if kernel == "fold" else launch
+    original = getattr(module, name)
+    setattr(module, name, _Recorder(original, spills))
     try:
         yield spills
     finally:
-        setattr(launch, name, original)
+        setattr(module, name, original)
 
 
 def select(results: Mapping[int | None, Mapping[Choice, float]]) -> tuple[Choice, ...]:
     """The best choice of every bucket, from microseconds by bucket and choice.
 
-    All decode choices of a shape split the columns alike, so that a token's result does not depend
-    on how many others are in the batch; the split is the one with the least product of times.
     Without results a bucket joins the next.
 
     Raises:
@@ -257,42 +253,15 @@ def select(results: Mapping[int | None, Mapping[Choice, float]]) -> tuple[Choice
         raise BenchError(
             "Nothing could be timed: every choice failed. The errors are in the JSON report."
         )
-    split = _common_split(
-        [times for times in timed.values() if min(times, key=times.__getitem__).kernel == "decode"]
-    )
     found: list[Choice] = []
     for bucket, times in timed.items():
-        allowed = {
-            choice: us
-            for choice, us in times.items()
-            if choice.kernel != "decode" or choice.split_k == split
-        }
-        if not allowed:
-            continue
-        best = replace(min(allowed, key=allowed.__getitem__), max_m=bucket)
+        best = replace(min(times, key=times.__getitem__), max_m=bucket)
         if found and replace(found[-1], max_m=bucket) == best:
             found.pop()
         found.append(best)
     if found[-1].max_m is not None:
         found.append(Choice(kernel="fold"))
     return tuple(found)
-
-
-def _common_split(buckets: list[Mapping[Choice, float]]) -> int:
-    """The split with the least product of the buckets' best times; 1 without buckets."""
-    best: dict[int, float] = {}
-    for split in (1, 2, 3, 4, 5, 6, 7, 8):
-        fastest = [
-            [
-                us
-                for choice, us in times.items()
-                if choice.kernel == "decode" and choice.split_k == split
-            ]
-            for times in buckets
-        ]
-        if fastest and all(fastest):
-            best[split] = sum(math.log(min(times)) for times in fastest)
-    return min(best, key=best.__getitem__) if best else 1
 
 
 def write_table(folder: Path, device: str, entries: Iterable[Entry]) -> Path:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels as they are launched where nothing was measured.
 
-Every choice of the rule, compiled for each target.
+All that the rule chooses among, compiled for each target.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Final, Literal
 
 import torch
@@ -12,28 +13,28 @@ import triton.language as tl
 
 from svsk_kernel_tools.binary.aot import Arch
 from svsk_kernel_tools.binary.case import KernelCase
+from svsk_kernels.gpu.choice import Choice, Gpu
 from svsk_kernels.gpu.decode import decode_kernel
 from svsk_kernels.gpu.error_feedback import MAX_COLUMNS, feedback_kernel
 from svsk_kernels.gpu.error_feedback import ROWS as FEEDBACK_ROWS
 from svsk_kernels.gpu.error_feedback import WARPS as FEEDBACK_WARPS
 from svsk_kernels.gpu.fold import fold_kernel
+from svsk_kernels.gpu.folded_product import FOLD_WARPS, fold_constants
 from svsk_kernels.gpu.gemm import gemm_kernel
 from svsk_kernels.gpu.launch import (
-    FOLD_WARPS,
-    fold_constants,
     matmul_constants,
     shrink_constants,
     shrink_warps,
 )
 from svsk_kernels.gpu.repack_base import plane_length
 from svsk_kernels.gpu.repack_sidecar import Tiles
+from svsk_kernels.gpu.rule import candidates
 from svsk_kernels.gpu.shrink import shrink_kernel
-from svsk_kernels.gpu.tuning import Choice, Gpu, heuristic_choices
 
 __all__ = ["cases"]
 
-# Multiprocessors of an H100, for all: they decide into how many parts the columns are split.
-_PROCESSORS: Final = 132
+_PROCESSORS: Final = 132  # without meaning here
+_WIDE: Final = 128  # rows of the blocks of 8 warps
 _SHAPE: Final = (2560, 9728)  # rows and columns of a layer whose columns are split
 _UNALIGNED: Final = ("m", "steps", "steps_per_split", "row_start", "counters")
 
@@ -70,6 +71,8 @@ _CAPS: Final = {
     "decode16-unsplit-bias": (3.6, 3.9, 4.8),
     "decode32-g64": (4.5, 4.2, 5.1),
     "decode64-g64": (6.7, 5.4, 7.7),
+    "wide-g64": (7.1, 5.1, 5.4),
+    "wide-g32-rows": (7.4, 5.5, 5.4),
     "gemm-g64": (8.4, 5.7, 7.9),
     "gemm-g64-quad8": (9.8, 7.4, 9.6),
     "gemm-g64-fp16": (8.3, 5.5, 7.9),
@@ -85,40 +88,57 @@ def cases(arch: Arch) -> list[KernelCase]:
 
 
 def _matmuls(arch: Arch) -> Iterator[KernelCase]:
-    capability = arch if isinstance(arch, int) else 0
-    gpu = Gpu(name="", capability=capability, processors=_PROCESSORS)
-    for group_size in (64, 32):
-        for choice in heuristic_choices(gpu, *_SHAPE, group_size):
-            if choice.kernel == "fold" or (group_size == 32 and choice.block_m != 16):
-                continue  # beyond 16 tokens, steps are no longer than either group
-            tokens = choice.block_m if choice.kernel == "decode" else ""
-            name = f"{choice.kernel}{tokens}-g{group_size}"
-            yield _matmul(arch, name, choice, group_size, torch.bfloat16, bits=4)
-            if group_size == 64 and (choice.kernel == "gemm" or choice.block_m == 16):
-                yield _matmul(arch, f"{name}-quad8", choice, group_size, torch.bfloat16, quad8=True)
-                yield _matmul(arch, f"{name}-fp16", choice, group_size, torch.float16)
-    yield from _row_scaled(arch, gpu)
-    whole = heuristic_choices(gpu, 19456, 2560, 64)[0]
-    yield _matmul(arch, "decode16-unsplit-bias", whole, 64, torch.bfloat16, has_bias=True)
+    """Scales of one level."""
+    bfloat = torch.bfloat16
+    for name, choice in _blocks(arch, 64, False).items():
+        yield _matmul(arch, f"{name}-g64", choice, 64, bfloat, bits=4)
+        if name in ("decode16", "gemm"):
+            yield _matmul(arch, f"{name}-g64-quad8", choice, 64, bfloat, quad8=True)
+            yield _matmul(arch, f"{name}-g64-fp16", choice, 64, torch.float16)
+    few = _blocks(arch, 32, False)["decode16"]  # other steps are no longer than either group
+    yield _matmul(arch, "decode16-g32", few, 32, bfloat, bits=4)
+    yield from _row_scaled(arch)
+    few = _blocks(arch, 64, False)["decode16"]
+    whole = replace(few, split_k=1)
+    yield _matmul(arch, "decode16-unsplit-bias", whole, 64, bfloat, has_bias=True)
 
 
-def _row_scaled(arch: Arch, gpu: Gpu) -> Iterator[KernelCase]:
+def _row_scaled(arch: Arch) -> Iterator[KernelCase]:
     """Scales of two levels, and groups of 16 with those of one."""
     bfloat = torch.bfloat16
     for group_size in (64, 32, 16):
-        few, _, many, gemm, _ = heuristic_choices(gpu, *_SHAPE, group_size, row_scaled=True)
-        name = f"g{group_size}-rows"
+        blocks = _blocks(arch, group_size, True)
+        few, name = blocks["decode16"], f"g{group_size}-rows"
         yield _matmul(arch, f"decode16-{name}", few, group_size, bfloat, bits=4, row_scaled=True)
         if group_size == 32:
             for suffix, dtype, quad8 in (("quad8", bfloat, True), ("fp16", torch.float16, False)):
                 full_name = f"decode16-{name}-{suffix}"
                 yield _matmul(arch, full_name, few, group_size, dtype, quad8=quad8, row_scaled=True)
-            yield _matmul(arch, f"decode64-{name}", many, group_size, bfloat, row_scaled=True)
+            for block in ("decode64", "wide"):
+                full_name = f"{block}-{name}"
+                yield _matmul(arch, full_name, blocks[block], group_size, bfloat, row_scaled=True)
         if group_size != 64:
+            gemm = blocks["gemm"]
             yield _matmul(arch, f"gemm-{name}", gemm, group_size, bfloat, row_scaled=True)
     if isinstance(arch, int):  # AMD's warps of 64 lanes copy these 16 words a row by 8 bytes
-        one_level = heuristic_choices(gpu, *_SHAPE, 16)[0]
+        one_level = _blocks(arch, 16, False)["decode16"]
         yield _matmul(arch, "decode16-g16", one_level, 16, bfloat)
+
+
+def _blocks(arch: Arch, group_size: int, row_scaled: bool) -> dict[str, Choice]:
+    """What the rule chooses among, by name, its columns split in as many parts as they can be.
+
+    ``wide``: decode in gemm's blocks.
+    """
+    capability = arch if isinstance(arch, int) else 0
+    gpu = Gpu(name="", capability=capability, processors=_PROCESSORS)
+    found = {}
+    for choice in candidates(gpu, *_SHAPE, group_size, row_scaled):
+        if choice.kernel != "fold":
+            wide = choice.kernel == "gemm" or choice.block_n == _WIDE
+            name = f"decode{choice.block_m}" if not wide else "wide"
+            found["gemm" if choice.kernel == "gemm" else name] = choice
+    return found
 
 
 def _matmul(

@@ -24,12 +24,15 @@ class Limits:
         tensor_memory_columns: Of tensor memory, zero where there is none.
         loop_int_to_float: Conversions from integer to floating point allowed in the main loop; None
             for any number.
+        copies_ahead: Whether loads in loops can be copies to shared memory, turns ahead of their
+            use.
     """
 
     shared_bytes: int
     mma_unit: str
     tensor_memory_columns: int = 0
     loop_int_to_float: int | None = 0
+    copies_ahead: bool = True
 
 
 LIMITS: Final[dict[Arch, Limits]] = {
@@ -40,7 +43,7 @@ LIMITS: Final[dict[Arch, Limits]] = {
     100: Limits(227 * _KIB, "UTC", tensor_memory_columns=512),
     120: Limits(99 * _KIB, "HMMA"),
     # No bound on conversions: their cost there is not known.
-    "gfx942": Limits(64 * _KIB, "MFMA", loop_int_to_float=None),
+    "gfx942": Limits(64 * _KIB, "MFMA", loop_int_to_float=None, copies_ahead=False),
 }
 """The limits of every target."""
 
@@ -96,6 +99,12 @@ def _mma_failures(facts: KernelFacts, case: KernelCase, limits: Limits) -> list[
             "tensor-core instructions, but none in a loop; the main loop was unrolled or does not"
             " hold the product"
         ]
+    if case.packed_weight_pointer and facts.serialised:
+        return [
+            "each tensor-core instruction waits for the one before (ptxas says C7515); nothing but"
+            " products may set their sums between the first and the last wait, so tell the"
+            " compiler that the main loop is not left out (tl.assume)"
+        ]
     return []
 
 
@@ -106,6 +115,11 @@ def _loop_failures(facts: KernelFacts, case: KernelCase, limits: Limits) -> list
             f"{facts.loop_int_to_float} conversions from integer to floating point (I2F) in the"
             f" main loop, expected at most {limits.loop_int_to_float}; put the bits into a float's"
             " mantissa instead"
+        )
+    if limits.copies_ahead and case.packed_weight_pointer and facts.loop_loads:
+        failed.append(
+            f"{facts.loop_loads} loads from global memory to registers in the main loop, expected"
+            " none; load tiles of 4 bytes a thread or more, which are copied ahead of their use"
         )
     cap = case.max_instructions_per_weight
     if cap is None:

@@ -4,7 +4,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from svsk_kernel_tools.binary import gcn, sass
 from svsk_kernel_tools.binary.aot import CompiledKernel, arch_name
@@ -12,6 +12,10 @@ from svsk_kernel_tools.binary.program import Instruction, Program, find_main_loo
 from svsk_kernel_tools.binary.ttgir import PointerLoads, count_float_atomics, loads_of_pointer
 
 __all__ = ["KernelFacts", "read_facts"]
+
+
+_WGMMA: Final = 90
+"""The target whose tensor cores work beside the program."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class KernelFacts:
         loop_instructions: In the main loop, zero without one. Code that branches can leave out is
             counted.
         loop_mma: Tensor-core instructions in the main loop.
+        serialised: Whether each of sm_90's products waits for the one before.
+        loop_loads: Loads from global memory to registers in the main loop.
         loop_int_to_float: Conversions from integer to floating point in the main loop.
         loop_kinds: The main loop's instructions by what they do.
         instructions_per_weight: The main loop's instructions per weight, of the whole kernel if it
@@ -67,6 +73,8 @@ class KernelFacts:
     num_instructions: int
     loop_instructions: int
     loop_mma: int
+    serialised: bool
+    loop_loads: int
     loop_int_to_float: int
     loop_kinds: Mapping[str, int]
     instructions_per_weight: float | None
@@ -106,6 +114,7 @@ def read_facts(kernel: CompiledKernel) -> KernelFacts:
         shared_bytes=kernel.shared_bytes,
         tensor_memory_columns=kernel.tensor_memory_columns,
         packed_loads=loads_of_pointer(ttgir, pointer) if pointer else None,
+        serialised=kernel.arch == _WGMMA and sass.serialised(kernel.asm["ptx"], _WGMMA),
         float_atomics=max(count_float_atomics(ttgir), len(program.select("float_atomic"))),
         **_count(program, case.weights_per_thread),
     )
@@ -123,6 +132,7 @@ def _count(program: Program, weights_per_thread: float | None) -> dict[str, Any]
         "num_instructions": len(program.instructions),
         "loop_instructions": len(loop),
         "loop_mma": len(program.select("mma", loop)),
+        "loop_loads": len(program.select("global_load", loop)),
         "loop_int_to_float": len(program.select("int_to_float", loop)),
         "loop_kinds": dict(Counter(program.instructions[i].kind for i in loop).most_common()),
         "instructions_per_weight": counted / weights_per_thread if weights_per_thread else None,

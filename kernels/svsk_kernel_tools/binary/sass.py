@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """NVIDIA binaries: the disassemblers of Triton's wheel, and the parsing of what they print."""
 
+import os
 import re
 import subprocess
 import tempfile
@@ -10,7 +11,7 @@ from typing import Final
 from svsk_kernel_tools.binary.errors import InspectError
 from svsk_kernel_tools.binary.program import Instruction, Kind, Program, read_program
 
-__all__ = ["disassemble", "parse_resource_usage", "parse_sass", "resource_usage"]
+__all__ = ["disassemble", "parse_resource_usage", "parse_sass", "resource_usage", "serialised"]
 
 _LINE: Final = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?P<text>[^;]*?)\s*;")
 _INSTRUCTION: Final = re.compile(
@@ -65,6 +66,27 @@ def resource_usage(cubin: bytes, entry: str) -> tuple[int, int, int]:
     Raises InspectError if the tool is missing or fails.
     """
     return parse_resource_usage(_run_tool("cuobjdump", "-res-usage", cubin), entry)
+
+
+def serialised(ptx: str, arch: int) -> bool:
+    """Whether the assembler has each product of sm_90's tensor cores wait for the one before.
+
+    Where it cannot prove that nothing else writes their sums, it says so (remark C7515) and puts a
+    wait behind each. Raises InspectError if it fails.
+    """
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        name = f"--gpu-name=sm_{arch}a"
+        command = [get_ptxas(arch).path, "-v", name, file.name, "-o", os.devnull]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise InspectError(
+            f"ptxas failed (exit status {result.returncode}): {result.stderr.strip()}"
+        )
+    return "C7515" in result.stderr
 
 
 def _run_tool(name: str, option: str, cubin: bytes) -> str:

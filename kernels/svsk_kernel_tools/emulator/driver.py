@@ -19,7 +19,7 @@ from svsk_kernel_tools.emulator.code import code_of
 from svsk_kernel_tools.emulator.cta import Work
 from svsk_kernel_tools.emulator.errors import EmulateError, UnsupportedError
 from svsk_kernel_tools.emulator.machine import ORDERS, Gpu, Order
-from svsk_kernels.gpu.tuning import Gpu as GpuModel
+from svsk_kernels.gpu.choice import Gpu as GpuModel
 
 __all__ = ["CAPABILITIES", "emulated"]
 

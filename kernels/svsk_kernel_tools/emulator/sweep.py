@@ -13,8 +13,8 @@ from svsk_kernel_tools.bench.layers import BenchLayer
 from svsk_kernel_tools.emulator.driver import emulated
 from svsk_kernel_tools.emulator.errors import EmulateError
 from svsk_kernel_tools.emulator.machine import Launch
+from svsk_kernels.gpu.choice import Choice, Gpu
 from svsk_kernels.gpu.launch import counters
-from svsk_kernels.gpu.tuning import Choice, Gpu
 
 __all__ = ["Result", "sweep"]
 

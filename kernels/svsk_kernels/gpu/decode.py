@@ -31,8 +31,10 @@ import triton.language as tl
 
 from svsk_kernels.gpu.primitives import (
     add_sidecar,
-    group_scale,
+    group_scales,
+    join_planes,
     load_columns,
+    load_planes,
     load_scale_words,
     scale_planes,
     unpack_codes,
@@ -74,6 +76,7 @@ def decode_kernel(
     GROUP: tl.constexpr,  # weights per scale
     SPLIT_K: tl.constexpr,  # programs that share the columns of a block
     SCALE_WEIGHTS: tl.constexpr,  # scale weights before the products, not sums after them
+    JOIN: tl.constexpr,  # one product of the columns of all planes; needs SCALE_WEIGHTS
     # what there is
     SIDECAR_BITS: tl.constexpr,  # of the factors: 8 or 4; 0 means no sidecar
     HAS_BIAS: tl.constexpr,
@@ -98,8 +101,13 @@ def decode_kernel(
     word_row = words + offs_n.to(tl.int64)[:, None] * word_stride + tl.arange(0, STEP)[None, :]
     x_row = x + offs_m.to(tl.int64)[None, :] * x_stride
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    scales = scale + offs_n
     first = split * steps_per_split
-    for step in tl.range(first, tl.minimum(first + steps_per_split, steps), num_stages=STAGES):
+    stop = tl.minimum(first + steps_per_split, steps)
+    # a loop that may be left out would set the sums otherwise than by products, and ptxas then
+    # has each product wait for the one before; no split is empty
+    tl.assume(first < stop)
+    for step in tl.range(first, stop, num_stages=STAGES):
         # the packed weight: each byte is read once in this launch, so it should not push x out of
         # the cache
         packed = tl.load(word_row + step * STEP, eviction_policy="evict_first")
@@ -107,38 +115,33 @@ def decode_kernel(
         q0, q1, q2, q3 = unpack_codes(packed, DTYPE, ASM, QUAD8)
         # column of the first plane: PLANE // STEP turns go through a block of 4 * PLANE columns
         start = step // (PLANE // STEP) * (4 * PLANE) + step % (PLANE // STEP) * STEP
-        # the activations of each plane's columns
-        x0 = load_columns(x_row, start, k, mask_m, DTYPE, STEP, EVEN_K)
-        x1 = load_columns(x_row, start + PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
-        x2 = load_columns(x_row, start + 2 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
-        x3 = load_columns(x_row, start + 3 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
-        # the scales of each plane's columns, and the products: as few float32 multiplications as
-        # planes with different scales allow
-        scales = scale + offs_n
+        # the scales of each plane's columns
         if row_scale is not None:
             scale_words = load_scale_words(scales[:, None], step, n_padded, STEP, PLANE, GROUP)
             w0, w1, w2, w3 = scale_planes(q0, q1, q2, q3, scale_words, DTYPE, ASM)
-            acc = tl.dot(w3, x3, tl.dot(w2, x2, tl.dot(w1, x1, tl.dot(w0, x0, acc))))
-        elif 4 * PLANE <= GROUP:  # the four planes share a scale
-            s0 = group_scale(scales, start, n_padded, GROUP)
-            acc += tl.dot(q3, x3, tl.dot(q2, x2, tl.dot(q1, x1, tl.dot(q0, x0)))) * s0.to(
-                tl.float32
-            )
-        elif 2 * PLANE <= GROUP:
-            s0 = group_scale(scales, start, n_padded, GROUP)
-            s2 = group_scale(scales, start + 2 * PLANE, n_padded, GROUP)
-            acc += tl.dot(q1, x1, tl.dot(q0, x0)) * s0.to(tl.float32)
-            acc += tl.dot(q3, x3, tl.dot(q2, x2)) * s2.to(tl.float32)
         else:
-            s0 = group_scale(scales, start, n_padded, GROUP)
-            s1 = group_scale(scales, start + PLANE, n_padded, GROUP)
-            s2 = group_scale(scales, start + 2 * PLANE, n_padded, GROUP)
-            s3 = group_scale(scales, start + 3 * PLANE, n_padded, GROUP)
+            s0, s1, s2, s3 = group_scales(scales, start, n_padded, PLANE, GROUP)
             if SCALE_WEIGHTS:  # BLOCK_M sums a row cost more to scale than STEP weights
-                acc = tl.dot(q0 * s0.to(DTYPE), x0, acc)
-                acc = tl.dot(q1 * s1.to(DTYPE), x1, acc)
-                acc = tl.dot(q2 * s2.to(DTYPE), x2, acc)
-                acc = tl.dot(q3 * s3.to(DTYPE), x3, acc)
+                w0, w1 = q0 * s0.to(DTYPE), q1 * s1.to(DTYPE)
+                w2, w3 = q2 * s2.to(DTYPE), q3 * s3.to(DTYPE)
+        # the activations of each plane's columns, and the products
+        if JOIN:
+            columns = load_planes(x_row, start, k, mask_m, DTYPE, PLANE, STEP, EVEN_K)
+            acc = tl.dot(join_planes(w0, w1, w2, w3), columns, acc)
+        else:
+            x0 = load_columns(x_row, start, k, mask_m, DTYPE, STEP, EVEN_K)
+            x1 = load_columns(x_row, start + PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
+            x2 = load_columns(x_row, start + 2 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
+            x3 = load_columns(x_row, start + 3 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
+            # as few float32 multiplications as planes with different scales allow
+            if row_scale is not None or SCALE_WEIGHTS:
+                acc = tl.dot(w3, x3, tl.dot(w2, x2, tl.dot(w1, x1, tl.dot(w0, x0, acc))))
+            elif 4 * PLANE <= GROUP:  # the four planes share a scale
+                products = tl.dot(q3, x3, tl.dot(q2, x2, tl.dot(q1, x1, tl.dot(q0, x0))))
+                acc += products * s0.to(tl.float32)
+            elif 2 * PLANE <= GROUP:
+                acc += tl.dot(q1, x1, tl.dot(q0, x0)) * s0.to(tl.float32)
+                acc += tl.dot(q3, x3, tl.dot(q2, x2)) * s2.to(tl.float32)
             else:
                 acc += tl.dot(q0, x0) * s0.to(tl.float32)
                 acc += tl.dot(q1, x1) * s1.to(tl.float32)

@@ -23,8 +23,10 @@ import triton.language as tl
 
 from svsk_kernels.gpu.primitives import (
     add_sidecar,
-    group_scale,
+    group_scales,
+    join_planes,
     load_columns,
+    load_planes,
     load_scale_words,
     scale_planes,
     unpack_codes,
@@ -61,6 +63,7 @@ def gemm_kernel(
     PLANE: tl.constexpr,  # columns between the four codes of a word
     STEP: tl.constexpr,  # words per turn: a divisor of PLANE, and of GROUP but with row_scale
     GROUP: tl.constexpr,  # weights per scale
+    JOIN: tl.constexpr,  # one product of the columns of all planes
     # what there is
     SIDECAR_BITS: tl.constexpr,  # of the factors: 8 or 4; 0 means no sidecar
     HAS_BIAS: tl.constexpr,
@@ -83,30 +86,32 @@ def gemm_kernel(
     x_row = x + offs_m.to(tl.int64)[None, :] * x_stride
     scales = scale + offs_n
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    # a loop that may be left out would set the sums otherwise than by products, and ptxas then
+    # has each product wait for the one before
+    tl.assume(steps > 0)
     for step in tl.range(0, steps, num_stages=STAGES):
         # load and unpack four planes: exact integers (or quad8 levels)
         q0, q1, q2, q3 = unpack_codes(tl.load(word_row + step * STEP), DTYPE, ASM, QUAD8)
         # column of the first plane: PLANE // STEP turns go through a block of 4 * PLANE columns
         start = step // (PLANE // STEP) * (4 * PLANE) + step % (PLANE // STEP) * STEP
-        # the activations of each plane's columns
-        x0 = load_columns(x_row, start, k, mask_m, DTYPE, STEP, EVEN_K)
-        x1 = load_columns(x_row, start + PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
-        x2 = load_columns(x_row, start + 2 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
-        x3 = load_columns(x_row, start + 3 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
-        # scale the weights, multiply: one rounding to DTYPE per weight
+        # scale the weights: one rounding to DTYPE per weight
         if row_scale is not None:
             scale_words = load_scale_words(scales[:, None], step, n_padded, STEP, PLANE, GROUP)
             w0, w1, w2, w3 = scale_planes(q0, q1, q2, q3, scale_words, DTYPE, ASM)
-            acc = tl.dot(w3, x3, tl.dot(w2, x2, tl.dot(w1, x1, tl.dot(w0, x0, acc))))
         else:
-            s0 = group_scale(scales, start, n_padded, GROUP).to(DTYPE)
-            acc = tl.dot(q0 * s0, x0, acc)
-            s1 = group_scale(scales, start + PLANE, n_padded, GROUP).to(DTYPE)
-            acc = tl.dot(q1 * s1, x1, acc)
-            s2 = group_scale(scales, start + 2 * PLANE, n_padded, GROUP).to(DTYPE)
-            acc = tl.dot(q2 * s2, x2, acc)
-            s3 = group_scale(scales, start + 3 * PLANE, n_padded, GROUP).to(DTYPE)
-            acc = tl.dot(q3 * s3, x3, acc)
+            s0, s1, s2, s3 = group_scales(scales, start, n_padded, PLANE, GROUP)
+            w0, w1 = q0 * s0.to(DTYPE), q1 * s1.to(DTYPE)
+            w2, w3 = q2 * s2.to(DTYPE), q3 * s3.to(DTYPE)
+        # the activations of each plane's columns, and the products
+        if JOIN:
+            columns = load_planes(x_row, start, k, mask_m, DTYPE, PLANE, STEP, EVEN_K)
+            acc = tl.dot(join_planes(w0, w1, w2, w3), columns, acc)
+        else:
+            x0 = load_columns(x_row, start, k, mask_m, DTYPE, STEP, EVEN_K)
+            x1 = load_columns(x_row, start + PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
+            x2 = load_columns(x_row, start + 2 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
+            x3 = load_columns(x_row, start + 3 * PLANE, k, mask_m, DTYPE, STEP, EVEN_K)
+            acc = tl.dot(w3, x3, tl.dot(w2, x2, tl.dot(w1, x1, tl.dot(w0, x0, acc))))
     if row_scale is not None:  # once per row: after all products
         acc *= tl.load(row_scale + offs_n).to(tl.float32)[:, None]
     # epilogue: U z, bias, and tokens as the rows of y

@@ -11,10 +11,10 @@ from typing import Final
 
 import torch
 
+from svsk_kernels.gpu.choice import Choice
 from svsk_kernels.gpu.launch import PackedProduct
 from svsk_kernels.gpu.repack_base import Base
 from svsk_kernels.gpu.repack_sidecar import PlanarSidecar, Tiles
-from svsk_kernels.gpu.tuning import Choice
 
 __all__ = ["InvariantProduct"]
 

@@ -5,36 +5,32 @@ Classes hold what does not change from call to call, worked out once for the lay
 cannot tell apart; they keep no tensors. Functions of the same arguments prepare and call.
 """
 
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import torch
 import triton.language as tl
 
+from svsk_kernels.gpu.choice import Choice
 from svsk_kernels.gpu.counters import COUNTERS, Meeting, counters
 from svsk_kernels.gpu.decode import decode_kernel
-from svsk_kernels.gpu.fold import fold_kernel
 from svsk_kernels.gpu.gemm import gemm_kernel
 from svsk_kernels.gpu.prepared_launch import INTERPRETED, PreparedLaunch, Where, current
 from svsk_kernels.gpu.repack_base import Base
-from svsk_kernels.gpu.repack_sidecar import FOLD_ROWS, PlanarSidecar, Tiles, v_pitch
+from svsk_kernels.gpu.repack_sidecar import PlanarSidecar, Tiles, v_pitch
 from svsk_kernels.gpu.shrink import shrink_kernel
-from svsk_kernels.gpu.tuning import Choice
 from svsk_kernels.tile_grid import ceil_div
 
 __all__ = [
-    "FOLD_WARPS",
     "INTERPRETED",
     "Base",
-    "FoldedProduct",
     "PackedProduct",
+    "aligned",
+    "compiled_types",
     "counters",
-    "fold",
-    "fold_constants",
     "matmul_constants",
-    "matmul_folded",
     "packed_matmul",
     "product_type",
-    "rows_at_a_time",
     "shrink",
     "shrink_constants",
     "shrink_warps",
@@ -42,18 +38,13 @@ __all__ = [
 
 _TYPES: Final = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-_FOLD_BYTES: Final = 128 << 20
-"""Weight written out at a time."""
-
-FOLD_WARPS: Final = 8
-
 
 def product_type(dtype: torch.dtype) -> Any:
     """Triton's dtype of matrix products: that of the activations, float32 in the interpreter."""
     return tl.float32 if INTERPRETED else _TYPES[dtype]
 
 
-def _types(dtype: torch.dtype, asm: bool | None) -> dict[str, Any]:
+def compiled_types(dtype: torch.dtype, asm: bool | None) -> dict[str, Any]:
     """Dtype of the products, and whether codes are unpacked by inline PTX."""
     native = not INTERPRETED and torch.version.hip is None
     return {
@@ -105,6 +96,7 @@ def matmul_constants(
         "SIDECAR_BITS": sidecar_bits,
         "HAS_BIAS": has_bias,
         "STAGES": choice.num_stages,
+        "JOIN": choice.join,
     }
     if choice.kernel == "decode":
         constants |= {
@@ -115,12 +107,7 @@ def matmul_constants(
     return constants
 
 
-def fold_constants(sidecar_bits: int) -> dict[str, Any]:
-    """Compile-time constants of the fold kernel, those of layout and dtype left out."""
-    return {"BLOCK_N": FOLD_ROWS, "SIDECAR_BITS": sidecar_bits}
-
-
-def _aligned(*tensors: torch.Tensor | None) -> bool:
+def aligned(*tensors: torch.Tensor | None) -> bool:
     """Whether all begin at multiples of 16 bytes."""
     addresses = 0
     for tensor in tensors:
@@ -141,7 +128,7 @@ class Call(NamedTuple):
     def of(cls, x: torch.Tensor, *tensors: torch.Tensor | None) -> "Call":
         """Of activations [M, K], and all tensors that are not allocated for the product."""
         where, stride = current(), x_stride(x)
-        alike = _aligned(x, *tensors) and not stride % 16 and stride < 1 << 31
+        alike = aligned(x, *tensors) and not stride % 16 and stride < 1 << 31
         return cls(where, counters.of_stream(x.device, where.stream), stride, alike)
 
 
@@ -242,7 +229,7 @@ class PackedProduct:
         asm: bool | None = None,
         shrink_block: int | None = None,
     ) -> None:
-        self._decode, self._split = choice.kernel == "decode", choice.split_k
+        self._decode = choice.kernel == "decode"
         self._block_m, self._blocks_n = choice.block_m, base.n_padded // choice.block_n
         pdl = self._decode and choice.pdl and not INTERPRETED and sidecar is not None
         self._shrink = (
@@ -251,13 +238,20 @@ class PackedProduct:
             else Shrink(sidecar, num_bits, tiles, base.k, dtype, pdl=pdl, block=shrink_block)
         )
         steps = base.words.shape[1] // choice.step
-        self._steps = (steps, ceil_div(steps, choice.split_k)) if self._decode else (steps,)
+        share = ceil_div(steps, choice.split_k)
+        self._steps = (steps, share) if self._decode else (steps,)
+        self._split = ceil_div(steps, share)  # no part is empty, which decode counts on
         self._n, self._n_padded = base.n, base.n_padded
         self._sizes, self._word_stride = (base.n, base.k, base.n_padded), base.words.stride(0)
         constants = (
             base.constants
-            | _types(dtype, asm)
-            | matmul_constants(choice, num_bits if sidecar is not None else 0, has_bias, pdl)
+            | compiled_types(dtype, asm)
+            | matmul_constants(
+                replace(choice, split_k=self._split),
+                num_bits if sidecar is not None else 0,
+                has_bias,
+                pdl,
+            )
         )
         kernel = decode_kernel if self._decode else gemm_kernel
         self._launch = PreparedLaunch(kernel, constants, _options(choice, pdl))
@@ -326,129 +320,3 @@ def packed_matmul(
         base, sidecar, num_bits, choice, tiles, dtype=x.dtype, has_bias=bias is not None, asm=asm
     )
     return product(x, base, sidecar, bias)
-
-
-class Fold:
-    """Some rows of ``W_hat`` rounded once, prepared for layers like one.
-
-    Args:
-        base: of the layer; what counts are its sizes.
-        sidecar: likewise; None for none.
-        num_bits: of the factors as packed.
-        dtype: bfloat16 or float16.
-        asm: see :class:`PackedProduct`.
-    """
-
-    def __init__(
-        self,
-        base: Base,
-        sidecar: PlanarSidecar | None,
-        num_bits: int,
-        dtype: torch.dtype,
-        *,
-        asm: bool | None = None,
-    ) -> None:
-        self._dtype, self._blocks_k = dtype, base.k_padded // (4 * base.plane)
-        self._sizes = (base.k, base.n_padded, base.words.stride(0), v_pitch(base.k, num_bits))
-        constants = (
-            fold_constants(num_bits if sidecar is not None else 0)
-            | base.constants
-            | _types(dtype, asm)
-        )
-        options = {"num_warps": FOLD_WARPS, "enable_fp_fusion": True}
-        self._launch = PreparedLaunch(fold_kernel, constants, options)
-
-    def __call__(
-        self, base: Base, sidecar: PlanarSidecar | None, rows: slice, where: Where, alike: bool
-    ) -> torch.Tensor:
-        """[rows, K]; a view into a tensor with as many rows as whole blocks need.
-
-        Args:
-            base: of the layer.
-            sidecar: likewise.
-            rows: its start a multiple of FOLD_ROWS; its stop at most N.
-            where: :func:`svsk_kernels.gpu.prepared_launch.current`.
-            alike: see :class:`svsk_kernels.gpu.prepared_launch.PreparedLaunch`.
-        """
-        count = rows.stop - rows.start
-        blocks = ceil_div(count, FOLD_ROWS)
-        scale = base.scale
-        out = scale.new_empty(blocks * FOLD_ROWS, base.k, dtype=self._dtype)
-        tensors: tuple[torch.Tensor, ...] = (scale,) * 6
-        if sidecar is not None:
-            tensors = (
-                sidecar.row_table,
-                sidecar.u,
-                sidecar.v,
-                sidecar.gain,
-                sidecar.slot_table,
-                sidecar.block_slots,
-            )
-        arguments = (base.words, scale, base.row_scale, *tensors, out, rows.start, *self._sizes)
-        self._launch(where, (blocks, self._blocks_k, 1), arguments, alike)
-        return out[:count]
-
-
-def fold(
-    base: Base,
-    sidecar: PlanarSidecar | None,
-    num_bits: int,
-    dtype: torch.dtype,
-    rows: slice,
-    *,
-    asm: bool | None = None,
-) -> torch.Tensor:
-    """:class:`Fold`, prepared and called."""
-    return Fold(base, sidecar, num_bits, dtype, asm=asm)(base, sidecar, rows, current(), False)
-
-
-def rows_at_a_time(k: int, itemsize: int) -> int:
-    """Rows of ``k`` columns that :class:`FoldedProduct` writes out at a time: whole FOLD_ROWS."""
-    return max(FOLD_ROWS, _FOLD_BYTES // (k * itemsize) // FOLD_ROWS * FOLD_ROWS)
-
-
-class FoldedProduct:
-    """``x W_hat^T + bias`` by folding some rows at a time and an ordinary matrix product.
-
-    Arguments are those of :class:`Fold`.
-    """
-
-    def __init__(
-        self, base: Base, sidecar: PlanarSidecar | None, num_bits: int, dtype: torch.dtype
-    ) -> None:
-        self._fold = Fold(base, sidecar, num_bits, dtype)
-        self._n, self._rows = base.n, rows_at_a_time(base.k, dtype.itemsize)
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        base: Base,
-        sidecar: PlanarSidecar | None,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Contiguous [M, N] of the dtype of ``x``; arguments as of :class:`PackedProduct`."""
-        n, rows = self._n, self._rows
-        where, alike = current(), _aligned(base.words, base.scale, base.row_scale, *(sidecar or ()))
-        if rows >= n:
-            weight = self._fold(base, sidecar, slice(0, n), where, alike)
-            return torch.nn.functional.linear(x, weight, bias)
-        y = x.new_empty(x.shape[0], n)
-        for start in range(0, n, rows):
-            part = slice(start, min(start + rows, n))
-            weight = self._fold(base, sidecar, part, where, alike)
-            if bias is None:
-                torch.mm(x, weight.T, out=y[:, part])
-            else:
-                torch.addmm(bias[part], x, weight.T, out=y[:, part])
-        return y
-
-
-def matmul_folded(
-    x: torch.Tensor,
-    base: Base,
-    sidecar: PlanarSidecar | None,
-    num_bits: int,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """:class:`FoldedProduct`, prepared and called."""
-    return FoldedProduct(base, sidecar, num_bits, x.dtype)(x, base, sidecar, bias)

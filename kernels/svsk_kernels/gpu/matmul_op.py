@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 import torch
 
+from svsk_kernels.gpu.choice import GROUP_SIZES, Choice, Gpu
 from svsk_kernels.gpu.repack_base import (
     Base,
     pack_base,
@@ -28,7 +29,8 @@ from svsk_kernels.gpu.repack_sidecar import (
     pack_sidecar,
     u_bytes,
 )
-from svsk_kernels.gpu.tuning import GROUP_SIZES, Choice, Gpu, choices_for, invariant_choices
+from svsk_kernels.gpu.rule import invariant_choices
+from svsk_kernels.gpu.tuning import choices_for
 from svsk_kernels.layer_kernel import LayerSpec
 
 __all__ = ["SIDECAR_NAMES", "SvskMatmul", "device_obstacle", "gpu_of"]
@@ -277,8 +279,9 @@ def _prepare(
     sidecar: PlanarSidecar | None,
     shape: Sequence[int],
 ) -> _Prepared:
+    from svsk_kernels.gpu.folded_product import FoldedProduct
     from svsk_kernels.gpu.invariant_product import InvariantProduct
-    from svsk_kernels.gpu.launch import FoldedProduct, PackedProduct
+    from svsk_kernels.gpu.launch import PackedProduct
 
     n, k, group_size, quad8, bits, long, aligned, invariant = shape
     base = Base(words, scale, n, k, plane_length(k), group_size, bool(quad8), row_scale)

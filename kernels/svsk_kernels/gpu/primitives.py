@@ -16,8 +16,10 @@ import triton.language as tl
 
 __all__ = [
     "add_sidecar",
-    "group_scale",
+    "group_scales",
+    "join_planes",
     "load_columns",
+    "load_planes",
     "load_scale_words",
     "narrow_factors",
     "scale_codes",
@@ -196,9 +198,25 @@ def u_step(BITS: tl.constexpr):
 
 
 @triton.jit
-def group_scale(scale, at, n_padded, GROUP: tl.constexpr):
-    """Scales [BLOCK_N, 1] of the group that column ``at`` lies in."""
-    return tl.load(scale + (at // GROUP).to(tl.int64) * n_padded)[:, None]
+def group_scales(
+    scales,  # pointers [BLOCK_N] to the rows' first scales
+    start,  # column of the first plane
+    n_padded,
+    PLANE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Scales [BLOCK_N, 1] of the groups that the four planes' columns lie in.
+
+    They are loaded as one tile: threads then copy two rows and more of 16 bits each, which the
+    compiler can do ahead of time, as it cannot with single ones.
+    """
+    rows: tl.constexpr = scales.shape[0]
+    groups = (start + tl.arange(0, 4) * PLANE) // GROUP
+    tile = tl.load(scales[None, :] + groups.to(tl.int64)[:, None] * n_padded)
+    even, odd = tl.split(tl.reshape(tl.trans(tile), (rows, 2, 2)))
+    s0, s2 = tl.split(even)
+    s1, s3 = tl.split(odd)
+    return s0[:, None], s1[:, None], s2[:, None], s3[:, None]
 
 
 @triton.jit
@@ -289,6 +307,41 @@ def load_columns(
     columns = at + tl.arange(0, STEP)
     mask = mask_m if EVEN_K else mask_m & (columns < k)[:, None]
     return tl.load(x_row + columns[:, None], mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def load_planes(
+    x_row,
+    start,
+    k,
+    mask_m,
+    DTYPE: tl.constexpr,
+    PLANE: tl.constexpr,
+    STEP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """Activations [4 * STEP, BLOCK_M] of STEP columns of each plane, in the order of the planes.
+
+    Arguments as of :func:`load_columns`.
+    """
+    planes = tl.arange(0, 4)[:, None] * PLANE + tl.arange(0, STEP)[None, :]
+    columns = start + tl.reshape(planes, (4 * STEP,))
+    mask = mask_m if EVEN_K else mask_m & (columns < k)[:, None]
+    return tl.load(x_row + columns[:, None], mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def join_planes(w0, w1, w2, w3):
+    """Weights of four planes [BLOCK_N, STEP] beside each other, [BLOCK_N, 4 * STEP].
+
+    Only names of registers change. One product of all columns waits for the tensor cores once,
+    where one of each plane would wait four times.
+    """
+    rows: tl.constexpr = w0.shape[0]
+    step: tl.constexpr = w0.shape[1]
+    left = tl.reshape(tl.permute(tl.join(w0, w1), (0, 2, 1)), (rows, 2 * step))
+    right = tl.reshape(tl.permute(tl.join(w2, w3), (0, 2, 1)), (rows, 2 * step))
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (rows, 4 * step))
 
 
 @triton.jit

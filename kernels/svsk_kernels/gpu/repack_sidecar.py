@@ -29,12 +29,15 @@ from svsk_kernels.sidecar_plan import Bundle, SidecarPlan, Slot
 from svsk_kernels.tile_grid import ceil_div
 
 __all__ = [
+    "FOLD_BYTES",
+    "FOLD_ROWS",
     "MAX_JOB_COLUMNS",
     "MAX_U_BYTES",
     "V_ROWS",
     "PlanarSidecar",
     "Tiles",
     "pack_sidecar",
+    "rows_at_a_time",
     "u_bytes",
     "v_pitch",
     "z_alignment",
@@ -105,6 +108,14 @@ class PlanarSidecar(NamedTuple):
 
 FOLD_ROWS: Final = 64
 """Rows per entry of ``block_slots``."""
+
+FOLD_BYTES: Final = 128 << 20
+"""Weight that is written out at a time, where all of it is."""
+
+
+def rows_at_a_time(k: int, itemsize: int) -> int:
+    """Rows of ``k`` columns that are written out at a time: whole FOLD_ROWS."""
+    return max(FOLD_ROWS, FOLD_BYTES // (k * itemsize) // FOLD_ROWS * FOLD_ROWS)
 
 
 @dataclass(frozen=True)

@@ -1,99 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel takes how many tokens, and in what blocks.
-
-Tables measured per GPU, and a rule for the others.
-"""
+"""Which kernel takes how many tokens: tables measured per GPU, and the rule for the others."""
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import resources
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, TypeVar
 
-from svsk_kernels.errors import KernelError
-from svsk_kernels.gpu.repack_base import ROW_PAD, plane_length
-from svsk_kernels.tile_grid import ceil_div
+from svsk_kernels.gpu.choice import GROUP_SIZES, Choice, Gpu, TuningError, longest_step
+from svsk_kernels.gpu.repack_base import plane_length
+from svsk_kernels.gpu.rule import heuristic_choices
 
 __all__ = [
-    "GROUP_SIZES",
-    "Choice",
-    "Gpu",
-    "TuningError",
+    "Entry",
     "TuningTable",
-    "choice_for",
     "choices_for",
-    "heuristic_choices",
-    "invariant_choices",
     "load_table",
-    "longest_step",
     "table_name",
 ]
 
 _Made = TypeVar("_Made")
-
-MAX_SPLIT_K: Final = 8
-"""More splits cost more in partial sums than they bring in parallelism."""
-
-GROUP_SIZES: Final = (16, 32, 64)
-"""Weights per scale that the kernels take."""
-
-FOLD_FROM: Final = 1025
-"""Tokens from which it is faster to write the weight out first, where nothing was measured."""
-
-
-class TuningError(KernelError):
-    """A table of configurations cannot be used. The message names the file and the entry."""
-
-
-_ALLOWED: Final = {
-    "kernel": ("decode", "gemm", "fold"),
-    "block_m": (16, 32, 64, 128, 256),
-    "block_n": (32, 64, 128),
-    "step": (16, 32, 64),
-    "num_warps": (1, 2, 4, 8, 16),
-    "num_stages": tuple(range(1, 9)),
-    "split_k": tuple(range(1, 65)),
-    "pdl": (False, True),
-}
-"""Values of a choice's fields that the kernels can be compiled for."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One kernel with its blocks, for up to ``max_m`` tokens.
-
-    Raises:
-        TuningError: a value that the kernels cannot be compiled for.
-    """
-
-    kernel: Literal["decode", "gemm", "fold"]
-    max_m: int | None = None  # None: any number
-    block_m: int = 16  # tokens of a program
-    block_n: int = 64  # rows of a program
-    step: int = 64  # words of a row per turn of the main loop
-    num_warps: int = 4
-    num_stages: int = 3
-    split_k: int = 1  # parts of the columns (decode only)
-    pdl: bool = False  # start beside the kernel that computes z, where the GPU can (decode only)
-
-    def __post_init__(self) -> None:
-        for name, allowed in _ALLOWED.items():
-            value = getattr(self, name)
-            if value not in allowed or type(value) is not type(allowed[0]):
-                raise TuningError(f"{name} {value!r}: expected one of {allowed}")
-        if self.max_m is not None and (type(self.max_m) is not int or self.max_m < 1):
-            raise TuningError(f"max_m {self.max_m!r}: expected a number of tokens, or null for any")
-        if self.split_k > 1 and self.kernel != "decode":
-            raise TuningError(
-                f"split_k {self.split_k} with kernel {self.kernel}: only decode splits the columns"
-            )
-
-    @property
-    def blocks(self) -> dict[str, Any]:
-        """All but for how many tokens, JSON-ready."""
-        return {name: value for name, value in asdict(self).items() if name != "max_m"}
 
 
 @dataclass(frozen=True)
@@ -189,29 +117,6 @@ def _made(kind: type[_Made], raw: Mapping[str, Any]) -> _Made:
         ) from error
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """What the rule needs to know of a GPU."""
-
-    name: str
-    capability: int  # 90 for sm_90; 0 for others than NVIDIA
-    processors: int  # streaming multiprocessors
-
-    @property
-    def shared_memory(self) -> int:
-        """Bytes of shared memory a block may use.
-
-        Source: CUDA C programming guide, compute capabilities.
-        """
-        kib = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
-        return kib.get(self.capability, 64) * 1024
-
-    @property
-    def dependent_launch(self) -> bool:
-        """Whether a kernel may start before the one it depends on has ended."""
-        return self.capability >= 90
-
-
 def table_name(device: str) -> str:
     """File name of a GPU's table.
 
@@ -236,73 +141,6 @@ def load_table(device: str) -> TuningTable | None:
         raise TuningError(f"{file}: not a valid table of kernel configurations: {error}") from error
 
 
-def longest_step(k: int, group_size: int, row_scaled: bool) -> int:
-    """Words of a row that one turn may take.
-
-    Scales of two levels are spread over the words of a turn; those of one level are not, and a turn
-    takes one group of each plane.
-    """
-    plane = plane_length(k)
-    return plane if row_scaled else min(plane, group_size)
-
-
-def heuristic_choices(
-    gpu: Gpu, n: int, k: int, group_size: int, row_scaled: bool = False
-) -> tuple[Choice, ...]:
-    """Choices where nothing was measured.
-
-    Decode fills the GPU twice by splitting the columns, the same way for every number of tokens
-    (not on AMD, where nobody has checked that the partial sums are seen in time); a step of 32
-    words keeps the activations of 64 and more tokens in shared memory.
-    """
-    plane = plane_length(k)
-    long = longest_step(k, group_size, row_scaled)
-    short = min(long, 32)
-    programs = ceil_div(n, ROW_PAD) * ROW_PAD // 64
-    steps = ceil_div(k, 4 * plane)
-    split_k = (
-        max(1, min(ceil_div(2 * gpu.processors, programs), steps // 2, MAX_SPLIT_K))
-        if gpu.capability
-        else 1
-    )
-    split_k = ceil_div(steps, ceil_div(steps, split_k))  # no empty parts
-    pdl = gpu.dependent_launch
-    choices = [
-        Choice(kernel="decode", max_m=16, block_m=16, step=long, split_k=split_k, pdl=pdl),
-        Choice(kernel="decode", max_m=32, block_m=32, step=long, split_k=split_k, pdl=pdl),
-        Choice(kernel="decode", max_m=64, block_m=64, step=short, split_k=split_k, pdl=pdl),
-    ]
-    # With 128 tokens Triton 3.6 asks for 544 of sm_100's 512 columns of tensor memory, and then
-    # drops the code.
-    tokens = 64 if 100 <= gpu.capability < 120 else 128
-    stages = 3 if gpu.shared_memory > 128 * 1024 else 2
-    choices.append(
-        Choice(
-            kernel="gemm",
-            max_m=FOLD_FROM - 1,
-            block_m=tokens,
-            block_n=128,
-            step=short,
-            num_warps=8,
-            num_stages=stages,
-        )
-    )
-    return (*choices, Choice(kernel="fold"))
-
-
-def invariant_choices(
-    gpu: Gpu, n: int, k: int, group_size: int, row_scaled: bool = False
-) -> tuple[Choice, ...]:
-    """The one choice for any number of tokens, so that none decides a row's bits.
-
-    That of the rule for 64 tokens: of those that read the weight once for few tokens, it reads it
-    least often for many. Nothing is measured.
-    """
-    chosen = heuristic_choices(gpu, n, k, group_size, row_scaled)
-    (many,) = (choice for choice in chosen if choice.kernel == "decode" and choice.max_m == 64)
-    return (replace(many, max_m=None),)
-
-
 @lru_cache(maxsize=4096)
 def choices_for(
     gpu: Gpu, n: int, k: int, group_size: int, row_scaled: bool = False
@@ -314,8 +152,3 @@ def choices_for(
         if stored == (n, k, group_size, row_scaled):
             return entry.choices
     return heuristic_choices(gpu, n, k, group_size, row_scaled)
-
-
-def choice_for(choices: Sequence[Choice], m: int) -> Choice:
-    """The choice that takes ``m`` tokens."""
-    return next(choice for choice in choices if choice.max_m is None or m <= choice.max_m)

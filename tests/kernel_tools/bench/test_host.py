@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 import svsk_kernel_tools.bench.host as bench
 from svsk_kernel_tools.bench.layers import BenchLayer, Part, random_layer
 from svsk_kernels.gpu import int8_layer
-from svsk_kernels.gpu.launch import FoldedProduct, PackedProduct, matmul_folded, packed_matmul
-from svsk_kernels.gpu.tuning import Choice
+from svsk_kernels.gpu.choice import Choice
+from svsk_kernels.gpu.folded_product import FoldedProduct, matmul_folded
+from svsk_kernels.gpu.launch import PackedProduct, packed_matmul
 
 BFLOAT = torch.bfloat16
 CPU = torch.device("cpu")

@@ -26,8 +26,9 @@ from svsk_kernel_tools.emulator.__main__ import app
 from svsk_kernel_tools.emulator.driver import emulated
 from svsk_kernel_tools.emulator.errors import RaceError
 from svsk_kernel_tools.emulator.machine import Gpu
-from svsk_kernels.gpu.launch import PackedProduct, counters, fold
-from svsk_kernels.gpu.tuning import Choice, longest_step
+from svsk_kernels.gpu.choice import Choice, longest_step
+from svsk_kernels.gpu.folded_product import fold
+from svsk_kernels.gpu.launch import PackedProduct, counters
 from svsk_kernels.naive import naive_matmul
 from svsk_vllm.format import Codebook
 
