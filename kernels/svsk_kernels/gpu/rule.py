@@ -60,7 +60,7 @@ def heuristic_choices(
         last = _MANY if limit is None else limit
         here = [
             sum(math.log(predicted_time(speeds, layer, choice, m)) / 2 for m in (first, last))
-            if _takes(choice, n, last)
+            if _takes(choice, n, last) and (limit is not None or choice.split_k == 1)
             else math.inf
             for choice in known
         ]
