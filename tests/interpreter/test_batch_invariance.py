@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels in Triton's interpreter: a row's bits do not depend on the rows beside it.
 
-The interpreter computes a block's products in float32, so it tells whether launches, blocks, splits
-and sums are the same for every number of tokens; not what tensor cores do within a block.
+The interpreter computes a block's products with NumPy, so it tells whether launches, blocks, splits
+and sums are the same for every number of tokens; not what tensor cores do within a block. NumPy's
+float32 product may give a column other bits at another place of the block (OpenBLAS with AVX2):
+here it is taken in float64, and rounded once.
 """
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +43,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "gpu_of", lambda device: H100)
     monkeypatch.setattr(dispatch, "_prepared", {})
     monkeypatch.setattr(invariant_product, "_SLICE", 64)
+    product = np.matmul
+
+    def rounded_once(left: Any, right: Any, dtype: Any = np.float32) -> Any:
+        return product(left.astype(np.float64), right.astype(np.float64)).astype(dtype)
+
+    monkeypatch.setattr(np, "matmul", rounded_once)
 
 
 def rows_that_differ(layer: BenchLayer, tokens: tuple[int, ...]) -> list[int]:

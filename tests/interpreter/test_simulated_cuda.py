@@ -27,7 +27,8 @@ from svsk_kernel_tools.bench.split import SplitLayer
 from svsk_kernels.gpu import matmul_op as dispatch
 from svsk_kernels.gpu.choice import Choice
 from svsk_kernels.gpu.triton_kernel import TritonKernel
-from svsk_kernels.gpu.tuning import TuningTable, choices_for, table_name
+from svsk_kernels.gpu.rule import candidates
+from svsk_kernels.gpu.tuning import TuningTable, table_name
 from svsk_kernels.naive import naive_matmul
 from svsk_vllm.format import LinearSpec
 from tests.interpreter.test_bench import CPU, MACHINE, TINY, FakeTimer, bench
@@ -102,10 +103,9 @@ def test_warm_up_launches_everything_once(
     monkeypatch.setattr(dispatch, "choices_for", lambda *_: choices)
     gpu = dispatch.gpu_of(GPU)
     assert (gpu.name, gpu.capability, gpu.processors) == (GPU_NAME, 90, 132)
-    choices = [
-        replace(choice, max_m=limit)
-        for choice, limit in zip(choices_for(gpu, 96, 128, 64)[-3:], (8, 16, None), strict=True)
-    ]
+    known = {choice.kernel: choice for choice in candidates(gpu, 96, 128, 64)}
+    limits = {"decode": 8, "gemm": 16, "fold": None}
+    choices = [replace(known[kernel], max_m=limit) for kernel, limit in limits.items()]
     linear = random_linear(
         LinearSpec("m", 96, 128, make_group(rank=5, tile_m=40, tile_n=72), torch.float16), 0
     )

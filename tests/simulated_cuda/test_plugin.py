@@ -14,6 +14,7 @@ import svsk_kernels.gpu.folded_product as folded_product
 import svsk_kernels.gpu.launch as launch
 import svsk_vllm.plugin.kernel_choice as choice
 from svsk_kernels.gpu import matmul_op as dispatch
+from svsk_kernels.gpu.choice import Choice
 from svsk_kernels.gpu.repack_base import Base
 from svsk_kernels.gpu.repack_sidecar import PlanarSidecar
 from svsk_kernels.gpu.triton_kernel import TritonKernel
@@ -154,6 +155,9 @@ def test_fused_layers(
 ) -> None:
     products = Products(monkeypatch)
     monkeypatch.setenv("SVSK_KERNEL", "fused")
+    # The rule gives layers as small as these one kernel.
+    all_kernels = Choice("decode", max_m=16), Choice("gemm", max_m=64), Choice("fold")
+    monkeypatch.setattr(dispatch, "choices_for", lambda *_: all_kernels)
     linears = parts_of(kind, codebook, group_size, bits)
 
     def run(

@@ -88,7 +88,13 @@ ptxas made of them before. ``synchronous``: older tensor cores.
 
 
 _DENSE_TILES: Final = (
-    *((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (128, 16)),
+    (256, 128),
+    (128, 256),
+    (128, 128),
+    (128, 64),
+    (64, 128),
+    (64, 64),
+    (128, 16),
 )
 """Rows and tokens of cuBLAS's programs."""
 

@@ -23,7 +23,7 @@ __all__ = [
 MAX_SPLIT_K: Final = 8
 """More splits cost more in partial sums than they bring in parallelism."""
 
-_LIMITS: Final = (*(16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, None),)
+_LIMITS: Final = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, None)
 """Numbers of tokens up to which a choice may go: those of whole blocks. Fewer limits make fewer
 choices, each of which is compiled when a model is loaded."""
 
