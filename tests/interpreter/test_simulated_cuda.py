@@ -26,8 +26,8 @@ from svsk_kernel_tools.bench.shapes import VARIANTS, Shape
 from svsk_kernel_tools.bench.split import SplitLayer
 from svsk_kernels.gpu import matmul_op as dispatch
 from svsk_kernels.gpu.choice import Choice
-from svsk_kernels.gpu.triton_kernel import TritonKernel
 from svsk_kernels.gpu.rule import candidates
+from svsk_kernels.gpu.triton_kernel import TritonKernel
 from svsk_kernels.gpu.tuning import TuningTable, table_name
 from svsk_kernels.naive import naive_matmul
 from svsk_vllm.format import LinearSpec
