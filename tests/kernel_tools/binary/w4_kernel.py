@@ -39,6 +39,7 @@ def w4_matmul(
     CONVERT: tl.constexpr,  # noqa: N803
     RESULT: tl.constexpr,  # noqa: N803
     ORDER: tl.constexpr,  # noqa: N803
+    ASSUME: tl.constexpr,  # noqa: N803
 ):
     """y [m, n] = x [m, k] W^T.
 
@@ -51,6 +52,8 @@ def w4_matmul(
     w_rows = w_ptr + rows.to(tl.int64)[:, None] * stride_w
     x_columns = x_ptr + tokens.to(tl.int64)[None, :] * k
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if ASSUME:  # else ptxas has each product on sm_90 wait for the one before
+        tl.assume(tl.program_id(1) < k // (4 * WORDS))
     for block in tl.range(
         tl.program_id(1), k // (4 * WORDS), tl.num_programs(1), num_stages=STAGES
     ):
