@@ -104,9 +104,12 @@ def decode_kernel(
     scales = scale + offs_n
     first = split * steps_per_split
     stop = tl.minimum(first + steps_per_split, steps)
-    # a loop that may be left out would set the sums otherwise than by products, and ptxas then
-    # has each product wait for the one before; no split is empty
-    tl.assume(first < stop)
+    # A loop that may be left out would set the sums otherwise than by products, and ptxas then has
+    # each product wait for the one before; no split is empty. Not with scales of two levels: there
+    # Triton 3.9 then writes sums after the last wgmma.fence, which PTX does not allow (quad8,
+    # groups of 16, found by the emulator).
+    if row_scale is None:
+        tl.assume(first < stop)
     for step in tl.range(first, stop, num_stages=STAGES):
         # the packed weight: each byte is read once in this launch, so it should not push x out of
         # the cache

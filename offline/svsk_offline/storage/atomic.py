@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,9 +34,18 @@ __all__ = [
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary neighbour of ``path``, force it to disk, then rename it.
 
+    A device or a pipe (``/dev/null``, ``/dev/stdout``) is written to: a file renamed over it would
+    take its place for everybody.
+
     Raises:
         OSError: it cannot be written; so does whatever ``write`` raises, and no file is left.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder) / path.name)
+            with (Path(folder) / path.name).open("rb") as whole, path.open("wb") as device:
+                shutil.copyfileobj(whole, device)
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.touch()

@@ -30,6 +30,7 @@ from svsk_eval.text.compare import compare_files
 from svsk_eval.text.metrics import ChunkScores, EvalInputs, EvalResult, summarize
 from svsk_eval.text.scoring import evaluate, token_chunks
 from svsk_eval.text.served import chunk_scores, evaluate_served, serve, served_scores
+from svsk_kernels.errors import SvskError
 from tests.support.tiny_models import (
     BOS,
     FAMILIES,
@@ -310,7 +311,7 @@ def test_models_that_do_not_fit_are_refused_before_an_engine_starts(
         evaluate_served(tmp_path / "0", models / "dense", text, 1, 32)
     with pytest.raises(EvalError, match="the model's vocabulary has 320"):
         served_scores(models / "dense", torch.full((1, 8), VOCAB))
-    with pytest.raises(EvalError, match="absent: cannot read a model's config"):
+    with pytest.raises(SvskError, match="absent: not a folder here, and the hub did not give it"):
         served_scores(tmp_path / "absent", torch.ones(1, 8, dtype=torch.int64))
     with pytest.raises(EvalError, match=r"no config\.json"):
         served_scores(tmp_path, torch.ones(1, 8, dtype=torch.int64))

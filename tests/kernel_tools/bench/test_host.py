@@ -108,7 +108,7 @@ def test_folding_passes_on_what_triton_does(
 ) -> None:
     layer = layer_of(16)
     x = torch.zeros(3, 2112, dtype=BFLOAT)
-    monkeypatch.setattr("svsk_kernels.gpu.launch._FOLD_BYTES", 64 * 2112 * 2)
+    monkeypatch.setattr("svsk_kernels.gpu.repack_sidecar.FOLD_BYTES", 64 * 2112 * 2)
     with bench.no_launches():
         product = FoldedProduct(layer.base, layer.sidecar, 8, BFLOAT)
         product(x, layer.base, layer.sidecar, None)
