@@ -226,15 +226,16 @@ class BlockQuantizer:
                 sink = self._alternating.sink_weight(planned[name][0])
                 together.setdefault((id(moments[name]), sink), []).append(name)
         for (_, sink), alike in together.items():
-            pairs = [moments.pop(name) for name in alike]
-            pair = pairs[0]
+            pair = moments[alike[0]]
+            for name in alike:
+                del moments[name]
             weights = {name: found[name].weight for name in alike}
             missing, unseen = (
                 {name: cross.product(weight, sink) for name, weight in weights.items()}
                 for cross in (pair.fitted, pair.held_out)
             )
             held_out = pair.second
-            del pairs, pair  # as large as the matrices of a fit
+            del pair  # as large as the matrices of a fit
             with _named(planned[alike[0]][0]):
                 found |= aims(
                     weights,
