@@ -51,7 +51,8 @@ def choose(option: str, value: str | int | None, choices: Collection[str | int])
         return
     names = [str(choice) for choice in choices]
     raise SvskError(
-        f"{option} {value}: expected one of {', '.join(names)}.{did_you_mean(str(value), names)}"
+        f"{option} {value}: expected one of these: {', '.join(names)}."
+        f"{did_you_mean(str(value), names)}"
     )
 
 

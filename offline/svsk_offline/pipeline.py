@@ -179,6 +179,7 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SvskError(
-            f"--device {name}: not usable here ({str(error).splitlines()[0]})."
+            f"--device {name}: not usable here ({str(error).splitlines()[0]}). Leave --device out,"
+            " or say --device cpu."
         ) from error
     return device

@@ -70,7 +70,7 @@ def check_output(
     if not parent.is_dir():
         raise SvskError(f"{out}: {parent} is a file, so no folder can be made below it.")
     if not os.access(parent, os.W_OK):
-        raise SvskError(f"{out}: {parent} cannot be written.")
+        raise SvskError(f"{out}: {parent} cannot be written. Choose a folder in another place.")
 
 
 def check_apart(out: Path, source: Path) -> None:
@@ -189,7 +189,7 @@ def _check_file(out: Path, *, overwrite: bool) -> None:
     if not out.absolute().parent.is_dir():
         raise SvskError(f"{out}: its folder does not exist.")
     if not os.access(out.absolute().parent, os.W_OK):
-        raise SvskError(f"{out}: its folder cannot be written.")
+        raise SvskError(f"{out}: its folder cannot be written. Choose a file in another place.")
 
 
 def check_report_files(**files: Path | None) -> None:

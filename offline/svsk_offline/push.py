@@ -65,7 +65,8 @@ def push(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    api = HfApi(endpoint=endpoint, token=token)
+    # True: without a token the hub would be asked all the same, and only say no.
+    api = HfApi(endpoint=endpoint, token=True if token is None else token)
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(

@@ -181,7 +181,7 @@ def test_generate_with_transformers(checkpoint: Path, tmp_path: Path) -> None:
         (["quantize", "MODEL", "out", "--rank", "3", "--factor-bits", "4"], "must be even"),
         (
             ["quantize", "MODEL", "out", "--group-size", "100"],
-            "--group-size 100: expected one of 16",
+            "--group-size 100: expected one of these: 16",
         ),
         (
             ["quantize", "MODEL", "out", "--target-bpw", "4.5", "--rank", "8"],
@@ -212,7 +212,7 @@ def test_generate_with_transformers(checkpoint: Path, tmp_path: Path) -> None:
         (["quantize", "MODEL", "out", "--samples", "0"], "calibration.samples"),
         (["quantize", "MODEL", "out", "--seq-len", "513"], "--seq-len is 513, but"),
         (["restore", "MODEL", "MODEL", "--overwrite"], "overlaps the model"),
-        (["export", "MODEL", "out", "--to", "onnx"], "--to onnx: expected one of dense, "),
+        (["export", "MODEL", "out", "--to", "onnx"], "--to onnx: expected one of these: dense, "),
         (["export", "MODEL", "MODEL", "--to", "dense", "--overwrite"], "overlaps the model"),
         (["export", "MODEL", "out", "--to", "compressed-tensors"], "not a quantised checkpoint"),
         (["tune", "MODEL", "no/out.yaml"], "its folder does not exist"),
@@ -242,7 +242,10 @@ def test_generate_with_transformers(checkpoint: Path, tmp_path: Path) -> None:
         ),
         (["quantize", "MODEL", "MODEL", "--overwrite"], "overlaps the model"),
         (["quantize", "MODEL", "out", "--calibration", "."], "is a folder"),
-        (["generate", "MODEL", "--prompt", "a", "--engine", "tgi"], "expected one of vllm, hf"),
+        (
+            ["generate", "MODEL", "--prompt", "a", "--engine", "tgi"],
+            "expected one of these: vllm",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_code_one(

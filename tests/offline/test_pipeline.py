@@ -437,6 +437,21 @@ def test_weights_too_large_for_the_dtype_are_refused(
         quantize(model, tmp_path / "out", recipe, dtype="float16")
 
 
+def test_dense_values_too_large_for_the_dtype_are_refused(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e6
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        SvskError,
+        match=r"model\.norm\.weight: has values that torch\.float16 cannot hold\. Use --dt",
+    ):
+        quantize(model, tmp_path / "out", tiny_recipe, dtype="float16")
+
+
 def test_quantized_model_is_refused(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
     quantize(tiny_llama, tmp_path / "out", tiny_recipe)
     with pytest.raises(SvskError, match="quantised already"):
@@ -455,14 +470,18 @@ def test_missing_and_misshapen_tensors_of_the_model(
         broken / "config.json",
         lambda config: config.update(num_hidden_layers=2, intermediate_size=256),
     )
-    with pytest.raises(SvskError, match="expected"):
+    with pytest.raises(
+        SvskError, match=r"proj\.weight has shape \[.*\], expected \[.*\] by config.json"
+    ):
         quantize(broken, tmp_path / "out2", tiny_recipe)
 
 
 def test_unknown_device_and_dtype(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
-    with pytest.raises(SvskError, match="--device nonsense"):
+    with pytest.raises(
+        SvskError, match=r"--device nonsense: not usable here \(.*\)\. Leave --device out"
+    ):
         quantize(tiny_llama, tmp_path / "out", tiny_recipe, device="nonsense")
-    with pytest.raises(SvskError, match="--dtype int8"):
+    with pytest.raises(SvskError, match="--dtype int8: expected auto, bfloat16 or float16"):
         quantize(tiny_llama, tmp_path / "out", tiny_recipe, dtype="int8")
     with pytest.raises(SvskError, match="no such folder"):
         quantize(tmp_path / "nowhere", tmp_path / "out", tiny_recipe)

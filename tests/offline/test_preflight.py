@@ -2,6 +2,7 @@
 """Requests that would do nothing, or harm, end before any work, and leave everything as it was."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,7 +260,7 @@ def test_what_can_be_told_at_once_is_told_before_heavy_imports(tmp_path: Path) -
         "empty: has no config.json, so it is no model's folder.",
         "quantised: is quantised already (gptq)",
         "calibration.samples: 64 there, 16 here",
-        "--group-size 128: expected one of 16, 32, 64.",
+        "--group-size 128: expected one of these: 16, 32, 64.",
     ):
         assert said in run.stderr, said
 
@@ -268,8 +269,15 @@ def test_what_can_be_told_at_once_is_told_before_heavy_imports(tmp_path: Path) -
     ("check", "message"),
     [
         (lambda at: check_output(at / "file", overwrite=True), "a folder to write. Choose another"),
+        (
+            lambda at: check_output(at, overwrite=False),
+            " exists. Choose another folder, or pass --overwrite to replace it.",
+        ),
         (lambda at: check_measurements(at / "file", ()), "--measurements .*file: is a file, expec"),
-        (lambda at: check_measurements(at / "a", (at,)), "--measurements .*a: overlaps .*another"),
+        (
+            lambda at: check_measurements(at / "a", (at,)),
+            "--measurements .*a: overlaps .*Choose another folder",
+        ),
         (
             lambda at: check_recipe_file(at / "no" / "a.yaml", overwrite=False),
             "yaml: its folder does not exist",
@@ -294,3 +302,16 @@ def test_what_cannot_be_read_or_written_is_named(
     with pytest.raises(SvskError, match=message):
         check(tmp_path)
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_folders_without_permission_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere, so that a mode would not do."""
+    asked: list[tuple[Path, int]] = []
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append((Path(path), mode)))
+    with pytest.raises(SvskError, match=rf"out: {tmp_path} cannot be written. Choose a folder in"):
+        check_output(tmp_path / "new" / "out", overwrite=False)
+    with pytest.raises(SvskError, match=r"a\.yaml: its folder cannot be written. Choose a file in"):
+        check_recipe_file(tmp_path / "a.yaml", overwrite=False)
+    assert asked == [(tmp_path, os.W_OK)] * 2

@@ -48,6 +48,17 @@ def test_what_is_not_whole_is_not_uploaded(hub: Hub, checkpoint: Path) -> None:
     assert not hub.made
 
 
+def test_whoever_is_not_logged_in_is_told(
+    hub: Hub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(checkpoint / "no-token"))
+    with pytest.raises(SvskError, match=r"^me/tiny-svsk: nobody is logged in. Run `hf auth login`"):
+        push(checkpoint, REPOSITORY, endpoint=hub.url)
+    assert not hub.made
+
+
 def test_refusals_are_one_line(hub: Hub, checkpoint: Path) -> None:
     hub.refuse = True
     with pytest.raises(SvskError, match=r"the hub did not take it .*403") as refused:

@@ -129,7 +129,10 @@ def test_the_same_keys_with_effect_are_taken(tmp_path: Path) -> None:
     without = recipe.override({"sidecar": {"rank": 0}})
     assert not without.needs_gradients
     assert without.override({"sidecar": {"tile_m": 0}}).digest == without.digest
-    with pytest.raises(SvskError, match=r"^--tile-m, --tile-n: no effect at rank 0"):
+    with pytest.raises(
+        SvskError,
+        match=r"^--tile-m, --tile-n: no effect at rank 0, which has no sidecar. Leave that out",
+    ):
         without.refuse_idle({"sidecar.tile_m": "--tile-m", "sidecar.tile_n": "--tile-n"})
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from typer.testing import CliRunner
 
 import svsk_vllm.hf  # noqa: F401 - registers the loader
@@ -229,9 +230,27 @@ def test_one_matrix_is_not_stored_in_two_ways(
         quantize(tiny_llama, tmp_path / "out", recipe_of(head, embedding))
 
 
+def test_a_tied_head_that_loaders_would_take_for_the_embedding(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family whose rules for names leave none for a head that is stored apart."""
+    rules = [WeightRenaming("^lm_head.weight$", "model.embed_tokens.weight")]
+    known = conversion_mapping.get_checkpoint_conversion_mapping
+    monkeypatch.setattr(
+        conversion_mapping,
+        "get_checkpoint_conversion_mapping",
+        lambda kind: rules if kind == "llama" else known(kind),
+    )
+    with pytest.raises(
+        SvskError,
+        match=r"the head is tied to model\.embed_tokens\.weight and has no name of its own",
+    ):
+        told(tiny_llama, recipe_of("svsk", "int8"))
+
+
 def test_a_pattern_that_ignores_the_head_contradicts_it(tmp_path: Path, tiny_qwen2: Path) -> None:
     recipe = recipe_of("int8").override({"ignore": ("re:lm_h",)})
-    with pytest.raises(SvskError, match="--ignore re:lm_h: matches lm_head, which --head"):
+    with pytest.raises(SvskError, match="--ignore re:lm_h: matches lm_head, which --head and"):
         quantize(tiny_qwen2, tmp_path / "out", recipe)
 
 
@@ -272,7 +291,7 @@ def test_what_cannot_be_quantised_stays_dense_unless_it_was_asked_for(
     assert names == quantised
     assert re.fullmatch(f"The output head stays dense: {reason}[.]", said[-1])
     for head in ("int8", "svsk"):
-        with pytest.raises(SvskError, match=f"--head {head}: {reason}. Say --head dense"):
+        with pytest.raises(SvskError, match=f"--head {head}: cannot be stored so: {reason}. Say"):
             told(dense, recipe_of(head, "dense"))
 
 
@@ -289,7 +308,9 @@ def test_a_table_of_a_width_that_no_group_divides_stays_dense(tmp_path: Path) ->
     assert any(f"The output head stays dense: model.{reason}." in line for line in said)
     for option in ("head", "embedding"):
         asked = recipe.override({"tables": {option: "int8"}})
-        with pytest.raises(SvskError, match=rf"--{option} int8: model\.{reason}"):
+        with pytest.raises(
+            SvskError, match=rf"--{option} int8: cannot be stored so: model\.{reason}"
+        ):
             quantize(dense, tmp_path / "again", asked)
 
 
@@ -334,11 +355,17 @@ def test_a_budget_without_a_quantised_head_does_not_include_it(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--head", "int4"], "--head int4: expected one of auto, int8, mixed-int8, svsk, dense."),
-        (["--embedding", "svsk"], "--embedding svsk: expected one of auto, int8, mixed-int8"),
+        (
+            ["--head", "int4"],
+            "--head int4: expected one of these: auto, int8, mixed-int8, svsk",
+        ),
+        (
+            ["--embedding", "svsk"],
+            "--embedding svsk: expected one of these: auto, int8",
+        ),
         (["--recipe", "fast", "--budget-includes", "head"], "there is no bit budget"),
         (["--budget-includes", "x"], "allocation.includes.0: expected head, got 'x'"),
-        (["--codebook", "int8"], "--codebook int8: expected one of int4, quad8."),
+        (["--codebook", "int8"], "--codebook int8: expected one of these: int4, quad8."),
     ],
 )
 def test_options_that_cannot_be(

@@ -21,6 +21,7 @@ from rich.console import Console
 from svsk_eval.errors import EvalError
 from svsk_eval.speed.fused_obstacle import fused_obstacle
 from svsk_kernels.errors import SvskError
+from svsk_offline.choices import choose
 from svsk_offline.command_app import App
 from svsk_offline.export.compressed_tensors import w4a16_config
 from svsk_offline.storage.atomic import PartialFolder, write_index, write_json, write_tensors
@@ -132,13 +133,11 @@ def write_random_model(
         ``folder``.
 
     Raises:
-        EvalError: no such shape or variant.
-        SvskError: ``folder`` exists.
+        SvskError: no such shape or variant, or ``folder`` exists.
         SvskFormatError: the shape's columns do not fit the scheme's groups.
     """
     for what, name, names in (("shape", shape, list(SHAPES)), ("variant", variant, list(VARIANTS))):
-        if name not in names:
-            raise EvalError(f"{what} {name!r}: expected one of {', '.join(names)}.")
+        choose(what, name, names)
     scheme = VARIANTS[variant]
     parameters, linears, hf_config = _architecture(SHAPES[shape] | dict(changes or {}))
     generator = torch.Generator(device).manual_seed(seed)

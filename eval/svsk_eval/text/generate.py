@@ -9,6 +9,7 @@ from svsk_eval.errors import EvalError
 from svsk_eval.text.engine_args import served_dtype
 from svsk_eval.text.models import load_model, load_tokenizer, silence_progress_bars
 from svsk_kernels.errors import one_line
+from svsk_offline.choices import choose
 from svsk_offline.storage.model_loading import read_model_config
 
 __all__ = ["ENGINES", "generate_texts"]
@@ -42,13 +43,13 @@ def generate_texts(
         trust_remote_code: run Python files that come with the model.
 
     Raises:
-        EvalError: unknown engine, or vLLM is not installed or cannot serve the model.
+        SvskError: unknown engine.
+        EvalError: vLLM is not installed or cannot serve the model.
     """
+    choose("--engine", engine, ENGINES)
     if engine == "vllm":
         return _with_vllm(model, prompts, max_tokens, temperature, dtype, trust_remote_code)
-    if engine == "hf":
-        return _with_transformers(model, prompts, max_tokens, temperature, dtype, trust_remote_code)
-    raise EvalError(f"--engine {engine}: expected one of {', '.join(ENGINES)}.")
+    return _with_transformers(model, prompts, max_tokens, temperature, dtype, trust_remote_code)
 
 
 def _with_vllm(

@@ -11,6 +11,7 @@ from svsk_eval.text.generate import ENGINES
 from svsk_eval.text.metrics import EvalResult
 from svsk_eval.text.scoring import ChunkProgress, EachChunk, evaluate
 from svsk_eval.text.served import evaluate_served
+from svsk_offline.choices import choose
 from svsk_vllm.kv_cache import KvKinds
 
 __all__ = ["TextRequest", "score"]
@@ -88,8 +89,7 @@ def score(
 
 
 def _check_engine(request: TextRequest) -> None:
-    if request.engine not in ENGINES:
-        raise EvalError(f"--engine {request.engine}: expected one of {', '.join(ENGINES)}.")
+    choose("--engine", request.engine, ENGINES)
     if request.engine == "vllm" and request.device != "auto":
         raise EvalError(
             f"--device {request.device}: vLLM chooses the device itself. Leave --device out, or"

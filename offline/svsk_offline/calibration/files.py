@@ -108,7 +108,9 @@ class TextFile:
             try:
                 value = json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
-                raise SvskError(f"{where}: not JSON ({error}).") from error
+                raise SvskError(
+                    f"{where}: not JSON ({error}). Expected a JSON object on each line."
+                ) from error
             yield where, value
 
     def _place(self, number: int, start: int | None) -> str:
@@ -192,7 +194,7 @@ def open_text(path: Path, what: str = _CALIBRATION) -> TextFile:
     if path.is_dir():
         raise SvskError(f"{what} {path}: is a folder, expected a file.")
     if not path.exists():
-        raise SvskError(f"{what} {path}: no such file.")
+        raise SvskError(f"{what} {path}: no such file in {path.absolute().parent}.")
     if not path.is_file():
         raise SvskError(f"{what} {path}: not a regular file.")
     size = path.stat().st_size

@@ -64,7 +64,8 @@ class OutputGradients:
         if not self._unit:
             # Squares of a large model's gradients underflow. A power of two rounds nothing.
             size = float(slopes.float().square().mean().sqrt())
-            self._unit = 2.0 ** -round(math.log2(size)) if size else 1.0
+            usable = size and math.isfinite(size)  # what is not finite is refused by its sums
+            self._unit = 2.0 ** -round(math.log2(size)) if usable else 1.0
         kind.add(slopes * self._unit)
 
     def add_up(self, world: World, owner: int, share: float, *, held_out: bool) -> None:
@@ -206,7 +207,8 @@ def sweep_gradients(
                 if not bool(torch.isfinite(gradients.rows).all()):
                     raise SvskError(
                         f"{name}.{index}.{key}: its output's gradient is not finite on the"
-                        " calibration text."
+                        " calibration text. Is a weight of the model or of its head as good as"
+                        " infinite?"
                     )
             visit(index, blocks[index], observed.gradients, observed.fitted, observed.held_out)
             source.unload(blocks[index])

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-from svsk_kernels.errors import SvskError
+from svsk_offline.choices import choose
 
 __all__ = ["FORMATS", "ExportFormat", "export_format"]
 
@@ -73,6 +73,5 @@ def export_format(name: str) -> ExportFormat:
     Raises:
         SvskError: there is none of that name.
     """
-    if name not in FORMATS:
-        raise SvskError(f"--to {name}: expected one of {', '.join(FORMATS)}.")
+    choose("--to", name, FORMATS)
     return FORMATS[name]

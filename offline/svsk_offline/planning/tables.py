@@ -238,7 +238,9 @@ def _kind(
     obstacle = _obstacle(source, parameters)
     if asked != "auto":
         if obstacle:
-            raise SvskError(f"--{option} {asked}: {obstacle}. Say --{option} dense.")
+            raise SvskError(
+                f"--{option} {asked}: cannot be stored so: {obstacle}. Say --{option} dense."
+            )
         return asked
     obstacle = obstacle or _ignored(source, recipe, parameters)
     if obstacle:

@@ -140,7 +140,7 @@ def quantize_alternating(
         target = weight - product
     if best is None:
         raise SvskError(
-            "the error of its output is not finite in any"
-            " round. Is the weight or an activation infinite?"
+            f"{spec.name}: the error of its output is not finite in any round. Is a value of the"
+            " weight, or an activation, as good as infinite?"
         )
     return best

@@ -82,8 +82,8 @@ def inverse_root(
     """
     if not bool(torch.isfinite(matrix).all()):
         raise SvskError(
-            "A calibration Hessian holds values that are"
-            " not finite: the model's activations overflow."
+            "A calibration Hessian holds values that are not finite: the model's activations or"
+            " weights overflow."
         )
     given = torch.arange(len(matrix), device=matrix.device) if order is None else order
     lower = _lower_factor(matrix, given.flip(0), diagonal)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from svsk_kernels.errors import SvskError
+from svsk_kernels.errors import SvskError, one_line
 from svsk_offline.storage.decoder_blocks import decoder_blocks, linear_modules
 from svsk_offline.storage.fold import Fold
 from svsk_offline.storage.model_identity import content_digest, folder_identity
@@ -98,7 +98,10 @@ class ModelSource:
                     self.folder, trust_remote_code=self.trust_remote_code
                 )
         except (OSError, ValueError) as error:
-            raise SvskError(f"{self.folder}: no usable tokenizer ({error}).") from error
+            raise SvskError(
+                f"{self.folder}: has no usable tokenizer ({one_line(error)[:300]}). Copy the"
+                " tokenizer's files of the original model there."
+            ) from error
 
     @property
     def special_tokens(self) -> frozenset[int]:

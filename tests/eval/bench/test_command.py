@@ -152,7 +152,7 @@ def test_the_gate(folder: Path) -> None:
             "--tasks ' , ': expected names separated by commas, such as svsk_smoke",
         ),
         (["--limit", 0], "--limit 0: expected 1 or more"),
-        (["--engine", "tpu"], "--engine tpu: expected one of vllm, hf"),
+        (["--engine", "tpu"], "--engine tpu: expected one of these: vllm, hf"),
         (["--text-engine", "hf,tpu", "--text", "x"], "--text-engine tpu: expected vllm or hf"),
         (["--gen-kwargs", "oops"], "--gen-kwargs oops: expected KEY=VALUE,KEY=VALUE"),
         (["--text", "none.txt"], "--text none.txt: no such file"),

@@ -145,9 +145,11 @@ def test_seed_decides(tmp_path: Path) -> None:
 
 
 def test_errors_name_what_is_known(tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match="shape 'qwen3-9b': expected one of qwen3-4b, qwen3-8b"):
+    with pytest.raises(
+        SvskError, match="shape qwen3-9b: expected one of these: qwen3-4b, qwen3-8b"
+    ):
         write_random_model(tmp_path / "x", "qwen3-9b")
-    with pytest.raises(EvalError, match="variant 'w4': expected one of bf16, w4a16"):
+    with pytest.raises(SvskError, match="variant w4: expected one of these: bf16, w4a16"):
         write_random_model(tmp_path / "x", "qwen3-8b", "w4")
     with pytest.raises(
         EvalError, match=r"down_proj: 192 columns are not a multiple of W4A16's group size 128"

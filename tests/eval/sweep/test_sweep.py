@@ -194,7 +194,10 @@ class TestRefused:
             (["--bpw", "4.25,x"], "--bpw x: expected bits per weight"),
             (["--bpw", "4.5,4.5"], "svsk-4.5: asked for twice"),
             (["--peer", "GPTQ"], "--peer GPTQ: expected names"),
-            (["--bpw", "5", "--tables", "dense"], "--tables dense: expected one of own, reference"),
+            (
+                ["--bpw", "5", "--tables", "dense"],
+                "--tables dense: expected one of these: own, ref",
+            ),
             (["--also", "nothing"], "nothing"),
         ],
     )

@@ -411,7 +411,7 @@ def test_the_command_names_what_was_used(served_result: list[Any], tmp_path: Pat
             ["--engine", "vllm", "--device", "cuda:1"],
             "--device cuda:1: vLLM chooses the device itself",
         ),
-        (["--engine", "tgi"], "--engine tgi: expected one of vllm, hf"),
+        (["--engine", "tgi"], "--engine tgi: expected one of these: vllm, hf"),
         (["--engine-arg", "enforce_eager=true"], "enforce_eager: goes with --engine vllm only"),
         (["--engine", "vllm", "--engine-arg", "enforce_eager"], "expected name=value"),
     ],

@@ -358,7 +358,10 @@ def test_errors_come_before_any_work(dense: Path, tmp_path: Path, quantized: lis
             [out, "--target-bpw", 4.5, "--recipe", "published"],
             "allocation: goes with method alternating only",
         ),
-        ([out, "--dtype", "float32"], "--dtype float32: expected one of auto, bfloat16, float16"),
+        (
+            [out, "--dtype", "float32"],
+            "--dtype float32: expected one of these: auto, bfloat16",
+        ),
         ([out, "--calibration", tmp_path / "no.txt"], "no such file"),
         ([out, "--calibration", tmp_path / "file", "--samples", 2], "18 samples are asked for"),
     ):

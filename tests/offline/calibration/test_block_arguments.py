@@ -144,3 +144,23 @@ def test_a_scalar_that_depends_on_the_tokens_is_refused(tiny_llama: Path, sample
 
     with pytest.raises(SvskError, match=r"depend on the tokens \(block 0, scaling\)"):
         runner(tiny_llama, change)
+
+
+def test_a_model_that_leaves_blocks_out_is_refused(tiny_llama: Path) -> None:
+    def change(model: Any) -> None:
+        inner = model.model.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            model.config.num_hidden_layers = 1  # of two that it has
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                model.config.num_hidden_layers = 2
+
+        model.model.forward = forward
+
+    with pytest.raises(
+        SvskError,
+        match=r"LlamaForCausalLM does not run its decoder blocks once each, one after the other",
+    ):
+        runner(tiny_llama, change)

@@ -249,7 +249,10 @@ def test_messages_that_the_chat_template_rejects_are_named(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a"}\nnot json\n', "line 2: not JSON"),
+        (
+            '{"text": "a"}\nnot json\n',
+            r"line 2: not JSON \(.*\)\. Expected a JSON object on each line",
+        ),
         ('{"text": "a"}\n[1]\n', "line 2: a list, expected an object"),
         ('{"label": 1, "body": "b"}\n', "line 1: has label, body; expected text, messages"),
     ],
@@ -270,9 +273,21 @@ def test_too_little_text(tokenizer: Any, tmp_path: Path) -> None:
         load_calibration(str(path), tokenizer, 50, 16, 0)
 
 
+def test_too_little_text_in_a_large_file(tokenizer: Any, tmp_path: Path) -> None:
+    """Which is sampled at places, without reading all of it: other keys fill the rows."""
+    path = tmp_path / "mostly-labels.jsonl"
+    row = json.dumps({"text": "a", "label": "x" * 200_000}) + "\n"
+    path.write_text(row * 8)
+    with pytest.raises(
+        SvskError,
+        match=r"mostly-labels\.jsonl: a part of it holds fewer than 64 tokens \(is it blank",
+    ):
+        load_calibration(str(path), tokenizer, 2, 64, 0)
+
+
 @pytest.mark.parametrize("source", ["missing.txt", "./missing", "missing.jsonl"])
 def test_missing_files(tokenizer: Any, source: str) -> None:
-    with pytest.raises(SvskError, match="no such file"):
+    with pytest.raises(SvskError, match=r"Calibration text .*: no such file\."):
         load_calibration(source, tokenizer, 1, 16, 0)
 
 

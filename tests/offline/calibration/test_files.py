@@ -138,7 +138,7 @@ def test_parquet(load: Callable[..., str], tmp_path: Path) -> None:
         ),
         ("list.json", b'[{"text": "a"},\n{"text" "b"}]', r"line 2: not JSON"),
         ("list.json", b'[{"text": "a"}] more', r"text after the end of the list"),
-        ("list.json", b'[{"text": "a"},\n 3]', r"line 2 \(row 2\): a int, expected an object"),
+        ("list.json", b'[{"text": "a"},\n 3]', r"line 2 \(row 2\): a int, expected an object\."),
         ("list.json", b'[{"text": "a"},\n {"text": null}]', r"line 2 \(row 2\): text is null"),
         ("open.json", b'{"text": "a\n', r"line 1: not JSON"),
         ("deep.json", b"[" * 200_000, r"line 1: not JSON|expected an object"),
@@ -163,6 +163,12 @@ def test_what_cannot_be_read_is_refused_in_one_line(
     with pytest.raises(SvskError, match=message) as caught:
         load(name, content)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_looked_for_where_it_would_be(tmp_path: Path) -> None:
+    path = tmp_path / "none.jsonl"
+    with pytest.raises(SvskError, match=f"^--prompts {path}: no such file in {tmp_path}[.]$"):
+        open_text(path, "--prompts")
 
 
 def test_rows_of_conversations(tiny_llama: Path, tmp_path: Path) -> None:

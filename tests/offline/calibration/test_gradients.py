@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import (
     InputStatistics,
     OutputGradients,
@@ -131,3 +133,20 @@ def test_token_weights() -> None:
     copies = x.flatten(0, 1).repeat_interleave(weights.flatten().long(), 0)
     torch.testing.assert_close(weighted.hessian, copies.T @ copies / len(copies))
     torch.testing.assert_close(weighted.first_hessian, x[:, 0].T @ x[:, 0] / 3)
+
+
+@pytest.mark.parametrize("moments", [False, True])
+def test_gradients_that_are_not_finite_are_refused(tmp_path: Path, moments: bool) -> None:
+    folder = write_dense(tmp_path / "dense", dtype=torch.float32)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] *= 1e38  # finite, which no logit is then
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    source = ModelSource(folder)
+    texts = load_calibration("python", source.tokenizer, 2, 24, 0)
+    with pytest.raises(
+        SvskError,
+        match=r"model\.layers\.1\.mlp\.down_proj: its output's gradient is not finite on the calib",
+    ):
+        sweep_gradients(
+            source, texts, CPU, torch.float32, lambda *_: None, full=True, moments=moments
+        )

@@ -122,7 +122,9 @@ def test_samples_of_several_files(tokenizer: Any) -> None:
     # One sample at least of what has a weight.
     little = load_calibration(["a.txt:1000", "b.txt:1"], tokenizer, 4, 16, 0)
     assert [part.samples for part in little.parts] == [3, 1]
-    with pytest.raises(SvskError, match=r"names 2 texts, but 1 samples .* expected 2 or more"):
+    with pytest.raises(
+        SvskError, match=r"names 2 texts, but 1 samples are asked for: expected 2 or more"
+    ):
         load_calibration(["a.txt", "b.txt"], tokenizer, 1, 16, 0)
 
 

@@ -56,6 +56,8 @@ def test_what_is_ignored_does_not_count(source: ModelSource) -> None:
     ignoring = recipe(samples=8).override({"ignore": (r"re:.*\.down_proj$",)})
     assert sample_count(source, ignoring, told.append, "text") == 8
     assert "2.0 per input of the widest layer (K = 128)" in told[0]
+    with pytest.raises(SvskError, match="llama: every linear layer is on the ignore list; nothing"):
+        sample_count(source, recipe().override({"ignore": ("re:.*",)}), told.append, "text")
 
 
 def test_the_users_number_is_warned_about_and_refused(source: ModelSource) -> None:

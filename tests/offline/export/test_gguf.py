@@ -9,6 +9,8 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from svsk_offline.export.formats import export_format
@@ -16,19 +18,23 @@ from svsk_offline.export.gguf.model import export_gguf
 from svsk_offline.export.gguf.tokenizer import pre_tokenizer_name
 from svsk_offline.export.request import check_request
 from svsk_vllm.format import Checkpoint, SvskError, dequantize
+from svsk_vllm.format.config import EmbeddingArgs
 from tests.offline.export.gguf_files import (
     expected_order,
     names_of,
     read_gguf,
+    whole_matrix_schemes,
     write_svsk,
     write_template,
 )
 from tests.support.format_builders import edit_json
 from tests.support.tiny_models import (
+    EMBEDDING,
     FAMILIES,
     VOCAB,
     Family,
     scheme,
+    table_schemes,
     write_dense,
     write_random_svsk,
 )
@@ -164,11 +170,50 @@ def test_templates_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         tmp_path, "has no tensor for .* of the checkpoint's in all", svsk, template=finished(writer)
     )
     writer = gguf.GGUFWriter(tmp_path / "later.gguf", "of-next-year")
-    refused(tmp_path, "architecture 'of-next-year': unknown to", svsk, template=finished(writer))
+    unknown = "architecture 'of-next-year': unknown to the package gguf. Install a newer one"
+    refused(tmp_path, unknown, svsk, template=finished(writer))
+    nameless = tmp_path / "nameless.gguf"
+    nameless.write_bytes(b"GGUF\x03\0\0\0" + bytes(16))
+    no_name = r"nameless\.gguf: has no general\.architecture\. Name a GGUF file of a model"
+    refused(tmp_path, no_name, svsk, template=nameless)
     damaged = tmp_path / "damaged.gguf"
     for content in (b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 40, b"no GGUF file at all" * 9):
         damaged.write_bytes(content)
         refused(tmp_path, "damaged.gguf: not a GGUF file|has no general", svsk, template=damaged)
+
+
+def test_a_checkpoint_without_an_embedding_is_refused(tmp_path: Path) -> None:
+    """Which ``svsk validate`` would tell of; the export looks at what is there."""
+    svsk = write_svsk(tmp_path, "llama")
+    tensors = load_file(svsk / "model.safetensors")
+    del tensors["model.embed_tokens.weight"]
+    with safe_open(svsk / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, svsk / "model.safetensors", metadata)
+    message = r"config\.json: the checkpoint has no embedding, expected token_embd\.weight's"
+    refused(tmp_path, message, svsk)
+
+
+def test_sidecars_of_an_embedding_are_refused(tmp_path: Path) -> None:
+    dense = write_dense(tmp_path / "dense", "llama")
+    svsk = write_random_svsk(
+        dense,
+        tmp_path / "svsk",
+        schemes={**whole_matrix_schemes(), **table_schemes(None, "quad8")},
+        embedding=EmbeddingArgs(module=EMBEDDING, tied=True),
+    )
+    message = (
+        r"--lora: model\.embed_tokens: an adapter cannot hold the sidecar of an embedding\. Qu"
+    )
+    refused(tmp_path, message, svsk, lora=tmp_path / "lora.gguf")
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    svsk = write_svsk(tmp_path, "llama")
+    weights = svsk / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    message = r"model\.safetensors: .* `svsk validate .*/svsk` lists \d+ problem\(s\) in all"
+    refused(tmp_path, message, svsk)
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:

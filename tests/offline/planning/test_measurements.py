@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import svsk_offline.planning.measurements as module
 from svsk_kernels.errors import SvskError
@@ -370,3 +371,32 @@ def test_a_sweep_of_another_text_is_not_gone_on_with(
     measuring(tiny_qwen2, first=1).run(other, lambda done, total: None)
     assert len(curves) == 14
     assert not list(other.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("forward", "budget", "message"),
+    [
+        (
+            lambda self, x: self.down_proj(self.up_proj(x)) + 0 * self.gate_proj(x).detach().mean(),
+            True,
+            "mlp.gate_proj: the model's output does not depend on it. Add it to --ignore",
+        ),
+        (
+            lambda self, x: self.down_proj(self.up_proj(x)),
+            False,
+            "mlp.gate_proj: saw no calibration token, so it cannot be quantised. Add it to --ignor",
+        ),
+    ],
+)
+def test_linears_that_a_model_has_and_does_not_use(
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forward: Callable[[Any, torch.Tensor], torch.Tensor],
+    budget: bool,
+    message: str,
+) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    without = load_recipe("fast").override({"calibration": {"samples": 24, "seq_len": 32}})
+    with pytest.raises(SvskError, match=rf"model\.layers\.\d\.{message}"):
+        quantize(tiny_llama, tmp_path / "out", recipe() if budget else without)

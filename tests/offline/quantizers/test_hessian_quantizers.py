@@ -548,3 +548,15 @@ def test_unused_channels_and_layers() -> None:
 def test_a_hessian_that_is_none_is_refused(matrix: torch.Tensor, message: str) -> None:
     with pytest.raises(SvskError, match=message):
         inverse_root(matrix)
+
+
+def test_errors_that_are_not_finite_in_any_round_are_refused() -> None:
+    """Weights so large that only the sum over all outputs is beyond float32."""
+    found = InputStatistics(64, torch.device("cpu"), full=True)
+    found.add(torch.randn(1, 4000, 64, generator=torch.Generator().manual_seed(0)))
+    given = PreparedInput(found, AlternatingArgs())
+    spec = LinearSpec("m", 1024, 64, make_group(rank=1, tile_m=0, tile_n=0))
+    with pytest.raises(SvskError, match="m: the error of its output is not finite in any round"):
+        quantize_alternating(weight(1024, 64) * 1.6e19, given, spec)
+    with pytest.raises(SvskError, match="not finite: the model's activations or weights overflow"):
+        quantize_alternating(weight(1024, 64) * 1e25, given, spec)

@@ -7,6 +7,7 @@ How much of a matrix they hold, against the exact decomposition.
 import pytest
 import torch
 
+from svsk_kernels.errors import SvskError
 from svsk_offline.quantizers import lowrank
 from svsk_offline.quantizers.lowrank import leading_eigenvectors, leading_right_vectors
 
@@ -105,3 +106,10 @@ def test_eigenvectors_of_zeros_and_of_none() -> None:
     assert vectors.shape == (6, 6)
     assert not bool(values.any())
     assert leading_eigenvectors(torch.eye(6), 0)[0].shape == (6, 0)
+
+
+def test_a_residual_that_overflows_is_refused() -> None:
+    given = matrices(1, 200, 260, 1.0)
+    given[0, 3, 5] = 1e25  # its square is not finite in float32
+    with pytest.raises(SvskError, match=r"singular vectors of a residual are not finite. Is the"):
+        leading_right_vectors(given, 8, exact=False)

@@ -6,7 +6,10 @@ import stat
 import threading
 from pathlib import Path
 
-from svsk_offline.storage.atomic import write_json
+import pytest
+
+from svsk_kernels.errors import SvskError
+from svsk_offline.storage.atomic import PartialFolder, write_json
 
 
 def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
@@ -31,3 +34,15 @@ def test_a_file_is_replaced(tmp_path: Path) -> None:
     assert path.read_text() == "1\n"
     assert path.stat().st_ino != before
     assert [entry.name for entry in tmp_path.iterdir()] == ["figures.json"]
+
+
+def test_a_folder_that_appears_in_its_place_is_kept(tmp_path: Path) -> None:
+    """Whoever made it did so after the run had looked, and before it was done."""
+    out = tmp_path / "out"
+    partial = PartialFolder(out)
+    out.mkdir()
+    (out / "one").write_text("precious")
+    with pytest.raises(SvskError, match=r"out exists\. Choose another folder, or pass --overwrite"):
+        PartialFolder(out)
+    assert not partial.path.exists()
+    assert (out / "one").read_text() == "precious"

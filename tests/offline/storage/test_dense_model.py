@@ -171,7 +171,9 @@ def test_a_missing_tensor_is_found_before_any_work(
     model: Path, tmp_path: Path, recipe: str, name: str
 ) -> None:
     change_tensors(model, lambda tensors: tensors.pop(name))
-    with pytest.raises(SvskError, match=f"no tensor {name}"):
+    with pytest.raises(
+        SvskError, match=f"no tensor {name}, which LlamaForCausalLM needs. Download or"
+    ):
         quantize(model, tmp_path / "out", recipe)
     assert not (tmp_path / "out.partial").exists()
 
@@ -200,7 +202,10 @@ def test_two_tensors_for_one_parameter(model: Path) -> None:
     change_tensors(
         model, lambda tensors: tensors.update({"norm.weight": tensors["model.norm.weight"] + 1})
     )
-    with pytest.raises(SvskError, match=r"norm\.weight.* both fill model\.norm\.weight"):
+    with pytest.raises(
+        SvskError,
+        match=r"norm\.weight both fill model\.norm\.weight of LlamaForCausalLM\. Remove the one",
+    ):
         ModelSource(model).check()
 
 
@@ -411,3 +416,51 @@ def test_reader_by_headers_and_by_index(model: Path) -> None:
     )
     assert ShardedReader(model).names == [name]
     assert set(ShardedReader(model, by_headers=True).names) == set(tensors)
+
+
+def test_weights_under_another_name_are_not_taken(model: Path) -> None:
+    edit_json(model / "config.json", lambda config: config.update(transformers_weights="w.bin"))
+    with pytest.raises(SvskError, match=r"config\.json names w\.bin as the weights to load\. Supp"):
+        ModelSource(model)
+
+
+def test_a_folder_without_a_tokenizer(model: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(SvskError, match=r"model: has no usable tokenizer \(.*Copy the tokenizer"):
+        _ = ModelSource(model).tokenizer
+
+
+def test_a_package_that_a_models_own_code_needs(own: Path) -> None:
+    code = own / "modeling_own.py"
+    code.write_text(f"import a_package_of_next_year\n{code.read_text()}")
+    with pytest.raises(
+        SvskError,
+        match=r"model: its model class needs a package that is not installed \(.*a_package_of_next",
+    ):
+        ModelSource(own, trust_remote_code=True).check()
+
+
+def test_a_model_whose_blocks_hold_no_linears(tmp_path: Path) -> None:
+    """GPT-2 has modules of its own in their place."""
+    dense = write_dense(tmp_path / "gpt2", Family("gpt2"))
+    message = (
+        "gpt2: found no list of 2 decoder blocks with nn.Linear layers in GPT2LMHeadModel. Supp"
+    )
+    with pytest.raises(SvskError, match=message):
+        _ = ModelSource(dense).blocks
+
+
+def test_a_matrix_of_two_linears_is_not_quantised(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class that ties them, of which the folder holds one."""
+    gate, up = (f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up"))
+    change_tensors(model, lambda tensors: tensors.pop(f"{gate}.weight"))
+    kind: Any = type(ModelSource(model).model)
+    tied = {**kind._tied_weights_keys, f"{gate}.weight": f"{up}.weight"}
+    monkeypatch.setattr(kind, "_tied_weights_keys", tied)
+    source = ModelSource(model)
+    message = f"{up}.weight and {gate}.weight|{gate}.weight and {up}.weight"
+    with pytest.raises(SvskError, match=f"(?:{message}) are one matrix, which cannot be quantised"):
+        source.check_quantizable(up)
