@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a wheel of the project holds."""
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -79,6 +80,25 @@ def test_an_installed_wheel_runs_and_names_itself_to_vllm(wheel: Path, tmp_path:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[1] == "name: best"
+
+
+@pytest.mark.parametrize("extras", ["", "[eval]"])
+def test_installing_it_beside_vllm_changes_no_other_package(
+    wheel: Path, tmp_path: Path, extras: str
+) -> None:
+    """pip may take nothing from an index here: whatever it wanted to change would end it."""
+    pytest.importorskip("vllm")
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-index"]
+    run = subprocess.run(
+        [*command, "--report", str(report), f"{wheel}{extras}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    installed = json.loads(report.read_bytes())["install"]
+    assert [one["metadata"]["name"] for one in installed] == ["svsk-vllm"]
 
 
 @pytest.mark.parametrize(

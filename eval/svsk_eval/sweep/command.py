@@ -5,14 +5,6 @@ from pathlib import Path
 from typing import Final
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from svsk_eval.report.console import print_table
 from svsk_eval.report.markdown import table_lines
@@ -22,6 +14,7 @@ from svsk_eval.sweep.schema import SweepReport
 from svsk_eval.sweep.sweep import sweep
 from svsk_eval.sweep.tables import failures, sweep_table
 from svsk_offline.storage.atomic import write_text
+from svsk_offline.terminal import steps
 
 __all__ = ["sweep_with_progress", "write_report"]
 
@@ -43,15 +36,8 @@ def sweep_with_progress(
         SvskError: see :func:`svsk_eval.sweep.sweep.sweep`.
     """
     notes = notes or console
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=notes, transient=True) as bar:
-        line, last = bar.add_task("", total=None), ""
+    with steps(notes, "starting", transient=True) as bar:
+        last = ""
 
         def show(label: str, what: str, done: int, known: int) -> None:
             nonlocal last
@@ -59,9 +45,7 @@ def sweep_with_progress(
             if text != last and (not notes.is_terminal or what.startswith("failed")):
                 notes.print(text, markup=False)  # a log gets a line per step
             last = text
-            bar.update(
-                line, description=text.replace("[", r"\["), completed=done, total=known or None
-            )
+            bar.update(text, done, known or None)
 
         report = sweep(
             request,

@@ -2,6 +2,7 @@
 """``svsk sweep`` on a tiny model: what it gives, what it repeats after a kill, what it refuses."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +113,9 @@ class TestRun:
         assert result.exit_code == 0, result.output
         assert quantized == ["svsk-4.6", "svsk-5"]
         assert len(measured) == 1
+        # a log says how far a step is, not only that it began
+        assert re.search(r"^svsk-5: quantising (\d+)/\1, ", result.output, re.MULTILINE)
+        assert "svsk-5: scoring the text 3/3, " in result.output
         found = report_of(out)
         assert [row.label for row in found.rows] == ["reference", "svsk-4.6", "svsk-5"]
         self.is_what_the_checkpoints_give(folder, out, found)
