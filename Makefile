@@ -2,6 +2,7 @@
 # `make demo` and `make test` do everything, the virtual environment included; `make help` lists the rest.
 
 VENV := .venv
+COVERED_BY := tests/format tests/plugin tests/offline tests/hf tests/architecture tests/simulated_cuda
 TRITON_TESTS := tests/kernel_tools/binary tests/kernel_tools/emulator
 VPY := $(VENV)/bin/python
 ARGS ?=
@@ -26,7 +27,7 @@ endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-triton36 setup setup-cuda lock lint types docs clean
+.PHONY: help demo test coverage test-triton36 setup setup-cuda lock lint types docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +39,13 @@ demo: setup ## quantise, check and compare a small model on this machine
 test: setup ## run the tests
 	@HF_HUB_OFFLINE=1 $(PYTEST) $(ARGS)
 	$(if $(ARGS),,@TRITON_INTERPRET=1 $(PYTEST) tests/interpreter)
+
+# The three packages whose faults would give wrong answers unnoticed.
+coverage: setup ## run their tests, and fail where less than 90% of the lines of format, plugin or offline tool run
+	@rm -f .coverage .coverage.*
+	@HF_HUB_OFFLINE=1 $(PYTEST) --cov --cov-report= $(or $(ARGS),$(COVERED_BY))
+	@for part in svsk_vllm/format svsk_vllm/plugin offline/svsk_offline; do \
+		$(VPY) -m coverage report --skip-covered --fail-under=90 --include="$$part/*" || exit 1; done
 
 # Triton's own cache is kept out of it: each run compiles afresh.
 test-triton36: ## run the Triton kernels' tests with the oldest supported Triton, in .venv-triton36
@@ -69,5 +77,5 @@ docs: setup ## build the pages of docs/ as a site in site/, links checked
 	@NO_MKDOCS_2_WARNING=1 $(VPY) -m mkdocs build --strict $(ARGS)
 
 clean: ## remove the environments, caches and build output
-	rm -rf $(VENV) $(VENV)-triton36 $(VENV)-py3* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage site
+	rm -rf $(VENV) $(VENV)-triton36 $(VENV)-py3* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* site
 	find . '(' -name .git -o -name '.venv*' ')' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
