@@ -17,6 +17,7 @@ __all__ = [
     "HEADS",
     "SCALE_BITS",
     "STORED_DTYPES",
+    "budget_bytes",
     "check_device",
     "choose",
     "did_you_mean",
@@ -68,3 +69,22 @@ def check_device(name: str) -> None:
             f"--device {name}: not usable here: expected one of {', '.join(DEVICES)}, or cuda:1"
             f" and the like.{did_you_mean(kind, DEVICES)}"
         )
+
+
+def budget_bytes(option: str, value: float | None, unit: str, size: int) -> int | None:
+    """Bytes of a budget; None where none was given.
+
+    Args:
+        option: that gave it.
+        value: in its unit.
+        unit: its name.
+        size: bytes of it.
+
+    Raises:
+        SvskError: it is not above 0, or not finite.
+    """
+    if value is None:
+        return None
+    if not 0 < value < 1e9:
+        raise SvskError(f"{option} {value:g}: expected a number of {unit} above 0.")
+    return int(value * size)

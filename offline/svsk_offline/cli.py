@@ -18,6 +18,7 @@ from svsk_offline.choices import (
     HEADS,
     SCALE_BITS,
     STORED_DTYPES,
+    budget_bytes,
     check_device,
     choose,
 )
@@ -232,6 +233,19 @@ def quantize(
             help="Folder that keeps what a bit budget measures, for runs with other budgets."
         ),
     ] = None,
+    memory_budget: Annotated[
+        float | None,
+        typer.Option(
+            help=(
+                "GiB that a process may hold: more goes to files, or is gathered in turns, which"
+                " takes longer. The result is the same."
+            ),
+        ),
+    ] = None,
+    disk_budget: Annotated[
+        float | None,
+        typer.Option(help="GB that output and temporary files may take; refused if it is more."),
+    ] = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     dry: Annotated[
@@ -254,6 +268,8 @@ def quantize(
     if measurements is not None:
         check_measurements(measurements, (out,))
     calibration_entries(calibration or DEFAULT_SOURCE)
+    memory = budget_bytes("--memory-budget", memory_budget, "GiB", 1 << 30)
+    disk = budget_bytes("--disk-budget", disk_budget, "GB", 10**9)
     check_device(device)
     choose("--dtype", dtype, STORED_DTYPES)
     choose("--group-size", group_size, GROUP_SIZES)
@@ -330,13 +346,13 @@ def quantize(
         check_unfinished(out, chosen.values())
     folder = resolve_model(model, trust_remote_code=trust_remote_code)
     check_model(str(folder), dense=True)
-    if dry:
-        if world.size > 1:
+    if dry or (disk is not None and world.leads):
+        if dry and world.size > 1:
             raise SvskError(
                 f"--dry-run: works out what one process needs, not {world.size}. Start it without"
                 " torchrun."
             )
-        from svsk_offline.dry_run import dry_run, print_estimate
+        from svsk_offline.dry_run import check_disk, dry_run, print_estimate
 
         estimate = dry_run(
             folder,
@@ -345,11 +361,14 @@ def quantize(
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            say=_say_note,
+            memory_budget=memory,
+            say=_say_note if dry else lambda text: None,  # the run says it itself
         )
-        print_estimate(console, estimate)
-        write_json(json_file, estimate.to_json())
-        return
+        check_disk(estimate, disk)
+        if dry:
+            print_estimate(console, estimate)
+            write_json(json_file, estimate.to_json())
+            return
     from svsk_offline.console import quantize_with_progress
 
     figures = quantize_with_progress(
@@ -366,6 +385,7 @@ def quantize(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         measurements=measurements,
+        memory_budget=memory,
         world=world,
     )
     if world.leads:

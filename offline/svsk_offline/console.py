@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a quantisation shows while it runs, and what it says at the end."""
 
-import resource
 import shlex
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +10,7 @@ from typing import Any, Final
 import torch
 from rich.console import Console
 
+from svsk_offline.calibration.room import peak_memory_gib
 from svsk_offline.pipeline import Progress as Callbacks
 from svsk_offline.pipeline import QuantizationResult, quantize, resolve_device
 from svsk_offline.recipe import Recipe
@@ -20,15 +19,9 @@ from svsk_offline.storage.inspection import whole_bits_per_weight
 from svsk_offline.storage.layer_report import LayerReport
 from svsk_offline.terminal import duration, steps
 
-__all__ = ["peak_gpu_memory_gib", "peak_memory_gib", "quantize_with_progress", "summary"]
+__all__ = ["peak_gpu_memory_gib", "quantize_with_progress", "summary"]
 
 _WORST: Final = 5
-
-
-def peak_memory_gib() -> float:
-    """Largest resident size of this process so far, in GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak) / (1 << 30 if sys.platform == "darwin" else 1 << 20)
 
 
 def peak_gpu_memory_gib(device: torch.device) -> float | None:

@@ -1,47 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a quantisation would do and need, worked out without reading text or weights.
 
-Sizes are exact but under a bit budget, which is spent as a whole. Memory and disk follow from the
-shapes of what is held at a time:
-
-- statistics: while a block is quantised a float32 [K, K] for each of its linears (fewer where
-  linears share an input), and five of the widest; while gradients are measured two [K, K] and, with
-  directions, two [N, N] for each;
-- where weights aim at the dense model's outputs, seven [K, K] of the widest instead, the block's
-  weights in float32, and of all samples the hidden states and a block's inputs in that model;
-- hidden states of all samples, and while gradients are measured those before every block; each of
-  these is a file in the output's folder above 2 GiB;
-- one block's weights in the dtype of the arithmetic, or embedding and head.
-
-What a GPU would hold is not told apart. Time is not estimated: nothing here was run.
+Sizes are exact but under a bit budget, which is spent as a whole. Memory and temporary files follow
+from the shapes of what is held at a time (:mod:`svsk_offline.planning.needs`); what a GPU would
+hold is not told apart. Time is not estimated: nothing here was run.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from svsk_offline.calibration.block_runner import IN_MEMORY
+from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.token_budget import sample_count
-from svsk_offline.console import peak_memory_gib
 from svsk_offline.pipeline import resolve_device
-from svsk_offline.planning.measurements import SweepSamples
-from svsk_offline.precision import block_dtype
 from svsk_offline.preflight import check_recipe
-from svsk_offline.recipe import AlternatingRecipe, Recipe
+from svsk_offline.recipe import Recipe
 from svsk_offline.run import Progress, Run
 from svsk_offline.storage.atomic import PartialFolder
 from svsk_offline.storage.checkpoint_writer import SHARD_BYTES
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_vllm.format import LinearSpec
 
-__all__ = ["Estimate", "dry_run", "print_estimate"]
-
-_FLOAT32: Final = 4
+__all__ = ["Estimate", "check_disk", "dry_run", "print_estimate"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +72,7 @@ def dry_run(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    memory_budget: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Estimate:
     """Check a request as a run would, and estimate what it needs; nothing is written.
@@ -98,6 +84,7 @@ def dry_run(
         device: where it would be computed.
         dtype: stored dtype of scales and dense tensors.
         trust_remote_code: run Python files that come with the model.
+        memory_budget: bytes that a run may hold; None for no limit.
         say: told what a run would say before it begins.
 
     Raises:
@@ -119,7 +106,9 @@ def dry_run(
         Progress(message=say),
     )
     sizes = _sizes(run)
-    memory, disk = _needs(run, samples, block_dtype(where).itemsize)
+    needs = run.needs(samples)
+    room = needs.within(memory_budget)
+    memory, disk = needs.memory(room), needs.disk(room)
     planning = memory["gradients' statistics"] + memory["inputs of all blocks"]
     running = memory["statistics of a block"] + memory["inputs in the dense model"]
     peak = max(planning, running) + sum(
@@ -138,6 +127,24 @@ def dry_run(
         memory=memory,
         memory_peak=peak,
     )
+
+
+def check_disk(estimate: Estimate, budget: int | None) -> None:
+    """Refuse a run that would take more of the disk than a budget.
+
+    Args:
+        estimate: of the run.
+        budget: bytes; None for no limit.
+
+    Raises:
+        SvskError: it would, by how much, and what takes it.
+    """
+    if budget is not None and estimate.disk_peak > budget:
+        raise SvskError(
+            f"--disk-budget {budget / 1e9:g}: output and temporary files would take about"
+            f" {estimate.disk_peak / 1e9:.2f} GB, {_parts(estimate.disk)}. Raise it, lower"
+            " --samples or --target-bpw, or give a larger --memory-budget."
+        )
 
 
 def _no_text() -> Any:
@@ -206,55 +213,6 @@ def _second_copies(source: ModelSource) -> set[str]:
     for index in range(len(source.blocks[1])):
         kept |= set(source.block_tensors(index))
     return set(source.tensors.names) - kept
-
-
-def _needs(run: Run, samples: int, item: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes in memory and on disk, by what they are."""
-    source, recipe = run.source, run.recipe
-    model: Any = source.model
-    seq_len = recipe.calibration.seq_len
-    table = model.get_input_embeddings().weight
-    width, blocks = table.shape[1], len(source.blocks[1])
-    hidden = samples * seq_len * width * item
-    linears = [linear for name, linear in source.block_linears().items() if name in run.schemes]
-    per_block = linears[: len(linears) // blocks]
-    widest = max(linear.in_features for linear in linears)
-    alternating = isinstance(recipe, AlternatingRecipe)
-    statistics = (
-        sum(linear.in_features**2 for linear in per_block) + 5 * widest**2 if alternating else 0
-    )
-    measured, inputs = 0, 0
-    if isinstance(recipe, AlternatingRecipe) and recipe.needs_gradients:
-        gradients = recipe.gradients
-        count = SweepSamples.of(widest, seq_len, gradients.samples, samples).count
-        inputs = blocks * (samples if gradients.token_power else count) * seq_len * width * item
-        sides = 2 if gradients.directions else 0
-        measured = sum(2 * one.in_features**2 + sides * one.out_features**2 for one in per_block)
-    aimed, paired = 0, 0
-    if isinstance(recipe, AlternatingRecipe) and recipe.alternating.aim:
-        statistics = 7 * widest**2
-        aimed = sum(one.in_features * one.out_features for one in per_block)
-        # At most: linears that read one input keep it once.
-        paired = width + sum(one.in_features for one in per_block)
-        paired *= samples * seq_len * item
-    block = max(sum(one.numel() for one in part.parameters()) for part in source.blocks[1])
-    head = model.get_output_embeddings()
-    outside = table.numel() + (0 if head is None or head.weight is table else head.weight.numel())
-    memory = {
-        "the program": int(peak_memory_gib() * (1 << 30)),  # so far: what the libraries take
-        "hidden states": hidden if hidden <= IN_MEMORY else 0,
-        "inputs of all blocks": inputs if inputs <= IN_MEMORY else 0,
-        "inputs in the dense model": paired if paired <= IN_MEMORY else 0,
-        "a block, or embedding and head": max(block, outside) * item,
-        "statistics of a block": (statistics + aimed) * _FLOAT32,
-        "gradients' statistics": measured * _FLOAT32,
-    }
-    disk = {
-        "hidden states": hidden if hidden > IN_MEMORY else 0,
-        "inputs of all blocks": inputs if inputs > IN_MEMORY else 0,
-        "inputs in the dense model": paired if paired > IN_MEMORY else 0,
-    }
-    return memory, disk
 
 
 def print_estimate(console: Console, estimate: Estimate) -> None:

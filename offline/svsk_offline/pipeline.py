@@ -50,6 +50,7 @@ def quantize(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     measurements: str | Path | None = None,
+    memory_budget: int | None = None,
     progress: Progress | None = None,
     world: World = ALONE,
 ) -> QuantizationResult:
@@ -69,6 +70,9 @@ def quantize(
         measurements: folder that keeps what a bit budget and gradient weights measure of model and
             text, for runs that differ in the budget or in how they quantise; they do not measure it
             again.
+        memory_budget: bytes that the run may hold, on a GPU those there; hidden states then go to a
+            temporary file and statistics are gathered in turns, to the same result. None for no
+            limit but 2 GiB of hidden states.
         progress: callbacks.
         world: the processes that quantise together, each of which calls this with the same
             arguments but its device; see :func:`svsk_offline.world.joined`.
@@ -103,7 +107,18 @@ def quantize(
                 return calibration
             return load_texts(source, calibration, recipe, chat_template, progress.message)
 
-        run = Run(source, folder, recipe, texts, torch_device, scale_dtype, progress, kept, world)
+        run = Run(
+            source,
+            folder,
+            recipe,
+            texts,
+            torch_device,
+            scale_dtype,
+            progress,
+            kept,
+            world,
+            memory_budget,
+        )
         return run.execute(overwrite)
 
 

@@ -17,6 +17,8 @@ from svsk_offline.calibration import BlockRunner, InputStatistics
 from svsk_offline.calibration.cross_moment import PairedMoments
 from svsk_offline.calibration.held_out import OutputErrors, measure_outputs
 from svsk_offline.calibration.input_pairs import InputPairs, replaced_weights
+from svsk_offline.calibration.room import UNLIMITED, Room
+from svsk_offline.calibration.stages import gathered_in_turns, stages_of
 from svsk_offline.planning.plan import Plan
 from svsk_offline.quantizers.aimed_weight import Aim, aims
 from svsk_offline.quantizers.alternating import PreparedInput, last_one_kept
@@ -36,6 +38,27 @@ Prepare = Callable[[InputStatistics, AlternatingArgs, float], PreparedInput]
 _T = TypeVar("_T")
 
 
+@dataclass
+class _Fitted:
+    """Linears of a block and what is known of their fits, by their names below the block."""
+
+    linears: dict[str, QuantizedLinear] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    routed: dict[str, int] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
+
+    def reported(
+        self, errors: Mapping[str, OutputErrors]
+    ) -> tuple[list[QuantizedLinear], list[LayerReport]]:
+        reports = [
+            errors[name].report(
+                linear.spec, self.seconds[name], self.routed.get(name), self.shares.get(name)
+            )
+            for name, linear in self.linears.items()
+        ]
+        return list(self.linears.values()), reports
+
+
 class BlockQuantizer:
     """Quantises block after block.
 
@@ -46,6 +69,7 @@ class BlockQuantizer:
         runner: at the first block.
         scale_dtype: stored dtype of scales.
         scratch: folder for temporary files.
+        room: what may be held at a time.
         world: the processes that quantise together, each at its own linears. Not with an aim.
     """
 
@@ -57,14 +81,17 @@ class BlockQuantizer:
         runner: BlockRunner,
         scale_dtype: torch.dtype,
         scratch: Path,
+        room: Room = UNLIMITED,
         world: World = ALONE,
     ) -> None:
-        self._world = world
+        self._world, self._room = world, room.statistics
         self._source, self._recipe, self._plan, self._runner = source, recipe, plan, runner
         self._scale_dtype = scale_dtype
         self._alternating = recipe if isinstance(recipe, AlternatingRecipe) else None
         self._aim = self._alternating.alternating.aim if self._alternating else 0.0
-        self._pairs = InputPairs(runner, scratch=scratch) if self._aim else None
+        self._pairs = (
+            InputPairs(runner, memory_limit=room.hidden, scratch=scratch) if self._aim else None
+        )
 
     def quantize(
         self, index: int, block: nn.Module
@@ -99,38 +126,57 @@ class BlockQuantizer:
     ) -> tuple[list[QuantizedLinear], list[LayerReport]]:
         """All linears of a block fitted to what its dense weights give."""
         advance = not self._recipe.sequential
-        statistics = self._runner.collect(
+        fitted = _Fitted()
+        planned = self._planned(index)
+        experts = expert_modules(block)
+        for statistics in gathered_in_turns(
+            self._runner,
             index,
             block,
+            [name for name, _, _ in planned],
+            self._room,
             full=self._alternating is not None,
             first=self._sink_names(index),
             weights=self._token_weights(index),
             # With nothing held out the same samples are measured below.
             advance=advance and self._runner.apart,
+        ):
+            fitted.routed |= {
+                name: one.tokens for name, one in statistics.items() if name in experts
+            }
+            self._fit_all([one for one in planned if one[0] in statistics], statistics, fitted)
+        for name, full, _ in planned:
+            _known(fitted.linears, name, full)
+        # In the block's order, whatever the turns were.
+        fitted.linears = {name: fitted.linears[name] for name, _, _ in planned}
+        errors = measure_outputs(
+            self._runner, index, block, fitted.linears, advance=advance, world=self._world
         )
-        fitted = _Fitted()
-        fitted.routed = {
-            name: statistics[name].tokens for name in expert_modules(block) if name in statistics
-        }
-        planned = self._planned(index)
+        return fitted.reported(errors)
+
+    def _fit_all(
+        self,
+        planned: Sequence[tuple[str, str, nn.Linear]],
+        statistics: dict[str, InputStatistics],
+        fitted: _Fitted,
+    ) -> None:
+        """Quantise linears of a block, each in the process that has its statistics added up.
+
+        ``statistics``, of these linears, is emptied.
+        """
         owners = self._added_up(planned, statistics)
         own: dict[str, tuple[QuantizedLinear, float]] = {}
         prepare = last_one_kept()
         for name, full, module in planned:
             started = time.perf_counter()
-            given = _known(statistics, name, full)
             if owners[name] == self._world.rank:
                 weight = loaded_weight(self._source, full, module)
-                linear = self._fit(full, weight, given, prepare)
+                linear = self._fit(full, weight, statistics[name], prepare)
                 own[name] = linear, time.perf_counter() - started
             del statistics[name]  # the largest there is
         for name, _, _ in planned:
             made = self._world.of(owners[name], partial(own.__getitem__, name))
             fitted.linears[name], fitted.seconds[name] = made
-        errors = measure_outputs(
-            self._runner, index, block, fitted.linears, advance=advance, world=self._world
-        )
-        return fitted.reported(errors)
 
     def _added_up(
         self,
@@ -174,7 +220,7 @@ class BlockQuantizer:
         fitted = _Fitted()
         replaced: dict[str, torch.Tensor] = {}
         aimed: dict[str, torch.Tensor] = {}
-        found = (stage.among(planned) for stage in pairs.stages(index, block))
+        found = (stage.among(planned) for stage in stages_of(self._runner, index, block))
         stages = [stage for stage in found if stage.names]
         pairs.advance(index, block, stages)
         first, weights = self._sink_names(index), self._token_weights(index)
@@ -285,27 +331,6 @@ class BlockQuantizer:
         return self._plan.token_weights(
             {name: full for name, full, _ in self._source.linears(index)}
         )
-
-
-@dataclass
-class _Fitted:
-    """Linears of a block and what is known of their fits, by their names below the block."""
-
-    linears: dict[str, QuantizedLinear] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    routed: dict[str, int] = field(default_factory=dict)
-    shares: dict[str, float] = field(default_factory=dict)
-
-    def reported(
-        self, errors: Mapping[str, OutputErrors]
-    ) -> tuple[list[QuantizedLinear], list[LayerReport]]:
-        reports = [
-            errors[name].report(
-                linear.spec, self.seconds[name], self.routed.get(name), self.shares.get(name)
-            )
-            for name, linear in self.linears.items()
-        ]
-        return list(self.linears.values()), reports
 
 
 def _known(given: Mapping[str, _T], name: str, full: str) -> _T:

@@ -15,9 +15,11 @@ import torch
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import BlockRunner, CalibrationSet
 from svsk_offline.calibration.held_out import held_out_last
+from svsk_offline.calibration.room import peak_memory_gib
 from svsk_offline.planning.division import check_divisible
 from svsk_offline.planning.folded_model import folded_model
 from svsk_offline.planning.measurements import Measuring
+from svsk_offline.planning.needs import Needs
 from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import bases_alone, check_servable, dense_matrices
 from svsk_offline.planning.tables import after_head, plan_tables
@@ -96,6 +98,7 @@ class Run:
         progress: callbacks.
         kept: folder that keeps what the plan measures for other runs; None keeps nothing.
         world: the processes that quantise together; only the leading one speaks and writes.
+        memory_budget: bytes that each may hold; None for no limit.
     """
 
     def __init__(
@@ -109,8 +112,9 @@ class Run:
         progress: Progress,
         kept: Path | None = None,
         world: World = ALONE,
+        memory_budget: int | None = None,
     ) -> None:
-        self.world = world
+        self.world, self.memory_budget = world, memory_budget
         self.source, self.folder, self.kept = source, folder, kept
         self.device, self.scale_dtype, self.progress = device, scale_dtype, progress
         self.blocks_name, self.blocks = source.blocks
@@ -123,12 +127,28 @@ class Run:
         self._check_targets()
         self.planned = after_head(source, self.recipe, self.tables, self.schemes, progress.message)
         check_divisible(world, self.recipe, self.schemes, source.folder)
+        self.needs(0).within(memory_budget)  # what no number of samples changes
         self._draw = texts
+
+    def needs(self, samples: int) -> Needs:
+        """What the run would hold, with so many calibration samples.
+
+        The libraries count as far as they share memory with what is computed.
+        """
+        return Needs.of(
+            self.source,
+            self.recipe,
+            self.schemes,
+            samples,
+            itemsize=block_dtype(self.device).itemsize,
+            program=int(peak_memory_gib() * (1 << 30)) if self.device.type == "cpu" else 0,
+        )
 
     def execute(self, overwrite: bool) -> QuantizationResult:
         """Decide, write all shards, then the rest of the folder."""
         drawn = self.world.first(self._draw)  # only now: it takes time
         self.texts, self.held_out = held_out_last(drawn)
+        self.room = self.needs(len(self.texts.tokens)).within(self.memory_budget)
         if self.alternating and self.alternating.alternating.aim and not self.held_out:
             raise SvskError(
                 "alternating.aim: how much of its correction a matrix takes is decided on samples"
@@ -332,6 +352,7 @@ class Run:
             progress=self.progress.block,
             say=self.progress.message,
             world=self.world,
+            room=self.room,
         )
         self.world.first(lambda: plan.save(path))
         return plan if self.world.leads else Plan.load(path)
@@ -347,13 +368,14 @@ class Run:
             self.texts.picked(places),
             self.device,
             compute,
+            memory_limit=self.room.hidden,
             scratch=scratch,
             held_out=held_out,
             apart=self.held_out > 0,
         )
         sequential = self.recipe.sequential
         quantizer = BlockQuantizer(
-            self.source, self.recipe, plan, runner, self.scale_dtype, scratch, world
+            self.source, self.recipe, plan, runner, self.scale_dtype, scratch, self.room, world
         )
         layers: list[LayerReport] = []
         seconds: list[float] = []

@@ -19,9 +19,9 @@ from rich.console import Console
 
 from svsk_eval.speed.random_model import SHAPES, Shape, write_random_model
 from svsk_offline.calibration import CalibrationSet
+from svsk_offline.calibration.room import peak_memory_gib
 from svsk_offline.calibration.text import token_fingerprint
 from svsk_offline.command_app import App
-from svsk_offline.console import peak_memory_gib
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.recipe import load_recipe
 from svsk_offline.recipe_sections import TableArgs

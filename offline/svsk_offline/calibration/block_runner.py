@@ -17,16 +17,14 @@ from torch import nn
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.block_arguments import Comparison, containers
-from svsk_offline.calibration.expert_tokens import fill_up_experts
+from svsk_offline.calibration.expert_tokens import ExpertPools, fill_up_experts
 from svsk_offline.calibration.input_statistics import InputStatistics
+from svsk_offline.calibration.room import UNLIMITED
 from svsk_offline.calibration.text import CalibrationSet
 from svsk_offline.storage.decoder_blocks import expert_modules, linear_modules
 from svsk_offline.storage.dense_model import ModelSource
 
-__all__ = ["IN_MEMORY", "BlockRunner", "StandIn", "scratch_tensor"]
-
-IN_MEMORY: Final = 2 << 30
-"""Bytes of hidden states that are kept in memory; more go to a temporary file."""
+__all__ = ["BlockRunner", "StandIn", "scratch_tensor"]
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
@@ -153,7 +151,7 @@ class BlockRunner:
         dtype: torch.dtype,
         *,
         batch_tokens: int = 2048,
-        memory_limit: int = IN_MEMORY,
+        memory_limit: int = UNLIMITED.hidden,
         scratch: Path | None = None,
         held_out: int = 0,
         apart: bool | None = None,
@@ -180,6 +178,7 @@ class BlockRunner:
         weights: Mapping[str, torch.Tensor] | None = None,
         advance: bool = True,
         names: Collection[str] | None = None,
+        pools: ExpertPools | None = None,
     ) -> dict[str, InputStatistics]:
         """Run the samples that are fitted through a loaded block; gather its linears' inputs.
 
@@ -193,11 +192,12 @@ class BlockRunner:
                 statistics.
             advance: keep the block's outputs as the next block's inputs.
             names: of the linears below the block whose inputs are gathered; None for all.
+            pools: of all experts of the block, where only some are named; None where all are.
 
         Returns:
             Statistics by the name of each ``nn.Linear`` below the block; linears fed by the same
-            tensor share them. Those of an expert are of its routed tokens, see
-            :func:`svsk_offline.calibration.expert_tokens.fill_up_experts`.
+            tensor share them. Those of an expert are of its routed tokens, and filled up as
+            :mod:`svsk_offline.calibration.expert_tokens` says.
         """
         statistics: dict[str, InputStatistics] = {}
         window: list[slice] = [slice(0)]
@@ -215,7 +215,10 @@ class BlockRunner:
         finally:
             for hook in hooks:
                 hook.remove()
-        fill_up_experts(block, statistics)
+        if pools is None:
+            fill_up_experts(block, statistics)
+        else:
+            pools.fill_up(block, statistics, names)
         return statistics
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ the input and one of the output, as is done here).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -18,15 +18,17 @@ import torch
 from torch import nn
 
 from svsk_kernels.errors import SvskError
-from svsk_offline.calibration.block_runner import IN_MEMORY, BlockRunner, StandIn, scratch_tensor
-from svsk_offline.calibration.expert_tokens import fill_up_experts
+from svsk_offline.calibration.block_runner import BlockRunner, StandIn, scratch_tensor
+from svsk_offline.calibration.expert_tokens import ExpertPools, fill_up_experts
 from svsk_offline.calibration.input_statistics import InputStatistics
+from svsk_offline.calibration.room import UNLIMITED, Room
+from svsk_offline.calibration.stages import turns
 from svsk_offline.calibration.text import CalibrationSet
 from svsk_offline.storage.decoder_blocks import expert_modules, linear_modules
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.world import World
 
-__all__ = ["OutputGradients", "draw_labels", "sweep_gradients"]
+__all__ = ["Observed", "OutputGradients", "draw_labels", "sweep_gradients"]
 
 
 @dataclass
@@ -99,31 +101,26 @@ other token has.
 """
 
 
-Visit = Callable[
-    [
-        int,
-        nn.Module,
-        dict[str, OutputGradients],
-        dict[str, InputStatistics],
-        dict[str, InputStatistics],
-    ],
-    None,
-]
-"""Called per block, last block first, with what was gathered of its linears.
-
-Its number, the loaded block, and by the names of the linears below it their gradients and the
-statistics of their inputs, each token weighted by its squared gradient: those of samples to fit,
-and those of samples that are held out (none without such samples). Both may be emptied on the way.
-"""
-
-
 @dataclass
-class _Observed:
-    """What a sweep gathers of one block."""
+class Observed:
+    """What a sweep gathers of a block's linears, by their names below it.
 
+    Attributes:
+        names: those that were looked at; of the others nothing is here.
+        gradients: of their outputs.
+        fitted: of their inputs, each token weighted by its squared gradient, over samples to fit.
+        held_out: over samples that are held out; nothing without such samples.
+    """
+
+    names: tuple[str, ...]
     gradients: dict[str, OutputGradients] = field(default_factory=dict)
     fitted: dict[str, InputStatistics] = field(default_factory=dict)
     held_out: dict[str, InputStatistics] = field(default_factory=dict)
+
+
+Visit = Callable[[int, nn.Module, Observed], None]
+"""Called per block, last block first, and where it takes turns per turn: with its number, the
+loaded block, and what was gathered, which may be emptied on the way."""
 
 
 def sweep_gradients(
@@ -138,7 +135,7 @@ def sweep_gradients(
     held_out: int = 0,
     seed: int = 0,
     places: Sequence[int] | None = None,
-    memory_limit: int = IN_MEMORY,
+    room: Room = UNLIMITED,
     scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     start: tuple[int, torch.Tensor] | None = None,
@@ -148,8 +145,8 @@ def sweep_gradients(
 
     One block is in memory at a time.
 
-    The inputs of all blocks are kept, in a temporary file above ``memory_limit`` bytes; the way
-    back runs each block again from them.
+    The inputs of all blocks are kept, in memory or in a temporary file; the way back runs each
+    block again from them, several times where what is gathered of its linears takes turns.
 
     Args:
         source: the dense model.
@@ -163,7 +160,7 @@ def sweep_gradients(
         seed: of the labels drawn from the model's predictions.
         places: of each sample among those of all processes, ascending: it gets the labels that it
             gets in one process. None where these are all there are.
-        memory_limit: bytes of hidden states to keep in memory.
+        room: what may be held at a time.
         scratch: folder for temporary files.
         progress: called with the number of blocks passed, both ways, and their total.
         start: the last block that an interrupted sweep passed on its way back, and the gradient
@@ -180,11 +177,11 @@ def sweep_gradients(
         calibration,
         device,
         dtype,
-        memory_limit=memory_limit,
+        memory_limit=room.hidden,
         scratch=scratch,
         held_out=held_out,
     )
-    inputs, file = scratch_tensor((len(blocks), *runner.hidden.shape), dtype, memory_limit, scratch)
+    inputs, file = scratch_tensor((len(blocks), *runner.hidden.shape), dtype, room.hidden, scratch)
     try:
         left = len(blocks) if start is None else start[0]
         for index, block in enumerate(blocks[:left]):
@@ -200,17 +197,16 @@ def sweep_gradients(
             gradient.copy_(start[1])
         for index in reversed(range(left)):
             source.load(blocks[index], f"{name}.{index}.", dtype, device)
-            observed = _step_back(
-                runner, index, blocks[index], inputs[index], gradient, full, moments
-            )
-            for key, gradients in observed.gradients.items():
-                if not bool(torch.isfinite(gradients.rows).all()):
-                    raise SvskError(
-                        f"{name}.{index}.{key}: its output's gradient is not finite on the"
-                        " calibration text. Is a weight of the model or of its head as good as"
-                        " infinite?"
-                    )
-            visit(index, blocks[index], observed.gradients, observed.fitted, observed.held_out)
+            back = _WayBack(runner, index, blocks[index], inputs[index], gradient, full, moments)
+            for observed in back.in_turns(room.statistics):
+                for key, gradients in observed.gradients.items():
+                    if not bool(torch.isfinite(gradients.rows).all()):
+                        raise SvskError(
+                            f"{name}.{index}.{key}: its output's gradient is not finite on the"
+                            " calibration text. Is a weight of the model or of its head as good"
+                            " as infinite?"
+                        )
+                visit(index, blocks[index], observed)
             source.unload(blocks[index])
             passed(index, gradient)
             progress(2 * len(blocks) - index, 2 * len(blocks))
@@ -220,76 +216,136 @@ def sweep_gradients(
             file.close()
 
 
-def _step_back(
-    runner: BlockRunner,
-    index: int,
-    block: nn.Module,
-    inputs: torch.Tensor,
-    gradient: torch.Tensor,
-    full: bool,
-    moments: bool,
-) -> _Observed:
-    """Turn the gradient of a block's output into its input's, in place; note its linears'."""
-    observed = _Observed()
-    experts = expert_modules(block)
-    tokens = inputs.shape[:2]
-    fitted = len(inputs) - runner.held_out
+class _WayBack:
+    """The way of the loss's gradient back through one block.
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
-        def after(module: nn.Module, given: tuple[Any, ...], output: torch.Tensor) -> None:
-            if output.requires_grad:
-                part, sources = window, given[0].detach()
-                places = experts[name].routed if name in experts else None
-                output.register_hook(lambda gradient: note(name, part, places, sources, gradient))
+    Args:
+        runner: of the samples.
+        index: number of the block.
+        block: the loaded block.
+        inputs: of the block, [samples, tokens, features].
+        gradient: of the loss with respect to the block's outputs, likewise.
+        full: gather whole second moments of the linears' inputs.
+        moments: gather those of their outputs' gradients.
+    """
 
-        return after
-
-    def note(
-        name: str,
-        part: slice,
-        places: torch.Tensor | None,
+    def __init__(
+        self,
+        runner: BlockRunner,
+        index: int,
+        block: nn.Module,
         inputs: torch.Tensor,
-        slope: torch.Tensor,
+        gradient: torch.Tensor,
+        full: bool,
+        moments: bool,
     ) -> None:
-        # Some blocks flatten samples and tokens.
-        squares = slope.detach().float().flatten(0, -2).square()
-        if name not in observed.gradients:
-            observed.gradients[name] = OutputGradients(
-                torch.zeros(tokens), torch.zeros(squares.shape[-1], device=squares.device)
-            )
-        kind = observed.fitted if part.stop <= fitted else observed.held_out
-        if name not in kind:
-            kind[name] = InputStatistics(inputs.shape[-1], runner.device, full=full)
-        total = observed.gradients[name]
-        per_token = squares.sum(1)
-        total.rows += squares.sum(0) / tokens.numel()
-        if places is None:
-            places = torch.arange(len(per_token), device=per_token.device)
-        if moments:
-            later = slope.detach().flatten(0, -2)[places % tokens[1] >= _FIRST]
-            if len(later):
-                total.add_moment(later, held_out=part.stop > fitted)
-        total.tokens[part].view(-1)[places.cpu()] = per_token.cpu()
-        kind[name].add(inputs, per_token)
+        self._runner, self._index, self._block = runner, index, block
+        self._inputs, self._gradient = inputs, gradient
+        self._full, self._moments = full, moments
+        self._experts = expert_modules(block)
+        self._fitted = len(inputs) - runner.held_out
 
-    hooks = [module.register_forward_hook(hook(key)) for key, module in linear_modules(block)]
-    try:
-        for window in runner.batches():  # the hooks read it
-            start = inputs[window].to(runner.device, runner.dtype).requires_grad_()
-            with torch.enable_grad():
-                output = runner.forward(index, block, start)
-            (back,) = torch.autograd.grad(output, start, gradient[window].to(output))
-            gradient[window] = back.to(gradient)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    fill_up_experts(block, observed.fitted)
-    for name in experts.keys() - observed.gradients.keys():  # no token was routed there
-        features = len(block.get_parameter(f"{name}.weight"))
-        observed.gradients[name] = OutputGradients(
-            torch.zeros(tokens), torch.zeros(features, device=runner.device)
+    def in_turns(self, room: int | None) -> Iterator[Observed]:
+        """What is gathered of all linears, as many at a time as there is room for.
+
+        With the last turn ``gradient`` becomes that with respect to the block's inputs.
+
+        Args:
+            room: bytes; None for no limit. A turn's moments are to be dropped before the next.
+        """
+        linears = dict(linear_modules(self._block))
+        groups = [[*linears]]
+        if room is not None:
+            sizes = (((name,), self._size(module)) for name, module in linears.items())
+            groups = turns(sizes, room)
+        mixed = [group for group in groups if any(name in self._experts for name in group)]
+        pools = ExpertPools()
+        if len(mixed) > 1:  # an expert may take what it is missing from those of other turns
+            for group in mixed:
+                observed = Observed(tuple(group))
+                self._run(observed, moments=False, last=False)
+                pools.add(self._block, observed.fitted)
+                observed.fitted.clear()
+        for group in groups:
+            observed = Observed(tuple(group))
+            self._run(observed, moments=self._moments, last=group is groups[-1])
+            if len(mixed) > 1:
+                pools.fill_up(self._block, observed.fitted, group)
+            else:
+                fill_up_experts(self._block, observed.fitted)
+            for name in group:
+                if name in self._experts and name not in observed.gradients:
+                    observed.gradients[name] = self._none(linears[name].out_features)
+            yield observed
+
+    def _size(self, module: nn.Linear) -> int:
+        """Bytes of what is gathered of a linear."""
+        kinds = 2 if self._runner.held_out else 1
+        wide = module.in_features ** (2 if self._full else 1)
+        return 4 * kinds * (wide + (module.out_features**2 if self._moments else 0))
+
+    def _none(self, features: int) -> OutputGradients:
+        """Of an expert that no token was routed to."""
+        return OutputGradients(
+            torch.zeros(self._inputs.shape[:2]), torch.zeros(features, device=self._runner.device)
         )
-    return observed
+
+    def _run(self, observed: Observed, *, moments: bool, last: bool) -> None:
+        """Run the block once, forward and back; only the last time the gradient moves on."""
+        runner, tokens = self._runner, self._inputs.shape[:2]
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
+            def after(module: nn.Module, given: tuple[Any, ...], output: torch.Tensor) -> None:
+                if output.requires_grad:
+                    part, sources = window, given[0].detach()
+                    places = self._experts[name].routed if name in self._experts else None
+                    output.register_hook(
+                        lambda gradient: note(name, part, places, sources, gradient)
+                    )
+
+            return after
+
+        def note(
+            name: str,
+            part: slice,
+            places: torch.Tensor | None,
+            inputs: torch.Tensor,
+            slope: torch.Tensor,
+        ) -> None:
+            # Some blocks flatten samples and tokens.
+            squares = slope.detach().float().flatten(0, -2).square()
+            if name not in observed.gradients:
+                observed.gradients[name] = self._none(squares.shape[-1])
+            kind = observed.fitted if part.stop <= self._fitted else observed.held_out
+            if name not in kind:
+                kind[name] = InputStatistics(inputs.shape[-1], runner.device, full=self._full)
+            total = observed.gradients[name]
+            per_token = squares.sum(1)
+            total.rows += squares.sum(0) / tokens.numel()
+            if places is None:
+                places = torch.arange(len(per_token), device=per_token.device)
+            if moments:
+                later = slope.detach().flatten(0, -2)[places % tokens[1] >= _FIRST]
+                if len(later):
+                    total.add_moment(later, held_out=part.stop > self._fitted)
+            total.tokens[part].view(-1)[places.cpu()] = per_token.cpu()
+            kind[name].add(inputs, per_token)
+
+        hooks = [
+            self._block.get_submodule(name).register_forward_hook(hook(name))
+            for name in observed.names
+        ]
+        try:
+            for window in runner.batches():  # the hooks read it
+                start = self._inputs[window].to(runner.device, runner.dtype).requires_grad_()
+                with torch.enable_grad():
+                    output = runner.forward(self._index, self._block, start)
+                (back,) = torch.autograd.grad(output, start, self._gradient[window].to(output))
+                if last:
+                    self._gradient[window] = back.to(self._gradient)
+        finally:
+            for handle in hooks:
+                handle.remove()
 
 
 def _loss_gradient(

@@ -11,41 +11,23 @@ have made up for already (SmolLM2-135M: KL 0.93 in place of 0.047).
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import nn
 
-from svsk_offline.calibration.block_runner import IN_MEMORY, BlockRunner, scratch_tensor
+from svsk_offline.calibration.block_runner import BlockRunner, scratch_tensor
 from svsk_offline.calibration.cross_moment import CrossMoment, PairedMoments
 from svsk_offline.calibration.input_statistics import InputStatistics
-from svsk_offline.storage.decoder_blocks import expert_modules, linear_modules
+from svsk_offline.calibration.room import UNLIMITED
+from svsk_offline.calibration.stages import Stage
 
-__all__ = ["InputPairs", "Stage", "replaced_weights"]
+__all__ = ["InputPairs", "replaced_weights"]
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
     """Ends a forward pass once an input is known."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Linears of a block that are quantised together.
-
-    Attributes:
-        names: below the block.
-        paired: they read one tensor, the same in both models but for errors. Not so experts: the
-            two models may route a token to different ones.
-    """
-
-    names: tuple[str, ...]
-    paired: bool
-
-    def among(self, names: Collection[str]) -> "Stage":
-        """The stage of those of its linears that are named."""
-        return replace(self, names=tuple(name for name in self.names if name in names))
 
 
 class InputPairs:
@@ -59,7 +41,11 @@ class InputPairs:
     """
 
     def __init__(
-        self, runner: BlockRunner, *, memory_limit: int = IN_MEMORY, scratch: Path | None = None
+        self,
+        runner: BlockRunner,
+        *,
+        memory_limit: int = UNLIMITED.hidden,
+        scratch: Path | None = None,
     ) -> None:
         self.runner, self._memory_limit, self._scratch = runner, memory_limit, scratch
         self._files: dict[str, IO[bytes] | None] = {}  # by linear; "" for the hidden states
@@ -69,47 +55,6 @@ class InputPairs:
         for part in runner.batches():
             self.hidden[part] = runner.hidden[part]
         self._dense: dict[str, torch.Tensor] = {}  # [samples, tokens, K] that a linear reads
-
-    @torch.no_grad()
-    def stages(self, index: int, block: nn.Module) -> list[Stage]:
-        """The linears of a loaded block, in the order in which a batch runs them.
-
-        Experts of one layer whose names end alike are in one stage, and their gate and up, which
-        read the same tokens; linears that the batch does not run are in none.
-        """
-        experts = expert_modules(block)
-        kinds = {
-            name: _kind(name) if name in experts else name for name, _ in linear_modules(block)
-        }
-        stage_of: dict[str, str] = {}  # by kind, in the order in which they run: the stage's first
-        last: dict[str, Any] = {"tensor": None, "stage": ""}
-
-        def hook(kind: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                if kind not in stage_of:
-                    stage_of[kind] = last["stage"] if inputs[0] is last["tensor"] else kind
-                last.update(tensor=inputs[0], stage=stage_of[kind])
-
-            return before
-
-        hooks = [
-            module.register_forward_pre_hook(hook(kinds[name]))
-            for name, module in linear_modules(block)
-        ]
-        try:
-            first = next(iter(self.runner.batches()))
-            self.runner.forward(index, block, self.runner.hidden[first])
-        finally:
-            for one in hooks:
-                one.remove()
-        stages: dict[str, list[str]] = {stage: [] for stage in stage_of.values()}
-        for name, kind in kinds.items():
-            if kind in stage_of:
-                stages[stage_of[kind]].append(name)
-        return [
-            Stage(tuple(names), not any(name in experts for name in names))
-            for names in stages.values()
-        ]
 
     @torch.no_grad()
     def advance(self, index: int, block: nn.Module, stages: Collection[Stage] = ()) -> None:
@@ -268,8 +213,3 @@ def replaced_weights(block: nn.Module, weights: Mapping[str, torch.Tensor]) -> I
     finally:
         for name, parameter in parameters.items():
             parameter.data = before[name]
-
-
-def _kind(name: str) -> str:
-    """What the names of like linears of different experts have in common: all but the number."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))

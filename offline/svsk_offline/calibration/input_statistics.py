@@ -2,7 +2,6 @@
 """Second moments of a linear's input."""
 
 import copy
-from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -96,20 +95,24 @@ class InputStatistics:
         self._weight, tokens, samples = counts.tolist()
         self.tokens, self._samples = int(tokens), int(samples)
 
-    @classmethod
-    def pooled(cls, members: Sequence["InputStatistics"]) -> "InputStatistics":
-        """The moments of all tokens that several inputs of one width took in.
+    def empty(self) -> "InputStatistics":
+        """Statistics of the same kind that have taken in nothing; first tokens are left out."""
+        other = copy.copy(self)
+        other._sum, other._first = torch.zeros_like(self._sum), None
+        other._weight, other.tokens, other._samples, other._settled = 0.0, 0, 0, False
+        return other
 
-        Args:
-            members: at least one; nothing of them has been read. First tokens are left out.
+    def take_in(self, other: "InputStatistics") -> None:
+        """Add what others have taken in, first tokens left out.
+
+        Raises:
+            ValueError: :attr:`hessian` has been read, here or of the other.
         """
-        pool = copy.copy(members[0])
-        pool._sum, pool._first = torch.zeros_like(members[0]._sum), None
-        for member in members:
-            pool._sum += member._sum
-        pool._weight = sum(member._weight for member in members)
-        pool.tokens = sum(member.tokens for member in members)
-        return pool
+        if self._settled or other._settled:
+            raise ValueError("The Hessian has been read; nothing can be taken in after that.")
+        self._sum += other._sum
+        self._weight += other._weight
+        self.tokens += other.tokens
 
     def fill_up(self, pool: "InputStatistics", wanted: int) -> None:
         """Let a pool stand in for the tokens that are missing.

@@ -26,7 +26,9 @@ from svsk_offline.calibration import (
     OutputGradients,
     sweep_gradients,
 )
+from svsk_offline.calibration.gradients import Observed
 from svsk_offline.calibration.held_out import split_order
+from svsk_offline.calibration.room import UNLIMITED, Room
 from svsk_offline.calibration.text import token_fingerprint
 from svsk_offline.planning.error_curves import CurveSettings, ErrorCurve, measure_curve
 from svsk_offline.planning.measured import Measurements
@@ -191,6 +193,7 @@ class Measuring:
         scratch: Path,
         progress: Callable[[int, int], None],
         say: Callable[[str], None] = lambda text: None,
+        room: Room = UNLIMITED,
     ) -> Measurements:
         """Measure, or go on with what was measured before an interruption.
 
@@ -198,6 +201,7 @@ class Measuring:
             scratch: folder for temporary files, and for what was measured so far.
             progress: called with the steps done and their total.
             say: is told where it goes on.
+            room: what may be held at a time.
 
         Returns:
             What was measured, in the leading process; nothing in others.
@@ -211,28 +215,31 @@ class Measuring:
         before = unfinished.found(blocks, say)
         parts = [] if before is None else before[2]
 
-        def visit(
-            index: int,
-            block: nn.Module,
-            gradients: dict[str, OutputGradients],
-            fitted: dict[str, InputStatistics],
-            held_out: dict[str, InputStatistics],
-        ) -> None:
-            own: list[Measurements] = []
-            linears = [one for one in self.source.linears(index) if one[1] in self.names]
+        own: list[Measurements] = []  # of the block under way
+
+        def visit(index: int, block: nn.Module, observed: Observed) -> None:
+            linears = [
+                one
+                for one in self.source.linears(index)
+                if one[1] in self.names and one[0] in observed.names
+            ]
             owners = world.owners([one.out_features * one.in_features**2 for *_, one in linears])
             for (name, full, module), owner in zip(linears, owners, strict=True):
-                if name not in gradients:
+                if name not in observed.gradients:
                     raise SvskError(
                         f"{full}: the model's output does not depend on it. Add it to --ignore."
                     )
-                gradient = gradients.pop(name)  # its moment is as large as a Hessian
+                gradient = observed.gradients.pop(name)  # its moment is as large as a Hessian
                 gradient.add_up(world, owner, len(places) / whole, held_out=self.held_out > 0)
-                inputs = self._inputs(name, module, owner, fitted, held_out)
+                inputs = self._inputs(name, module, owner, observed)
                 if owner == world.rank:
                     # Now, while the block's statistics are in memory: one block's at a time are.
                     own.append(self._measured(full, module, gradient, inputs))
+
+        def passed(index: int, gradient: torch.Tensor) -> None:
             parts.append(Measurements.joined(world.gathered(Measurements.joined(own))))
+            own.clear()
+            unfinished.note(index, parts[-1], gradient)
 
         sweep_gradients(
             self.source,
@@ -248,7 +255,8 @@ class Measuring:
             scratch=scratch,
             progress=progress,
             start=None if before is None else before[:2],
-            passed=lambda index, gradient: unfinished.note(index, parts[-1], gradient),
+            passed=passed,
+            room=room,
         )
         unfinished.remove(blocks)
         return Measurements.joined(parts)
@@ -282,13 +290,12 @@ class Measuring:
         name: str,
         module: nn.Linear,
         owner: int,
-        fitted: dict[str, InputStatistics],
-        held_out: dict[str, InputStatistics],
+        observed: Observed,
     ) -> tuple[InputStatistics, InputStatistics | None] | None:
         """What a curve is measured on, added up at the owner; None where none is measured."""
         if self.curves is None:
             return None
-        own, other = fitted.pop(name), held_out.pop(name, None)
+        own, other = observed.fitted.pop(name), observed.held_out.pop(name, None)
         if self.world.size > 1 and self.held_out and other is None:  # none of this process's
             other = InputStatistics(module.in_features, self.device, full=True)
         for statistics in (own, other):
@@ -321,6 +328,7 @@ def measure_once(
     scratch: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
+    room: Room = UNLIMITED,
 ) -> Measurements:
     """Measure, unless a folder keeps what an earlier run measured of the same.
 
@@ -330,6 +338,7 @@ def measure_once(
         scratch: folder for temporary files.
         progress: called with the steps done and their total.
         say: is told which of the two is done.
+        room: what may be held at a time.
 
     Returns:
         What was measured, in the leading process; nothing in others.
@@ -340,7 +349,7 @@ def measure_once(
 
     def measure() -> Measurements:
         say("Measuring how much the predictions feel each matrix")
-        return measuring.run(scratch, progress, say)
+        return measuring.run(scratch, progress, say, room)
 
     if kept is None:
         return measure()

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from svsk_offline.calibration import CalibrationSet
+from svsk_offline.calibration.room import UNLIMITED, Room
 from svsk_offline.planning.bit_budget import Choice, allocate
 from svsk_offline.planning.error_curves import ErrorCurve, scheme_with
 from svsk_offline.planning.measured import metric_tensors, stored_metrics
@@ -136,6 +137,7 @@ def make_plan(
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
     world: World = ALONE,
+    room: Room = UNLIMITED,
 ) -> Plan:
     """Decide on every linear.
 
@@ -153,6 +155,7 @@ def make_plan(
         say: is told what is measured, and with how many tokens.
         world: the processes that measure together. The leading one decides; what the others get
             stands for nothing where anything is measured.
+        room: what may be held at a time.
 
     Raises:
         SvskError: the budget is less than the smallest choices take, the gradients are not finite,
@@ -161,7 +164,7 @@ def make_plan(
     if not (isinstance(recipe, AlternatingRecipe) and recipe.needs_gradients):
         return Plan(schemes)
     measuring = Measuring.of(source, schemes, recipe, calibration, device, scale_dtype, say, world)
-    found = measure_once(measuring, kept, scratch, progress, say)
+    found = measure_once(measuring, kept, scratch, progress, say, room)
     if not world.leads:
         return Plan(schemes)
     args = recipe.gradients

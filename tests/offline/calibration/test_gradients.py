@@ -17,7 +17,8 @@ from svsk_offline.calibration import (
     load_calibration,
     sweep_gradients,
 )
-from svsk_offline.calibration.gradients import draw_labels
+from svsk_offline.calibration.gradients import Observed, draw_labels
+from svsk_offline.calibration.room import Room
 from svsk_offline.storage.decoder_blocks import linear_modules
 from svsk_offline.storage.dense_model import ModelSource
 from tests.support.tiny_models import write_dense
@@ -64,11 +65,12 @@ def test_sweep_equals_one_backward_pass(tmp_path: Path, family: str, limit: int)
     statistics: list[dict[str, InputStatistics]] = [{}, {}]
     order: list[int] = []
 
-    def visit(index: int, block: nn.Module, own: Any, *inputs: Any) -> None:
+    def visit(index: int, block: nn.Module, observed: Observed) -> None:
         assert not block.weight.is_meta if hasattr(block, "weight") else True
         order.append(index)
+        own = observed.gradients
         gradients.update({f"layers.{index}.{name}": value for name, value in own.items()})
-        for kind, given in zip(statistics, inputs, strict=True):
+        for kind, given in zip(statistics, (observed.fitted, observed.held_out), strict=True):
             kind.update({f"layers.{index}.{name}": value for name, value in given.items()})
 
     for _ in range(2):  # the model's skeleton is left as it was found
@@ -83,7 +85,7 @@ def test_sweep_equals_one_backward_pass(tmp_path: Path, family: str, limit: int)
             moments=True,
             held_out=2,
             seed=3,
-            memory_limit=limit,
+            room=Room(limit, None),
             scratch=tmp_path,
         )
         assert order == [1, 0]

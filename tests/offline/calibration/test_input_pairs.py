@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stages of a block, the inputs of both models side by side, and what a weight aims at."""
+"""The inputs of both models side by side, and what a weight aims at."""
 
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from torch import nn
 
 from svsk_offline.calibration import BlockRunner, InputStatistics
 from svsk_offline.calibration.cross_moment import CrossMoment
-from svsk_offline.calibration.input_pairs import InputPairs, Stage, replaced_weights
+from svsk_offline.calibration.input_pairs import InputPairs, replaced_weights
+from svsk_offline.calibration.stages import Stage
 from svsk_offline.calibration.text import CalibrationSet
 from svsk_offline.pipeline import quantize
 from svsk_offline.quantizers.aimed_weight import Aim, aims
@@ -148,37 +149,6 @@ def test_where_both_models_read_the_same_a_weight_aims_at_itself() -> None:
     aim = aim_of(weight, (inputs, inputs), (inputs, inputs))
     assert aim.share == 0
     assert torch.equal(aim.weight, weight)
-
-
-@pytest.mark.parametrize(
-    ("family", "stages"),
-    [
-        ("llama", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down"]]),
-        ("qwen2", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down"]]),
-    ],
-)
-def test_linears_of_one_input_are_one_stage(
-    tmp_path: Path, family: str, stages: list[list[str]]
-) -> None:
-    source = ModelSource(write_dense(tmp_path / "dense", family, dtype=torch.float32))
-    pairs = InputPairs(runner_of(source))
-    found = pairs.stages(0, loaded(source, 0))
-    assert [stage.paired for stage in found] == [True] * 4
-    for stage, wanted in zip(found, stages, strict=True):
-        assert len(stage.names) == len(wanted)
-        assert all(end in name for name, end in zip(stage.names, wanted, strict=True))
-
-
-def test_experts_of_a_layer_are_two_stages(tmp_path: Path) -> None:
-    """Gate and up of all experts, those that the first batch does not reach too; then down."""
-    dense = write_dense(tmp_path / "dense", EXPERT_FAMILIES["qwen3_moe"], dtype=torch.float32)
-    source = ModelSource(dense)
-    pairs = InputPairs(runner_of(source))
-    found = [stage for stage in pairs.stages(0, loaded(source, 0)) if not stage.paired]
-    ends = [{name.rpartition(".")[2] for name in stage.names} for stage in found]
-    assert ends == [{"gate_proj", "up_proj"}, {"down_proj"}]
-    experts = source.model.config.num_experts
-    assert [len(stage.names) for stage in found] == [2 * experts, experts]
 
 
 def test_inputs_are_those_behind_the_weights_that_were_replaced(

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which linears of a block read one input, in the order in which they run, and taking turns.
+
+A block's second moments may be more than memory holds: of 256 experts of 7168 inputs 53 GB. They
+are then gathered in turns, of some inputs at a time, each turn running the samples through the
+block once more.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from svsk_offline.calibration.block_runner import BlockRunner
+from svsk_offline.calibration.expert_tokens import ExpertPools
+from svsk_offline.calibration.input_statistics import InputStatistics
+from svsk_offline.storage.decoder_blocks import expert_modules, linear_modules
+
+__all__ = ["Stage", "gathered_in_turns", "stages_of", "turns"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linears of a block that are quantised together.
+
+    Attributes:
+        names: below the block.
+        paired: they read one tensor, the same in both models but for errors. Not so experts: the
+            two models may route a token to different ones.
+    """
+
+    names: tuple[str, ...]
+    paired: bool
+
+    def among(self, names: Collection[str]) -> "Stage":
+        """The stage of those of its linears that are named."""
+        return replace(self, names=tuple(name for name in self.names if name in names))
+
+    def inputs(self) -> list[tuple[str, ...]]:
+        """Its linears, those of one input together: all of them, or of each expert."""
+        if self.paired:
+            return [self.names]
+        experts: dict[str, list[str]] = {}
+        for name in self.names:
+            experts.setdefault(name.rpartition(".")[0], []).append(name)
+        return [tuple(names) for names in experts.values()]
+
+
+@torch.no_grad()
+def stages_of(runner: BlockRunner, index: int, block: nn.Module) -> list[Stage]:
+    """The linears of a loaded block, in the order in which a batch runs them.
+
+    Experts of one layer whose names end alike are in one stage, and their gate and up, which read
+    the same tokens; linears that the batch does not run are in none.
+
+    Args:
+        runner: at the block.
+        index: number of the block.
+        block: the loaded block.
+    """
+    experts = expert_modules(block)
+    kinds = {name: _kind(name) if name in experts else name for name, _ in linear_modules(block)}
+    stage_of: dict[str, str] = {}  # by kind, in the order in which they run: the stage's first
+    last: dict[str, Any] = {"tensor": None, "stage": ""}
+
+    def hook(kind: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if kind not in stage_of:
+                stage_of[kind] = last["stage"] if inputs[0] is last["tensor"] else kind
+            last.update(tensor=inputs[0], stage=stage_of[kind])
+
+        return before
+
+    hooks = [
+        module.register_forward_pre_hook(hook(kinds[name]))
+        for name, module in linear_modules(block)
+    ]
+    try:
+        first = next(iter(runner.batches()))
+        runner.forward(index, block, runner.hidden[first])
+    finally:
+        for one in hooks:
+            one.remove()
+    stages: dict[str, list[str]] = {stage: [] for stage in stage_of.values()}
+    for name, kind in kinds.items():
+        if kind in stage_of:
+            stages[stage_of[kind]].append(name)
+    return [
+        Stage(tuple(names), not any(name in experts for name in names)) for names in stages.values()
+    ]
+
+
+def turns(parts: Iterable[tuple[Sequence[str], int]], room: int) -> list[list[str]]:
+    """Names in turns, in their order, as many at a time as there is room for.
+
+    Args:
+        parts: names that stay together, and the bytes that they take.
+        room: bytes. What takes more has a turn of its own.
+    """
+    found: list[list[str]] = []
+    left = 0
+    for names, size in parts:
+        if size > left or not found:
+            found.append([])
+            left = room
+        found[-1] += names
+        left -= size
+    return found
+
+
+def gathered_in_turns(
+    runner: BlockRunner,
+    index: int,
+    block: nn.Module,
+    names: Collection[str],
+    room: int | None,
+    *,
+    full: bool,
+    first: Collection[str] = (),
+    weights: Mapping[str, torch.Tensor] | None = None,
+    advance: bool = True,
+) -> Iterator[dict[str, InputStatistics]]:
+    """What :meth:`BlockRunner.collect` gives, in turns that fit into memory, to the same bits.
+
+    Args:
+        runner: at the block.
+        index: number of the block.
+        block: the loaded block.
+        names: of the linears below the block whose inputs are gathered.
+        room: bytes of second moments at a time; None for no limit. A turn's are to be dropped
+            before the next is taken.
+        full: as for ``collect``, like those that follow.
+        first: likewise.
+        weights: likewise.
+        advance: likewise, in the last turn.
+    """
+
+    def size(read: Sequence[str]) -> int:
+        features: int = block.get_parameter(f"{read[0]}.weight").shape[1]
+        # Of two weightings of one input both are gathered.
+        kinds = 1 if weights is None else len({id(weights[name]) for name in read})
+        both = 2 if any(name in first for name in read) else 1
+        return 4 * kinds * both * (features**2 if full else features)
+
+    def collect(some: list[str], pools: ExpertPools | None) -> dict[str, InputStatistics]:
+        return runner.collect(
+            index,
+            block,
+            full=full,
+            first=first,
+            weights=weights,
+            advance=advance and some is groups[-1] and pools is not unfilled,
+            names=some,
+            pools=pools,
+        )
+
+    groups = [list(names)]
+    if room is not None:
+        read = [
+            tuple(name for name in one if name in names)
+            for stage in stages_of(runner, index, block)
+            for one in stage.inputs()
+        ]
+        known = {name for one in read for name in one}
+        read += [(name,) for name in names if name not in known]
+        groups = turns(((one, size(one)) for one in read if one), room)
+    experts = expert_modules(block)
+    mixed = [group for group in groups if any(name in experts for name in group)]
+    unfilled, pools = ExpertPools(), None
+    if len(mixed) > 1:
+        pools = ExpertPools()
+        for group in mixed:
+            pools.add(block, collect(group, unfilled))
+    for group in groups:
+        yield collect(group, pools)
+
+
+def _kind(name: str) -> str:
+    """What the names of like linears of different experts have in common: all but the number."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a quantisation holds in memory and in temporary files, from shapes alone.
+
+- statistics: while a block is quantised a float32 [K, K] for each of its linears (fewer where
+  linears share an input), and five of the widest; while gradients are measured two [K, K] and, with
+  directions, two [N, N] for each;
+- where weights aim at the dense model's outputs, seven [K, K] of the widest instead, and the
+  block's weights in float32, and of all samples the hidden states and a block's inputs in that
+  model;
+- hidden states of all samples, and while gradients are measured those before every block;
+- one block's weights in the dtype of the arithmetic, or embedding and head.
+
+Activations of the batch under way come on top.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from svsk_kernels.errors import SvskError
+from svsk_offline.calibration.room import UNLIMITED, Room
+from svsk_offline.planning.measurements import SweepSamples
+from svsk_offline.recipe import AlternatingRecipe, Recipe
+from svsk_offline.storage.dense_model import ModelSource
+from svsk_vllm.format import ConfigGroup
+from svsk_vllm.format.experts import expert_layers
+
+__all__ = ["Needs"]
+
+_FLOAT32: Final = 4
+_GIB: Final = 1 << 30
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a run takes.
+
+    Attributes:
+        program: what the libraries take.
+        weights: of one block, or of embedding and head.
+        hidden: hidden states of all samples.
+        inputs: those before every block, while gradients are measured.
+        paired: hidden states and a block's inputs in the dense model, with an aim.
+        fit: matrices that a fit holds, whatever the linear is.
+        statistics: second moments of a block while it is quantised.
+        gradients: the same while gradients are measured, those of outputs included.
+        largest: of the two above for one linear, and sums over experts.
+    """
+
+    program: int
+    weights: int
+    hidden: int
+    inputs: int
+    paired: int
+    fit: int
+    statistics: int
+    gradients: int
+    largest: int
+
+    @classmethod
+    def of(
+        cls,
+        source: ModelSource,
+        recipe: Recipe,
+        schemes: Mapping[str, ConfigGroup],
+        samples: int,
+        *,
+        itemsize: int,
+        program: int,
+    ) -> "Needs":
+        """Of one recipe and model.
+
+        Args:
+            source: the dense model.
+            recipe: how.
+            schemes: of the linears to quantise, by full name.
+            samples: of calibration.
+            itemsize: bytes of a number of the arithmetic of blocks.
+            program: bytes that the libraries take.
+        """
+        model: Any = source.model
+        seq_len = recipe.calibration.seq_len
+        table = model.get_input_embeddings().weight
+        width, blocks = table.shape[1], len(source.blocks[1])
+        hidden = samples * seq_len * width * itemsize
+        modules = source.block_linears()
+        linears = [one for name, one in modules.items() if name in schemes]
+        per_block = linears[: len(linears) // blocks]
+        widest = max(one.in_features for one in linears)
+        mixtures = [*expert_layers(schemes).values()]
+        pools = 3 if mixtures else 0  # sums over all experts of gate's, up's and down's inputs
+        fit = statistics = gradients = inputs = paired = 0
+        largest = 0
+        if isinstance(recipe, AlternatingRecipe):
+            fit = 5 * widest**2
+            statistics = sum(one.in_features**2 for one in per_block)
+            largest = (1 + pools) * widest**2
+            if recipe.needs_gradients:
+                args = recipe.gradients
+                count = SweepSamples.of(widest, seq_len, args.samples, samples).count
+                inputs = blocks * (samples if args.token_power else count) * seq_len
+                inputs *= width * itemsize
+                sides = 2 if args.directions else 0
+                sizes = [2 * one.in_features**2 + sides * one.out_features**2 for one in per_block]
+                gradients = sum(sizes)
+                largest = max(largest, max(sizes) + pools * widest**2)
+            if recipe.alternating.aim:
+                # One input at a time, but of a projection's experts all together.
+                stages = (sum(modules[n].in_features ** 2 for n in names) for names in mixtures)
+                largest = max(largest, *stages, 0)
+                fit = 7 * widest**2 + sum(one.in_features * one.out_features for one in per_block)
+                statistics = 0
+                # At most: linears that read one input keep it once.
+                paired = width + sum(one.in_features for one in per_block)
+                paired *= samples * seq_len * itemsize
+        block = max(sum(one.numel() for one in part.parameters()) for part in source.blocks[1])
+        head = model.get_output_embeddings()
+        tied = head is None or head.weight is table
+        outside = table.numel() + (0 if tied else head.weight.numel())
+        return cls(
+            program=program,
+            weights=max(block, outside) * itemsize,
+            hidden=hidden,
+            inputs=inputs,
+            paired=paired,
+            fit=fit * _FLOAT32,
+            statistics=statistics * _FLOAT32,
+            gradients=gradients * _FLOAT32,
+            largest=largest * _FLOAT32,
+        )
+
+    def within(self, budget: int | None) -> Room:
+        """How what can be bounded is bounded, so that all stays within a budget.
+
+        Half of what the unavoidable leaves is for hidden states, of which there are two tensors at
+        a time, and half for statistics.
+
+        Args:
+            budget: bytes; None for no limit.
+
+        Raises:
+            SvskError: the unavoidable takes more.
+        """
+        if budget is None:
+            return UNLIMITED
+        needed = self.program + self.weights + self.fit + self.largest
+        left = budget - needed
+        if left < 0:
+            parts = {
+                "the program": self.program,
+                "a block, or embedding and head": self.weights,
+                "the fit of a matrix": self.fit,
+                "statistics of one": self.largest,
+            }
+            listed = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items() if size)
+            raise SvskError(
+                f"--memory-budget {budget / _GIB:.3g}: expected {needed / _GIB:.2f} GiB or more for"
+                f" this model and recipe ({listed}). Raise it, or take a recipe that holds less:"
+                " `svsk quantize --dry-run --recipe fast` says what another would."
+            )
+        return Room(min(UNLIMITED.hidden, left // 4), left // 2 + self.largest)
+
+    def memory(self, room: Room) -> dict[str, int]:
+        """What is held in memory, by what it is."""
+
+        def kept(size: int) -> int:
+            return size if size <= room.hidden else 0
+
+        def gathered(size: int) -> int:
+            return size if room.statistics is None else min(size, room.statistics)
+
+        return {
+            "the program": self.program,
+            "hidden states": kept(self.hidden),
+            "inputs of all blocks": kept(self.inputs),
+            "inputs in the dense model": kept(self.paired),
+            "a block, or embedding and head": self.weights,
+            "statistics of a block": gathered(self.statistics) + self.fit,
+            "gradients' statistics": gathered(self.gradients),
+        }
+
+    def disk(self, room: Room) -> dict[str, int]:
+        """What is held in temporary files, by what it is."""
+        sizes = {
+            "hidden states": self.hidden,
+            "inputs of all blocks": self.inputs,
+            "inputs in the dense model": self.paired,
+        }
+        return {name: size if size > room.hidden else 0 for name, size in sizes.items()}
