@@ -79,7 +79,9 @@ def require_sound(folder: Path, hf_config: Any) -> None:
             )
         )
     except OSError as error:
-        raise SvskFormatError(f"{folder}: cannot be read ({error}).") from error
+        raise SvskFormatError(
+            f"{folder}: cannot be read ({error}). Is it a folder that this user may read?"
+        ) from error
     module = type(hf_config).__module__
     own_code, known = module.startswith("transformers_modules."), module.startswith("transformers.")
     # Transformers asks while it builds a model on another device.

@@ -54,7 +54,9 @@ def require_regular(path: Path) -> None:
             f"{path}: cannot be opened, no such file. Is {path.parent} a model folder?"
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL or half a surrogate pair in the name
-        raise SvskFormatError(f"{str(path)!r}: cannot be opened ({error}).") from error
+        raise SvskFormatError(
+            f"{str(path)!r}: cannot be opened ({error}). Is its name right, or where it links to?"
+        ) from error
     if not stat.S_ISREG(mode):
         kind = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}.get(
             stat.S_IFMT(mode), "device"
@@ -76,7 +78,9 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         # O_NONBLOCK for a FIFO that took the file's place after the look.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise SvskFormatError(f"{path}: cannot be opened ({error.strerror}).") from error
+        raise SvskFormatError(
+            f"{path}: cannot be opened ({error.strerror}). May this user read it?"
+        ) from error
     with os.fdopen(descriptor, "rb") as handle:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise SvskFormatError(
@@ -117,7 +121,9 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
         try:
             raw = handle.read(size)
         except OSError as error:
-            raise SvskFormatError(f"{path}: cannot be read ({error.strerror}).") from error
+            raise SvskFormatError(
+                f"{path}: cannot be read ({error.strerror}). Is the disk in order?"
+            ) from error
     if sum(map(raw.count, (b",", b"[", b"{"))) > _MAX_VALUES:
         raise SvskFormatError(f"{path}: more than {_MAX_VALUES:,} values. This is no such file.")
     try:

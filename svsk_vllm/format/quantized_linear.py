@@ -142,21 +142,21 @@ def read_scales(spec: LinearSpec, stored: Mapping[str, torch.Tensor]) -> torch.T
     if spec.scheme.weights.hot_rows:
         hot = stored[names.WEIGHT_HOT_ROWS]
         if problem := hot_rows_problem(hot, spec.n):
-            raise SvskFormatError(
-                f"{spec.name}.{names.WEIGHT_HOT_ROWS}: {problem}. The file is damaged: copy or"
-                " download it again."
-            )
+            raise _damaged(spec, names.WEIGHT_HOT_ROWS, problem)
         return join_rows(stored[names.WEIGHT_SCALE], stored[names.WEIGHT_HOT_SCALE], hot)
     if bits == ONE_LEVEL:
         return stored[names.WEIGHT_SCALE]
     row_scale = stored[names.WEIGHT_ROW_SCALE]
     if problem := row_scale_problem(row_scale, bits):
-        raise SvskFormatError(
-            f"{spec.name}.{names.WEIGHT_ROW_SCALE}: {problem}. The file is damaged: copy or"
-            " download it again."
-        )
+        raise _damaged(spec, names.WEIGHT_ROW_SCALE, problem)
     codes = unpack_scale_codes(stored[names.WEIGHT_SCALE], bits, spec.k // spec.group_size)
     return join_scales(codes, row_scale)
+
+
+def _damaged(spec: LinearSpec, suffix: str, problem: str) -> SvskFormatError:
+    return SvskFormatError(
+        f"{spec.name}.{suffix}: {problem}. The file is damaged: copy or download it again."
+    )
 
 
 def tensor_problems(spec: LinearSpec, stored: Mapping[str, torch.Tensor | TensorSpec]) -> list[str]:

@@ -57,7 +57,8 @@ def require_printable(path: Path, names: Iterable[str]) -> None:
     for name in names:
         if not name.isprintable():
             raise SvskFormatError(
-                f"{path}: tensor {name!r}: expected a name of printable characters."
+                f"{path}: tensor {name!r}: expected a name of printable characters. Copy or"
+                " download the file again."
             )
 
 

@@ -70,6 +70,7 @@ class ShardedReader(ShardHeaders):
         if dtype is None or max(shape, default=0) > _MAX_DIMENSION:
             raise SvskFormatError(
                 f"{path}: {name} has dtype {code} and shape {list(shape)}, which cannot be read."
+                " Copy or download the file again."
             )
         return TensorSpec(dtype, shape)
 

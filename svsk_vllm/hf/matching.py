@@ -50,7 +50,10 @@ def open_checkpoint(files: Sequence[str]) -> Checkpoint:
     """
     for file in files:
         if not file.endswith(".safetensors"):
-            raise SvskFormatError(f"{file}: an SVSK checkpoint consists of .safetensors files.")
+            raise SvskFormatError(
+                f"{file}: an SVSK checkpoint consists of .safetensors files. Leave the other files"
+                " out of the folder."
+            )
     if not files:
         raise SvskFormatError(
             "An SVSK checkpoint is loaded from its files: pass a folder or a hub id to"

@@ -9,6 +9,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from svsk_vllm.format import ConfigGroup, LinearSpec, SvskFormatError
 from svsk_vllm.format.experts import expert_problems
 from svsk_vllm.plugin.experts_method import Projection, SvskExpertsMethod, experts_obstacle
+from svsk_vllm.plugin.stored_names import other_size
 
 __all__ = ["experts_method"]
 
@@ -67,8 +68,4 @@ def experts_method(
 def _check_sizes(specs: tuple[LinearSpec, ...], want: tuple[int, int]) -> None:
     for spec in specs:
         if (spec.n, spec.k) != want:
-            raise SvskFormatError(
-                f"{spec.name}.weight_packed: holds a weight of {spec.n} x {spec.k}, config.json"
-                f" asks for {want[0]} x {want[1]}. The folder mixes files of two models: copy or"
-                " quantise it again."
-            )
+            raise other_size(spec, *want)

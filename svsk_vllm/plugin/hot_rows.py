@@ -83,7 +83,8 @@ class HotRows:
             rows = torch.arange(len(rows), device=rows.device)
         elif problem := hot_rows_problem(rows, self.stored.n):
             raise SvskFormatError(
-                f"{self.prefix}.{WEIGHT_HOT_ROWS}: {problem}. Run `svsk validate` on the folder."
+                f"{self.prefix}.{WEIGHT_HOT_ROWS}: {problem}. The list is damaged: run `svsk"
+                " validate` on the folder."
             )
         mine = (rows >= self.first) & (rows < self.first + self.count)
         places = rows[mine] - self.first

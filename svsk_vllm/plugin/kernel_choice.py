@@ -73,7 +73,9 @@ def choose_kernel(
     """
     name = os.environ.get(_VARIABLE, "auto")
     if name not in _NAMES:
-        raise SvskFormatError(f"{_VARIABLE}={name}: expected one of {', '.join(_NAMES)}.")
+        raise SvskFormatError(
+            f"{_VARIABLE}={name}: no such kernel, expected one of {', '.join(_NAMES)}."
+        )
     activations, asked = _activations()
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         # The system permits AMX to a process that asks, as oneDNN does for a dense model. Attention

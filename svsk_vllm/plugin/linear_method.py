@@ -45,6 +45,7 @@ from svsk_vllm.plugin.sidecar_loader import (
     clear_padding,
     tile_loader,
 )
+from svsk_vllm.plugin.stored_names import other_size
 
 __all__ = ["PARAMETERS", "Origin", "SvskLinearMethod", "check_finite", "fused_sizes"]
 
@@ -253,11 +254,7 @@ class SvskLinearMethod(LinearMethodBase):
                     f" --ignore {spec.name}."
                 )
             if spec.k != input_size or (spec.n != want and not repeats):
-                raise SvskFormatError(
-                    f"{spec.name}.weight_packed: holds a weight of {spec.n} x {spec.k}, config.json"
-                    f" asks for {want} x {input_size}. The folder mixes files of two models: copy"
-                    " or quantise it again."
-                )
+                raise other_size(spec, want, input_size)
 
     def _register_base(
         self, layer: Any, n: int, k: int, loader_of: Callable[[str], Callable[..., None]]

@@ -36,7 +36,13 @@ from svsk_vllm.format.suffixes import WEIGHT_PACKED, WEIGHT_ROW_SCALE, WEIGHT_SC
 from svsk_vllm.plugin.arrival import LinearRecord, ShardId, expect, record_loads
 from svsk_vllm.plugin.linear_method import PARAMETERS, Origin, SvskLinearMethod
 from svsk_vllm.plugin.row_order import stored_row_order
-from svsk_vllm.plugin.stored_names import Rename, StoredModules, read_headers
+from svsk_vllm.plugin.stored_names import (
+    Rename,
+    StoredModules,
+    read_headers,
+    stored_dense,
+    stored_twice,
+)
 from svsk_vllm.plugin.table_choice import table_method
 
 __all__ = ["SvskConfig"]
@@ -247,20 +253,16 @@ class SvskConfig(QuantizationConfig):
         scheme = self.checkpoint.scheme_for(stored)
         held = self.stored.suffixes(stored)
         if "weight" in held and held & set(SUFFIXES):
-            raise SvskFormatError(
-                f"{stored}: stored both dense (.weight) and quantised. Remove one from the folder."
-            )
+            raise stored_twice(stored)
         if held & set(SUFFIXES):
             if scheme is None:
                 raise SvskFormatError(
-                    f"{stored}: stored quantised, but config.json does not quantise it. Correct it."
+                    f"{stored}: stored quantised, but config.json does not quantise it. Correct the"
+                    " config."
                 )
         elif "weight" in held and scheme is not None:
             if self.checkpoint.scheme_for(stored, by_class=False) is not None:
-                raise SvskFormatError(
-                    f"{stored}.weight: stored as it was, but config.json quantises {stored}. Add"
-                    " it to the ignore list, or quantise it."
-                )
+                raise stored_dense(stored)
             return None
         return scheme
 

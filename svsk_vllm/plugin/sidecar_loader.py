@@ -200,7 +200,9 @@ def base_loader(
         try:
             values = base.unpack(name, loaded_weight)
         except SvskFormatError as error:
-            raise SvskFormatError(f"{label}: {error} Run `svsk validate` on the folder.") from error
+            raise SvskFormatError(
+                f"{label}: cannot be unpacked: {error} Run `svsk validate` on the folder."
+            ) from error
         if problem := base.value_problem(name, values, param.dtype):
             raise SvskFormatError(f"{label}: {problem}.")
         loader(param, values, *(() if loaded_shard_id is None else (loaded_shard_id,)))
@@ -246,8 +248,8 @@ def require_dtype(name: str, dtype: torch.dtype, *expected: torch.dtype) -> None
     """
     if dtype not in expected:
         raise SvskFormatError(
-            f"{name}: {dtype}, expected {' or '.join(map(str, expected))}. Run `svsk validate` on"
-            " the folder."
+            f"{name}: values of dtype {dtype}, expected {' or '.join(map(str, expected))}. Run"
+            " `svsk validate` on the folder."
         )
 
 

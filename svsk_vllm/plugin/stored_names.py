@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from svsk_vllm.format import ShardedReader, TensorSpec
+from svsk_vllm.format import LinearSpec, ShardedReader, SvskFormatError, TensorSpec
 from svsk_vllm.format.shards import STORED_DTYPES
 
-__all__ = ["StoredModules", "read_headers"]
+__all__ = ["StoredModules", "other_size", "read_headers", "stored_dense", "stored_twice"]
 
 Rename = Callable[[list[str]], list[str]]
 
@@ -100,3 +100,26 @@ class StoredModules:
             for known, own in self._own_name.items()
             if known == name or known.startswith(f"{name}.")
         ]
+
+
+def other_size(spec: LinearSpec, rows: int, columns: int) -> SvskFormatError:
+    """What to raise of a stored weight that is of another size than vLLM's layer."""
+    return SvskFormatError(
+        f"{spec.name}.weight_packed: holds a weight of {spec.n} x {spec.k}, config.json asks for"
+        f" {rows} x {columns}. The folder mixes files of two models: copy or quantise it again."
+    )
+
+
+def stored_twice(name: str) -> SvskFormatError:
+    """What to raise of a module that is stored in both ways."""
+    return SvskFormatError(
+        f"{name}: stored both dense (.weight) and quantised. Remove one from the folder."
+    )
+
+
+def stored_dense(name: str) -> SvskFormatError:
+    """What to raise of a module that is dense, and has a scheme by its name."""
+    return SvskFormatError(
+        f"{name}.weight: stored as it was, but config.json quantises {name}. Add it to the ignore"
+        " list, or quantise it."
+    )

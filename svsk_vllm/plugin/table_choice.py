@@ -18,7 +18,7 @@ from svsk_vllm.format import (
 from svsk_vllm.format.suffixes import WEIGHT_PACKED
 from svsk_vllm.plugin.arrival import LinearRecord, expect, record_loads
 from svsk_vllm.plugin.linear_method import PARAMETERS, Origin
-from svsk_vllm.plugin.stored_names import StoredModules
+from svsk_vllm.plugin.stored_names import StoredModules, stored_dense, stored_twice
 from svsk_vllm.plugin.table_method import SvskHeadMethod, SvskTableMethod, TiedHeadMethod
 
 __all__ = ["table_method"]
@@ -118,15 +118,10 @@ def _scheme(config: Known, name: str, *, is_head: bool) -> ConfigGroup | None:
     held = config.stored.suffixes(name)
     if not held & set(SUFFIXES):
         if scheme is not None:
-            raise SvskFormatError(
-                f"{name}.weight: stored as it was, but config.json quantises {name}. Add it to the"
-                " ignore list, or quantise it."
-            )
+            raise stored_dense(name)
         return None
     if "weight" in held:
-        raise SvskFormatError(
-            f"{name}: stored both dense (.weight) and quantised. Remove one from the folder."
-        )
+        raise stored_twice(name)
     scheme = known.scheme_for(name)
     if scheme is None or not (is_head or known.is_embedding(name)):
         raise SvskFormatError(

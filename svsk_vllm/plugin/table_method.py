@@ -12,6 +12,7 @@ from svsk_vllm.format import LinearSpec, SvskFormatError
 from svsk_vllm.plugin.hot_rows import HotRows
 from svsk_vllm.plugin.linear_method import SvskLinearMethod
 from svsk_vllm.plugin.shard_probe import ShardId
+from svsk_vllm.plugin.stored_names import other_size
 
 __all__ = ["SvskHeadMethod", "SvskTableMethod", "TiedHeadMethod"]
 
@@ -52,11 +53,7 @@ class SvskHeadMethod(SvskLinearMethod):
     def _check_sizes(self, layer: Any, input_size: int, output_size: int) -> None:
         for spec in self.origin.stored or ():
             if (spec.n, spec.k) != (layer.org_vocab_size, input_size):
-                raise SvskFormatError(
-                    f"{spec.name}.weight_packed: holds a weight of {spec.n} x {spec.k}, config.json"
-                    f" asks for {layer.org_vocab_size} x {input_size}. The folder mixes files of"
-                    " two models: copy or quantise it again."
-                )
+                raise other_size(spec, layer.org_vocab_size, input_size)
 
 
 class SvskTableMethod(SvskHeadMethod):

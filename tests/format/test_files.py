@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from svsk_vllm.format import Checkpoint, SvskFormatError, validate_checkpoint
+from svsk_vllm.format import Checkpoint, ShardedReader, SvskFormatError, validate_checkpoint
 from svsk_vllm.format.files import copy_regular, read_json, safe_handle
 from tests.support.format_builders import INDEX, build_small_checkpoint
 
@@ -61,7 +61,10 @@ def _read_everything(folder: Path) -> None:
     ("kind", "message"),
     [
         ("FIFO", "f: is a FIFO, expected a regular file. Copy or download the folder again"),
-        ("cannot be opened", r"f'?: cannot be opened \(.*Too many levels of symbolic links"),
+        (
+            "cannot be opened",
+            r"f'?: cannot be opened \(.*Too many levels of .*\)\. Is its name right",
+        ),
         ("no such file", "f: cannot be opened, no such file. Is .* a model folder"),
     ],
 )
@@ -83,12 +86,26 @@ def test_files_that_change_or_fail_while_they_are_read(
         with pytest.raises(SvskFormatError, match=r"config.json: changed while it was opened"):
             read_json(tmp_path / "config.json")
 
+    def denied(*_: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:  # root may open anything, so that no mode would do
+        patch.setattr(os, "open", denied)
+        with pytest.raises(
+            SvskFormatError,
+            match=r"config\.json: cannot be opened \(Perm.*\)\. May this user read it",
+        ):
+            read_json(tmp_path / "config.json")
+
     class Failing(io.FileIO):
         def read(self, *_: object) -> bytes:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fdopen", Failing)
-    with pytest.raises(SvskFormatError, match=r"config.json: cannot be read .Input/output error"):
+    with pytest.raises(
+        SvskFormatError,
+        match=r"config\.json: cannot be read \(Input/output error\)\. Is the disk in",
+    ):
         read_json(tmp_path / "config.json")
 
 
@@ -98,6 +115,25 @@ def test_a_file_that_is_no_safetensors_file(tmp_path: Path) -> None:
         SvskFormatError, match=r"cannot be opened \(.*\). Copy or download the file again"
     ):
         safe_handle(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("x", "F6_E2M3", r"x has dtype F6_E2M3 and shape \[2, 2\], which cannot be read"),
+        ("\x1b[2J", "F4", r"tensor '\\x1b\[2J': expected a name of printable characters"),
+    ],
+)
+def test_tensors_that_cannot_be_read_or_shown(
+    tmp_path: Path, name: str, dtype: str, message: str
+) -> None:
+    """safetensors opens the file; torch has no such dtype, a terminal would obey the name."""
+    size = 3 if dtype == "F6_E2M3" else 2
+    header = json.dumps({name: {"dtype": dtype, "shape": [2, 2], "data_offsets": [0, size]}})
+    content = len(header).to_bytes(8, "little") + header.encode() + bytes(size)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(SvskFormatError, match=rf"model\.safetensors: {message}"):
+        ShardedReader(tmp_path).describe(name)
 
 
 @pytest.mark.timeout(20)

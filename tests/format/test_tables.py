@@ -160,6 +160,8 @@ def test_a_damaged_list_of_hot_rows_is_a_problem(
     (problem,) = validate_checkpoint(tmp_path, architecture(small))
     assert re.search(message, problem)
     assert f"{HEAD}.weight_hot_rows" in problem
+    if message.startswith("names"):
+        message += r".*\. The file is damaged: copy or download it again"
     with pytest.raises(SvskFormatError, match=message):
         Checkpoint(tmp_path).read_linear(HEAD)
 

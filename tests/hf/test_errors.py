@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, Qwen2ForCausalLM
 
 from svsk_vllm.format import SvskFormatError
+from svsk_vllm.hf.matching import open_checkpoint
 from svsk_vllm.hf.quantizer import SvskHfConfig
 from tests.hf.loading import Q_PROJ, Folders, MakeFolders, Tensors, edit_tensors, load
 from tests.support.tiny_models import Family, scheme, write_dense, write_random_svsk
@@ -87,6 +88,14 @@ def test_linear_stored_both_ways(broken: Path) -> None:
     )
     with pytest.raises(SvskFormatError, match=rf"{Q_PROJ}: stored both dense"):
         load(broken)
+
+
+def test_weights_of_another_kind(broken: Path) -> None:
+    """As with ``use_safetensors=False``."""
+    with pytest.raises(
+        SvskFormatError, match=r"model\.bin: an SVSK checkpoint consists of \.safetensors files"
+    ):
+        open_checkpoint([str(broken / "model.safetensors"), str(broken / "model.bin")])
 
 
 def test_targeted_head_stored_dense(broken: Path) -> None:

@@ -169,7 +169,7 @@ def test_measured_tables_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / "configs" / table_name(H100.name)).write_text(json.dumps(table))
         with pytest.raises(
             TuningError,
-            match=r"hbm3\.json: not a valid table of kernel configurations: step 24: expected one",
+            match=r"hbm3\.json: not a valid table of kernel configurations: step 24: kernels",
         ):
             tuning.load_table(H100.name)
     finally:
@@ -189,7 +189,11 @@ def test_measured_tables_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             ],
             "rising numbers",
         ),
-        ([{"kernel": "decode", "step": 64}], "step 64 must divide 16: the plane 16"),
+        (
+            [{"kernel": "decode", "step": 64}],
+            "step 64 must divide 16: the plane 16, or with scales of one level the group 64",
+        ),
+        ([{"kernel": "decode", "step": 24}], "step 24: kernels are compiled for 16, 32, 64 only"),
         ([{"kernel": "fold", "max_m": 0}], "max_m 0: expected a number of tokens, or null"),
         ([{"kernel": "gemm", "split_k": 2, "step": 16}], "only decode splits"),
         ([{"kernel": "decode", "step": 16, "block": 1}], "unexpected keyword argument .block."),
@@ -206,8 +210,12 @@ def test_bad_tables_are_refused() -> None:
     table = {"device": "", "triton": "", "schema_version": 2}
     with pytest.raises(TuningError, match="schema_version 2: this package reads 1"):
         tuning.TuningTable.from_json(json.dumps(table))
-    with pytest.raises(TuningError, match="a list, expected an object"):
+    with pytest.raises(TuningError, match="holds a list, expected an object with entries"):
         tuning.TuningTable.from_json("[]")
+    with pytest.raises(
+        TuningError, match=r"not JSON \(.*\), expected what svsk_kernel_tools wrote"
+    ):
+        tuning.TuningTable.from_json("{")
 
 
 def test_the_interpreter_stands_for_a_small_gpu() -> None:

@@ -144,7 +144,7 @@ def test_size_of_u_is_known_before_it_is_made(num_bits: int) -> None:
 def test_factors_that_do_not_fit_and_uneven_tiles_are_refused() -> None:
     stacked = make_layer(64, torch.float16, {"n": 32, "rank": 4}).stacked
     assert stacked.spec.plan is not None
-    with pytest.raises(ValueError, match=r"U factors outside \[-8, 7\]"):
+    with pytest.raises(ValueError, match=r"U factors outside \[-8, 7\] do not fit the 4 bits"):
         pack_sidecar(stacked.spec.plan, 64, stacked.u, stacked.v, stacked.gain, 4)
     group = SlotGroup(1, 8, 2, 0)
     plan = SidecarPlan(8, (Bundle((0, 16, 48, 64, 96), (group,)),))

@@ -119,6 +119,12 @@ def test_other_caches_are_refused() -> None:
         SvskError, match=rf"--kv kpc32:q4_1: layer 0 of this qwen3_next .* {LINEAR}"
     ):
         model_cache(hybrid, KvKinds.parse("kpc32"))
+    windows = AutoConfig.for_model("qwen2", num_hidden_layers=1, layer_types=["window_attention"])
+    with pytest.raises(
+        SvskError,
+        match="this qwen2 model has layers of type 'window_attention', which are no plain",
+    ):
+        model_cache(windows, KvKinds.parse("int4"))
     latent = AutoConfig.for_model("deepseek_v3", num_hidden_layers=2)
     with pytest.raises(SvskError, match=r"latent attention \(kv_lora_rank = 512\)"):
         model_cache(latent, KvKinds.parse("int4"))

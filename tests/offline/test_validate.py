@@ -65,6 +65,9 @@ def test_no_code_of_the_folder_runs(folder: Path, tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["inspect", str(folder)], input="y\n").exit_code == 0
     restore(folder, tmp_path / "restored")
     assert not ran.exists()
+    own_code = "svsk: its architecture is Python code in the folder, which runs only with"
+    assert any(own_code in problem for problem in checkpoint_problems(folder, serving=False))
+    assert not ran.exists()
     assert checkpoint_problems(folder, trust_remote_code=True, serving=False) == []
     assert ran.exists()
 
@@ -73,8 +76,8 @@ def test_no_code_of_the_folder_runs(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("num_hidden_layers", 10**9, "num_hidden_layers is 1000000000, too large"),
-        ("num_hidden_layers", 90_000, "more than"),
+        ("num_hidden_layers", 10**9, "num_hidden_layers is 1000000000, too large for any model"),
+        ("num_hidden_layers", 90_000, "config.json describes a model of more than"),
         ("vocab_size", 10**12, "vocab_size is 1000000000000, too large"),
         ("vocab_size", 2 * 10**9, "expects"),
         ("num_labels", 10**9, "num_labels is 1000000000, too large"),

@@ -259,8 +259,43 @@ def test_experts_that_are_stored_as_they_were_are_vllms(monkeypatch: pytest.Monk
 def test_what_is_not_served_is_refused(change: dict[str, Any], reason: str) -> None:
     layer = Experts()
     vars(layer.moe_config).update(change)
-    with pytest.raises(SvskFormatError, match=f"{reason}.*svsk restore"):
+    with pytest.raises(
+        SvskFormatError,
+        match=f"and the other experts of {PREFIX}: {reason}.*svsk restore",
+    ):
         method_of(layer, SCHEMES)
+
+
+def test_experts_of_another_model_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import svsk_vllm.plugin.quantization_config as module
+
+    groups = {
+        name: {**group.model_dump(mode="json"), "targets": [rf"re:.*\.{name}$"]}
+        for name, group in SCHEMES.items()
+    }
+    headers = {}
+    for expert in range(EXPERTS):
+        for projection, group in SCHEMES.items():
+            stored = f"{PREFIX}.{expert}.{projection}"
+            tensors = LinearSpec(stored, 64, 64, group).tensors()
+            headers |= {f"{stored}.{suffix}": spec for suffix, spec in tensors.items()}
+    monkeypatch.setattr(module, "read_headers", lambda model, revision: headers)
+    config = SvskConfig.from_config(
+        {"quant_method": "svsk", "format": "svsk", "version": "1.1", "config_groups": groups}
+    )
+    config.maybe_update_config("folder")
+    message = r"0\.gate_proj\.weight_packed: holds a weight of 64 x 64, config\.json asks for"
+    with pytest.raises(SvskFormatError, match=message):
+        config.get_quant_method(Experts(), PREFIX)
+
+
+def test_copies_of_experts_are_refused() -> None:
+    """As ``--enable-eplb`` makes them: more experts in a layer than are stored."""
+    layer = Experts()
+    method = method_of(layer, SCHEMES)
+    message = rf"{PREFIX}: vLLM holds 6 experts here, of which the checkpoint has 4: copies of"
+    with pytest.raises(SvskFormatError, match=message):
+        method.create_weights(layer, 6, HIDDEN, INNER, torch.bfloat16, weight_loader=None)
 
 
 def test_a_gpu_is_refused_before_anything_is_loaded() -> None:

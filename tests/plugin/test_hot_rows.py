@@ -25,6 +25,7 @@ from svsk_vllm.format import (
 from svsk_vllm.plugin.hot_rows import HotRows
 from svsk_vllm.plugin.quantization_config import SvskConfig
 from svsk_vllm.plugin.sidecar_loader import Arrived
+from tests.plugin.test_plugin import observed_model
 from tests.support.format_builders import EMBEDDING, make_group, random_linear
 from tests.support.vllm_layers import LAYERS, as_rank, config_of, parts_of
 
@@ -84,7 +85,7 @@ def test_a_rank_holds_its_rows_in_eight_bits(data: st.DataObject) -> None:
     ("change", "message"),
     [
         (lambda rows: rows.flip(0), "embed_tokens.weight_hot_rows: names rows twice or not in asc"),
-        (lambda rows: rows + 20, r"names rows .* expected 0 to 19\. Run `svsk validate`"),
+        (lambda rows: rows + 20, r"names rows .* expected 0 to 19\. The list is damaged: run"),
     ],
 )
 def test_a_list_that_is_none_is_refused(
@@ -156,3 +157,19 @@ def test_linears_of_blocks_have_none() -> None:
         SvskFormatError, match=r"m\.fc1: config\.json gives it hot_rows, which only"
     ):
         LAYERS["column"][0](SvskConfig.from_config(raw))
+
+
+def test_a_list_that_a_model_changes_is_refused() -> None:
+    linear = table(20, 6)
+    hot = HotRows(EMBEDDING, linear.spec, 20, 0, 20)
+    model = observed_model(lambda t: t + 1)
+    hot.register(model.layer, Arrived({None: EMBEDDING}, [linear.spec.scheme]))
+    model.suffix = "weight_hot_rows"
+    model.load = model.layer.weight_hot_rows.weight_loader
+    rows = linear.to_tensors()[f"{EMBEDDING}.weight_hot_rows"]
+    message = (
+        rf"vLLM's loader for this architecture changes it before {EMBEDDING} gets it\. Quantise"
+        " with --head int8 --embedding int8"
+    )
+    with pytest.raises(SvskFormatError, match=message):
+        model.load_weights(iter([(f"{EMBEDDING}.weight_hot_rows", rows)]))

@@ -154,7 +154,7 @@ def test_batch_invariance_takes_a_fused_kernel_or_is_refused(
     for device, obstacle in ((gpu, "groups of 128"), (CPU, "there is no compiler")):
         with pytest.raises(
             SvskFormatError,
-            match=f"m: .* kernels alone can do, but {obstacle}. Unset VLLM_BATCH_INV",
+            match=f"m: .* can do, but {obstacle}. Unset VLLM_BATCH_INVARIANT, or serve the dense",
         ):
             choose_kernel("m", SPEC, (64, 128), device)
     plan = SidecarPlan(64, (Bundle((0, 128), (SlotGroup(1, 64, 4, 0),)),))
@@ -243,7 +243,7 @@ def test_an_obstacle_is_reported_once(
     ):
         choose_kernel("m", SPEC, (64, 128), CPU)
     monkeypatch.setenv("SVSK_KERNEL", "fast")
-    expected = "SVSK_KERNEL=fast: expected one of auto, fused, split, portable, reference"
+    expected = "SVSK_KERNEL=fast: no such kernel, expected one of auto, fused, split, portable"
     with pytest.raises(SvskFormatError, match=expected):
         choose_kernel("m", SPEC, (64, 128), CPU)
 

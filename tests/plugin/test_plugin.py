@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 import svsk_vllm
@@ -215,6 +216,61 @@ def test_missing_tensor_is_named_before_loading(
         config.get_quant_method(linear_layer, "model.layers.0.mlp.gate_up_proj")
 
 
+GATE_UP, Q_PROJ = "model.layers.0.mlp.gate_up_proj", "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("more", "changes", "layer", "message"),
+    [
+        (
+            f"{GATE_UP}.weight",
+            {},
+            GATE_UP,
+            r"stored both dense \(\.weight\) and quantised\. Remove",
+        ),
+        (
+            "",
+            {"ignore": [GATE_UP]},
+            GATE_UP,
+            r"stored quantised, but config\.json does not quantise it\. Correct the config",
+        ),
+        (
+            "",
+            {"config_groups": {"group_0": {"targets": [Q_PROJ]}}},
+            Q_PROJ,
+            rf"weight: stored as it was, but config\.json quantises {Q_PROJ}\. Add it to the",
+        ),
+    ],
+)
+def test_a_config_that_contradicts_what_is_stored_is_refused(
+    linear_layer: torch.nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    more: str,
+    changes: dict[str, Any],
+    layer: str,
+    message: str,
+) -> None:
+    config = SvskConfig.from_config(quantization_config(**changes))
+    extra = {more: TensorSpec(torch.bfloat16, (64, 64))} if more else {}
+    with_headers(config, monkeypatch, HEADERS | extra)
+    with pytest.raises(SvskFormatError, match=message):
+        config.get_quant_method(linear_layer, layer)
+
+
+@pytest.mark.parametrize("load_format", ["sharded_state", "fastsafetensors"])
+def test_states_that_vllm_saved_are_refused(load_format: str) -> None:
+    config = SvskConfig.from_config(quantization_config())
+    with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format=load_format))):
+        if load_format == "sharded_state":
+            with pytest.raises(
+                SvskFormatError,
+                match=r"^--load-format sharded_state reads states that vLLM saved, which it cannot",
+            ):
+                config.get_quant_method(torch.nn.Identity(), "model.norm")
+        else:
+            assert config.get_quant_method(torch.nn.Identity(), "model.norm") is None
+
+
 def test_other_quantization_methods_are_refused() -> None:
     with pytest.raises(
         SvskFormatError, match="--quantization fp8: the checkpoint is quantised by svsk already"
@@ -278,7 +334,8 @@ class _Fused(torch.nn.Module):
         self, change: Callable[[torch.Tensor], torch.Tensor], order: torch.Tensor | None
     ) -> None:
         super().__init__()
-        self.change, self.config = change, None
+        self.change, self.config, self.suffix = change, None, "weight_packed"
+        self.load: Callable[..., None]
         self.layer = torch.nn.Module()
         self.layer.weight_packed = torch.nn.Parameter(
             torch.zeros(8, 2, dtype=torch.int32), requires_grad=False
@@ -299,8 +356,8 @@ class _Fused(torch.nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded = set()
         for name, tensor in weights:
-            if name.endswith("weight_packed"):
-                self.load(self.layer.weight_packed, self.change(tensor))
+            if name.endswith(self.suffix):
+                self.load(getattr(self.layer, self.suffix), self.change(tensor))
             loaded.add(name)
         return loaded
 
@@ -342,6 +399,33 @@ def test_rows_that_a_model_moves_are_noticed(
             SvskFormatError, match=r"layer\.weight_packed: vLLM's loader .* changes its rows"
         ):
             model.load_weights(iter(weights))
+
+
+def test_codes_of_another_dtype_are_refused() -> None:
+    model = observed_model(lambda t: t)
+    message = (
+        r"weight_packed: values of dtype torch\.int64, expected torch\.int32\. Run `svsk validate"
+    )
+    with pytest.raises(SvskFormatError, match=message):
+        model.load_weights(iter([("layer.weight_packed", WORDS.long())]))
+
+
+def test_a_sidecar_that_a_model_changes_is_refused() -> None:
+    scheme = make_group(rank=4, tile_m=16, tile_n=32, group_size=32)
+    layout = build_layout(
+        "layer", [(None, scheme)], lambda _: torch.arange(32), lambda _: torch.arange(64), 64, 32
+    )
+    assert layout is not None
+    model = observed_model(lambda t: t.flip(0))
+    model.suffix, model.load = "sidecar_gain", tile_loader("layer", "sidecar_gain", layout, 64)
+    model.layer.sidecar_gain = torch.nn.Parameter(layout.plan.zeros()[2], requires_grad=False)
+    gain = torch.arange(16.0).view(2, 2, 4)
+    message = (
+        r"layer\.sidecar_gain: vLLM's loader for this architecture changes it before layer gets it"
+        r"\. Quantise the module without a sidecar"
+    )
+    with pytest.raises(SvskFormatError, match=message):
+        model.load_weights(iter([("layer.sidecar_gain", gain)]))
 
 
 def test_a_dense_tensor_that_nothing_fills_is_named() -> None:
@@ -470,6 +554,20 @@ def test_loader_names_what_does_not_fit() -> None:
         tile_loader("layer", "sidecar_gain", layout, 64)(gain, torch.zeros(2, 2, 5))
     with pytest.raises(SvskFormatError, match=r"loads it in parts \('q'\).*packed_modules_mapping"):
         tile_loader("layer", "sidecar_gain", layout, 64)(gain, torch.zeros(2, 2, 4), "q")
+    only_q = build_layout(
+        "layer",
+        [("q", linear.spec.scheme)],
+        lambda _: torch.arange(32),
+        lambda _: torch.arange(64),
+        64,
+        32,
+    )
+    assert only_q is not None
+    message = (
+        r"layer\.sidecar_gain: loaded for part 'v', but by config\.json there are sidecars for"
+    )
+    with pytest.raises(SvskFormatError, match=message):
+        tile_loader("layer", "sidecar_gain", only_q, 64)(gain, torch.zeros(2, 2, 4), "v")
 
 
 def test_scattered_columns_are_refused() -> None:

@@ -29,6 +29,7 @@ from svsk_vllm.format import (
     LinearSpec,
     QuantizedLinear,
     SvskFormatError,
+    TensorSpec,
     dequantize,
 )
 from svsk_vllm.plugin.quantization_config import SvskConfig
@@ -369,8 +370,24 @@ def test_a_table_of_another_vocabulary_is_refused(
     monkeypatch: pytest.MonkeyPatch, one_rank: Any
 ) -> None:
     config_with(monkeypatch, table(EMBEDDING, "int8"))
-    with pytest.raises(SvskFormatError, match=r"holds a weight of 150 x 128, config\.json asks"):
+    with pytest.raises(
+        SvskFormatError, match=r"holds a weight of 150 x 128, config\.json asks for"
+    ):
         VocabParallelEmbedding(200, K, prefix=EMBEDDING)
+
+
+def test_a_dense_head_that_the_config_quantises_is_refused(
+    monkeypatch: pytest.MonkeyPatch, one_rank: Any
+) -> None:
+    config = config_with(monkeypatch, table(HEAD, "int8"))
+    name = f"{HEAD}.weight"
+    headers = {name: TensorSpec(torch.bfloat16, (VOCABULARY, K))}
+    monkeypatch.setattr(quantization_config, "read_headers", lambda model, revision: headers)
+    config.maybe_update_config("folder")
+    with pytest.raises(
+        SvskFormatError, match=r"head\.weight: stored as it was, but config\.json quantises lm_head"
+    ):
+        build_head(prefix=HEAD)
 
 
 @pytest.mark.parametrize(
@@ -382,7 +399,7 @@ def test_a_table_of_another_vocabulary_is_refused(
             True,
             (EMBEDDING,),
             build_embedding,
-            "both dense .* Remove one from the folder",
+            r"stored both dense \(\.weight\) and quantised\. Remove one",
         ),
         (HEAD, True, (HEAD,), build_head, "both dense"),
     ],

@@ -220,9 +220,11 @@ def test_scale_codes_of_another_shape_are_refused(
     layer: Any = LAYERS["row"][0](config_of(parts_of("row", "int4", 64, bits)))
     stored = torch.zeros(96, columns, dtype=torch.int8 if bits == 8 else torch.uint8)
     with pytest.raises(
-        SvskFormatError, match=rf"m\.down_proj\.weight_scale: {bits}-bit scale codes: .*4 groups"
-    ):
+        SvskFormatError,
+        match=rf"m\.down_proj\.weight_scale: cannot be unpacked: {bits}-bit .*4 groups\. Run `svsk",
+    ) as refused:
         layer.weight_scale.weight_loader(layer.weight_scale, stored)
+    assert f"{bits}-bit scale codes: {stored.dtype} [96, {columns}], expected" in str(refused.value)
 
 
 def test_fused_parts_with_scales_of_other_bits_are_refused() -> None:
@@ -241,7 +243,8 @@ def test_fused_parts_with_scales_of_other_bits_are_refused() -> None:
         ),
         (
             {"weight_row_scale": TensorSpec(torch.bfloat16, (96, 2))},
-            r"m\.down_proj\.weight_row_scale: torch\.bfloat16 \[96, 2\], expected",
+            r"m\.down_proj\.weight_row_scale: torch\.bfloat16 \[96, 2\], expected"
+            r".*\. Copy or download the folder again; `svsk validate` lists what is wrong",
         ),
         ({"sidecar_u": TensorSpec(torch.int8, (96, 1, 3))}, r"sidecar_u: unexpected"),
     ],
@@ -252,7 +255,20 @@ def test_stored_tensors_are_compared_with_the_scheme_before_loading(
     changes: dict[str, TensorSpec | None],
     message: str,
 ) -> None:
-    spec = LinearSpec("m.down_proj", 96, 256, make_group(targets=["m.down_proj"], scale_bits=6))
+    refused_before_loading(monkeypatch, 96, changes, message)
+
+
+def test_a_weight_of_another_model_is_refused_before_loading(
+    monkeypatch: pytest.MonkeyPatch, one_rank: None
+) -> None:
+    message = r"m\.down_proj\.weight_packed: holds a weight of 97 x 256, config\.json asks for 96"
+    refused_before_loading(monkeypatch, 97, {}, message)
+
+
+def refused_before_loading(
+    monkeypatch: pytest.MonkeyPatch, rows: int, changes: dict[str, TensorSpec | None], message: str
+) -> None:
+    spec = LinearSpec("m.down_proj", rows, 256, make_group(targets=["m.down_proj"], scale_bits=6))
     tensors = {k: v for k, v in (spec.tensors() | changes).items() if v is not None}
     headers = {f"m.down_proj.{suffix}": tensor for suffix, tensor in tensors.items()}
     import svsk_vllm.plugin.quantization_config as module

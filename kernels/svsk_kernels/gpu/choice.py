@@ -55,7 +55,10 @@ class Choice:
         for name, allowed in _ALLOWED.items():
             value = getattr(self, name)
             if value not in allowed or type(value) is not type(allowed[0]):
-                raise TuningError(f"{name} {value!r}: expected one of {allowed}")
+                raise TuningError(
+                    f"{name} {value!r}: kernels are compiled for"
+                    f" {', '.join(map(repr, allowed))} only"
+                )
         if self.max_m is not None and (type(self.max_m) is not int or self.max_m < 1):
             raise TuningError(f"max_m {self.max_m!r}: expected a number of tokens, or null for any")
         if self.split_k > 1 and self.kernel != "decode":

@@ -96,9 +96,11 @@ class TuningTable:
         try:
             raw = json.loads(text)
         except json.JSONDecodeError as error:
-            raise TuningError(f"not JSON ({error})") from error
+            raise TuningError(
+                f"not JSON ({error}), expected what svsk_kernel_tools wrote"
+            ) from error
         if not isinstance(raw, dict):
-            raise TuningError(f"a {type(raw).__name__}, expected an object")
+            raise TuningError(f"holds a {type(raw).__name__}, expected an object with entries")
         return _made(cls, {**raw, "entries": tuple(map(Entry.of, raw.get("entries", ())))})
 
     def to_json(self) -> str:
