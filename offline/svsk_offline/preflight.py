@@ -26,6 +26,7 @@ __all__ = [
     "check_recipe_file",
     "check_report_files",
     "check_text",
+    "refuse_file",
 ]
 
 _LARGEST_CONFIG: Final = 1 << 24
@@ -50,12 +51,8 @@ def check_output(
     """
     if source is not None and Path(source).is_dir():
         check_apart(out, Path(source))
+    refuse_file(out, str(out))
     if out.exists() or out.is_symlink():
-        if not out.is_dir():
-            raise SvskError(
-                f"{out}: is a file, expected a folder to write."
-                " Choose another name; a file is never replaced."
-            )
         if not overwrite:
             raise SvskError(
                 f"{out} exists. Choose another folder, or pass --overwrite to replace it."
@@ -96,8 +93,7 @@ def check_measurements(folder: Path, others: Iterable[Path] = ()) -> None:
     Raises:
         SvskError: it is, or does.
     """
-    if folder.exists() and not folder.is_dir():
-        raise SvskError(f"--measurements {folder}: is a file, expected a folder.")
+    refuse_file(folder, f"--measurements {folder}")
     target = folder.resolve()
     for other in (other.resolve() for other in others):
         if target == other or target in other.parents or other in target.parents:
@@ -118,6 +114,23 @@ def _is_ours(folder: Path, dense: bool) -> bool:
     return (isinstance(method, dict) and method.get("quant_method") == "svsk") or (
         dense and "model_type" in config
     )
+
+
+def refuse_file(path: Path, called: str) -> None:
+    """Refuse a file, or a link to nowhere, where a folder is to be.
+
+    Args:
+        path: the place.
+        called: in errors.
+
+    Raises:
+        SvskError: it is one.
+    """
+    if (path.exists() or path.is_symlink()) and not path.is_dir():
+        raise SvskError(
+            f"{called}: is a file, expected a folder to write."
+            " Choose another name; a file is never replaced."
+        )
 
 
 def check_text(path: Path) -> None:

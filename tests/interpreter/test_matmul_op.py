@@ -210,7 +210,7 @@ def test_bad_tables_are_refused() -> None:
     table = {"device": "", "triton": "", "schema_version": 2}
     with pytest.raises(TuningError, match="schema_version 2: this package reads 1"):
         tuning.TuningTable.from_json(json.dumps(table))
-    with pytest.raises(TuningError, match="holds a list, expected an object with entries"):
+    with pytest.raises(TuningError, match="holds a list, expected a table of entries"):
         tuning.TuningTable.from_json("[]")
     with pytest.raises(
         TuningError, match=r"not JSON \(.*\), expected what svsk_kernel_tools wrote"

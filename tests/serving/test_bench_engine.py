@@ -19,6 +19,7 @@ from lm_eval.models.vllm_causallms import VLLM
 from svsk_eval.bench import journaled_model
 from svsk_eval.bench.engines import vllm_model
 from svsk_eval.bench.journal import Journal
+from svsk_eval.errors import EvalError
 
 prompts = ["The rate", "of stones", "in a tin", "The rate", "is here and " * 20, "not"]
 greedy = {"until": ["e", "\\n"], "max_gen_toks": 16, "do_sample": False}
@@ -84,6 +85,29 @@ counts.clear()
 model.attach(model.journal, lambda count: counts.append(count))
 model.generate_until(generations(long))
 found["running"] = [[count.done, count.tokens] for count in counts], model.new_tokens
+
+def refusal(call, *arguments):
+    try:
+        call(*arguments)
+    except EvalError as error:
+        return str(error)
+
+found["refused"] = [
+    refusal(model.generate_until, generations({"until": [], "max_gen_toks": 256})),
+    refusal(
+        model.loglikelihood,
+        [Instance("loglikelihood", {}, ("The rate", " of stones" * 100), 0)],
+    ),
+]
+stream = model._stream
+
+def aborted(*arguments):
+    for index, output in stream(*arguments):
+        output.outputs[0].finish_reason = "abort"
+        yield index, output
+
+model._stream = aborted
+found["refused"].append(refusal(model.generate_until, generations({"max_gen_toks": 5})))
 print("FOUND" + json.dumps(found))
 """
 
@@ -162,3 +186,10 @@ def test_tokens_of_answers_that_are_not_finished_are_told(found: dict[str, Any])
     assert told == sorted(told)
     early = [count for done, count in counts if done == 1]  # no answer is finished
     assert early[-1] > 32
+
+
+def test_what_a_model_cannot_answer_is_said(found: dict[str, Any]) -> None:
+    room, continuation, ending = found["refused"]
+    assert "Answers may have 256 tokens, which leaves no room for a prompt in a context of" in room
+    assert "tokens does not fit the model's 256. Give a larger --model-arg" in continuation
+    assert ending == "vLLM ended a request with 'abort', expected 'stop' or 'length'."

@@ -132,4 +132,6 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise EvalError(f"{path}: cannot read it ({error.strerror}).") from error
+        raise EvalError(
+            f"{path}: cannot read it ({error.strerror}). Take another --work-dir."
+        ) from error

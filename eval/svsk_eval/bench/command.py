@@ -28,6 +28,7 @@ from svsk_eval.report.console import print_report
 from svsk_eval.report.merge import below_minimum, page_writer
 from svsk_eval.report.schema import BenchReport, BenchSettings, Engine
 from svsk_eval.task_data import DATA_VARIABLE
+from svsk_offline.preflight import check_text
 from svsk_offline.terminal import write_json
 
 __all__ = ["bench_with_progress", "engine_name", "engine_names", "settings_of", "shown_command"]
@@ -196,8 +197,8 @@ def bench_with_progress(
             " expected a share of the reference's score, such as 0.98."
         )
     write_pages = page_writer(markdown, html)
-    if options.text is not None and not options.text.text.is_file():
-        raise EvalError(f"--text {options.text.text}: no such file.")
+    if options.text is not None:
+        check_text(options.text.text)
     report = _run(notes or console, candidates, settings, options)
     if json_file is not None:  # before anything that can fail: it took hours
         write_json(json_file, report.model_dump(mode="json"))

@@ -85,7 +85,10 @@ def load_answers(path: Path, reference: str, answer_tokens: int, dtype: str) -> 
     try:
         file = AnswerFile.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise EvalError(f"--answers {path}: cannot be read ({error.strerror}).") from error
+        raise EvalError(
+            f"--answers {path}: cannot be read ({error.strerror}). Name a file that `svsk eval"
+            " --chat` wrote, or a new one."
+        ) from error
     except ValidationError as error:
         raise EvalError(
             f"--answers {path}: not a file of answers as `svsk eval --chat --answers` writes it:"

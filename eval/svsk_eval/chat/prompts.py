@@ -164,8 +164,8 @@ def _prompt(row: Any, where: str) -> Prompt:
     key = next((key for key in (*CONVERSATIONS, *_QUESTIONS) if row.get(key) is not None), None)
     if key is None:
         raise EvalError(
-            f"{where}: has {', '.join(map(str, row)) or 'no key'}; expected"
-            f" {', '.join((*CONVERSATIONS, *_QUESTIONS[:-1]))} or {_QUESTIONS[-1]}."
+            f"{where}: has {', '.join(map(str, row)) or 'no key'}, and none of"
+            f" {', '.join((*CONVERSATIONS, *_QUESTIONS))}, which hold a prompt."
         )
     if key not in CONVERSATIONS:
         question = string_of(row[key], key, where)

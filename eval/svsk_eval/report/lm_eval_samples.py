@@ -90,7 +90,9 @@ def _scores(path: Path) -> dict[str, dict[int, float]]:
                         kind = f"{metric},{sample['filter']}"
                         scores.setdefault(kind, {})[int(sample["doc_id"])] = float(value)
     except OSError as error:
-        raise EvalError(f"{path}: cannot read it ({error.strerror}). {_AGAIN}") from error
+        raise EvalError(
+            f"{path}: cannot read these samples ({error.strerror}). {_AGAIN}"
+        ) from error
     except (KeyError, TypeError, ValueError) as error:
         raise EvalError(f"{path}: not a file of samples ({error!r}). {_AGAIN}") from error
     return scores

@@ -9,6 +9,7 @@ that case. All other figures get a bootstrap and a sign-flip test. Seeds are fix
 give the same figures.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -359,7 +360,9 @@ _BINARY: Final = "Bonett-Price interval, McNemar mid-p"
 
 def all_equal(values: FloatArray) -> bool:
     """Whether they are equal but for rounding, which is all that resampling would measure."""
-    return bool(np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())))
+    spread = float(np.ptp(values))
+    largest = max(1.0, float(np.abs(values).max()))
+    return math.isfinite(spread) and spread <= 1e-12 * largest
 
 
 def is_binary(values: FloatArray) -> bool:

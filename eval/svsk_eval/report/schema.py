@@ -290,7 +290,9 @@ def load_document(kind: type[Document], path: str | Path, what: str, command: st
     try:
         return kind.model_validate_json(Path(path).read_bytes())
     except OSError as error:
-        raise EvalError(f"{path}: cannot read it ({error.strerror}).") from error
+        raise EvalError(
+            f"{path}: cannot read it ({error.strerror}). Name the one that `{command}` wrote."
+        ) from error
     except ValidationError as error:
         raise EvalError(
             f"{path}: not a {what} of this version's `{command}`: {first_problem(error)}."

@@ -66,7 +66,9 @@ def filled(page: Path) -> tuple[str, dict[str, str]]:
     try:
         old = page.read_text(encoding="utf-8")
     except OSError as error:
-        raise EvalError(f"{page}: cannot read it ({error.strerror}).") from error
+        raise EvalError(
+            f"{page}: cannot read it ({error.strerror}). Name a page with a part to fill."
+        ) from error
     figures: dict[str, str] = {}
 
     def part(match: re.Match[str]) -> str:

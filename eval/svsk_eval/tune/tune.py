@@ -38,7 +38,7 @@ from svsk_offline.calibration import CalibrationSet
 from svsk_offline.calibration.sources import check_sources
 from svsk_offline.calibration_entries import DEFAULT_SOURCE, calibration_entries
 from svsk_offline.pipeline import Progress, load_texts, quantize, resolve_device
-from svsk_offline.preflight import check_recipe, check_recipe_file
+from svsk_offline.preflight import check_recipe, check_recipe_file, refuse_file
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.atomic import PartialFolder, write_text
 from svsk_offline.storage.dense_model import ModelSource
@@ -279,8 +279,7 @@ def _check_arguments(
         raise EvalError(
             f"{out}: holds something that is not a recipe, so --overwrite does not replace it."
         )
-    if work.exists() and not work.is_dir():
-        raise EvalError(f"--work-dir {work}: is a file, expected a folder.")
+    refuse_file(work, f"--work-dir {work}")
     if held_out < 2:
         raise EvalError(
             f"--held-out is {held_out}, expected 2 or more: one piece has no standard error."

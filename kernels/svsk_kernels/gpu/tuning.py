@@ -100,7 +100,7 @@ class TuningTable:
                 f"not JSON ({error}), expected what svsk_kernel_tools wrote"
             ) from error
         if not isinstance(raw, dict):
-            raise TuningError(f"holds a {type(raw).__name__}, expected an object with entries")
+            raise TuningError(f"holds a {type(raw).__name__}, expected a table of entries")
         return _made(cls, {**raw, "entries": tuple(map(Entry.of, raw.get("entries", ())))})
 
     def to_json(self) -> str:

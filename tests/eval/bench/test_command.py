@@ -155,7 +155,7 @@ def test_the_gate(folder: Path) -> None:
         (["--engine", "tpu"], "--engine tpu: expected one of these: vllm, hf"),
         (["--text-engine", "hf,tpu", "--text", "x"], "--text-engine tpu: expected vllm or hf"),
         (["--gen-kwargs", "oops"], "--gen-kwargs oops: expected KEY=VALUE,KEY=VALUE"),
-        (["--text", "none.txt"], "--text none.txt: no such file"),
+        (["--text", "none.txt"], "--text none.txt: no such file. Name a plain text"),
         (["--min-recovery", 1.5], "--min-recovery 1.5: expected a share"),
         (["--min-recovery", 0.0], "--min-recovery 0.0: expected a share"),
         (["--min-recovery", "nan"], "--min-recovery nan: expected a share"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """lm-eval's hf model with a journal answers as lm-eval's own does, and asks nothing twice."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 import svsk_vllm.hf  # noqa: F401  # lm-eval's own class needs it
 from svsk_eval.bench.engines import hf_model, vllm_model
 from svsk_eval.bench.journal import Journal
+from svsk_eval.bench.journaled_model import likelihood
 from svsk_eval.errors import EvalError
 from tests.support.tiny_models import EOS, write_dense, write_random_svsk
 
@@ -133,5 +135,26 @@ def test_sampled_repeats_are_answers_of_their_own(folder: Path, tmp_path: Path) 
 
 
 def test_replicas_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match="data_parallel_size=2"):
+    with pytest.raises(EvalError, match="data_parallel_size=2: answers are kept one by one only"):
         vllm_model({"data_parallel_size": 2}, Journal(tmp_path / "j.jsonl"), lambda count: None)
+
+
+def test_without_vllm_the_other_engine_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "svsk_eval.bench.vllm_engine", None)  # it imports vLLM
+    with pytest.raises(
+        EvalError,
+        match=r"--engine vllm: vLLM is not installed \(.*\)\. Install it, or use --engine hf",
+    ):
+        vllm_model({}, Journal(tmp_path / "j.jsonl"), lambda count: None)
+
+
+@pytest.mark.parametrize("logprob", [float("nan"), float("-inf")])
+def test_log_probabilities_that_are_none_are_refused(logprob: float) -> None:
+    assert likelihood(-1.5, None).logprob == -1.5
+    with pytest.raises(
+        EvalError,
+        match=rf"The model gives a text the log-probability {logprob}\. Try another --dtype",
+    ):
+        likelihood(logprob, None)

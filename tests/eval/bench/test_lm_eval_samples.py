@@ -95,7 +95,9 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         compare_with_samples(ran, "x", [other])
     with pytest.raises(EvalError, match=r"expected a name like samples_TASK_DATE\.jsonl"):
         compare_with_samples(ran, "x", [tmp_path / "results.json"])
-    with pytest.raises(EvalError, match="cannot read it"):
+    with pytest.raises(
+        EvalError, match=r"absent/.*: cannot read these samples \(No such file or directory\)"
+    ):
         compare_with_samples(ran, "x", [tmp_path / f"absent/samples_a_{date}"])
     write_samples(good, {0: 1.0, 1: 0.0, 2: 0.0})
     with pytest.raises(EvalError, match=r"has 3 items, and the report 2, 1 of them not in both"):
@@ -107,4 +109,4 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(EvalError, match="not a file of samples"):
         compare_with_samples(ran, "x", [good])
     assert main(["one"]) == 1
-    assert "error: Expected REPORT LABEL SAMPLES" in capsys.readouterr().out
+    assert "Expected REPORT LABEL SAMPLES...: a file, a model in it" in capsys.readouterr().out

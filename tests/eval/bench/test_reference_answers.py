@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from svsk_eval.bench import reference_answers
+from svsk_eval.bench.beside import score_answers
 from svsk_eval.bench.options import Candidate
 from svsk_eval.bench.progress import Step
 from svsk_eval.bench.reference_answers import TaskAnswers, score_task
@@ -22,6 +23,7 @@ from svsk_eval.report.merge import merge_reports
 from svsk_eval.report.on_reference import on_reference
 from svsk_eval.report.schema import BenchReport, ReferenceAnswers
 from svsk_eval.report.tables import all_tables
+from svsk_eval.text.model_folder import read_folder
 from svsk_eval.text.models import load_model
 from tests.eval.bench.test_runner import SETTINGS, options
 from tests.eval.report.reports import model_run, report, save, task_run
@@ -107,14 +109,30 @@ def test_tokens_of_answers_that_were_given_before_are_kept_too(
     for line in lines:
         del line["answer"]["ids"]
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(EvalError, match=r"svsk: --reference-answers: no answer to mini_gen can be"):
+    with pytest.raises(
+        EvalError,
+        match=r"--reference-answers: no answer to mini_gen can be scored: those of earlier",
+    ) as refused:
         bench(models, settings, options(tmp_path, reference_answers=3), lambda *_: None)
+    assert str(refused.value).startswith("svsk: ")
 
 
 def test_tasks_without_answers_are_refused(models: list[Candidate], tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"tasks": ("mini_mc",)})
-    with pytest.raises(EvalError, match="--reference-answers 5: none of mini_mc generates answers"):
+    with pytest.raises(
+        EvalError, match=r"--reference-answers 5: none of mini_mc generates answers\. Leave"
+    ):
         bench(models, settings, options(tmp_path, reference_answers=5), lambda *_: None)
+
+
+def test_answers_that_cannot_be_read_are_named(models: list[Candidate], tmp_path: Path) -> None:
+    dense, svsk = (read_folder(Path(one.name)) for one in models)
+    gone = tmp_path / "answers-mini_gen.json"
+    with pytest.raises(
+        EvalError,
+        match=r"answers-mini_gen\.json: cannot read it \(No such .*\)\. Take another --work",
+    ):
+        score_answers(models[1], svsk, dense, [gone], SETTINGS, options(tmp_path), lambda *_: None)
 
 
 def test_long_answers_are_cut(models: list[Candidate], monkeypatch: pytest.MonkeyPatch) -> None:

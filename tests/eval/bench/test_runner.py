@@ -2,24 +2,32 @@
 """``svsk bench`` on tiny models: the report, going on after a kill, and what is refused."""
 
 import fcntl
+import importlib.metadata
 import json
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from svsk_eval.bench.options import BenchOptions, Candidate, TextOptions
 from svsk_eval.bench.progress import Step
 from svsk_eval.bench.runner import bench, candidate, package_versions
+from svsk_eval.bench.work_folder import hardware
+from svsk_eval.bench.worker import task_run
 from svsk_eval.errors import EvalError
 from svsk_eval.report.schema import BenchReport, BenchSettings
+from svsk_eval.task_data import DATA_VARIABLE
 from svsk_eval.text.model_folder import bits_per_weight, read_folder
 from svsk_kernels.errors import SvskError
 from svsk_vllm.format import Checkpoint
+from tests.eval.task_data.test_task_data import write_files
 from tests.support.format_builders import edit_json
 from tests.support.tiny_models import write_dense, write_random_svsk
 
@@ -132,6 +140,78 @@ def test_a_finished_run_is_not_run_again(
 
 
 @pytest.mark.usefixtures("forked")
+def test_a_damaged_result_is_named(
+    report: BenchReport, models: list[Candidate], work: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(work, tmp_path / "work"))
+    for path in copy.glob("*/task-*.json"):
+        path.write_text("{}")
+    with pytest.raises(
+        EvalError,
+        match=r"task-.*\.json: is damaged \(.*\)\. Delete it: the task is scored again from",
+    ):
+        bench(models, SETTINGS, options(copy), lambda *_: None)
+
+
+def test_a_package_that_is_missed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(
+        EvalError, match=r"The package lm_eval is not installed: pip install 'svsk-vl"
+    ):
+        package_versions("hf")
+
+
+def test_a_processor_that_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_text(*_: Any, **__: Any) -> str:
+        raise PermissionError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert hardware().endswith(" cores of an unnamed CPU")
+
+
+def samples(mean: float, *, higher: bool) -> dict[str, Any]:
+    """What lm-eval returns of a task with one metric, 3 for its only item."""
+    sample = {"doc_id": 0, "filter": "none", "metrics": ["ppl"], "ppl": 3.0}
+    return {
+        "samples": {"a": [sample]},
+        "results": {"a": {"ppl,none": mean}},
+        "higher_is_better": {"a": {"ppl": higher}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("results", "metadata", "message"),
+    [
+        (
+            samples(20.0, higher=False),
+            None,
+            "a: its metrics cannot be compared item by item, being no mean over items: ppl,none. L",
+        ),
+        (
+            samples(3.0, higher=True),
+            {"primary": "acc,none"},
+            "a: its primary metric acc,none cannot be compared item by item, being no mean over",
+        ),
+        (
+            samples(3.0, higher=False),
+            None,
+            "a: its metric ppl,none is better when it is lower, which reports cannot show",
+        ),
+    ],
+)
+def test_metrics_that_reports_cannot_show(
+    results: dict[str, Any], metadata: dict[str, str] | None, message: str
+) -> None:
+    task = SimpleNamespace(config=SimpleNamespace(metadata=metadata))
+    with pytest.raises(EvalError, match=message):
+        task_run("a", task, results, None)
+
+
+@pytest.mark.usefixtures("forked")
 def test_fewer_items_are_taken_from_the_same_answers(
     report: BenchReport, models: list[Candidate], work: Path
 ) -> None:
@@ -210,7 +290,9 @@ def test_a_worker_does_not_outlive_its_parent(models: list[Candidate], tmp_path:
 
 
 @pytest.mark.usefixtures("forked")
-def test_what_is_refused(models: list[Candidate], tmp_path: Path) -> None:
+def test_what_is_refused(
+    models: list[Candidate], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(
         *chosen: Candidate, tasks: tuple[str, ...] = ("mini_mc",), **changes: Any
     ) -> BenchReport:
@@ -227,6 +309,13 @@ def test_what_is_refused(models: list[Candidate], tmp_path: Path) -> None:
         EvalError, match="mini_code runs code that the model has written, and not in our sandbox"
     ):
         run(models[0], tasks=("mini_code",))
+    monkeypatch.setenv(DATA_VARIABLE, str(write_files(tmp_path / "data")))
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")  # which is lm-eval's; ours is asked for too
+    message = (
+        r"svsk_humaneval runs code that the model has written\. It runs in a sandbox, which is no"
+    )
+    with pytest.raises(EvalError, match=message):
+        run(models[0], tasks=("svsk_humaneval",))
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(EvalError, match=r"reference: .*short\.txt: \d+ tokens are 0 chunks of 64"):
         run(models[0], text=TextOptions(tmp_path / "short.txt", 2, 64, ("hf",)))

@@ -164,3 +164,8 @@ def test_damaged_answers_are_refused(
     kept.write_text("not json")
     with pytest.raises(EvalError, match=r"--answers .*not a file of answers .*not valid JSON"):
         prepare_chat(request(models, prompts, prompts=1, answers=kept))
+    with pytest.raises(
+        EvalError,
+        match=r"--answers .*: cannot be read \(Is a directory\)\. Name a file that `svsk eval",
+    ):
+        prepare_chat(request(models, prompts, prompts=1, answers=tmp_path))

@@ -121,7 +121,10 @@ def test_references_that_differ_are_told(write: Write) -> None:
         ({"kl": [0.5]}, "other: not a file of .*per_prompt: .*as many values in every one"),
         ({"chat": {"per_prompt": {}}}, "other: not a file of .*per_prompt: .*expected nll"),
         ({"kl": [0.5, 0.25, None, "x"]}, "other: not a file of .*kl.*expected a number"),
-        ({"chat": {"prompts": None}}, "other: not a file of .*chat.prompts: is missing"),
+        (
+            {"chat": {"prompts": None}},
+            "other: not a file of `svsk eval --chat --json`: chat.prompts: is missing. Score it",
+        ),
     ],
 )
 def test_files_that_cannot_be_compared(write: Write, changes: Any, message: str) -> None:
@@ -130,7 +133,9 @@ def test_files_that_cannot_be_compared(write: Write, changes: Any, message: str)
 
 
 def test_files_without_scores_of_answers(write: Write, tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match=r"absent: cannot read it .*--chat --json"):
+    with pytest.raises(
+        EvalError, match=r"absent: cannot read it \(.*\)\. Name a file of `svsk eval --chat --json`"
+    ):
         compare_chat_files([write("base"), tmp_path / "absent"])
     with pytest.raises(EvalError, match="expected a baseline and at least one other"):
         compare_chat_files([write("base")])

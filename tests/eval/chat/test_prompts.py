@@ -74,8 +74,8 @@ def test_the_first_rows_are_taken_whatever_stands_behind_them(tmp_path: Path) ->
     ("row", "message"),
     [
         ([1], r"line 2: a list, expected an object"),
-        ({"answer": "2", "n": 1}, r"line 2: has answer, n; expected messages, .* or text"),
-        ({}, r"line 2: has no key; expected"),
+        ({"answer": "2", "n": 1}, r"line 2: has answer, n, and none of messages, .* text, which"),
+        ({}, r"line 2: has no key, and none of"),
         ({"question": 7}, r"line 2: question is a int, expected a string"),
         ({"instruction": "add", "input": [1]}, r"line 2: input is a list, expected a string"),
         ({"messages": "hello"}, r"line 2: messages is a str, expected a list"),

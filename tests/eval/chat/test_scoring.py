@@ -122,9 +122,9 @@ def test_what_is_too_long_is_refused_before_weights_are_read(
         match=rf"line 5: {longest} tokens, and with .* of an answer more than the 512 that .*svsk",
     ):
         prepare_chat(request(models, prompts, answer_tokens=513 - longest))
-    with pytest.raises(EvalError, match="--answer-tokens is 0, expected 1"):
+    with pytest.raises(EvalError, match="--answer-tokens is 0, expected 1 or more"):
         prepare_chat(request(models, prompts, answer_tokens=0))
-    with pytest.raises(EvalError, match="--prompts is 0, expected 1"):
+    with pytest.raises(EvalError, match="--prompts is 0, expected 1 or more"):
         prepare_chat(request(models, prompts, prompts=0))
     with pytest.raises(EvalError, match="dtype is 'int4'"):
         prepare_chat(request(models, prompts, dtype="int4"))

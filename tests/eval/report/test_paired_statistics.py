@@ -287,6 +287,12 @@ def test_tasks_without_spread() -> None:
         pooled([])
 
 
+def test_differences_beyond_what_can_be_added_up() -> None:
+    message = "No bootstrap interval for differences between -inf and inf: expected finite values"
+    with pytest.raises(EvalError, match=message):
+        bootstrap_interval(array(-np.inf, 1, np.inf, 0))
+
+
 def test_the_stratified_interval_agrees_with_theory() -> None:
     rng = np.random.default_rng(6)
     pairs = []

@@ -118,6 +118,24 @@ class TestMachine:
         with pytest.raises(EvalError, match=f"this is a 64-bit Python on {system} on {machine}"):
             run("")
 
+    def test_another_build_of_python(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(selftest, "_proven", False)
+        monkeypatch.delattr(os, "memfd_create")
+        with pytest.raises(
+            EvalError, match="This Python was built without memfd_create, which running code needs"
+        ):
+            run("")
+
+    def test_no_place_for_temporary_files(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run("")
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+        with pytest.raises(
+            EvalError, match=r"No temporary folder could be made: .*gone.*Set TMPDIR"
+        ):
+            run("")
+
     def test_missing_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "pyseccomp", None)
         with pytest.raises(EvalError, match="pip install pyseccomp"):
@@ -128,7 +146,9 @@ class TestMachine:
         monkeypatch.setattr(
             "ctypes.util.find_library", lambda name: None if name == "seccomp" else "libc.so.6"
         )
-        with pytest.raises(EvalError, match=r"libseccomp\.so\.2 .*libseccomp2"):
+        with pytest.raises(
+            EvalError, match=r"code needs the library libseccomp\.so\.2 \(.*libseccomp2"
+        ):
             policy.seccomp_program.__wrapped__()
 
     def test_old_library(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,13 @@
 Running vLLM is left to the benchmark itself.
 """
 
+import io
 import json
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -16,7 +20,7 @@ from typer.testing import CliRunner
 import svsk_eval.speed.throughput as throughput
 from svsk_eval.errors import EvalError
 from svsk_eval.speed.throughput import Served, Speeds, measure, speeds_of, table_rows
-from svsk_eval.speed.throughput_server import Load
+from svsk_eval.speed.throughput_server import Load, Server, serve
 from tests.support.tiny_models import scheme, write_dense, write_random_svsk
 
 LOAD = Load(input_len=16, tokens=10, batches=(1, 8), repeats=2)
@@ -171,7 +175,7 @@ def test_a_run_goes_on_where_it_was_cut_off(
     for more in (["--input-len", "17"], ["--engine-arg", "seed=2"]):
         changed = CliRunner().invoke(throughput.app, [*options, *more])
         assert changed.exit_code == 1
-        assert "measured with" in changed.output
+        assert "is asked for. Give the same, or another --json." in changed.output
     monkeypatch.setenv("VLLM_DISABLED_KERNELS", "MacheteLinearKernel")
     assert CliRunner().invoke(throughput.app, options).exit_code == 1
 
@@ -237,3 +241,49 @@ def test_wrong_arguments(
     assert done.exit_code != 0
     assert message in " ".join(done.output.replace("│", " ").split())
     assert not fake.events
+
+
+def test_a_process_that_ends_at_once(tmp_path: Path) -> None:
+    with pytest.raises(EvalError, match="model: the vLLM process ended, see its output above"):
+        Server(tmp_path / "model", LOAD, {"PYTHONHOME": str(tmp_path / "no-python")}, {})
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (
+            2,
+            "dense: 3 requests of 16 tokens need room for 48 tokens in the cache, it has 32. Give",
+        ),
+        (3, "dense: a request ended before its 4 tokens"),
+    ],
+)
+def test_what_would_not_be_the_speed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, message: str
+) -> None:
+    """A vLLM whose cache is too small, or whose requests end early."""
+
+    class LLM:
+        def __init__(self, **_: Any) -> None:
+            cache = SimpleNamespace(num_gpu_blocks=blocks, block_size=16)
+            config = SimpleNamespace(cache_config=cache)
+            self.llm_engine = SimpleNamespace(vllm_config=config)
+
+        def generate(self, prompts: list[Any], *_: Any, **__: Any) -> list[Any]:
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1, 2])]) for _ in prompts]
+
+    platform = SimpleNamespace(is_cpu=lambda: False)
+    vllm = SimpleNamespace(LLM=LLM, SamplingParams=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("2 4\n"))
+    dense = write_dense(tmp_path / "dense")
+    engine = {"model": str(dense), "max_num_seqs": 3, "max_model_len": 16}
+    read, write = os.pipe()
+    try:
+        with pytest.raises(EvalError, match=message):
+            serve(json.dumps({"engine": engine, "input_len": 8}), write)
+    finally:
+        os.close(read)
+        if blocks == 2:  # it was not opened as a file
+            os.close(write)

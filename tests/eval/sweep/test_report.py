@@ -156,6 +156,10 @@ class TestPage:
         page.write_text("# Title\n")
         with pytest.raises(EvalError, match="has no part to fill"):
             filled(page)
+        with pytest.raises(
+            EvalError, match=r"no\.md: cannot read it \(No .*\)\. Name a page with a part to fill"
+        ):
+            filled(page.parent / "no.md")
         result = CliRunner().invoke(page_app, [str(page)])
         assert result.exit_code == 1
         assert "error:" in result.output
@@ -175,7 +179,10 @@ class TestFiles:
         assert load_sweep(tmp_path / "s.json") == written
 
     def test_refuses_others(self, tmp_path: Path) -> None:
-        with pytest.raises(EvalError, match=r"s.json: cannot read it"):
+        with pytest.raises(
+            EvalError,
+            match=r"s\.json: cannot read it \(No .*\)\. Name the one that `svsk sweep`",
+        ):
             load_sweep(tmp_path / "s.json")
         (tmp_path / "s.json").write_text('{"kind": "svsk-bench"}')
         with pytest.raises(EvalError, match=r"not a sweep.json of this version"):

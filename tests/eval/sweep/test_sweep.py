@@ -17,11 +17,13 @@ from svsk_eval.cli import app
 from svsk_eval.errors import EvalError
 from svsk_eval.sweep.request import own_variants, peer_variants
 from svsk_eval.sweep.schema import SweepReport, load_sweep
+from svsk_eval.sweep.settings import claim_folder
 from svsk_eval.text.scoring import evaluate
 from svsk_offline.pipeline import quantize
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.inspection import inspect_checkpoint
 from tests.eval.bench.test_command import TASKS
+from tests.support.format_builders import edit_json
 from tests.support.tiny_models import write_dense
 
 
@@ -174,6 +176,32 @@ class TestRun:
         assert sweep(folder, out, "--peer", "awq,gptq:64", "--tables", "reference").exit_code == 1
         assert [call[0] for call in peers] == ["awq", "awq"]
 
+    def test_a_peer_of_other_tokens_and_a_damaged_size(
+        self,
+        folder: Path,
+        tmp_path: Path,
+        peers: list[list[str]],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        out, pretend = tmp_path / "out", steps_module._run_peers
+
+        def with_text(peer: Any, arguments: list[str], log: Path) -> None:
+            pretend(peer, arguments, log)
+            if "--check" not in arguments and peer.group_size is None:
+                calibration = {"calibration": {"fingerprint": "of other tokens"}}
+                edit_json(Path(arguments[2]) / "peer.json", lambda kept: kept.update(calibration))
+
+        monkeypatch.setattr(steps_module, "_run_peers", with_text)
+        asked = ("--peer", "gptq,gptq:64", "--tables", "reference")
+        result = sweep(folder, out, *asked)
+        assert result.exit_code == 1
+        said = " ".join(result.output.split())
+        assert "gptq: was calibrated on other tokens than the sweep's. Remove" in said
+        (size,) = (path for path in out.rglob("size.json") if "gptq-g64" in path.parts)
+        size.write_text("{}")
+        again = " ".join(sweep(folder, out, *asked).output.split())
+        assert re.search(r"size\.json: is damaged \(.*\)\. Remove it\.", again)
+
     def test_tasks_and_their_recovery(
         self, folder: Path, tmp_path: Path, peers: list[list[str]]
     ) -> None:
@@ -197,7 +225,7 @@ class TestRefused:
             ([], "Nothing to make: give --bpw, --peer or --also."),
             (["--bpw", "4.25,x"], "--bpw x: expected bits per weight"),
             (["--bpw", "4.5,4.5"], "svsk-4.5: asked for twice"),
-            (["--peer", "GPTQ"], "--peer GPTQ: expected names"),
+            (["--peer", "GPTQ"], "--peer GPTQ: expected names separated by commas"),
             (
                 ["--bpw", "5", "--tables", "dense"],
                 "--tables dense: expected one of these: own, ref",
@@ -218,12 +246,22 @@ class TestRefused:
         assert "exists and holds no sweep" in result.output
         assert {path.name for path in tmp_path.iterdir()} == {"mine.txt"}
 
+    def test_other_settings(self, tmp_path: Path) -> None:
+        claim_folder(tmp_path, {"chunks": 3, "text": {"name": "a"}})
+        claim_folder(tmp_path, {"chunks": 3, "text": {"name": "a"}})
+        with pytest.raises(
+            EvalError,
+            match=r"holds a sweep with other settings: chunks was 3 and is 4. Give the sett",
+        ):
+            claim_folder(tmp_path, {"chunks": 4, "text": {"name": "a"}})
+
     def test_a_peer_says_why_before_anything_is_made(
         self, folder: Path, tmp_path: Path, quantized: list[str]
     ) -> None:
         result = sweep(folder, tmp_path / "out", "--bpw", "5", "--peer", "nothing")
         assert result.exit_code == 1
         assert "nothing: nothing: no such peer. There are gptq, awq" in result.output
+        assert re.search(r"What it printed is in \S+peer\.txt\.", result.output)
         assert not quantized
 
     def test_without_a_checkout(

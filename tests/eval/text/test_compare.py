@@ -203,6 +203,12 @@ def test_files_that_do_not_fit_are_refused_by_name(
     assert "Score " in str(caught.value)
 
 
+def test_other_cuts_of_one_text_are_refused(write: Write) -> None:
+    message = r"a\.json was scored in 4 chunks of 64 tokens, .*b\.json in 4 chunks of 128"
+    with pytest.raises(EvalError, match=message):
+        compare_files([write("a.json"), write("b.json", seq_len=128)])
+
+
 def test_a_bad_file_behind_good_ones_is_found(write: Write) -> None:
     with pytest.raises(EvalError, match=r"a\.json and .*c\.json were scored on different tokens"):
         compare_files([write("a.json"), write("b.json"), write("c.json", text_fingerprint="11")])
@@ -216,11 +222,16 @@ def test_errors_of_the_command_are_one_line(write: Write, tmp_path: Path) -> Non
         ([good], "Got 1 file(s) to compare"),
         (
             [good, tmp_path / "absent.json"],
-            "absent.json: cannot read it (No such file or directory)",
+            "absent.json: cannot read it (No such file or directory). Name a file of"
+            " `svsk eval --json`.",
         ),
         ([good, tmp_path / "text.json"], "text.json: not a file of `svsk eval --json`"),
         ([tmp_path / "list.json", good], "list.json: not a file of `svsk eval --json`"),
         ([good, good, "--json", tmp_path / "no" / "x.json"], "its folder does not exist"),
+        (
+            [good, good, "--html", tmp_path / "x.html"],
+            "--markdown and --html are for files of `svsk bench --json`.",
+        ),
     ):
         result = svsk("compare", *arguments)
         assert result.exit_code == 1

@@ -189,6 +189,11 @@ def test_damaged_shards(dense: Path) -> None:
         read_folder(dense)
 
 
+def test_what_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(EvalError, match=r"none: not a model folder\. .*no such file"):
+        read_folder(tmp_path / "none")
+
+
 def test_a_folder_without_weights(dense: Path) -> None:
     (dense / INDEX).write_text('{"weight_map": {}}')
     with pytest.raises(EvalError, match="has no weights"):

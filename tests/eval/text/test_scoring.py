@@ -13,7 +13,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from svsk_eval.errors import EvalError
-from svsk_eval.text.models import load_model, load_tokenizer
+from svsk_eval.text.models import declared_limits, load_model, load_tokenizer
 from svsk_eval.text.scoring import compare_models, evaluate, token_chunks
 from svsk_kernels.errors import SvskError
 from tests.support.format_builders import edit_json
@@ -312,6 +312,19 @@ def test_a_path_that_is_no_model_is_an_error(models: Path, text: Path, tmp_path:
         evaluate(tmp_path / "absent", None, text, 1, SEQ_LEN)
     with pytest.raises(SvskError, match="absent: not a folder here, and the hub did not give it"):
         load_model(tmp_path / "absent")
+
+
+def test_folders_that_lack_a_part_are_errors(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((models / "dense" / "config.json").read_bytes())
+    with pytest.raises(
+        EvalError, match=f"{tmp_path}: cannot load a model from it[.] .*safetensors"
+    ):
+        load_model(tmp_path)
+    with pytest.raises(EvalError, match=f"{tmp_path}: cannot load a tokenizer from it[.] Copy the"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "of_next_year"}')
+    with pytest.raises(EvalError, match=f"{tmp_path}: cannot read a model's config from it[.] "):
+        declared_limits(tmp_path, trust_remote_code=False)
 
 
 def test_a_vocabulary_that_differs_is_an_error(models: Path, text: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import processors
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
@@ -27,6 +28,7 @@ from typer.testing import CliRunner, Result
 from svsk_eval.cli import app
 from svsk_eval.errors import EvalError
 from svsk_eval.text.compare import compare_files
+from svsk_eval.text.generate import generate_texts
 from svsk_eval.text.metrics import ChunkScores, EvalInputs, EvalResult, summarize
 from svsk_eval.text.scoring import evaluate, token_chunks
 from svsk_eval.text.served import chunk_scores, evaluate_served, serve, served_scores
@@ -274,6 +276,49 @@ def test_answers_that_mean_nothing_are_refused(
         evaluate_served(models / "dense", None, text, 3, SEQ_LEN, "float32")
 
 
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        (None, r"dense: its vLLM process ended without a result \(No such file"),
+        ((3, 7), r"dense: vLLM gave scores of shape \[3, 7\], expected \[3, 399\]"),
+    ],
+)
+def test_a_process_that_leaves_no_result_is_an_error(
+    models: Path,
+    text: Path,
+    no_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+    left: tuple[int, int] | None,
+    message: str,
+) -> None:
+    def run_request(_module: str, request: Any, folder: Path, *_: Any) -> None:
+        if left is not None:
+            tensors = {"logprobs": torch.zeros(left), "top": torch.zeros(left, dtype=torch.bool)}
+            save_file(tensors, folder / "result.safetensors", {"vllm": "{}"})
+
+    monkeypatch.setattr("svsk_eval.text.served.run_request", run_request)
+    with pytest.raises(EvalError, match=message):
+        evaluate_served(models / "dense", None, text, 3, SEQ_LEN, "float32")
+
+
+def test_generate_without_vllm(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(
+        EvalError,
+        match=r"--engine vllm: vLLM is not installed \(.*\)\. Install it, or use --engine hf",
+    ):
+        generate_texts(str(models / "dense"), ["a"], engine="vllm")
+
+
+@pytest.mark.usefixtures("in_process")
+def test_generate_with_a_vllm_that_does_not_serve_it(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM", "fail")
+    with pytest.raises(EvalError, match=r"vLLM cannot serve .*dense: no memory for this model"):
+        generate_texts(str(models / "dense"), ["a"], engine="vllm")
+
+
 def test_an_interrupted_evaluation_leaves_no_process(
     models: Path, text: Path, fake: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +386,9 @@ def test_what_cannot_be_served_is_named(
         ):
             served_scores(models / "svsk", tokens)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(EvalError, match=r"vLLM is not installed .* or use --engine hf"):
+    with pytest.raises(
+        EvalError, match=r"--engine vllm: vLLM is not installed in this environment. Install it"
+    ):
         served_scores(models / "dense", tokens)
 
 

@@ -30,5 +30,5 @@ def test_more_tokens_fit_others_better(tmp_path: Path) -> None:
 
 def test_a_block_that_is_not_there(tmp_path: Path) -> None:
     model = write_dense(tmp_path / "dense", "llama")
-    with pytest.raises(EvalError, match="blocks 0 to 1"):
+    with pytest.raises(EvalError, match="--block 2: the model has blocks 0 to 1"):
         measure(model, ("python", "python"), load_recipe("fast"), 2, (0.5,), 1)
