@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.token_budget import sample_count
+from svsk_offline.console_tables import new_table, show_table
 from svsk_offline.pipeline import resolve_device
 from svsk_offline.preflight import check_recipe
 from svsk_offline.recipe import Recipe
@@ -217,7 +217,7 @@ def _second_copies(source: ModelSource) -> set[str]:
 
 def print_estimate(console: Console, estimate: Estimate) -> None:
     """Show an estimate."""
-    table = Table("quantised", "count", "N x K", "bits per weight")
+    table = new_table("quantised", "count", "N x K", "bits per weight", numbers=(1, 3))
     for row in estimate.quantised:
         bits = row["bits_per_weight"]
         table.add_row(
@@ -226,7 +226,7 @@ def print_estimate(console: Console, estimate: Estimate) -> None:
             f"{row['shape'][0]} x {row['shape'][1]}",
             "chosen by the budget" if bits is None else f"{bits:.4f}",
         )
-    console.print(table)
+    show_table(console, table)
     about = "at most " if estimate.budget else ""
     ignored = len(estimate.left_by_ignore)
     lines = [

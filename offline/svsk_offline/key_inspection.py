@@ -8,13 +8,13 @@ from typing import Any, Final
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import load_calibration
 from svsk_offline.calibration.limits import longest_sequence
 from svsk_offline.calibration.sources import check_sources
 from svsk_offline.calibration_entries import DEFAULT_SOURCE, calibration_entries
+from svsk_offline.console_tables import new_table, show_table
 from svsk_offline.pipeline import check_takes, resolve_device
 from svsk_offline.planning.key_channels import LOST_RATIO, KeyChannels
 from svsk_offline.planning.smoothing import plan_smoothing
@@ -105,7 +105,8 @@ def inspect_keys(
 
 def print_keys(console: Console, found: KeyInspection) -> None:
     """Show the result of :func:`inspect_keys` as a table."""
-    table = Table("block", "largest", "median", "largest / median", "with --smooth-keys")
+    headings = ("block", "largest", "median", "largest / median", "with --smooth-keys")
+    table = new_table(*headings, numbers=range(5))
     for layer in found.layers:
         table.add_row(
             str(layer.block),
@@ -114,7 +115,7 @@ def print_keys(console: Console, found: KeyInspection) -> None:
             f"{layer.ratio:.1f}",
             "cannot be" if layer.folded_ratio is None else f"{layer.folded_ratio:.1f}",
         )
-    console.print(table)
+    show_table(console, table)
     lines = [
         f"largest magnitudes of key channels on {found.tokens:,} tokens of {found.text}; the ratio"
         " is that of the head where it is largest",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.choices import did_you_mean
+from svsk_offline.console_tables import new_table, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,9 +55,7 @@ def recipe_values(name: str) -> dict[str, Any]:
 
 def print_recipes(console: "Console", shipped: Mapping[str, Mapping[str, Any]]) -> None:
     """Show the shipped recipes, by name, as a table."""
-    from rich.table import Table
-
-    table = Table("name", "base", "sidecar", "description")
+    table = new_table("name", "base", "sidecar", "description")
     for name, values in shipped.items():
         side, weights = values["sidecar"], values["weights"]
         budget = values.get("allocation")
@@ -69,4 +68,4 @@ def print_recipes(console: "Console", shipped: Mapping[str, Mapping[str, Any]]) 
             groups = f"groups of {weights['group_size']}"
             chosen = f"rank {side['rank']}, {side['num_bits']}-bit factors, tiles {tile}"
         table.add_row(name, f"{base}, {groups}", chosen, values["description"])
-    console.print(table)
+    show_table(console, table)

@@ -4,11 +4,11 @@
 from typing import Final
 
 from rich.console import Console
-from rich.table import Table
 
 from svsk_eval.chat.metrics import ChatScores
 from svsk_eval.chat.scoring import PreparedChat, evaluate_chat
 from svsk_eval.text.models import silence_progress_bars
+from svsk_offline.console_tables import new_table, show_table
 from svsk_offline.terminal import steps
 
 __all__ = ["evaluate_chat_with_progress", "print_chat"]
@@ -48,13 +48,14 @@ def evaluate_chat_with_progress(
 def print_chat(console: Console, scores: ChatScores) -> None:
     """Show the figures of answers with their standard errors over prompts."""
     figures = scores.figures()
-    table = Table("figure on the reference's answers", "value", "standard error")
+    headings = ("figure on the reference's answers", "value", "standard error")
+    table = new_table(*headings, numbers=(1, 2))
     for key, label, form in _ROWS:
         if key in figures:
             figure = figures[key]
             error = "" if figure.se is None else format(figure.se, form)
             table.add_row(label, format(figure.mean, form), error)
-    console.print(table)
+    show_table(console, table)
     console.print(
         f"{scores.tokens} tokens in answers to {scores.prompts} prompts; {scores.finished} answers"
         f" ended by themselves, the others at the limit of {scores.answer_tokens} tokens"

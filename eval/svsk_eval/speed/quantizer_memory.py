@@ -17,7 +17,6 @@ from typing import Annotated, Any, Final
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from svsk_offline.calibration import InputStatistics
 from svsk_offline.calibration.cross_moment import CrossMoment, PairedMoments
 from svsk_offline.command_app import App
+from svsk_offline.console_tables import new_table, show_table
 from svsk_offline.quantizers.aimed_weight import aims
 from svsk_offline.quantizers.alternating import PreparedInput, quantize_alternating
 from svsk_offline.quantizers.row_metric import RowMetric
@@ -154,7 +154,7 @@ def main(
 ) -> None:
     """Measure the memory of quantising one linear."""
     console = Console()
-    table = Table("K", "K x K matrices", "all tensors", "process, MiB")
+    table = new_table("K", "K x K matrices", "all tensors", "process, MiB", numbers=range(4))
     peaks = []
     for k in widths or [1536, 3072]:
         # A process each: the resident size of one only grows.
@@ -167,7 +167,7 @@ def main(
             f"{peak.tensors:.1f}",
             f"{peak.process_bytes / (1 << 20):.0f}",
         )
-    console.print(table)
+    show_table(console, table)
     first, last = min(peaks, key=lambda peak: peak.k), max(peaks, key=lambda peak: peak.k)
     if first.k < last.k:
         # What does not grow with K (code, buffers of a fixed size) is left out.

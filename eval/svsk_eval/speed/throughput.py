@@ -25,7 +25,6 @@ from typing import Annotated, Any, Final
 import typer
 from pydantic import TypeAdapter
 from rich.console import Console
-from rich.table import Table
 
 from svsk_eval.errors import EvalError
 from svsk_eval.speed.fused_obstacle import fused_obstacle
@@ -33,6 +32,7 @@ from svsk_eval.speed.throughput_server import Load, Server, serve
 from svsk_eval.text.engine_args import parse_engine_args
 from svsk_kernels.errors import SvskError
 from svsk_offline.command_app import App
+from svsk_offline.console_tables import new_table, show_table
 from svsk_offline.export.compressed_tensors import export_compressed_tensors
 from svsk_offline.storage.atomic import write_json, write_text
 from svsk_vllm.format import Checkpoint
@@ -296,10 +296,11 @@ def _report(
     ):
         headings = ["model", *(f"batch {count}" for count in load.batches)]
         rows = table_rows(speeds, load, kind)
-        table = Table(*headings, title=title)
+        table = new_table(*headings, numbers=range(1, len(headings)))
         for row in rows:
             table.add_row(*row)
-        console.print(table)
+        console.print(title, markup=False)
+        show_table(console, table)
         cells = [headings, ["---"] * len(headings), *rows]
         lines += [
             f"{title.capitalize()}:\n\n",

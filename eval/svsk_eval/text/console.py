@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from svsk_eval.text.compare import Comparison
+from svsk_offline.console_tables import new_table, show_table
 from svsk_offline.terminal import steps
 
 if TYPE_CHECKING:
@@ -73,12 +73,12 @@ def evaluate_with_progress(
 
 def print_scores(console: Console, result: dict[str, Any]) -> None:
     """Show the figures of an evaluation with their standard errors over chunks."""
-    table = Table("figure", "value", "standard error")
+    table = new_table("figure", "value", "standard error", numbers=(1, 2))
     for key, label, form in _ROWS:
         value, error = result.get(key), result.get(f"{key}_se")
         if value is not None:
             table.add_row(label, format(value, form), "" if error is None else format(error, form))
-    console.print(table)
+    show_table(console, table)
     console.print(f"{result['tokens']} tokens in {result['chunks']} chunks")
     if result.get("kv") is not None:
         keys, values = result["kv"].split(":")
@@ -112,8 +112,7 @@ def print_comparisons(
     Without references there is neither KL nor top-1, and the row is NLL; it is a row too where the
     engines differ.
     """
-    table = Table("file", "figure")
-    table.columns[0].overflow = "fold"
+    table = new_table("file", "figure")
     for heading in ("baseline", "value", "difference ± se", "p"):
         table.add_column(heading, justify="right", no_wrap=True)
     for comparison in comparisons:
@@ -132,7 +131,7 @@ def print_comparisons(
                 "" if pair.p is None else format(pair.p, ".2g"),
                 end_section=key == rows[-1][0],
             )
-    console.print(table)
+    show_table(console, table)
     console.print(f"baseline: {baseline}", markup=False)
     for comparison in comparisons:
         if comparison.rounding is not None:

@@ -18,12 +18,12 @@ import torch
 import typer
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from svsk_eval.errors import EvalError
 from svsk_offline.calibration import BlockRunner, CalibrationSet, InputStatistics, load_calibration
 from svsk_offline.command_app import App
+from svsk_offline.console_tables import new_table, show_table
 from svsk_offline.quantizers.quantize_linear import quantize_linear
 from svsk_offline.recipe import Recipe, load_recipe
 from svsk_offline.storage.atomic import write_json
@@ -190,7 +190,8 @@ def main(
 ) -> None:
     """Measure a block's errors against calibration tokens."""
     points = measure(model, (text, held_out_text), load_recipe(recipe), block)
-    table = Table("linear", "K", "tokens / K", "error, fitted", "error, held out")
+    headings = ("linear", "K", "tokens / K", "error, fitted", "error, held out")
+    table = new_table(*headings, numbers=range(1, 5))
     for point in points:
         table.add_row(
             point.name,
@@ -199,7 +200,7 @@ def main(
             f"{point.fitted:.2e}",
             f"{point.held_out:.2e}",
         )
-    Console().print(table)
+    show_table(Console(), table)
     if json_file is not None:
         write_json(json_file, json.loads(json.dumps([asdict(point) for point in points])))
     if figure is not None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from rich.console import Console
-from rich.table import Table
 
+from svsk_offline.console_tables import new_table, show_table
 from svsk_offline.printable import printable
 from svsk_offline.storage.inspection import inspect_checkpoint
 from svsk_offline.storage.layer_report import stored_errors
@@ -131,10 +131,10 @@ def _header(handle: IO[bytes]) -> tuple[dict[str, Any], int]:
 
 def print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
     """Show the result of :func:`compare_checkpoints`."""
-    table = Table("", *map(printable, comparison["folders"]))
+    table = new_table("", *map(printable, comparison["folders"]), numbers=(1, 2))
     for key, pair in comparison["figures"].items():
         table.add_row(key.replace("_", " "), *map(_number, pair))
-    console.print(table)
+    show_table(console, table)
     for title, found in (("config.json", comparison["config"]), ("schemes", comparison["schemes"])):
         if not found:
             console.print(f"{title}: the same", markup=False)

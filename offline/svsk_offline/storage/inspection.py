@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from svsk_offline.console_tables import new_table, show_table
 from svsk_vllm.format.contents import Contents
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.files import read_json
@@ -103,14 +103,13 @@ def _whole_bits_per_weight(contents: Contents) -> float:
 
 def print_inspection(console: Console, inspection: dict[str, Any]) -> None:
     """Show the result of :func:`inspect_checkpoint` as a table."""
-    table = Table("layers", "count", "N x K", "base", "sidecar", "bits per weight", "MB")
+    headings = ("layers", "count", "N x K", "base", "sidecar", "bits per weight", "MB")
+    table = new_table(*headings, numbers=(1, 5, 6))
     for row in inspection["groups"]:
         tile_m, tile_n = (size or "all" for size in row["tile"])
-        sidecar = (
-            f"r{row['rank']} {row['factor_bits']} bit, {tile_m} x {tile_n}"
-            if row["rank"]
-            else "none"
-        )
+        sidecar = f"rank {row['rank']}, {row['factor_bits']} bit" if row["rank"] else "none"
+        if row["rank"] and any(row["tile"]):
+            sidecar += f", {tile_m} x {tile_n}"
         table.add_row(
             escape(row["kind"]),
             str(row["count"]),
@@ -121,7 +120,7 @@ def print_inspection(console: Console, inspection: dict[str, Any]) -> None:
             f"{row['bits_per_weight']:.4f}",
             f"{sum(row['bits'].values()) / 8e6:.2f}",
         )
-    console.print(table)
+    show_table(console, table)
     producer = inspection["producer"]
     bpw = inspection["bits_per_weight"]
     for line in (
