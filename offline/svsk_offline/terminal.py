@@ -28,6 +28,7 @@ __all__ = [
     "notes",
     "reset",
     "results_to_stdout",
+    "say_note",
     "steps",
     "write_json",
 ]
@@ -61,6 +62,11 @@ console: Final = Terminal()
 
 notes: Final = Terminal()
 """For what it says on the way. Silent under ``--quiet``."""
+
+
+def say_note(text: str) -> None:
+    """Show a line on the way, as it is."""
+    notes.print(text, markup=False)
 
 
 def reset() -> None:

@@ -4,6 +4,7 @@
 import ast
 import importlib
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+import svsk_eval.commands
+import svsk_offline.commands
 from svsk_eval import choices
 from svsk_eval.cli import app
 from svsk_eval.text.activations import ACTIVATIONS
@@ -133,7 +136,13 @@ def test_where_there_is_no_name_shells_offer_files() -> None:
 def checked_choices() -> list[tuple[str, str, tuple[object, ...]]]:
     """Command, option and choices of each call of ``choose`` in the commands."""
     found = []
-    for name in ("svsk_offline.cli", "svsk_eval.cli"):
+    packages = (svsk_offline.commands, svsk_eval.commands)
+    names = [
+        f"{package.__name__}.{module.name}"
+        for package in packages
+        for module in pkgutil.iter_modules(package.__path__)
+    ]
+    for name in names:
         module = importlib.import_module(name)
         tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
         for function in filter(lambda node: isinstance(node, ast.FunctionDef), tree.body):

@@ -29,7 +29,7 @@ WIDE = {"COLUMNS": "400", "TERM": "dumb", "NO_COLOR": "1"}
 
 def help_pages(name: str) -> list[tuple[Any, str]]:
     """The commands of a program, each with its help as it is printed."""
-    module = importlib.import_module("svsk_eval.cli" if name == "svsk_offline.cli" else name)
+    module = importlib.import_module("svsk_eval.cli" if name == "svsk_offline.app" else name)
     whole = typer.main.get_command(module.app)
     pages = [(whole, CliRunner().invoke(module.app, ["--help"], env=WIDE))]
     for called, command in getattr(whole, "commands", {}).items():
@@ -39,7 +39,7 @@ def help_pages(name: str) -> list[tuple[Any, str]]:
 
 
 def test_the_programs_are_found() -> None:
-    assert {"svsk_offline.cli", "svsk_eval.demo", "svsk_eval.speed.throughput"} <= {*PROGRAMS}
+    assert {"svsk_offline.app", "svsk_eval.demo", "svsk_eval.speed.throughput"} <= {*PROGRAMS}
 
 
 def test_no_program_goes_round_the_class() -> None:
