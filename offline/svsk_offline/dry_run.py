@@ -110,7 +110,8 @@ def dry_run(
     room = needs.within(memory_budget)
     memory, disk = needs.memory(room), needs.disk(room)
     planning = memory["gradients' statistics"] + memory["inputs of all blocks"]
-    running = memory["statistics of a block"] + memory["inputs in the dense model"]
+    running = memory["statistics of a block"] + memory["codes of a block"]
+    running += memory["inputs in the dense model"]
     peak = max(planning, running) + sum(
         memory[key] for key in ("the program", "hidden states", "a block, or embedding and head")
     )

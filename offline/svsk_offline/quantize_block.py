@@ -150,7 +150,13 @@ class BlockQuantizer:
         # In the block's order, whatever the turns were.
         fitted.linears = {name: fitted.linears[name] for name, _, _ in planned}
         errors = measure_outputs(
-            self._runner, index, block, fitted.linears, advance=advance, world=self._world
+            self._runner,
+            index,
+            block,
+            fitted.linears,
+            advance=advance,
+            room=self._room,
+            world=self._world,
         )
         return fitted.reported(errors)
 
@@ -250,7 +256,13 @@ class BlockQuantizer:
             _known(fitted.linears, name, full)
         with replaced_weights(block, replaced):
             errors = measure_outputs(
-                self._runner, index, block, fitted.linears, advance=False, aims=aimed
+                self._runner,
+                index,
+                block,
+                fitted.linears,
+                advance=False,
+                aims=aimed,
+                room=self._room,
             )
         return fitted.reported(errors)
 

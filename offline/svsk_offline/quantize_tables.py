@@ -107,16 +107,19 @@ def _errors(
     weight: torch.Tensor, linear: QuantizedLinear, moment: torch.Tensor | None, tokens: int
 ) -> OutputErrors:
     """Errors under a second moment [K, K] of the input; None for inputs that are rows' numbers."""
-    whole, base = dequantize(linear), dequantize(linear, with_sidecar=False)
     signal = energy = missed = without = noise = 0.0
     for start in range(0, len(weight), _ROWS):
-        part = slice(start, start + _ROWS)
-        dense = weight[part].float().cpu()
+        rows = range(start, min(start + _ROWS, len(weight)))
+        dense = weight[rows.start : rows.stop].float().cpu()
+        error = dense - dequantize(linear, rows=rows)
         signal += float(dense.square().sum())
-        noise += float((dense - whole[part]).square().sum())
+        noise += float(error.square().sum())
         energy += _energy(dense, moment)
-        missed += _energy(dense - whole[part], moment)
-        without += _energy(dense - base[part], moment)
+        lost = _energy(error, moment)
+        missed += lost
+        if linear.spec.rank:
+            lost = _energy(dense - dequantize(linear, with_sidecar=False, rows=rows), moment)
+        without += lost
     unit = energy or 1.0
     sqnr = 10 * math.log10(signal / noise) if noise and signal else math.inf
     return OutputErrors(without / unit, missed / unit, sqnr, tokens)

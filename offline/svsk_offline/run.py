@@ -15,7 +15,7 @@ import torch
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import BlockRunner, CalibrationSet
 from svsk_offline.calibration.held_out import held_out_last
-from svsk_offline.calibration.room import peak_memory_gib
+from svsk_offline.calibration.room import keep_few_products, peak_memory_gib
 from svsk_offline.planning.division import check_divisible
 from svsk_offline.planning.folded_model import folded_model
 from svsk_offline.planning.measurements import Measuring
@@ -128,6 +128,8 @@ class Run:
         self.planned = after_head(source, self.recipe, self.tables, self.schemes, progress.message)
         check_divisible(world, self.recipe, self.schemes, source.folder)
         self.needs(0).within(memory_budget)  # what no number of samples changes
+        if memory_budget is not None:
+            keep_few_products()
         self._draw = texts
 
     def needs(self, samples: int) -> Needs:

@@ -183,7 +183,9 @@ def tensor_problems(spec: LinearSpec, stored: Mapping[str, torch.Tensor | Tensor
     return problems
 
 
-def dequantize(linear: QuantizedLinear, *, with_sidecar: bool = True) -> torch.Tensor:
+def dequantize(
+    linear: QuantizedLinear, *, with_sidecar: bool = True, rows: range | None = None
+) -> torch.Tensor:
     """The weight a quantised linear stands for.
 
     ``W_hat`` of docs/format.md, the definition everything is tested on.
@@ -194,23 +196,27 @@ def dequantize(linear: QuantizedLinear, *, with_sidecar: bool = True) -> torch.T
     Args:
         linear: the quantised linear.
         with_sidecar: False leaves the second term out.
+        rows: these in turn; None for all N. Tables are too large for float32 as a whole.
 
     Returns:
-        float32 [N, K].
+        float32 [N, K], or [rows, K].
     """
     spec = linear.spec
-    values = code_values(linear.codes, spec.scheme.weights.joined_codebook).view(
-        spec.n, -1, spec.group_size
-    )
-    weight = (values * linear.scale.float().unsqueeze(-1)).view(spec.n, spec.k)
+    first, last = (0, spec.n) if rows is None else (rows.start, rows.stop)
+    values = code_values(linear.codes[first:last], spec.scheme.weights.joined_codebook)
+    groups = values.view(last - first, -1, spec.group_size)
+    weight = (groups * linear.scale[first:last].float().unsqueeze(-1)).view(-1, spec.k)
     if not with_sidecar or linear.u is None or linear.v is None or linear.gain is None:
         return weight
     for a in range(spec.grid.num_row_tiles):
-        rows = spec.grid.row_slice(a)
+        tile = spec.grid.row_slice(a)
+        start, stop = max(first, tile.start), min(last, tile.stop)
+        if start >= stop:
+            continue
         for b in range(spec.grid.num_col_tiles):
             cols = spec.grid.col_slice(b)
-            u = linear.u[rows, b].float() * linear.gain[a, b]
-            weight[rows, cols] += u @ linear.v[a, :, cols].float()
+            u = linear.u[start:stop, b].float() * linear.gain[a, b]
+            weight[start - first : stop - first, cols] += u @ linear.v[a, :, cols].float()
     return weight
 
 

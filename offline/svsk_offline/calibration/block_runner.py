@@ -202,8 +202,12 @@ class BlockRunner:
         statistics: dict[str, InputStatistics] = {}
         window: list[slice] = [slice(0)]
 
+        experts = expert_modules(block)
+
         def create(name: str, features: int) -> InputStatistics:
-            return InputStatistics(features, self.device, full=full, first=name in first)
+            # The inputs of experts do not say where samples begin.
+            apart = name in first and name not in experts
+            return InputStatistics(features, self.device, full=full, first=apart)
 
         hooks = self._watch(block, statistics, create, weights, window, names)
         try:

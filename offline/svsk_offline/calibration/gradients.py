@@ -21,7 +21,7 @@ from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.block_runner import BlockRunner, StandIn, scratch_tensor
 from svsk_offline.calibration.expert_tokens import ExpertPools, fill_up_experts
 from svsk_offline.calibration.input_statistics import InputStatistics
-from svsk_offline.calibration.room import UNLIMITED, Room
+from svsk_offline.calibration.room import UNLIMITED, Room, give_back
 from svsk_offline.calibration.stages import turns
 from svsk_offline.calibration.text import CalibrationSet
 from svsk_offline.storage.decoder_blocks import expert_modules, linear_modules
@@ -277,6 +277,8 @@ class _WayBack:
                 if name in self._experts and name not in observed.gradients:
                     observed.gradients[name] = self._none(linears[name].out_features)
             yield observed
+            if room is not None:
+                give_back()
 
     def _size(self, module: nn.Linear) -> int:
         """Bytes of what is gathered of a linear."""

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from svsk_offline.calibration.block_runner import BlockRunner
+from svsk_offline.calibration.room import give_back
+from svsk_offline.calibration.stages import turns
 from svsk_offline.calibration.text import CalibrationSet
 from svsk_offline.storage.decoder_blocks import linear_modules
 from svsk_offline.storage.layer_report import LayerReport
@@ -107,6 +109,7 @@ def measure_outputs(
     *,
     advance: bool,
     aims: Mapping[str, torch.Tensor] | None = None,
+    room: int | None = None,
     world: World = ALONE,
 ) -> dict[str, OutputErrors]:
     """Run the held-out samples through a loaded dense block, and quantised linears beside it.
@@ -120,6 +123,7 @@ def measure_outputs(
         linears: quantised, by their names below the block.
         advance: keep the block's outputs as the next block's inputs.
         aims: float [N, K] by these names, what each was fitted to; None for the block's weights.
+        room: bytes of differences of weights at a time, in turns; None for no limit.
         world: the processes whose samples are measured together.
 
     Returns:
@@ -136,14 +140,15 @@ def measure_outputs(
         signal, missed = float(weight.square().sum()), float(whole.square().sum())
         noise[name] = 10 * math.log10(signal / missed) if missed and signal else math.inf
         errors = [whole.to(runner.dtype)]
+        aim = None if aims is None else weight.to(runner.dtype)
         if linear.spec.rank:
             errors.insert(0, (weight - dequantize(linear, with_sidecar=False)).to(runner.dtype))
         sums[name] = torch.zeros(3, dtype=torch.float64, device=runner.device)
 
         def after(module: Any, given: tuple[Any, ...], output: torch.Tensor) -> None:
             rows = given[0].flatten(0, -2)
-            if aims is not None:
-                product = rows @ weight.to(rows.dtype).T
+            if aim is not None:
+                product = rows @ aim.T
             else:
                 product = output if module.bias is None else output - module.bias
             squares = [_energy(product), *(_energy(rows @ error.T) for error in errors)]
@@ -152,15 +157,27 @@ def measure_outputs(
 
         return module.register_forward_hook(after)
 
-    hooks = [watch(name, module) for name, module in linear_modules(block) if name in linears]
-    try:
-        for part in runner.batches("held out" if runner.apart else "fitted"):
-            output = runner.forward(index, block, runner.hidden[part])
-            if advance:
-                runner.hidden[part] = output.to(runner.hidden)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    modules = {name: module for name, module in linear_modules(block) if name in linears}
+    groups = [[*modules]]
+    if room is not None:  # with a sidecar two differences are held
+        sizes = (
+            ((name,), (1 + bool(linears[name].spec.rank)) * module.weight.nbytes)
+            for name, module in modules.items()
+        )
+        groups = turns(sizes, room)
+    for group in groups:
+        hooks = [watch(name, modules[name]) for name in group]
+        try:
+            for part in runner.batches("held out" if runner.apart else "fitted"):
+                output = runner.forward(index, block, runner.hidden[part])
+                if advance and group is groups[-1]:
+                    runner.hidden[part] = output.to(runner.hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        hooks.clear()  # they hold the differences
+        if room is not None:
+            give_back()
     table = torch.zeros(len(linears), 4, dtype=torch.float64)
     for row, name in zip(table, linears, strict=True):
         row[:3], row[3] = sums[name], tokens[name]

@@ -16,6 +16,7 @@ from torch import nn
 from svsk_offline.calibration.block_runner import BlockRunner
 from svsk_offline.calibration.expert_tokens import ExpertPools
 from svsk_offline.calibration.input_statistics import InputStatistics
+from svsk_offline.calibration.room import give_back
 from svsk_offline.storage.decoder_blocks import expert_modules, linear_modules
 
 __all__ = ["Stage", "gathered_in_turns", "stages_of", "turns"]
@@ -98,11 +99,14 @@ def turns(parts: Iterable[tuple[Sequence[str], int]], room: int) -> list[list[st
     Args:
         parts: names that stay together, and the bytes that they take.
         room: bytes. What takes more has a turn of its own.
+
+    Returns:
+        At least one turn; of no names an empty one.
     """
-    found: list[list[str]] = []
-    left = 0
+    found: list[list[str]] = [[]]
+    left = room
     for names, size in parts:
-        if size > left or not found:
+        if size > left and found[-1]:
             found.append([])
             left = room
         found[-1] += names
@@ -136,12 +140,13 @@ def gathered_in_turns(
         weights: likewise.
         advance: likewise, in the last turn.
     """
+    experts = expert_modules(block)
 
     def size(read: Sequence[str]) -> int:
         features: int = block.get_parameter(f"{read[0]}.weight").shape[1]
         # Of two weightings of one input both are gathered.
         kinds = 1 if weights is None else len({id(weights[name]) for name in read})
-        both = 2 if any(name in first for name in read) else 1
+        both = 2 if any(name in first and name not in experts for name in read) else 1
         return 4 * kinds * both * (features**2 if full else features)
 
     def collect(some: list[str], pools: ExpertPools | None) -> dict[str, InputStatistics]:
@@ -166,7 +171,6 @@ def gathered_in_turns(
         known = {name for one in read for name in one}
         read += [(name,) for name in names if name not in known]
         groups = turns(((one, size(one)) for one in read if one), room)
-    experts = expert_modules(block)
     mixed = [group for group in groups if any(name in experts for name in group)]
     unfilled, pools = ExpertPools(), None
     if len(mixed) > 1:
@@ -175,6 +179,8 @@ def gathered_in_turns(
             pools.add(block, collect(group, unfilled))
     for group in groups:
         yield collect(group, pools)
+        if room is not None:
+            give_back()
 
 
 def _kind(name: str) -> str:

@@ -2,15 +2,19 @@
 """What a quantisation holds in memory and in temporary files, from shapes alone.
 
 - statistics: while a block is quantised a float32 [K, K] for each of its linears (fewer where
-  linears share an input), and five of the widest; while gradients are measured two [K, K] and, with
+  linears share an input; two where first tokens are kept apart, but not of experts), and five of
+  the widest and three [N, K] of the largest; while gradients are measured two [K, K] and, with
   directions, two [N, N] for each;
+- what is made of a block: its codes, a byte each, and then, to measure the errors of its outputs,
+  two differences of each weight in the dtype of the arithmetic;
 - where weights aim at the dense model's outputs, seven [K, K] of the widest instead, and the
   block's weights in float32, and of all samples the hidden states and a block's inputs in that
   model;
 - hidden states of all samples, and while gradients are measured those before every block;
-- one block's weights in the dtype of the arithmetic, or embedding and head.
+- one block's weights in the dtype of the arithmetic, or embedding and head while they are written.
 
-Activations of the batch under way come on top.
+Activations of the batch under way come on top, and pages of the model's files, which the system
+takes back when it needs them.
 """
 
 from collections.abc import Mapping
@@ -28,6 +32,8 @@ from svsk_vllm.format.experts import expert_layers
 __all__ = ["Needs"]
 
 _FLOAT32: Final = 4
+_PACKED: Final = 5
+"""Bytes of a table's weight while it is written: its code, and the 32 bits that it is packed in."""
 _GIB: Final = 1 << 30
 
 
@@ -43,6 +49,8 @@ class Needs:
         paired: hidden states and a block's inputs in the dense model, with an aim.
         fit: matrices that a fit holds, whatever the linear is.
         statistics: second moments of a block while it is quantised.
+        made: codes of a block.
+        differences: between a block's weights and what was made of them.
         gradients: the same while gradients are measured, those of outputs included.
         largest: of the two above for one linear, and sums over experts.
     """
@@ -54,6 +62,8 @@ class Needs:
     paired: int
     fit: int
     statistics: int
+    made: int
+    differences: int
     gradients: int
     largest: int
 
@@ -89,12 +99,20 @@ class Needs:
         widest = max(one.in_features for one in linears)
         mixtures = [*expert_layers(schemes).values()]
         pools = 3 if mixtures else 0  # sums over all experts of gate's, up's and down's inputs
-        fit = statistics = gradients = inputs = paired = 0
-        largest = 0
+        made = sum(one.in_features * one.out_features for one in per_block)
+        matrix = max(one.in_features * one.out_features for one in per_block)
+        fit = 3 * matrix
+        statistics = gradients = inputs = paired = largest = 0
         if isinstance(recipe, AlternatingRecipe):
-            fit = 5 * widest**2
-            statistics = sum(one.in_features**2 for one in per_block)
-            largest = (1 + pools) * widest**2
+            fit += 5 * widest**2
+            in_experts = {name for names in mixtures for name in names}
+            moments = [
+                one.in_features**2 * (2 if recipe.sink_weight(n) and n not in in_experts else 1)
+                for n, one in modules.items()
+                if n in schemes
+            ][: len(per_block)]
+            statistics = sum(moments)
+            largest = max(moments) + pools * widest**2
             if recipe.needs_gradients:
                 args = recipe.gradients
                 count = SweepSamples.of(widest, seq_len, args.samples, samples).count
@@ -108,7 +126,7 @@ class Needs:
                 # One input at a time, but of a projection's experts all together.
                 stages = (sum(modules[n].in_features ** 2 for n in names) for names in mixtures)
                 largest = max(largest, *stages, 0)
-                fit = 7 * widest**2 + sum(one.in_features * one.out_features for one in per_block)
+                fit = 7 * widest**2 + 3 * matrix + made
                 statistics = 0
                 # At most: linears that read one input keep it once.
                 paired = width + sum(one.in_features for one in per_block)
@@ -119,12 +137,14 @@ class Needs:
         outside = table.numel() + (0 if tied else head.weight.numel())
         return cls(
             program=program,
-            weights=max(block, outside) * itemsize,
+            weights=max(block * itemsize, outside * (itemsize + _PACKED)),
             hidden=hidden,
             inputs=inputs,
             paired=paired,
             fit=fit * _FLOAT32,
             statistics=statistics * _FLOAT32,
+            made=made,
+            differences=2 * made * itemsize,
             gradients=gradients * _FLOAT32,
             largest=largest * _FLOAT32,
         )
@@ -143,12 +163,13 @@ class Needs:
         """
         if budget is None:
             return UNLIMITED
-        needed = self.program + self.weights + self.fit + self.largest
+        needed = self.program + self.weights + self.made + self.fit + self.largest
         left = budget - needed
         if left < 0:
             parts = {
                 "the program": self.program,
                 "a block, or embedding and head": self.weights,
+                "codes of a block": self.made,
                 "the fit of a matrix": self.fit,
                 "statistics of one": self.largest,
             }
@@ -175,7 +196,10 @@ class Needs:
             "inputs of all blocks": kept(self.inputs),
             "inputs in the dense model": kept(self.paired),
             "a block, or embedding and head": self.weights,
-            "statistics of a block": gathered(self.statistics) + self.fit,
+            "codes of a block": self.made,
+            "statistics of a block": max(
+                gathered(self.statistics) + self.fit, gathered(self.differences)
+            ),
             "gradients' statistics": gathered(self.gradients),
         }
 

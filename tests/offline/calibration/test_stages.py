@@ -69,7 +69,7 @@ def test_experts_of_a_layer_are_two_stages(tmp_path: Path) -> None:
         ([3, 3, 3], 9, [["a0", "b0", "a1", "b1", "a2", "b2"]]),
         ([9, 1, 1, 9], 4, [["a0", "b0"], ["a1", "b1", "a2", "b2"], ["a3", "b3"]]),
         ([1, 1], 0, [["a0", "b0"], ["a1", "b1"]]),
-        ([], 5, []),
+        ([], 5, [[]]),
     ],
 )
 def test_turns_keep_the_order_and_what_belongs_together(
