@@ -55,7 +55,9 @@ def test_what_is_held_at_a_time(tiny_llama: Path, tmp_path: Path) -> None:
     inputs = 6 * hidden**2 + inter**2
     largest = hidden * inter
     # of q, k and v first tokens are kept apart
-    assert estimate.memory["statistics of a block"] == 4 * (2 * inputs + 5 * inter**2 + 3 * largest)
+    assert estimate.memory["statistics of a block"] == 4 * (
+        inputs + 3 * hidden**2 + 5 * inter**2 + 3 * largest
+    )
     codes = 2 * hidden**2 + 2 * hidden * kv + 3 * largest
     assert estimate.memory["codes of a block"] == codes
     outputs = 3 * hidden**2 + 2 * kv**2 + 2 * inter**2
