@@ -148,6 +148,15 @@ def test_a_budget_is_above_zero(
     assert f"{option} {value}: expected a number of {unit} above 0." in said
 
 
+def test_what_is_held_is_of_the_block_that_holds_most(tiny_llama: Path, tmp_path: Path) -> None:
+    """Of the first block all is ignored, of the second all but one matrix."""
+    only = load_recipe("fast").override({"calibration": {"samples": 24, "seq_len": 32}})
+    some = only.override({"ignore": (r"re:model\.layers\.0\..*", r"re:.*(q|k|v|o|gate|up)_proj")})
+    found = [dry_run(tiny_llama, tmp_path / "out", one, device="cpu") for one in (only, some)]
+    assert 0 < found[1].memory["codes of a block"] < found[0].memory["codes of a block"]
+    assert found[1].memory["statistics of a block"] < found[0].memory["statistics of a block"]
+
+
 def test_a_disk_budget_that_the_output_exceeds(tiny_llama: Path, tmp_path: Path) -> None:
     arguments = ("quantize", tiny_llama, tmp_path / "out", "--recipe", "fast")
     for more in ((), ("--dry-run",)):

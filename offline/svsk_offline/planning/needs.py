@@ -17,9 +17,11 @@ Activations of the batch under way come on top, and pages of the model's files, 
 takes back when it needs them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
+
+from torch import nn
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.room import UNLIMITED, Room
@@ -95,33 +97,49 @@ class Needs:
         hidden = samples * seq_len * width * itemsize
         modules = source.block_linears()
         linears = [one for name, one in modules.items() if name in schemes]
-        per_block = linears[: len(linears) // blocks]
+        # Blocks differ: some are of experts, and of some all is ignored.
+        by_block = [
+            [one for _, full, one in source.linears(index) if full in schemes]
+            for index in range(blocks)
+        ]
         widest = max(one.in_features for one in linears)
         mixtures = [*expert_layers(schemes).values()]
         pools = 3 if mixtures else 0  # sums over all experts of gate's, up's and down's inputs
-        made = sum(one.in_features * one.out_features for one in per_block)
-        matrix = max(one.in_features * one.out_features for one in per_block)
+
+        def most(size: Callable[[nn.Linear], int]) -> int:
+            """Of the block where the sum over its linears is largest."""
+            return max(sum(map(size, one)) for one in by_block)
+
+        made = most(lambda one: one.in_features * one.out_features)
+        matrix = max(one.in_features * one.out_features for one in linears)
         fit = 3 * matrix
         statistics = gradients = inputs = paired = largest = 0
         if isinstance(recipe, AlternatingRecipe):
             fit += 5 * widest**2
             in_experts = {name for names in mixtures for name in names}
-            moments = [
-                one.in_features**2 * (2 if recipe.sink_weight(n) and n not in in_experts else 1)
-                for n, one in modules.items()
-                if n in schemes
-            ][: len(per_block)]
-            statistics = sum(moments)
-            largest = max(moments) + pools * widest**2
+            apart = {
+                id(one)
+                for name, one in modules.items()
+                if name not in in_experts and recipe.sink_weight(name)
+            }
+
+            def moments(one: nn.Linear) -> int:
+                return one.in_features**2 * (2 if id(one) in apart else 1)
+
+            statistics = most(moments)
+            largest = max(map(moments, linears)) + pools * widest**2
             if recipe.needs_gradients:
                 args = recipe.gradients
                 count = SweepSamples.of(widest, seq_len, args.samples, samples).count
                 inputs = blocks * (samples if args.token_power else count) * seq_len
                 inputs *= width * itemsize
                 sides = 2 if args.directions else 0
-                sizes = [2 * one.in_features**2 + sides * one.out_features**2 for one in per_block]
-                gradients = sum(sizes)
-                largest = max(largest, max(sizes) + pools * widest**2)
+
+                def measured(one: nn.Linear) -> int:
+                    return 2 * one.in_features**2 + sides * one.out_features**2
+
+                gradients = most(measured)
+                largest = max(largest, max(map(measured, linears)) + pools * widest**2)
             if recipe.alternating.aim:
                 # One input at a time, but of a projection's experts all together.
                 stages = (sum(modules[n].in_features ** 2 for n in names) for names in mixtures)
@@ -129,7 +147,7 @@ class Needs:
                 fit = 7 * widest**2 + 3 * matrix + made
                 statistics = 0
                 # At most: linears that read one input keep it once.
-                paired = width + sum(one.in_features for one in per_block)
+                paired = width + most(lambda one: one.in_features)
                 paired *= samples * seq_len * itemsize
         block = max(sum(one.numel() for one in part.parameters()) for part in source.blocks[1])
         head = model.get_output_embeddings()
