@@ -40,6 +40,75 @@ _GIB: Final = 1 << 30
 
 
 @dataclass(frozen=True)
+class _Moments:
+    """Numbers in second moments: of a block at a time, and of what cannot be taken apart."""
+
+    block: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class _Linears:
+    """The linears to quantise, block by block: some are of experts, and of some all is ignored."""
+
+    blocks: list[dict[str, nn.Linear]]
+    mixtures: list[list[str]]
+
+    @classmethod
+    def of(cls, source: ModelSource, schemes: Mapping[str, ConfigGroup]) -> "_Linears":
+        blocks = [
+            {full: one for _, full, one in source.linears(index) if full in schemes}
+            for index in range(len(source.blocks[1]))
+        ]
+        return cls(blocks, [*expert_layers(schemes).values()])
+
+    def most(self, size: Callable[[nn.Linear], int]) -> int:
+        """Of the block where the sum over its linears is largest."""
+        return max(sum(map(size, block.values())) for block in self.blocks)
+
+    def largest(self, size: Callable[[nn.Linear], int]) -> int:
+        """Of the linear where it is largest."""
+        return max(size(one) for block in self.blocks for one in block.values())
+
+    def moments(self, recipe: AlternatingRecipe) -> _Moments:
+        """Of inputs, while a block is quantised."""
+        experts = {name for names in self.mixtures for name in names}
+        apart = {  # the moments of first tokens are
+            id(one)
+            for block in self.blocks
+            for name, one in block.items()
+            if name not in experts and recipe.sink_weight(name)
+        }
+
+        def size(one: nn.Linear) -> int:
+            return one.in_features**2 * (2 if id(one) in apart else 1)
+
+        largest = self.largest(size)
+        if not recipe.alternating.aim:
+            return _Moments(self.most(size), largest + self._pools())
+        # One input at a time, but of a projection's experts all together.
+        modules = {name: one for block in self.blocks for name, one in block.items()}
+        stages = (sum(size(modules[name]) for name in names) for names in self.mixtures)
+        return _Moments(0, max(largest, *stages, 0) + self._pools())
+
+    def measured(self, sides: int) -> _Moments:
+        """Of inputs, and ``sides`` times of outputs' gradients, while gradients are measured."""
+
+        def size(one: nn.Linear) -> int:
+            return 2 * one.in_features**2 + sides * one.out_features**2
+
+        return _Moments(self.most(size), self.largest(size) + self._pools())
+
+    def _pools(self) -> int:
+        """Sums over all experts of gate's, up's and down's inputs."""
+        return 3 * self.largest(lambda one: one.in_features) ** 2 if self.mixtures else 0
+
+
+def _weights(one: nn.Linear) -> int:
+    return one.in_features * one.out_features
+
+
+@dataclass(frozen=True)
 class Needs:
     """Bytes that a run takes.
 
@@ -93,62 +162,26 @@ class Needs:
         model: Any = source.model
         seq_len = recipe.calibration.seq_len
         table = model.get_input_embeddings().weight
-        width, blocks = table.shape[1], len(source.blocks[1])
-        hidden = samples * seq_len * width * itemsize
-        modules = source.block_linears()
-        linears = [one for name, one in modules.items() if name in schemes]
-        # Blocks differ: some are of experts, and of some all is ignored.
-        by_block = [
-            [one for _, full, one in source.linears(index) if full in schemes]
-            for index in range(blocks)
-        ]
-        widest = max(one.in_features for one in linears)
-        mixtures = [*expert_layers(schemes).values()]
-        pools = 3 if mixtures else 0  # sums over all experts of gate's, up's and down's inputs
-
-        def most(size: Callable[[nn.Linear], int]) -> int:
-            """Of the block where the sum over its linears is largest."""
-            return max(sum(map(size, one)) for one in by_block)
-
-        made = most(lambda one: one.in_features * one.out_features)
-        matrix = max(one.in_features * one.out_features for one in linears)
-        fit = 3 * matrix
-        statistics = gradients = inputs = paired = largest = 0
+        state = table.shape[1] * itemsize * seq_len  # hidden states of a sample
+        linears = _Linears.of(source, schemes)
+        widest = linears.largest(lambda one: one.in_features)
+        made = linears.most(_weights)
+        moments = measured = _Moments(0, 0)
+        fit = 3 * linears.largest(_weights)
+        inputs = paired = 0
         if isinstance(recipe, AlternatingRecipe):
-            fit += 5 * widest**2
-            in_experts = {name for names in mixtures for name in names}
-            apart = {
-                id(one)
-                for name, one in modules.items()
-                if name not in in_experts and recipe.sink_weight(name)
-            }
-
-            def moments(one: nn.Linear) -> int:
-                return one.in_features**2 * (2 if id(one) in apart else 1)
-
-            statistics = most(moments)
-            largest = max(map(moments, linears)) + pools * widest**2
+            fit += (7 if recipe.alternating.aim else 5) * widest**2
+            moments = linears.moments(recipe)
             if recipe.needs_gradients:
                 args = recipe.gradients
                 count = SweepSamples.of(widest, seq_len, args.samples, samples).count
-                inputs = blocks * (samples if args.token_power else count) * seq_len
-                inputs *= width * itemsize
-                sides = 2 if args.directions else 0
-
-                def measured(one: nn.Linear) -> int:
-                    return 2 * one.in_features**2 + sides * one.out_features**2
-
-                gradients = most(measured)
-                largest = max(largest, max(map(measured, linears)) + pools * widest**2)
+                inputs = len(linears.blocks) * (samples if args.token_power else count) * state
+                measured = linears.measured(2 if args.directions else 0)
             if recipe.alternating.aim:
-                # One input at a time, but of a projection's experts all together.
-                stages = (sum(modules[n].in_features ** 2 for n in names) for names in mixtures)
-                largest = max(largest, *stages, 0)
-                fit = 7 * widest**2 + 3 * matrix + made
-                statistics = 0
+                fit += made
                 # At most: linears that read one input keep it once.
-                paired = width + most(lambda one: one.in_features)
-                paired *= samples * seq_len * itemsize
+                features = linears.most(lambda one: one.in_features)
+                paired = samples * (state + features * seq_len * itemsize)
         block = max(sum(one.numel() for one in part.parameters()) for part in source.blocks[1])
         head = model.get_output_embeddings()
         tied = head is None or head.weight is table
@@ -156,15 +189,15 @@ class Needs:
         return cls(
             program=program,
             weights=max(block * itemsize, outside * (itemsize + _PACKED)),
-            hidden=hidden,
+            hidden=samples * state,
             inputs=inputs,
             paired=paired,
             fit=fit * _FLOAT32,
-            statistics=statistics * _FLOAT32,
+            statistics=moments.block * _FLOAT32,
             made=made,
             differences=2 * made * itemsize,
-            gradients=gradients * _FLOAT32,
-            largest=largest * _FLOAT32,
+            gradients=measured.block * _FLOAT32,
+            largest=max(moments.largest, measured.largest) * _FLOAT32,
         )
 
     def within(self, budget: int | None) -> Room:
