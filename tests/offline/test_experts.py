@@ -225,9 +225,13 @@ def test_filling_up_after_the_hessian_was_read_is_an_error() -> None:
     one, other = (InputStatistics(4, CPU, full=True) for _ in range(2))
     one.add(torch.randn(2, 4))
     other.add(torch.randn(3, 4))
-    pool = InputStatistics.pooled([one, other])
+    pool = one.empty()
+    for statistics in (one, other):
+        pool.take_in(statistics)
     assert pool.tokens == 5
     _ = one.hessian
+    with pytest.raises(ValueError, match="has been read"):
+        pool.take_in(one)
     with pytest.raises(ValueError, match="has been read"):
         one.fill_up(pool, 4)
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -501,8 +502,9 @@ def test_engines_are_compared_by_nll_and_named(tmp_path: Path) -> None:
     plain, mixed = svsk("compare", old, same).output, svsk("compare", old, served).output
     assert "scored with hf float32, " in mixed
     assert "served.json with vllm bfloat16" in mixed
-    assert "│ NLL" in mixed
-    assert "│ NLL" not in plain
+    row = re.compile(r"(?<!delta )NLL +\d")
+    assert row.search(mixed)
+    assert not row.search(plain)
     assert "scored with" not in plain
 
 
