@@ -219,10 +219,7 @@ class BlockRunner:
         finally:
             for hook in hooks:
                 hook.remove()
-        if pools is None:
-            fill_up_experts(block, statistics)
-        else:
-            pools.fill_up(block, statistics, names)
+        fill_up_experts(block, statistics, names, pools)
         return statistics
 
     @torch.no_grad()

@@ -93,11 +93,24 @@ class ExpertPools:
                         own.fill_up(pool, linear.in_features)
 
 
-def fill_up_experts(block: nn.Module, statistics: MutableMapping[str, InputStatistics]) -> None:
-    """Complete the statistics of a block's experts, all of them there; see :class:`ExpertPools`."""
-    pools = ExpertPools()
-    pools.add(block, statistics)
-    pools.fill_up(block, statistics)
+def fill_up_experts(
+    block: nn.Module,
+    statistics: MutableMapping[str, InputStatistics],
+    names: Collection[str] | None = None,
+    pools: ExpertPools | None = None,
+) -> None:
+    """Complete the statistics of a block's experts, in place; see :meth:`ExpertPools.fill_up`.
+
+    Args:
+        block: the block.
+        statistics: by the name of the linear below the block, of the tokens routed to it.
+        names: of the linears below the block that are completed; None for all.
+        pools: of all experts of the block; None where all that there are have statistics here.
+    """
+    if pools is None:
+        pools = ExpertPools()
+        pools.add(block, statistics)
+    pools.fill_up(block, statistics, names)
 
 
 def _mixtures(block: nn.Module) -> Iterator[tuple[str, SeparateExperts]]:

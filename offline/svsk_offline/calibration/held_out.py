@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from svsk_offline.calibration.block_runner import BlockRunner
-from svsk_offline.calibration.room import give_back
-from svsk_offline.calibration.stages import turns
 from svsk_offline.calibration.text import CalibrationSet
+from svsk_offline.calibration.turns import each_turn, turns
 from svsk_offline.storage.decoder_blocks import linear_modules
 from svsk_offline.storage.layer_report import LayerReport
 from svsk_offline.world import ALONE, World
@@ -165,7 +164,7 @@ def measure_outputs(
             for name, module in modules.items()
         )
         groups = turns(sizes, room)
-    for group in groups:
+    for group in each_turn(groups, room):
         hooks = [watch(name, modules[name]) for name in group]
         try:
             for part in runner.batches("held out" if runner.apart else "fitted"):
@@ -176,8 +175,6 @@ def measure_outputs(
             for hook in hooks:
                 hook.remove()
         hooks.clear()  # they hold the differences
-        if room is not None:
-            give_back()
     table = torch.zeros(len(linears), 4, dtype=torch.float64)
     for row, name in zip(table, linears, strict=True):
         row[:3], row[3] = sums[name], tokens[name]

@@ -1,12 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which linears of a block read one input, in the order in which they run, and taking turns.
+"""Which linears of a block read one input, in the order in which they run."""
 
-A block's second moments may be more than memory holds: of 256 experts of 7168 inputs 53 GB. They
-are then gathered in turns, of some inputs at a time, each turn running the samples through the
-block once more.
-"""
-
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +11,10 @@ from torch import nn
 from svsk_offline.calibration.block_runner import BlockRunner
 from svsk_offline.calibration.expert_tokens import ExpertPools
 from svsk_offline.calibration.input_statistics import InputStatistics
-from svsk_offline.calibration.room import give_back
+from svsk_offline.calibration.turns import each_turn, experts_of_turns, turns
 from svsk_offline.storage.decoder_blocks import expert_modules, linear_modules
 
-__all__ = ["Stage", "gathered_in_turns", "stages_of", "turns"]
+__all__ = ["Stage", "gathered_in_turns", "stages_of"]
 
 
 @dataclass(frozen=True)
@@ -93,27 +88,6 @@ def stages_of(runner: BlockRunner, index: int, block: nn.Module) -> list[Stage]:
     ]
 
 
-def turns(parts: Iterable[tuple[Sequence[str], int]], room: int) -> list[list[str]]:
-    """Names in turns, in their order, as many at a time as there is room for.
-
-    Args:
-        parts: names that stay together, and the bytes that they take.
-        room: bytes. What takes more has a turn of its own.
-
-    Returns:
-        At least one turn; of no names an empty one.
-    """
-    found: list[list[str]] = [[]]
-    left = room
-    for names, size in parts:
-        if size > left and found[-1]:
-            found.append([])
-            left = room
-        found[-1] += names
-        left -= size
-    return found
-
-
 def gathered_in_turns(
     runner: BlockRunner,
     index: int,
@@ -149,14 +123,16 @@ def gathered_in_turns(
         both = 2 if any(name in first and name not in experts for name in read) else 1
         return 4 * kinds * both * (features**2 if full else features)
 
-    def collect(some: list[str], pools: ExpertPools | None) -> dict[str, InputStatistics]:
+    def collect(
+        some: list[str], pools: ExpertPools | None, onward: bool
+    ) -> dict[str, InputStatistics]:
         return runner.collect(
             index,
             block,
             full=full,
             first=first,
             weights=weights,
-            advance=advance and some is groups[-1] and pools is not unfilled,
+            advance=onward,
             names=some,
             pools=pools,
         )
@@ -171,16 +147,10 @@ def gathered_in_turns(
         known = {name for one in read for name in one}
         read += [(name,) for name in names if name not in known]
         groups = turns(((one, size(one)) for one in read if one), room)
-    mixed = [group for group in groups if any(name in experts for name in group)]
-    unfilled, pools = ExpertPools(), None
-    if len(mixed) > 1:
-        pools = ExpertPools()
-        for group in mixed:
-            pools.add(block, collect(group, unfilled))
-    for group in groups:
-        yield collect(group, pools)
-        if room is not None:
-            give_back()
+    nothing = ExpertPools()  # fills up nothing
+    pools = experts_of_turns(block, groups, lambda group: collect(group, nothing, False))
+    for group in each_turn(groups, room):
+        yield collect(group, pools, advance and group is groups[-1])
 
 
 def _kind(name: str) -> str:

@@ -26,10 +26,10 @@ from svsk_offline.calibration import (
     OutputGradients,
     sweep_gradients,
 )
-from svsk_offline.calibration.gradients import Observed
 from svsk_offline.calibration.held_out import split_order
 from svsk_offline.calibration.room import UNLIMITED, Room
 from svsk_offline.calibration.text import token_fingerprint
+from svsk_offline.calibration.way_back import Observed
 from svsk_offline.planning.error_curves import CurveSettings, ErrorCurve, measure_curve
 from svsk_offline.planning.measured import Measurements
 from svsk_offline.planning.unfinished_sweep import UnfinishedSweep

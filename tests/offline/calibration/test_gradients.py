@@ -17,8 +17,9 @@ from svsk_offline.calibration import (
     load_calibration,
     sweep_gradients,
 )
-from svsk_offline.calibration.gradients import Observed, draw_labels
+from svsk_offline.calibration.gradients import draw_labels
 from svsk_offline.calibration.room import Room
+from svsk_offline.calibration.way_back import Observed
 from svsk_offline.storage.decoder_blocks import linear_modules
 from svsk_offline.storage.dense_model import ModelSource
 from tests.support.tiny_models import write_dense

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from svsk_offline.calibration import BlockRunner, InputStatistics, sweep_gradients
-from svsk_offline.calibration.gradients import Observed
 from svsk_offline.calibration.room import Room
-from svsk_offline.calibration.stages import gathered_in_turns, stages_of, turns
+from svsk_offline.calibration.stages import gathered_in_turns, stages_of
 from svsk_offline.calibration.text import CalibrationSet
+from svsk_offline.calibration.turns import turns
+from svsk_offline.calibration.way_back import Observed
 from svsk_offline.storage.dense_model import ModelSource
 from tests.offline.test_architectures import sample_tokens
 from tests.support.tiny_models import EXPERT_FAMILIES, write_dense
