@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from svsk_eval.choices import DTYPES, ENGINES, task_names
-from svsk_eval.commands.options import HtmlFile, MarkdownFile, check_models
+from svsk_eval.commands.options import (
+    ApplyChatTemplate,
+    BatchSize,
+    Chunks,
+    ConfirmRunUnsafeCode,
+    Dtype,
+    Engine,
+    HtmlFile,
+    IncludePath,
+    Limit,
+    MarkdownFile,
+    ModelArg,
+    check_models,
+)
 from svsk_kernels.errors import SvskError
 from svsk_offline.choices import choose
 from svsk_offline.cli_options import (
@@ -17,7 +30,7 @@ from svsk_offline.cli_options import (
     TrustRemoteCode,
     Verbose,
 )
-from svsk_offline.completion import list_of, one_of
+from svsk_offline.completion import list_of
 from svsk_offline.preflight import (
     check_report_files,
 )
@@ -38,10 +51,8 @@ def benchmark(
             autocompletion=list_of(task_names),
         ),
     ] = "svsk_smoke",
-    engine: Annotated[
-        str, typer.Option(help="vllm or hf.", autocompletion=one_of(ENGINES))
-    ] = "vllm",
-    limit: Annotated[int | None, typer.Option(help="Items per task, from its first.")] = None,
+    engine: Engine = "vllm",
+    limit: Limit = None,
     gen_kwargs: Annotated[
         str | None, typer.Option(help="Over the tasks': do_sample=true,temperature=0.6 ...")
     ] = None,
@@ -49,42 +60,20 @@ def benchmark(
     repeats: Annotated[
         int, typer.Option(min=1, help="Answers to each item, drawn with a temperature.")
     ] = 1,
-    apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Ask as a chat.")
-    ] = False,
+    apply_chat_template: ApplyChatTemplate = False,
     system_instruction: Annotated[
         str | None, typer.Option(help="System message of the chat.")
     ] = None,
-    model_arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=(
-                "Argument of lm-eval's model, such as max_model_len=4096;"
-                " the value is JSON or a word."
-            )
-        ),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Arithmetic: auto, bfloat16, float16, float32.", autocompletion=one_of(DTYPES)
-        ),
-    ] = "auto",
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Prompts at a time with hf; vllm chooses itself.")
-    ] = 8,
-    include_path: Annotated[Path | None, typer.Option(help="Folder of further task files.")] = None,
-    confirm_run_unsafe_code: Annotated[
-        bool,
-        typer.Option(
-            "--confirm-run-unsafe-code", help="Run programs that the models write, in a sandbox."
-        ),
-    ] = False,
+    model_arg: ModelArg = None,
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 8,
+    include_path: IncludePath = None,
+    confirm_run_unsafe_code: ConfirmRunUnsafeCode = False,
     trust_remote_code: TrustRemoteCode = False,
     text: Annotated[
         Path | None, typer.Option(help="Also score this plain text, as `svsk eval` does.")
     ] = None,
-    chunks: Annotated[int, typer.Option(min=1, help="Chunks of the text.")] = 32,
+    chunks: Chunks = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per chunk.")] = 512,
     text_engine: Annotated[
         str,

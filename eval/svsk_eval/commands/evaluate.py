@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from svsk_eval.choices import ACTIVATIONS, DTYPES, ENGINES, KV_KINDS
-from svsk_eval.commands.options import check_models
+from svsk_eval.commands.options import Chunks, check_models
 from svsk_offline.choices import check_device, choose
 from svsk_offline.cli_options import (
     Device,
@@ -31,9 +31,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Dense or SVSK model: folder or hub name.")],
     text: Annotated[Path | None, typer.Option(help="Plain text to score.")] = None,
     reference: Annotated[str | None, typer.Option(help="Dense model to compare with.")] = None,
-    chunks: Annotated[
-        int, typer.Option(min=1, help="Chunks of --seq-len tokens, from the start of the text.")
-    ] = 32,
+    chunks: Chunks = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per chunk.")] = 512,
     chat: Annotated[
         Path | None,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from svsk_eval.choices import DTYPES
-from svsk_eval.commands.options import check_models
+from svsk_eval.commands.options import Chunks, check_models
 from svsk_offline.choices import check_device, choose
 from svsk_offline.cli_options import (
     Device,
@@ -36,9 +36,7 @@ def report(
         str | None, typer.Option(help="Dense model it was made from, for KL on --text.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Plain text to score.")] = None,
-    chunks: Annotated[
-        int, typer.Option(min=1, help="Chunks of --seq-len tokens, from the start of the text.")
-    ] = 32,
+    chunks: Chunks = 32,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per chunk.")] = 512,
     device: Device = "auto",
     dtype: Annotated[

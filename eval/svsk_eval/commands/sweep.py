@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from svsk_eval.choices import DTYPES, ENGINES, PEERS, TABLES, task_names
-from svsk_eval.commands.options import check_models
+from svsk_eval.commands.options import (
+    ApplyChatTemplate,
+    BatchSize,
+    Chunks,
+    ConfirmRunUnsafeCode,
+    Dtype,
+    Engine,
+    IncludePath,
+    Limit,
+    ModelArg,
+    check_models,
+)
 from svsk_offline.calibration_entries import DEFAULT_SOURCE, calibration_entries
 from svsk_offline.choices import check_device, choose
 from svsk_offline.cli_options import (
@@ -63,7 +74,7 @@ def sweep(
         int, typer.Option(min=2, help="Tokens of a calibration sample, and of a chunk of the text.")
     ] = 512,
     seed: Seed = None,
-    chunks: Annotated[int, typer.Option(min=1, help="Chunks of the text, from its start.")] = 32,
+    chunks: Chunks = 32,
     tables: Annotated[
         str,
         typer.Option(
@@ -77,32 +88,14 @@ def sweep(
             help="Also run lm-eval's tasks of these names.", autocompletion=list_of(task_names)
         ),
     ] = None,
-    engine: Annotated[
-        str, typer.Option(help="That runs the tasks: vllm or hf.", autocompletion=one_of(ENGINES))
-    ] = "vllm",
-    limit: Annotated[int | None, typer.Option(help="Items per task, from its first.")] = None,
-    apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Ask tasks as a chat.")
-    ] = False,
-    model_arg: Annotated[
-        list[str] | None,
-        typer.Option(help="Argument of lm-eval's model, such as max_model_len=4096."),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Arithmetic of tasks: auto, bfloat16, float16, float32.",
-            autocompletion=one_of(DTYPES),
-        ),
-    ] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of tasks at a time, hf.")] = 8,
-    include_path: Annotated[Path | None, typer.Option(help="Folder of further task files.")] = None,
-    confirm_run_unsafe_code: Annotated[
-        bool,
-        typer.Option(
-            "--confirm-run-unsafe-code", help="Run programs that the models write, in a sandbox."
-        ),
-    ] = False,
+    engine: Engine = "vllm",
+    limit: Limit = None,
+    apply_chat_template: ApplyChatTemplate = False,
+    model_arg: ModelArg = None,
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 8,
+    include_path: IncludePath = None,
+    confirm_run_unsafe_code: ConfirmRunUnsafeCode = False,
     measurements: Annotated[
         Path | None,
         typer.Option(help="Folder that keeps what budgets measure; OUT/measurements if not given."),
