@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantise a model with another project's quantiser, and write the result as a dense folder.
 
-    PYTHONPATH=eval python -m peers.run gptq smollm2-reference smollm2-gptq --calibration
-    wiki.valid.txt svsk eval smollm2-gptq --reference smollm2-reference --text wiki.test.raw
+    PYTHONPATH=eval python -m peers.run gptq MODEL model-gptq --calibration wiki.valid.txt
+    svsk eval model-gptq --reference MODEL --text wiki.test.raw
 
 Every peer runs from its own package in its own environment, sees the same calibration tokens as
 ``svsk quantize``, and is scored from float32 weights, so that no difference of kernels enters. The
@@ -40,75 +40,19 @@ from peers.common import (
     save_tokens,
 )
 from peers.environment import environment_python, run_shown
+from peers.listed import PEERS
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration import CalibrationSet, load_calibration
 from svsk_offline.command_app import App
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.side_files import copy_side_files
 
-__all__ = ["PEERS", "Peer", "Prepared", "Request", "compare_peer", "summarize"]
+__all__ = ["Prepared", "Request", "compare_peer", "summarize"]
 
 HERE = Path(__file__).resolve().parent
 RECORD = "peer.json"
 GROUP_SIZES = (128, 64, 32)
 
-
-@dataclass(frozen=True)
-class Peer:
-    """A quantiser that can be compared."""
-
-    folder: str  # beside this file: requirements.txt and quantize.py
-    title: str
-    settings: dict[str, Any]
-    grouped: bool = True  # whether it takes a group size
-
-
-PEERS = {
-    "gptq": Peer("llm_compressor", "llm-compressor GPTQ", {"scheme": "W4A16", "dtype": "bfloat16"}),
-    "awq": Peer(
-        "llm_compressor",
-        "llm-compressor AWQ",
-        {"scheme": "W4A16_ASYM", "dtype": "bfloat16", "duo_scaling": "both"},
-    ),
-    "auto-round": Peer(
-        "auto_round", "auto-round", {"scheme": "W4A16", "iters": 200, "lr": None, "batch_size": 8}
-    ),
-    "auto-round-light": Peer(
-        "auto_round",
-        "auto-round, its light recipe",
-        {"scheme": "W4A16", "iters": 50, "lr": 5e-3, "batch_size": 8},
-    ),
-    "gguf": Peer(
-        "gguf", "llama.cpp Q4_K_M", {"file_type": "Q4_K_M", "imatrix": False}, grouped=False
-    ),
-    "gguf-imatrix": Peer(
-        "gguf",
-        "llama.cpp Q4_K_M, importance matrix",
-        {"file_type": "Q4_K_M", "imatrix": True},
-        grouped=False,
-    ),
-    "gguf-iq4-nl": Peer(
-        "gguf",
-        "llama.cpp IQ4_NL, importance matrix",
-        {"file_type": "IQ4_NL", "imatrix": True},
-        grouped=False,
-    ),
-    "gguf-iq4-xs": Peer(
-        "gguf",
-        "llama.cpp IQ4_XS, importance matrix",
-        {"file_type": "IQ4_XS", "imatrix": True},
-        grouped=False,
-    ),
-    "nf4": Peer(
-        "bitsandbytes",
-        "bitsandbytes nf4, double quantisation",
-        {"quant_type": "nf4", "double_quantization": True},
-        grouped=False,
-    ),
-    "gguf-f32": Peer(
-        "gguf", "GGUF in float32, a check of the conversion", {"file_type": "F32"}, grouped=False
-    ),
-}
 
 app = App(add_completion=False)
 

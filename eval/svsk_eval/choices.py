@@ -27,7 +27,7 @@ PEERS: Final = (
     *("gptq", "awq", "auto-round", "auto-round-light", "nf4"),
     *("gguf", "gguf-imatrix", "gguf-iq4-nl", "gguf-iq4-xs", "gguf-f32"),
 )
-"""Keys of ``PEERS`` in eval/peers/run.py."""
+"""Keys of ``PEERS`` in eval/peers/listed.py."""
 
 
 def task_names() -> list[str]:

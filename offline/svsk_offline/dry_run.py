@@ -19,8 +19,9 @@ from svsk_offline.calibration.token_budget import sample_count
 from svsk_offline.console_tables import new_table, show_table
 from svsk_offline.pipeline import resolve_device
 from svsk_offline.preflight import check_recipe
+from svsk_offline.quantization_result import Progress
 from svsk_offline.recipe import Recipe
-from svsk_offline.run import Progress, Run
+from svsk_offline.run import Run
 from svsk_offline.storage.atomic import PartialFolder
 from svsk_offline.storage.checkpoint_writer import SHARD_BYTES
 from svsk_offline.storage.dense_model import ModelSource

@@ -21,8 +21,9 @@ from svsk_offline.calibration.sources import check_sources
 from svsk_offline.calibration.token_budget import check_drawn, sample_count
 from svsk_offline.calibration_entries import DEFAULT_SOURCE, calibration_entries
 from svsk_offline.preflight import check_measurements, check_output, check_recipe
+from svsk_offline.quantization_result import Progress, QuantizationResult
 from svsk_offline.recipe import Recipe, load_recipe
-from svsk_offline.run import Progress, QuantizationResult, Run
+from svsk_offline.run import Run
 from svsk_offline.storage.atomic import PartialFolder
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.hub import resolve_model

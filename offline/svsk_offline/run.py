@@ -5,7 +5,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -24,14 +23,14 @@ from svsk_offline.planning.plan import Plan, make_plan, uniform_schemes
 from svsk_offline.planning.serving import bases_alone, check_servable, dense_matrices
 from svsk_offline.planning.tables import after_head, plan_tables
 from svsk_offline.precision import block_dtype, full_float32
-from svsk_offline.printable import html_table
+from svsk_offline.quantization_result import Progress, QuantizationResult
 from svsk_offline.quantize_block import BlockQuantizer
 from svsk_offline.quantize_tables import quantize_tables
 from svsk_offline.recipe import USUAL_IGNORE, AlternatingRecipe, Recipe
 from svsk_offline.storage.atomic import PartialFolder, write_json
 from svsk_offline.storage.checkpoint_writer import CheckpointWriter, QuantizedTables
 from svsk_offline.storage.dense_model import ModelSource
-from svsk_offline.storage.layer_report import LayerReport, bits_per_weight, thin_experts
+from svsk_offline.storage.layer_report import LayerReport, thin_experts
 from svsk_offline.storage.loaded_weight import put_weights
 from svsk_offline.unfinished import STATE_NAME, refuse_other_run
 from svsk_offline.world import ALONE, World
@@ -41,48 +40,9 @@ from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
 from svsk_vllm.format.shards import read_json
 from svsk_vllm.version import __version__
 
-__all__ = ["Progress", "QuantizationResult", "Run"]
+__all__ = ["Run"]
 
 _PLAN_NAME: Final = "svsk-plan.safetensors"
-
-
-@dataclass
-class Progress:
-    """Callbacks of a run; the default ones do nothing."""
-
-    message: Callable[[str], None] = lambda text: None
-    block: Callable[[int, int], None] = lambda index, total: None
-    layer: Callable[[LayerReport], None] = lambda report: None
-
-
-@dataclass(frozen=True)
-class QuantizationResult:
-    """What a run did."""
-
-    folder: Path
-    layers: list[LayerReport]
-    tables: list[LayerReport] = field(default_factory=list)  # embedding and output head
-    block_seconds: list[float] = field(default_factory=list)
-    plan_seconds: float = 0.0  # spent measuring gradients and error curves
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits of the blocks' quantised linears over their weights."""
-        return bits_per_weight(self.layers)
-
-    def _repr_html_(self) -> str:
-        rows = [
-            (
-                one.name,
-                f"{one.shape[0]} x {one.shape[1]}",
-                f"{one.bits_per_weight:.3f}",
-                "" if one.base_error is None else f"{one.base_error:.2e}",
-                "" if one.error is None else f"{one.error:.2e}",
-            )
-            for one in (*self.layers, *self.tables)
-        ]
-        note = f"{self.folder}: {self.bits_per_weight:.4f} bits per weight in the blocks"
-        return html_table(("matrix", "N x K", "bits", "base alone", "with sidecar"), rows, note)
 
 
 class Run:

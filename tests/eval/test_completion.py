@@ -167,7 +167,7 @@ def test_what_a_command_takes_is_what_shells_offer(
 def test_names_that_are_listed_once_more_are_those_of_their_tables() -> None:
     sys.path.append(str(ROOT / "eval"))
     try:
-        peers = importlib.import_module("peers.run").PEERS
+        peers = importlib.import_module("peers.listed").PEERS
     finally:
         sys.path.remove(str(ROOT / "eval"))
     assert {*choices.PEERS} == {*peers}

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
 import torch
 import transformers
@@ -32,6 +31,7 @@ from svsk_offline.calibration.text import token_fingerprint
 from svsk_offline.calibration.way_back import Observed
 from svsk_offline.planning.error_curves import CurveSettings, ErrorCurve, measure_curve
 from svsk_offline.planning.measured import Measurements
+from svsk_offline.planning.sweep_samples import MEASURED_EVERY, enough_samples
 from svsk_offline.planning.unfinished_sweep import UnfinishedSweep
 from svsk_offline.precision import block_dtype
 from svsk_offline.quantizers.row_metric import RowMetric
@@ -43,53 +43,7 @@ from svsk_offline.world import ALONE, World
 from svsk_vllm.format import ConfigGroup, SvskFormatError
 from svsk_vllm.version import __version__
 
-__all__ = ["Measuring", "SweepSamples", "measure_once"]
-
-_TOKENS_PER_WIDTH: Final = 4
-"""Tokens that losses are fitted to for each input feature of the widest matrix.
-
-On SmolLM2's up_proj the error on other tokens is 4.1e-3 with 2.3 of them, 3.1e-3 with 5.3 and
-2.7e-3 with 14. The narrower matrices of a model have more, so with few of them bits go to the
-wrong ones.
-"""
-
-_MEASURED_EVERY: Final = 4
-"""One sample of so many is not fitted; losses are measured on it.
-
-More than of the calibration itself: the tokens are fewer, and weighted by their gradients few of
-them count.
-"""
-
-
-@dataclass(frozen=True)
-class SweepSamples:
-    """How many samples the losses of a bit budget are measured on.
-
-    Attributes:
-        count: of those there are.
-        least: asked for, all without a wish.
-        enough: for the tokens that each input feature needs, those that are measured on included.
-    """
-
-    count: int
-    least: int
-    enough: int
-
-    @classmethod
-    def of(cls, widest: int, seq_len: int, wanted: int | None, available: int) -> "SweepSamples":
-        """More than asked for where matrices are wide.
-
-        Args:
-            widest: input features of the widest matrix.
-            seq_len: tokens of a sample.
-            wanted: samples asked for, None for all.
-            available: samples there are.
-        """
-        # Those that are measured on come on top.
-        fitted = -(-_TOKENS_PER_WIDTH * widest // seq_len)
-        enough = -(-fitted * _MEASURED_EVERY // (_MEASURED_EVERY - 1))
-        least = available if wanted is None else wanted
-        return cls(min(available, max(least, enough)), least, enough)
+__all__ = ["Measuring", "measure_once"]
 
 
 @dataclass(frozen=True)
@@ -145,8 +99,8 @@ class Measuring:
             texts, curves = calibration.subset(count), None
             order, held = torch.arange(len(texts.tokens)), 0
         else:
-            texts = calibration.subset(_enough_samples(source, schemes, count, calibration, say))
-            order, held = split_order(len(texts.tokens), _MEASURED_EVERY)
+            texts = calibration.subset(enough_samples(source, schemes, count, calibration, say))
+            order, held = split_order(len(texts.tokens), MEASURED_EVERY)
             texts = replace(texts, tokens=texts.tokens[order], parts=())
             scheme = next(iter(schemes.values()))  # all are the recipe's
             curves = CurveSettings.of(scheme, recipe.alternating, allocation, scale_dtype)
@@ -380,30 +334,3 @@ def _kept(path: Path, key: str, say: Callable[[str], None]) -> Measurements | No
         return None
     say(f"How much the predictions feel each matrix was measured before: {path}")
     return found
-
-
-def _enough_samples(
-    source: ModelSource,
-    schemes: Mapping[str, ConfigGroup],
-    wanted: int | None,
-    calibration: CalibrationSet,
-    say: Callable[[str], None],
-) -> int:
-    """Samples for the losses of a bit budget: more than asked for where matrices are wide."""
-    available, seq_len = calibration.tokens.shape
-    widest = max(source.tensors.describe(f"{name}.weight").shape[1] for name in schemes)
-    samples = SweepSamples.of(widest, seq_len, wanted, available)
-    count, enough = samples.count, samples.enough
-    if count > samples.least:
-        say(
-            f"Losses are measured on {count} samples instead of {samples.least}:"
-            f" {_TOKENS_PER_WIDTH} tokens to fit for each of {widest} input features, and one"
-            f" sample in {_MEASURED_EVERY} to measure on"
-        )
-    if count < enough:
-        say(
-            f"Losses are measured on {count} samples of {seq_len} tokens, which is all there are;"
-            f" {enough} would give {_TOKENS_PER_WIDTH} tokens to fit for each of {widest} input"
-            " features"
-        )
-    return count

@@ -25,7 +25,7 @@ from torch import nn
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.calibration.room import UNLIMITED, Room
-from svsk_offline.planning.measurements import SweepSamples
+from svsk_offline.planning.sweep_samples import SweepSamples
 from svsk_offline.recipe import AlternatingRecipe, Recipe
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_vllm.format import ConfigGroup
