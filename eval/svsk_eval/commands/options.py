@@ -28,7 +28,9 @@ MarkdownFile = Annotated[Path | None, typer.Option(help="Write the report of tas
 HtmlFile = Annotated[
     Path | None, typer.Option(help="Write the report of tasks there, one page with plots.")
 ]
-Chunks = Annotated[int, typer.Option(min=1, help="Chunks of the text, from its start.")]
+Chunks = Annotated[
+    int, typer.Option(min=1, help="Chunks of --seq-len tokens, from the start of the text.")
+]
 
 # Of lm-eval's tasks.
 Engine = Annotated[
