@@ -2,9 +2,9 @@
 """The linears of a decoder block: their inputs gathered, quantised, measured."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -34,6 +34,9 @@ from svsk_vllm.format import QuantizedLinear, dequantize
 __all__ = ["BlockQuantizer"]
 
 Prepare = Callable[[InputStatistics, AlternatingArgs, float], PreparedInput]
+
+_Planned = Mapping[str, tuple[str, nn.Linear]]
+"""Linears that have a scheme by their names below the block: whole name and module."""
 
 _T = TypeVar("_T")
 
@@ -70,7 +73,7 @@ class BlockQuantizer:
         scale_dtype: stored dtype of scales.
         scratch: folder for temporary files.
         room: what may be held at a time.
-        world: the processes that quantise together, each at its own linears. Not with an aim.
+        world: the processes that quantise together, each at its own linears.
     """
 
     def __init__(
@@ -126,29 +129,10 @@ class BlockQuantizer:
     ) -> tuple[list[QuantizedLinear], list[LayerReport]]:
         """All linears of a block fitted to what its dense weights give."""
         advance = not self._recipe.sequential
-        fitted = _Fitted()
         planned = self._planned(index)
-        experts = expert_modules(block)
-        for statistics in gathered_in_turns(
-            self._runner,
-            index,
-            block,
-            [name for name, _, _ in planned],
-            self._room,
-            full=self._alternating is not None,
-            first=self._sink_names(index),
-            weights=self._token_weights(index),
-            # With nothing held out the same samples are measured below.
-            advance=advance and self._runner.apart,
-        ):
-            fitted.routed |= {
-                name: one.tokens for name, one in statistics.items() if name in experts
-            }
-            self._fit_all([one for one in planned if one[0] in statistics], statistics, fitted)
-        for name, full, _ in planned:
-            _known(fitted.linears, name, full)
-        # In the block's order, whatever the turns were.
-        fitted.linears = {name: fitted.linears[name] for name, _, _ in planned}
+        fitted = _Fitted()
+        # With nothing held out the same samples are measured below.
+        self._fit_in_turns(index, block, planned, fitted, advance=advance and self._runner.apart)
         errors = measure_outputs(
             self._runner,
             index,
@@ -160,11 +144,38 @@ class BlockQuantizer:
         )
         return fitted.reported(errors)
 
+    def _fit_in_turns(
+        self, index: int, block: nn.Module, planned: _Planned, fitted: _Fitted, *, advance: bool
+    ) -> None:
+        """Quantise linears of a block for the inputs that the block's weights give them now.
+
+        In the block's order, in turns that fit into memory.
+        """
+        experts = expert_modules(block)
+        for statistics in gathered_in_turns(
+            self._runner,
+            index,
+            block,
+            [*planned],
+            self._room,
+            full=self._alternating is not None,
+            first=self._sink_names(index),
+            weights=self._token_weights(index),
+            advance=advance,
+        ):
+            fitted.routed |= {
+                name: one.tokens for name, one in statistics.items() if name in experts
+            }
+            of_turn = {name: planned[name] for name in planned if name in statistics}
+            self._fit_all(of_turn, statistics, fitted)
+        for name, (full, _) in planned.items():
+            # To the end, whatever the turns were.
+            linear = _known(fitted.linears, name, full)
+            del fitted.linears[name]
+            fitted.linears[name] = linear
+
     def _fit_all(
-        self,
-        planned: Sequence[tuple[str, str, nn.Linear]],
-        statistics: dict[str, InputStatistics],
-        fitted: _Fitted,
+        self, planned: _Planned, statistics: dict[str, InputStatistics], fitted: _Fitted
     ) -> None:
         """Quantise linears of a block, each in the process that has its statistics added up.
 
@@ -173,21 +184,19 @@ class BlockQuantizer:
         owners = self._added_up(planned, statistics)
         own: dict[str, tuple[QuantizedLinear, float]] = {}
         prepare = last_one_kept()
-        for name, full, module in planned:
+        for name, (full, module) in planned.items():
             started = time.perf_counter()
             if owners[name] == self._world.rank:
                 weight = loaded_weight(self._source, full, module)
                 linear = self._fit(full, weight, statistics[name], prepare)
                 own[name] = linear, time.perf_counter() - started
             del statistics[name]  # the largest there is
-        for name, _, _ in planned:
+        for name in planned:
             made = self._world.of(owners[name], partial(own.__getitem__, name))
             fitted.linears[name], fitted.seconds[name] = made
 
     def _added_up(
-        self,
-        planned: Sequence[tuple[str, str, nn.Linear]],
-        statistics: Mapping[str, InputStatistics],
+        self, planned: _Planned, statistics: Mapping[str, InputStatistics]
     ) -> dict[str, int]:
         """Add up the statistics of all processes where they are needed.
 
@@ -197,15 +206,24 @@ class BlockQuantizer:
         Raises:
             SvskError: the processes saw other linears, or other inputs in common.
         """
+        costs = {name: _cost(module) for name, (_, module) in planned.items()}
+        groups = self._of_one_input(costs, statistics)
+        chosen = self._world.owners([sum(costs[name] for name in names) for names in groups])
+        for names, owner in zip(groups, chosen, strict=True):
+            statistics[names[0]].add_up(self._world, owner)
+        return {n: owner for names, owner in zip(groups, chosen, strict=True) for n in names}
+
+    def _of_one_input(
+        self, names: Iterable[str], statistics: Mapping[str, InputStatistics]
+    ) -> list[list[str]]:
+        """Linears of a block, those of one input together, as they are in all processes.
+
+        Raises:
+            SvskError: the processes saw other linears, or other inputs in common.
+        """
         inputs: dict[int, list[str]] = {}
-        costs: dict[int, int] = {}
-        for name, _, module in planned:
-            if name in statistics:
-                key = id(statistics[name])
-                inputs.setdefault(key, []).append(name)
-                # Of error feedback, and about that of decomposing a Hessian.
-                cost = module.out_features * module.in_features**2
-                costs[key] = costs.get(key, 0) + cost
+        for name in names:
+            inputs.setdefault(id(statistics[name]), []).append(name)
         groups = list(inputs.values())
         if any(other != groups for other in self._world.everywhere(groups)):
             raise SvskError(
@@ -213,16 +231,13 @@ class BlockQuantizer:
                 " depends on the samples; such models are quantised by one process. Start svsk"
                 " without torchrun."
             )
-        chosen = self._world.owners([*costs.values()])
-        for names, owner in zip(groups, chosen, strict=True):
-            statistics[names[0]].add_up(self._world, owner)
-        return {n: owner for names, owner in zip(groups, chosen, strict=True) for n in names}
+        return groups
 
     def _in_stages(
         self, pairs: InputPairs, index: int, block: nn.Module
     ) -> tuple[list[QuantizedLinear], list[LayerReport]]:
         """One input after another, each as the quantised linears before it give it."""
-        planned = {name: (full, module) for name, full, module in self._planned(index)}
+        planned = self._planned(index)
         fitted = _Fitted()
         replaced: dict[str, torch.Tensor] = {}
         aimed: dict[str, torch.Tensor] = {}
@@ -231,27 +246,25 @@ class BlockQuantizer:
         pairs.advance(index, block, stages)
         first, weights = self._sink_names(index), self._token_weights(index)
         for stage in stages:
-            gathered = pairs.gather(index, block, stage, replaced, first=first, weights=weights)
-            inputs: dict[str, InputStatistics] = {}
-            moments: dict[str, PairedMoments] = {}
-            for name in stage.names:
-                inputs[name], pair = _known(gathered, name, planned[name][0])
-                if pair is None:
-                    fitted.routed[name] = inputs[name].tokens
-                else:
-                    moments[name] = pair
-            del gathered, pair  # as large as the matrices of a fit
-            found_aims = self._aims(planned, stage.names, inputs, moments)
-            prepare = last_one_kept()
-            for name in stage.names:
-                started = time.perf_counter()
-                aim = found_aims.pop(name)
-                aimed[name], fitted.shares[name] = aim.weight, aim.share
-                linear = self._fit(planned[name][0], aim.weight, inputs.pop(name), prepare)
-                stored = block.get_parameter(f"{name}.weight")
-                replaced[name] = dequantize(linear).to(stored.device, stored.dtype)
-                fitted.linears[name] = linear
-                fitted.seconds[name] = time.perf_counter() - started
+            of_stage = {name: planned[name] for name in stage.names}
+            if stage.paired:
+                stored = {
+                    name: loaded_weight(self._source, full, module).float()
+                    for name, (full, module) in of_stage.items()
+                }
+                gathered = pairs.gather(
+                    index, block, stored, replaced, first=first, weights=weights
+                )
+                reached = self._fit_stage(of_stage, stored, gathered, fitted)
+                fitted.shares |= {name: aim.share for name, aim in reached.items()}
+                aimed |= {name: aim.weight for name, aim in reached.items()}
+            else:
+                with replaced_weights(block, replaced):
+                    self._fit_in_turns(index, block, of_stage, fitted, advance=False)
+                aimed |= {name: module.weight.detach() for name, (_, module) in of_stage.items()}
+            for name, (_, module) in of_stage.items():
+                made = dequantize(fitted.linears[name])
+                replaced[name] = made.to(module.weight.device, module.weight.dtype)
         for name, (full, _) in planned.items():
             _known(fitted.linears, name, full)
         with replaced_weights(block, replaced):
@@ -263,40 +276,81 @@ class BlockQuantizer:
                 advance=False,
                 aims=aimed,
                 room=self._room,
+                world=self._world,
             )
         return fitted.reported(errors)
 
+    def _fit_stage(
+        self,
+        planned: _Planned,
+        weights: dict[str, torch.Tensor],
+        gathered: dict[str, tuple[InputStatistics, PairedMoments]],
+        fitted: _Fitted,
+    ) -> dict[str, Aim]:
+        """Quantise the linears of a stage, and say what they were fitted to.
+
+        They read one input, so where there are several processes each gets its moments, and fits
+        some of the linears. ``weights``, theirs in float32, and ``gathered`` are emptied.
+        """
+        inputs = {name: statistics for name, (statistics, _) in gathered.items()}
+        moments = {name: pair for name, (_, pair) in gathered.items()}
+        gathered.clear()  # as large as the matrices of a fit
+        for names in self._of_one_input(inputs, inputs):
+            inputs[names[0]].add_up(self._world, None)
+            moments[names[0]].add_up(self._world)
+        chosen = self._world.owners([_cost(module) for _, module in planned.values()])
+        owners = dict(zip(planned, chosen, strict=True))
+        own = {name: planned[name] for name in planned if owners[name] == self._world.rank}
+        moments = {name: moments[name] for name in own}
+        of_own = {name: weights[name] for name in own}
+        weights.clear()
+        found = self._aims(own, of_own, inputs, moments)
+        made: dict[str, tuple[QuantizedLinear, float, Aim]] = {}
+        prepare = last_one_kept()
+        for name, (full, _) in own.items():
+            started = time.perf_counter()
+            aim = found.pop(name)
+            linear = self._fit(full, aim.weight, inputs.pop(name), prepare)
+            if self._world.size > 1:  # the number of a device is another one's elsewhere
+                aim = replace(aim, weight=aim.weight.cpu())
+            made[name] = linear, time.perf_counter() - started, aim
+        inputs.clear()
+        reached = {}
+        for name, (_, module) in planned.items():
+            fitted.linears[name], fitted.seconds[name], aim = self._world.of(
+                owners[name], partial(made.pop, name)
+            )
+            reached[name] = replace(aim, weight=aim.weight.to(module.weight.device))
+        return reached
+
     def _aims(
         self,
-        planned: Mapping[str, tuple[str, nn.Linear]],
-        names: Sequence[str],
+        planned: _Planned,
+        weights: dict[str, torch.Tensor],
         inputs: Mapping[str, InputStatistics],
         moments: dict[str, PairedMoments],
     ) -> dict[str, Aim]:
-        """What the linears of a stage are fitted to; ``moments`` is emptied."""
+        """What linears of a stage are fitted to; ``weights`` and ``moments`` are emptied."""
         assert self._alternating is not None, "only the method alternating has an aim"
+        together: dict[tuple[int, float], list[str]] = {}  # of one weighting, and one sink weight
+        for name, (full, _) in planned.items():
+            sink = self._alternating.sink_weight(full)
+            together.setdefault((id(moments[name]), sink), []).append(name)
         found: dict[str, Aim] = {}
-        together: dict[tuple[int, float], list[str]] = {}  # of one input, and one sink weight
-        for name in names:
-            weight = loaded_weight(self._source, *planned[name]).float()
-            found[name] = Aim(weight, 0.0)
-            if name in moments:
-                sink = self._alternating.sink_weight(planned[name][0])
-                together.setdefault((id(moments[name]), sink), []).append(name)
         for (_, sink), alike in together.items():
             pair = moments[alike[0]]
             for name in alike:
                 del moments[name]
-            weights = {name: found[name].weight for name in alike}
+            of_these = {name: weights.pop(name) for name in alike}
             missing, unseen = (
-                {name: cross.product(weight, sink) for name, weight in weights.items()}
+                {name: cross.product(name, sink) for name in of_these}
                 for cross in (pair.fitted, pair.held_out)
             )
             held_out = pair.second
             del pair  # as large as the matrices of a fit
             with _named(planned[alike[0]][0]):
                 found |= aims(
-                    weights,
+                    of_these,
                     missing,
                     unseen,
                     inputs[alike[0]],
@@ -322,13 +376,12 @@ class BlockQuantizer:
                 prepare,
             )
 
-    def _planned(self, index: int) -> list[tuple[str, str, nn.Linear]]:
-        """Name below the block, whole name and module of the linears that have a scheme."""
-        return [
-            (name, full, module)
+    def _planned(self, index: int) -> _Planned:
+        return {
+            name: (full, module)
             for name, full, module in self._source.linears(index)
             if full in self._plan.schemes
-        ]
+        }
 
     def _sink_names(self, index: int) -> frozenset[str]:
         """Linears below a block whose first tokens count more."""
@@ -343,6 +396,11 @@ class BlockQuantizer:
         return self._plan.token_weights(
             {name: full for name, full, _ in self._source.linears(index)}
         )
+
+
+def _cost(module: nn.Linear) -> int:
+    """Of error feedback in a linear, and about that of decomposing a Hessian."""
+    return module.out_features * module.in_features**2
 
 
 def _known(given: Mapping[str, _T], name: str, full: str) -> _T:

@@ -169,21 +169,22 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-    def add(self, total: "torch.Tensor", owner: int) -> None:
-        """Add up the tensors of all processes, in place, at one; they are used up at the others."""
+    def add(self, total: "torch.Tensor", owner: int | None = None) -> None:
+        """Add up the tensors of all processes, in place.
+
+        Args:
+            total: of one shape in all of them.
+            owner: the process that gets the sum, the tensors of the others are used up; None for
+                all of them.
+        """
         if self.size > 1:
             import torch.distributed as dist
 
             with self._together():
-                dist.reduce(total, owner)
-
-    def add_everywhere(self, total: "torch.Tensor") -> None:
-        """Add up the tensors of all processes, in place, at all of them."""
-        if self.size > 1:
-            import torch.distributed as dist
-
-            with self._together():
-                dist.all_reduce(total)
+                if owner is None:
+                    dist.all_reduce(total)
+                else:
+                    dist.reduce(total, owner)
 
     @contextmanager
     def _together(self) -> Iterator[None]:

@@ -40,12 +40,20 @@ OPTIONS: dict[str, tuple[object, ...]] = {
     "fast": ("--recipe", "fast", "--rank", 4),
     "published": ("--recipe", "published", "--rank", 4),
     "best": ("--recipe", "BEST", "--target-bpw", 4.6),
+    "aim": ("--recipe", "fast", "--rank", 4, "--aim", 0.5),
     "sequential": (
         *("--recipe", "fast", "--rank", 4, "--sequential"),
         *("--smooth-outliers", 2, "--smooth-keys", "--head", "svsk", "--embedding", "mixed-int8"),
         *("--hot-rows", 90),
     ),
 }
+FIRST = {"sequential": ".layers.0.", "aim": ".layers.0.self_attn."}
+"""Of options with which linears are fitted to what those before them give: the ones that agree.
+
+One code on the edge between two levels changes the inputs of all that follow.
+"""
+SUMS = {"sequential": 1e-2, "aim": 5e-2}
+"""Of these options, by how much the sums of all errors may differ; 1e-3 of the others."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -96,11 +104,10 @@ def test_several_processes_give_what_one_gives(tmp_path: Path, tiny_qwen2: Path,
         assert list(others.linears) == list(whole.linears)
         codes = differ = 0
         for linear_name, linear in whole.iter_linears():
-            # One code on the edge between two levels changes the inputs of all later blocks there.
-            if name == "sequential" and ".layers.0." not in linear_name:
-                continue
             other = others.read_linear(linear_name)
             assert other.spec == linear.spec
+            if FIRST.get(name, "") not in linear_name:
+                continue
             codes += linear.codes.numel()
             differ += int((other.codes != linear.codes).sum())
         assert differ < 1e-3 * codes
@@ -109,12 +116,13 @@ def test_several_processes_give_what_one_gives(tmp_path: Path, tiny_qwen2: Path,
         for matrix, row in errors.items():
             assert found[matrix]["held_out_tokens"] == row["held_out_tokens"]
             # A code, or a 4-bit factor, on the edge between two levels moves others of its row.
-            assert found[matrix]["error"] == pytest.approx(row["error"], rel=5e-2)
+            rel = 0.2 if name == "aim" else 5e-2
+            assert found[matrix]["error"] == pytest.approx(row["error"], rel=rel)
         sums = [
             sum(row["error"] for name, row in rows.items() if ".layers." in name)
             for rows in (found, errors)
         ]
-        assert sums[0] == pytest.approx(sums[1], rel=1e-2 if name == "sequential" else 1e-3)
+        assert sums[0] == pytest.approx(sums[1], rel=SUMS.get(name, 1e-3))
 
 
 def wait_for(path: Path, ranks: Ranks) -> None:
@@ -230,7 +238,6 @@ def test_a_stopped_process_ends_all_with_one_message(tmp_path: Path, deep: Path)
             ("--samples", 2, "--seq-len", 512),
             "1 of them held out: expected 3 or more to fit, one for each",
         ),
-        (2, ("--aim", 1), "2 processes: alternating.aim (--aim) is 1: the moments between inputs"),
         (2, ("--device", "cuda:0"), "--device cuda:0: 2 processes take a GPU each"),
         (2, ("--dry-run",), "--dry-run: works out what one process needs, not 2"),
     ],

@@ -111,7 +111,7 @@ def measure(k: int, recipe_name: str = "best", tokens: int | None = None) -> Pea
     with everything, matrices:
         statistics = InputStatistics(k, _CPU, full=True)
         aim = recipe.alternating.aim
-        pair = _pair(k) if aim else None
+        pair = _pair(weight) if aim else None
         left = 2 * k if tokens is None else tokens
         while left > 0:
             count = min(left, 256)
@@ -124,8 +124,7 @@ def measure(k: int, recipe_name: str = "best", tokens: int | None = None) -> Pea
             left -= count
         if pair is not None:
             weights, held_out = {"": weight}, pair.second
-            missing = {"": pair.fitted.product(weight)}
-            unseen = {"": pair.held_out.product(weight)}
+            missing, unseen = {"": pair.fitted.product("")}, {"": pair.held_out.product("")}
             del pair  # as a run does
             weight = aims(weights, missing, unseen, statistics, held_out, most=aim)[""].weight
             del held_out
@@ -136,10 +135,9 @@ def measure(k: int, recipe_name: str = "best", tokens: int | None = None) -> Pea
     return Peak(k, matrices.peak / unit, everything.peak / unit, grown)
 
 
-def _pair(k: int) -> PairedMoments:
-    return PairedMoments(
-        CrossMoment(k, _CPU), CrossMoment(k, _CPU), InputStatistics(k, _CPU, full=True)
-    )
+def _pair(weight: torch.Tensor) -> PairedMoments:
+    fitted, held_out = (CrossMoment({"": weight}) for _ in range(2))
+    return PairedMoments(fitted, held_out, InputStatistics(weight.shape[1], _CPU, full=True))
 
 
 def _resident_kib() -> int:

@@ -1,29 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the input that a linear has in the dense model goes with the one in the quantised model."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from svsk_offline.calibration.input_statistics import InputStatistics
+from svsk_offline.world import World
 
 __all__ = ["CrossMoment", "PairedMoments"]
 
 
 class CrossMoment:
-    """``E[(x - q) q^T]``, x a linear's input in the dense model and q in the quantised one.
+    """``W E[(x - q) q^T]`` of linears of one input, x in the dense model and q in the quantised.
 
-    Accumulated in float32, sample by sample.
+    Accumulated in float32, sample by sample: the moment, [K, K], or its products with the weights
+    where the linears have so few outputs that these take fewer multiplications.
 
     Args:
-        features: number of input channels K.
-        device: where the inputs are.
+        weights: W by name, float32 [N, K] where the inputs are; not copied.
         first: keep that of the first tokens apart as well.
     """
 
-    def __init__(self, features: int, device: torch.device, *, first: bool = False) -> None:
-        self._sum = torch.zeros(features, features, device=device)
-        self._first = torch.zeros(features, features, device=device) if first else None
+    def __init__(self, weights: Mapping[str, torch.Tensor], *, first: bool = False) -> None:
+        self._weights = dict(weights)
+        outputs = sum(len(weight) for weight in weights.values())
+        one = next(iter(weights.values()))
+        features = one.shape[1]
+        # A token costs K * K multiplications, or N * K to project it and N * K to add it up.
+        self._stacked = torch.cat([*weights.values()]) if 2 * outputs < features else None
+        shape = (features if self._stacked is None else outputs, features)
+        self._sum = torch.zeros(shape, device=one.device)
+        self._first = torch.zeros(shape, device=one.device) if first else None
         self._weight = 0.0
         self._samples = 0
 
@@ -40,6 +49,8 @@ class CrossMoment:
         """
         given = quantised.detach().float()
         missing = dense.detach().float() - given
+        if self._stacked is not None:
+            missing = missing @ self._stacked.T
         if given.ndim == 3 and self._first is not None:
             self._first.addmm_(missing[:, 0].T, given[:, 0])
             self._samples += len(given)
@@ -51,18 +62,35 @@ class CrossMoment:
             self._weight += float(weights.sum())
         self._sum.addmm_(rows.T, given.flatten(0, -2))
 
-    def product(self, weight: torch.Tensor, sink_weight: float = 0.0) -> torch.Tensor:
-        """``W E[(x - q) q^T]``, float32 [N, K].
+    def add_up(self, world: World) -> None:
+        """Add up what all processes took in, at all of them."""
+        world.add(self._sum)
+        if self._first is not None:
+            world.add(self._first)
+        counts = torch.tensor([self._weight, self._samples], dtype=torch.float64)
+        world.add(counts)
+        self._weight, samples = counts.tolist()
+        self._samples = int(samples)
+
+    def product(self, name: str, sink_weight: float = 0.0) -> torch.Tensor:
+        """``W E[(x - q) q^T]`` of a linear, float32 [N, K].
 
         Args:
-            weight: W, float32 [N, K].
+            name: of the linear.
             sink_weight: weight of the first token's moment, which is added.
         """
         # 0 where nothing was taken in, not NaN
-        rows = weight @ self._sum / (self._weight or 1.0)
+        rows = self._of(name, self._sum) / (self._weight or 1.0)
         if sink_weight and self._first is not None:
-            rows += sink_weight / max(1, self._samples) * (weight @ self._first)
+            rows += sink_weight / max(1, self._samples) * self._of(name, self._first)
         return rows
+
+    def _of(self, name: str, total: torch.Tensor) -> torch.Tensor:
+        if self._stacked is None:
+            return self._weights[name] @ total
+        sizes = [len(weight) for weight in self._weights.values()]
+        parts: Sequence[torch.Tensor] = total.split(sizes)
+        return dict(zip(self._weights, parts, strict=True))[name]
 
 
 @dataclass(frozen=True)
@@ -78,3 +106,9 @@ class PairedMoments:
     fitted: CrossMoment
     held_out: CrossMoment
     second: InputStatistics
+
+    def add_up(self, world: World) -> None:
+        """Add up what all processes took in, at all of them."""
+        self.fitted.add_up(world)
+        self.held_out.add_up(world)
+        self.second.add_up(world, None)

@@ -178,7 +178,7 @@ def measure_outputs(
     table = torch.zeros(len(linears), 4, dtype=torch.float64)
     for row, name in zip(table, linears, strict=True):
         row[:3], row[3] = sums[name], tokens[name]
-    world.add_everywhere(table)
+    world.add(table)
     result = {}
     for name, (energy, base, whole, count) in zip(linears, table.tolist(), strict=True):
         unit = energy or 1.0

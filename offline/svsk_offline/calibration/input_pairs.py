@@ -104,18 +104,19 @@ class InputPairs:
         self,
         index: int,
         block: nn.Module,
-        stage: Stage,
+        linears: Mapping[str, torch.Tensor],
         quantised: Mapping[str, torch.Tensor],
         *,
         first: Collection[str] = (),
         weights: Mapping[str, torch.Tensor] | None = None,
-    ) -> dict[str, tuple[InputStatistics, PairedMoments | None]]:
-        """Moments of the inputs of a stage's linears.
+    ) -> dict[str, tuple[InputStatistics, PairedMoments]]:
+        """Moments of the input of a stage's linears.
 
         Args:
             index: number of the block.
             block: the loaded block, its weights dense.
-            stage: which linears; one of those that :meth:`advance` was given.
+            linears: of one of the paired stages that :meth:`advance` was given, in its order, the
+                weights by name below the block, float32 [N, K] on the block's device.
             quantised: weights of the linears in the stages before, by their names below the block.
             first: as for :meth:`BlockRunner.collect`.
             weights: likewise.
@@ -123,45 +124,32 @@ class InputPairs:
         Returns:
             By the name of each linear, the second moment of its input in the quantised model over
             the samples that are fitted, and how the dense model's input differs from it, there and
-            over those held out, whose tokens count alike (None where they are not paired).
+            over those held out, whose tokens count alike.
         """
-        if not stage.paired:
-            with replaced_weights(block, quantised):
-                gathered = self.runner.collect(
-                    index,
-                    block,
-                    full=True,
-                    first=first,
-                    weights=weights,
-                    advance=False,
-                    names=stage.names,
-                )
-            return {name: (statistics, None) for name, statistics in gathered.items()}
-        name = stage.names[0]
-        features = block.get_parameter(f"{name}.weight").shape[1]
-        device = self.runner.device
-        apart = any(one in first for one in stage.names)
+        name, weight = next(iter(linears.items()))
+        apart = any(one in first for one in linears)
 
         def second() -> InputStatistics:
-            return InputStatistics(features, device, full=True, first=apart)
-
-        def cross() -> CrossMoment:
-            return CrossMoment(features, device, first=apart)
+            return InputStatistics(weight.shape[1], weight.device, full=True, first=apart)
 
         # Linears of one input whose tokens count alike share their moments.
-        own: dict[int, tuple[torch.Tensor | None, InputStatistics, PairedMoments]] = {}
-        result: dict[str, tuple[InputStatistics, PairedMoments | None]] = {}
-        for one in stage.names:
+        alike: dict[int, dict[str, torch.Tensor]] = {}
+        for one in linears:
             counts = None if weights is None else weights[one]
-            if id(counts) not in own:
-                own[id(counts)] = counts, second(), PairedMoments(cross(), cross(), second())
-            result[one] = own[id(counts)][1:]
+            alike.setdefault(id(counts), {})[one] = linears[one]
+        own: list[tuple[torch.Tensor | None, InputStatistics, PairedMoments]] = []
+        result: dict[str, tuple[InputStatistics, PairedMoments]] = {}
+        for those in alike.values():
+            counts = None if weights is None else weights[next(iter(those))]
+            fitted, held_out = (CrossMoment(those, first=apart) for _ in range(2))
+            own.append((counts, second(), PairedMoments(fitted, held_out, second())))
+            result |= dict.fromkeys(those, own[-1][1:])
         for samples in ("fitted", "held out"):
             for part in self.runner.batches(samples):
                 with replaced_weights(block, quantised):
                     given = self._input(index, block, name, self.runner.hidden[part])
                 dense = self._dense[name][part].to(given.device).view(given.shape)
-                for counts, statistics, pair in own.values():
+                for counts, statistics, pair in own:
                     if samples == "fitted":
                         count = None if counts is None else counts[part]
                         statistics.add(given, count)

@@ -68,14 +68,13 @@ class InputStatistics:
             self._accumulate(self._first, inputs.detach()[:, 0].float())
             self._samples += inputs.shape[0]
 
-    def add_up(self, world: World, owner: int, factor: float = 1.0) -> None:
-        """Add up what all processes took in, at one of them.
-
-        At the others nothing may be read afterwards.
+    def add_up(self, world: World, owner: int | None, factor: float = 1.0) -> None:
+        """Add up what all processes took in.
 
         Args:
             world: the processes, which all come here.
-            owner: the one that gets the sums.
+            owner: the one that gets the sums, at the others nothing may be read afterwards; None
+                for all of them.
             factor: of this process's sums, a power of two.
 
         Raises:

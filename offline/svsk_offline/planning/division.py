@@ -31,12 +31,7 @@ def check_divisible(
     if world.size == 1:
         return
     args = recipe if isinstance(recipe, AlternatingRecipe) else None
-    if args and args.alternating.aim:
-        what = (
-            f"alternating.aim (--aim) is {args.alternating.aim:g}: the moments between inputs of"
-            " the quantised model and of the dense one are not added up"
-        )
-    elif args and args.gradients.token_power:
+    if args and args.gradients.token_power:
         what = (
             f"gradients.token_power is {args.gradients.token_power:g}: the weight of a token is"
             " relative to those of all samples, which are not put together"

@@ -7,9 +7,9 @@
   directions, two [N, N] for each;
 - what is made of a block: its codes, a byte each, and then, to measure the errors of its outputs,
   two differences of each weight in the dtype of the arithmetic;
-- where weights aim at the dense model's outputs, seven [K, K] of the widest instead, and the
-  block's weights in float32, and of all samples the hidden states and a block's inputs in that
-  model;
+- where weights aim at the dense model's outputs, seven [K, K] of the widest instead, the block's
+  quantised weights beside its dense ones, those aimed at in float32 (experts have none), and of all
+  samples the hidden states and a block's inputs in the dense model;
 - hidden states of all samples, and while gradients are measured those before every block;
 - one block's weights in the dtype of the arithmetic, or embedding and head while they are written.
 
@@ -63,8 +63,8 @@ class _Linears:
         return cls(blocks, [*expert_layers(schemes).values()])
 
     def most(self, size: Callable[[nn.Linear], int]) -> int:
-        """Of the block where the sum over its linears is largest."""
-        return max(sum(map(size, block.values())) for block in self.blocks)
+        """Of the block where the sum over its linears is largest; 0 where there is none."""
+        return max((sum(map(size, block.values())) for block in self.blocks), default=0)
 
     def largest(self, size: Callable[[nn.Linear], int]) -> int:
         """Of the linear where it is largest."""
@@ -86,10 +86,10 @@ class _Linears:
         largest = self.largest(size)
         if not recipe.alternating.aim:
             return _Moments(self.most(size), largest + self._pools())
-        # One input at a time, but of a projection's experts all together.
+        # One input at a time, but of a projection's experts as many as there is room for.
         modules = {name: one for block in self.blocks for name, one in block.items()}
         stages = (sum(size(modules[name]) for name in names) for names in self.mixtures)
-        return _Moments(0, max(largest, *stages, 0) + self._pools())
+        return _Moments(max(stages, default=0), largest + self._pools())
 
     def measured(self, sides: int) -> _Moments:
         """Of inputs, and ``sides`` times of outputs' gradients, while gradients are measured."""
@@ -98,6 +98,15 @@ class _Linears:
             return 2 * one.in_features**2 + sides * one.out_features**2
 
         return _Moments(self.most(size), self.largest(size) + self._pools())
+
+    def without_experts(self) -> "_Linears":
+        """All but those of mixtures of experts."""
+        experts = {name for names in self.mixtures for name in names}
+        blocks = (
+            {name: one for name, one in block.items() if name not in experts}
+            for block in self.blocks
+        )
+        return _Linears([block for block in blocks if block], [])
 
     def _pools(self) -> int:
         """Sums over all experts of gate's, up's and down's inputs."""
@@ -169,6 +178,7 @@ class Needs:
         moments = measured = _Moments(0, 0)
         fit = 3 * linears.largest(_weights)
         inputs = paired = 0
+        copies = 1
         if isinstance(recipe, AlternatingRecipe):
             fit += (7 if recipe.alternating.aim else 5) * widest**2
             moments = linears.moments(recipe)
@@ -178,9 +188,11 @@ class Needs:
                 inputs = len(linears.blocks) * (samples if args.token_power else count) * state
                 measured = linears.measured(2 if args.directions else 0)
             if recipe.alternating.aim:
-                fit += made
+                copies = 2
+                read_alike = linears.without_experts()  # by both models, but for errors
+                fit += read_alike.most(_weights)
                 # At most: linears that read one input keep it once.
-                features = linears.most(lambda one: one.in_features)
+                features = read_alike.most(lambda one: one.in_features)
                 paired = samples * (state + features * seq_len * itemsize)
         block = max(sum(one.numel() for one in part.parameters()) for part in source.blocks[1])
         head = model.get_output_embeddings()
@@ -188,7 +200,7 @@ class Needs:
         outside = table.numel() + (0 if tied else head.weight.numel())
         return cls(
             program=program,
-            weights=max(block * itemsize, outside * (itemsize + _PACKED)),
+            weights=max(copies * block * itemsize, outside * (itemsize + _PACKED)),
             hidden=samples * state,
             inputs=inputs,
             paired=paired,

@@ -68,27 +68,32 @@ def aim_of(
     most: float = 1.0,
 ) -> Aim:
     k = weight.shape[1]
+    other = weight[:1] + 1
     second, moments = [], []
     for (dense, given), count in zip((fitted, held_out), counts, strict=True):
         second.append(InputStatistics(k, CPU, full=True, first=True))
-        moments.append(CrossMoment(k, CPU, first=True))
+        moments.append(CrossMoment({"other": other, "one": weight}, first=True))
         for part in (slice(0, 2), slice(2, None)):
             own = None if count is None else count[part]
             second[-1].add(given[part], own)
             moments[-1].add(dense[part], given[part], own)
-    missing, unseen = ({"one": moment.product(weight, sink)} for moment in moments)
+    missing, unseen = ({"one": moment.product("one", sink)} for moment in moments)
     found = aims({"one": weight}, missing, unseen, *second, most=most, sink_weight=sink)
     return found["one"]
 
 
 @pytest.mark.parametrize("sink", [0.0, 0.7])
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("n", [7, 4])
 def test_an_aim_has_the_least_error_on_tokens_that_are_held_out(
-    sink: float, weighted: bool
+    sink: float, weighted: bool, n: int
 ) -> None:
-    """Over ridge regressions solved from the tokens themselves, in float64, and all shares."""
+    """Over ridge regressions solved from the tokens themselves, in float64, and all shares.
+
+    Of 4 outputs, and one of another linear, the moments are of outputs, not of inputs.
+    """
     draw = torch.Generator().manual_seed(0)
-    k, n = 12, 7
+    k = 12
     texts = [paired_tokens(draw, samples, k) for samples in (5, 3)]
     weight = torch.randn(n, k, generator=draw)
     counts = [
@@ -164,9 +169,9 @@ def test_inputs_are_those_behind_the_weights_that_were_replaced(
     pairs = InputPairs(runner)
     stage = Stage(("self_attn.o_proj",), paired=True)
     pairs.advance(0, block, [stage])
-    statistics, pair = pairs.gather(0, block, stage, other)["self_attn.o_proj"]
+    linears = {"self_attn.o_proj": out.data.float()}
+    statistics, pair = pairs.gather(0, block, linears, other)["self_attn.o_proj"]
     assert value.data_ptr() == kept.data_ptr()
-    assert pair is not None
 
     inputs: list[torch.Tensor] = []
     hook = block.get_submodule("self_attn.o_proj").register_forward_pre_hook(
@@ -187,7 +192,7 @@ def test_inputs_are_those_behind_the_weights_that_were_replaced(
         assert torch.allclose(second.hessian, given.T @ given / len(given), atol=1e-5)
         wanted = out.data.float() @ ((dense - given).T @ given / len(given))
         assert wanted.abs().max() > 1e-4
-        assert torch.allclose(cross.product(out.data.float()), wanted, atol=1e-6)
+        assert torch.allclose(cross.product("self_attn.o_proj"), wanted, atol=1e-6)
 
 
 def test_the_model_ends_nearer_to_the_dense_one(
