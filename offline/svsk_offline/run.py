@@ -115,7 +115,7 @@ class Run:
             raise SvskError(
                 "alternating.aim: how much of its correction a matrix takes is decided on samples"
                 f" that are held out, but there is {len(self.texts.tokens)} calibration sample,"
-                " which is fitted. Raise --samples, give more text, or leave --aim out."
+                " which is fitted. Raise --samples, give more text, or take --aim 0."
             )
         self._check_shares()
         self.config = self._uniform_config({**drawn.describe(), "held_out": self.held_out})
