@@ -20,7 +20,7 @@ from svsk_offline.calibration.input_pairs import InputPairs, replaced_weights
 from svsk_offline.calibration.room import UNLIMITED, Room
 from svsk_offline.calibration.stages import gathered_in_turns, stages_of
 from svsk_offline.planning.plan import Plan
-from svsk_offline.quantizers.aimed_weight import Aim, aims
+from svsk_offline.quantizers.aimed_weight import Aim, stage_aims
 from svsk_offline.quantizers.alternating import PreparedInput, last_one_kept
 from svsk_offline.quantizers.quantize_linear import quantize_linear
 from svsk_offline.recipe import AlternatingArgs, AlternatingRecipe, Recipe
@@ -304,7 +304,9 @@ class BlockQuantizer:
         moments = {name: moments[name] for name in own}
         of_own = {name: weights[name] for name in own}
         weights.clear()
-        found = self._aims(own, of_own, inputs, moments)
+        sinks = {name: self._sink_weight(full) for name, (full, _) in own.items()}
+        with _named(planned[next(iter(planned))][0]):
+            found = stage_aims(of_own, inputs, moments, sinks, most=self._aim)
         made: dict[str, tuple[QuantizedLinear, float, Aim]] = {}
         prepare = last_one_kept()
         for name, (full, _) in own.items():
@@ -322,43 +324,6 @@ class BlockQuantizer:
             )
             reached[name] = replace(aim, weight=aim.weight.to(module.weight.device))
         return reached
-
-    def _aims(
-        self,
-        planned: _Planned,
-        weights: dict[str, torch.Tensor],
-        inputs: Mapping[str, InputStatistics],
-        moments: dict[str, PairedMoments],
-    ) -> dict[str, Aim]:
-        """What linears of a stage are fitted to; ``weights`` and ``moments`` are emptied."""
-        assert self._alternating is not None, "only the method alternating has an aim"
-        together: dict[tuple[int, float], list[str]] = {}  # of one weighting, and one sink weight
-        for name, (full, _) in planned.items():
-            sink = self._alternating.sink_weight(full)
-            together.setdefault((id(moments[name]), sink), []).append(name)
-        found: dict[str, Aim] = {}
-        for (_, sink), alike in together.items():
-            pair = moments[alike[0]]
-            for name in alike:
-                del moments[name]
-            of_these = {name: weights.pop(name) for name in alike}
-            missing, unseen = (
-                {name: cross.product(name, sink) for name in of_these}
-                for cross in (pair.fitted, pair.held_out)
-            )
-            held_out = pair.second
-            del pair  # as large as the matrices of a fit
-            with _named(planned[alike[0]][0]):
-                found |= aims(
-                    of_these,
-                    missing,
-                    unseen,
-                    inputs[alike[0]],
-                    held_out,
-                    most=self._aim,
-                    sink_weight=sink,
-                )
-        return found
 
     def _fit(
         self, full: str, weight: torch.Tensor, statistics: InputStatistics, prepare: Prepare
@@ -385,12 +350,12 @@ class BlockQuantizer:
 
     def _sink_names(self, index: int) -> frozenset[str]:
         """Linears below a block whose first tokens count more."""
-        recipe = self._alternating
         return frozenset(
-            name
-            for name, full, _ in self._source.linears(index)
-            if recipe and recipe.sink_weight(full)
+            name for name, full, _ in self._source.linears(index) if self._sink_weight(full)
         )
+
+    def _sink_weight(self, full: str) -> float:
+        return self._alternating.sink_weight(full) if self._alternating else 0.0
 
     def _token_weights(self, index: int) -> Mapping[str, torch.Tensor] | None:
         return self._plan.token_weights(

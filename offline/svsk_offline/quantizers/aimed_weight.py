@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The weight that gives the dense model's outputs for the inputs of the quantised one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
+from svsk_offline.calibration.cross_moment import PairedMoments
 from svsk_offline.calibration.input_statistics import InputStatistics
 from svsk_offline.quantizers.hessian import ColumnOrder
 
-__all__ = ["Aim", "aims"]
+__all__ = ["Aim", "aims", "stage_aims"]
 
 _DAMPINGS: Final = (0.01, 0.1, 1.0)
 """Dampings of the correction that are tried, relative to the mean of the Hessian's diagonal.
@@ -30,6 +32,51 @@ class Aim:
 
     weight: torch.Tensor
     share: float
+
+
+def stage_aims(
+    weights: dict[str, torch.Tensor],
+    fitted: Mapping[str, InputStatistics],
+    moments: dict[str, PairedMoments],
+    sinks: Mapping[str, float],
+    *,
+    most: float = 1.0,
+) -> dict[str, Aim]:
+    """What linears of one input aim at, those whose tokens count alike together.
+
+    Args:
+        weights: by name, float32 [N, K]; emptied.
+        fitted: second moments of the input in the quantised model by these names, over the samples
+            that are fitted.
+        moments: of the input in both models by these names; emptied, for they are as large as the
+            matrices of a fit.
+        sinks: by these names, how much more a sample's first token counts.
+        most: largest share.
+
+    Returns:
+        By name.
+
+    Raises:
+        SvskError: a Hessian cannot be used.
+    """
+    together: dict[tuple[int, float], list[str]] = {}
+    for name, pair in moments.items():
+        together.setdefault((id(pair), sinks[name]), []).append(name)
+    found: dict[str, Aim] = {}
+    for (_, sink), alike in together.items():
+        of_these = {name: weights.pop(name) for name in alike}
+        pair = moments[alike[0]]
+        for name in alike:
+            del moments[name]
+        missing, unseen = (
+            {name: cross.product(name, sink) for name in alike}
+            for cross in (pair.fitted, pair.held_out)
+        )
+        held_out = pair.second
+        del pair  # before Hessians are decomposed
+        statistics = fitted[alike[0]]
+        found |= aims(of_these, missing, unseen, statistics, held_out, most=most, sink_weight=sink)
+    return found
 
 
 def aims(
