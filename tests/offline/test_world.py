@@ -77,13 +77,13 @@ def run(folder: Path, size: int, model: Path, out: str, *options: object, **more
 
 
 def options_of(name: str, folder: Path) -> list[object]:
-    """Options of a run; ``best`` with one round.
+    """Options of a run; ``best`` with one round, and without an aim, which is a case of its own.
 
     More of them make a tiny random model's sidecars turn at the smallest change of a sum: one
     process that takes its samples in another order gives one matrix in 14 half its codes anew.
     """
     recipe = dict(recipe_values("best"))
-    recipe["alternating"] = {**recipe["alternating"], "rounds": 1}
+    recipe["alternating"] = {**recipe["alternating"], "rounds": 1, "aim": 0.0}
     (folder / "best.yaml").write_text(yaml.safe_dump(recipe))
     return [folder / "best.yaml" if one == "BEST" else one for one in OPTIONS[name]]
 

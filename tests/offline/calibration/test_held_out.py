@@ -53,9 +53,16 @@ def test_batches_do_not_mix_the_kinds(tiny_llama: Path) -> None:
 
 
 def test_what_is_held_out_is_not_fitted(tmp_path: Path, tiny_llama: Path) -> None:
-    """Other held-out samples change the reports and not a bit of what is stored."""
+    """Other held-out samples change the reports and not a bit of what is stored.
+
+    Without an aim: they decide how much of it is taken.
+    """
     recipe = load_recipe("best").override(
-        {"sidecar": {"rank": 4}, "allocation": {"target_bpw": 6.0, "ranks": (0, 4)}}
+        {
+            "sidecar": {"rank": 4},
+            "allocation": {"target_bpw": 6.0, "ranks": (0, 4)},
+            "alternating": {"aim": 0.0},
+        }
     )
     texts = samples(9)
     tokens = texts.tokens.clone()
