@@ -238,7 +238,7 @@ def check_recipe(
         SvskError: an entry of the user's has no match.
     """
     from svsk_offline.recipe import USUAL_IGNORE, PublishedRecipe, SinkArgs
-    from svsk_vllm.format.config import matches
+    from svsk_vllm.format.targets import matches
 
     for entry in recipe.ignore:
         if entry not in (*USUAL_IGNORE, "lm_head") and not any(

@@ -29,8 +29,9 @@ from svsk_offline.recipe_sections import (
     TableArgs,
 )
 from svsk_vllm.format import SidecarArgs, WeightArgs
-from svsk_vllm.format.config import Strict, matches
+from svsk_vllm.format.config import Strict
 from svsk_vllm.format.problems import problem_text
+from svsk_vllm.format.targets import matches
 
 __all__ = [
     "USUAL_IGNORE",

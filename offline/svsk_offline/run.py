@@ -35,9 +35,9 @@ from svsk_offline.storage.loaded_weight import put_weights
 from svsk_offline.unfinished import STATE_NAME, refuse_other_run
 from svsk_offline.world import ALONE, World
 from svsk_vllm.format import ConfigGroup, SvskCheckpointConfig
-from svsk_vllm.format.config import matches
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
 from svsk_vllm.format.shards import read_json
+from svsk_vllm.format.targets import matches
 from svsk_vllm.version import __version__
 
 __all__ = ["Run"]

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``quantization_config`` of an SVSK checkpoint: schema, and which scheme a module gets.
 
-Targets and ignore entries are matched as compressed-tensors matches them: a module name, a class
-name (``Linear``), or ``re:`` and a regular expression that must match from the start of the module
-name.
+Targets and ignore entries are matched as :mod:`svsk_vllm.format.targets` says.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
@@ -26,14 +23,13 @@ from pydantic import (
 from svsk_kernels.codes import Codebook, code_bits
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.problems import problem_text, shown
+from svsk_vllm.format.targets import LINEAR_CLASS, Entries, Target, printable
 from svsk_vllm.version import FORMAT_VERSION, __version__
 
 __all__ = [
     "GROUP_SIZES",
     "MAX_RANK",
     "ONE_LEVEL",
-    "STOCK_LOADER_KEY",
-    "STOCK_LOADER_NOTE",
     "ConfigGroup",
     "EmbeddingArgs",
     "ScaleBits",
@@ -41,8 +37,6 @@ __all__ = [
     "Strict",
     "SvskCheckpointConfig",
     "WeightArgs",
-    "declared",
-    "undeclared",
 ]
 
 ScaleBits: TypeAlias = Literal[6, 8, 16]
@@ -53,45 +47,7 @@ ONE_LEVEL: Final = 16
 GROUP_SIZES = (16, 32, 64)
 MAX_RANK = 512
 _MAX_RANK_OF_1_0 = 128
-LINEAR_CLASS = "Linear"
-_MAX_REPEATS = 4
 _SHOWN_CHARACTERS = 100
-
-STOCK_LOADER_KEY = "transformers_weights"
-STOCK_LOADER_NOTE = (
-    "SVSK checkpoint. Run `import svsk_vllm.hf` before from_pretrained() (pip install svsk-vllm),"
-    " serve it with vLLM and svsk-vllm installed, or write a dense folder with `svsk restore`."
-)
-"""What config.json says under the key where transformers looks for the name of the weights' file.
-
-transformers without ``svsk_vllm.hf`` skips a quantisation method that it does not know, with a
-warning, and leaves every quantised linear at random values. A name that is no safetensors file
-makes it stop and show the name instead.
-"""
-
-
-def _printable(name: str) -> str:
-    if not name.isprintable():
-        raise ValueError("expected printable characters only: a terminal would obey the others")
-    return name
-
-
-def _valid_pattern(entry: str) -> str:
-    _printable(entry)
-    if entry.startswith("re:"):
-        try:
-            re.compile(entry.removeprefix("re:"))
-        except re.error as error:
-            raise ValueError(f"not a valid regular expression ({error})") from error
-        if re.search(r"\)[*+{]", entry) or len(re.findall(r"[*+{]", entry)) > _MAX_REPEATS:
-            raise ValueError(
-                f"a repeated group, or more than {_MAX_REPEATS}"
-                " repeats: matching could take for ever"
-            )
-    return entry
-
-
-Target = Annotated[str, AfterValidator(_valid_pattern)]
 
 
 class Strict(BaseModel):
@@ -243,7 +199,7 @@ class EmbeddingArgs(Strict):
         tied: whether the table is the output head as well, which then is not stored.
     """
 
-    module: Annotated[str, AfterValidator(_printable)]
+    module: Annotated[str, AfterValidator(printable)]
     tied: bool = Field(default=False, strict=True)
 
 
@@ -257,7 +213,7 @@ class SvskCheckpointConfig(Strict):
     quant_method: Literal["svsk"] = "svsk"
     format: Literal["svsk"] = "svsk"
     version: str = FORMAT_VERSION
-    config_groups: dict[Annotated[str, AfterValidator(_printable)], ConfigGroup] = Field(
+    config_groups: dict[Annotated[str, AfterValidator(printable)], ConfigGroup] = Field(
         min_length=1
     )
     ignore: tuple[Target, ...] = ()
@@ -337,7 +293,7 @@ class SvskCheckpointConfig(Strict):
 
     def is_ignored(self, name: str) -> bool:
         """Whether an ignore entry matches the linear module ``name`` (Hugging Face name)."""
-        return bool(self._lookup.ignored.best(name))
+        return bool(self._ignored.best(name))
 
     def scheme_for(self, name: str, *, by_class: bool = True) -> ConfigGroup | None:
         """The group that quantises a linear module, None when it is ignored or not targeted.
@@ -356,7 +312,7 @@ class SvskCheckpointConfig(Strict):
         if self.is_ignored(name):
             return None
         by_class = by_class and not self.is_embedding(name)
-        keys = self._lookup.targets.best(name, by_class=by_class)
+        keys = self._targets.best(name, by_class=by_class)
         if not keys:
             return None
         if len(keys) > 1:
@@ -366,91 +322,28 @@ class SvskCheckpointConfig(Strict):
             )
         return self.config_groups[keys[0]]
 
+    # By name, for a mixture of experts names tens of thousands.
     @cached_property
-    def _lookup(self) -> "_Lookup":
-        """Targets and ignore entries by name: a mixture of experts names tens of thousands."""
-        return _Lookup(self.config_groups, self.ignore)
+    def _targets(self) -> Entries:
+        groups = self.config_groups
+        return Entries((target, key) for key in groups for target in groups[key].targets)
+
+    @cached_property
+    def _ignored(self) -> Entries:
+        return Entries((entry, entry) for entry in self.ignore)
 
     def model_copy(
         self, *, update: Mapping[str, Any] | None = None, deep: bool = False
     ) -> "SvskCheckpointConfig":
         copied = super().model_copy(update=update, deep=deep)
-        copied.__dict__.pop("_lookup", None)  # of the original's groups
+        for name in ("_targets", "_ignored"):  # those of the original's
+            copied.__dict__.pop(name, None)
         return copied
-
-
-def declared(hf_config: Mapping[str, Any], quantization: SvskCheckpointConfig) -> dict[str, Any]:
-    """The config.json of a checkpoint, from that of the dense model."""
-    dense = undeclared(hf_config)
-    return {
-        **dense,
-        STOCK_LOADER_KEY: STOCK_LOADER_NOTE,
-        "quantization_config": quantization.to_dict(),
-    }
-
-
-def undeclared(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of the dense model, from that of a checkpoint."""
-    return {
-        key: value
-        for key, value in hf_config.items()
-        if key not in (STOCK_LOADER_KEY, "quantization_config")
-    }
 
 
 def _key(part: Any) -> str:
     text = str(part)
     return text if text.isprintable() and len(text) <= _SHOWN_CHARACTERS else shown(text)
-
-
-class _Entries:
-    """Targets or ignore entries, to be asked about one name after another.
-
-    Args:
-        entries: each with the key of what it belongs to.
-    """
-
-    def __init__(self, entries: Iterable[tuple[str, str]]) -> None:
-        self._exact: dict[str, dict[str, None]] = {}
-        self._patterns: dict[tuple[re.Pattern[str], str], None] = {}
-        for entry, key in entries:
-            if entry.startswith("re:"):
-                self._patterns[re.compile(entry.removeprefix("re:")), key] = None
-            else:
-                self._exact.setdefault(entry, {})[key] = None
-
-    def best(self, name: str, *, by_class: bool = True) -> list[str]:
-        """Keys of the entries that match a name best, in order: see :func:`matches`.
-
-        Args:
-            name: of a linear module.
-            by_class: whether the name of a class matches.
-        """
-        if name in self._exact:
-            return list(self._exact[name])
-        found = dict.fromkeys(key for pattern, key in self._patterns if pattern.match(name))
-        if not found and by_class:
-            found = self._exact.get(LINEAR_CLASS, {})
-        return list(found)
-
-
-class _Lookup:
-    """The entries of a config."""
-
-    def __init__(self, groups: Mapping[str, ConfigGroup], ignore: Sequence[str]) -> None:
-        self.targets = _Entries(
-            (target, key) for key, group in groups.items() for target in group.targets
-        )
-        self.ignored = _Entries((entry, entry) for entry in ignore)
-
-
-def matches(name: str, entries: Iterable[str]) -> bool:
-    """Whether one of the target or ignore entries matches the linear module ``name``.
-
-    As ``compressed_tensors.utils.match.match_name``, whose import takes torch and transformers: an
-    exact name, a regular expression from the start of the name, or the class of all linears.
-    """
-    return bool(_Entries((entry, entry) for entry in entries).best(name))
 
 
 def _minor(version: str) -> int:

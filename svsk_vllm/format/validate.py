@@ -12,7 +12,6 @@ from svsk_vllm.format.checkpoint import (
     parse_quantization_config,
     stored_suffixes,
 )
-from svsk_vllm.format.config import LINEAR_CLASS
 from svsk_vllm.format.errors import SvskFormatError
 from svsk_vllm.format.files import MAX_INDEX_BYTES
 from svsk_vllm.format.fingerprint import fingerprint_problems
@@ -36,6 +35,7 @@ from svsk_vllm.format.suffixes import (
     WEIGHT_ROW_SCALE,
     WEIGHT_SCALE,
 )
+from svsk_vllm.format.targets import LINEAR_CLASS
 from svsk_vllm.format.values import finite_problems, weight_problems
 
 __all__ = ["validate_checkpoint"]

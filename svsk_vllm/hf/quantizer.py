@@ -39,7 +39,7 @@ from svsk_vllm.format import (
     SvskFormatError,
     restored_weight,
 )
-from svsk_vllm.format.config import STOCK_LOADER_KEY
+from svsk_vllm.format.model_config import STOCK_LOADER_KEY
 from svsk_vllm.hf.experts import DequantizeExperts, Stacks, expert_converters
 from svsk_vllm.hf.matching import (
     SUFFIX_OF_PATTERN,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from svsk_offline.export.dense import restore
-from svsk_vllm.format.config import STOCK_LOADER_KEY, STOCK_LOADER_NOTE
+from svsk_vllm.format.model_config import STOCK_LOADER_KEY, STOCK_LOADER_NOTE
 from tests.hf.loading import Folders, assert_same, load
 from tests.support.tiny_models import write_random_svsk
 

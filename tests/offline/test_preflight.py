@@ -23,7 +23,7 @@ from svsk_offline.preflight import (
 )
 from svsk_offline.recipe import Recipe, load_recipe, recipe_names
 from svsk_offline.storage.hub import check_checkpoint, check_model
-from svsk_vllm.format.config import matches
+from svsk_vllm.format.targets import matches
 from tests.support.light_commands import run_without_heavy_imports
 
 LINEARS = [

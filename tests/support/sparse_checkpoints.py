@@ -16,7 +16,7 @@ import torch
 
 from svsk_eval.speed.random_model import SHAPES
 from svsk_vllm.format import ConfigGroup, LinearSpec, SvskCheckpointConfig
-from svsk_vllm.format.config import declared
+from svsk_vllm.format.model_config import declared
 from svsk_vllm.format.seal import schemes_metadata
 from tests.support.tiny_models import scheme
 

@@ -36,9 +36,9 @@ from svsk_vllm.format import (
     codebook_levels,
     restored_weight,
 )
-from svsk_vllm.format.config import declared, undeclared
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY
 from svsk_vllm.format.group_scales import ScaleBits
+from svsk_vllm.format.model_config import declared, undeclared
 from svsk_vllm.format.seal import schemes_metadata
 from svsk_vllm.format.shards import INDEX_NAME
 from tests.support.format_builders import save_shards, write_json

@@ -35,7 +35,7 @@ from svsk_vllm.format import (
     WeightArgs,
     codebook_levels,
 )
-from svsk_vllm.format.config import declared
+from svsk_vllm.format.model_config import declared
 
 __all__ = ["SHAPES", "VARIANTS", "Shape", "Variant", "app", "write_random_model"]
 

@@ -14,7 +14,7 @@ from svsk_kernels.errors import SvskError
 from svsk_offline.recipe import AlternatingRecipe, Recipe
 from svsk_offline.recipe_sections import CalibrationArgs
 from svsk_offline.storage.dense_model import ModelSource
-from svsk_vllm.format.config import matches
+from svsk_vllm.format.targets import matches
 
 __all__ = ["check_drawn", "sample_count"]
 

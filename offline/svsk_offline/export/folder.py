@@ -13,7 +13,7 @@ from svsk_offline.storage.atomic import PartialFolder, write_index, write_json, 
 from svsk_offline.storage.side_files import copy_side_files
 from svsk_vllm.format import Checkpoint, SvskFormatError, validate_checkpoint
 from svsk_vllm.format.checkpoint import split_suffix
-from svsk_vllm.format.config import undeclared
+from svsk_vllm.format.model_config import undeclared
 from svsk_vllm.format.shards import SINGLE_NAME
 
 __all__ = ["Convert", "Progress", "Say", "open_sound", "write_folder"]

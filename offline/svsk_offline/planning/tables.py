@@ -20,7 +20,7 @@ from svsk_vllm.format import (
     SidecarArgs,
     WeightArgs,
 )
-from svsk_vllm.format.config import matches
+from svsk_vllm.format.targets import matches
 
 __all__ = ["Table", "TablePlan", "after_head", "plan_tables"]
 

@@ -31,8 +31,8 @@ from svsk_vllm.format import (
     SvskCheckpointConfig,
     SvskFormatError,
 )
-from svsk_vllm.format.config import declared
 from svsk_vllm.format.fingerprint import FINGERPRINT_KEY, shard_fingerprint
+from svsk_vllm.format.model_config import declared
 from svsk_vllm.format.seal import schemes_metadata
 from svsk_vllm.format.shards import ShardedReader, read_json
 from svsk_vllm.format.suffixes import split_suffix

@@ -21,7 +21,7 @@ from svsk_offline.storage.tensor_names import TensorMap, require_complete
 from svsk_offline.storage.tensor_readers import FoldedTensors, RestoredTensors, TensorReader
 from svsk_vllm.architecture.experts import separate_experts
 from svsk_vllm.format import Checkpoint, ShardedReader
-from svsk_vllm.format.config import undeclared
+from svsk_vllm.format.model_config import undeclared
 from svsk_vllm.format.shards import read_json
 
 __all__ = ["ModelSource"]
