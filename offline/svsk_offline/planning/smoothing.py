@@ -5,7 +5,7 @@ Channel j of a linear's input is divided by ``max|x_j| ** alpha / max|W_j| ** (1
 weights that read it, and its weights multiplied (SmoothQuant, Xiao et al. 2022; the first half of
 SVDQuant, Li et al. 2024). Or only its outliers are: those over a multiple of the median channel are
 brought down to that, which leaves nearly all weights as they are. A rotary pair of keys is divided
-by a factor that evens out what its rounding costs attention, and queries are multiplied.
+by a factor that makes its rounding cost attention least, and queries are multiplied.
 
 Factors of inputs are rounded to powers of two, so that nothing is rounded by them. Those of keys
 are rounded to eighths of an octave: a key cache's step follows the largest channel, and whole
@@ -18,6 +18,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,11 +36,13 @@ from svsk_offline.planning.fold_pairs import (
     query_writer,
 )
 from svsk_offline.planning.key_channels import KeyChannels
+from svsk_offline.planning.key_search import Attention, search_exponents, seen_attention
 from svsk_offline.precision import block_dtype
 from svsk_offline.recipe_sections import SmoothingArgs
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.fold import LARGEST_EXPONENT, Fold, to_steps
 from svsk_offline.storage.inspection import smoothing_lines
+from svsk_vllm.kv_cache.rounding import BLOCK
 
 __all__ = [
     "Smoothing",
@@ -51,6 +54,9 @@ __all__ = [
 
 _SAMPLES: Final = 64
 """Calibration samples whose largest magnitudes are taken: with more they hardly grow."""
+
+_SEARCHED: Final = 4
+"""Of these, the samples whose attention tells the factors of keys."""
 
 _CHANGED: Final = (
     "scaling it changes what the block computes, as with norms of 1 + weight or where a"
@@ -201,9 +207,16 @@ def plan_smoothing(
     return planner.result()
 
 
-def _even(pair: Pair) -> torch.Tensor:
+def _key_exponents(pair: Pair, attention: Attention | None) -> torch.Tensor:
+    """What keys are divided by: searched for where attention was seen, else by the formula."""
     assert pair.even is not None, "a pair of keys has them"
-    return pair.even
+    exponents = key_exponents(pair.even, pair.heads)
+    index = pair.parts[0].index
+    if attention is None or index is None or attention.keys.shape[-1] % BLOCK:
+        return exponents
+    rows = exponents.view(pair.heads, -1)
+    found = search_exponents(attention, rows, index[: attention.keys.shape[-1]])
+    return found.flatten()
 
 
 class _Planner:
@@ -229,6 +242,8 @@ class _Planner:
         sample = runner.hidden[:1].clone()
         expected = runner.forward(index, block, sample)
         writers = key_writers(block) if args.keys else {}
+        # Before the samples move on.
+        attention = {key: self._attention(index, block, key) for key in writers.values()}
         outputs = {one for key in writers.values() for one in (key, query_writer(key))}
         modules = dict(block.named_modules())
         found = collect_maxima(runner, index, block, [one for one in outputs if one in modules])
@@ -252,12 +267,18 @@ class _Planner:
             if isinstance(ways, str):
                 self._left[f"{writer}: {ways}"] += 1
                 continue
-            chosen = [(pair, key_exponents(_even(pair), pair.heads)) for pair in ways]
+            # One after the other: a search for a layout that is not the block's would be in vain.
+            chosen = ((pair, _key_exponents(pair, attention[writer])) for pair in ways)
             done = self._try(index, block, chosen, fits)
-            pair, exponents = chosen[0] if done is None else done
-            self._keys.append(
-                KeyChannels.of(index, pair.maxima, pair.heads, None if done is None else exponents)
-            )
+            pair, exponents = (ways[0], None) if done is None else done
+            self._keys.append(KeyChannels.of(index, pair.maxima, pair.heads, exponents))
+
+    def _attention(self, index: int, block: nn.Module, writer: str) -> Attention | None:
+        """What the attention layer of a module that writes keys is given."""
+        runner = self._runner
+        samples = runner.hidden[:_SEARCHED].split(1)
+        runs = [partial(runner.forward, index, block, sample) for sample in samples]
+        return seen_attention(block, block.get_submodule(writer.rpartition(".")[0]), runs)
 
     def _exponents(self, pair: Pair) -> torch.Tensor:
         """Of a pair that scales inputs, by the rule that the arguments name."""

@@ -16,6 +16,7 @@ from svsk_offline.calibration import BlockRunner, CalibrationSet, load_calibrati
 from svsk_offline.calibration.channel_maxima import MOMENT, collect_maxima
 from svsk_offline.planning.fold_pairs import even_factors
 from svsk_offline.planning.key_channels import KeyChannels
+from svsk_offline.planning.key_search import Attention, search_exponents
 from svsk_offline.planning.smoothing import (
     Smoothing,
     key_exponents,
@@ -28,7 +29,7 @@ from svsk_offline.storage.decoder_blocks import linear_modules
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_offline.storage.fold import LARGEST_EXPONENT
 from tests.support.format_builders import edit_json
-from tests.support.tiny_models import FAMILIES, write_dense
+from tests.support.tiny_models import FAMILIES, Family, write_dense
 
 CPU = torch.device("cpu")
 INPUTS = SmoothingArgs(alpha=0.7)
@@ -267,6 +268,33 @@ def test_keys_are_evened_out(tmp_path: Path, family: str) -> None:
         assert layer.folded_ratio is not None
         assert layer.folded_ratio < 0.25 * layer.ratio
         assert layer.largest > 4 * layer.median
+
+
+@pytest.mark.parametrize(("family", "head_dim"), [("qwen2", 32), ("qwen3", 64), ("qwen2", 16)])
+def test_factors_of_keys_are_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, head_dim: int
+) -> None:
+    """From those of the formula, which stay where a head is no whole blocks of q4_0."""
+    settings = {**FAMILIES[family].settings, "head_dim": head_dim, "hidden_size": 4 * head_dim}
+    dense = uneven(write_dense(tmp_path / "dense", Family(family, settings)))
+    given, chosen = [], []
+
+    def search(attention: Attention, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        assert attention.keys.shape[-1] == head_dim
+        found = search_exponents(attention, rows, index)
+        given.append(rows)
+        chosen.append(found[:, index].flatten())
+        return found
+
+    monkeypatch.setattr("svsk_offline.planning.smoothing.search_exponents", search)
+    _, found = plan(dense, SmoothingArgs(keys=True))
+    assert found.folded == {"keys": BLOCKS}
+    assert len(chosen) == (0 if head_dim == 16 else BLOCKS)
+    name = "k_norm" if family == "qwen3" else "k_proj"
+    for block, exponents in enumerate(chosen):
+        folded = found.fold.rows[f"model.layers.{block}.self_attn.{name}.weight"]
+        assert torch.equal(folded, -exponents)
+        assert not torch.equal(given[block].flatten().unique(), exponents.unique())
 
 
 def test_key_channels() -> None:
