@@ -7,7 +7,7 @@ each with its own samples. One process alone is :data:`ALONE`, and exchanges not
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -185,6 +185,34 @@ class World:
                     dist.all_reduce(total)
                 else:
                     dist.reduce(total, owner)
+
+    def add_up(
+        self,
+        totals: "Iterable[torch.Tensor | None]",
+        counts: Sequence[float],
+        owner: int | None = None,
+    ) -> list[float]:
+        """Add up sums of all processes, in place, and what they were taken over.
+
+        Args:
+            totals: the sums, each of one shape in all processes, or None in all of them.
+            counts: likewise of one length.
+            owner: as for :meth:`add`.
+
+        Returns:
+            The counts of all processes together; of use to the owner alone, if there is one.
+        """
+        if self.size == 1:
+            return [*counts]
+        import torch
+
+        for total in totals:
+            if total is not None:
+                self.add(total, owner)
+        together = torch.tensor(counts, dtype=torch.float64)
+        self.add(together, owner)
+        found: list[float] = together.tolist()
+        return found
 
     @contextmanager
     def _together(self) -> Iterator[None]:

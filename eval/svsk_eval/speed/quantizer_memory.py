@@ -136,8 +136,8 @@ def measure(k: int, recipe_name: str = "best", tokens: int | None = None) -> Pea
 
 
 def _pair(weight: torch.Tensor) -> PairedMoments:
-    fitted, held_out = (CrossMoment({"": weight}) for _ in range(2))
-    return PairedMoments(fitted, held_out, InputStatistics(weight.shape[1], _CPU, full=True))
+    cross, second = CrossMoment({"": weight}), InputStatistics(weight.shape[1], _CPU, full=True)
+    return PairedMoments(cross, cross.empty(), second)
 
 
 def _resident_kib() -> int:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the input that a linear has in the dense model goes with the one in the quantised model."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -64,13 +65,17 @@ class CrossMoment:
 
     def add_up(self, world: World) -> None:
         """Add up what all processes took in, at all of them."""
-        world.add(self._sum)
-        if self._first is not None:
-            world.add(self._first)
-        counts = torch.tensor([self._weight, self._samples], dtype=torch.float64)
-        world.add(counts)
-        self._weight, samples = counts.tolist()
+        counts = (self._weight, self._samples)
+        self._weight, samples = world.add_up((self._sum, self._first), counts)
         self._samples = int(samples)
+
+    def empty(self) -> "CrossMoment":
+        """A moment of the same linears that has taken in nothing; they share the weights."""
+        other = copy.copy(self)
+        other._sum = torch.zeros_like(self._sum)
+        other._first = None if self._first is None else torch.zeros_like(self._first)
+        other._weight, other._samples = 0.0, 0
+        return other
 
     def product(self, name: str, sink_weight: float = 0.0) -> torch.Tensor:
         """``W E[(x - q) q^T]`` of a linear, float32 [N, K].

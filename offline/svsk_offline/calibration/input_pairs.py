@@ -141,8 +141,8 @@ class InputPairs:
         result: dict[str, tuple[InputStatistics, PairedMoments]] = {}
         for those in alike.values():
             counts = None if weights is None else weights[next(iter(those))]
-            fitted, held_out = (CrossMoment(those, first=apart) for _ in range(2))
-            own.append((counts, second(), PairedMoments(fitted, held_out, second())))
+            cross = CrossMoment(those, first=apart)
+            own.append((counts, second(), PairedMoments(cross, cross.empty(), second())))
             result |= dict.fromkeys(those, own[-1][1:])
         for samples in ("fitted", "held out"):
             for part in self.runner.batches(samples):

@@ -84,14 +84,12 @@ class InputStatistics:
             raise ValueError("The Hessian has been read; nothing can be taken in after that.")
         if world.size == 1:
             return
-        for total in (self._sum, self._first):
-            if total is not None:
-                if factor != 1:
-                    total *= factor
-                world.add(total, owner)
-        counts = torch.tensor([self._weight, self.tokens, self._samples], dtype=torch.float64)
-        world.add(counts, owner)
-        self._weight, tokens, samples = counts.tolist()
+        totals = (self._sum, self._first)
+        for total in totals:
+            if total is not None and factor != 1:
+                total *= factor
+        counts = (self._weight, self.tokens, self._samples)
+        self._weight, tokens, samples = world.add_up(totals, counts, owner)
         self.tokens, self._samples = int(tokens), int(samples)
 
     def empty(self) -> "InputStatistics":

@@ -72,7 +72,8 @@ def aim_of(
     second, moments = [], []
     for (dense, given), count in zip((fitted, held_out), counts, strict=True):
         second.append(InputStatistics(k, CPU, full=True, first=True))
-        moments.append(CrossMoment({"other": other, "one": weight}, first=True))
+        whole = CrossMoment({"other": other, "one": weight}, first=True)
+        moments.append(moments[0].empty() if moments else whole)
         for part in (slice(0, 2), slice(2, None)):
             own = None if count is None else count[part]
             second[-1].add(given[part], own)
