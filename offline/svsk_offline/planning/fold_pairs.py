@@ -17,6 +17,8 @@ from svsk_offline.calibration.channel_maxima import MOMENT, BlockMaxima, LinearI
 from svsk_offline.storage.fold import powers_of_two
 
 __all__ = [
+    "InputPair",
+    "KeyPair",
     "Kind",
     "Pair",
     "Part",
@@ -67,18 +69,12 @@ class Pair:
         name: of it, below the block, for messages.
         maxima: float32 [factors], largest magnitudes of the channels of each factor.
         parts: all that is scaled.
-        even: of keys, float32 [factors]: factors that even them out, see :func:`even_factors`.
-        weights: float32 [factors], largest magnitudes of the readers' weights; None for keys.
-        heads: equal parts of the factors, each of which is scaled for itself.
     """
 
     kind: Kind
     name: str
     maxima: torch.Tensor
     parts: tuple[Part, ...]
-    weights: torch.Tensor | None = None
-    heads: int = 1
-    even: torch.Tensor | None = None
 
     def apply(self, block: nn.Module, exponents: torch.Tensor) -> dict[str, torch.Tensor]:
         """Scale a loaded block; what :meth:`undo` takes back.
@@ -104,9 +100,33 @@ class Pair:
             block.get_parameter(name).data = data
 
 
+@dataclass(frozen=True)
+class InputPair(Pair):
+    """A pair that scales an input of linears.
+
+    Attributes:
+        weights: float32 [factors], largest magnitudes of the weights that read it.
+    """
+
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class KeyPair(Pair):
+    """A pair that scales the keys of a layer.
+
+    Attributes:
+        heads: equal parts of the factors, each of which is scaled for itself.
+        even: float32 [factors], factors that even the keys out, see :func:`even_factors`.
+    """
+
+    heads: int
+    even: torch.Tensor
+
+
 def input_pairs(
     block: nn.Module, found: BlockMaxima, head_dim: int | None
-) -> tuple[list[Pair], dict[str, str]]:
+) -> tuple[list[InputPair], dict[str, str]]:
     """Pairs that scale the inputs of a block's linears.
 
     Args:
@@ -117,26 +137,26 @@ def input_pairs(
     Returns:
         The pairs, and by name below the block why the input of each other linear has none.
     """
-    pairs: list[Pair] = []
+    pairs: list[InputPair] = []
     left: dict[str, str] = {}
     for read in found.inputs:
         result = _norm_pair(block, read) or _written_pair(block, read, head_dim)
-        if isinstance(result, Pair):
+        if isinstance(result, InputPair):
             pairs.append(result)
         else:
             left |= dict.fromkeys(read.linears, result)
     return pairs, left
 
 
-def _norm_pair(block: nn.Module, read: LinearInput) -> Pair | None:
+def _norm_pair(block: nn.Module, read: LinearInput) -> InputPair | None:
     if read.norm is None:
         return None
     parts = [*_rows(block, read.norm, -1), *(_columns(name) for name in read.linears)]
     name = ", ".join(read.linears)
-    return Pair("norms", name, read.maxima, tuple(parts), _column_maxima(block, read.linears))
+    return InputPair("norms", name, read.maxima, tuple(parts), _column_maxima(block, read.linears))
 
 
-def _written_pair(block: nn.Module, read: LinearInput, head_dim: int | None) -> Pair | str:
+def _written_pair(block: nn.Module, read: LinearInput, head_dim: int | None) -> InputPair | str:
     """The pair of a linear and the one that writes its input, or why there is none."""
     reader = read.linears[0]
     parent, _, last = reader.rpartition(".")
@@ -149,7 +169,7 @@ def _written_pair(block: nn.Module, read: LinearInput, head_dim: int | None) -> 
     features, weights = linear.out_features, _column_maxima(block, read.linears)
     parts = _rows(block, writer, -1)
     if features == len(weights):
-        return Pair(kind, reader, read.maxima, (*parts, _columns(reader)), weights)
+        return InputPair(kind, reader, read.maxima, (*parts, _columns(reader)), weights)
     if kind != "o" or not head_dim or features % head_dim or len(weights) % features:
         return f"its {len(weights)} inputs are not the {features} outputs of {writer_name}"
     # Query heads that share a key/value head follow one another, and share its factors.
@@ -159,7 +179,7 @@ def _written_pair(block: nn.Module, read: LinearInput, head_dim: int | None) -> 
     maxima, weights = (
         values.view(heads, -1, head_dim).amax(1).flatten() for values in (read.maxima, weights)
     )
-    return Pair(kind, reader, maxima, (*parts, _columns(reader, index)), weights)
+    return InputPair(kind, reader, maxima, (*parts, _columns(reader, index)), weights)
 
 
 def key_writers(block: nn.Module) -> dict[str, str]:
@@ -204,7 +224,7 @@ def even_factors(powers: torch.Tensor, energies: torch.Tensor) -> torch.Tensor:
 
 def key_pairs(
     block: nn.Module, found: BlockMaxima, writer: str, head_dim: int, rotary_dim: int
-) -> list[Pair] | str:
+) -> list[KeyPair] | str:
     """Ways to scale keys: each is right for one layout of the rotary pairs.
 
     Args:
@@ -244,7 +264,7 @@ def key_pairs(
             nothing.index_add(0, index.flatten(), keys.powers / keys.count),
             nothing.index_add(0, readers, queries.squares / queries.count),
         )
-        ways.append(Pair("keys", writer, largest, parts, heads=heads, even=even))
+        ways.append(KeyPair("keys", writer, largest, parts, heads, even))
     return ways
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +28,8 @@ from torch import nn
 from svsk_offline.calibration import BlockRunner, CalibrationSet
 from svsk_offline.calibration.channel_maxima import collect_maxima
 from svsk_offline.planning.fold_pairs import (
+    InputPair,
+    KeyPair,
     Pair,
     Part,
     input_pairs,
@@ -51,6 +53,8 @@ __all__ = [
     "plan_smoothing",
     "smoothing_exponents",
 ]
+
+_P = TypeVar("_P", bound=Pair)
 
 _SAMPLES: Final = 64
 """Calibration samples whose largest magnitudes are taken: with more they hardly grow."""
@@ -207,9 +211,8 @@ def plan_smoothing(
     return planner.result()
 
 
-def _key_exponents(pair: Pair, attention: Attention | None) -> torch.Tensor:
+def _key_exponents(pair: KeyPair, attention: Attention | None) -> torch.Tensor:
     """What keys are divided by: searched for where attention was seen, else by the formula."""
-    assert pair.even is not None, "a pair of keys has them"
     exponents = key_exponents(pair.even, pair.heads)
     index = pair.parts[0].index
     if attention is None or index is None or attention.keys.shape[-1] % BLOCK:
@@ -253,9 +256,9 @@ class _Planner:
 
         if args.inputs:
             pairs, left = input_pairs(block, found, self._head_dim(block))
-            for pair in pairs:
-                if pair.kind in args.targets:
-                    self._try(index, block, [(pair, self._exponents(pair))], fits)
+            for read in pairs:
+                if read.kind in args.targets:
+                    self._try(index, block, [(read, self._exponents(read))], fits)
             self._left.update(f"{name}: {reason}" for name, reason in left.items())
         for writer in writers.values():
             dims = self._head_dim(block), self._rotary_dim(block)
@@ -280,11 +283,10 @@ class _Planner:
         runs = [partial(runner.forward, index, block, sample) for sample in samples]
         return seen_attention(block, block.get_submodule(writer.rpartition(".")[0]), runs)
 
-    def _exponents(self, pair: Pair) -> torch.Tensor:
+    def _exponents(self, pair: InputPair) -> torch.Tensor:
         """Of a pair that scales inputs, by the rule that the arguments name."""
         if self._args.above is not None:
             return outlier_exponents(pair.maxima, self._args.above)
-        assert pair.weights is not None
         assert self._args.alpha is not None
         return smoothing_exponents(pair.maxima, pair.weights, self._args.alpha)
 
@@ -292,9 +294,9 @@ class _Planner:
         self,
         index: int,
         block: nn.Module,
-        ways: Iterable[tuple[Pair, torch.Tensor]],
+        ways: Iterable[tuple[_P, torch.Tensor]],
         fits: Callable[[], bool],
-    ) -> tuple[Pair, torch.Tensor] | None:
+    ) -> tuple[_P, torch.Tensor] | None:
         """Take the first way that leaves the block's output as it is; None if there is none."""
         reason = _CHANGED
         name = ""
