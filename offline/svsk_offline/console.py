@@ -71,7 +71,8 @@ def quantize_with_progress(
 
         callbacks = Callbacks(
             message=lambda text: notes.print(text, markup=False),
-            block=lambda index, total: bar.update("blocks", index, total),
+            block=lambda done, total: bar.update("blocks", done, total),
+            skipped=lambda done, total: bar.update("blocks", done, total, skipped=True),
             layer=layer,
         )
         result = quantize(model, out, recipe, progress=callbacks, **options)

@@ -13,10 +13,18 @@ __all__ = ["Progress", "QuantizationResult"]
 
 @dataclass
 class Progress:
-    """Callbacks of a run; the default ones do nothing."""
+    """Callbacks of a run; the default ones do nothing.
+
+    Attributes:
+        message: gets what is to be known on the way.
+        block: gets the number of blocks done, and that of all.
+        skipped: likewise, before ``block``, if an earlier run did the last of them.
+        layer: gets the figures of each quantised matrix.
+    """
 
     message: Callable[[str], None] = lambda text: None
-    block: Callable[[int, int], None] = lambda index, total: None
+    block: Callable[[int, int], None] = lambda done, total: None
+    skipped: Callable[[int, int], None] = lambda done, total: None
     layer: Callable[[LayerReport], None] = lambda report: None
 
 

@@ -319,22 +319,24 @@ class Run:
         self.world.first(lambda: plan.save(path))
         return plan if self.world.leads else Plan.load(path)
 
-    def _write_blocks(
-        self, writer: CheckpointWriter, plan: Plan
-    ) -> tuple[list[LayerReport], QuantizedTables, list[float]]:
-        compute = block_dtype(self.device)
-        scratch, world = self.folder.path, self.world
-        places, held_out = world.samples(len(self.texts.tokens), self.held_out)
-        runner = BlockRunner(
+    def _runner(self) -> BlockRunner:
+        """Of this process's samples."""
+        places, held_out = self.world.samples(len(self.texts.tokens), self.held_out)
+        return BlockRunner(
             self.source,
             self.texts.picked(places),
             self.device,
-            compute,
+            block_dtype(self.device),
             memory_limit=self.room.hidden,
-            scratch=scratch,
+            scratch=self.folder.path,
             held_out=held_out,
             apart=self.held_out > 0,
         )
+
+    def _write_blocks(
+        self, writer: CheckpointWriter, plan: Plan
+    ) -> tuple[list[LayerReport], QuantizedTables, list[float]]:
+        scratch, world, runner = self.folder.path, self.world, self._runner()
         sequential = self.recipe.sequential
         quantizer = BlockQuantizer(
             self.source, self.recipe, plan, runner, self.scale_dtype, scratch, self.room, world
@@ -344,8 +346,9 @@ class Run:
         try:
             for index, block in enumerate(self.blocks):
                 started = time.perf_counter()
-                self.source.load(block, f"{self.blocks_name}.{index}.", compute, self.device)
+                self.source.load(block, f"{self.blocks_name}.{index}.", runner.dtype, self.device)
                 reports = world.first(partial(writer.finished, index))
+                skipped = reports is not None
                 if reports is None:
                     linears, reports = quantizer.quantize(index, block)
                     for report in reports:
@@ -366,6 +369,8 @@ class Run:
                 self.source.unload(block)
                 layers += reports
                 seconds.append(time.perf_counter() - started)
+                if skipped:
+                    self.progress.skipped(index + 1, len(self.blocks))
                 self.progress.block(index + 1, len(self.blocks))
             tables = quantize_tables(
                 self.tables,

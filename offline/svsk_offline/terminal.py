@@ -110,37 +110,52 @@ class Steps:
     """Progress through counted steps.
 
     Args:
-        show: draws it: what is counted, how much is done, of how much if that is known, and a line
-            that says all of it, None where none is due.
+        show: draws it: what is counted, how much is done, of how much if that is known, about how
+            many seconds the rest takes, None where nothing tells, and a line that says all of it,
+            None where none is due.
         clock: seconds.
         every: seconds between two lines.
     """
 
     def __init__(
         self,
-        show: Callable[[str, int, int | None, str | None], None],
+        show: Callable[[str, int, int | None, float | None, str | None], None],
         clock: Callable[[], float] = time.monotonic,
         every: float = _EVERY,
     ) -> None:
         self._show, self._clock, self._every = show, clock, every
         self._what, self._done = "", 0
         self._started = self._said = clock()
+        self._before, self._paced = 0, self._started
 
-    def update(self, what: str, done: int, total: int | None) -> None:
-        """Say that ``done`` steps of ``total`` are done; fewer than before begin a new pass."""
+    def update(self, what: str, done: int, total: int | None, *, skipped: bool = False) -> None:
+        """Say that ``done`` steps of ``total`` are done; fewer than before begin a new pass.
+
+        Args:
+            what: is counted.
+            done: steps.
+            total: of them; None where that is not known.
+            skipped: those so far were done before: they do not tell how long the others take.
+        """
         now = self._clock()
-        if what != self._what or done < self._done:
+        anew = what != self._what or done < self._done
+        if anew:
             self._what, self._started = what, now
+        if anew or skipped:
+            self._before, self._paced = done, now
         advanced, self._done = done != self._done, done
         finished = total is not None and done >= total
+        left = None
+        if total is not None and not finished and done > self._before and now > self._paced:
+            left = (now - self._paced) / (done - self._before) * (total - done)
         line = None
         if done and advanced and (finished or now - self._said >= self._every):
             self._said = now
-            spent = now - self._started
-            line = f"{what} {done}/{'?' if total is None else total}, {duration(spent)}"
-            if total is not None and not finished and spent:
-                line += f", about {duration(spent / done * (total - done))} left"
-        self._show(what, done, total, line)
+            line = f"{what} {done}/{'?' if total is None else total}"
+            line += f", {duration(now - self._started)}"
+            if left is not None:
+                line += f", about {duration(left)} left"
+        self._show(what, done, total, left, line)
 
 
 @contextmanager
@@ -154,7 +169,9 @@ def steps(on: Console, first: str, *, transient: bool = False) -> Iterator[Steps
     """
     if not on.is_terminal:
 
-        def say(what: str, done: int, total: int | None, line: str | None) -> None:
+        def say(
+            what: str, done: int, total: int | None, left: float | None, line: str | None
+        ) -> None:
             if line is not None:
                 on.print(line, markup=False)
 
@@ -167,7 +184,6 @@ def steps(on: Console, first: str, *, transient: bool = False) -> Iterator[Steps
         SpinnerColumn,
         TextColumn,
         TimeElapsedColumn,
-        TimeRemainingColumn,
     )
 
     columns = (
@@ -176,12 +192,15 @@ def steps(on: Console, first: str, *, transient: bool = False) -> Iterator[Steps
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     )
     with Progress(*columns, console=on, transient=transient) as bar:
-        task = bar.add_task(first, total=None)
+        task = bar.add_task(first, total=None, left="")
 
-        def draw(what: str, done: int, total: int | None, line: str | None) -> None:
-            bar.update(task, description=what, completed=done, total=total)
+        def draw(
+            what: str, done: int, total: int | None, left: float | None, line: str | None
+        ) -> None:
+            words = "" if left is None else f"about {duration(left)} left"
+            bar.update(task, description=what, completed=done, total=total, left=words)
 
         yield Steps(draw)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from svsk_eval.cli import app
 from svsk_eval.speed.random_model import SHAPES
+from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.printable import printable
 from svsk_offline.recipe import Recipe, parse_recipe, recipe_names
 from svsk_offline.terminal import Steps, Terminal, duration
@@ -170,7 +171,7 @@ def test_progress_in_a_log_is_lines_now_and_then() -> None:
     now = 0.0
     lines: list[str] = []
 
-    def show(what: str, done: int, total: int | None, line: str | None) -> None:
+    def show(what: str, done: int, total: int | None, left: float | None, line: str | None) -> None:
         if line is not None:
             lines.append(line)
 
@@ -185,6 +186,48 @@ def test_progress_in_a_log_is_lines_now_and_then() -> None:
     now += 20
     steps.update("blocks", 1, 30)
     assert lines[-1] == "blocks 1/30, 20 s, about 10 min left"
+
+
+def test_blocks_that_were_done_before_do_not_make_the_others_seem_fast() -> None:
+    now = 0.0
+    estimates: list[float | None] = []
+    steps = Steps(lambda what, done, total, left, line: estimates.append(left), lambda: now)
+    for done in range(1, 21):
+        steps.update("blocks", done, 30, skipped=True)
+        steps.update("blocks", done, 30)
+        now += 1
+    assert estimates == [None] * 40
+    for done in range(21, 31):
+        now += 60 - (done == 21)  # the last of those before took one second more
+        steps.update("blocks", done, 30)
+    assert estimates[40:] == [*(60.0 * left for left in range(9, 0, -1)), None]
+
+
+def test_a_pass_that_begins_with_a_step_done_is_timed_from_there() -> None:
+    now = 0.0
+    estimates: list[float | None] = []
+    steps = Steps(lambda what, done, total, left, line: estimates.append(left), lambda: now)
+    for done in (1, 2, 1, 2, 3):
+        steps.update("blocks", done, 4)
+        now += 10
+    assert estimates == [None, 20.0, None, 20.0, 10.0]
+
+
+def test_a_resumed_run_says_which_blocks_it_skips(
+    tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe
+) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    told: list[tuple[str, int, int]] = []
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_llama, tmp_path / "out", tiny_recipe, progress=Progress(block=stop))
+    progress = Progress(
+        block=lambda *counts: told.append(("done", *counts)),
+        skipped=lambda *counts: told.append(("skipped", *counts)),
+    )
+    quantize(tiny_llama, tmp_path / "out", tiny_recipe, progress=progress)
+    assert told == [("skipped", 1, 2), ("done", 1, 2), ("done", 2, 2)]
 
 
 def test_a_run_of_other_values_says_which(

@@ -68,7 +68,8 @@ def sweep_gradients(
             gets in one process. None where these are all there are.
         room: what may be held at a time.
         scratch: folder for temporary files.
-        progress: called with the number of blocks passed, both ways, and their total.
+        progress: called with the number of blocks passed, both ways, and their total; those that
+            an interrupted sweep passed on its way back are not among them.
         start: the last block that an interrupted sweep passed on its way back, and the gradient
             that it gave to ``passed`` there; None for a sweep from the start.
         passed: called after ``visit`` with the block's number and the gradient of the loss with
@@ -95,7 +96,7 @@ def sweep_gradients(
             source.load(block, f"{name}.{index}.", dtype, device)
             runner.advance(index, block)
             source.unload(block)
-            progress(index + 1, 2 * len(blocks))
+            progress(index + 1, 2 * left)
         gradient = runner.hidden
         if start is None:
             _loss_gradient(source, calibration.tokens, runner, seed, places)
@@ -115,7 +116,7 @@ def sweep_gradients(
                 visit(index, blocks[index], observed)
             source.unload(blocks[index])
             passed(index, gradient)
-            progress(2 * len(blocks) - index, 2 * len(blocks))
+            progress(2 * left - index, 2 * left)
     finally:
         runner.close()
         if file is not None:

@@ -339,8 +339,12 @@ def test_an_interrupted_sweep_goes_on(
         interrupted(tiny_qwen2, out, chosen, step)
         curves.clear()
         said: list[str] = []
-        quantize(tiny_qwen2, out, chosen, progress=Progress(message=said.append))
+        told: list[tuple[int, int]] = []
+        progress = Progress(message=said.append, block=lambda *counts: told.append(counts))
+        quantize(tiny_qwen2, out, chosen, progress=progress)
         assert curves == left
+        steps = 2 * (1 if step == 3 else 2)  # there and back, of the blocks that are left
+        assert told == [*((done + 1, steps) for done in range(steps)), (1, 2), (2, 2)]
         assert any("Blocks 1 to 1 were measured before" in text for text in said) == (step == 3)
         assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
 
