@@ -18,7 +18,7 @@ from svsk_offline.recipe import AllocationArgs, AlternatingArgs
 from svsk_vllm.format import LinearSpec, dequantize
 from svsk_vllm.format.group_scales import ScaleBits
 from tests.offline.planning.choices import choices_of
-from tests.offline.quantizers.test_hessian_quantizers import inputs, statistics
+from tests.offline.quantizers.correlated import inputs, statistics
 from tests.offline.quantizers.test_quantizers import weight
 from tests.support.format_builders import make_group
 

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Error feedback, scale search, polish, the Hessian-fitted sidecar and their alternation."""
+"""Error feedback, scale search, polish, and their alternation with a sidecar."""
 
-from itertools import pairwise
 from typing import get_args
 
 import pytest
 import torch
 
 from svsk_kernels.errors import SvskError
-from svsk_offline.calibration import InputStatistics, input_statistics
-from svsk_offline.calibration.input_statistics import multiplied_exactly
+from svsk_offline.calibration import InputStatistics
 from svsk_offline.quantizers.activation_aware import quantize_aa
 from svsk_offline.quantizers.alternating import (
     PreparedInput,
@@ -30,173 +28,18 @@ from svsk_offline.quantizers.gptq import (
     refit_scales,
     search_scales,
 )
-from svsk_offline.quantizers.hessian import ColumnOrder, damped, inverse_root, inverse_roots
-from svsk_offline.quantizers.hessian_sidecar import HessianSidecar, column_tiles, sidecar_weight
+from svsk_offline.quantizers.hessian import ColumnOrder, damped
 from svsk_offline.quantizers.rounding import nearest_codes, nearest_levels
 from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import AlternatingArgs
-from svsk_vllm.format import Codebook, LinearSpec, TileGrid, codebook_levels, dequantize
+from svsk_vllm.format import Codebook, LinearSpec, codebook_levels, dequantize
 from svsk_vllm.format.group_scales import GroupScales, ScaleBits, split_scales
+from tests.offline.quantizers.correlated import inputs, statistics
 from tests.offline.quantizers.plain import quantize_rtn
 from tests.offline.quantizers.test_quantizers import CODEBOOKS, GRID, values_of, weight
 from tests.support.format_builders import make_group
 
 BFLOAT16 = GroupScales(torch.bfloat16)
-
-
-def inputs(k: int, tokens: int = 600, seed: int = 0) -> torch.Tensor:
-    """Correlated inputs with a few channels ten times as large, [1, tokens, k]."""
-    generator = torch.Generator().manual_seed(seed)
-    mixed = (
-        torch.randn(tokens, k, generator=generator)
-        @ torch.randn(k, k, generator=generator)
-        / k**0.5
-    )
-    mixed[:, :: k // 4] *= 10
-    return mixed.unsqueeze(0)
-
-
-def statistics(k: int, tokens: int = 600, seed: int = 0) -> InputStatistics:
-    found = InputStatistics(k, torch.device("cpu"), full=True)
-    found.add(inputs(k, tokens, seed))
-    return found
-
-
-def test_statistics_are_those_of_the_inputs() -> None:
-    x = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
-    full = InputStatistics(8, torch.device("cpu"), full=True, first=True)
-    diagonal = InputStatistics(8, torch.device("cpu"), full=False)
-    for part in x.split([1, 3, 2]):  # chunk by chunk
-        full.add(part)
-        diagonal.add(part)
-    rows = x.flatten(0, 1)
-    torch.testing.assert_close(full.hessian, rows.T @ rows / 30)
-    torch.testing.assert_close(full.first_hessian, x[:, 0].T @ x[:, 0] / 6)
-    torch.testing.assert_close(full.second_moment, rows.square().mean(0))
-    torch.testing.assert_close(diagonal.second_moment, rows.square().mean(0))
-    with pytest.raises(ValueError, match="full=True"):
-        _ = diagonal.hessian
-    with pytest.raises(ValueError, match="first=True"):
-        _ = diagonal.first_hessian
-
-
-def test_inverse_root_and_damping() -> None:
-    hessian = damped(statistics(32).hessian, 0.01)
-    root = inverse_root(hessian)
-    assert torch.equal(root, root.triu())
-    torch.testing.assert_close(root.T @ root @ hessian, torch.eye(32), rtol=1e-3, atol=1e-3)
-    singular = torch.ones(16, 16)
-    assert torch.isfinite(inverse_root(singular)).all()
-    dead = damped(torch.zeros(4, 4), 0.01)
-    assert torch.equal(dead, torch.eye(4))
-
-
-@pytest.mark.parametrize("k", [4, 5, 300, 700])  # below and above the size that is split
-def test_root_is_that_of_two_decompositions(k: int) -> None:
-    """The factor of the inverse, by one decomposition of the reversed matrix."""
-    hessian = statistics(k, 2 * k + 8).hessian
-    order = ColumnOrder.of(hessian, 0.01)
-    sorted_ = damped(hessian, 0.01)[order.order][:, order.order].double()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(sorted_))
-    expected = torch.linalg.cholesky(inverse, upper=True)
-    for root in (order.root, inverse_roots(sorted_.float().unsqueeze(0))[0]):
-        assert torch.equal(root, root.triu())
-        assert float((root - expected).norm() / expected.norm()) < 1e-6
-
-
-def test_root_of_what_rounding_leaves_without_an_inverse() -> None:
-    """Fewer samples than channels: the decomposition may go through by luck, the root may not."""
-    x = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
-    singular = x.T @ x / 6
-    for root in (inverse_root(singular), inverse_roots(singular.unsqueeze(0))[0]):
-        near = torch.linalg.inv(root.T.double() @ root.double())
-        torch.testing.assert_close(near.float(), singular, rtol=0, atol=0.05)
-
-
-def test_damping_is_lent() -> None:
-    hessian = statistics(40).hessian
-    before = hessian.clone()
-    order = ColumnOrder.of(hessian, 0.1)
-    with order.damped() as lent:
-        assert torch.equal(lent, damped(before, 0.1))
-    assert torch.equal(hessian, before)
-
-
-def test_factor_of_an_order() -> None:
-    rows, hessian = weight(5, 96), statistics(96).hessian
-    order = ColumnOrder.of(hessian, 0.01)
-    factored = order.factored(rows)
-    torch.testing.assert_close(
-        float(factored.square().sum()), output_error(rows, damped(hessian, 0.01)), rtol=1e-4, atol=0
-    )
-    torch.testing.assert_close(order.unfactored(factored), rows, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "exact"),
-    [
-        ("cuda", torch.bfloat16, True),
-        ("cuda", torch.float16, True),
-        ("cuda", torch.float32, False),
-        ("cpu", torch.bfloat16, True),
-        ("cpu", torch.float16, False),
-        ("cpu", torch.float32, False),
-    ],
-)
-def test_which_products_are_left_to_matrix_units(
-    device: str, dtype: torch.dtype, exact: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(input_statistics, "has_bf16_products", lambda: True)
-    assert multiplied_exactly(torch.device(device), dtype) == exact
-    monkeypatch.setattr(input_statistics, "has_bf16_products", lambda: False)
-    assert multiplied_exactly(torch.device(device), dtype) == (exact and device == "cuda")
-
-
-@pytest.mark.parametrize("k", [5, 64, 200])
-def test_bfloat16_inputs_lose_nothing_on_a_cpu(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums in bfloat16 would be wrong by a hundredth; and no setting of PyTorch is left changed."""
-    monkeypatch.setattr(input_statistics, "has_bf16_products", lambda: True)
-    x = inputs(k, 700).flatten(0, -2).bfloat16()
-    before = torch.get_float32_matmul_precision()
-    found = InputStatistics(k, torch.device("cpu"), full=True)
-    for part in x.split(300):
-        found.add(part)
-    exact = x.double().T @ x.double() / 700
-    scale = exact.diagonal().sqrt()
-    assert ((found.hessian - exact).abs() / torch.outer(scale, scale)).max() < 1e-5
-    assert torch.get_float32_matmul_precision() == before
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_statistics_of_16_bit_inputs(
-    dtype: torch.dtype, weighted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a GPU: 16-bit factors reach the product, weighted ones in float32."""
-    factors: list[torch.dtype] = []
-
-    def product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        factors.extend((left.dtype, right.dtype))
-        total += left.float() @ right.float()
-
-    monkeypatch.setattr(input_statistics, "multiplied_exactly", lambda *_: True)
-    monkeypatch.setattr(input_statistics, "_add_wide_product", product)
-    x = inputs(24, 60).view(3, 20, 24).to(dtype)
-    weights = torch.rand(3, 20, generator=torch.Generator().manual_seed(0)) if weighted else None
-    found = InputStatistics(24, torch.device("cpu"), full=True, first=True)
-    found.add(x, weights)
-    rows = x.flatten(0, 1).float()
-    counts = torch.ones(60) if weights is None else weights.flatten()
-    torch.testing.assert_close(found.hessian, rows.T @ (rows * counts[:, None]) / counts.sum())
-    torch.testing.assert_close(found.first_hessian, x[:, 0].float().T @ x[:, 0].float() / 3)
-    assert set(factors) == (set() if weighted else {dtype})
-
-
-def test_nothing_is_taken_in_after_the_hessian_was_read() -> None:
-    found = statistics(8)
-    assert found.hessian is found.hessian
-    with pytest.raises(ValueError, match="read"):
-        found.add(inputs(8))
 
 
 @pytest.mark.parametrize("k", [5, 128, 200])
@@ -370,79 +213,6 @@ def test_columns_in_blocks_are_rounded_as_in_one(matrices: int) -> None:
     assert torch.equal(round_columns(work, root, fives, levels), whole)
 
 
-@pytest.mark.parametrize("num_bits", [4, 8])
-def test_ranks_beyond_a_block_of_columns_help(num_bits: int) -> None:
-    """U has a column per rank, and is rounded in blocks of 128."""
-    n, k = 300, 320
-    hessian, residual = statistics(k, 2000).hessian, weight(n, k, 5) * 0.1
-    grid = TileGrid(n, k, 0, 0)
-    tiles = column_tiles(hessian, grid, 1e-4)
-    errors = []
-    for rank in (64, 128, 130, 256, 300):
-        side = HessianSidecar(tiles, grid, rank, num_bits).fit(residual)
-        errors.append(output_error(residual - sidecar_weight(side, grid), hessian))
-    assert all(less > more for less, more in pairwise(errors))
-
-
-@pytest.mark.parametrize("num_bits", [4, 8])
-@pytest.mark.parametrize(("tile_m", "tile_n"), [(0, 0), (20, 0), (16, 40), (512, 30)])
-def test_hessian_sidecar_lowers_the_error_and_ranks_help(
-    num_bits: int, tile_m: int, tile_n: int
-) -> None:
-    found = statistics(96)
-    residual = weight(50, 96, 5) * 0.1
-    grid = TileGrid(50, 96, tile_m, tile_n)
-    tiles = column_tiles(found.hessian, grid, 1e-4)
-    errors = [output_error(residual, found.hessian)]
-    for rank in (2, 8):
-        side = HessianSidecar(tiles, grid, rank, num_bits).fit(residual)
-        assert int(side.u.abs().max()) <= (8 if num_bits == 4 else 127)
-        assert int(side.v.min()) >= (-8 if num_bits == 4 else -127)
-        errors.append(output_error(residual - sidecar_weight(side, grid), found.hessian))
-    # In tiles this small, 4-bit rounding of the strongest factors can outweigh what further ranks
-    # add.
-    assert errors[0] > errors[1] > (errors[2] if num_bits == 8 else 0)
-    assert errors[2] < 0.1 * errors[0]
-
-
-def test_tiles_larger_than_the_matrix() -> None:
-    w, hessian = weight(40, 96), statistics(96).hessian
-    fits = []
-    for tile_m, tile_n in ((0, 0), (100_000, 5_000)):
-        grid = TileGrid(40, 96, tile_m, tile_n)
-        fits.append(HessianSidecar(column_tiles(hessian, grid, 1e-4), grid, 4, 4).fit(w))
-    assert torch.equal(fits[0].u, fits[1].u)
-    assert torch.equal(fits[0].gain, fits[1].gain)
-
-
-def test_column_tiles_cooperate() -> None:
-    """Each tile on its own is the first sweep.
-
-    Further sweeps use the correlation between tiles and never hurt much.
-    """
-    found, residual = statistics(512, 3000), weight(128, 512, 1) * 0.1
-    grid = TileGrid(128, 512, 0, 100)
-    sidecar = HessianSidecar(column_tiles(found.hessian, grid, 1e-4), grid, 8, 8)
-    errors = [
-        output_error(residual - sidecar_weight(sidecar.fit(residual, sweeps), grid), found.hessian)
-        for sweeps in (1, 2, 3)
-    ]
-    assert errors[0] < 0.05 * output_error(residual, found.hessian)
-    assert errors[1] < 0.95 * errors[0]
-    assert errors[2] < 1.01 * errors[1]
-
-
-def test_hessian_sidecar_is_near_the_best_of_its_rank() -> None:
-    """On one tile: the truncated SVD of R L is the optimum without rounding."""
-    found, residual = statistics(64), weight(40, 64, 2)
-    grid = TileGrid(40, 64, 0, 0)
-    side = HessianSidecar(column_tiles(found.hessian, grid, 1e-4), grid, 8, 8).fit(residual)
-    reached = output_error(residual - sidecar_weight(side, grid), found.hessian)
-    lower = torch.linalg.cholesky(damped(found.hessian, 1e-4).double())
-    best = float(torch.linalg.svdvals(residual.double() @ lower)[8:].square().sum())
-    assert best * 0.99 < reached < best * 1.1
-
-
 @pytest.mark.parametrize("rank", [0, 6])
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 def test_alternation(rank: int, codebook: Codebook) -> None:
@@ -536,18 +306,6 @@ def test_unused_channels_and_layers() -> None:
         spec = LinearSpec("m", 32, 64, make_group(rank=4, tile_m=0, tile_n=0))
         linear = quantize_alternating(weight(32, 64), PreparedInput(found, AlternatingArgs()), spec)
         assert torch.isfinite(dequantize(linear)).all()
-
-
-@pytest.mark.parametrize(
-    ("matrix", "message"),
-    [
-        (torch.full((4, 4), torch.inf), "A calibration Hessian holds values that are not finite"),
-        (torch.diag(torch.tensor([1.0, -8.0])), "Hessian of 2 channels has no Cholesky decomp"),
-    ],
-)
-def test_a_hessian_that_is_none_is_refused(matrix: torch.Tensor, message: str) -> None:
-    with pytest.raises(SvskError, match=message):
-        inverse_root(matrix)
 
 
 def test_errors_that_are_not_finite_in_any_round_are_refused() -> None:

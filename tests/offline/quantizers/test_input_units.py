@@ -14,7 +14,7 @@ from svsk_offline.quantizers.row_metric import RowMetric
 from svsk_offline.recipe import AllocationArgs, AlternatingArgs, load_recipe
 from svsk_vllm.format import ConfigGroup, LinearSpec, QuantizedLinear, dequantize
 from tests.offline.planning.choices import choices_of
-from tests.offline.quantizers.test_hessian_quantizers import inputs
+from tests.offline.quantizers.correlated import inputs
 from tests.offline.quantizers.test_quantizers import weight
 from tests.support.format_builders import make_group
 
