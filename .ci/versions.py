@@ -35,7 +35,7 @@ TABLE = ROOT / "docs" / "versions.md"
 PYTHON = Path(sys.executable)
 
 STORED = ("tests/format", "tests/hf", "tests/offline/test_pipeline.py", "tests/offline/test_cli.py")
-PLUGIN = ("tests/plugin/test_plugin.py",)
+PLUGIN = tuple(f"tests/plugin/test_{part}.py" for part in ("plugin", "arrival", "sidecar_layout"))
 SERVED = ("tests/serving/test_serving.py",)
 TASKS = (
     "tests/eval/task_data/test_tasks.py",

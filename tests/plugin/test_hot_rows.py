@@ -25,7 +25,7 @@ from svsk_vllm.format import (
 from svsk_vllm.plugin.hot_rows import HotRows
 from svsk_vllm.plugin.quantization_config import SvskConfig
 from svsk_vllm.plugin.sidecar_loader import Arrived
-from tests.plugin.test_plugin import observed_model
+from tests.plugin.test_arrival import observed_model
 from tests.support.format_builders import EMBEDDING, make_group, random_linear
 from tests.support.vllm_layers import LAYERS, as_rank, config_of, parts_of
 
