@@ -34,7 +34,10 @@ ROOT = setup_env.ROOT
 TABLE = ROOT / "docs" / "versions.md"
 PYTHON = Path(sys.executable)
 
-STORED = ("tests/format", "tests/hf", "tests/offline/test_pipeline.py", "tests/offline/test_cli.py")
+STORED = (
+    *("tests/format", "tests/hf", "tests/offline/test_pipeline.py", "tests/offline/test_cli.py"),
+    *("tests/offline/test_refusals.py", "tests/offline/calibration/test_block_runner.py"),
+)
 PLUGIN = tuple(f"tests/plugin/test_{part}.py" for part in ("plugin", "arrival", "sidecar_layout"))
 SERVED = ("tests/serving/test_serving.py",)
 TASKS = (
