@@ -22,7 +22,7 @@ from svsk_eval.errors import EvalError
 from svsk_eval.report.schema import BenchReport, BenchSettings, load_report
 from svsk_eval.task_data import DATA_VARIABLE
 from tests.eval.report.reports import model_run, report, task_run
-from tests.eval.task_data.test_task_data import write_files
+from tests.eval.task_data.benchmark_files import write_files
 from tests.support.tiny_models import write_dense, write_random_svsk
 
 TASKS = Path(__file__).parent / "bench_tasks"

@@ -27,7 +27,7 @@ from svsk_eval.task_data import DATA_VARIABLE
 from svsk_eval.text.model_folder import bits_per_weight, read_folder
 from svsk_kernels.errors import SvskError
 from svsk_vllm.format import Checkpoint
-from tests.eval.task_data.test_task_data import write_files
+from tests.eval.task_data.benchmark_files import write_files
 from tests.support.format_builders import edit_json
 from tests.support.tiny_models import write_dense, write_random_svsk
 

@@ -16,8 +16,8 @@ from svsk_eval.errors import EvalError
 from svsk_eval.task_data import DATA_VARIABLE
 from svsk_eval.task_data.code_tasks import estimate_pass_at_k, first_code_block, pass_at_k
 from tests.eval.support import EVAL, load_task, published_file
+from tests.eval.task_data.benchmark_files import HUMANEVAL, MBPP, write_files
 from tests.eval.task_data.stand_in import CONSENT, install_stand_in
-from tests.eval.task_data.test_task_data import HUMANEVAL, MBPP, write_files
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from svsk_eval.task_data import benchmark_documents, task_manager
 from svsk_eval.task_data.documents import DATA_VARIABLE
 from svsk_eval.task_data.instructions import check_instructions, share_followed
 from tests.eval.support import published_file
-from tests.eval.task_data.test_task_data import write_files
+from tests.eval.task_data.benchmark_files import write_files
 
 ABBREVIATIONS = "Mr. Smith of the U.S. army met Dr. Jones. He left at once."
 

@@ -25,8 +25,8 @@ from svsk_eval.task_data import DATA_VARIABLE, folder, task_manager, tasks_folde
 from svsk_eval.task_data.documents import BENCHMARKS
 from svsk_eval.task_data.instructions import check_instructions
 from tests.eval.support import ROOT, load_task
+from tests.eval.task_data.benchmark_files import IFEVAL, MBPP, hub_copies, use_hub, write_files
 from tests.eval.task_data.stand_in import install_stand_in
-from tests.eval.task_data.test_task_data import IFEVAL, MBPP, hub_copies, use_hub, write_files
 from tests.support.tiny_models import write_dense, write_random_svsk
 
 SOURCES = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "offline", "eval"))
