@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can be tested of the comparison with other quantisers without their environments."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -15,32 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.eval.peers.modules import EVAL, block, common, environment, reference, run
 from tests.support.tiny_models import write_dense
 
-EVAL = Path(__file__).resolve().parents[2] / "eval"
-if str(EVAL) not in sys.path:
-    sys.path.append(str(EVAL))  # `peers` is not part of the installed package
-
-common: Any = importlib.import_module("peers.common")
-environment: Any = importlib.import_module("peers.environment")
-run: Any = importlib.import_module("peers.run")
-
-LINEARS = [f"self_attn.{part}_proj" for part in "qkvo"] + [
-    f"mlp.{part}_proj" for part in ("gate", "up", "down")
-]
 REQUIREMENTS = sorted((EVAL / "peers").glob("*/requirements.txt"))
-
-
-def block(number: int) -> list[str]:
-    return [f"model.layers.{number}.{linear}.weight" for linear in LINEARS]
-
-
-def reference() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    tensors = {name: torch.randn(8, 64, dtype=torch.bfloat16) for name in block(0)}
-    tensors["model.embed_tokens.weight"] = torch.randn(16, 64, dtype=torch.bfloat16)
-    tensors["model.layers.0.input_layernorm.weight"] = torch.randn(64, dtype=torch.bfloat16)
-    return tensors
 
 
 class TestLinears:
@@ -331,135 +308,3 @@ class TestMeasured:
             in files
         )
         assert (tmp_path / "kept").is_dir()
-
-
-class TestNf4:
-    def stored(self) -> dict[str, torch.Tensor]:
-        """A layer of 4 x 64 weights: four blocks of 64 codes, their scales in blocks of two."""
-        state = {"blocksize": 64, "nested_blocksize": 2, "nested_offset": 0.5, "shape": [4, 64]}
-        parts = {
-            "": torch.randint(0, 256, (128, 1), dtype=torch.uint8),
-            ".absmax": torch.tensor([0, 3, 255, 7], dtype=torch.uint8),
-            ".quant_map": torch.linspace(-1, 1, 16),
-            ".nested_quant_map": torch.linspace(-1, 1, 256),
-            ".nested_absmax": torch.tensor([2.0, 3.0]),
-            ".quant_state.bitsandbytes__nf4": torch.tensor(
-                list(json.dumps(state).encode()), dtype=torch.uint8
-            ),
-        }
-        return {f"a.weight{part}": tensor for part, tensor in parts.items()}
-
-    def test_code_by_code(self) -> None:
-        nf4 = importlib.import_module("peers.bitsandbytes.quantize")
-        stored = self.stored()
-        weight = nf4.dequantize(stored, "a").flatten()
-        for index in range(256):
-            byte = int(stored["a.weight"][index // 2])
-            level = stored["a.weight.quant_map"][byte & 15 if index % 2 else byte >> 4]
-            block = index // 64
-            code = int(stored["a.weight.absmax"][block])
-            scale = stored["a.weight.nested_quant_map"][code] * (2.0, 3.0)[block // 2] + 0.5
-            assert weight[index] == pytest.approx(float(level * scale))
-        assert common.stored_bits(stored, "a", nf4.PARTS) == 256 * 4 + 4 * 8 + 2 * 32
-
-    def test_says_what_is_missing_or_does_not_fit(self) -> None:
-        nf4 = importlib.import_module("peers.bitsandbytes.quantize")
-        stored = self.stored()
-        with pytest.raises(common.PeerError, match=r"b: the checkpoint has no b\.weight"):
-            nf4.dequantize(stored, "b")
-        stored["a.weight"] = stored["a.weight"][:64]
-        with pytest.raises(common.PeerError, match="128 codes do not fit 4 scales of 64"):
-            nf4.dequantize(stored, "a")
-
-
-class TestGguf:
-    @pytest.fixture
-    def convert(self) -> Any:
-        pytest.importorskip("gguf")
-        return importlib.import_module("peers.gguf.convert")
-
-    def test_heads_are_permuted_and_back(self, convert: Any) -> None:
-        weight = torch.arange(2 * 6 * 3).view(12, 3)
-        permuted = convert.interleave_heads(weight, 2)
-        assert permuted[:, 0].div(3, rounding_mode="floor").tolist() == [
-            0,
-            3,
-            1,
-            4,
-            2,
-            5,
-            6,
-            9,
-            7,
-            10,
-            8,
-            11,
-        ]
-        assert torch.equal(convert.uninterleave_heads(permuted, 2), weight)
-
-    @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-    def test_round_trip(self, convert: Any, tmp_path: Path, kind: str) -> None:
-        config = {
-            "model_type": kind,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "rms_norm_eps": 1e-5,
-            "vocab_size": 16,
-            "max_position_embeddings": 32,
-        }
-        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        tensors, query = reference(), "model.layers.0.self_attn.q_proj.weight"
-        if kind == "qwen2":
-            tensors["model.layers.0.self_attn.q_proj.bias"] = torch.randn(8)
-        if kind == "qwen3":
-            tensors["model.layers.0.self_attn.q_norm.weight"] = torch.randn(2)
-        family, path = convert.Family.of(str(tmp_path)), tmp_path / "m.gguf"
-        convert.to_gguf(family, tensors, path)
-        stored = convert.from_gguf(path, family, list(tensors))
-        assert set(stored) == set(tensors)
-        for name, (found, bits, weight) in stored.items():
-            assert (found, bits) == ("F32", 32 * tensors[name].numel())
-            assert torch.equal(weight, tensors[name].float())
-        # only llama's rows are moved
-        [written] = [
-            torch.from_numpy(tensor.data.copy())
-            for tensor in importlib.import_module("gguf").GGUFReader(path).tensors
-            if tensor.name == "blk.0.attn_q.weight"
-        ]
-        assert torch.equal(written, tensors[query].float()) == (kind != "llama")
-
-    @pytest.mark.parametrize(
-        ("changed", "said"),
-        [
-            ({"model_type": "gemma2"}, "'gemma2'"),
-            ({"rope_scaling": {"rope_type": "llama3"}}, "'llama3'"),
-            ({"attention_bias": True}, "attention_bias True"),
-        ],
-    )
-    def test_refuses_other_models(
-        self, convert: Any, tmp_path: Path, changed: dict[str, Any], said: str
-    ) -> None:
-        keys = dict.fromkeys(convert._NEEDED, 1) | {"model_type": "llama"} | changed
-        (tmp_path / "config.json").write_text(json.dumps(keys), encoding="utf-8")
-        with pytest.raises(common.PeerError, match=said):
-            convert.Family.of(str(tmp_path))
-
-    def test_importance_is_computed_once(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        pytest.importorskip("gguf")
-        quantize: Any = importlib.import_module("peers.gguf.quantize")
-        computed = []
-
-        def importance(*_: Any) -> dict[str, torch.Tensor]:
-            computed.append(1)
-            return {"blk.0.attn_q.weight": torch.tensor([1.0, 2.0])}
-
-        monkeypatch.setattr(quantize, "importance", importance)
-        job = common.Job("gguf", "m", "t", "w", "e", 0, 0, {}, str(tmp_path / "kept.safetensors"))
-        found = [quantize.kept_importance(job, None, []) for _ in range(2)]
-        assert len(computed) == 1
-        assert torch.equal(found[0]["blk.0.attn_q.weight"], found[1]["blk.0.attn_q.weight"])
