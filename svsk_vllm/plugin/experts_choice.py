@@ -8,7 +8,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from svsk_vllm.format import ConfigGroup, LinearSpec, SvskFormatError
 from svsk_vllm.format.experts import expert_problems
-from svsk_vllm.plugin.experts_method import Projection, SvskExpertsMethod, experts_obstacle
+from svsk_vllm.plugin.experts_method import SvskExpertsMethod, experts_obstacle
+from svsk_vllm.plugin.experts_stack import Projection
 from svsk_vllm.plugin.stored_names import other_size
 
 __all__ = ["experts_method"]

@@ -20,7 +20,8 @@ from svsk_vllm.format import (
     TensorSpec,
     dequantize,
 )
-from svsk_vllm.plugin.experts_method import Projection, SvskExpertsMethod
+from svsk_vllm.plugin.experts_method import SvskExpertsMethod
+from svsk_vllm.plugin.experts_stack import Projection
 from svsk_vllm.plugin.quantization_config import SvskConfig
 from tests.support.format_builders import make_group, random_linear
 
