@@ -17,6 +17,7 @@ from svsk_offline.storage.decoder_blocks import decoder_blocks, linear_modules
 from svsk_offline.storage.fold import Fold
 from svsk_offline.storage.model_identity import content_digest, folder_identity
 from svsk_offline.storage.model_loading import build_skeleton, own_code_refused
+from svsk_offline.storage.module_weights import drop, fill, kept_in_float32
 from svsk_offline.storage.tensor_names import TensorMap, require_complete
 from svsk_offline.storage.tensor_readers import FoldedTensors, RestoredTensors, TensorReader
 from svsk_vllm.architecture.experts import separate_experts
@@ -313,36 +314,9 @@ class ModelSource:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Fill parameters and buffers of ``module`` by name; tied ones share their memory."""
-        read: dict[str, torch.Tensor] = {}
-        state = {}
-        for name in names:
-            inputs = self.map.inputs_of(prefix + name)
-            if not inputs:
-                continue  # a buffer, which keeps the value that the model class gives it
-            stored = self.map.sources.get(prefix + name)
-            if stored is None:
-                tensor = self.map.convert(prefix + name, self.tensors.read)
-            else:
-                tensor = read[stored] if stored in read else self.tensors.read(stored)
-            if tensor.is_floating_point():
-                keep = self._kept_in_float32
-                tensor = tensor.to(
-                    device, torch.float32 if keep and keep.search(prefix + name) else dtype
-                )
-            state[name] = tensor.to(device)
-            if stored is not None:
-                read[stored] = state[name]
-        module.load_state_dict(state, assign=True, strict=False)
-        _move_buffers(module, device)
-
-    @cached_property
-    def _kept_in_float32(self) -> Any:
-        """Pattern of what the model class computes in float32 whatever the dtype, or None."""
-        from transformers.core_model_loading import build_glob_alternation
-
-        keep = getattr(self.model, "_keep_in_fp32_modules_strict", None)
-        return build_glob_alternation(sorted(keep))[0] if keep else None
+        """Fill parameters and buffers of ``module`` by name."""
+        keep = kept_in_float32(self.model)
+        fill(module, prefix, names, self.map, self.tensors.read, dtype, keep, device)
 
     @contextmanager
     def replaced_blocks(self, stand_ins: Iterable[nn.Module]) -> Iterator[Any]:
@@ -386,11 +360,7 @@ class ModelSource:
     @staticmethod
     def unload(module: nn.Module) -> None:
         """Drop the weights that :meth:`load` filled; buffers, held by nothing else, stay."""
-        for owner in module.modules():
-            for key, parameter in owner.named_parameters(recurse=False):
-                empty = torch.empty_like(parameter, device="meta")
-                setattr(owner, key, nn.Parameter(empty, requires_grad=parameter.requires_grad))
-        _move_buffers(module, torch.device("cpu"))
+        drop(module)
 
     def model_dtype(self, requested: str) -> torch.dtype:
         """Dtype of the checkpoint's scales and unquantised tensors.
@@ -405,9 +375,3 @@ class ModelSource:
         if requested not in dtypes:
             raise SvskError(f"--dtype {requested}: expected auto, bfloat16 or float16.")
         return dtypes[requested]
-
-
-def _move_buffers(module: nn.Module, device: torch.device) -> None:
-    for owner in module.modules():
-        for key, buffer in owner.named_buffers(recurse=False):
-            setattr(owner, key, buffer.to(device))
