@@ -5,19 +5,14 @@
 
 Each model has a process of its own. By default all are kept and asked in turn, so that a busy
 machine slows all of them alike, and share a GPU's memory in equal parts; ``--one-at-a-time`` is for
-a GPU that holds one of them. What follows an ``@`` in a label says how its folder is served:
-
-- ``@w4a16``: the base of an SVSK folder without the sidecar, as a compressed-tensors model;
-- ``@split``: an SVSK folder with the base through vLLM's own kernel and the sidecar after it;
-- ``@int8``: an SVSK folder with activations of 8 bits;
-- ``@float32``, ``@bfloat16``, ``@float16``: in that dtype.
+a GPU that holds one of them. How a folder is served follows from its label, see
+:mod:`svsk_eval.speed.throughput_labels`.
 """
 
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -27,21 +22,16 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from svsk_eval.errors import EvalError
-from svsk_eval.speed.fused_obstacle import fused_obstacle
+from svsk_eval.speed.throughput_labels import Served, describe, read_models
 from svsk_eval.speed.throughput_server import Load, Server, serve
 from svsk_eval.text.engine_args import parse_engine_args
 from svsk_kernels.errors import SvskError
 from svsk_offline.command_app import App
 from svsk_offline.console_tables import new_table, show_table
-from svsk_offline.export.compressed_tensors import export_compressed_tensors
 from svsk_offline.storage.atomic import write_json, write_text
-from svsk_vllm.format import Checkpoint
 from svsk_vllm.format.shards import read_json
 
-__all__ = ["Served", "Speeds", "app", "measure", "speeds_of", "table_rows"]
-
-_DTYPES: Final = ("float32", "bfloat16", "float16")
-_WAYS: Final = ("w4a16", "split", "int8", *_DTYPES)
+__all__ = ["Speeds", "app", "measure", "speeds_of", "table_rows"]
 
 _MEMORY: Final = 0.9
 """Share of a GPU's memory that all engines take together; vLLM itself would give 0.92 to each."""
@@ -49,21 +39,6 @@ _MEMORY: Final = 0.9
 _SHORTEST_STEP: Final = 512
 
 _RESERVED: Final = ("model", "max_model_len", "enable_prefix_caching", "skip_tokenizer_init")
-
-
-@dataclass(frozen=True)
-class Served:
-    """A model folder and how it is served.
-
-    Attributes:
-        folder: of the model.
-        environment: what its process gets besides the present one.
-        engine: arguments of ``vllm.LLM`` that are its own.
-    """
-
-    folder: Path
-    environment: Mapping[str, str]
-    engine: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -196,68 +171,6 @@ def table_rows(
     ]
 
 
-def _models(texts: list[str], work: Path) -> dict[str, Served]:
-    """Read LABEL=FOLDER arguments, and convert what is to be served converted."""
-    models: dict[str, Served] = {}
-    for text in texts:
-        label, sign, name = text.partition("=")
-        if not sign or not label:
-            raise typer.BadParameter(f"{text}: expected LABEL=FOLDER")
-        if label in models:
-            raise typer.BadParameter(f"{text}: the label {label} is given twice")
-        folder = Path(name)
-        if not (folder / "config.json").is_file():
-            raise typer.BadParameter(
-                f"{text}: {folder} holds no config.json, expected a model folder"
-            )
-        ways = _ways(text, label, Checkpoint.is_svsk(folder))
-        if "w4a16" in ways:
-            folder = export_compressed_tensors(folder, work / str(len(models)))
-        # Where the fused kernels do not run, the figures of another path under their name would
-        # mislead.
-        kernel = "split" if "split" in ways else "fused"
-        fused = kernel == "fused" and Checkpoint.is_svsk(folder)
-        if fused and (obstacle := fused_obstacle(Checkpoint(folder))):
-            raise EvalError(
-                f"{text}: the fused kernels cannot run it on this machine: {obstacle}. End its"
-                " label in @split to measure another path, or leave it out."
-            )
-        environment = {"SVSK_KERNEL": kernel}
-        if Checkpoint.is_svsk(folder):
-            # Named for all, so that what the shell says does not decide.
-            environment["SVSK_ACTIVATIONS"] = "int8" if "int8" in ways else "exact"
-        dtypes = [way for way in ways if way in _DTYPES]
-        models[label] = Served(folder, environment, {"dtype": dtypes[0]} if dtypes else {})
-    return models
-
-
-def _ways(text: str, label: str, svsk: bool) -> list[str]:
-    """How a label says that its folder is served."""
-    ways = label.split("@")[1:]
-    for way in ways:
-        if way not in _WAYS:
-            raise typer.BadParameter(f"{text}: @{way} is none of @{', @'.join(_WAYS)}")
-        if way not in _DTYPES and not svsk:
-            raise typer.BadParameter(f"{text}: @{way} is for SVSK folders, this is none")
-    together = [way for way in ways if way in ("w4a16", "split", "int8")]
-    if len(together) > 1 or len(ways) - len(together) > 1:
-        raise typer.BadParameter(
-            f"{text}: expected at most one dtype and one of @w4a16, @split and @int8"
-        )
-    return ways
-
-
-def _described(text: str, model: Served) -> dict[str, Any]:
-    """What decides a model's speed besides the load, as JSON.
-
-    Figures of another must not pass for its own.
-    """
-    disabled = os.environ.get("VLLM_DISABLED_KERNELS", "")
-    folder = str(Path(text.partition("=")[2]).resolve())
-    described = {"folder": folder, **model.environment, "VLLM_DISABLED_KERNELS": disabled}
-    return {**described, **model.engine}
-
-
 def _machine() -> dict[str, str]:
     """Versions, and the GPU if there is one."""
     import torch
@@ -366,9 +279,9 @@ def run(
             "one_at_a_time": one_at_a_time,
         }
         with tempfile.TemporaryDirectory(prefix="svsk-throughput-") as work:
-            served = _models(models, Path(work))
+            served = read_models(models, Path(work))
             described = {
-                label: _described(text, served[label])
+                label: describe(text, served[label])
                 for text, label in zip(models, served, strict=True)
             }
             speeds = _resume(json_file, settings, described) if resume else {}

@@ -18,8 +18,10 @@ import typer
 from typer.testing import CliRunner
 
 import svsk_eval.speed.throughput as throughput
+import svsk_eval.speed.throughput_labels as throughput_labels
 from svsk_eval.errors import EvalError
-from svsk_eval.speed.throughput import Served, Speeds, measure, speeds_of, table_rows
+from svsk_eval.speed.throughput import Speeds, measure, speeds_of, table_rows
+from svsk_eval.speed.throughput_labels import Served, read_models
 from svsk_eval.speed.throughput_server import Load, Server, serve
 from tests.support.tiny_models import scheme, write_dense, write_random_svsk
 
@@ -197,12 +199,12 @@ def test_labels_say_how_a_checkpoint_is_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Or the kernels would be compiled here.
-    monkeypatch.setattr(throughput, "fused_obstacle", lambda checkpoint: None)
+    monkeypatch.setattr(throughput_labels, "fused_obstacle", lambda checkpoint: None)
     schemes = {"default": scheme("Linear", rank=2)}
     dense = write_dense(tmp_path / "dense", "llama")
     checkpoint = write_random_svsk(dense, tmp_path / "svsk", schemes=schemes)
     labels = ("x", "x@int8", "x@int8@float32", "x@w4a16@bfloat16")
-    models = throughput._models([f"{label}={checkpoint}" for label in labels], tmp_path)
+    models = read_models([f"{label}={checkpoint}" for label in labels], tmp_path)
     exact = {"SVSK_KERNEL": "fused", "SVSK_ACTIVATIONS": "exact"}
     int8 = exact | {"SVSK_ACTIVATIONS": "int8"}
     assert models["x"] == Served(checkpoint, exact)
@@ -216,7 +218,7 @@ def test_labels_say_how_a_checkpoint_is_served(
     quantization = json.loads((exported.folder / "config.json").read_text())["quantization_config"]
     assert quantization["quant_method"] == "compressed-tensors"
     with pytest.raises(typer.BadParameter, match="at most one dtype and one of"):
-        throughput._models([f"x@int8@split={checkpoint}"], tmp_path)
+        read_models([f"x@int8@split={checkpoint}"], tmp_path)
 
 
 @pytest.mark.parametrize(
