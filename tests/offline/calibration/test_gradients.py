@@ -11,17 +11,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from svsk_kernels.errors import SvskError
-from svsk_offline.calibration import (
-    InputStatistics,
-    OutputGradients,
-    load_calibration,
-    sweep_gradients,
-)
+from svsk_offline.calibration import InputStatistics, OutputGradients, load_calibration
 from svsk_offline.calibration.gradients import draw_labels
 from svsk_offline.calibration.room import Room
 from svsk_offline.calibration.way_back import Observed
 from svsk_offline.storage.decoder_blocks import linear_modules
 from svsk_offline.storage.dense_model import ModelSource
+from tests.support.sweeps import sweep
 from tests.support.tiny_models import write_dense
 
 CPU = torch.device("cpu")
@@ -76,19 +72,7 @@ def test_sweep_equals_one_backward_pass(tmp_path: Path, family: str, limit: int)
 
     for _ in range(2):  # the model's skeleton is left as it was found
         order.clear()
-        sweep_gradients(
-            source,
-            texts,
-            CPU,
-            torch.float32,
-            visit,
-            full=True,
-            moments=True,
-            held_out=2,
-            seed=3,
-            room=Room(limit, None),
-            scratch=tmp_path,
-        )
+        sweep(source, texts, visit, held_out=2, seed=3, room=Room(limit, None), scratch=tmp_path)
         assert order == [1, 0]
     assert gradients.keys() == expected.keys()
     for name, (inputs, gradient) in expected.items():
@@ -150,6 +134,4 @@ def test_gradients_that_are_not_finite_are_refused(tmp_path: Path, moments: bool
         SvskError,
         match=r"model\.layers\.1\.mlp\.down_proj: its output's gradient is not finite on the calib",
     ):
-        sweep_gradients(
-            source, texts, CPU, torch.float32, lambda *_: None, full=True, moments=moments
-        )
+        sweep(source, texts, lambda *_: None, moments=moments)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from svsk_offline.calibration import BlockRunner, InputStatistics, sweep_gradients
+from svsk_offline.calibration import BlockRunner, InputStatistics
 from svsk_offline.calibration.room import Room
 from svsk_offline.calibration.stages import gathered_in_turns, stages_of
 from svsk_offline.calibration.text import CalibrationSet
@@ -16,6 +16,7 @@ from svsk_offline.calibration.turns import turns
 from svsk_offline.calibration.way_back import Observed
 from svsk_offline.storage.dense_model import ModelSource
 from tests.offline.test_architectures import sample_tokens
+from tests.support.sweeps import sweep
 from tests.support.tiny_models import EXPERT_FAMILIES, write_dense
 
 CPU = torch.device("cpu")
@@ -161,14 +162,10 @@ def test_a_sweep_in_turns_gives_the_same_bits(tmp_path: Path, family: str) -> No
                     name in observed.held_out and observed.held_out[name].hessian.clone(),
                 )
 
-        sweep_gradients(
+        sweep(
             source,
             texts,
-            CPU,
-            torch.float32,
             visit,
-            full=True,
-            moments=True,
             held_out=2,
             room=room,
             scratch=tmp_path,
