@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``svsk`` command as a whole: help, output, what it imports, how a run goes on."""
 
+import io
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from svsk_eval.cli import app
@@ -17,7 +19,7 @@ from svsk_eval.speed.random_model import SHAPES
 from svsk_offline.pipeline import Progress, quantize
 from svsk_offline.printable import printable
 from svsk_offline.recipe import Recipe, parse_recipe, recipe_names
-from svsk_offline.terminal import Steps, Terminal, duration
+from svsk_offline.terminal import Steps, Terminal, duration, steps
 from svsk_offline.unfinished import differences
 from svsk_vllm.format import Checkpoint
 from svsk_vllm.format.problems import problem_text
@@ -175,42 +177,51 @@ def test_progress_in_a_log_is_lines_now_and_then() -> None:
         if line is not None:
             lines.append(line)
 
-    steps = Steps(show, lambda: now, every=15)
+    bar = Steps(show, lambda: now, every=15)
     for done in range(31):
-        steps.update("blocks", done, 30)
+        bar.update("blocks", done, 30)
         now += 4
     assert lines[0] == "blocks 4/30, 16 s, about 2 min left"
     assert len(lines) == 8
     assert lines[-1] == f"blocks 30/30, {duration(120)}"
-    steps.update("blocks", 0, 30)  # a new pass: its time begins anew
+    bar.update("blocks", 0, 30)  # a new pass: its time begins anew
     now += 20
-    steps.update("blocks", 1, 30)
+    bar.update("blocks", 1, 30)
     assert lines[-1] == "blocks 1/30, 20 s, about 10 min left"
 
 
 def test_blocks_that_were_done_before_do_not_make_the_others_seem_fast() -> None:
     now = 0.0
     estimates: list[float | None] = []
-    steps = Steps(lambda what, done, total, left, line: estimates.append(left), lambda: now)
+    bar = Steps(lambda what, done, total, left, line: estimates.append(left), lambda: now)
     for done in range(1, 21):
-        steps.update("blocks", done, 30, skipped=True)
-        steps.update("blocks", done, 30)
+        bar.update("blocks", done, 30, skipped=True)
+        bar.update("blocks", done, 30)
         now += 1
     assert estimates == [None] * 40
     for done in range(21, 31):
         now += 60 - (done == 21)  # the last of those before took one second more
-        steps.update("blocks", done, 30)
+        bar.update("blocks", done, 30)
     assert estimates[40:] == [*(60.0 * left for left in range(9, 0, -1)), None]
 
 
 def test_a_pass_that_begins_with_a_step_done_is_timed_from_there() -> None:
     now = 0.0
     estimates: list[float | None] = []
-    steps = Steps(lambda what, done, total, left, line: estimates.append(left), lambda: now)
+    bar = Steps(lambda what, done, total, left, line: estimates.append(left), lambda: now)
     for done in (1, 2, 1, 2, 3):
-        steps.update("blocks", done, 4)
+        bar.update("blocks", done, 4)
         now += 10
     assert estimates == [None, 20.0, None, 20.0, 10.0]
+
+
+def test_a_bar_says_what_is_left() -> None:
+    shown = io.StringIO()
+    with steps(Console(file=shown, force_terminal=True, width=100), "opening") as bar:
+        bar.update("blocks", 5, 8, skipped=True)
+        bar.update("blocks", 6, 8)
+    line = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown.getvalue()).splitlines()[-1]
+    assert re.search(r"blocks .* 6/8 0:00:0\d about \d s left", line)
 
 
 def test_a_resumed_run_says_which_blocks_it_skips(
