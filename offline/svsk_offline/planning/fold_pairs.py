@@ -118,10 +118,12 @@ class KeyPair(Pair):
     Attributes:
         heads: equal parts of the factors, each of which is scaled for itself.
         even: float32 [factors], factors that even the keys out, see :func:`even_factors`.
+        channel: int64 [head_dim], which of a head's factors each of its channels takes.
     """
 
     heads: int
     even: torch.Tensor
+    channel: torch.Tensor
 
 
 def input_pairs(
@@ -264,7 +266,7 @@ def key_pairs(
             nothing.index_add(0, index.flatten(), keys.powers / keys.count),
             nothing.index_add(0, readers, queries.squares / queries.count),
         )
-        ways.append(KeyPair("keys", writer, largest, parts, heads, even))
+        ways.append(KeyPair("keys", writer, largest, parts, heads, even, channel))
     return ways
 
 

@@ -9,8 +9,8 @@ if that brings attention nearer to that of the keys as they are:
 
     cost = mean over queries of KL(softmax(s q . k) || softmax(s q . f round(k / f)))
 
-with s the scale of the scores and f the factors. On Qwen2.5-Coder-0.5B this takes away half of the
-KL with a ``q4_0`` cache that the formula leaves (docs/benchmarks/keys.md).
+with s the scale of the scores and f the factors. On Qwen2.5-Coder-0.5B this takes away a third of
+the KL with a ``q4_0`` cache that the formula leaves (docs/benchmarks/keys.md).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from svsk_offline.storage.fold import LARGEST_EXPONENT, powers_of_two
 from svsk_vllm.kv_cache.rounding import q4_0
@@ -28,16 +28,16 @@ from svsk_vllm.kv_cache.rounding import q4_0
 __all__ = ["Attention", "search_exponents", "seen_attention"]
 
 _QUERIES: Final = 32
-"""Positions of a sample whose queries are looked at. Twice as many choose nearly the same steps."""
+"""Positions of a sample whose queries are looked at, all heads': bounds the time of a step."""
 
 _STEPS: Final = (0.5, -0.5, 0.125, -0.125)
 """Of an exponent, multiples of an eighth: half an octave to come near, an eighth to arrive."""
 
 _ROUNDS: Final = 4
-"""How often all factors are tried at most. The first round brings most of the gain."""
+"""How often all factors are tried at most; one round alone was tried too (keys.md)."""
 
 _GAIN: Final = 1e-3
-"""Share of the cost that a step has to bring; smaller gains are noise of the samples."""
+"""Share of the cost that a step has to bring, against steps that suit these samples alone."""
 
 _NEVER: Final = -1e30
 """Score of a key that a query does not see. Its exponential is 0, its product with 0 is 0."""
@@ -79,7 +79,7 @@ def seen_attention(
         None where the layer does not ask transformers for the function that computes attention (as
         nearly all do), or has no heads of keys that whole groups of query heads share.
     """
-    found: list[Attention] = []
+    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def watch(
         module: nn.Module,
@@ -100,10 +100,7 @@ def seen_attention(
                 run()
     if not found:
         return None
-    return Attention(*(torch.cat([getattr(one, key) for one in found]) for key in _FIELDS))
-
-
-_FIELDS: Final = ("queries", "keys", "seen")
+    return Attention(*map(torch.cat, zip(*found, strict=True)))
 
 
 @contextmanager
@@ -115,7 +112,7 @@ def _attention_by(function: Callable[..., Any], block: nn.Module) -> Iterator[No
         if hasattr(config := getattr(module, "config", None), "_attn_implementation")
     }
     before = {key: config._attn_implementation for key, config in configs.items()}
-    AttentionInterface.register(_NAME, function)
+    ALL_ATTENTION_FUNCTIONS[_NAME] = function
     try:
         for config in configs.values():
             config._attn_implementation = _NAME
@@ -123,15 +120,16 @@ def _attention_by(function: Callable[..., Any], block: nn.Module) -> Iterator[No
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
+        # It holds the queries and keys that it was given.
+        del ALL_ATTENTION_FUNCTIONS[_NAME]
 
 
 def _attention(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
-) -> Attention:
-    """Of one call, [1, heads, tokens, head_dim] each.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The attributes of :class:`Attention`, of one call: [1, heads, tokens, head_dim] each.
 
-    A cap of scores and sinks are left out: they change what an error costs, and hardly which
-    factor makes it small.
+    A cap of scores and sinks, which some models have, are not taken into account.
     """
     tokens, head_dim = key.shape[-2:]
     scale = head_dim**-0.5 if scaling is None else scaling
@@ -145,7 +143,7 @@ def _attention(
         rows = mask[:, 0, places, :tokens]
         seen = rows if rows.dtype == torch.bool else rows > -1
     grouped = queries.unflatten(1, (key.shape[1], -1))
-    return Attention(grouped, key.float(), seen.expand(len(key), -1, -1))
+    return grouped, key.float(), seen.expand(len(key), -1, -1)
 
 
 def search_exponents(

@@ -214,12 +214,10 @@ def plan_smoothing(
 def _key_exponents(pair: KeyPair, attention: Attention | None) -> torch.Tensor:
     """What keys are divided by: searched for where attention was seen, else by the formula."""
     exponents = key_exponents(pair.even, pair.heads)
-    index = pair.parts[0].index
-    if attention is None or index is None or attention.keys.shape[-1] % BLOCK:
+    if attention is None or len(pair.channel) % BLOCK:
         return exponents
     rows = exponents.view(pair.heads, -1)
-    found = search_exponents(attention, rows, index[: attention.keys.shape[-1]])
-    return found.flatten()
+    return search_exponents(attention, rows, pair.channel).flatten()
 
 
 class _Planner:

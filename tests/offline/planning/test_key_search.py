@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from svsk_offline.calibration import BlockRunner, load_calibration
 from svsk_offline.planning.key_search import Attention, search_exponents, seen_attention
@@ -38,6 +39,7 @@ def watched(folder: Path) -> tuple[Attention, torch.Tensor, torch.Tensor]:
         output = model(texts.tokens, use_cache=True, output_attentions=True)
     assert found is not None
     assert block.self_attn.config._attn_implementation == before
+    assert not [name for name in ALL_ATTENTION_FUNCTIONS if name.startswith("svsk")]
     return found, output.past_key_values.layers[0].keys, output.attentions[0]
 
 
