@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import svsk_vllm.hf  # noqa: F401 - registers the loader
@@ -36,14 +35,6 @@ class Folders:
 
 MakeFolders = Callable[[str, torch.dtype], Folders]
 Tensors = dict[str, torch.Tensor]
-
-
-def edit_tensors(folder: Path, change: Callable[[Tensors], object]) -> None:
-    """Let ``change`` alter the tensors of ``model.safetensors`` in place."""
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, {"format": "pt"})
 
 
 def load(folder: Path | str, **kwargs: Any) -> PreTrainedModel:

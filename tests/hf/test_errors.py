@@ -18,7 +18,8 @@ from transformers import AutoConfig, Qwen2ForCausalLM
 from svsk_vllm.format import SvskFormatError
 from svsk_vllm.hf.matching import open_checkpoint
 from svsk_vllm.hf.quantizer import SvskHfConfig
-from tests.hf.loading import Q_PROJ, Folders, MakeFolders, Tensors, edit_tensors, load
+from tests.hf.loading import Q_PROJ, Folders, MakeFolders, Tensors, load
+from tests.support.format_builders import edit_tensors
 from tests.support.tiny_models import Family, scheme, write_dense, write_random_svsk
 
 

@@ -11,7 +11,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from svsk_offline.storage.dense_model import ModelSource
 from svsk_vllm.format import SvskFormatError
-from tests.hf.loading import assert_same, edit_tensors, load, logits
+from tests.hf.loading import assert_same, load, logits
+from tests.support.format_builders import edit_tensors
 from tests.support.tiny_models import (
     scheme,
     write_dense,

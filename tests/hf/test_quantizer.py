@@ -26,10 +26,10 @@ from tests.hf.loading import (
     Folders,
     MakeFolders,
     assert_same,
-    edit_tensors,
     load,
     logits,
 )
+from tests.support.format_builders import edit_tensors
 from tests.support.tiny_models import (
     FAMILIES,
     default_schemes,

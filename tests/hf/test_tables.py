@@ -9,8 +9,8 @@ import torch
 from svsk_offline.export.dense import restore
 from svsk_vllm.architecture.folder_check import checkpoint_problems
 from svsk_vllm.format import EmbeddingArgs, SvskFormatError
-from tests.hf.loading import assert_same, edit_tensors, load, logits
-from tests.support.format_builders import edit_json
+from tests.hf.loading import assert_same, load, logits
+from tests.support.format_builders import edit_json, edit_tensors
 from tests.support.tiny_models import (
     EMBEDDING,
     TableKind,

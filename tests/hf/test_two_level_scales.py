@@ -13,7 +13,8 @@ from svsk_offline.export.dense import restore
 from svsk_vllm.architecture.folder_check import checkpoint_problems, require_sound
 from svsk_vllm.format import SvskFormatError
 from svsk_vllm.format.group_scales import ScaleBits
-from tests.hf.loading import Q_PROJ, Tensors, assert_same, edit_tensors, load, logits
+from tests.hf.loading import Q_PROJ, Tensors, assert_same, load, logits
+from tests.support.format_builders import edit_tensors
 from tests.support.tiny_models import scheme, write_dense, write_random_svsk
 
 ROW_SCALE = f"{Q_PROJ}.weight_row_scale"

@@ -24,7 +24,7 @@ from svsk_offline.storage.inspection import inspect_checkpoint, validate_against
 from svsk_offline.storage.layer_report import LayerReport
 from svsk_vllm.format import Checkpoint, ShardedReader, SvskFormatError, dequantize
 from tests.offline.folders import folder_bytes
-from tests.support.format_builders import edit_json
+from tests.support.format_builders import edit_json, edit_tensors
 from tests.support.interruptions import stop_at_a_matrix
 from tests.support.tiny_models import FAMILIES, write_dense
 
@@ -306,9 +306,11 @@ def test_second_copy_of_a_tied_head_is_left_out(
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
-    tensors = load_file(model / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    edit_tensors(model, change)
     quantize(model, tmp_path / "out", tiny_recipe)
     assert "lm_head.weight" not in Checkpoint(tmp_path / "out").tensors
     assert validate_against_architecture(tmp_path / "out") == []

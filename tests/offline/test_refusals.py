@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from svsk_kernels.errors import SvskError
 from svsk_offline.pipeline import quantize
 from svsk_offline.recipe import Recipe, load_recipe
 from tests.offline.folders import folder_bytes
-from tests.support.format_builders import edit_json
+from tests.support.format_builders import edit_json, edit_tensors
 
 
 def test_everything_ignored(tmp_path: Path, tiny_llama: Path, tiny_recipe: Recipe) -> None:
@@ -36,9 +35,11 @@ def test_tensors_the_model_class_does_not_know(
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.0.mlp.router.weight"] = torch.zeros(2, 2)
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.mlp.router.weight"] = torch.zeros(2, 2)
+
+    edit_tensors(model, change)
     with pytest.raises(SvskError, match=r"has no tensor model\.layers\.0\.mlp\.router\.weight"):
         quantize(model, tmp_path / "out", tiny_recipe)
 
@@ -49,9 +50,11 @@ def test_damaged_weights_are_named(
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+
+    edit_tensors(model, change)
     with pytest.raises(
         SvskError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: holds values that are not finite"
     ):
@@ -65,9 +68,11 @@ def test_weights_too_large_for_the_dtype_are_refused(
     """Their groups' scales overflow, and would be stored as zeros."""
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e6
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e6
+
+    edit_tensors(model, change)
     recipe = load_recipe(name).override({"calibration": {"samples": 32, "seq_len": 32}})
     with pytest.raises(SvskError, match=r"1\.mlp\.up_proj\.weight: .*not finite in torch\.float16"):
         quantize(model, tmp_path / "out", recipe, dtype="float16")
@@ -78,9 +83,11 @@ def test_dense_values_too_large_for_the_dtype_are_refused(
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.norm.weight"][3] = 1e6
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"][3] = 1e6
+
+    edit_tensors(model, change)
     with pytest.raises(
         SvskError,
         match=r"model\.norm\.weight: has values that torch\.float16 cannot hold\. Use --dt",

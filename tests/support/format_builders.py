@@ -150,6 +150,14 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     write_json(path, value)
 
 
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Let ``change`` alter the tensors of ``model.safetensors`` in place."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
 @dataclass(frozen=True)
 class SmallCheckpoint:
     """A checkpoint of three quantised linears and four dense tensors, and what was put into it.
