@@ -2,6 +2,7 @@
 """A dense Hugging Face model on disk, of which only the parts in use are in memory."""
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -315,8 +316,12 @@ class ModelSource:
         device: torch.device,
     ) -> None:
         """Fill parameters and buffers of ``module`` by name."""
-        keep = kept_in_float32(self.model)
+        keep = self._kept_in_float32
         fill(module, prefix, names, self.map, self.tensors.read, dtype, keep, device)
+
+    @cached_property
+    def _kept_in_float32(self) -> re.Pattern[str] | None:
+        return kept_in_float32(self.model)
 
     @contextmanager
     def replaced_blocks(self, stand_ins: Iterable[nn.Module]) -> Iterator[Any]:
