@@ -50,10 +50,15 @@ OPTIONS: dict[str, tuple[object, ...]] = {
 FIRST = {"sequential": ".layers.0.", "aim": ".layers.0.self_attn."}
 """Of options with which linears are fitted to what those before them give: the ones that agree.
 
-One code on the edge between two levels changes the inputs of all that follow.
+One code on the edge between two levels changes the inputs of all that follow: with torch's code
+for AVX2, AVX-512 and neither, errors there differed by up to 0.095 of themselves, those of the
+linears that agree by 0.005.
 """
-SUMS = {"sequential": 1e-2, "aim": 5e-2}
-"""Of these options, by how much the sums of all errors may differ; 1e-3 of the others."""
+SUMS = {"sequential": 5e-2, "aim": 5e-2, "best": 5e-3}
+"""Of these options, by how much the sums of all errors may differ; 1e-3 of the others.
+
+Up to 0.017, 0.016 and 0.0007 were seen.
+"""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -116,7 +121,7 @@ def test_several_processes_give_what_one_gives(tmp_path: Path, tiny_qwen2: Path,
         for matrix, row in errors.items():
             assert found[matrix]["held_out_tokens"] == row["held_out_tokens"]
             # A code, or a 4-bit factor, on the edge between two levels moves others of its row.
-            rel = 0.2 if name == "aim" else 5e-2
+            rel = 5e-2 if FIRST.get(name, "") in matrix else 0.2
             assert found[matrix]["error"] == pytest.approx(row["error"], rel=rel)
         sums = [
             sum(row["error"] for name, row in rows.items() if ".layers." in name)
