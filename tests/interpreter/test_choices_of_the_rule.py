@@ -6,6 +6,7 @@ import torch
 
 from svsk_kernel_tools.bench.correctness import relative_error
 from svsk_kernel_tools.bench.layers import Part, random_layer
+from svsk_kernels.gpu import launch
 from svsk_kernels.gpu.choice import Choice, TuningError, choice_for, longest_step
 from svsk_kernels.gpu.launch import counters
 from svsk_kernels.gpu.predicted_time import GPUS
@@ -41,6 +42,39 @@ def test_joined_planes(
     assert relative_error(found, layer.expected(x, bias)) < BOUNDS[HALF]
     assert relative_error(found, layer.run(x, apart, bias).double()) < BOUNDS[HALF]
     assert counters.busy(CPU) == 0
+
+
+@pytest.mark.parametrize("n", [130, 300])
+@pytest.mark.parametrize("m", [70, 129])
+def test_blocks_of_256_rows(n: int, m: int) -> None:
+    """More rows and tokens than there are, in blocks whose sums are added in two parts."""
+    layer = random_layer(544, HALF, CPU, [Part(n, 24, 8, 48, 96)], group_size=32)
+    x, bias = activations(m, 544, HALF), torch.randn(n).half()
+    tall = Choice(
+        kernel="decode", block_m=128, block_n=256, step=16, split_k=3, num_warps=8, join=True
+    )
+    found = layer.run(x, tall, bias)
+    assert relative_error(found, layer.expected(x, bias)) < BOUNDS[HALF]
+    assert torch.equal(layer.run(x[:65], tall, bias), found[:65])
+    assert counters.busy(CPU) == 0
+
+
+def test_far_rows_are_copied_before_planes_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = random_layer(256, HALF, CPU, [Part(60)])
+    wide = activations(65, 512, HALF)
+    joined = Choice(kernel="gemm", block_m=64, block_n=128, step=32, join=True)
+    near = layer.run(wide[:, :256], joined)
+    strides = []
+    original = launch.Call.of
+
+    def seen(x: torch.Tensor, *tensors: torch.Tensor | None) -> launch.Call:
+        strides.append(x.stride(0))
+        return original(x, *tensors)
+
+    monkeypatch.setattr(launch.Call, "of", seen)
+    monkeypatch.setattr(launch, "_FARTHEST", 512 * 64)
+    assert torch.equal(layer.run(wide[:, :256], joined), near)
+    assert strides[-1] == 256
 
 
 def test_few_tokens_are_not_joined() -> None:

@@ -47,8 +47,8 @@ def ratios(shape: tuple[int, int], kind: str) -> dict[int, float]:
 def test_65_to_1024_tokens_on_an_h100(shape: tuple[int, int], kind: str) -> None:
     """The bounds that docs/benchmarks/gpu-predictions.md names."""
     found = ratios(shape, kind)
-    assert max(ratio for m, ratio in found.items() if m <= 128) < 1.25
-    assert max(found.values()) < 1.5
+    assert max(ratio for m, ratio in found.items() if m <= 128) < 1.2
+    assert max(found.values()) < 1.3
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -70,7 +70,7 @@ def test_choices_fit_kernels_and_gpus(name: str, shape: tuple[int, int]) -> None
                 turns = ceil_div(k, 4 * plane) * (plane // choice.step)
                 share = ceil_div(turns, choice.split_k)
                 assert ceil_div(turns, share) == choice.split_k  # no part is empty
-                blocks = ceil_div(n, ROW_PAD) * ROW_PAD // choice.block_n
+                blocks = ceil_div(n, choice.block_n)
                 if choice.split_k > 1 and choice.max_m is not None:
                     assert blocks * ceil_div(choice.max_m, choice.block_m) <= COUNTERS
 

@@ -81,6 +81,18 @@ _CAPS: Final = {
     "gemm-g16-rows": (7.9, 5.5, 7.9),
 }
 
+# Likewise of the blocks that sm_90 alone has.
+_TALL_CAPS: Final = {
+    "tall64-g64": 3.7,
+    "tall64-g32-rows": 4.0,
+    "tall128-g64": 3.9,
+    "tall128-g64-quad8": 5.5,
+    "tall128-g64-fp16": 3.9,
+    "tall128-g32-rows": 4.1,
+    "tall128-g16-rows": 4.5,
+    "tall128-g16": 6.0,
+}
+
 
 def cases(arch: Arch) -> list[KernelCase]:
     """All cases of a target."""
@@ -92,7 +104,7 @@ def _matmuls(arch: Arch) -> Iterator[KernelCase]:
     bfloat = torch.bfloat16
     for name, choice in _blocks(arch, 64, False).items():
         yield _matmul(arch, f"{name}-g64", choice, 64, bfloat, bits=4)
-        if name in ("decode16", "gemm"):
+        if name in ("decode16", "gemm", "tall128"):
             yield _matmul(arch, f"{name}-g64-quad8", choice, 64, bfloat, quad8=True)
             yield _matmul(arch, f"{name}-g64-fp16", choice, 64, torch.float16)
     few = _blocks(arch, 32, False)["decode16"]  # other steps are no longer than either group
@@ -114,29 +126,33 @@ def _row_scaled(arch: Arch) -> Iterator[KernelCase]:
             for suffix, dtype, quad8 in (("quad8", bfloat, True), ("fp16", torch.float16, False)):
                 full_name = f"decode16-{name}-{suffix}"
                 yield _matmul(arch, full_name, few, group_size, dtype, quad8=quad8, row_scaled=True)
-            for block in ("decode64", "wide"):
+            for block in ("decode64", "wide", *(["tall64"] if "tall64" in blocks else [])):
                 full_name = f"{block}-{name}"
                 yield _matmul(arch, full_name, blocks[block], group_size, bfloat, row_scaled=True)
         if group_size != 64:
-            gemm = blocks["gemm"]
-            yield _matmul(arch, f"gemm-{name}", gemm, group_size, bfloat, row_scaled=True)
+            for block in ("gemm", *(["tall128"] if "tall128" in blocks else [])):
+                full_name = f"{block}-{name}"
+                yield _matmul(arch, full_name, blocks[block], group_size, bfloat, row_scaled=True)
     if isinstance(arch, int):  # AMD's warps of 64 lanes copy these 16 words a row by 8 bytes
         one_level = _blocks(arch, 16, False)["decode16"]
         yield _matmul(arch, "decode16-g16", one_level, 16, bfloat)
+    if "tall128" in blocks:  # half a turn
+        yield _matmul(arch, "tall128-g16", _blocks(arch, 16, False)["tall128"], 16, bfloat)
 
 
 def _blocks(arch: Arch, group_size: int, row_scaled: bool) -> dict[str, Choice]:
     """What the rule chooses among, by name, its columns split in as many parts as they can be.
 
-    ``wide``: decode in gemm's blocks.
+    ``wide``: decode in gemm's blocks; ``tall``: in blocks of twice as many rows.
     """
     capability = arch if isinstance(arch, int) else 0
     gpu = Gpu(name="", capability=capability, processors=_PROCESSORS)
     found = {}
     for choice in candidates(gpu, *_SHAPE, group_size, row_scaled):
         if choice.kernel != "fold":
-            wide = choice.kernel == "gemm" or choice.block_n == _WIDE
-            name = f"decode{choice.block_m}" if not wide else "wide"
+            tokens = f"{choice.block_m}"
+            names = {_WIDE: "wide", 2 * _WIDE: f"tall{tokens}"}
+            name = names.get(choice.block_n, f"decode{tokens}")
             found["gemm" if choice.kernel == "gemm" else name] = choice
     return found
 
@@ -247,6 +263,8 @@ def _feedbacks() -> Iterator[KernelCase]:
 def _cap(name: str, arch: Arch) -> float | None:
     if not isinstance(arch, int):
         return None
+    if name in _TALL_CAPS:
+        return _TALL_CAPS[name]
     return _CAPS[name][{90: 1, 100: 2}.get(arch, 0)]
 
 

@@ -21,7 +21,7 @@ class TuningError(KernelError):
 _ALLOWED: Final = {
     "kernel": ("decode", "gemm", "fold"),
     "block_m": (16, 32, 64, 128, 256),
-    "block_n": (32, 64, 128),
+    "block_n": (32, 64, 128, 256),
     "step": (16, 32, 64),
     "num_warps": (1, 2, 4, 8, 16),
     "num_stages": tuple(range(1, 9)),

@@ -36,6 +36,7 @@ from svsk_kernels.gpu.primitives import (
     load_columns,
     load_planes,
     load_scale_words,
+    place,
     scale_planes,
     unpack_codes,
 )
@@ -90,7 +91,7 @@ def decode_kernel(
 ):
     """``y = x W_hat^T + bias`` for one block of BLOCK_N outputs and BLOCK_M tokens.
 
-    Grid: (padded N / BLOCK_N, SPLIT_K, ceil(M / BLOCK_M)); a program takes one of SPLIT_K runs of
+    Grid: (ceil(N / BLOCK_N), SPLIT_K, ceil(M / BLOCK_M)); a program takes one of SPLIT_K runs of
     columns.
     """
     # where this program stands; tokens beyond M are masked, words are padded to whole blocks
@@ -98,10 +99,16 @@ def decode_kernel(
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = (offs_m < m)[None, :]
-    word_row = words + offs_n.to(tl.int64)[:, None] * word_stride + tl.arange(0, STEP)[None, :]
-    x_row = x + offs_m.to(tl.int64)[None, :] * x_stride
+    row, token = block * BLOCK_N, tl.program_id(2) * BLOCK_M
+    rows, run = tl.arange(0, BLOCK_N), tl.arange(0, STEP)
+    word_row, word_offs = place(words, row, rows[:, None], word_stride, run[None, :], JOIN)
+    scales, scale_offs = place(scale, row, rows, 1, 0, JOIN)
+    # rows of x: with JOIN those beyond M are the last one, which saves masks
+    tokens = tl.arange(0, BLOCK_M)
+    if JOIN:
+        tokens = tl.minimum(tokens, m - 1 - token)
+    x_row, x_offs = place(x, token, tokens[None, :], x_stride, 0, JOIN)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    scales = scale + offs_n
     first = split * steps_per_split
     stop = tl.minimum(first + steps_per_split, steps)
     # A loop that may be left out would set the sums otherwise than by products, and ptxas then has
@@ -113,23 +120,25 @@ def decode_kernel(
     for step in tl.range(first, stop, num_stages=STAGES):
         # the packed weight: each byte is read once in this launch, so it should not push x out of
         # the cache
-        packed = tl.load(word_row + step * STEP, eviction_policy="evict_first")
+        packed = tl.load(word_row + (word_offs + step * STEP), eviction_policy="evict_first")
         # unpack: or the code into a mantissa, subtract once; exact integers (or quad8 levels)
         q0, q1, q2, q3 = unpack_codes(packed, DTYPE, ASM, QUAD8)
         # column of the first plane: PLANE // STEP turns go through a block of 4 * PLANE columns
         start = step // (PLANE // STEP) * (4 * PLANE) + step % (PLANE // STEP) * STEP
         # the scales of each plane's columns
         if row_scale is not None:
-            scale_words = load_scale_words(scales[:, None], step, n_padded, STEP, PLANE, GROUP)
+            scale_words = load_scale_words(
+                scales, scale_offs, step, n_padded, STEP, PLANE, GROUP, JOIN
+            )
             w0, w1, w2, w3 = scale_planes(q0, q1, q2, q3, scale_words, DTYPE, ASM)
         else:
-            s0, s1, s2, s3 = group_scales(scales, start, n_padded, PLANE, GROUP)
+            s0, s1, s2, s3 = group_scales(scales, scale_offs, start, n_padded, PLANE, GROUP, JOIN)
             if SCALE_WEIGHTS:  # BLOCK_M sums a row cost more to scale than STEP weights
                 w0, w1 = q0 * s0.to(DTYPE), q1 * s1.to(DTYPE)
                 w2, w3 = q2 * s2.to(DTYPE), q3 * s3.to(DTYPE)
         # the activations of each plane's columns, and the products
         if JOIN:
-            columns = load_planes(x_row, start, k, mask_m, DTYPE, PLANE, STEP, EVEN_K)
+            columns = load_planes(x_row, x_offs, start, k, DTYPE, PLANE, STEP, EVEN_K)
             acc = tl.dot(join_planes(w0, w1, w2, w3), columns, acc)
         else:
             x0 = load_columns(x_row, start, k, mask_m, DTYPE, STEP, EVEN_K)
@@ -179,9 +188,9 @@ def decode_kernel(
         acc += tl.load(bias + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[:, None]
     # to memory: tokens are the rows of y
     out = tl.trans(acc)
-    mask = (offs_m < m)[:, None] & (offs_n < n)[None, :]
-    y_at = y + offs_m.to(tl.int64)[:, None] * n + offs_n[None, :]
     if SPLIT_K == 1:
+        y_at = y + offs_m.to(tl.int64)[:, None] * n + offs_n[None, :]
+        mask = (offs_m < m)[:, None] & (offs_n < n)[None, :]
         tl.store(y_at, out.to(y.dtype.element_ty), mask=mask)
     else:
         part_at = partial + offs_m.to(tl.int64)[:, None] * n_padded + offs_n[None, :]
@@ -190,15 +199,22 @@ def decode_kernel(
         tl.debug_barrier()  # every thread's partial sums are written before the count says so
         counter = counters + tl.program_id(2) * tl.num_programs(0) + block
         if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT_K - 1:
-            # the last to arrive adds, in the order of the splits: every run gives the same bits
-            total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for index in range(SPLIT_K):
-                # .cg: other programs wrote these, so the first-level cache must not answer
-                total += tl.load(
-                    part_at + index * size,
-                    mask=(offs_m < m)[:, None],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-            tl.store(y_at, total.to(y.dtype.element_ty), mask=mask)
+            # the last to arrive adds, in the order of the splits: every run gives the same bits.
+            # Not all tokens of large blocks at once, which would take all registers twice
+            some: tl.constexpr = min(BLOCK_M, 64)
+            for begin in range(token, token + BLOCK_M, some):
+                some_m = begin + tl.arange(0, some)
+                total = tl.zeros((some, BLOCK_N), tl.float32)
+                some_at = partial + some_m.to(tl.int64)[:, None] * n_padded + offs_n[None, :]
+                for index in range(SPLIT_K):
+                    # .cg: other programs wrote these, so the first-level cache must not answer
+                    total += tl.load(
+                        some_at + index * size,
+                        mask=(some_m < m)[:, None],
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                mask = (some_m < m)[:, None] & (offs_n < n)[None, :]
+                y_at = y + some_m.to(tl.int64)[:, None] * n + offs_n[None, :]
+                tl.store(y_at, total.to(y.dtype.element_ty), mask=mask)
             tl.atomic_xchg(counter, 0)  # for the next launch

@@ -205,7 +205,9 @@ def fold_kernel(
     out_row = out + offs_out.to(tl.int64)[:, None] * k
     scales = scale + rows[:, None]
     if row_scale is not None:
-        scale_words = load_scale_words(scales, tl.program_id(1), n_padded, PLANE, PLANE, GROUP)
+        scale_words = load_scale_words(
+            scale + rows, 0, tl.program_id(1), n_padded, PLANE, PLANE, GROUP, False
+        )
         c0, c1, c2, c3 = scale_codes(scale_words, ASM)
         # the product of both levels is exact
         row = tl.load(row_scale + rows).to(tl.float32)[:, None]

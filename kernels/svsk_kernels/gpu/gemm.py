@@ -28,6 +28,7 @@ from svsk_kernels.gpu.primitives import (
     load_columns,
     load_planes,
     load_scale_words,
+    place,
     scale_planes,
     unpack_codes,
 )
@@ -76,35 +77,45 @@ def gemm_kernel(
 ):
     """``y[m, n] = x W_hat^T + bias`` for one block of BLOCK_N rows and BLOCK_M tokens.
 
-    Grid: (ceil(M / BLOCK_M), padded N / BLOCK_N).
+    Grid: (ceil(M / BLOCK_M), ceil(N / BLOCK_N)).
     """
     # where this program stands: neighbours in the first dimension share the weight's rows
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = (offs_m < m)[None, :]
-    word_row = words + offs_n.to(tl.int64)[:, None] * word_stride + tl.arange(0, STEP)[None, :]
-    x_row = x + offs_m.to(tl.int64)[None, :] * x_stride
-    scales = scale + offs_n
+    row, token = tl.program_id(1) * BLOCK_N, tl.program_id(0) * BLOCK_M
+    rows, run = tl.arange(0, BLOCK_N), tl.arange(0, STEP)
+    word_row, word_offs = place(words, row, rows[:, None], word_stride, run[None, :], JOIN)
+    scales, scale_offs = place(scale, row, rows, 1, 0, JOIN)
+    # rows of x: with JOIN those beyond M are the last one, which saves masks
+    tokens = tl.arange(0, BLOCK_M)
+    if JOIN:
+        tokens = tl.minimum(tokens, m - 1 - token)
+    x_row, x_offs = place(x, token, tokens[None, :], x_stride, 0, JOIN)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # a loop that may be left out would set the sums otherwise than by products, and ptxas then
     # has each product wait for the one before
     tl.assume(steps > 0)
     for step in tl.range(0, steps, num_stages=STAGES):
         # load and unpack four planes: exact integers (or quad8 levels)
-        q0, q1, q2, q3 = unpack_codes(tl.load(word_row + step * STEP), DTYPE, ASM, QUAD8)
+        q0, q1, q2, q3 = unpack_codes(
+            tl.load(word_row + (word_offs + step * STEP)), DTYPE, ASM, QUAD8
+        )
         # column of the first plane: PLANE // STEP turns go through a block of 4 * PLANE columns
         start = step // (PLANE // STEP) * (4 * PLANE) + step % (PLANE // STEP) * STEP
         # scale the weights: one rounding to DTYPE per weight
         if row_scale is not None:
-            scale_words = load_scale_words(scales[:, None], step, n_padded, STEP, PLANE, GROUP)
+            scale_words = load_scale_words(
+                scales, scale_offs, step, n_padded, STEP, PLANE, GROUP, JOIN
+            )
             w0, w1, w2, w3 = scale_planes(q0, q1, q2, q3, scale_words, DTYPE, ASM)
         else:
-            s0, s1, s2, s3 = group_scales(scales, start, n_padded, PLANE, GROUP)
+            s0, s1, s2, s3 = group_scales(scales, scale_offs, start, n_padded, PLANE, GROUP, JOIN)
             w0, w1 = q0 * s0.to(DTYPE), q1 * s1.to(DTYPE)
             w2, w3 = q2 * s2.to(DTYPE), q3 * s3.to(DTYPE)
         # the activations of each plane's columns, and the products
         if JOIN:
-            columns = load_planes(x_row, start, k, mask_m, DTYPE, PLANE, STEP, EVEN_K)
+            columns = load_planes(x_row, x_offs, start, k, DTYPE, PLANE, STEP, EVEN_K)
             acc = tl.dot(join_planes(w0, w1, w2, w3), columns, acc)
         else:
             x0 = load_columns(x_row, start, k, mask_m, DTYPE, STEP, EVEN_K)
@@ -135,5 +146,5 @@ def gemm_kernel(
     if HAS_BIAS:
         acc += tl.load(bias + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[:, None]
     mask = (offs_m < m)[:, None] & (offs_n < n)[None, :]
-    y_at = y + offs_m.to(tl.int64)[:, None] * n + offs_n[None, :]
-    tl.store(y_at, tl.trans(acc).to(y.dtype.element_ty), mask=mask)
+    y_row, y_offs = place(y, token, tl.arange(0, BLOCK_M)[:, None], n, offs_n[None, :], JOIN)
+    tl.store(y_row + y_offs, tl.trans(acc).to(y.dtype.element_ty), mask=mask)

@@ -36,6 +36,9 @@ __all__ = [
     "shrink_warps",
 ]
 
+_FARTHEST: Final = 1 << 31
+"""Elements within a block of tokens: where planes are joined, offsets there have 32 bits."""
+
 _TYPES: Final = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -229,8 +232,8 @@ class PackedProduct:
         asm: bool | None = None,
         shrink_block: int | None = None,
     ) -> None:
-        self._decode = choice.kernel == "decode"
-        self._block_m, self._blocks_n = choice.block_m, base.n_padded // choice.block_n
+        self._decode, self._near = choice.kernel == "decode", choice.join
+        self._block_m, self._blocks_n = choice.block_m, ceil_div(base.n, choice.block_n)
         pdl = self._decode and choice.pdl and not INTERPRETED and sidecar is not None
         self._shrink = (
             None
@@ -277,6 +280,8 @@ class PackedProduct:
             RuntimeError: more programs share their sums than there are counters.
         """
         m = x.shape[0]
+        if self._near and x_stride(x) * self._block_m >= _FARTHEST:
+            x = x.contiguous()
         call = Call.of(x, base.words, base.scale, base.row_scale, bias, *(sidecar or ()))
         # What decode writes is allocated before shrink's own workspace is freed: the two may run
         # side by side.

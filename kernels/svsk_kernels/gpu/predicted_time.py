@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Final
 
 from svsk_kernels.gpu.choice import Choice, Gpu
-from svsk_kernels.gpu.repack_base import ROW_PAD, plane_length
+from svsk_kernels.gpu.repack_base import plane_length
 from svsk_kernels.gpu.repack_sidecar import rows_at_a_time
 from svsk_kernels.tile_grid import ceil_div
 
@@ -147,7 +147,7 @@ _FEW_TOKENS: Final = {
     100: (3.75, 5.98, 10.16, 4.06, 4.06, 4.38),
 }
 # Larger blocks: one level with groups of 64, two levels with groups of 32. By target and tokens of
-# a block; 128 stands for decode and gemm in blocks of 128 rows and 8 warps.
+# a block; 128 and 256 stand for decode and gemm in blocks of as many rows and 8 warps.
 _MANY_TOKENS: Final = {
     (80, 32): (3.45, 3.56),
     (80, 64): (4.97, 5.31),
@@ -157,10 +157,11 @@ _MANY_TOKENS: Final = {
     (89, 128): (6.41, 6.66),
     (90, 32): (3.27, 3.48),
     (90, 64): (4.16, 4.52),
-    (90, 128): (4.53, 4.94),
+    (90, 128): (3.73, 4.28),
+    (90, 256): (3.49, 3.70),
     (100, 32): (3.98, 4.38),
     (100, 64): (5.77, 5.78),
-    (100, 128): (4.83, 4.84),
+    (100, 128): (4.53, 4.58),
 }
 _FINEST: Final = 1.26
 """Times as many in these with one level and groups of 16, whose turns are half as long (sm_90)."""
@@ -199,11 +200,11 @@ def instructions_per_weight(
     """
     target = {86: 89, 103: 100, 120: 89, 121: 89}.get(capability, capability)
     target = target if target in _FEW_TOKENS else 80
-    block = 128 if choice.block_n == 128 else choice.block_m
+    block = max(choice.block_m, choice.block_n) if choice.block_n >= 128 else choice.block_m
     if block < 32:
         counted = _FEW_TOKENS[target][(64, 32, 16).index(group_size) + 3 * row_scaled]
     else:
-        one, two = _MANY_TOKENS[target, min(block, 128)]
+        one, two = _MANY_TOKENS[target, min(block, 256 if target == 90 else 128)]
         counted = two if row_scaled else one * (_FINEST if group_size == 16 else 1)
     return counted + _QUAD8 * quad8
 
@@ -242,7 +243,7 @@ def predicted_time(
 def _body(speeds: Speeds, layer: Layer, choice: Choice, m: int, serialised: bool) -> float:
     """Seconds of the decode or gemm kernel between starting and ending."""
     gpu, processors = speeds.gpu, speeds.gpu.processors
-    rows = ceil_div(layer.n, ROW_PAD) * ROW_PAD // choice.block_n
+    rows = ceil_div(layer.n, choice.block_n)
     blocks = ceil_div(m, choice.block_m)
     plane = plane_length(layer.k)
     width = ceil_div(layer.k, 4 * plane) * 4 * plane

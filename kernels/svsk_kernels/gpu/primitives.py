@@ -22,6 +22,7 @@ __all__ = [
     "load_planes",
     "load_scale_words",
     "narrow_factors",
+    "place",
     "scale_codes",
     "scale_planes",
     "spread",
@@ -30,42 +31,58 @@ __all__ = [
     "wide_factors",
 ]
 
+# Planes are unpacked in two halves: the second can then be unpacked while tensor cores multiply the
+# first, and fewer registers are in use at a time.
+#
 # lop3 0xEA is (a & b) | c. 0x4300 is 128 in bfloat16, whose last bit is worth 1: or-ing u = q + 8
 # into it gives 128 + u, and a fused multiply-add by one (there is no bfloat16 addition before
 # sm_90) takes 136 off.
-_CODES_BF16: tl.constexpr = tl.constexpr("""{
-    .reg .b32 w1, w2, w3, one, bias;
+_LOW_BF16: tl.constexpr = tl.constexpr("""{
+    .reg .b32 w1, one, bias;
     mov.b32 one, 0x3F803F80;
     mov.b32 bias, 0xC308C308;
-    shr.u32 w1, $4, 4;
-    shr.u32 w2, $4, 8;
-    shr.u32 w3, $4, 12;
-    lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+    shr.u32 w1, $2, 4;
+    lop3.b32 $0, $2, 0x000F000F, 0x43004300, 0xEA;
     lop3.b32 $1, w1, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 $2, w2, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 $3, w3, 0x000F000F, 0x43004300, 0xEA;
     fma.rn.bf16x2 $0, $0, one, bias;
     fma.rn.bf16x2 $1, $1, one, bias;
-    fma.rn.bf16x2 $2, $2, one, bias;
-    fma.rn.bf16x2 $3, $3, one, bias;
+    }""")
+
+_HIGH_BF16: tl.constexpr = tl.constexpr("""{
+    .reg .b32 w2, w3, one, bias;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 bias, 0xC308C308;
+    shr.u32 w2, $2, 8;
+    shr.u32 w3, $2, 12;
+    lop3.b32 $0, w2, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 $1, w3, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $0, $0, one, bias;
+    fma.rn.bf16x2 $1, $1, one, bias;
     }""")
 
 # 0x6400 is 1024 in float16, last bit 1. Odd nibbles stay where they are, 1024 + 16 u, which saves
 # their shifts: times 1/16 less 72 is u - 8.
-_CODES_FP16: tl.constexpr = tl.constexpr("""{
+_LOW_FP16: tl.constexpr = tl.constexpr("""{
+    .reg .b32 bias, sixteenth, bias16;
+    mov.b32 bias, 0x64086408;
+    mov.b32 sixteenth, 0x2C002C00;
+    mov.b32 bias16, 0xD480D480;
+    lop3.b32 $0, $2, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $1, $2, 0x00F000F0, 0x64006400, 0xEA;
+    sub.f16x2 $0, $0, bias;
+    fma.rn.f16x2 $1, $1, sixteenth, bias16;
+    }""")
+
+_HIGH_FP16: tl.constexpr = tl.constexpr("""{
     .reg .b32 high, bias, sixteenth, bias16;
     mov.b32 bias, 0x64086408;
     mov.b32 sixteenth, 0x2C002C00;
     mov.b32 bias16, 0xD480D480;
-    shr.u32 high, $4, 8;
-    lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 $1, $4, 0x00F000F0, 0x64006400, 0xEA;
-    lop3.b32 $2, high, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 $3, high, 0x00F000F0, 0x64006400, 0xEA;
+    shr.u32 high, $2, 8;
+    lop3.b32 $0, high, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $1, high, 0x00F000F0, 0x64006400, 0xEA;
     sub.f16x2 $0, $0, bias;
     fma.rn.f16x2 $1, $1, sixteenth, bias16;
-    sub.f16x2 $2, $2, bias;
-    fma.rn.f16x2 $3, $3, sixteenth, bias16;
     }""")
 
 # quad8: c = q (1 + |q| / 8). 1 + |q| / 8 and the product are exact; adding -0 makes a product of
@@ -140,6 +157,22 @@ def _quad8(q, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _two_planes_bf16(words, CODE: tl.constexpr):
+    """Codes of two of the four planes of a tile of int16 words, by inline PTX: exact."""
+    return tl.inline_asm_elementwise(
+        CODE, "=&r,=&r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+    )
+
+
+@triton.jit
+def _two_planes_fp16(words, CODE: tl.constexpr):
+    """Likewise."""
+    return tl.inline_asm_elementwise(
+        CODE, "=&r,=&r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+    )
+
+
+@triton.jit
 def unpack_codes(words, DTYPE: tl.constexpr, ASM: tl.constexpr, QUAD8: tl.constexpr):
     """The four planes of a tile of int16 words, each of its shape.
 
@@ -147,23 +180,11 @@ def unpack_codes(words, DTYPE: tl.constexpr, ASM: tl.constexpr, QUAD8: tl.conste
     """
     if ASM:
         if DTYPE == tl.bfloat16:
-            q0, q1, q2, q3 = tl.inline_asm_elementwise(
-                _CODES_BF16,
-                "=&r,=&r,=&r,=&r,r",
-                [words],
-                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-                is_pure=True,
-                pack=2,
-            )
+            q0, q1 = _two_planes_bf16(words, _LOW_BF16)
+            q2, q3 = _two_planes_bf16(words, _HIGH_BF16)
         else:
-            q0, q1, q2, q3 = tl.inline_asm_elementwise(
-                _CODES_FP16,
-                "=&r,=&r,=&r,=&r,r",
-                [words],
-                dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-                is_pure=True,
-                pack=2,
-            )
+            q0, q1 = _two_planes_fp16(words, _LOW_FP16)
+            q2, q3 = _two_planes_fp16(words, _HIGH_FP16)
         if QUAD8:
             q0 = _quad8(q0, DTYPE)
             q1 = _quad8(q1, DTYPE)
@@ -198,21 +219,49 @@ def u_step(BITS: tl.constexpr):
 
 
 @triton.jit
+def place(pointer, first, rows, stride, columns, NARROW: tl.constexpr):
+    """A block's elements as a pointer and offsets, to whose sum a turn's own offset is added.
+
+    ``NARROW``: one pointer for all and offsets of 32 bits, which take half the registers and let
+    a turn add the same number to them all. Else pointers of 64 bits each, and no offsets, which
+    takes fewer instructions.
+
+    Args:
+        pointer: to the first element of all.
+        first: row at which the block begins.
+        rows: int32 of the block's shape, or one that broadcasts: rows from there.
+        stride: elements between rows.
+        columns: likewise: columns.
+        NARROW: see above; offsets within the block are then less than 2**31.
+    """
+    if NARROW:
+        return pointer + tl.cast(first, tl.int64) * stride, rows * stride + columns
+    else:  # noqa: RET505 - the branches are compile-time, and their results have different types
+        return pointer + (first + rows).to(tl.int64) * stride + columns, 0
+
+
+@triton.jit
 def group_scales(
-    scales,  # pointers [BLOCK_N] to the rows' first scales
+    scales,  # pointers [BLOCK_N] to the rows' first scales, or their first with NARROW
+    offs,  # with NARROW offsets [BLOCK_N] of the others
     start,  # column of the first plane
     n_padded,
     PLANE: tl.constexpr,
     GROUP: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """Scales [BLOCK_N, 1] of the groups that the four planes' columns lie in.
 
     They are loaded as one tile: threads then copy two rows and more of 16 bits each, which the
     compiler can do ahead of time, as it cannot with single ones.
     """
-    rows: tl.constexpr = scales.shape[0]
     groups = (start + tl.arange(0, 4) * PLANE) // GROUP
-    tile = tl.load(scales[None, :] + groups.to(tl.int64)[:, None] * n_padded)
+    if NARROW:
+        rows: tl.constexpr = offs.shape[0]
+        tile = tl.load(scales + (offs[None, :] + groups[:, None] * n_padded))
+    else:
+        rows: tl.constexpr = scales.shape[0]
+        tile = tl.load(scales[None, :] + groups.to(tl.int64)[:, None] * n_padded)
     even, odd = tl.split(tl.reshape(tl.trans(tile), (rows, 2, 2)))
     s0, s2 = tl.split(even)
     s1, s3 = tl.split(odd)
@@ -221,19 +270,25 @@ def group_scales(
 
 @triton.jit
 def load_scale_words(
-    scale_row,  # pointers [BLOCK_N, 1] to the rows' first scale words
+    scales,  # pointers [BLOCK_N] to the rows' first scale words, or their first with NARROW
+    offs,  # with NARROW offsets [BLOCK_N] of the others
     turn,  # which turn of WORDS words of codes
     n_padded,
     WORDS: tl.constexpr,
     PLANE: tl.constexpr,
     GROUP: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """Scale words [BLOCK_N, runs] of WORDS words of codes, see ``pack_scale_codes``."""
     run: tl.constexpr = PLANE if PLANE < GROUP else GROUP
     runs: tl.constexpr = WORDS // run if WORDS > run else 1
     first = turn * runs if WORDS >= run else turn // (run // WORDS)
-    index = (first + tl.arange(0, runs)).to(tl.int64)
-    return tl.load(scale_row + index[None, :] * n_padded)
+    index = first + tl.arange(0, runs)
+    if NARROW:
+        at = scales + (offs[:, None] + index[None, :] * n_padded)
+    else:
+        at = scales[:, None] + index.to(tl.int64)[None, :] * n_padded
+    return tl.load(at)
 
 
 @triton.jit
@@ -311,10 +366,10 @@ def load_columns(
 
 @triton.jit
 def load_planes(
-    x_row,
+    x,  # pointer to the block's first token
+    offs,  # int32 [1, BLOCK_M]: elements from there to each token
     start,
     k,
-    mask_m,
     DTYPE: tl.constexpr,
     PLANE: tl.constexpr,
     STEP: tl.constexpr,
@@ -322,12 +377,14 @@ def load_planes(
 ):
     """Activations [4 * STEP, BLOCK_M] of STEP columns of each plane, in the order of the planes.
 
-    Arguments as of :func:`load_columns`.
+    Zero beyond ``k``. Tokens are not masked: where there are none, ``offs`` is that of another.
     """
     planes = tl.arange(0, 4)[:, None] * PLANE + tl.arange(0, STEP)[None, :]
-    columns = start + tl.reshape(planes, (4 * STEP,))
-    mask = mask_m if EVEN_K else mask_m & (columns < k)[:, None]
-    return tl.load(x_row + columns[:, None], mask=mask, other=0.0).to(DTYPE)
+    columns = tl.reshape(planes, (4 * STEP,))
+    at = x + ((offs + columns[:, None]) + start)
+    if EVEN_K:
+        return tl.load(at).to(DTYPE)
+    return tl.load(at, mask=(start + columns < k)[:, None], other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -371,8 +428,9 @@ def add_sidecar(
     at = tl.multiple_of(tl.load(row_table + offs_n), 16)
     first = tl.multiple_of(tl.load(row_table + n_padded + offs_n), 16)
     last = tl.multiple_of(tl.load(row_table + 2 * n_padded + offs_n), 16)
-    side = tl.zeros(acc.shape, tl.float32)
-    mask_m = (offs_m < m)[None, :]
+    # a power of two: factors times it are exact
+    unit = tl.full((1, 1), u_step(BITS), DTYPE)
+    half, mask_m = tl.arange(0, 16), (offs_m < m)[None, :]
     z_row = z + offs_m.to(tl.int64)[None, :] * z_stride
     # all z columns that any of these rows takes, 32 at a time: what 16 bytes of 4-bit factors hold.
     # A row's factors are zero outside its own columns
@@ -385,14 +443,12 @@ def add_sidecar(
             factors = tl.load(u + (at - first)[:, None] + columns[None, :], mask=inside, other=0)
             valid = tl.load(z_used + columns, mask=columns < z_stride, other=0) != 0
             values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0)
-            values = values.to(DTYPE)
-            side = tl.dot(wide_factors(factors, DTYPE), values, side)
+            acc = tl.dot(wide_factors(factors, DTYPE) * unit, values.to(DTYPE), acc)
         else:
-            half = tl.arange(0, 16)
             inside = ((column >= first) & (column < last))[:, None]
             # U: a byte holds the z columns c and c + 16
-            place = at + (column - first) // 2
-            u_row = u + tl.multiple_of(place, 16)[:, None]
+            byte = at + (column - first) // 2
+            u_row = u + tl.multiple_of(byte, 16)[:, None]
             factors = tl.load(u_row + half[None, :], mask=inside, other=0x88)  # two zeros
             low, high = narrow_factors(factors, DTYPE)
             # z of the first 16 columns, then of the second
@@ -400,10 +456,10 @@ def add_sidecar(
             valid = tl.load(z_used + columns) != 0
             values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0)
             values = values.to(DTYPE)
-            side = tl.dot(low, values, side)
+            acc = tl.dot(low * unit, values, acc)
             columns = columns + 16
             valid = tl.load(z_used + columns) != 0
             values = tl.load(z_row + columns[:, None], mask=valid[:, None] & mask_m, other=0.0)
             values = values.to(DTYPE)
-            side = tl.dot(high, values, side)
-    return acc + side * u_step(BITS)
+            acc = tl.dot(high * unit, values, acc)
+    return acc

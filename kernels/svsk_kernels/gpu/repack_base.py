@@ -33,7 +33,7 @@ __all__ = [
     "unpack_scale_rows",
 ]
 
-ROW_PAD: Final = 128
+ROW_PAD: Final = 256
 """Rows of the stored base are padded to this: a multiple of every block of rows."""
 
 _SCALE_WORDS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32}

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels and blocks for a layer's tokens where nothing was measured, by predicted time."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 from svsk_kernels.gpu.choice import Choice, Gpu, longest_step
 from svsk_kernels.gpu.counters import COUNTERS
 from svsk_kernels.gpu.predicted_time import Layer, Speeds, predicted_time, speeds_of
-from svsk_kernels.gpu.repack_base import ROW_PAD, plane_length
+from svsk_kernels.gpu.repack_base import plane_length
 from svsk_kernels.tile_grid import ceil_div
 
 __all__ = [
@@ -23,14 +24,17 @@ __all__ = [
 MAX_SPLIT_K: Final = 8
 """More splits cost more in partial sums than they bring in parallelism."""
 
-_LIMITS: Final = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, None)
+_LIMITS: Final = (
+    *(16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1536, 2048, 4096),
+    None,
+)
 """Numbers of tokens up to which a choice may go: those of whole blocks. Fewer limits make fewer
 choices, each of which is compiled when a model is loaded."""
 
 _MANY: Final = 8192
 """Tokens that stand for more than the last limit."""
 
-_CHANGE: Final = 0.06
+_CHANGE: Final = 0.04
 """Share of the time of a range of tokens that a change of kernels has to save."""
 
 
@@ -39,7 +43,8 @@ def heuristic_choices(
 ) -> tuple[Choice, ...]:
     """Choices where nothing was measured: those of the least predicted time.
 
-    Base alone, int4: the rule does not know of codebook and sidecar, which change little. Columns
+    Base alone: the rule does not know of the sidecar, which changes little, nor of the codebook, so
+    that either counts for half. Columns
     are split where programs are few, in as many parts as suit the number of tokens (not on AMD,
     where nobody has checked that the partial sums are seen in time).
 
@@ -58,8 +63,9 @@ def heuristic_choices(
     first = 1
     for limit in _LIMITS:
         last = _MANY if limit is None else limit
+        ends = (first, last)
         here = [
-            sum(math.log(predicted_time(speeds, layer, choice, m)) / 2 for m in (first, last))
+            sum(math.log(predicted_time(speeds, *case)) / 4 for case in _both(layer, choice, ends))
             if _takes(choice, n, last) and (limit is not None or choice.split_k == 1)
             else math.inf
             for choice in known
@@ -93,6 +99,14 @@ def invariant_choices(
     return (min(many, key=lambda choice: predicted_time(speeds, layer, choice, 64)),)
 
 
+def _both(
+    layer: Layer, choice: Choice, tokens: Sequence[int]
+) -> Iterator[tuple[Layer, Choice, int]]:
+    """A choice for these numbers of tokens, with either codebook."""
+    for quad8, m in itertools.product((False, True), tokens):
+        yield replace(layer, quad8=quad8), choice, m
+
+
 def _takes(choice: Choice, n: int, m: int) -> bool:
     """Whether a choice may be given up to ``m`` tokens."""
     if choice.kernel != "decode":
@@ -104,14 +118,16 @@ def _takes(choice: Choice, n: int, m: int) -> bool:
 
 def _blocks(choice: Choice, n: int, m: int) -> int:
     """Blocks of the result, each of which has a counter where columns are split."""
-    return ceil_div(n, ROW_PAD) * ROW_PAD // choice.block_n * ceil_div(m, choice.block_m)
+    return ceil_div(n, choice.block_n) * ceil_div(m, choice.block_m)
 
 
 def candidates(gpu: Gpu, n: int, k: int, group_size: int, row_scaled: bool = False) -> list[Choice]:
     """What the kernels compile to without spilling, and within shared memory.
 
-    A step of 32 words keeps the activations of 64 and more tokens in shared memory.
+    A step of 32 words keeps the activations of 64 and more tokens in shared memory. On sm_90 that
+    of 128 rows is twice as long, for half as many waits, with one turn fewer ahead.
     """
+    hopper = gpu.asynchronous_products and not gpu.tensor_memory
     long = longest_step(k, group_size, row_scaled)
     short = min(long, 32)
     pdl = gpu.dependent_launch
@@ -122,9 +138,9 @@ def candidates(gpu: Gpu, n: int, k: int, group_size: int, row_scaled: bool = Fal
     large: dict[str, Any] = {
         "block_m": tokens,
         "block_n": 128,
-        "step": short,
+        "step": long if hopper else short,
         "num_warps": 8,
-        "num_stages": stages,
+        "num_stages": 2 if hopper and long > 32 else stages,
         "join": gpu.asynchronous_products,
     }
     decode = [
@@ -133,6 +149,11 @@ def candidates(gpu: Gpu, n: int, k: int, group_size: int, row_scaled: bool = Fal
         Choice(kernel="decode", block_m=64, step=short, pdl=pdl),
         Choice(kernel="decode", pdl=pdl, **large),
     ]
+    if hopper:
+        # x, of 16 bits, is read once per block of rows, the weight, of 4, once per block of tokens:
+        # many rows save more bytes of the cache than many tokens
+        tall = large | {"block_n": 256, "step": short, "num_stages": stages}
+        decode += [Choice(kernel="decode", pdl=pdl, **tall | {"block_m": m}) for m in (64, 128)]
     split = [
         replace(choice, split_k=parts)
         for choice in decode

@@ -194,6 +194,38 @@ CASES = (
     Case("one level, groups of 16", 3, 256, (Part(128),), group_size=16),
 )
 
+TALL: dict[str, Any] = {
+    "block_m": 64,
+    "block_n": 256,
+    "step": 32,
+    "num_warps": 8,
+    "split_k": 2,
+    "join": True,
+}
+JOINED = (
+    Case("256 rows, packed", 70, 512, (Part(200, 32, 4, 64, 256),), TALL, plain=True),
+    Case(
+        "256 rows, 8 bits, two levels",
+        3,
+        512,
+        (Part(100, 16, 8, 64, 256),),
+        TALL,
+        codebook="quad8",
+        group_size=32,
+        bias=True,
+        row_scaled=True,
+    ),
+    Case(
+        "128 rows, a whole plane a turn",
+        65,
+        512,
+        (EIGHT,),
+        {"block_m": 128, "block_n": 128, "step": 64, "num_warps": 8, "num_stages": 2, "join": True},
+        dtype=HALF,
+    ),
+)
+"""In blocks that the rule gives sm_90 alone."""
+
 
 def run(
     case: Case, arch: int, pdl: bool = False, asm: bool | None = None, **settings: Any
@@ -219,8 +251,8 @@ RARE = ("parts of different ranks, tiles and bits", "tiles longer than a job", "
             id=f"{case.name}-{arch}",
             marks=pytest.mark.slow if arch == 80 and case.name in RARE else (),
         )
-        for case in CASES
-        for arch in (80, 90)
+        for case in (*CASES, *JOINED)
+        for arch in ((80, 90) if case in CASES else (90,))
     ],
 )
 def test_products(case: Case, arch: int) -> None:
