@@ -256,11 +256,10 @@ def group_scales(
     compiler can do ahead of time, as it cannot with single ones.
     """
     groups = (start + tl.arange(0, 4) * PLANE) // GROUP
+    rows: tl.constexpr = offs.shape[0] if NARROW else scales.shape[0]
     if NARROW:
-        rows: tl.constexpr = offs.shape[0]
         tile = tl.load(scales + (offs[None, :] + groups[:, None] * n_padded))
     else:
-        rows: tl.constexpr = scales.shape[0]
         tile = tl.load(scales[None, :] + groups.to(tl.int64)[:, None] * n_padded)
     even, odd = tl.split(tl.reshape(tl.trans(tile), (rows, 2, 2)))
     s0, s2 = tl.split(even)

@@ -336,7 +336,8 @@ def test_fold(parts: tuple[Part, ...], codebook: Codebook, row_scaled: bool, arc
 def test_every_code_is_read_once(split: int, arch: int) -> None:
     case = Case("", 16, 768, (EIGHT,), {"split_k": split})
     launch = run(case, arch)[1].launches[-1]
-    assert launch.bytes_read["words"] == case.layer().base.words.nbytes
+    # rows are stored in multiples of 256, and those beyond the layer's 128 are left alone
+    assert launch.bytes_read["words"] == case.layer().base.words[: EIGHT.n].nbytes
     assert launch.bytes_written["words"] == 0
     assert launch.bytes_written["y"] == 16 * 128 * 2
 
