@@ -201,7 +201,8 @@ class SmoothingArgs(Strict):
     Attributes:
         alpha: how much of every channel's scale moves, 0 to 1 (SmoothQuant's).
         above: instead, only channels whose largest magnitude is over this many times the median of
-            their tensor's move, and only down to that. With neither, inputs are left alone.
+            their tensor's move, and only down to that, or by a factor of 4. With neither, inputs
+            are left alone.
         targets: whose inputs: ``norms`` for linears that read a norm, ``o`` for o_proj, ``down``
             for down_proj.
         keys: even out the channels of keys, for key caches of few bits.

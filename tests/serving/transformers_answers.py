@@ -48,18 +48,33 @@ def compare_with_transformers(
     folder: Path, prompts: Sequence[Sequence[int]], served: dict[str, Any]
 ) -> Comparison:
     """Compare an answer of the fixture ``run_vllm``."""
+    truth = []
+    for ids, scores in zip(
+        served["sequences"], transformers_scores(folder, served["sequences"]), strict=True
+    ):
+        own = scores.gather(1, torch.tensor(ids[1:]).unsqueeze(1))
+        best = scores.topk(2)
+        rows = torch.cat([own, best.indices[:, :1], best.values], 1)
+        truth.append([[float(value) for value in row] for row in rows])
+    return compare_scores(truth, prompts, served)
+
+
+def compare_scores(
+    truth: Sequence[Sequence[Sequence[float]]],
+    prompts: Sequence[Sequence[int]],
+    served: dict[str, Any],
+) -> Comparison:
+    """Compare with other scores of the same sequences, as ``tests.serving.worker`` gives them."""
     differences, clear, flipped = [], 0, []
-    truth = transformers_scores(folder, served["sequences"])
-    for prompt, ids, scores, rows in zip(
+    for prompt, ids, expected, rows in zip(
         prompts, served["sequences"], truth, served["scores"], strict=True
     ):
-        own = scores.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).flatten()
-        differences += [abs(float(a) - row[0]) for a, row in zip(own, rows, strict=True)]
+        differences += [abs(a[0] - b[0]) for a, b in zip(expected, rows, strict=True)]
         for position in range(len(prompt) - 1, len(ids) - 1):
-            (best, second), (choice, _) = scores[position].topk(2)
-            if float(best - second) > CLEAR_CHOICE:
+            _, choice, best, second = expected[position]
+            if best - second > CLEAR_CHOICE:
                 clear += 1
                 if int(choice) != ids[position + 1]:
-                    flipped.append(float(best - second))
+                    flipped.append(best - second)
     mean = sum(differences) / len(differences)
     return Comparison(mean, max(differences), clear, flipped)

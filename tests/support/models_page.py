@@ -34,7 +34,7 @@ _HEAD: Final = (
     "| family (`model_type`) | quantise | vLLM | transformers | GGUF | stays dense in the blocks |",
     "| --- | --- | --- | --- | --- | --- |",
 )
-NOT_SERVED: Final = ("qwen2_moe", "olmoe", "deepseek_v2", "deepseek_v3", *HYBRID_FAMILIES)
+NOT_SERVED: Final = tuple(HYBRID_FAMILIES)
 """Those that no engine has served yet."""
 _SERVED: Final = {"native": "its own class", "transformers": "transformers' class"}
 

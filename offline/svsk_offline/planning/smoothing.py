@@ -4,8 +4,9 @@
 Channel j of a linear's input is divided by ``max|x_j| ** alpha / max|W_j| ** (1 - alpha)``, W_j the
 weights that read it, and its weights multiplied (SmoothQuant, Xiao et al. 2022; the first half of
 SVDQuant, Li et al. 2024). Or only its outliers are: those over a multiple of the median channel are
-brought down to that, which leaves nearly all weights as they are. A rotary pair of keys is divided
-by a factor that makes its rounding cost attention least, and queries are multiplied.
+brought down to that, by a factor of 4 at most, which leaves nearly all weights as they are. A
+rotary pair of keys is divided by a factor that makes its rounding cost attention least, and queries
+are multiplied.
 
 Factors of inputs are rounded to powers of two, so that nothing is rounded by them. Those of keys
 are rounded to eighths of an octave: a key cache's step follows the largest channel, and whole
@@ -58,6 +59,13 @@ _P = TypeVar("_P", bound=Pair)
 
 _SAMPLES: Final = 64
 """Calibration samples whose largest magnitudes are taken: with more they hardly grow."""
+
+_OUTLIERS: Final = 2
+"""Exponent of two of the most that an outlier is divided by.
+
+A column that grows more takes the scale of its whole group with it, while the few tokens that have
+such an outlier are all that gain (docs/benchmarks/smoothing.md).
+"""
 
 _SEARCHED: Final = 4
 """Of these, the samples whose attention tells the factors of keys."""
@@ -140,20 +148,20 @@ def smoothing_exponents(maxima: torch.Tensor, weights: torch.Tensor, alpha: floa
 
 
 def outlier_exponents(maxima: torch.Tensor, above: float) -> torch.Tensor:
-    """Exponents of two that bring channels down to a multiple of the median one.
+    """Exponents of two that bring channels down to a multiple of the median one, or towards it.
 
     Args:
         maxima: float32 [factors], largest magnitudes of the activations.
         above: the multiple.
 
     Returns:
-        int8 [factors], none below 0; 0 too for a channel that no token uses, which the median does
-        not count either.
+        int8 [factors], 0 to 2; 0 too for a channel that no token uses, which the median does not
+        count either.
     """
     used = maxima > 0
     median = maxima[used].median() if used.any() else maxima.new_ones(())
     logs = (maxima / (above * median)).log2().where(used, 0)
-    return logs.clamp(0, LARGEST_EXPONENT).round().to(torch.int8)
+    return logs.clamp(0, _OUTLIERS).round().to(torch.int8)
 
 
 def key_exponents(factors: torch.Tensor, heads: int) -> torch.Tensor:
