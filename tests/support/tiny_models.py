@@ -153,10 +153,9 @@ _LATENT: Final = {
     "moe_intermediate_size": 64,
     "first_k_dense_replace": 1,
     "q_lora_rank": 64,
-    # What vLLM's latent attention takes on a CPU: 576 in all, as in the real models.
-    "kv_lora_rank": 512,
+    "kv_lora_rank": 64,
     "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 64,
+    "qk_rope_head_dim": 32,
     "v_head_dim": 32,
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
@@ -240,8 +239,9 @@ _DELTA_NET: Final = {
     "head_dim": 32,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 2,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    # What vLLM's kernels on a CPU take, as in the real models.
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "tie_word_embeddings": False,
 }
 _MAMBA: Final = {
