@@ -45,15 +45,15 @@ ALWAYS = ("falcon", "gemma2", "glm4", "phi3", "stablelm", "starcoder2")
 lists the parts, stored fused, fused though vLLM's class does not say so, transformers' class."""
 # GPT-NeoX is not among them: vLLM 0.32 computes the dense model itself otherwise than transformers.
 OTHERS = (
-    "falcon_h1",
-    "granite4",
     "apertus",
     "bloom",
     "cohere",
     "exaone4",
     "falcon-grouped",
+    "falcon_h1",
     "gemma3",
     "granite",
+    "granite4",
     "llama",
     "mistral",
     "nemotron",

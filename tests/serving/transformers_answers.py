@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM answered, against transformers on the same folder.
+"""What vLLM answered, against transformers on the same folder, or against other scores.
 
 vLLM answers greedily and scores its own answers; transformers scores the same tokens. A token may
 differ from transformers' choice only where its two best are closer than ``CLEAR_CHOICE``.
@@ -54,8 +54,7 @@ def compare_with_transformers(
     ):
         own = scores.gather(1, torch.tensor(ids[1:]).unsqueeze(1))
         best = scores.topk(2)
-        rows = torch.cat([own, best.indices[:, :1], best.values], 1)
-        truth.append([[float(value) for value in row] for row in rows])
+        truth.append(torch.cat([own, best.indices[:, :1], best.values], 1).tolist())
     return compare_scores(truth, prompts, served)
 
 
